@@ -1,0 +1,573 @@
+"""Named actions of the table: each replaces the frozen context and appends commands. No I/O.
+
+An action takes the step under way. Its order inside a row matters and is part of the row: first
+what ends (supersede, cancel, fail), then what follows (`take_next`), then the new effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+from orchestrator.context import Caller, Context, EffectInFlight, Job, Running, Waiter
+from orchestrator.errors import Problem
+from orchestrator.guards import EARLY_CANCEL_S, cancels
+from orchestrator.messages import (
+    Accept,
+    Answer,
+    BecameReady,
+    CancelAnswer,
+    CancelRequested,
+    Child,
+    Command,
+    Completion,
+    Done,
+    Download,
+    Emptied,
+    Exited,
+    Fact,
+    Fence,
+    Fetched,
+    Kill,
+    LeaseGranted,
+    Loaded,
+    LoadRequested,
+    Post,
+    Probe,
+    Promoted,
+    SetTimer,
+    Settle,
+    SetToken,
+    Spawn,
+    Spawned,
+    TimerFired,
+    Unloaded,
+)
+from orchestrator.request import ReloadReason, differences
+from orchestrator.tokens import CancelReason, Generation, Ticket
+
+MAX_REMEMBERED_IDS = 256
+MAX_REMEMBERED_SOURCES = 256
+
+
+@dataclass(slots=True)
+class Step:
+    """One fact being processed: the context so far and the commands so far."""
+
+    ctx: Context
+    fact: Fact
+    commands: list[Command] = field(default_factory=list)
+
+    def put(self, **changes: Any) -> None:
+        self.ctx = replace(self.ctx, **changes)
+
+    def emit(self, *commands: Command) -> None:
+        self.commands.extend(commands)
+
+    def settle(self, callers: Iterable[Caller], answer: Answer) -> None:
+        self.emit(*(Settle(caller.ticket, answer) for caller in callers))
+
+    @property
+    def ticket(self) -> Ticket:
+        return cast("LoadRequested", self.fact).ticket
+
+    @property
+    def problem(self) -> Problem:
+        return cast("Problem", getattr(self.fact, "problem", None))
+
+
+# ------------------------------------------------------------------------------ asking for a load
+
+
+def refuse_shutting_down(s: Step) -> None:
+    s.emit(Settle(s.ticket, Problem("shutting_down", "the orchestrator is shutting down")))
+
+
+def refuse_cancelled(s: Step) -> None:
+    problem = Problem("cancelled", "this load was cancelled before it arrived")
+    s.emit(Settle(s.ticket, problem))
+
+
+def refuse_busy(s: Step) -> None:
+    newest = s.ctx.wanted[-1]
+    message = (
+        f"load {newest.generation} of {newest.target.request.model_path} is in flight: "
+        "wait for it, cancel it, or use on_busy supersede or queue"
+    )
+    problem = Problem("busy", message, field="on_busy", generation=newest.generation)
+    s.emit(Settle(s.ticket, problem))
+
+
+def enqueue(s: Step) -> None:
+    """Accept the load: it gets its generation now and waits its turn."""
+    fact = cast("LoadRequested", s.fact)
+    generation = Generation(s.ctx.generation + 1)
+    target = fact.target
+    job = Job(generation, target, (_caller(fact, joined=False),), fact.at, fact.at)
+    s.put(generation=generation, queue=(*s.ctx.queue, job))
+    _remember_id(s, fact)
+    s.emit(Accept(fact.ticket, generation, joined=False))
+    if target.request.deadline_s is not None:
+        s.emit(SetTimer(generation, "deadline", target.request.deadline_s))
+
+
+def join_newest(s: Step) -> None:
+    _join(s, s.ctx.wanted[-1])
+
+
+def join_loading(s: Step) -> None:
+    _join(s, cast("Job", s.ctx.job))
+
+
+def answer_already_loaded(s: Step) -> None:
+    fact = cast("LoadRequested", s.fact)
+    running = cast("Running", s.ctx.running)
+    _remember_id(s, fact)
+    s.emit(
+        Accept(fact.ticket, running.generation, joined=False),
+        Settle(fact.ticket, _loaded(running, already=True)),
+    )
+
+
+def answer_next_already_loaded(s: Step) -> None:
+    running = cast("Running", s.ctx.running)
+    first, *rest = s.ctx.queue
+    s.settle(first.callers, _loaded(running, already=True))
+    s.put(queue=tuple(rest))
+    _promote_next(s)
+
+
+# ---------------------------------------------------------------------------------- ending loads
+
+
+def supersede_queue(s: Step) -> None:
+    for job in s.ctx.queue:
+        s.settle(job.callers, _superseded(s, job))
+    s.put(queue=())
+
+
+def supersede_all(s: Step) -> None:
+    """Whatever is older gives way; its callers hear so at once."""
+    supersede_queue(s)
+    if s.ctx.job is not None and s.ctx.job.token is None:
+        problem = _superseded(s, s.ctx.job)
+        s.settle(s.ctx.job.callers, problem)
+        _interrupt(s, CancelReason.SUPERSEDED, problem)
+
+
+def cancel_all(s: Step) -> None:
+    """An unload or a shutdown ends every load; their callers hear so when the slot is empty."""
+    if s.ctx.is_shutting_down:
+        reason, category, by = CancelReason.SHUTDOWN, "shutting_down", "the shutdown"
+    else:
+        reason, category, by = CancelReason.USER, "cancelled", "an unload"
+    for job in s.ctx.wanted:
+        _wait(s, job.callers, Problem(category, f"ended by {by}", generation=job.generation))
+    if s.ctx.job is not None and s.ctx.job.token is None:
+        generation = s.ctx.job.generation
+        _interrupt(s, reason, Problem(category, f"ended by {by}", generation=generation))
+    s.put(queue=())
+
+
+def cancel_job(s: Step) -> None:
+    job = cast("Job", s.ctx.job)
+    problem = Problem("cancelled", "cancelled by the caller", generation=job.generation)
+    _wait(s, job.callers, problem)
+    _interrupt(s, CancelReason.USER, problem)
+
+
+def time_out_job(s: Step) -> None:
+    job = cast("Job", s.ctx.job)
+    problem = _deadline(job)
+    _wait(s, job.callers, problem)
+    _interrupt(s, CancelReason.DEADLINE, problem)
+
+
+def time_out_queued(s: Step) -> None:
+    late = cast("TimerFired", s.fact).generation
+    job = next(job for job in s.ctx.queue if job.generation == late)
+    s.settle(job.callers, _deadline(job))
+    s.put(queue=tuple(other for other in s.ctx.queue if other is not job))
+
+
+def cancel_queued(s: Step) -> None:
+    fact = cast("CancelRequested", s.fact)
+    for job in s.ctx.queue:
+        if cancels(job, fact):
+            problem = Problem("cancelled", "cancelled by the caller", generation=job.generation)
+            s.settle(job.callers, problem)
+    s.put(queue=tuple(job for job in s.ctx.queue if not cancels(job, fact)))
+    s.emit(Settle(fact.ticket, CancelAnswer(cancelled=True)))
+
+
+def cancel_one_caller(s: Step) -> None:
+    fact = cast("CancelRequested", s.fact)
+    problem = Problem("cancelled", "cancelled by the caller; others still want this load")
+    for job in s.ctx.wanted:
+        s.settle((c for c in job.callers if c.request_id == fact.request_id), problem)
+    _keep_callers(s, lambda caller: caller.request_id != fact.request_id)
+    s.emit(Settle(fact.ticket, CancelAnswer(cancelled=True)))
+
+
+def remember_cancel(s: Step) -> None:
+    """Nothing to cancel. An id never seen may belong to a load still on its way."""
+    fact = cast("CancelRequested", s.fact)
+    if fact.request_id is not None and fact.request_id not in s.ctx.seen_ids:
+        recent = tuple(
+            known for known in s.ctx.cancelled_ids if fact.at - known[1] <= EARLY_CANCEL_S
+        )
+        s.put(cancelled_ids=(*recent, (fact.request_id, fact.at))[-MAX_REMEMBERED_IDS:])
+    s.emit(Settle(fact.ticket, CancelAnswer(cancelled=False)))
+
+
+def forget_ticket(s: Step) -> None:
+    """The caller has gone: nothing is owed to it any more."""
+    gone = s.ticket
+    _keep_callers(s, lambda caller: caller.ticket != gone)
+    s.put(
+        waiters=tuple(w for w in s.ctx.waiters if w.ticket != gone),
+        lease_waiters=tuple(t for t in s.ctx.lease_waiters if t != gone),
+        leases=s.ctx.leases - {gone},
+    )
+    if s.ctx.policy.abandoned_load == "cancel":
+        s.put(queue=tuple(job for job in s.ctx.queue if job.callers))
+
+
+def fail_job(s: Step) -> None:
+    """The load in flight has failed; its callers hear why when the slot is empty again."""
+    job = cast("Job", s.ctx.job)
+    if job.token is None:
+        _fail(s, job, replace(s.problem, generation=job.generation))
+    s.put(job=None)
+
+
+def fail_job_exited(s: Step) -> None:
+    job = cast("Job", s.ctx.job)
+    if job.token is None:
+        message = "the server ended in the moment it became ready; see its output"
+        _fail(s, job, Problem("server_start_failed", message, reason="exited"))
+    s.put(job=None)
+
+
+def fail_job_slot_occupied(s: Step) -> None:
+    job = cast("Job", s.ctx.job)
+    if job.token is None:
+        _fail(s, job, _occupied(cast("Fetched", s.fact).slot.reason))
+    s.put(job=None)
+
+
+def fail_all(s: Step) -> None:
+    """The slot could not be emptied: no load can start beside what is still alive."""
+    for job in s.ctx.wanted:
+        _fail(s, job, s.problem)
+    s.put(job=None, queue=(), running=None, effect=None, last_error=s.problem)
+
+
+# ----------------------------------------------------------------------------- what comes after
+
+
+def take_next(s: Step) -> None:
+    """The oldest load in the queue becomes the one in flight, unless one is wanted already.
+
+    What it inherits is decided now, after everything before it has been committed or has failed.
+    """
+    if s.ctx.job is not None and s.ctx.job.token is None:
+        return
+    first, *rest = s.ctx.queue or (None,)
+    if first is not None:
+        target = first.target.inheriting(dict(s.ctx.committed_args))
+        first = replace(first, target=target, phase_at=s.fact.at)
+        first = replace(first, reload_reasons=_reasons(s, first))
+    s.put(job=first, queue=tuple(rest))
+
+
+def wait_for_empty(s: Step) -> None:
+    s.put(waiters=(*s.ctx.waiters, Waiter(s.ticket, Unloaded())))
+
+
+def wait_for_end(s: Step) -> None:
+    s.put(waiters=(*s.ctx.waiters, Waiter(s.ticket, CancelAnswer(cancelled=True))))
+
+
+def wait_for_shutdown(s: Step) -> None:
+    s.put(waiters=(*s.ctx.waiters, Waiter(s.ticket, Done())))
+
+
+def answer_waiters(s: Step) -> None:
+    """The slot is verified empty: everybody who waited for that may know."""
+    s.emit(*(Settle(waiter.ticket, waiter.answer) for waiter in s.ctx.waiters))
+    s.put(waiters=())
+
+
+def answer_waiters_occupied(s: Step) -> None:
+    """The slot is not empty: who asked for that gets the reason instead."""
+    for waiter in s.ctx.waiters:
+        wanted_empty = isinstance(waiter.answer, Unloaded | Done)
+        s.emit(Settle(waiter.ticket, s.problem if wanted_empty else waiter.answer))
+    s.put(waiters=())
+
+
+def answer_unloaded(s: Step) -> None:
+    s.emit(Settle(s.ticket, Unloaded()))
+
+
+def answer_unchanged(s: Step) -> None:
+    s.emit(Settle(s.ticket, Unloaded(changed=False)))
+
+
+def answer_done(s: Step) -> None:
+    s.emit(Settle(s.ticket, Done()))
+
+
+def latch_shutdown(s: Step) -> None:
+    s.put(is_shutting_down=True)
+
+
+# --------------------------------------------------------------------------------------- effects
+
+
+def begin_kill(s: Step) -> None:
+    """Empty the slot: at once, or when the leases are given back or their time is over."""
+    if s.ctx.leases and s.ctx.child is not None:
+        s.emit(SetTimer(s.ctx.child.generation, "drain", s.ctx.policy.drain_timeout_s))
+    else:
+        kill_when_drained(s)
+
+
+def kill_when_drained(s: Step) -> None:
+    if s.ctx.effect is None and not s.ctx.leases:
+        generation = s.ctx.job.generation if s.ctx.job else s.ctx.generation
+        s.put(effect=EffectInFlight("kill", generation))
+        s.emit(Kill(generation, s.ctx.child))
+
+
+def begin_download(s: Step) -> None:
+    job = _next_phase(s, "kill")
+    s.put(effect=EffectInFlight("download", job.generation))
+    s.emit(Download(job.generation, job.target))
+
+
+def begin_spawn(s: Step) -> None:
+    fact = cast("Fetched", s.fact)
+    job = _next_phase(s, "download")
+    job = replace(job, target=replace(job.target, model=fact.model))
+    s.put(job=job, effect=EffectInFlight("spawn", job.generation))
+    s.emit(Spawn(job.generation, job.target))
+
+
+def begin_probe(s: Step) -> None:
+    job = _next_phase(s, "spawn")
+    s.put(effect=EffectInFlight("probe", job.generation))
+    s.emit(
+        Probe(
+            job.generation,
+            cast("Child", s.ctx.child),
+            job.target.request.stall_timeout_s,
+            job.target.model.size_bytes,
+        )
+    )
+
+
+def record_child(s: Step) -> None:
+    """From here on the slot holds this process until its exit is confirmed."""
+    s.put(child=cast("Spawned", s.fact).child, effect=None)
+
+
+def end_effect(s: Step) -> None:
+    s.put(effect=None)
+
+
+def count_attempt(s: Step) -> None:
+    job = cast("Job", s.ctx.job)
+    s.put(job=replace(job, attempts=job.attempts + 1, phase_at=s.fact.at))
+
+
+def forget_child(s: Step) -> None:
+    """The exit of everything in the slot is confirmed: the only place where a pid is dropped."""
+    exit_ = cast("Emptied", s.fact).exit
+    s.put(child=None, running=None, effect=None, last_exit=exit_ or s.ctx.last_exit)
+
+
+def commit(s: Step) -> None:
+    """The linearization point of a load: it holds, and its settings are kept for later ones."""
+    fact = cast("BecameReady", s.fact)
+    job = _next_phase(s, "health")
+    timings = replace(job.timings, total=fact.at - job.accepted_at)
+    child = cast("Child", s.ctx.child)
+    running = Running(
+        job.generation, job.target, child, fact.server, timings, job.reload_reasons, fact.at
+    )
+    others = tuple(kept for kept in s.ctx.committed_args if kept[0] != job.target.source)
+    committed = (*others, (job.target.source, job.target.extra_args))[-MAX_REMEMBERED_SOURCES:]
+    s.put(job=None, running=running, effect=None, committed_args=committed, last_error=None)
+    for caller in job.callers:
+        s.emit(Settle(caller.ticket, replace(_loaded(running), joined=caller.joined)))
+    _promote_next(s)
+
+
+def record_exit(s: Step) -> None:
+    s.put(last_exit=cast("Exited", s.fact).exit)
+
+
+def lose_server(s: Step) -> None:
+    """The healthy server has ended by itself: it is not loaded any more, and it says why."""
+    exit_ = cast("Exited", s.fact).exit
+    how = "with an unknown status" if exit_.returncode is None else _how_it_ended(exit_.returncode)
+    s.put(
+        last_error=Problem(
+            "server_exited",
+            f"the server ended by itself {how}: load the model again",
+            generation=cast("Running", s.ctx.running).generation,
+            log_tail=exit_.log_tail,
+        ),
+    )
+
+
+def fence(s: Step) -> None:
+    s.emit(Fence(cast("Completion", s.fact).generation, s.fact.trigger))
+
+
+# ---------------------------------------------------------------------------------------- leases
+
+
+def grant_lease(s: Step) -> None:
+    _grant(s, s.ticket)
+
+
+def grant_waiting_leases(s: Step) -> None:
+    for ticket in s.ctx.lease_waiters:
+        _grant(s, ticket)
+    s.put(lease_waiters=())
+
+
+def wait_for_lease(s: Step) -> None:
+    s.put(lease_waiters=(*s.ctx.lease_waiters, s.ticket))
+
+
+def refuse_lease(s: Step) -> None:
+    s.emit(Settle(s.ticket, _NOT_LOADED))
+
+
+def refuse_waiting_leases(s: Step) -> None:
+    s.emit(*(Settle(ticket, _NOT_LOADED) for ticket in s.ctx.lease_waiters))
+    s.put(lease_waiters=())
+
+
+def drop_lease(s: Step) -> None:
+    s.put(leases=s.ctx.leases - {s.ticket})
+
+
+def revoke_leases(s: Step) -> None:
+    s.put(leases=frozenset())
+
+
+# ---------------------------------------------------------------------- shared, not named in rows
+
+_NOT_LOADED = Problem("not_loaded", "no model is loaded: load one first")
+
+
+def _caller(fact: LoadRequested, *, joined: bool) -> Caller:
+    return Caller(fact.ticket, fact.target.request.load_request_id, joined)
+
+
+def _remember_id(s: Step, fact: LoadRequested) -> None:
+    name = fact.target.request.load_request_id
+    if name is not None:
+        others = tuple(known for known in s.ctx.seen_ids if known != name)
+        s.put(seen_ids=(*others, name)[-MAX_REMEMBERED_IDS:])
+
+
+def _join(s: Step, job: Job) -> None:
+    fact = cast("LoadRequested", s.fact)
+    joined = replace(job, callers=(*job.callers, _caller(fact, joined=True)))
+    _remember_id(s, fact)
+    s.put(
+        job=joined if s.ctx.job is job else s.ctx.job,
+        queue=tuple(joined if other is job else other for other in s.ctx.queue),
+    )
+    s.emit(Accept(fact.ticket, job.generation, joined=True))
+
+
+def _keep_callers(s: Step, keep: Any) -> None:
+    def kept(job: Job) -> Job:
+        return replace(job, callers=tuple(caller for caller in job.callers if keep(caller)))
+
+    s.put(job=kept(s.ctx.job) if s.ctx.job else None, queue=tuple(map(kept, s.ctx.queue)))
+
+
+def _interrupt(s: Step, reason: CancelReason, problem: Problem) -> None:
+    """Set the token of the load in flight; its effect still has to end by itself."""
+    job = cast("Job", s.ctx.job)
+    s.put(job=replace(job, token=reason, callers=()), last_error=problem)
+    s.emit(SetToken(job.generation, reason))
+
+
+def _wait(s: Step, callers: tuple[Caller, ...], answer: Answer) -> None:
+    s.put(waiters=(*s.ctx.waiters, *(Waiter(caller.ticket, answer) for caller in callers)))
+
+
+def _fail(s: Step, job: Job, problem: Problem) -> None:
+    problem = replace(problem, generation=job.generation)
+    s.put(last_error=problem)
+    _wait(s, job.callers, problem)
+
+
+def _next_phase(s: Step, ended: str) -> Job:
+    """Book the phase that has just ended and return the load in flight."""
+    job = cast("Job", s.ctx.job)
+    spent = (getattr(job.timings, ended) or 0.0) + s.fact.at - job.phase_at
+    job = replace(job, phase_at=s.fact.at, timings=replace(job.timings, **{ended: spent}))
+    s.put(job=job)
+    return job
+
+
+def _promote_next(s: Step) -> None:
+    if s.ctx.queue:
+        s.emit(Post(Promoted(s.ctx.queue[0].generation, s.fact.at)))
+
+
+def _grant(s: Step, ticket: Ticket) -> None:
+    running = cast("Running", s.ctx.running)
+    s.put(leases=s.ctx.leases | {ticket})
+    s.emit(Settle(ticket, LeaseGranted(ticket, running.child, running.server)))
+
+
+def _reasons(s: Step, job: Job) -> tuple[ReloadReason, ...]:
+    if s.ctx.running is None:
+        return ()
+    reasons = differences(s.ctx.running.target, job.target)
+    if job.target.request.force_reload:
+        reasons = (*reasons, ReloadReason("force_reload", running=False, requested=True))
+    return reasons or (ReloadReason("server", running="exited", requested="alive"),)
+
+
+def _loaded(running: Running, *, already: bool = False) -> Loaded:
+    return Loaded(
+        running.generation,
+        running.target,
+        running.child,
+        running.server,
+        running.timings,
+        () if already else running.reload_reasons,
+        already=already,
+    )
+
+
+def _superseded(s: Step, job: Job) -> Problem:
+    newer = cast("LoadRequested", s.fact).target.request.model_path
+    message = f"superseded by a newer load of {newer}"
+    return Problem("superseded", message, generation=job.generation)
+
+
+def _deadline(job: Job) -> Problem:
+    message = f"not healthy within deadline_s = {job.target.request.deadline_s}"
+    return Problem("deadline", message, field="deadline_s", generation=job.generation)
+
+
+def _occupied(reason: str) -> Problem:
+    return Problem("slot_occupied", f"the slot is not empty: {reason}; unload to try again")
+
+
+def _how_it_ended(returncode: int) -> str:
+    return f"by signal {-returncode}" if returncode < 0 else f"with exit status {returncode}"

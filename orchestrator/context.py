@@ -1,0 +1,128 @@
+"""What the machine remembers between two facts: one frozen value, replaced by every step.
+
+Only actions (actions.py) make a new one. Everything a decision may depend on is in here; what
+the operating system knows better arrives as evidence on the fact itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from orchestrator.errors import Problem
+from orchestrator.messages import Answer, Child, Exit, ServerFacts, Timings
+from orchestrator.request import ReloadReason, Target
+from orchestrator.tokens import CancelReason, Generation, Ticket
+
+EffectKind = Literal["kill", "download", "spawn", "probe"]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the embedding backend decided once.
+
+    Attributes:
+        drain_timeout_s: How long a swap or unload waits for leases to be given back.
+        abandoned_load: What becomes of a load whose last caller went away.
+    """
+
+    drain_timeout_s: float = 30.0
+    abandoned_load: Literal["cancel", "continue"] = "cancel"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """One call that waits for a load; `joined` when another call had asked for the same."""
+
+    ticket: Ticket
+    request_id: str | None
+    joined: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """An accepted load that has not ended.
+
+    Attributes:
+        callers: Who still waits for it; empty once it is cancelled.
+        token: Mirror of its cancel token; only the step that cancels it sets both.
+        phase_at: When it entered its present phase, monotonic seconds.
+        attempts: How often the slot was found occupied again between kill and spawn.
+    """
+
+    generation: Generation
+    target: Target
+    callers: tuple[Caller, ...]
+    accepted_at: float
+    phase_at: float
+    timings: Timings = Timings()
+    reload_reasons: tuple[ReloadReason, ...] = ()
+    token: CancelReason | None = None
+    attempts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EffectInFlight:
+    """The one effect whose completion the machine waits for."""
+
+    kind: EffectKind
+    generation: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """What a Healthy server was started with: committed, and compared with later requests."""
+
+    generation: Generation
+    target: Target
+    child: Child
+    server: ServerFacts
+    timings: Timings
+    reload_reasons: tuple[ReloadReason, ...]
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Waiter:
+    """A call that is answered when the slot has been verified empty."""
+
+    ticket: Ticket
+    answer: Answer
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The machine's whole memory.
+
+    Attributes:
+        child: The process the slot may hold; forgotten only when the slot is verified empty.
+        job: The load in flight. A cancelled one stays until its effect has ended.
+        queue: Accepted loads that come after it, oldest first.
+        running: What the child was committed with; kept until it is stopped, for comparison.
+        leases: Who keeps the running server from being stopped.
+        cancelled_ids: Cancels that came before their load, with the time they were made.
+        seen_ids: Ids of recent loads; a cancel of one of these is late, not early.
+        committed_args: Extra args of the last load that became Healthy, by source.
+    """
+
+    policy: Policy = field(default_factory=Policy)
+    generation: Generation = Generation(0)
+    job: Job | None = None
+    queue: tuple[Job, ...] = ()
+    effect: EffectInFlight | None = None
+    child: Child | None = None
+    running: Running | None = None
+    leases: frozenset[Ticket] = frozenset()
+    lease_waiters: tuple[Ticket, ...] = ()
+    waiters: tuple[Waiter, ...] = ()
+    is_shutting_down: bool = False
+    cancelled_ids: tuple[tuple[str, float], ...] = ()
+    seen_ids: tuple[str, ...] = ()
+    committed_args: tuple[tuple[tuple[str, str | None], tuple[str, ...]], ...] = ()
+    last_error: Problem | None = None
+    last_exit: Exit | None = None
+
+    @property
+    def wanted(self) -> tuple[Job, ...]:
+        """Every load that somebody still wants, oldest first."""
+        return tuple(job for job in (self.job, *self.queue) if job and job.token is None)

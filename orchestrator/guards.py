@@ -1,0 +1,207 @@
+"""Named predicates of the table: `(context, fact) -> bool`, pure, without memory of their own.
+
+A guard's name reads as the sentence it checks. The type of its second argument is the fact (or
+facts) it may be used with; a test holds the table to it.
+"""
+
+from __future__ import annotations
+
+from orchestrator.context import Context, Job
+from orchestrator.messages import (
+    BecameReady,
+    CancelRequested,
+    Completion,
+    Exited,
+    Fetched,
+    LeaseReleased,
+    LeaseRequested,
+    LoadRequested,
+    Promoted,
+    TimerFired,
+    UnloadRequested,
+    Withdrawn,
+)
+from orchestrator.request import Target, differences
+
+EARLY_CANCEL_S = 60.0
+"""How long a cancel that came before its load is remembered."""
+
+MAX_VERIFICATIONS = 3
+"""How often a load looks for an empty slot again before it gives up."""
+
+# ------------------------------------------------------------------------- the two that matter
+
+
+def slot_is_empty(ctx: Context, fact: Fetched) -> bool:
+    """The operating system said so in this very step."""
+    return fact.slot.is_empty
+
+
+def token_is_unset(ctx: Context, fact: Fetched | Completion) -> bool:
+    """Nobody has cancelled, superseded or timed out this load."""
+    return ctx.job is not None and ctx.job.token is None
+
+
+# ------------------------------------------------------------------------------- completions
+
+
+def is_current(ctx: Context, fact: Completion) -> bool:
+    """It completes the one effect in flight; anything else is settled, never believed."""
+    return (
+        ctx.effect is not None
+        and ctx.effect.kind == fact.effect
+        and ctx.effect.generation == fact.generation
+    )
+
+
+def child_is_alive(
+    ctx: Context, fact: BecameReady | LoadRequested | LeaseRequested | Promoted
+) -> bool:
+    """The operating system said so in this very step."""
+    return fact.child_is_alive
+
+
+def may_verify_again(ctx: Context, fact: Fetched) -> bool:
+    return ctx.job is not None and ctx.job.attempts < MAX_VERIFICATIONS
+
+
+def next_is_waiting(ctx: Context, fact: Completion | Promoted) -> bool:
+    return bool(ctx.queue)
+
+
+def load_is_wanted(ctx: Context, fact: Completion | LeaseRequested) -> bool:
+    return bool(ctx.wanted)
+
+
+def is_child(ctx: Context, fact: Exited) -> bool:
+    return ctx.child is not None and ctx.child.pid == fact.exit.pid
+
+
+# ---------------------------------------------------------------------------------- requests
+
+
+def is_shutting_down(ctx: Context, fact: LoadRequested | LeaseRequested) -> bool:
+    return ctx.is_shutting_down
+
+
+def was_cancelled_early(ctx: Context, fact: LoadRequested) -> bool:
+    """Its cancel overtook it."""
+    name = fact.target.request.load_request_id
+    return any(name == known and fact.at - at <= EARLY_CANCEL_S for known, at in ctx.cancelled_ids)
+
+
+def same_as_newest(ctx: Context, fact: LoadRequested) -> bool:
+    """The newest load somebody wants is for the same target."""
+    return bool(ctx.wanted) and is_same(ctx, ctx.wanted[-1], fact.target)
+
+
+def same_as_loading(ctx: Context, fact: LoadRequested) -> bool:
+    """The load in flight is for the same target, though newer ones wait behind it."""
+    return ctx.job is not None and ctx.job.token is None and is_same(ctx, ctx.job, fact.target)
+
+
+def same_as_running(ctx: Context, fact: LoadRequested) -> bool:
+    target = fact.target.inheriting(dict(ctx.committed_args))
+    return (
+        ctx.running is not None
+        and not target.request.force_reload
+        and not differences(ctx.running.target, target)
+    )
+
+
+def rejects_when_busy(ctx: Context, fact: LoadRequested) -> bool:
+    return bool(ctx.wanted) and fact.target.request.on_busy == "reject"
+
+
+def queues_when_busy(ctx: Context, fact: LoadRequested) -> bool:
+    return bool(ctx.wanted) and fact.target.request.on_busy == "queue"
+
+
+def next_is_running(ctx: Context, fact: Promoted) -> bool:
+    """The load that waited asks for what is running by now."""
+    if not ctx.queue or ctx.running is None or ctx.queue[0].target.request.force_reload:
+        return False
+    target = ctx.queue[0].target.inheriting(dict(ctx.committed_args))
+    return not differences(ctx.running.target, target)
+
+
+def names_another_model(ctx: Context, fact: UnloadRequested) -> bool:
+    """The unload is for a model that is neither running nor wanted."""
+    if fact.model is None:
+        return False
+    targets = [job.target for job in ctx.wanted]
+    targets += [ctx.running.target] if ctx.running else []
+    return not any(fact.model in {t.request.model_path, t.model.weights[0].path} for t in targets)
+
+
+def slot_is_occupied(ctx: Context, fact: object) -> bool:
+    """A process that would not die is still on record."""
+    return ctx.child is not None
+
+
+def cancels_job(ctx: Context, fact: CancelRequested) -> bool:
+    """It ends the load in flight for everybody who waits for it."""
+    return ctx.job is not None and cancels(ctx.job, fact)
+
+
+def cancels_queued(ctx: Context, fact: CancelRequested) -> bool:
+    return any(cancels(job, fact) for job in ctx.queue)
+
+
+def cancels_one_caller(ctx: Context, fact: CancelRequested) -> bool:
+    """Its id is one of several that joined the same load: only that caller leaves."""
+    return fact.request_id is not None and any(
+        caller.request_id == fact.request_id for job in ctx.wanted for caller in job.callers
+    )
+
+
+def abandons_job(ctx: Context, fact: Withdrawn) -> bool:
+    """The last caller of the load in flight has gone, and nobody else wants it."""
+    return (
+        ctx.policy.abandoned_load == "cancel"
+        and ctx.job is not None
+        and tuple(caller.ticket for caller in ctx.job.callers) == (fact.ticket,)
+    )
+
+
+def gives_back_the_last_lease(ctx: Context, fact: LeaseReleased) -> bool:
+    return ctx.leases == {fact.ticket}
+
+
+def is_draining_this(ctx: Context, fact: TimerFired) -> bool:
+    """The timer belongs to the server that is being drained now, not to an earlier one."""
+    return (
+        ctx.effect is None
+        and bool(ctx.leases)
+        and ctx.child is not None
+        and ctx.child.generation == fact.generation
+    )
+
+
+def is_job(ctx: Context, fact: TimerFired) -> bool:
+    return ctx.job is not None and ctx.job.token is None and ctx.job.generation == fact.generation
+
+
+def is_queued_job(ctx: Context, fact: TimerFired) -> bool:
+    return any(job.generation == fact.generation for job in ctx.queue)
+
+
+# ------------------------------------------------------------- shared with actions, not guards
+
+
+def is_same(ctx: Context, job: Job, target: Target) -> bool:
+    """Would `target` run exactly what `job` is about to run?
+
+    Omitted extra args mean "as they are", so a duplicate that omits them is still a duplicate.
+    """
+    committed = dict(ctx.committed_args)
+    ours = job.target.inheriting(committed)
+    return not differences(ours, target.inheriting({**committed, ours.source: ours.extra_args}))
+
+
+def cancels(job: Job, fact: CancelRequested) -> bool:
+    if job.token is not None:
+        return False
+    if fact.generation is not None:
+        return job.generation == fact.generation
+    return bool(job.callers) and all(c.request_id == fact.request_id for c in job.callers)

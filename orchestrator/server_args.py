@@ -1,0 +1,210 @@
+"""llama-server's flags: which are refused, which a field shadows, and the final argv.
+
+Pure, and driven by the tables below; nothing else in the library knows the name of a flag.
+Order of an argv is stable: managed flags first, the caller's extra args last, so that an explicit
+flag wins over a field (llama-server lets the last one win).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final
+
+from orchestrator.errors import InvalidRequest, RefusedArgument
+
+if TYPE_CHECKING:
+    from orchestrator.request import LoadRequest, Target
+
+CACHE_TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
+
+# reason -> flags (every alias). The environment twins never reach the child: its environment is
+# an allow-list (process.py).
+REFUSED: Final[dict[str, str]] = {
+    "the model is chosen by model_path, gguf_variant and mmproj_path": (
+        "-m --model -mu --model-url -dr --docker-repo -hf -hfr --hf-repo -hff --hf-file -hfv -hfrv "
+        "--hf-repo-v -hffv --hf-file-v -hft --hf-token -mm --mmproj -mmu --mmproj-url -a --alias"
+    ),
+    "the orchestrator owns the server's address": (
+        "--host --port --path --api-prefix --reuse-port"
+    ),
+    "the orchestrator owns keys and TLS": (
+        "--api-key --api-key-file --ssl-key-file --ssl-cert-file"
+    ),
+    "the server's web UI stays off": (
+        "--webui --no-webui --ui --no-ui --ui-config --webui-config --ui-config-file "
+        "--webui-config-file --ui-mcp-proxy --no-ui-mcp-proxy --webui-mcp-proxy "
+        "--no-webui-mcp-proxy"
+    ),
+    "one server serves one model: router mode is refused": (
+        "--models-dir --models-preset --models-max --models-autoload --no-models-autoload"
+    ),
+    "server-side tools run code on this machine": (
+        "--tools --tools-runtime -ag --agent -no-ag --no-agent --mcp-servers-config "
+        "--mcp-servers-json"
+    ),
+    "cross-origin rules belong to the orchestrator": (
+        "--cors-origins --cors-methods --cors-headers --cors-credentials --no-cors-credentials"
+    ),
+    "it reads or writes files of the caller's choice": (
+        "--media-path --slot-save-path --log-file --log-disable --log-prompts-dir"
+    ),
+    "it changes what the server is, or prints and exits": (
+        "--embedding --embeddings --rerank --reranking --pooling -h --help --usage --version "
+        "--list-devices -cl --cache-list --completion-bash"
+    ),
+    "use the field n_parallel": "-np --parallel --n-parallel",
+}
+_REFUSED: Final = {flag: why for why, flags in REFUSED.items() for flag in flags.split()}
+
+# field -> flags it takes over from *inherited* args; a trailing `!` marks a flag without a value.
+SHADOWED: Final[dict[str, str]] = {
+    "max_seq_length": "-c --ctx-size",
+    "cache_type_kv": "-ctk --cache-type-k -ctv --cache-type-v",
+    "speculative_type": (
+        "--spec-default! --spec-type --spec-ngram-size-n --spec-ngram-size --draft-min --draft-max "
+        "--spec-ngram-mod-n-match --spec-ngram-mod-n-min --spec-ngram-mod-n-max --spec-draft-n-max "
+        "--spec-draft-n-min --spec-draft-p-min --spec-draft-p-split -md --model-draft "
+        "--spec-draft-model -hfd -hfrd --hf-repo-draft --spec-draft-hf"
+    ),
+    "chat_template_override": (
+        "--chat-template --chat-template-file --chat-template-kwargs --jinja! --no-jinja!"
+    ),
+}
+
+MAX_TOKENS: Final = 256
+MAX_BYTES: Final = 32 * 1024
+_NUMBER: Final = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_ATTACHED: Final = re.compile(r"(-[a-z]+)\d")
+
+
+def flag_of(token: str) -> str | None:
+    """Return the flag a token names, in llama-server's own spelling, or None for a value.
+
+    `--flag=value`, underscores and padding all name the same flag; negative numbers are values.
+    """
+    text = token.strip()
+    if not text.startswith("-") or text in {"-", "--"} or _NUMBER.fullmatch(text):
+        return None
+    name = text.split("=", 1)[0].strip()
+    return name.replace("_", "-") if name.startswith("--") else name
+
+
+def check_extra_args(args: tuple[str, ...]) -> None:
+    """Refuse what the orchestrator owns, in every spelling, and what no server could take.
+
+    Raises:
+        RefusedArgument: names the flag and the reason.
+        InvalidRequest: too many, too long, or a control character.
+    """
+    if len(args) > MAX_TOKENS or sum(len(a.encode()) for a in args) > MAX_BYTES:
+        raise InvalidRequest.because(
+            f"llama_extra_args is too long: at most {MAX_TOKENS} tokens and {MAX_BYTES} bytes",
+            field="llama_extra_args",
+        )
+    for token in args:
+        if any(ord(c) < 32 or ord(c) == 127 for c in token):
+            raise InvalidRequest.because(
+                f"llama_extra_args holds a control character: {token!r}", field="llama_extra_args"
+            )
+        name = flag_of(token)
+        if name is None:
+            continue
+        attached = _ATTACHED.match(name)
+        for spelling in (name, name.lower(), attached.group(1) if attached else name):
+            if why := _REFUSED.get(spelling):
+                raise RefusedArgument.because(
+                    f"llama_extra_args: {spelling} is refused: {why}", field="llama_extra_args"
+                )
+
+
+def groups_set_by(request: LoadRequest) -> frozenset[str]:
+    """Return the fields of this request that take over flags of inherited args."""
+    return frozenset(name for name in SHADOWED if getattr(request, name))
+
+
+def strip_shadowed(args: tuple[str, ...], groups: Iterable[str]) -> tuple[str, ...]:
+    """Return `args` without the flags, and their values, that the given fields own."""
+    owned = {
+        flag.rstrip("!"): not flag.endswith("!")
+        for group in groups
+        for flag in SHADOWED[group].split()
+    }
+    kept: list[str] = []
+    tokens = list(args)
+    while tokens:
+        token = tokens.pop(0)
+        name = flag_of(token)
+        if name not in owned:
+            kept.append(token)
+            continue
+        takes_value = owned[name] and "=" not in token
+        if takes_value and tokens and flag_of(tokens[0]) is None:
+            tokens.pop(0)
+    return tuple(kept)
+
+
+def normal_cache_type(value: str | None) -> str | None:
+    if value is None:
+        return None
+    if (name := value.lower()) not in CACHE_TYPES:
+        raise InvalidRequest.because(
+            f"cache_type_kv is {value!r}: use one of {', '.join(CACHE_TYPES)}",
+            field="cache_type_kv",
+        )
+    return name
+
+
+def normal_speculative_type(value: str | None) -> str | None:
+    if value is None:
+        return None
+    name = value.lower()
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
+        raise InvalidRequest.because(
+            f"speculative_type is {value!r}: use default, off, or a type the server lists",
+            field="speculative_type",
+        )
+    return None if name in {"off", "none"} else name
+
+
+_NGRAM_MOD: Final = (
+    "--spec-type ngram-mod --spec-ngram-mod-n-match 24 --spec-ngram-mod-n-min 48 "
+    "--spec-ngram-mod-n-max 64"
+)
+
+
+def speculative_flags(mode: str | None, extra_args: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the managed flags of a mode; explicit drafting in the extra args makes them stand
+    back, because spec types accumulate and a later flag cannot undo an earlier one.
+    """
+    explicit = any(flag_of(token) in {"--spec-type", "--spec-default"} for token in extra_args)
+    if mode is None or explicit:
+        return ()
+    if mode == "default":
+        return ("--spec-default",)
+    return tuple(_NGRAM_MOD.split()) if mode == "ngram-mod" else ("--spec-type", mode)
+
+
+def build_argv(target: Target, *, template_file: str | None) -> tuple[str, ...]:
+    """Return the server's whole command line. The port is always 0: the server picks a free one
+    and the address is read from the server itself, so no picked port can be lost.
+
+    Args:
+        target: What to run; its extra args are already the effective ones.
+        template_file: Where the chat template override was written, if there is one.
+    """
+    request = target.request
+    argv = [*target.server.command, "-m", target.model.weights[0].path]
+    argv += ["--host", "127.0.0.1", "--port", "0"]
+    if target.model.projector is not None:
+        argv += ["--mmproj", target.model.projector.path]
+    if request.max_seq_length:
+        argv += ["-c", str(request.max_seq_length)]
+    if request.n_parallel is not None:
+        argv += ["--parallel", str(request.n_parallel)]
+    if request.cache_type_kv is not None:
+        argv += ["-ctk", request.cache_type_kv, "-ctv", request.cache_type_kv]
+    argv += speculative_flags(target.speculative_type, target.extra_args)
+    if template_file is not None:
+        argv += ["--jinja", "--chat-template-file", template_file]
+    return (*argv, *target.extra_args)

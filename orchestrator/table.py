@@ -1,0 +1,154 @@
+"""Transition table of the server lifecycle: the only place where an edge exists.
+
+Theory of operation. One owner thread feeds one fact at a time to this table. Rows are tried in
+order; the first whose guards all hold fires: its actions replace the context and append commands,
+then the state changes (or stays, where `dest` is None). The table is total: every trigger has a
+row without guards in every state, so no fact is ever without an answer.
+
+While a state is entered, at most one effect is in flight, and it is the state's own: Killing has
+the kill ladder, Downloading the download, Spawning the spawn, WaitingHealth the probe. A cancel
+sets the token of the load and waits for that effect to end by itself: a cancelled spawn may still
+hand over a live child, and a child that has been handed over is killed, never forgotten. What
+comes next (the newest wanted load, or nothing) is decided when the effect has ended.
+
+`is_current` fences completions of another generation: they are settled, never believed. Spawning
+has exactly one way in, and `slot_is_empty` and `token_is_unset` guard it. Healthy has exactly one
+way in, and the same token and the child's pulse guard that. The pid is forgotten by one action,
+`forget_child`, and only `emptied` carries it; a kill that failed leaves the pid on record, so the
+slot stays occupied and every load passes through Killing again before anything is started.
+
+Failure is not a state. A load that fails ends in Idle, through Killing whenever a process may
+exist, and its callers hear why when the slot is verified empty.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from orchestrator.states import State
+
+I, K, D, S, W, H = State  # noqa: E741 (the table is read by column)
+ALL: Final = tuple(State)
+DSW: Final = (D, S, W)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table. `dest` None keeps the state; guards and actions are names."""
+
+    trigger: str
+    sources: tuple[State, ...]
+    guards: tuple[str, ...]
+    dest: State | None
+    actions: tuple[str, ...]
+
+
+def _row(
+    trigger: str,
+    sources: State | tuple[State, ...],
+    guards: str,
+    dest: State | None,
+    actions: str,
+) -> Row:
+    sources = sources if isinstance(sources, tuple) else (sources,)
+    return Row(trigger, sources, tuple(guards.split()), dest, tuple(actions.split()))
+
+
+STAY: Final = None
+# fmt: off
+TABLE: Final[tuple[Row, ...]] = (
+    # ---- a load is asked for --------------------------------------------------------------------
+    _row("load", ALL,    "is_shutting_down",                STAY, "refuse_shutting_down"),
+    _row("load", ALL,    "was_cancelled_early",             STAY, "refuse_cancelled"),
+    _row("load", ALL,    "same_as_newest",                  STAY, "join_newest"),
+    _row("load", ALL,    "rejects_when_busy",               STAY, "refuse_busy"),
+    _row("load", ALL,    "queues_when_busy",                STAY, "enqueue"),
+    _row("load", (K, D, S, W), "same_as_loading",           STAY, "supersede_queue join_loading"),
+    _row("load", H,      "same_as_running child_is_alive",  STAY, "supersede_queue answer_already_loaded"),
+    _row("load", (I, H), "",                                K, "supersede_all enqueue take_next begin_kill"),
+    _row("load", K,      "",                                STAY, "supersede_all enqueue take_next"),
+    _row("load", DSW,    "",                                STAY, "supersede_all enqueue"),
+
+    # ---- an unload, a cancel, a caller that leaves, the end -----------------------------------
+    _row("unload", ALL,  "names_another_model",             STAY, "answer_unchanged"),
+    _row("unload", I,    "slot_is_occupied",                K, "wait_for_empty begin_kill"),
+    _row("unload", I,    "",                                STAY, "answer_unloaded"),
+    _row("unload", H,    "",                                K, "cancel_all wait_for_empty begin_kill"),
+    _row("unload", K,    "",                                STAY, "cancel_all take_next wait_for_empty"),
+    _row("unload", DSW,  "",                                STAY, "cancel_all wait_for_empty"),
+
+    _row("cancel", K,    "cancels_job",                     STAY, "cancel_job take_next wait_for_end"),
+    _row("cancel", DSW,  "cancels_job",                     STAY, "cancel_job wait_for_end"),
+    _row("cancel", ALL,  "cancels_queued",                  STAY, "cancel_queued"),
+    _row("cancel", ALL,  "cancels_one_caller",              STAY, "cancel_one_caller"),
+    _row("cancel", ALL,  "",                                STAY, "remember_cancel"),
+
+    _row("withdraw", K,   "abandons_job",                   STAY, "forget_ticket cancel_job take_next"),
+    _row("withdraw", DSW, "abandons_job",                   STAY, "forget_ticket cancel_job"),
+    _row("withdraw", ALL, "",                               STAY, "forget_ticket"),
+
+    _row("deadline_expired", K,   "is_job",                 STAY, "time_out_job take_next"),
+    _row("deadline_expired", DSW, "is_job",                 STAY, "time_out_job"),
+    _row("deadline_expired", ALL, "is_queued_job",          STAY, "time_out_queued"),
+    _row("deadline_expired", ALL, "",                       STAY, "fence"),
+
+    _row("shutdown", I,   "slot_is_occupied",               K, "latch_shutdown wait_for_shutdown begin_kill"),
+    _row("shutdown", I,   "",                               STAY, "latch_shutdown answer_done"),
+    _row("shutdown", H,   "",                               K, "latch_shutdown cancel_all wait_for_shutdown revoke_leases begin_kill"),
+    _row("shutdown", K,   "",                               STAY, "latch_shutdown cancel_all take_next wait_for_shutdown revoke_leases kill_when_drained"),
+    _row("shutdown", DSW, "",                               STAY, "latch_shutdown cancel_all wait_for_shutdown"),
+
+    # ---- leases -------------------------------------------------------------------------------
+    _row("lease", ALL,   "is_shutting_down",                STAY, "refuse_shutting_down"),
+    _row("lease", H,     "child_is_alive",                  STAY, "grant_lease"),
+    _row("lease", ALL,   "load_is_wanted",                  STAY, "wait_for_lease"),
+    _row("lease", ALL,   "",                                STAY, "refuse_lease"),
+    _row("release", K,   "gives_back_the_last_lease",       STAY, "drop_lease kill_when_drained"),
+    _row("release", ALL, "",                                STAY, "drop_lease"),
+    _row("drain_expired", K,   "is_draining_this",          STAY, "revoke_leases kill_when_drained"),
+    _row("drain_expired", ALL, "",                          STAY, "fence"),
+
+    # ---- Killing: terminate, reap, verify -------------------------------------------------------
+    _row("emptied", K,       "is_current load_is_wanted",   D, "forget_child answer_waiters begin_download"),
+    _row("emptied", K,       "is_current",                  I, "forget_child answer_waiters refuse_waiting_leases"),
+    _row("emptied", ALL,     "",                            STAY, "fence"),
+    _row("kill_failed", K,   "is_current",                  I, "fail_all answer_waiters_occupied refuse_waiting_leases"),
+    _row("kill_failed", ALL, "",                            STAY, "fence"),
+
+    # ---- Downloading: the model on disk, and the only way into Spawning -------------------------
+    _row("fetched", D,   "is_current token_is_unset slot_is_empty",    S, "begin_spawn"),
+    _row("fetched", D,   "is_current token_is_unset may_verify_again", K, "end_effect count_attempt begin_kill"),
+    _row("fetched", D,   "is_current token_is_unset",       K, "end_effect fail_job_slot_occupied take_next begin_kill"),
+    _row("fetched", D,   "is_current next_is_waiting",      K, "end_effect take_next begin_kill"),
+    _row("fetched", D,   "is_current",                      I, "end_effect take_next answer_waiters refuse_waiting_leases"),
+    _row("fetched", ALL, "",                                STAY, "fence"),
+    _row("fetch_failed", D,   "is_current next_is_waiting", K, "end_effect fail_job take_next begin_kill"),
+    _row("fetch_failed", D,   "is_current",                 I, "end_effect fail_job answer_waiters refuse_waiting_leases"),
+    _row("fetch_failed", ALL, "",                           STAY, "fence"),
+
+    # ---- Spawning: a live child, wanted or not ---------------------------------------------------
+    _row("spawned", S,   "is_current token_is_unset",       W, "record_child begin_probe"),
+    _row("spawned", S,   "is_current",                      K, "record_child take_next begin_kill"),
+    _row("spawned", ALL, "",                                STAY, "fence"),
+    _row("spawn_failed", S,   "is_current",                 K, "end_effect fail_job take_next begin_kill"),
+    _row("spawn_failed", ALL, "",                           STAY, "fence"),
+
+    # ---- WaitingHealth: our own child answers, or it does not ------------------------------------
+    _row("ready", W,   "is_current token_is_unset child_is_alive", H, "commit grant_waiting_leases"),
+    _row("ready", W,   "is_current",                        K, "end_effect fail_job_exited take_next begin_kill"),
+    _row("ready", ALL, "",                                  STAY, "fence"),
+    _row("not_ready", W,   "is_current",                    K, "end_effect fail_job take_next begin_kill"),
+    _row("not_ready", ALL, "",                              STAY, "fence"),
+
+    # ---- Healthy: until something else is wanted, or the server ends by itself --------------------
+    _row("promote", H,   "next_is_running child_is_alive",  STAY, "answer_next_already_loaded"),
+    _row("promote", H,   "next_is_waiting",                 K, "take_next begin_kill"),
+    _row("promote", ALL, "",                                STAY, "fence"),
+    _row("exited", H,    "is_child",                        K, "record_exit lose_server revoke_leases take_next begin_kill"),
+    _row("exited", I,    "is_child",                        K, "record_exit begin_kill"),
+    _row("exited", K,    "is_child",                        STAY, "record_exit revoke_leases kill_when_drained"),
+    _row("exited", ALL,  "is_child",                        STAY, "record_exit"),
+    _row("exited", ALL,  "",                                STAY, "fence"),
+)
+# fmt: on
