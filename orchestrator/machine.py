@@ -39,7 +39,7 @@ class _Moving:
     __slots__ = ("state", "step")
 
     def __init__(self, state: State, step: Step) -> None:
-        self.state: str = state
+        self.state: str = state.value
         self.step = step
 
 
