@@ -89,6 +89,11 @@ def refuse_cancelled(s: Step) -> None:
     s.emit(Settle(s.ticket, problem))
 
 
+def refuse_superseded(s: Step) -> None:
+    problem = Problem("superseded", "superseded by a load that was asked for later")
+    s.emit(Settle(s.ticket, problem))
+
+
 def refuse_busy(s: Step) -> None:
     newest = s.ctx.wanted[-1]
     message = (
@@ -105,7 +110,11 @@ def enqueue(s: Step) -> None:
     generation = Generation(s.ctx.generation + 1)
     target = fact.target
     job = Job(generation, target, (_caller(fact, joined=False),), fact.at, fact.at)
-    s.put(generation=generation, queue=(*s.ctx.queue, job))
+    s.put(
+        generation=generation,
+        queue=(*s.ctx.queue, job),
+        newest_load=max(s.ctx.newest_load, fact.ticket),
+    )
     _remember_id(s, fact)
     s.emit(Accept(fact.ticket, generation, joined=False))
     if target.request.deadline_s is not None:
@@ -283,6 +292,7 @@ def take_next(s: Step) -> None:
 
 
 def wait_for_empty(s: Step) -> None:
+    _note_unload(s)
     s.put(waiters=(*s.ctx.waiters, Waiter(s.ticket, Unloaded())))
 
 
@@ -309,6 +319,7 @@ def answer_waiters_occupied(s: Step) -> None:
 
 
 def answer_unloaded(s: Step) -> None:
+    _note_unload(s)
     s.emit(Settle(s.ticket, Unloaded()))
 
 
@@ -476,6 +487,10 @@ def _remember_id(s: Step, fact: LoadRequested) -> None:
     if name is not None:
         others = tuple(known for known in s.ctx.seen_ids if known != name)
         s.put(seen_ids=(*others, name)[-MAX_REMEMBERED_IDS:])
+
+
+def _note_unload(s: Step) -> None:
+    s.put(newest_unload=max(s.ctx.newest_unload, s.ticket))
 
 
 def _join(s: Step, job: Job) -> None:

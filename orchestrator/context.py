@@ -100,6 +100,7 @@ class Context:
         queue: Accepted loads that come after it, oldest first.
         running: What the child was committed with; kept until it is stopped, for comparison.
         leases: Who keeps the running server from being stopped.
+        newest_load: The latest call whose load was accepted; `newest_unload` alike.
         cancelled_ids: Cancels that came before their load, with the time they were made.
         seen_ids: Ids of recent loads; a cancel of one of these is late, not early.
         committed_args: Extra args of the last load that became Healthy, by source.
@@ -115,6 +116,8 @@ class Context:
     leases: frozenset[Ticket] = frozenset()
     lease_waiters: tuple[Ticket, ...] = ()
     waiters: tuple[Waiter, ...] = ()
+    newest_load: Ticket = Ticket(0)
+    newest_unload: Ticket = Ticket(0)
     is_shutting_down: bool = False
     cancelled_ids: tuple[tuple[str, float], ...] = ()
     seen_ids: tuple[str, ...] = ()

@@ -90,6 +90,20 @@ def was_cancelled_early(ctx: Context, fact: LoadRequested) -> bool:
     return any(name == known and fact.at - at <= EARLY_CANCEL_S for known, at in ctx.cancelled_ids)
 
 
+def an_unload_came_after(ctx: Context, fact: LoadRequested) -> bool:
+    """It was asked for before an unload that has been answered: the caller said stop last.
+
+    Tickets count the calls in the order they were made; looking a model up on disk takes longer
+    for one load than for another, so loads may arrive here in another order.
+    """
+    return fact.ticket < ctx.newest_unload
+
+
+def a_newer_load_came_first(ctx: Context, fact: LoadRequested) -> bool:
+    """A load that was asked for later has been accepted already: the last Apply wins."""
+    return fact.ticket < ctx.newest_load and fact.target.request.on_busy == "supersede"
+
+
 def same_as_newest(ctx: Context, fact: LoadRequested) -> bool:
     """The newest load somebody wants is for the same target."""
     return bool(ctx.wanted) and is_same(ctx, ctx.wanted[-1], fact.target)

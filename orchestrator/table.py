@@ -61,11 +61,13 @@ TABLE: Final[tuple[Row, ...]] = (
     # ---- a load is asked for --------------------------------------------------------------------
     _row("load", ALL,    "is_shutting_down",                STAY, "refuse_shutting_down"),
     _row("load", ALL,    "was_cancelled_early",             STAY, "refuse_cancelled"),
+    _row("load", ALL,    "an_unload_came_after",            STAY, "refuse_cancelled"),
     _row("load", ALL,    "same_as_newest",                  STAY, "join_newest"),
     _row("load", ALL,    "rejects_when_busy",               STAY, "refuse_busy"),
     _row("load", ALL,    "queues_when_busy",                STAY, "enqueue"),
     _row("load", (K, D, S, W), "same_as_loading",           STAY, "supersede_queue join_loading"),
     _row("load", H,      "same_as_running child_is_alive",  STAY, "supersede_queue answer_already_loaded"),
+    _row("load", ALL,    "a_newer_load_came_first",         STAY, "refuse_superseded"),
     _row("load", (I, H), "",                                K, "supersede_all enqueue take_next begin_kill"),
     _row("load", K,      "",                                STAY, "supersede_all enqueue take_next"),
     _row("load", DSW,    "",                                STAY, "supersede_all enqueue"),
