@@ -1,0 +1,123 @@
+"""llama-orchestrator: owns one llama-server process, from Idle to Healthy and back.
+
+The public names are below; they are imported on first use, so that `import orchestrator` is cheap
+and a child process that needs one module does not pay for all of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orchestrator.errors import (
+        Busy,
+        Cancelled,
+        DeadlineExceeded,
+        Interrupted,
+        InvalidModel,
+        InvalidRequest,
+        MalformedRequest,
+        ModelNotFound,
+        NotLoaded,
+        OrchestratorError,
+        Problem,
+        RefusedArgument,
+        ServerExited,
+        ServerStartFailed,
+        ServerUnavailable,
+        ShuttingDown,
+        SlotOccupied,
+        SlotOwned,
+        Stalled,
+        StateDirError,
+        Superseded,
+        TimedOut,
+        Unavailable,
+        UnsupportedPlatform,
+        WrongProcess,
+    )
+    from orchestrator.events import Event
+    from orchestrator.orchestrator import AsyncOrchestrator, Orchestrator
+    from orchestrator.plan import Plan
+    from orchestrator.request import LoadRequest, ReloadReason
+    from orchestrator.states import State
+    from orchestrator.views import (
+        LeasedServer,
+        LoadOutcome,
+        LoadProgress,
+        Status,
+        UnloadOutcome,
+    )
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "errors": (
+        "Busy Cancelled DeadlineExceeded Interrupted InvalidModel InvalidRequest MalformedRequest "
+        "ModelNotFound NotLoaded OrchestratorError Problem RefusedArgument ServerExited "
+        "ServerStartFailed ServerUnavailable ShuttingDown SlotOccupied SlotOwned Stalled "
+        "StateDirError Superseded TimedOut Unavailable UnsupportedPlatform WrongProcess"
+    ),
+    "events": "Event",
+    "orchestrator": "AsyncOrchestrator Orchestrator",
+    "plan": "Plan",
+    "request": "LoadRequest ReloadReason",
+    "states": "State",
+    "views": "LeasedServer LoadOutcome LoadProgress Status UnloadOutcome",
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+__all__ = [
+    "AsyncOrchestrator",
+    "Busy",
+    "Cancelled",
+    "DeadlineExceeded",
+    "Event",
+    "Interrupted",
+    "InvalidModel",
+    "InvalidRequest",
+    "LeasedServer",
+    "LoadOutcome",
+    "LoadProgress",
+    "LoadRequest",
+    "MalformedRequest",
+    "ModelNotFound",
+    "NotLoaded",
+    "Orchestrator",
+    "OrchestratorError",
+    "Plan",
+    "Problem",
+    "RefusedArgument",
+    "ReloadReason",
+    "ServerExited",
+    "ServerStartFailed",
+    "ServerUnavailable",
+    "ShuttingDown",
+    "SlotOccupied",
+    "SlotOwned",
+    "Stalled",
+    "State",
+    "StateDirError",
+    "Status",
+    "Superseded",
+    "TimedOut",
+    "Unavailable",
+    "UnloadOutcome",
+    "UnsupportedPlatform",
+    "WrongProcess",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from orchestrator.context import Caller, Context, EffectInFlight, Job, Running, Waiter
 from orchestrator.errors import Problem
-from orchestrator.guards import EARLY_CANCEL_S, cancels
+from orchestrator.guards import EARLY_CANCEL_S, cancels, is_meant, is_named
 from orchestrator.messages import (
     Accept,
     Answer,
@@ -43,6 +43,7 @@ from orchestrator.messages import (
     Spawned,
     TimerFired,
     Unloaded,
+    UnloadRequested,
 )
 from orchestrator.request import ReloadReason, differences
 from orchestrator.tokens import CancelReason, Generation, Ticket
@@ -110,12 +111,8 @@ def enqueue(s: Step) -> None:
     generation = Generation(s.ctx.generation + 1)
     target = fact.target
     job = Job(generation, target, (_caller(fact, joined=False),), fact.at, fact.at)
-    s.put(
-        generation=generation,
-        queue=(*s.ctx.queue, job),
-        newest_load=max(s.ctx.newest_load, fact.ticket),
-    )
-    _remember_id(s, fact)
+    s.put(generation=generation, queue=(*s.ctx.queue, job))
+    _note_load(s, fact)
     s.emit(Accept(fact.ticket, generation, joined=False))
     if target.request.deadline_s is not None:
         s.emit(SetTimer(generation, "deadline", target.request.deadline_s))
@@ -132,7 +129,7 @@ def join_loading(s: Step) -> None:
 def answer_already_loaded(s: Step) -> None:
     fact = cast("LoadRequested", s.fact)
     running = cast("Running", s.ctx.running)
-    _remember_id(s, fact)
+    _note_load(s, fact)
     s.emit(
         Accept(fact.ticket, running.generation, joined=False),
         Settle(fact.ticket, _loaded(running, already=True)),
@@ -142,7 +139,9 @@ def answer_already_loaded(s: Step) -> None:
 def answer_next_already_loaded(s: Step) -> None:
     running = cast("Running", s.ctx.running)
     first, *rest = s.ctx.queue
-    s.settle(first.callers, _loaded(running, already=True))
+    for caller in first.callers:
+        answer = replace(_loaded(running, already=True), joined=caller.joined)
+        s.emit(Settle(caller.ticket, answer))
     s.put(queue=tuple(rest))
     _promote_next(s)
 
@@ -151,9 +150,12 @@ def answer_next_already_loaded(s: Step) -> None:
 
 
 def supersede_queue(s: Step) -> None:
+    """Older loads in the queue give way; one that was asked for later stays."""
+    newer = tuple(job for job in s.ctx.queue if any(c.ticket > s.ticket for c in job.callers))
     for job in s.ctx.queue:
-        s.settle(job.callers, _superseded(s, job))
-    s.put(queue=())
+        if job not in newer:
+            s.settle(job.callers, _superseded(s, job))
+    s.put(queue=newer)
 
 
 def supersede_all(s: Step) -> None:
@@ -166,30 +168,34 @@ def supersede_all(s: Step) -> None:
 
 
 def cancel_all(s: Step) -> None:
-    """An unload or a shutdown ends every load; their callers hear so when the slot is empty."""
+    """A shutdown ends every load, an unload those it names; their callers hear so when the slot
+    is empty.
+    """
+    model = getattr(s.fact, "model", None)
+    ended = [job for job in s.ctx.wanted if is_named(job.target, model)]
     if s.ctx.is_shutting_down:
         reason, category, by = CancelReason.SHUTDOWN, "shutting_down", "the shutdown"
     else:
         reason, category, by = CancelReason.USER, "cancelled", "an unload"
-    for job in s.ctx.wanted:
-        _wait(s, job.callers, Problem(category, f"ended by {by}", generation=job.generation))
-    if s.ctx.job is not None and s.ctx.job.token is None:
-        generation = s.ctx.job.generation
-        _interrupt(s, reason, Problem(category, f"ended by {by}", generation=generation))
-    s.put(queue=())
+    for job in ended:
+        problem = Problem(category, f"ended by {by}", generation=job.generation)
+        _wait(s, job.callers, problem)
+        if job is s.ctx.job:
+            _interrupt(s, reason, problem)
+    s.put(queue=tuple(job for job in s.ctx.queue if job not in ended))
 
 
 def cancel_job(s: Step) -> None:
     job = cast("Job", s.ctx.job)
     problem = Problem("cancelled", "cancelled by the caller", generation=job.generation)
-    _wait(s, job.callers, problem)
+    _answer_at_the_end(s, job.callers, problem)
     _interrupt(s, CancelReason.USER, problem)
 
 
 def time_out_job(s: Step) -> None:
     job = cast("Job", s.ctx.job)
     problem = _deadline(job)
-    _wait(s, job.callers, problem)
+    _answer_at_the_end(s, job.callers, problem)
     _interrupt(s, CancelReason.DEADLINE, problem)
 
 
@@ -200,23 +206,22 @@ def time_out_queued(s: Step) -> None:
     s.put(queue=tuple(other for other in s.ctx.queue if other is not job))
 
 
-def cancel_queued(s: Step) -> None:
-    fact = cast("CancelRequested", s.fact)
-    for job in s.ctx.queue:
-        if cancels(job, fact):
-            problem = Problem("cancelled", "cancelled by the caller", generation=job.generation)
-            s.settle(job.callers, problem)
-    s.put(queue=tuple(job for job in s.ctx.queue if not cancels(job, fact)))
-    s.emit(Settle(fact.ticket, CancelAnswer(cancelled=True)))
+def cancel_callers(s: Step) -> None:
+    """Everybody else the cancel means leaves; a queued load all of whose callers leave is dropped.
 
-
-def cancel_one_caller(s: Step) -> None:
+    One id may be that of several calls, and several calls may have joined one load.
+    """
     fact = cast("CancelRequested", s.fact)
-    problem = Problem("cancelled", "cancelled by the caller; others still want this load")
     for job in s.ctx.wanted:
-        s.settle((c for c in job.callers if c.request_id == fact.request_id), problem)
-    _keep_callers(s, lambda caller: caller.request_id != fact.request_id)
-    s.emit(Settle(fact.ticket, CancelAnswer(cancelled=True)))
+        problem = Problem("cancelled", "cancelled by the caller", generation=job.generation)
+        s.settle((caller for caller in job.callers if is_meant(job, caller, fact)), problem)
+    s.put(queue=tuple(job for job in s.ctx.queue if not cancels(job, fact)))
+    if fact.request_id is not None:
+        _keep_callers(s, lambda caller: caller.request_id != fact.request_id)
+
+
+def answer_cancelled(s: Step) -> None:
+    s.emit(Settle(s.ticket, CancelAnswer(cancelled=True)))
 
 
 def remember_cancel(s: Step) -> None:
@@ -297,7 +302,7 @@ def wait_for_empty(s: Step) -> None:
 
 
 def wait_for_end(s: Step) -> None:
-    s.put(waiters=(*s.ctx.waiters, Waiter(s.ticket, CancelAnswer(cancelled=True))))
+    _answer_at_the_end(s, (Caller(s.ticket, None, joined=False),), CancelAnswer(cancelled=True))
 
 
 def wait_for_shutdown(s: Step) -> None:
@@ -324,6 +329,8 @@ def answer_unloaded(s: Step) -> None:
 
 
 def answer_unchanged(s: Step) -> None:
+    """Not that model. A load of it may still be on its way: it was asked for first, and ends."""
+    _note_unload(s)
     s.emit(Settle(s.ticket, Unloaded(changed=False)))
 
 
@@ -482,7 +489,9 @@ def _caller(fact: LoadRequested, *, joined: bool) -> Caller:
     return Caller(fact.ticket, fact.target.request.load_request_id, joined)
 
 
-def _remember_id(s: Step, fact: LoadRequested) -> None:
+def _note_load(s: Step, fact: LoadRequested) -> None:
+    """Every accepted load counts, also one that joins or finds its model loaded."""
+    s.put(newest_load=max(s.ctx.newest_load, fact.ticket))
     name = fact.target.request.load_request_id
     if name is not None:
         others = tuple(known for known in s.ctx.seen_ids if known != name)
@@ -490,13 +499,18 @@ def _remember_id(s: Step, fact: LoadRequested) -> None:
 
 
 def _note_unload(s: Step) -> None:
-    s.put(newest_unload=max(s.ctx.newest_unload, s.ticket))
+    fact = cast("UnloadRequested", s.fact)
+    others = tuple(known for known in s.ctx.unloads if known[0] != fact.model)
+    s.put(unloads=(*others, (fact.model, fact.ticket))[-MAX_REMEMBERED_IDS:])
 
 
 def _join(s: Step, job: Job) -> None:
     fact = cast("LoadRequested", s.fact)
     joined = replace(job, callers=(*job.callers, _caller(fact, joined=True)))
-    _remember_id(s, fact)
+    if fact.target.request.force_reload and job is not s.ctx.job:
+        request = replace(job.target.request, force_reload=True)  # what runs then will not do
+        joined = replace(joined, target=replace(job.target, request=request))
+    _note_load(s, fact)
     s.put(
         job=joined if s.ctx.job is job else s.ctx.job,
         queue=tuple(joined if other is job else other for other in s.ctx.queue),
@@ -520,6 +534,16 @@ def _interrupt(s: Step, reason: CancelReason, problem: Problem) -> None:
 
 def _wait(s: Step, callers: tuple[Caller, ...], answer: Answer) -> None:
     s.put(waiters=(*s.ctx.waiters, *(Waiter(caller.ticket, answer) for caller in callers)))
+
+
+def _answer_at_the_end(s: Step, callers: tuple[Caller, ...], answer: Answer) -> None:
+    """Answer when the effect in flight has ended; now, if the old server is only drained: a load
+    that waits for leases has nothing under way that its end would have to wait for.
+    """
+    if s.ctx.effect is None:
+        s.settle(callers, answer)
+    else:
+        _wait(s, callers, answer)
 
 
 def _fail(s: Step, job: Job, problem: Problem) -> None:

@@ -100,7 +100,8 @@ class Context:
         queue: Accepted loads that come after it, oldest first.
         running: What the child was committed with; kept until it is stopped, for comparison.
         leases: Who keeps the running server from being stopped.
-        newest_load: The latest call whose load was accepted; `newest_unload` alike.
+        newest_load: The latest call whose load was accepted.
+        unloads: The latest unload of each model, by the name it was given; None is of any model.
         cancelled_ids: Cancels that came before their load, with the time they were made.
         seen_ids: Ids of recent loads; a cancel of one of these is late, not early.
         committed_args: Extra args of the last load that became Healthy, by source.
@@ -117,7 +118,7 @@ class Context:
     lease_waiters: tuple[Ticket, ...] = ()
     waiters: tuple[Waiter, ...] = ()
     newest_load: Ticket = Ticket(0)
-    newest_unload: Ticket = Ticket(0)
+    unloads: tuple[tuple[str | None, Ticket], ...] = ()
     is_shutting_down: bool = False
     cancelled_ids: tuple[tuple[str, float], ...] = ()
     seen_ids: tuple[str, ...] = ()

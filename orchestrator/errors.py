@@ -19,6 +19,7 @@ OrchestratorError
 │   ├── NotLoaded             503  no model is Healthy
 │   ├── ShuttingDown          503
 │   ├── ServerExited          503  the healthy server ended by itself
+│   ├── WrongProcess          503  the orchestrator belongs to the parent of this fork
 │   └── SlotOccupied          503  a server of this slot would not die
 ├── SlotOwned                 409  another orchestrator owns this slot
 ├── StateDirError             500  the slot's directory cannot be used
@@ -250,6 +251,11 @@ class ShuttingDown(Unavailable):
 class ServerExited(Unavailable):
     category = "server_exited"
     title = "The server ended by itself"
+
+
+class WrongProcess(Unavailable):
+    category = "wrong_process"
+    title = "The orchestrator belongs to another process"
 
 
 class SlotOccupied(Unavailable):

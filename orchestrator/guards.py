@@ -6,7 +6,7 @@ facts) it may be used with; a test holds the table to it.
 
 from __future__ import annotations
 
-from orchestrator.context import Context, Job
+from orchestrator.context import Caller, Context, Job
 from orchestrator.messages import (
     BecameReady,
     CancelRequested,
@@ -96,7 +96,7 @@ def an_unload_came_after(ctx: Context, fact: LoadRequested) -> bool:
     Tickets count the calls in the order they were made; looking a model up on disk takes longer
     for one load than for another, so loads may arrive here in another order.
     """
-    return fact.ticket < ctx.newest_unload
+    return any(fact.ticket < at and is_named(fact.target, model) for model, at in ctx.unloads)
 
 
 def a_newer_load_came_first(ctx: Context, fact: LoadRequested) -> bool:
@@ -141,11 +141,9 @@ def next_is_running(ctx: Context, fact: Promoted) -> bool:
 
 def names_another_model(ctx: Context, fact: UnloadRequested) -> bool:
     """The unload is for a model that is neither running nor wanted."""
-    if fact.model is None:
-        return False
     targets = [job.target for job in ctx.wanted]
     targets += [ctx.running.target] if ctx.running else []
-    return not any(fact.model in {t.request.model_path, t.model.weights[0].path} for t in targets)
+    return fact.model is not None and not any(is_named(target, fact.model) for target in targets)
 
 
 def slot_is_occupied(ctx: Context, fact: object) -> bool:
@@ -158,14 +156,10 @@ def cancels_job(ctx: Context, fact: CancelRequested) -> bool:
     return ctx.job is not None and cancels(ctx.job, fact)
 
 
-def cancels_queued(ctx: Context, fact: CancelRequested) -> bool:
-    return any(cancels(job, fact) for job in ctx.queue)
-
-
-def cancels_one_caller(ctx: Context, fact: CancelRequested) -> bool:
-    """Its id is one of several that joined the same load: only that caller leaves."""
-    return fact.request_id is not None and any(
-        caller.request_id == fact.request_id for job in ctx.wanted for caller in job.callers
+def cancels_callers(ctx: Context, fact: CancelRequested) -> bool:
+    """It means a queued load, or some of those who joined the load in flight."""
+    return any(cancels(job, fact) for job in ctx.queue) or any(
+        is_meant(job, caller, fact) for job in ctx.wanted for caller in job.callers
     )
 
 
@@ -178,7 +172,7 @@ def abandons_job(ctx: Context, fact: Withdrawn) -> bool:
     )
 
 
-def gives_back_the_last_lease(ctx: Context, fact: LeaseReleased) -> bool:
+def gives_back_the_last_lease(ctx: Context, fact: LeaseReleased | Withdrawn) -> bool:
     return ctx.leases == {fact.ticket}
 
 
@@ -213,9 +207,22 @@ def is_same(ctx: Context, job: Job, target: Target) -> bool:
     return not differences(ours, target.inheriting({**committed, ours.source: ours.extra_args}))
 
 
+def is_named(target: Target, model: str | None) -> bool:
+    """Does an unload of `model` mean this target? None means any."""
+    return model is None or model in {target.request.model_path, target.model.weights[0].path}
+
+
 def cancels(job: Job, fact: CancelRequested) -> bool:
+    """Does the cancel end this load, for everybody who waits for it?"""
     if job.token is not None:
         return False
     if fact.generation is not None:
         return job.generation == fact.generation
-    return bool(job.callers) and all(c.request_id == fact.request_id for c in job.callers)
+    return bool(job.callers) and all(is_meant(job, caller, fact) for caller in job.callers)
+
+
+def is_meant(job: Job, caller: Caller, fact: CancelRequested) -> bool:
+    """Does the cancel name this load, or the id of this caller?"""
+    if fact.generation is not None:
+        return job.generation == fact.generation
+    return fact.request_id is not None and caller.request_id == fact.request_id

@@ -373,3 +373,17 @@ class Fence:
 
 Effect = Kill | Download | Spawn | Probe
 Command = Effect | SetToken | SetTimer | Accept | Settle | Post | Fence
+
+
+def failure_of(effect: Effect, problem: Problem, at: float) -> Completion:
+    """Return the completion of an effect that could not be carried out at all."""
+    generation = effect.generation
+    match effect:
+        case Kill():
+            return KillFailed(generation, at, problem)
+        case Download():
+            return FetchFailed(generation, at, problem)
+        case Spawn():
+            return SpawnFailed(generation, at, problem)
+        case Probe():
+            return NotReady(generation, at, problem)

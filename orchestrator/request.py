@@ -7,9 +7,8 @@ exactly when `differences` is empty; nothing else in the library compares settin
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final, Literal, Self, get_args
 
@@ -246,6 +245,8 @@ def _text(field: str, value: object) -> str | None:
         return None
     if not isinstance(value, str):
         raise _malformed(field, "a string", value)
+    if not server_args.is_encodable(value):
+        raise InvalidRequest.because(f"{field} is not valid Unicode text", field=field)
     return value.strip() or None
 
 
@@ -296,7 +297,7 @@ def _parallel(field: str, value: object) -> int | None:
 def _seconds(field: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _malformed(field, "a number of seconds", value)
-    if not math.isfinite(value) or not 0 < value <= _MAX_SECONDS:
+    if not 0 < value <= _MAX_SECONDS:  # false for NaN too, and safe for a huge int
         raise InvalidRequest.because(
             f"{field} is {value}: use more than 0 and at most {_MAX_SECONDS:.0f} seconds",
             field=field,
@@ -319,7 +320,7 @@ def _speculative_type(field: str, value: object) -> str | None:
 def _extra_args(field: str, value: object) -> tuple[str, ...] | None:
     if value is None:
         return None
-    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         raise _malformed(field, "a list of strings", value)
     args = tuple(value)
     for token in args:
@@ -330,11 +331,13 @@ def _extra_args(field: str, value: object) -> tuple[str, ...] | None:
 
 
 def _on_busy(field: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise _malformed(field, "a string", value)
     if value not in get_args(OnBusy):
         raise InvalidRequest.because(
             f"{field} is {value!r}: use one of {', '.join(get_args(OnBusy))}", field=field
         )
-    return str(value)
+    return value
 
 
 def _request_id(field: str, value: object) -> str | None:

@@ -97,25 +97,42 @@ def check_extra_args(args: tuple[str, ...]) -> None:
         RefusedArgument: names the flag and the reason.
         InvalidRequest: too many, too long, or a control character.
     """
+    if not all(map(is_encodable, args)):
+        raise InvalidRequest.because(
+            "llama_extra_args is not valid Unicode text", field="llama_extra_args"
+        )
     if len(args) > MAX_TOKENS or sum(len(a.encode()) for a in args) > MAX_BYTES:
         raise InvalidRequest.because(
             f"llama_extra_args is too long: at most {MAX_TOKENS} tokens and {MAX_BYTES} bytes",
             field="llama_extra_args",
         )
-    for token in args:
-        if any(ord(c) < 32 or ord(c) == 127 for c in token):
+    for number, token in enumerate(args):
+        if any(ord(c) < 32 or ord(c) == 127 for c in token):  # not shown: it may be a secret
             raise InvalidRequest.because(
-                f"llama_extra_args holds a control character: {token!r}", field="llama_extra_args"
+                f"llama_extra_args[{number}] holds a control character", field="llama_extra_args"
             )
         name = flag_of(token)
         if name is None:
             continue
-        attached = _ATTACHED.match(name)
+        attached = _ATTACHED.match(name.lower())
         for spelling in (name, name.lower(), attached.group(1) if attached else name):
             if why := _REFUSED.get(spelling):
                 raise RefusedArgument.because(
                     f"llama_extra_args: {spelling} is refused: {why}", field="llama_extra_args"
                 )
+
+
+def is_encodable(text: str) -> bool:
+    """Is this text that an argv, a file and a JSON answer can carry?
+
+    Half a surrogate pair, which JSON may hold as an escape, is not, nor is a byte of a file name
+    that was never UTF-8 (PEP 383).
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def groups_set_by(request: LoadRequest) -> frozenset[str]:

@@ -76,18 +76,18 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("unload", ALL,  "names_another_model",             STAY, "answer_unchanged"),
     _row("unload", I,    "slot_is_occupied",                K, "wait_for_empty begin_kill"),
     _row("unload", I,    "",                                STAY, "answer_unloaded"),
-    _row("unload", H,    "",                                K, "cancel_all wait_for_empty begin_kill"),
+    _row("unload", H,    "",                                K, "cancel_all take_next wait_for_empty begin_kill"),
     _row("unload", K,    "",                                STAY, "cancel_all take_next wait_for_empty"),
     _row("unload", DSW,  "",                                STAY, "cancel_all wait_for_empty"),
 
-    _row("cancel", K,    "cancels_job",                     STAY, "cancel_job take_next wait_for_end"),
-    _row("cancel", DSW,  "cancels_job",                     STAY, "cancel_job wait_for_end"),
-    _row("cancel", ALL,  "cancels_queued",                  STAY, "cancel_queued"),
-    _row("cancel", ALL,  "cancels_one_caller",              STAY, "cancel_one_caller"),
+    _row("cancel", K,    "cancels_job",                     STAY, "cancel_job cancel_callers take_next wait_for_end"),
+    _row("cancel", DSW,  "cancels_job",                     STAY, "cancel_job cancel_callers wait_for_end"),
+    _row("cancel", ALL,  "cancels_callers",                 STAY, "cancel_callers answer_cancelled"),
     _row("cancel", ALL,  "",                                STAY, "remember_cancel"),
 
     _row("withdraw", K,   "abandons_job",                   STAY, "forget_ticket cancel_job take_next"),
     _row("withdraw", DSW, "abandons_job",                   STAY, "forget_ticket cancel_job"),
+    _row("withdraw", K,   "gives_back_the_last_lease",      STAY, "forget_ticket kill_when_drained"),
     _row("withdraw", ALL, "",                               STAY, "forget_ticket"),
 
     _row("deadline_expired", K,   "is_job",                 STAY, "time_out_job take_next"),

@@ -1,0 +1,228 @@
+"""The real effects of one owner: the slot's processes, the files, the probes.
+
+Composition only. Spawns happen on the owner's thread, signals and exits on the warden's, look-ups
+and probes on one worker thread; since at most one effect is in flight, one worker is enough.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from orchestrator import guardian, models
+from orchestrator.errors import OrchestratorError, Problem, StateDirError
+from orchestrator.health import LoadProgress, wait_ready
+from orchestrator.messages import (
+    BecameReady,
+    Child,
+    Download,
+    Effect,
+    Emptied,
+    Fact,
+    Fetched,
+    FetchFailed,
+    Kill,
+    KillFailed,
+    NotReady,
+    Probe,
+    SlotEvidence,
+    Spawn,
+    Spawned,
+    SpawnFailed,
+    failure_of,
+)
+from orchestrator.ports import SlotLock
+from orchestrator.process import ServerProcess, Warden, child_environment
+from orchestrator.server_args import build_argv
+from orchestrator.slot import Slot
+from orchestrator.tokens import CancelToken
+
+_log = structlog.get_logger("orchestrator.effects")
+
+Post = Callable[[Fact], None]
+_Job = tuple[Effect, Callable[[], None]]
+
+
+@dataclass(slots=True)
+class _HeldLock:
+    """A locked descriptor, closed once."""
+
+    fd: int | None
+
+    def release(self) -> None:
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+
+class ProcessEffects:
+    """Effects on a claimed slot.
+
+    Args:
+        slot: Claimed; whatever a dead owner left in it is ended before anything else.
+        post: Where completions go; callable from any thread.
+        kill_grace_s: Seconds between SIGTERM and SIGKILL.
+        server_env: Variables the server gets beside the allow-list.
+    """
+
+    def __init__(
+        self, slot: Slot, post: Post, *, kill_grace_s: float, server_env: Mapping[str, str]
+    ) -> None:
+        self._slot = slot
+        self._post = post
+        self._env = server_env
+        self._server: ServerProcess | None = None
+        self._progress: LoadProgress | None = None
+        self._guardian: subprocess.Popen[bytes] | None = None
+        self._work: queue.SimpleQueue[tuple[Effect, Callable[[], None]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._warden = Warden(slot, post, kill_grace_s=kill_grace_s)
+        self._worker = threading.Thread(
+            target=self._run_worker, name=f"llama-effects-{slot.name}", daemon=True
+        )
+        ended, evidence = slot.reap()
+        if ended:
+            _log.warning("slot.reaped", pids=sorted(ended), is_empty=evidence.is_empty)
+        self._watch_over()
+        self._warden.start()
+        self._worker.start()
+
+    # ------------------------------------------------------------------------ the owner's thread
+
+    def take_slot(self) -> tuple[SlotEvidence, SlotLock | None]:
+        evidence, fd = self._slot.take_lock()
+        return evidence, None if fd is None else _HeldLock(fd)
+
+    def child_is_alive(self, child: Child) -> bool:
+        server = self._server
+        return server is not None and server.pid == child.pid and server.is_alive
+
+    def start(self, effect: Effect, token: CancelToken, lock: SlotLock | None) -> None:
+        match effect:
+            case Kill():
+                self._warden.empty(effect, self._server, self._emptied)
+            case Download():
+                self._progress = None
+                self._work.put((effect, lambda: self._download(effect)))
+            case Spawn():
+                self._spawn(effect, lock)
+            case Probe():
+                self._progress = LoadProgress(effect.size_bytes)
+                self._work.put((effect, lambda: self._probe(effect, token)))
+
+    def progress(self) -> LoadProgress | None:
+        return self._progress
+
+    def log_tail(self, count: int) -> tuple[str, ...]:
+        return self._server.output.tail(count) if self._server is not None else ()
+
+    def close(self) -> None:
+        self._work.put(None)
+        self._worker.join()
+        self._warden.close()
+        if self._guardian is not None:
+            guardian.stop(self._guardian)
+        self._slot.release()
+
+    def _spawn(self, command: Spawn, lock: SlotLock | None) -> None:
+        if not isinstance(lock, _HeldLock) or lock.fd is None:
+            raise TypeError("a spawn needs the lock of the slot it spawns into")
+        self._watch_over()
+        try:
+            argv = build_argv(command.target, template_file=self._write_template(command))
+            environment = child_environment(self._env, self._slot)
+            self._warden.spawn(command.generation, argv, environment, lock.fd, self._spawned)
+        except OrchestratorError as error:
+            self._remove_template()
+            failed = SpawnFailed(command.generation, time.monotonic(), error.problem)
+            self._post(failed)
+        finally:
+            lock.release()
+
+    def _spawned(self, server: ServerProcess) -> None:
+        self._server = server
+        child = Child(server.generation, server.pid)
+        self._post(Spawned(server.generation, time.monotonic(), child))
+
+    def _watch_over(self) -> None:
+        """See to it that somebody ends the server if this process dies."""
+        if self._guardian is not None and self._guardian.poll() is None:
+            return
+        try:
+            self._guardian = guardian.start(self._slot)
+        except OSError as error:
+            _log.error("guardian.unavailable", error=str(error))
+
+    # ------------------------------------------------------------------------- the worker's thread
+
+    def _run_worker(self) -> None:
+        while (job := self._work.get()) is not None:
+            effect, carry_out = job
+            try:
+                carry_out()
+            except Exception as error:  # noqa: BLE001 (an effect always reports)
+                _log.exception("effect.failed", effect=type(effect).__name__)
+                problem = Problem("internal", f"{type(error).__name__}: {error}")
+                self._post(failure_of(effect, problem, time.monotonic()))
+
+    def _download(self, command: Download) -> None:
+        """Look at the files again: they may have been replaced since the load was accepted."""
+        try:
+            files = models.locate(command.target.request)
+        except OrchestratorError as error:
+            self._post(FetchFailed(command.generation, time.monotonic(), error.problem))
+        else:
+            self._post(Fetched(command.generation, time.monotonic(), files))
+
+    def _probe(self, command: Probe, token: CancelToken) -> None:
+        server, progress = self._server, self._progress
+        if server is None or progress is None or server.pid != command.child.pid:
+            problem = Problem("server_start_failed", "the server is gone", reason="exited")
+            self._post(NotReady(command.generation, time.monotonic(), problem))
+            return
+        timeout = command.stall_timeout_s
+        verdict = wait_ready(server, token, stall_timeout_s=timeout, progress=progress)
+        now = time.monotonic()
+        if isinstance(verdict, Problem):
+            self._post(NotReady(command.generation, now, verdict))
+        else:
+            self._post(BecameReady(command.generation, now, verdict))
+
+    # ------------------------------------------------------------------------- the warden's thread
+
+    def _emptied(self, fact: Emptied | KillFailed) -> None:
+        if isinstance(fact, Emptied):
+            self._remove_template()
+        self._post(fact)
+
+    # ------------------------------------------------------------------------- the private template
+
+    @property
+    def _template_path(self) -> Path:
+        return self._slot.directory / "chat-template.jinja"
+
+    def _write_template(self, command: Spawn) -> str | None:
+        template = command.target.request.chat_template_override
+        if template is None:
+            return None
+        path = self._template_path
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            with open(fd, "w", encoding="utf-8") as file:
+                file.write(template)
+        except OSError as error:
+            message = f"the chat template cannot be written to {path} ({error.strerror})"
+            raise StateDirError.because(message, field="state_dir") from error
+        return str(path)
+
+    def _remove_template(self) -> None:
+        self._template_path.unlink(missing_ok=True)

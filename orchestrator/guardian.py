@@ -1,0 +1,71 @@
+"""A small process that outlives a killed host just long enough to end its server.
+
+One per orchestrator. It waits on a pidfd of the host (so forks of the host mean nothing, and no
+thread's death is mistaken for the host's), then ends whatever the slot holds by the same rules as
+a later start would. It holds no lock while the host lives and never touches another slot.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from orchestrator import proctable
+from orchestrator.errors import SlotOwned
+from orchestrator.proctable import Pin, ProcessId
+from orchestrator.slot import TOKEN_NAME, Slot
+
+_POLL_HOST_S = 3600.0
+
+
+def start(slot: Slot) -> subprocess.Popen[bytes]:
+    """Start the guardian of this process for a claimed slot; takes about 1 ms here."""
+    host = proctable.identify(os.getpid())
+    if host is None:
+        raise OSError("this process cannot be found in the process table")
+    arguments = {
+        "path": [str(Path(__file__).parents[1]), *sys.path],
+        "slot": slot.name,
+        "state_dir": str(slot.directory.parent),
+        "host": [host.pid, host.start_ticks, host.boot_id],
+    }
+    code = (
+        "import json, sys; a = json.loads(sys.argv[1]); sys.path[:] = a['path']; "
+        "from orchestrator.guardian import main; main(a)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != TOKEN_NAME}
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", code, json.dumps(arguments)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def stop(guardian: subprocess.Popen[bytes]) -> None:
+    """End a guardian that is not needed any more; the slot must be empty."""
+    guardian.terminate()
+    guardian.wait()
+
+
+def main(arguments: dict[str, Any]) -> None:
+    """Wait for the host to die, then empty its slot."""
+    host = ProcessId(*arguments["host"])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the host
+    slot = Slot(arguments["slot"], arguments["state_dir"])
+    while (pin := Pin.of(host)) is not None:
+        proctable.wait_exited([pin], _POLL_HOST_S)
+        pin.close()
+    try:
+        slot.claim()
+    except SlotOwned:
+        if not slot.is_owned_by(host):
+            return  # a new orchestrator has claimed it, and reaps by itself
+    slot.reap()

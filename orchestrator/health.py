@@ -1,0 +1,264 @@
+"""Is our own child ready? Never a port, never another process: this child, on its own socket.
+
+The server picks a free port itself; its address comes from its own output or from the sockets of
+its own processes, so a foreign 200 cannot count. The wait is woken by the child's output, by its
+exit and by the load's token, and probes in between at an interval that adapts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import socket
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Final
+from urllib.parse import urlsplit
+
+from orchestrator import plan, proctable
+from orchestrator.errors import Problem
+from orchestrator.messages import ServerFacts
+from orchestrator.process import ServerProcess
+from orchestrator.tokens import CancelToken
+
+_ANSWER_S: Final = 2.0
+_PROPS_S: Final = 1.0
+_SAMPLE_S: Final = 0.25
+_LOOK_UP_S: Final = 0.03
+_MAX_ANSWER: Final = 1 << 20
+_GROWTH_BYTES: Final = 1 << 16
+
+
+class _Waker:
+    """A pipe that other threads write to: everything the wait is woken by."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        os.set_blocking(self._read, False)
+        self._is_open = True
+        self._guard = threading.Lock()  # no write may hit a descriptor that was closed and reused
+
+    def wake(self) -> None:
+        with self._guard, contextlib.suppress(BlockingIOError):
+            if self._is_open:
+                os.write(self._write, b"x")
+
+    def wait(self, seconds: float, also: socket.socket | None = None) -> tuple[bool, bool]:
+        """Return (something happened, `also` is readable) after at most so long."""
+        poll = select.poll()  # select() ends at descriptor 1024
+        poll.register(self._read, select.POLLIN)
+        if also is not None:
+            poll.register(also, select.POLLIN)
+        ready = [fd for fd, _ in poll.poll(seconds * 1000)]
+        if woken := self._read in ready:
+            os.read(self._read, 4096)
+        return woken, len(ready) > woken
+
+    def close(self) -> None:
+        with self._guard:
+            self._is_open = False
+            os.close(self._read)
+            os.close(self._write)
+
+
+@dataclass(slots=True)
+class LoadProgress:
+    """How much of the model the child has taken in; never goes back."""
+
+    bytes_total: int | None
+    bytes_done: int = 0
+
+    def saw(self, bytes_done: int) -> None:
+        capped = bytes_done if self.bytes_total is None else min(bytes_done, self.bytes_total)
+        self.bytes_done = max(self.bytes_done, capped)
+
+
+@dataclass(slots=True)
+class _StallClock:
+    """Any sign of work resets it: bytes read, memory grown, a line printed."""
+
+    server: ServerProcess
+    progress: LoadProgress
+    last_work: float = field(default_factory=time.monotonic)
+    last_sample: float = 0.0
+    seen: tuple[int, int, int] = (0, 0, 0)
+
+    def idle_s(self) -> float:
+        now = time.monotonic()
+        if now - self.last_sample >= _SAMPLE_S:
+            self.last_sample = now
+            read = proctable.bytes_read(self.server.pid)
+            resident = proctable.resident_bytes(self.server.pid)
+            self.progress.saw(max(read, resident))
+            sample = (read, resident, self.server.output.bytes_seen)
+            if any(new > old for new, old in zip(sample, self.seen, strict=True)):
+                self.last_work = now
+                self.seen = sample
+        return now - self.last_work
+
+
+def wait_ready(
+    server: ServerProcess,
+    token: CancelToken,
+    *,
+    stall_timeout_s: float,
+    progress: LoadProgress,
+) -> ServerFacts | Problem:
+    """Wait until this child serves, ends, stalls or is not wanted any more.
+
+    Args:
+        server: The child; only its own sockets are probed.
+        token: Of the load; setting it ends the wait within a millisecond or two.
+        stall_timeout_s: Seconds without any sign of work before giving up.
+        progress: Updated as the model is read.
+
+    Returns:
+        What the server says of itself, or why it will not be ready.
+    """
+    waker = _Waker()
+    server.listeners.append(waker.wake)
+    token.on_set(waker.wake)
+    try:
+        return _wait(server, token, waker, stall_timeout_s, progress)
+    finally:
+        server.listeners.remove(waker.wake)
+        waker.close()
+
+
+def _wait(
+    server: ServerProcess,
+    token: CancelToken,
+    waker: _Waker,
+    stall_timeout_s: float,
+    progress: LoadProgress,
+) -> ServerFacts | Problem:
+    clock = _StallClock(server, progress)
+    pause: float | None = None
+    started = looked_up = time.monotonic()
+    address: tuple[str, int] | None = None
+    while True:
+        if token.is_set():
+            return Problem("cancelled", "the load is not wanted any more")
+        if server.exit is not None or not server.is_alive:
+            return _ended(server, waker)
+        if server.output.base_url is not None:
+            address = _split(server.output.base_url)
+        elif address is None and time.monotonic() - max(started, looked_up) >= _LOOK_UP_S:
+            address, looked_up = _own_listener(server), time.monotonic()
+        if address is not None:
+            facts = _probe(server, address, waker, token)
+            if facts is not None and server.is_alive:
+                progress.saw(progress.bytes_total or 0)
+                return facts
+        if clock.idle_s() >= stall_timeout_s:
+            return Problem(
+                "stalled",
+                f"no sign of progress for {stall_timeout_s:g} s: look at the output, or raise "
+                "stall_timeout_s",
+                field="stall_timeout_s",
+                log_tail=server.output.tail(),
+            )
+        pause = plan.next_probe_s(pause)
+        if waker.wait(min(pause, stall_timeout_s))[0]:
+            pause = None if address is not None else pause
+
+
+def _ended(server: ServerProcess, waker: _Waker) -> Problem:
+    """The warden sees the exit and the last output within moments of the kernel."""
+    ends = time.monotonic() + _ANSWER_S
+    while server.exit is None and time.monotonic() < ends:
+        waker.wait(0.05)
+    seen = server.exit
+    return plan.ended_during_start(seen.returncode if seen else None, server.output.tail())
+
+
+def _split(base_url: str) -> tuple[str, int]:
+    parts = urlsplit(base_url)
+    return parts.hostname or "127.0.0.1", parts.port or 0
+
+
+def _own_listener(server: ServerProcess) -> tuple[str, int] | None:
+    """Return where the child or one of its descendants listens, for builds that do not say."""
+    family = {server.pid} | proctable.descendants({server.pid}, proctable.everyone())
+    found = proctable.listening_ports(family)
+    return next(((host, port) for host, port in found if host.startswith("127.")), None)
+
+
+def _probe(
+    server: ServerProcess, address: tuple[str, int], waker: _Waker, token: CancelToken
+) -> ServerFacts | None:
+    """Ask /health and, once it is 200, /props, on one connection. None: not ready yet.
+
+    Plain sockets, so that a token or an exit interrupts a server that never answers, and no
+    proxy variable can send the question elsewhere.
+    """
+    host, port = address
+    try:
+        with socket.create_connection(address, timeout=_ANSWER_S) as connection:
+            connection.setblocking(False)
+            status, _ = _ask(connection, "/health", server, waker, token, _ANSWER_S)
+            if status != 200:
+                return None
+            status, body = _ask(connection, "/props", server, waker, token, _PROPS_S)
+    except OSError:
+        return None
+    return _facts(f"http://{host}:{port}", body if status == 200 else b"")
+
+
+def _facts(base_url: str, props: bytes) -> ServerFacts:
+    try:
+        members = json.loads(props)
+        context = members["default_generation_settings"]["n_ctx"]
+        vision = bool(members.get("modalities", {}).get("vision", False))
+    except (ValueError, TypeError, KeyError):
+        return ServerFacts(base_url)
+    return ServerFacts(base_url, context if isinstance(context, int) else None, vision)
+
+
+def _ask(
+    connection: socket.socket,
+    path: str,
+    server: ServerProcess,
+    waker: _Waker,
+    token: CancelToken,
+    timeout_s: float,
+) -> tuple[int, bytes]:
+    """GET a path and return (status, body); (0, b"") when there is no answer to wait for."""
+    request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: */*\r\n\r\n"
+    connection.send(request.encode())
+    ends = time.monotonic() + timeout_s
+    data = b""
+    while (left := ends - time.monotonic()) > 0 and len(data) < _MAX_ANSWER:
+        woken, answered = waker.wait(left, connection)
+        if woken and (token.is_set() or server.exit is not None):
+            break
+        if not answered:
+            continue
+        more = connection.recv(65536)
+        data += more
+        whole = _whole_answer(data, ended=not more)
+        if whole is not None or not more:
+            return whole or (0, b"")
+    return 0, b""
+
+
+def _whole_answer(data: bytes, *, ended: bool) -> tuple[int, bytes] | None:
+    """Return (status, body) once all of it is there."""
+    head, found, body = data.partition(b"\r\n\r\n")
+    words = head.split(None, 2)
+    if not found or len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
+        return None
+    length = None
+    for line in head.split(b"\r\n")[1:]:
+        name, _, value = line.partition(b":")
+        if name.strip().lower() == b"content-length" and value.strip().isdigit():
+            length = int(value)
+    if length is None and not ended:
+        return None
+    if length is not None and len(body) < length:
+        return None
+    return int(words[1]), body if length is None else body[:length]

@@ -1,0 +1,130 @@
+"""From what a caller named to the files that would be loaded, looked at on disk.
+
+A file, or a folder with one model; all shards of a split one, in order. Nothing is guessed: what
+cannot be found is an error that lists what is there. Reads headers only; changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Final
+
+from orchestrator import gguf_file
+from orchestrator.errors import InvalidModel, ModelNotFound
+from orchestrator.request import FileIdentity, LoadRequest, ModelFiles
+
+_REPO: Final = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_SHARD: Final = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.I)
+_SET_ASIDE: Final = re.compile(r"(mmproj|mtp-|dflash-|\._)|.*imatrix|.*-be\.gguf$", re.I)
+
+PREFERENCE: Final = (
+    *("UD-Q4_K_XL", "UD-Q4_K_L", "UD-Q5_K_XL", "UD-Q3_K_XL", "UD-Q6_K_XL", "UD-Q6_K_S"),
+    *("UD-Q8_K_XL", "UD-Q2_K_XL", "UD-IQ4_NL", "UD-IQ4_XS", "UD-IQ3_S", "UD-IQ3_XXS"),
+    *("UD-IQ2_M", "UD-IQ2_XXS", "UD-IQ1_M", "UD-IQ1_S", "Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S"),
+    *("Q6_K", "Q8_0", "Q3_K_M", "Q3_K_L", "Q3_K_S", "Q2_K", "Q2_K_L", "IQ4_NL", "IQ4_XS"),
+    *("IQ3_M", "IQ3_XXS", "IQ2_M", "IQ1_M", "F16", "BF16", "F32"),
+)
+
+
+def identity_of(path: str | os.PathLike[str]) -> FileIdentity:
+    """Return the identity of an existing file, symbolic links resolved."""
+    real = os.path.realpath(path)
+    found = os.stat(real)
+    return FileIdentity(real, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def locate(request: LoadRequest) -> ModelFiles:
+    """Return the files this request would load, checked to be whole GGUF files.
+
+    Raises:
+        ModelNotFound: nothing is there (field `model_path`, `gguf_variant` or `mmproj_path`).
+        InvalidModel: empty, truncated or not a GGUF.
+    """
+    path = Path(request.model_path).expanduser()
+    if path.is_dir():
+        first = _choose(path, request.gguf_variant)
+    elif path.exists():
+        first = path
+    else:
+        raise _not_found(request.model_path)
+    weights = tuple(_checked(shard, "model_path") for shard in _shards(first))
+    projector = None
+    if request.mmproj_path is not None:
+        file = Path(request.mmproj_path).expanduser()
+        if not file.is_file():
+            raise ModelNotFound.because(f"mmproj_path {file} is not a file", field="mmproj_path")
+        projector = _checked(file, "mmproj_path")
+    return ModelFiles(weights, projector, request.gguf_variant if path.is_dir() else None)
+
+
+def matches(name: str, label: str) -> bool:
+    """Does a file name carry this quant label, at alphanumeric boundaries?"""
+    pattern = rf"(?<![A-Za-z0-9_]){re.escape(label)}(?![A-Za-z0-9_])"
+    return any(
+        not name[: found.start()].upper().endswith("UD-")
+        for found in re.finditer(pattern, name, re.IGNORECASE)
+    )
+
+
+def _not_found(name: str) -> ModelNotFound:
+    if _REPO.fullmatch(name) and not name.endswith(".gguf"):
+        message = (
+            f"{name} is not a local file or folder, and this version does not download from the "
+            "Hub: download the .gguf file and give its path"
+        )
+    else:
+        message = f"{name} does not exist: give a .gguf file or a folder with one"
+    return ModelNotFound.because(message, field="model_path")
+
+
+def _checked(path: Path, field: str) -> FileIdentity:
+    if not path.is_file():
+        raise InvalidModel.because(f"{path} is not a regular file", field=field)
+    if not os.access(path, os.R_OK):
+        raise InvalidModel.because(f"{path} may not be read: check its permissions", field=field)
+    file = identity_of(path)
+    info = gguf_file.inspect(file, field)
+    if field == "model_path" and info.architecture == "clip":
+        raise InvalidModel.because(
+            f"{path} is a vision projector: give it as mmproj_path", field="model_path"
+        )
+    return file
+
+
+def _shards(first: Path) -> tuple[Path, ...]:
+    """Return every part of a split model, in order; a whole model is its only part."""
+    if (split := _SHARD.fullmatch(first.name)) is None:
+        return (first,)
+    prefix, count = split["prefix"], int(split["count"])
+    parts = [first.with_name(f"{prefix}-{n:05d}-of-{count:05d}.gguf") for n in range(1, count + 1)]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise ModelNotFound.because(
+            f"{first} is split and {', '.join(missing)} is missing beside it", field="model_path"
+        )
+    return tuple(parts)
+
+
+def _choose(folder: Path, variant: str | None) -> Path:
+    """Pick the one model of a folder: by path, by label, or by the preference order."""
+    files = sorted(
+        (p for p in folder.rglob("*.gguf") if not _SET_ASIDE.match(p.name)),
+        key=lambda p: (len(p.relative_to(folder).parts), str(p)),
+    )
+    firsts = [p for p in files if (s := _SHARD.fullmatch(p.name)) is None or int(s["number"]) == 1]
+    if not firsts:
+        raise ModelNotFound.because(f"{folder} holds no .gguf model", field="model_path")
+    if variant is None:
+        for label in PREFERENCE:
+            if found := next((p for p in firsts if matches(p.stem, label)), None):
+                return found
+        return firsts[0]
+    names = {str(p.relative_to(folder)): p for p in firsts}
+    if variant in names:
+        return names[variant]
+    if found := next((p for name, p in names.items() if matches(name, variant)), None):
+        return found
+    raise ModelNotFound.because(
+        f"{folder} has no variant {variant!r}; it has {', '.join(names)}", field="gguf_variant"
+    )

@@ -1,0 +1,463 @@
+"""The public facades: `Orchestrator` for synchronous code, `AsyncOrchestrator` for asyncio.
+
+Both are thin: a call takes its place in the order of calls, looks up what it names, posts one
+fact and waits for its one answer. They may be used from any number of threads and event loops;
+a caller that goes away withdraws only itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import os
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, Literal, Self, cast
+
+from orchestrator import views
+from orchestrator.context import Policy
+from orchestrator.effects import ProcessEffects
+from orchestrator.errors import (
+    InvalidRequest,
+    OrchestratorError,
+    Problem,
+    ShuttingDown,
+    WrongProcess,
+)
+from orchestrator.events import Event
+from orchestrator.messages import (
+    Answer,
+    CancelAnswer,
+    CancelRequested,
+    LeaseGranted,
+    LeaseReleased,
+    LeaseRequested,
+    Loaded,
+    LoadRequested,
+    ShutdownRequested,
+    Unloaded,
+    UnloadRequested,
+)
+from orchestrator.models import locate
+from orchestrator.owner import Call, Owner
+from orchestrator.plan import Plan, checked_seconds, plan_load
+from orchestrator.request import LoadRequest, Target
+from orchestrator.servers import find_server
+from orchestrator.slot import Slot
+from orchestrator.tokens import Generation
+from orchestrator.views import LeasedServer, LoadOutcome, LoadProgress, Status, UnloadOutcome
+
+
+class _Base:
+    """What both facades share: construction, the owner's life, and everything that only reads.
+
+    Args:
+        llama_server: A path, `"auto"` (LLAMA_SERVER_PATH, PATH, embedded) or `"embedded"`.
+        slot: Name of the process slot; one orchestrator per slot, one server per orchestrator.
+        state_dir: Folder of the slots; default: this user's state directory.
+        kill_grace_s: Seconds between SIGTERM and SIGKILL; 0 = SIGKILL at once.
+        drain_timeout_s: Seconds a swap or an unload waits for leases to be given back.
+        abandoned_load: `cancel` or `continue` a load whose last caller has gone away.
+        server_env: Variables the server gets beside the allow-listed ones.
+
+    Raises:
+        InvalidRequest: a setting is not usable; names the field.
+    """
+
+    def __init__(
+        self,
+        *,
+        llama_server: str | os.PathLike[str] = "auto",
+        slot: str = "default",
+        state_dir: str | os.PathLike[str] | None = None,
+        kill_grace_s: float = 5.0,
+        drain_timeout_s: float = 30.0,
+        abandoned_load: Literal["cancel", "continue"] = "cancel",
+        server_env: Mapping[str, str] | None = None,
+    ) -> None:
+        if abandoned_load not in ("cancel", "continue"):
+            raise InvalidRequest.because(
+                f"abandoned_load is {abandoned_load!r}: use cancel or continue",
+                field="abandoned_load",
+            )
+        self._llama_server = os.fspath(llama_server)
+        self._slot_name = slot
+        self._state_dir = state_dir
+        self._kill_grace_s = checked_seconds("kill_grace_s", kill_grace_s)
+        drain_s = checked_seconds("drain_timeout_s", drain_timeout_s)
+        self._policy = Policy(drain_s, abandoned_load)
+        self._server_env = dict(server_env or {})
+        self._owner: Owner | None = None
+        self._pid = 0
+        self._is_closed = False
+        self._life = threading.Lock()  # starting and closing, nothing else
+
+    # -------------------------------------------------------------------------------- life
+
+    def _start(self) -> Owner:
+        """Claim the slot and start the owner, once; later calls return it."""
+        owner = self._owner
+        if owner is None:
+            with self._life:
+                if self._owner is None:
+                    self._claim()
+                owner = cast("Owner", self._owner)
+        if self._pid != os.getpid():
+            raise WrongProcess.because(
+                f"this orchestrator belongs to process {self._pid}: make one in this process, "
+                "with a slot of its own",
+                field="slot",
+            )
+        if self._is_closed:
+            raise ShuttingDown.because("this orchestrator has been closed: make a new one")
+        return owner
+
+    def _claim(self) -> None:
+        if self._is_closed:
+            raise ShuttingDown.because("this orchestrator has been closed: make a new one")
+        slot = Slot(self._slot_name, self._state_dir)
+        slot.claim()
+        try:
+            owner = Owner(
+                lambda post: ProcessEffects(
+                    slot, post, kill_grace_s=self._kill_grace_s, server_env=self._server_env
+                ),
+                policy=self._policy,
+            )
+        except BaseException:
+            slot.release()
+            raise
+        owner.start(slot.name)
+        self._owner, self._pid = owner, os.getpid()
+        self._intake = ThreadPoolExecutor(4, thread_name_prefix=f"llama-intake-{slot.name}")
+        atexit.register(self._close)
+
+    def _close(self) -> None:
+        """End everything: cancel loads, stop the server, give the slot back. Idempotent.
+
+        Raises:
+            SlotOccupied: something of the slot would not die; the slot is given up all the same.
+        """
+        with self._life:
+            owner, was_closed, self._is_closed = self._owner, self._is_closed, True
+            if owner is None or was_closed or self._pid != os.getpid():
+                return
+            atexit.unregister(self._close)
+            call = owner.call()
+            owner.ask(call, ShutdownRequested(call.ticket, owner.clock()))
+            answer = call.settled.result()
+            owner.stop()
+            self._intake.shutdown(wait=False)
+        if isinstance(answer, Problem):
+            raise answer.error()
+
+    # ----------------------------------------------------------------------- only reading
+
+    def status(self) -> Status:
+        """Return what is true right now. Never blocks; a decision belongs into a request."""
+        owner = self._owner
+        return views.status(owner.snapshot, owner.clock()) if owner else views.not_started()
+
+    def progress(self) -> LoadProgress:
+        """Return how far the load in flight is."""
+        owner = self._owner
+        if owner is None:
+            return LoadProgress(None, None, None, None)
+        return views.progress(owner.snapshot, owner.effects.progress())
+
+    def logs(self, lines: int = 200) -> tuple[str, ...]:
+        """Return the last lines the present (or last) server printed, oldest first."""
+        return self._owner.effects.log_tail(lines) if self._owner else ()
+
+    def plan(self, request: LoadRequest | str, **fields: Any) -> Plan:
+        """Return what `load` would do with this request now, and why, without doing it.
+
+        Raises:
+            OrchestratorError: as `load` would at once: a setting, the model or the server.
+        """
+        snapshot = self._start().snapshot
+        return plan_load(snapshot.state, snapshot.ctx, self._target(_request(request, fields)))
+
+    def outcome(self, generation: int) -> LoadOutcome | Problem | None:
+        """Return what became of a load; None while it is in flight.
+
+        Raises:
+            KeyError: no such generation, or so old that it has been forgotten.
+        """
+        owner = self._start()
+        ctx = owner.snapshot.ctx
+        answer = owner.outcomes.get(Generation(generation))
+        if isinstance(answer, Loaded):
+            return views.load_outcome(answer)
+        if isinstance(answer, Problem):
+            return answer
+        if any(job.generation == generation for job in (ctx.job, *ctx.queue) if job):
+            return None
+        raise KeyError(generation)
+
+    # ------------------------------------------------------------------------------ asking
+
+    def _target(self, request: LoadRequest) -> Target:
+        return Target(request, locate(request), find_server(self._llama_server))
+
+    def _ask_load(self, call: Call, request: LoadRequest) -> None:
+        """Look up what the request names and post it; a refusal is an answer to the call.
+
+        Looked up before anything is stopped: a load that cannot succeed costs nobody anything.
+        """
+        owner = cast("Owner", self._owner)
+        try:
+            target = self._target(request)
+        except OrchestratorError as error:
+            owner.refuse(call, error.problem)
+        except BaseException as error:
+            owner.refuse(call, Problem("internal", repr(error)))
+            raise
+        else:
+            owner.ask(call, LoadRequested(call.ticket, target, owner.clock()))
+
+    def _ask_unload(self, model_path: str | None) -> Call:
+        owner = self._start()
+        call = owner.call()
+        model = model_path.strip() if model_path is not None else None
+        owner.ask(call, UnloadRequested(call.ticket, model or None, owner.clock()))
+        return call
+
+    def _ask_cancel(self, request_id: str | None, generation: int | None) -> Call:
+        if (request_id is None) == (generation is None):
+            raise InvalidRequest.because(
+                "give exactly one of load_request_id and generation", field="load_request_id"
+            )
+        owner = self._start()
+        call = owner.call()
+        owner.ask(call, CancelRequested(call.ticket, request_id, generation, owner.clock()))
+        return call
+
+    def _ask_lease(self) -> Call:
+        owner = self._start()
+        call = owner.call()
+        owner.ask(call, LeaseRequested(call.ticket, owner.clock()))
+        return call
+
+    def _end_lease(self, call: Call) -> None:
+        owner = cast("Owner", self._owner)
+        owner.post(LeaseReleased(call.ticket, owner.clock()))
+
+
+class Orchestrator(_Base):
+    """Owns one llama-server, for synchronous code. Safe from any number of threads.
+
+    Example:
+        >>> with Orchestrator() as orch:  # doctest: +SKIP
+        ...     outcome = orch.load("model.gguf", max_seq_length=4096)
+        ...     with orch.lease() as server:
+        ...         print(server.base_url)
+    """
+
+    def start(self) -> Self:
+        """Claim the slot now instead of at the first call.
+
+        Raises:
+            SlotOwned: another orchestrator has it.
+            StateDirError: the slot's directory cannot be used.
+        """
+        self._start()
+        return self
+
+    def close(self) -> None:
+        """Cancel loads, stop the server, wait until the slot is verified empty. Idempotent."""
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def load(self, request: LoadRequest | str, **fields: Any) -> LoadOutcome:
+        """Make this model Healthy with these settings, and return what runs.
+
+        Args:
+            request: What to load; a string is its `model_path`.
+            **fields: Fields of `LoadRequest` to set or replace.
+
+        Raises:
+            OrchestratorError: see `orchestrator.errors` for the tree.
+        """
+        return views.load_outcome(cast("Loaded", _result(self._begin_load(request, fields))))
+
+    def submit(self, request: LoadRequest | str, **fields: Any) -> Generation:
+        """Begin a load that nobody waits for, and return its generation for `outcome`."""
+        call = self._begin_load(request, fields)
+        with contextlib.suppress(Exception):
+            return call.accepted.result()
+        return _refused(call)
+
+    def unload(self, model_path: str | None = None) -> UnloadOutcome:
+        """Stop the server, ending any load in flight; returns when the slot is verified empty."""
+        return _unload_outcome(_result(self._ask_unload(model_path)))
+
+    def cancel(self, load_request_id: str | None = None, generation: int | None = None) -> bool:
+        """End one load that is in flight, never a resident model. True when there was one."""
+        return cast(
+            "CancelAnswer", _result(self._ask_cancel(load_request_id, generation))
+        ).cancelled
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[LeasedServer]:
+        """Keep the Healthy server from being stopped by a swap; waits for a load in flight.
+
+        Raises:
+            NotLoaded: no model is Healthy and none is on its way.
+        """
+        call = self._ask_lease()
+        granted = cast("LeaseGranted", _result(call))
+        try:
+            yield views.leased_server(granted)
+        finally:
+            self._end_lease(call)
+
+    def events(self, after: int | None = None) -> Iterator[Event]:
+        """Iterate over what happens from now on (or after event `after`), until closed."""
+        log = self._start().events
+        position = log.last_id if after is None else after
+        while batch := log.wait(position):
+            for event in batch:
+                position = event.id
+                yield event
+
+    def _begin_load(self, request: LoadRequest | str, fields: dict[str, Any]) -> Call:
+        owner = self._start()
+        wanted = _request(request, fields)
+        call = owner.call()
+        self._ask_load(call, wanted)
+        return call
+
+
+class AsyncOrchestrator(_Base):
+    """Owns one llama-server, for asyncio. Usable from several event loops at once."""
+
+    async def start(self) -> Self:
+        """Claim the slot now instead of at the first call; errors as `Orchestrator.start`."""
+        await asyncio.get_running_loop().run_in_executor(None, self._start)
+        return self
+
+    async def close(self) -> None:
+        """Cancel loads, stop the server, wait until the slot is verified empty. Idempotent."""
+        closing = asyncio.get_running_loop().run_in_executor(None, self._close)
+        await asyncio.shield(closing)
+
+    async def __aenter__(self) -> Self:
+        return await self.start()
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def load(self, request: LoadRequest | str, **fields: Any) -> LoadOutcome:
+        """As `Orchestrator.load`; a cancelled `await` withdraws only its caller."""
+        call = await self._begin_load(request, fields)
+        return views.load_outcome(cast("Loaded", await _answer(call)))
+
+    async def submit(self, request: LoadRequest | str, **fields: Any) -> Generation:
+        """As `Orchestrator.submit`."""
+        call = await self._begin_load(request, fields)
+        with contextlib.suppress(Exception, asyncio.CancelledError):
+            return await asyncio.wrap_future(call.accepted)
+        return _refused(call)
+
+    async def unload(self, model_path: str | None = None) -> UnloadOutcome:
+        """As `Orchestrator.unload`."""
+        return _unload_outcome(await _answer(self._ask_unload(model_path)))
+
+    async def cancel(
+        self, load_request_id: str | None = None, generation: int | None = None
+    ) -> bool:
+        """As `Orchestrator.cancel`."""
+        call = self._ask_cancel(load_request_id, generation)
+        return cast("CancelAnswer", await _answer(call)).cancelled
+
+    @contextlib.asynccontextmanager
+    async def lease(self) -> AsyncIterator[LeasedServer]:
+        """As `Orchestrator.lease`."""
+        call = self._ask_lease()
+        granted = cast("LeaseGranted", await _answer(call))
+        try:
+            yield views.leased_server(granted)
+        finally:
+            self._end_lease(call)
+
+    async def events(self, after: int | None = None) -> AsyncIterator[Event]:
+        """As `Orchestrator.events`."""
+        log = self._start().events
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has been closed under us
+                loop.call_soon_threadsafe(changed.set)
+
+        position = log.last_id if after is None else after
+        stop = log.subscribe(wake)
+        try:
+            while True:
+                for event in log.since(position):
+                    position = event.id
+                    yield event
+                if log.is_closed and log.last_id <= position:
+                    return
+                if log.last_id <= position:
+                    await changed.wait()
+                changed.clear()
+        finally:
+            stop()
+
+    async def _begin_load(self, request: LoadRequest | str, fields: dict[str, Any]) -> Call:
+        owner = self._start()
+        wanted = _request(request, fields)
+        call = owner.call()
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._intake, self._ask_load, call, wanted)
+        except asyncio.CancelledError:
+            call.settled.cancel()
+            raise
+        return call
+
+
+def _request(request: LoadRequest | str, fields: dict[str, Any]) -> LoadRequest:
+    if isinstance(request, LoadRequest):
+        return replace(request, **fields) if fields else request
+    return LoadRequest.from_dict({"model_path": request, **fields})
+
+
+def _unload_outcome(answer: Answer) -> UnloadOutcome:
+    changed = cast("Unloaded", answer).changed
+    return UnloadOutcome("unloaded" if changed else "not_loaded")
+
+
+def _result(call: Call) -> Answer:
+    """Wait for a call's answer; an interrupted wait withdraws the caller."""
+    try:
+        answer = call.settled.result()
+    except BaseException:
+        call.settled.cancel()
+        raise
+    return _raised(answer)
+
+
+async def _answer(call: Call) -> Answer:
+    """Wait for a call's answer; cancelling the wait cancels the call's future, which withdraws."""
+    return _raised(await asyncio.wrap_future(call.settled))
+
+
+def _raised(answer: Answer) -> Answer:
+    if isinstance(answer, Problem):
+        raise answer.error()
+    return answer
+
+
+def _refused(call: Call) -> Generation:
+    _raised(call.settled.result())
+    raise AssertionError("a load that was not accepted must have been refused")

@@ -1,0 +1,333 @@
+"""The owner: one thread, one inbox, and the only place that steps the machine.
+
+`pump` processes one fact: it adds the evidence only the operating system has, steps, carries out
+the commands and publishes a new snapshot. Production calls it from the owner's thread, tests call
+it by hand. Every call is answered exactly once; nothing a caller reads can gate a change.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import queue
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field, replace
+from typing import Final, TypeVar
+
+import structlog
+
+from orchestrator.context import Context, Policy
+from orchestrator.errors import OrchestratorError, Problem
+from orchestrator.events import EventLog
+from orchestrator.machine import Lifecycle, lifecycle
+from orchestrator.messages import (
+    Accept,
+    Answer,
+    BecameReady,
+    Command,
+    Download,
+    Fact,
+    Fence,
+    Fetched,
+    Kill,
+    LeaseRequested,
+    LoadRequested,
+    Post,
+    Probe,
+    Promoted,
+    Request,
+    SetTimer,
+    Settle,
+    SetToken,
+    Spawn,
+    TimerFired,
+    Withdrawn,
+    failure_of,
+)
+from orchestrator.ports import Clock, Effects, SlotLock
+from orchestrator.states import State
+from orchestrator.tokens import CancelToken, Generation, Ticket
+
+_T = TypeVar("_T")
+
+_STORY_LINES: Final = 32
+_OUTCOMES_KEPT: Final = 256
+_log = structlog.get_logger("orchestrator.owner")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What was true after a step; replaced as a whole, so reading it needs no lock.
+
+    Attributes:
+        since: When the state was entered, Unix seconds (for display only).
+        entered_at: The same on the monotonic clock.
+        story: The last transitions, oldest first.
+    """
+
+    state: State
+    ctx: Context
+    since: float
+    entered_at: float
+    story: tuple[str, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call on the orchestrator, from any thread.
+
+    Attributes:
+        accepted: For a load: its generation, as soon as there is one.
+        settled: The answer; a `Problem` is an answer too. Cancelling it withdraws the caller.
+    """
+
+    ticket: Ticket
+    accepted: Future[Generation] = field(default_factory=Future)
+    settled: Future[Answer] = field(default_factory=Future)
+
+
+class Owner:
+    """Steps one machine over one set of effects.
+
+    Args:
+        effects: What the commands are carried out by.
+        policy: Fixed decisions of the embedding backend.
+        clock: Monotonic seconds; tests use a virtual one.
+        machine: The interpreter of the table.
+    """
+
+    def __init__(
+        self,
+        effects: Callable[[Callable[[Fact], None]], Effects],
+        *,
+        policy: Policy | None = None,
+        clock: Clock = time.monotonic,
+        machine: Lifecycle | None = None,
+    ) -> None:
+        self.clock = clock
+        self.events = EventLog()
+        self._machine = machine or lifecycle()
+        self._inbox: queue.SimpleQueue[Fact | None] = queue.SimpleQueue()
+        self._tickets = itertools.count(1)
+        self._calls: dict[Ticket, Call] = {}
+        self._tokens: dict[Generation, CancelToken] = {}
+        self._timers: list[tuple[float, int, TimerFired]] = []
+        self._timer_numbers = itertools.count()
+        self._story: deque[str] = deque(maxlen=_STORY_LINES)
+        self._generations: dict[Ticket, Generation] = {}
+        self.outcomes: OrderedDict[Generation, Answer] = OrderedDict()
+        now = clock()
+        self.snapshot = Snapshot(State.IDLE, Context(policy or Policy()), time.time(), now)
+        self.effects = effects(self.post)
+        self._thread: threading.Thread | None = None
+
+    # ---------------------------------------------------------------------------- from any thread
+
+    def call(self) -> Call:
+        """Open a call: it has its place in the order of calls from now on."""
+        call = Call(Ticket(next(self._tickets)))
+        self._calls[call.ticket] = call
+        call.settled.add_done_callback(
+            lambda done: self._withdraw(call) if done.cancelled() else None
+        )
+        return call
+
+    def ask(self, call: Call, fact: Request) -> None:
+        """Post a call's request. A caller that left before it got here has not left unnoticed."""
+        self.post(fact)
+        self._withdraw(call)
+
+    def refuse(self, call: Call, problem: Problem) -> None:
+        """Answer a call that never became a request."""
+        self._settle(Settle(call.ticket, problem))
+
+    def post(self, fact: Fact) -> None:
+        """Put a fact into the inbox."""
+        self._inbox.put(fact)
+
+    def _withdraw(self, call: Call) -> None:
+        """Tell the machine that the caller has gone, if it has."""
+        if call.settled.cancelled():
+            self._calls.pop(call.ticket, None)
+            self.post(Withdrawn(call.ticket, self.clock()))
+
+    # ------------------------------------------------------------------------ the owner's thread
+
+    def start(self, name: str) -> None:
+        """Let a thread of our own pump until `stop`."""
+        self._thread = threading.Thread(target=self._run, name=f"llama-owner-{name}", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and the effects; the machine has been shut down before."""
+        self._inbox.put(None)
+        if self._thread is not None:
+            self._thread.join()
+        self.effects.close()
+        self.events.close()
+
+    def _run(self) -> None:
+        while True:
+            if (due := self._due_timer()) is not None:
+                self.pump(due)
+                continue
+            try:
+                fact = self._inbox.get(timeout=self._until_next_timer())
+            except queue.Empty:
+                continue
+            if fact is None:
+                return
+            self.pump(fact)
+
+    def pump(self, fact: Fact) -> None:
+        """Process one fact, whole: evidence, step, commands, snapshot."""
+        lock: SlotLock | None = None
+        try:
+            fact, lock = self._with_evidence(fact)
+            before = self.snapshot
+            state, ctx, commands = self._machine.step(before.state, before.ctx, fact)
+            self._publish(fact, state, ctx)
+            for command in commands:
+                self._carry_out(command, lock)
+        except Exception as error:  # noqa: BLE001 (the owner outlives a fact it cannot digest)
+            _log.exception("owner.failed", trigger=fact.trigger)
+            if (ticket := getattr(fact, "ticket", None)) is not None:
+                problem = Problem("internal", f"{type(error).__name__}: {error}")
+                self._settle(Settle(ticket, problem))
+        finally:
+            if lock is not None:
+                lock.release()
+
+    def _with_evidence(self, fact: Fact) -> tuple[Fact, SlotLock | None]:
+        """Ask the operating system what only it knows, in the same step that uses the answer."""
+        match fact:
+            case Fetched():
+                evidence, lock = self.effects.take_slot()
+                return replace(fact, slot=evidence), lock
+            case LoadRequested() | LeaseRequested() | BecameReady() | Promoted():
+                child = self.snapshot.ctx.child
+                alive = child is not None and self.effects.child_is_alive(child)
+                return replace(fact, child_is_alive=alive), None
+            case _:
+                return fact, None
+
+    def _publish(self, fact: Fact, state: State, ctx: Context) -> None:
+        before = self.snapshot
+        if state is before.state:
+            self.snapshot = replace(before, ctx=ctx)
+            return
+        now = time.time()
+        generation = ctx.job.generation if ctx.job else ctx.generation
+        self._story.append(f"{before.state} -> {state} on {fact.trigger} (generation {generation})")
+        entered_at = self.clock()
+        self.snapshot = Snapshot(state, ctx, now, entered_at, tuple(self._story))
+        self.events.append(
+            "transition",
+            {
+                "source": before.state.value,
+                "dest": state.value,
+                "trigger": fact.trigger,
+                "generation": generation,
+                "at": now,
+                "pid": ctx.child.pid if ctx.child else None,
+            },
+        )
+        target = ctx.job.target if ctx.job else ctx.running.target if ctx.running else None
+        _log.info(
+            "lifecycle.transitioned",
+            source=before.state.value,
+            dest=state.value,
+            trigger=fact.trigger,
+            generation=generation,
+            model=target.request.model_path if target else None,
+            pid=ctx.child.pid if ctx.child else None,
+            after_ms=round((entered_at - before.entered_at) * 1000, 3),
+        )
+
+    def _carry_out(self, command: Command, lock: SlotLock | None) -> None:
+        match command:
+            case Kill() | Download() | Spawn() | Probe():
+                self._start(command, lock)
+            case SetToken():
+                self._token(command.generation).set(command.reason)
+            case SetTimer():
+                due = self.clock() + command.after_s
+                fired = TimerFired(command.generation, due, command.kind)
+                heapq.heappush(self._timers, (due, next(self._timer_numbers), fired))
+            case Accept():
+                self._accept(command)
+            case Settle():
+                self._settle(command)
+            case Post():
+                self.post(command.fact)
+            case Fence():
+                _log.info(
+                    "completion.fenced", trigger=command.trigger, generation=command.generation
+                )
+
+    def _start(self, effect: Kill | Download | Spawn | Probe, lock: SlotLock | None) -> None:
+        try:
+            self.effects.start(effect, self._token(effect.generation), lock)
+        except Exception as error:  # noqa: BLE001 (an effect that cannot begin has failed)
+            _log.exception("effect.failed", effect=type(effect).__name__)
+            problem = Problem("internal", repr(error))
+            if isinstance(error, OrchestratorError):
+                problem = error.problem
+            self.post(failure_of(effect, problem, self.clock()))
+
+    def _token(self, generation: Generation) -> CancelToken:
+        return self._tokens.setdefault(generation, CancelToken(generation))
+
+    def _accept(self, command: Accept) -> None:
+        self._token(command.generation)
+        for old in [g for g in self._tokens if g < command.generation - _OUTCOMES_KEPT]:
+            del self._tokens[old]
+        self._generations[command.ticket] = command.generation
+        call = self._calls.get(command.ticket)
+        if call is not None:
+            _resolve(call.accepted, command.generation)
+        _log.info(
+            "load.accepted",
+            generation=command.generation,
+            ticket=command.ticket,
+            joined=command.joined,
+        )
+
+    def _settle(self, command: Settle) -> None:
+        answer = command.answer
+        if isinstance(answer, Problem):
+            answer = answer.told(tuple(self._story))
+        generation = self._generations.pop(command.ticket, None)
+        if generation is not None:
+            self.outcomes[generation] = answer
+            while len(self.outcomes) > _OUTCOMES_KEPT:
+                self.outcomes.popitem(last=False)
+        call = self._calls.pop(command.ticket, None)
+        if call is not None:
+            _resolve(call.settled, answer)
+            if isinstance(answer, Problem):
+                call.accepted.cancel()
+        _log.debug("call.settled", ticket=command.ticket, answer=type(answer).__name__)
+
+    # ------------------------------------------------------------------------------------- timers
+
+    def _until_next_timer(self) -> float | None:
+        return max(0.0, self._timers[0][0] - self.clock()) if self._timers else None
+
+    def _due_timer(self) -> Fact | None:
+        if self._timers and self._timers[0][0] <= self.clock():
+            return heapq.heappop(self._timers)[2]
+        return None
+
+
+def _resolve(future: Future[_T], value: _T) -> None:
+    """Set a result; a caller that has gone meanwhile does not want it."""
+    try:
+        future.set_result(value)
+    except InvalidStateError:
+        if not future.cancelled():
+            raise

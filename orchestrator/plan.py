@@ -1,0 +1,149 @@
+"""Pure decisions beside the table: when to signal, how often to probe, what an exit means.
+
+All times are monotonic seconds given by the caller; nothing here reads a clock.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from orchestrator import guards
+from orchestrator.context import Context
+from orchestrator.errors import InvalidRequest, Problem
+from orchestrator.messages import LoadRequested
+from orchestrator.request import ReloadReason, Target, differences
+from orchestrator.server_args import build_argv
+from orchestrator.states import State
+from orchestrator.tokens import Ticket
+
+TERM_AGAIN_S: Final = 0.15
+"""A second SIGTERM this soon: llama-server ignores the first while a stream is active, for 20 s
+and more, and ends in 16 ms at the second. An idle one with a keep-alive connection needs 0.1 s."""
+
+FIRST_PROBE_S: Final = 0.0015
+LONGEST_PROBE_S: Final = 0.25
+_PROBE_GROWTH: Final = 1.3
+_GONE_BASE_S: Final = 5.0
+_GONE_PER_GIB_S: Final = 0.25  # measured: 0.064 s a GiB after SIGKILL; four times that
+
+
+@dataclass(frozen=True, slots=True)
+class SignalAt:
+    """One rung of the kill ladder; `at_s` is absolute monotonic time."""
+
+    at_s: float
+    signum: int
+
+
+def kill_plan(grace_s: float, *, now: float) -> tuple[SignalAt, ...]:
+    """Return the signals to send to everything in the slot, earliest first.
+
+    Args:
+        grace_s: Seconds between the first SIGTERM and SIGKILL; 0 means SIGKILL at once.
+        now: Monotonic time in seconds, never wall clock.
+
+    Raises:
+        ValueError: `grace_s` is negative or not finite.
+
+    Source: signal(7); a stopped process keeps SIGTERM pending until SIGCONT.
+    """
+    if not math.isfinite(grace_s) or grace_s < 0:
+        raise ValueError(f"grace_s must be 0 or more, not {grace_s}")
+    kill = SignalAt(now + grace_s, signal.SIGKILL)
+    if grace_s == 0:
+        return (kill,)
+    again = now + min(TERM_AGAIN_S, grace_s / 2)
+    return SignalAt(now, signal.SIGTERM), SignalAt(again, signal.SIGTERM), kill
+
+
+def gone_within_s(resident_bytes: int) -> float:
+    """Return how long after SIGKILL a process of this size may take to be gone."""
+    return _GONE_BASE_S + _GONE_PER_GIB_S * resident_bytes / (1 << 30)
+
+
+def next_probe_s(last_s: float | None) -> float:
+    """Return how long to wait before the next readiness probe if nothing happens before.
+
+    Args:
+        last_s: What this returned the last time; None for the first probe.
+    """
+    return FIRST_PROBE_S if last_s is None else min(last_s * _PROBE_GROWTH, LONGEST_PROBE_S)
+
+
+def ended_during_start(returncode: int | None, log_tail: tuple[str, ...]) -> Problem:
+    """Return why a server that ended before it was ready did so, as far as it can be told."""
+    if returncode is None:
+        how = "with an unknown status"
+    elif returncode < 0:
+        how = f"by signal {-returncode} ({_signal_name(-returncode)})"
+    else:
+        how = f"with exit status {returncode}"
+    said = next((line for line in reversed(log_tail) if "error" in line.lower()), None)
+    reason = "killed" if returncode == -signal.SIGKILL else "exited"
+    message = f"llama-server ended {how} before it was ready"
+    return Problem(
+        "server_start_failed",
+        f"{message}: {said.strip()}" if said else f"{message}; see its output",
+        log_tail=log_tail,
+        reason=reason,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a load would do now.
+
+    Attributes:
+        action: `none` (it runs already, or is on its way), `load`, or `reload`.
+        reload_reasons: What keeps the running server from serving it.
+        argv: The command line it would start, with nothing secret in it.
+    """
+
+    action: Literal["none", "load", "reload"]
+    reload_reasons: tuple[ReloadReason, ...]
+    argv: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, object]:
+        reasons = [reason.as_dict() for reason in self.reload_reasons]
+        return {"action": self.action, "reload_reasons": reasons, "argv": list(self.argv)}
+
+
+def plan_load(state: State, ctx: Context, target: Target) -> Plan:
+    """Return what the table would do with this load, by the same guards, without doing it."""
+    fact = LoadRequested(Ticket(0), target, at=0.0)
+    effective = target.inheriting(dict(ctx.committed_args))
+    shown = "<chat template>" if target.request.chat_template_override else None
+    argv = build_argv(effective, template_file=shown)
+    if guards.same_as_newest(ctx, fact):
+        return Plan("none", (), argv)
+    if state is not State.HEALTHY or ctx.running is None:
+        return Plan("load", (), argv)
+    if guards.same_as_running(ctx, fact):
+        return Plan("none", (), argv)
+    reasons = differences(ctx.running.target, effective)
+    if target.request.force_reload:
+        reasons = (*reasons, ReloadReason("force_reload", running=False, requested=True))
+    return Plan("reload", reasons, argv)
+
+
+def checked_seconds(field: str, value: object, *, zero: bool = True) -> float:
+    """Return a setting in seconds, or say what is wrong with it.
+
+    Raises:
+        InvalidRequest: not a finite number, or negative (field as given).
+    """
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or value < 0 or (value == 0 and not zero):  # type: ignore[operator]
+        least = "0 or more" if zero else "more than 0"
+        raise InvalidRequest.because(f"{field} is {value!r}: use {least} seconds", field=field)
+    return float(value)  # type: ignore[arg-type]
+
+
+def _signal_name(signum: int) -> str:
+    try:
+        return signal.Signals(signum).name
+    except ValueError:
+        return "unknown"

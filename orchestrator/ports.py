@@ -1,0 +1,53 @@
+"""What the owner needs from the world: effects and a clock. Tests put gates here.
+
+An effect is started and returns at once; it reports exactly one completion through `post`, however
+it ends, and it honours the token of its load by ending early, never by staying silent.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from orchestrator.messages import Child, Effect, SlotEvidence
+from orchestrator.tokens import CancelToken
+
+
+class SlotLock(Protocol):
+    """The held answer "the slot is empty"; nobody else can find it empty meanwhile."""
+
+    def release(self) -> None:
+        """Let go; does nothing once the lock has been handed to a server."""
+
+
+class Progress(Protocol):
+    """Bytes of the phase under way, for display."""
+
+    bytes_done: int
+    bytes_total: int | None
+
+
+class Effects(Protocol):
+    """Everything that touches the operating system on behalf of one owner."""
+
+    def take_slot(self) -> tuple[SlotEvidence, SlotLock | None]:
+        """Ask whether the slot is empty and hold the answer. Owner's thread."""
+
+    def child_is_alive(self, child: Child) -> bool:
+        """Ask the kernel, now. Owner's thread."""
+
+    def start(self, effect: Effect, token: CancelToken, lock: SlotLock | None) -> None:
+        """Begin one effect; a spawn is carried out at once. Owner's thread."""
+
+    def progress(self) -> Progress | None:
+        """What the effect under way has done so far; None when it does not count bytes."""
+
+    def log_tail(self, count: int) -> tuple[str, ...]:
+        """The last lines of the present or last server."""
+
+    def close(self) -> None:
+        """Give everything back; the slot is empty or given up."""
+
+
+class Clock(Protocol):
+    def __call__(self) -> float:
+        """Monotonic seconds."""

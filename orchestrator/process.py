@@ -1,0 +1,424 @@
+"""Real children: spawn, drain, signal, reap. At most one server, and one thread that waits for it.
+
+`Warden` is that thread. It drains the server's output, notices its exit, runs the kill ladder and
+reaps; because nobody else does, a signal can never reach a reused pid. The leader is reaped last:
+until everything in the slot is gone its zombie keeps pid and group from being given to others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import structlog
+
+from orchestrator import plan, proctable
+from orchestrator.errors import Problem, ServerUnavailable, StateDirError
+from orchestrator.messages import Emptied, Exit, Exited, Kill, KillFailed
+from orchestrator.output import OutputRing
+from orchestrator.proctable import Pin, ProcessId
+from orchestrator.slot import Slot
+from orchestrator.tokens import Generation
+
+_log = structlog.get_logger("orchestrator.process")
+
+_INHERITED: Final = frozenset(
+    (
+        *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TEMP", "TMP"),
+        *("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "XDG_RUNTIME_DIR", "SYSTEMROOT"),
+        *("NVIDIA_VISIBLE_DEVICES", "ONEAPI_DEVICE_SELECTOR"),
+    )
+)
+_INHERITED_PREFIXES: Final = ("LC_", "CUDA_", "HIP_", "ROCR_", "HSA_", "GGML_", "VK_", "OMP_")
+_NEVER_INHERITED: Final = frozenset({"GGML_BACKEND_PATH"})  # loads any shared library
+
+_READ_BYTES: Final = 1 << 16
+_VERIFY_EVERY_S: Final = 0.02
+_POLL_EXIT_S: Final = 0.02
+
+
+def child_environment(extra: Mapping[str, str], slot: Slot) -> dict[str, str]:
+    """Return the server's whole environment: an allow-list, what the caller names, our token."""
+    chosen = {
+        name: value
+        for name, value in os.environ.items()
+        if (name in _INHERITED or name.startswith(_INHERITED_PREFIXES))
+        and name not in _NEVER_INHERITED
+    }
+    name, _, value = slot.token.partition("=")
+    return {**chosen, **extra, name: value}
+
+
+@dataclass(slots=True, eq=False)
+class ServerProcess:
+    """One server, from spawn until its slot is verified empty. Only the warden changes it."""
+
+    generation: Generation
+    process: ProcessId
+    pin: Pin | None
+    popen: subprocess.Popen[bytes]
+    output: OutputRing
+    stdout_fd: int | None = None
+    exit: Exit | None = None
+    is_reaped: bool = False
+    listeners: list[Callable[[], None]] = field(default_factory=list)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def must_be_polled(self) -> bool:
+        """No pidfd tells of its exit."""
+        return self.exit is None and (self.pin is None or self.pin.fd is None)
+
+    @property
+    def is_alive(self) -> bool:
+        """Asked of the kernel now, not of what has been noticed so far."""
+        if self.exit is not None:
+            return False
+        return not self.pin.has_exited if self.pin else proctable.is_alive(self.process)
+
+    def tell(self) -> None:
+        for listener in tuple(self.listeners):
+            listener()
+
+
+@dataclass(slots=True, eq=False)
+class _KillRun:
+    """One kill ladder under way."""
+
+    command: Kill
+    server: ServerProcess | None
+    rungs: deque[plan.SignalAt]
+    gives_up_at: float
+    report: Callable[[Emptied | KillFailed], None]
+    sent: tuple[int, ...] = ()
+    pins: dict[int, Pin] = field(default_factory=dict)
+
+
+class Warden(threading.Thread):
+    """The thread that owns whatever is alive in the slot.
+
+    Args:
+        slot: The claimed slot.
+        on_exit: Called on this thread with the exit of a server, once.
+        kill_grace_s: Seconds between SIGTERM and SIGKILL; 0 means SIGKILL at once.
+    """
+
+    def __init__(
+        self, slot: Slot, on_exit: Callable[[Exited], None], *, kill_grace_s: float
+    ) -> None:
+        super().__init__(name=f"llama-warden-{slot.name}", daemon=True)
+        self._slot = slot
+        self._on_exit = on_exit
+        self._grace_s = kill_grace_s
+        self._todo: deque[Callable[[], None]] = deque()
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
+        self._server: ServerProcess | None = None
+        self._run: _KillRun | None = None
+        self._poll = select.poll()
+        self._poll.register(self._wake_read, select.POLLIN)
+        self._closing = False
+
+    # ----------------------------------------------------------------- called from other threads
+
+    def spawn(
+        self,
+        generation: Generation,
+        argv: tuple[str, ...],
+        environment: Mapping[str, str],
+        lock_fd: int,
+        announce: Callable[[ServerProcess], None],
+    ) -> None:
+        """Start a server that inherits the slot's lock, and watch it. Runs on the caller's thread.
+
+        Args:
+            announce: Called with the server before anything about it can be reported.
+
+        Raises:
+            ServerUnavailable: it cannot be executed.
+            StateDirError: the record cannot be written; nothing was started.
+        """
+        self._slot.remember(None)
+        try:
+            popen = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=dict(environment),
+                pass_fds=(lock_fd,),
+                start_new_session=True,
+                bufsize=0,
+            )
+        except (OSError, ValueError) as error:
+            self._slot.forget()
+            raise cannot_execute(argv[0], error) from error
+        process = proctable.identify(popen.pid) or ProcessId(popen.pid, 0, proctable.boot_id())
+        server = ServerProcess(generation, process, Pin.of(process), popen, OutputRing())
+        server.output = OutputRing(server.tell)
+        if popen.stdout is not None:
+            server.stdout_fd = popen.stdout.fileno()
+            os.set_blocking(server.stdout_fd, False)
+        announce(server)
+        self._ask(lambda: self._adopt(server))
+        try:
+            self._slot.remember(process)
+        except StateDirError as error:  # lock, token and the first record still find it
+            _log.warning("slot.record_failed", pid=process.pid, error=error.message)
+
+    def empty(
+        self,
+        command: Kill,
+        server: ServerProcess | None,
+        report: Callable[[Emptied | KillFailed], None],
+    ) -> None:
+        """Run the kill ladder on whatever the slot holds and report once it is verified empty."""
+        self._ask(lambda: self._begin(command, server, report))
+
+    def close(self) -> None:
+        """End the thread; the slot must be empty or given up."""
+        self._ask(self._stop)
+        self.join()
+
+    def _ask(self, what: Callable[[], None]) -> None:
+        self._todo.append(what)
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake_write, b"x")
+
+    # ----------------------------------------------------------------------- on the warden's thread
+
+    def run(self) -> None:
+        while not self._closing:
+            try:
+                self._turn()
+            except Exception as error:  # noqa: BLE001 (this thread must outlive its mistakes)
+                _log.exception("warden.failed")
+                self._abandon_run(error)
+                time.sleep(_POLL_EXIT_S)
+        for fd in (self._wake_read, self._wake_write):
+            os.close(fd)
+
+    def _turn(self) -> None:
+        for fd, _ in self._poll.poll(self._timeout_ms()):
+            self._ready(fd)
+        while self._todo:
+            self._todo.popleft()()
+        if self._server is not None and self._server.must_be_polled:
+            self._notice_exit(self._server)
+        if self._run is not None:
+            self._advance(self._run)
+
+    def _abandon_run(self, error: Exception) -> None:
+        """A run that cannot go on has failed, and what it held stays on record."""
+        run, self._run = self._run, None
+        if run is not None:
+            message = f"the slot cannot be emptied: {type(error).__name__}: {error}"
+            problem = Problem("slot_occupied", message, generation=run.command.generation)
+            run.report(KillFailed(run.command.generation, time.monotonic(), problem))
+
+    def _timeout_ms(self) -> float | None:
+        if self._run is not None:
+            next_rung = [rung.at_s - time.monotonic() for rung in tuple(self._run.rungs)[:1]]
+            return max(0.0, min([_VERIFY_EVERY_S, *next_rung]) * 1000)
+        if self._server is not None and self._server.must_be_polled:
+            return _POLL_EXIT_S * 1000
+        return None
+
+    def _ready(self, fd: int) -> None:
+        server = self._server
+        if fd == self._wake_read:
+            os.read(self._wake_read, 4096)
+        elif server is not None and fd == server.stdout_fd:
+            self._drain(server)
+        elif server is not None and server.pin and fd == server.pin.fd:
+            self._notice_exit(server)
+        # else: a pin of a kill run, which looks at all of its pins anyway
+
+    def _adopt(self, server: ServerProcess) -> None:
+        self._server = server
+        if server.stdout_fd is not None:
+            self._poll.register(server.stdout_fd, select.POLLIN)
+        if server.pin is not None and server.pin.fd is not None:
+            self._poll.register(server.pin.fd, select.POLLIN)
+
+    def _drain(self, server: ServerProcess) -> None:
+        """Read what is there, a bounded number of times, so that a flood starves nobody."""
+        for _ in range(16):
+            if server.stdout_fd is None:
+                return
+            try:
+                data = os.read(server.stdout_fd, _READ_BYTES)
+            except BlockingIOError:
+                return
+            if data:
+                server.output.feed(data)
+            else:
+                self._close_pipe(server)
+
+    def _close_pipe(self, server: ServerProcess) -> None:
+        if server.stdout_fd is not None and server.popen.stdout is not None:
+            self._poll.unregister(server.stdout_fd)
+            server.stdout_fd = None
+            server.popen.stdout.close()
+            server.output.close()
+
+    def _notice_exit(self, server: ServerProcess) -> None:
+        """Take the exit status without reaping: the zombie keeps the pid ours."""
+        if server.exit is not None or server.is_alive:
+            return
+        if server.pin is not None and server.pin.fd is not None:
+            self._poll.unregister(server.pin.fd)
+        self._drain(server)
+        server.exit = Exit(server.pid, _witness(server.popen), server.output.tail())
+        _log.info("process.exited", pid=server.pid, returncode=server.exit.returncode)
+        server.tell()
+        self._on_exit(Exited(server.generation, time.monotonic(), server.exit))
+
+    def _begin(
+        self,
+        command: Kill,
+        server: ServerProcess | None,
+        report: Callable[[Emptied | KillFailed], None],
+    ) -> None:
+        now = time.monotonic()
+        rungs = plan.kill_plan(self._grace_s, now=now)
+        resident = proctable.resident_bytes(server.pid) if server and server.exit is None else 0
+        gives_up_at = rungs[-1].at_s + plan.gone_within_s(resident)
+        self._run = _KillRun(command, server, deque(rungs), gives_up_at, report)
+
+    def _advance(self, run: _KillRun) -> None:
+        self._verify(run)
+        now = time.monotonic()
+        if self._run is not run:
+            return
+        while run.rungs and run.rungs[0].at_s <= now:
+            signum = run.rungs.popleft().signum
+            run.sent = (signum,) if signum == signal.SIGKILL else (signum, signal.SIGCONT)
+            self._signal_all(run)
+        if now >= run.gives_up_at:
+            self._give_up(run)
+
+    def _signal_all(self, run: _KillRun) -> None:
+        """Signal the leader's group at once, and one by one whatever has left it."""
+        server = run.server
+        if server is not None and server.exit is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                for signum in run.sent:
+                    os.killpg(server.pid, signum)  # unreaped, so the group is still ours
+        self._pin(run, self._inhabitants(run))
+        for pin in run.pins.values():
+            for signum in run.sent:
+                pin.signal(signum)
+
+    def _inhabitants(self, run: _KillRun) -> set[ProcessId]:
+        group = run.server.pid if run.server is not None and not run.server.is_reaped else None
+        found = self._slot.inhabitants(group)
+        return {p for p in found if run.server is None or p.pid != run.server.pid}
+
+    def _pin(self, run: _KillRun, processes: Iterable[ProcessId]) -> list[Pin]:
+        """Pin what is new, so that it is waited for; return the new pins."""
+        new = [p for p in processes if p.pid not in run.pins]
+        pins = [pin for p in new if (pin := Pin.of(p)) is not None]
+        for pin in pins:
+            run.pins[pin.process.pid] = pin
+            if pin.fd is not None:
+                self._poll.register(pin.fd, select.POLLIN)
+        return pins
+
+    def _unpin(self, run: _KillRun, pin: Pin) -> None:
+        del run.pins[pin.process.pid]
+        if pin.fd is not None:
+            self._poll.unregister(pin.fd)
+        pin.close()
+
+    def _verify(self, run: _KillRun) -> None:
+        """When all we knew of is dead, look again, and let the kernel have the last word."""
+        for pin in tuple(run.pins.values()):
+            if pin.has_exited:
+                self._unpin(run, pin)
+        if run.pins or (run.server is not None and run.server.exit is None):
+            return
+        late = self._pin(run, self._inhabitants(run))
+        evidence, lock_fd = self._slot.take_lock() if not late else (None, None)
+        if evidence is not None and not evidence.is_empty:
+            late = self._pin(run, self._slot.lock_holders())
+        for pin in late:
+            for signum in run.sent:
+                pin.signal(signum)
+        if lock_fd is None:
+            return
+        os.close(lock_fd)
+        exit_ = self._reap(run.server)
+        self._slot.forget()
+        self._run = None
+        run.report(Emptied(run.command.generation, time.monotonic(), exit_))
+
+    def _reap(self, server: ServerProcess | None) -> Exit | None:
+        if server is None:
+            return None
+        self._drain(server)
+        self._close_pipe(server)
+        if not server.is_reaped:
+            server.popen.wait()
+            server.is_reaped = True
+            if server.pin is not None:
+                server.pin.close()
+            _log.info("process.reaped", pid=server.pid, returncode=server.popen.returncode)
+        if self._server is server:
+            self._server = None
+        return server.exit
+
+    def _give_up(self, run: _KillRun) -> None:
+        alive = sorted(run.pins)
+        if run.server is not None and run.server.exit is None:
+            alive = sorted({*alive, run.server.pid})
+        for pin in tuple(run.pins.values()):
+            self._unpin(run, pin)
+        self._run = None
+        who = f"processes {alive} did not end" if alive else "the slot's lock is still held"
+        message = f"the slot cannot be emptied: {who} after SIGKILL; look at them, then unload"
+        _log.error("process.kill_failed", pids=alive)
+        problem = Problem("slot_occupied", message, generation=run.command.generation)
+        run.report(KillFailed(run.command.generation, time.monotonic(), problem))
+
+    def _stop(self) -> None:
+        self._closing = True
+
+
+def cannot_execute(command: str, error: Exception) -> ServerUnavailable:
+    """Return why a binary could not be started (errno, see execve(2))."""
+    why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    hint = {2: "or its interpreter is missing", 8: "or it is built for another machine"}
+    note = hint.get(getattr(error, "errno", 0) or 0, "check llama_server")
+    return ServerUnavailable.because(
+        f"{command} cannot be started: {why} ({note})", field="llama_server"
+    )
+
+
+def _witness(popen: subprocess.Popen[bytes]) -> int | None:
+    """Return the exit status as seen in the process table, None when nobody can tell.
+
+    A host that ignores SIGCHLD or waits for any child takes the status away; `Popen.wait` then
+    says 0, which would be a lie.
+    """
+    if not hasattr(os, "waitid"):
+        return popen.poll()
+    try:
+        seen = os.waitid(os.P_PID, popen.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+    except ChildProcessError:
+        return None
+    if seen is None:
+        return None
+    return seen.si_status if seen.si_code == os.CLD_EXITED else -seen.si_status

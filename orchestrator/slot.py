@@ -1,0 +1,310 @@
+"""The process slot: a directory, two locks and a record that say whose server may be alive.
+
+`owner.lock` belongs to the orchestrator that claimed the slot, for as long as it lives.
+`server.lock` is inherited by the server and by everything it starts, and closed by us: the kernel
+itself says when the last of them is dead. The record (written before anything can go wrong) and an
+environment token find what has closed its descriptors. Names and command lines mean nothing here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from orchestrator import proctable
+from orchestrator.errors import InvalidRequest, SlotOwned, StateDirError
+from orchestrator.messages import SlotEvidence
+from orchestrator.proctable import Pin, ProcessId
+
+TOKEN_NAME: Final = "LLAMA_ORCHESTRATOR_SLOT"  # noqa: S105 (a name, not a secret)
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_RECORD_VERSION: Final = 1
+_VERIFY_EVERY_S: Final = 0.02
+
+
+def default_state_dir() -> Path:
+    """`$LLAMA_ORCHESTRATOR_STATE_DIR`, else the XDG state directory of this user."""
+    if given := os.environ.get("LLAMA_ORCHESTRATOR_STATE_DIR"):
+        return Path(given)
+    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return Path(home) / "llama-orchestrator"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What the slot may hold, as written to disk."""
+
+    host: ProcessId
+    server: ProcessId | None = None
+
+
+class Slot:
+    """One named slot of a state directory.
+
+    Raises:
+        InvalidRequest: the name is not usable (field `slot`).
+        StateDirError: the directory cannot be made, read or written (field `state_dir`).
+    """
+
+    def __init__(
+        self, name: str = "default", state_dir: str | os.PathLike[str] | None = None
+    ) -> None:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise InvalidRequest.because(
+                f"slot is {name!r}: use 1 to 64 of A-Z a-z 0-9 . _ - after a letter or digit",
+                field="slot",
+            )
+        root = default_state_dir() if state_dir is None else Path(state_dir)
+        self.name = name
+        self.directory = _prepare(root, create_parents=state_dir is None) / name
+        _make_private(self.directory)
+        self.lock_path = self.directory / "server.lock"
+        self.record_path = self.directory / "server.json"
+        self.owner_path = self.directory / "owner.lock"
+        self.token = f"{TOKEN_NAME}={self.directory}"
+        self._owner_fd: int | None = None
+        self._owner_pid = 0
+        self._known: set[ProcessId] = set()
+
+    # ------------------------------------------------------------------------------ ownership
+
+    def claim(self) -> None:
+        """Become the one owner of this slot.
+
+        Raises:
+            SlotOwned: another live orchestrator has it; the message names its pid.
+            StateDirError: the lock file cannot be opened.
+        """
+        fd = _open(self.owner_path)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            owner = _owner_in(self.owner_path)
+            alive = owner is not None and proctable.is_alive(owner)
+            who = f"process {owner.pid}" if owner and alive else "another process"
+            raise SlotOwned.because(
+                f"slot {self.name!r} is owned by {who}: stop it, or use another slot name",
+                field="slot",
+            ) from None
+        me = proctable.identify(os.getpid())
+        if me is not None:
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, json.dumps(asdict(me)).encode(), 0)
+        self._owner_fd, self._owner_pid = fd, os.getpid()
+        os.register_at_fork(after_in_child=self._disown)
+
+    def is_owned_by(self, process: ProcessId) -> bool:
+        """Did this process claim the slot last, whoever may hold its lock now?"""
+        return _owner_in(self.owner_path) == process
+
+    def release(self) -> None:
+        """Give the slot up; what it holds is the caller's business before that."""
+        if self._owner_fd is not None and self._owner_pid == os.getpid():
+            os.close(self._owner_fd)  # never LOCK_UN: a fork would release our lock
+            self._owner_fd = None
+
+    def _disown(self) -> None:
+        """In a forked worker: it neither owns the slot nor keeps the lock of a dead owner alive."""
+        if self._owner_fd is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._owner_fd)
+            self._owner_fd = None
+
+    # --------------------------------------------------------------------------------- emptiness
+
+    def take_lock(self) -> tuple[SlotEvidence, int | None]:
+        """Ask the operating system whether the slot is empty, and hold the answer.
+
+        Returns:
+            The evidence and, when empty, a locked descriptor: pass it to the server and close
+            it, or close it. While it is open nobody else can find the slot empty.
+        """
+        try:
+            fd = _open(self.lock_path)
+        except StateDirError as error:
+            return SlotEvidence(False, error.message), None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            return SlotEvidence(False, "a process still holds the lock of this slot"), None
+        for process in self._known:
+            if proctable.is_alive(process):
+                os.close(fd)
+                return SlotEvidence(False, f"process {process.pid} is still alive"), None
+        return SlotEvidence(True), fd
+
+    def inhabitants(self, group: int | None = None) -> set[ProcessId]:
+        """Return every living process that belongs to this slot's server.
+
+        Recorded processes that are still themselves, members of the recorded server's session,
+        descendants of these, and whoever carries the slot's token in its environment. Never this
+        process, its parents, or pid 0 and 1.
+
+        Args:
+            group: Process group (and session) of a server that is known to be ours.
+        """
+        table = proctable.everyone()
+        untouchable = {0, 1, os.getpid()} | proctable.ancestors(os.getpid(), table)
+        found = {p.pid for p in self._known if proctable.is_alive(p)}
+        found |= proctable.bearers(self.token, table.keys() - untouchable)
+        if group is not None:
+            found |= {r.pid for r in table.values() if group in (r.pgrp, r.session)}
+        found |= proctable.descendants(found - untouchable, table)
+        return {
+            ProcessId(pid, table[pid].start_ticks, proctable.boot_id())
+            for pid in found - untouchable
+            if pid in table and not table[pid].is_zombie
+        }
+
+    def lock_holders(self) -> set[ProcessId]:
+        """Return who has the server lock open; slower than `inhabitants`, for when the kernel
+        says "held" and nobody is left to blame.
+        """
+        table = proctable.everyone()
+        untouchable = {0, 1, os.getpid()} | proctable.ancestors(os.getpid(), table)
+        return {
+            ProcessId(pid, table[pid].start_ticks, proctable.boot_id())
+            for pid in proctable.holders(str(self.lock_path), table.keys() - untouchable)
+            if not table[pid].is_zombie
+        }
+
+    # -------------------------------------------------------------------------------- the record
+
+    def remember(self, server: ProcessId | None) -> None:
+        """Write down what the slot holds (None: something is about to be started)."""
+        host = proctable.identify(os.getpid())
+        if host is None:
+            raise StateDirError.because("this process cannot be found in the process table")
+        if server is not None:
+            self._known.add(server)
+        members = {"version": _RECORD_VERSION, "host": asdict(host)}
+        members["server"] = None if server is None else asdict(server)
+        _write_atomically(self.record_path, json.dumps(members))
+
+    def recall(self) -> Record | None:
+        """Read the record; a corrupt, foreign or absent one is None, and never believed."""
+        try:
+            with open(self.record_path, encoding="utf-8") as file:
+                members = json.loads(file.read(65536))
+            host = ProcessId(**members["host"])
+            server = None if members["server"] is None else ProcessId(**members["server"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        processes = [p for p in (host, server) if p is not None]
+        well_formed = all(type(p.pid) is int and p.pid > 1 for p in processes)
+        return Record(host, server) if well_formed and members.get("version") == 1 else None
+
+    def forget(self) -> None:
+        """The slot has been verified empty."""
+        self._known.clear()
+        with contextlib.suppress(OSError):  # a stale record names processes that are not any more
+            self.record_path.unlink()
+
+    # -------------------------------------------------------------------------------- recovery
+
+    def reap(self, *, term_s: float = 0.3, kill_s: float = 5.0) -> tuple[set[int], SlotEvidence]:
+        """End what a dead owner left in this slot. The caller owns the slot.
+
+        Returns:
+            The pids that were signalled, and whether the slot is empty now.
+        """
+        record = self.recall()
+        group = None
+        if record is not None and record.server is not None:
+            self._known.add(record.server)
+            group = record.server.pid if proctable.is_alive(record.server) else None
+        started = time.monotonic()
+        signalled: set[int] = set()
+        while True:
+            pins = _pin(self.inhabitants(group))
+            elapsed = time.monotonic() - started
+            if not pins:
+                evidence, fd = self.take_lock()
+                if fd is not None:
+                    os.close(fd)
+                    self.forget()
+                    return signalled, evidence
+                pins = _pin(self.lock_holders())
+            signalled |= {pin.process.pid for pin in pins}
+            signals = (signal.SIGTERM, signal.SIGCONT) if elapsed < term_s else (signal.SIGKILL,)
+            for pin in pins:
+                for signum in signals:
+                    pin.signal(signum)
+            if pins:
+                proctable.wait_exited(pins, term_s if elapsed < term_s else kill_s)
+            else:
+                time.sleep(_VERIFY_EVERY_S)  # held by nobody we may see: another user's process
+            for pin in pins:
+                pin.close()
+            if elapsed > term_s + kill_s:
+                pids = sorted(pin.process.pid for pin in pins)
+                return signalled, SlotEvidence(False, f"processes {pids} will not die")
+
+
+def _pin(processes: Iterable[ProcessId]) -> list[Pin]:
+    return [pin for process in processes if (pin := Pin.of(process)) is not None]
+
+
+def _owner_in(path: Path) -> ProcessId | None:
+    try:
+        return ProcessId(**json.loads(path.read_bytes()[:4096]))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _prepare(root: Path, *, create_parents: bool) -> Path:
+    """Return the state directory as a real, absolute path; make it when it is not there."""
+    if not create_parents and not root.parent.is_dir():
+        raise StateDirError.because(
+            f"state_dir {root} does not exist, nor does its parent: create it first",
+            field="state_dir",
+        )
+    _make_private(root, parents=create_parents)
+    return root.resolve()
+
+
+def _make_private(directory: Path, *, parents: bool = False) -> None:
+    try:
+        directory.mkdir(mode=0o700, parents=parents, exist_ok=True)
+        with open(directory / ".probe", "w"):
+            pass
+        (directory / ".probe").unlink(missing_ok=True)
+    except OSError as error:
+        raise StateDirError.because(
+            f"state_dir {directory} cannot be written ({error.strerror}): make it writable or "
+            "choose another with state_dir",
+            field="state_dir",
+        ) from error
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StateDirError.because(
+            f"{path} cannot be opened ({error.strerror}): check state_dir", field="state_dir"
+        ) from error
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StateDirError.because(
+            f"{path} cannot be written ({error.strerror}): check state_dir and its disk",
+            field="state_dir",
+        ) from error

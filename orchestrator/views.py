@@ -1,0 +1,241 @@
+"""What a caller is shown: answers and snapshots as plain frozen data, made from the core's own.
+
+Field names are the public vocabulary of the contract; `as_dict` is what HTTP and `--json` print.
+Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from orchestrator.context import Context, Job
+from orchestrator.errors import Problem
+from orchestrator.messages import Exit, LeaseGranted, Loaded, Timings
+from orchestrator.owner import Snapshot
+from orchestrator.ports import Progress as PhaseProgress
+from orchestrator.request import ReloadReason, Target
+from orchestrator.states import PHASES, State
+from orchestrator.tokens import Generation
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOutcome:
+    """The answer to a load, and what `status` shows as `loaded`.
+
+    Attributes:
+        status: `loaded`, or `already_loaded` when nothing had to be done.
+        joined: Another call had asked for the same and this one shared its load.
+        base_url: Where the server answers, e.g. `http://127.0.0.1:36017`.
+        context_length: What the server really has per slot, tokens; None if it does not say.
+        requested_context_length: What was asked for; 0 = Auto.
+        llama_extra_args: The effective ones; they may be posted back and mean the same.
+        timings_s: Seconds in `kill`, `download`, `spawn`, `health`, and in `total`.
+    """
+
+    status: Literal["loaded", "already_loaded"]
+    generation: Generation
+    joined: bool
+    model_path: str
+    gguf_variant: str | None
+    pid: int
+    base_url: str
+    context_length: int | None
+    requested_context_length: int
+    cache_type_kv: str | None
+    speculative_type: str
+    llama_extra_args: tuple[str, ...]
+    is_vision: bool
+    reload_reasons: tuple[ReloadReason, ...]
+    timings_s: Timings
+
+    def as_dict(self) -> dict[str, Any]:
+        members = {name: getattr(self, name) for name in self.__slots__}
+        members["llama_extra_args"] = list(self.llama_extra_args)
+        members["reload_reasons"] = [reason.as_dict() for reason in self.reload_reasons]
+        members["timings_s"] = asdict(self.timings_s)
+        return members
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """The load in flight: its target and its phase."""
+
+    generation: Generation
+    model_path: str
+    gguf_variant: str | None
+    phase: str | None
+    callers: int
+    queued: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What is true right now.
+
+    Attributes:
+        since: When the present state was entered, Unix seconds.
+        uptime_s: Seconds in the present state.
+        occupied_by: Pid of a process that would not die and keeps the slot occupied.
+        story: The last transitions, oldest first.
+    """
+
+    state: State
+    generation: Generation
+    loaded: LoadOutcome | None
+    loading: Loading | None
+    last_error: Problem | None
+    last_exit: Exit | None
+    since: float
+    uptime_s: float
+    occupied_by: int | None
+    story: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "state": self.state.value,
+            "generation": self.generation,
+            "loaded": self.loaded.as_dict() if self.loaded else None,
+            "loading": self.loading.as_dict() if self.loading else None,
+            "last_error": self.last_error.as_dict() if self.last_error else None,
+            "last_exit": asdict(self.last_exit) if self.last_exit else None,
+            "since": self.since,
+            "uptime_s": self.uptime_s,
+            "occupied_by": self.occupied_by,
+            "story": list(self.story),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """How far the load in flight is; `fraction` never goes back within a phase."""
+
+    phase: str | None
+    bytes_done: int | None
+    bytes_total: int | None
+    fraction: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class LeasedServer:
+    """A server that no swap ends while the lease is held."""
+
+    base_url: str
+    pid: int
+    generation: Generation
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadOutcome:
+    """`unloaded`: the slot is verified empty. `not_loaded`: it named a model that is not there."""
+
+    status: Literal["unloaded", "not_loaded"]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_outcome(answer: Loaded) -> LoadOutcome:
+    return LoadOutcome(
+        status="already_loaded" if answer.already else "loaded",
+        generation=answer.generation,
+        joined=answer.joined,
+        pid=answer.child.pid,
+        base_url=answer.server.base_url,
+        context_length=answer.server.context_length,
+        is_vision=answer.server.is_vision or answer.target.is_vision,
+        reload_reasons=answer.reload_reasons,
+        timings_s=answer.timings,
+        **_settings(answer.target),
+    )
+
+
+def leased_server(answer: LeaseGranted) -> LeasedServer:
+    return LeasedServer(answer.server.base_url, answer.child.pid, answer.child.generation)
+
+
+def status(snapshot: Snapshot, now: float) -> Status:
+    ctx = snapshot.ctx
+    healthy = snapshot.state is State.HEALTHY
+    return Status(
+        state=snapshot.state,
+        generation=_generation(ctx),
+        loaded=_loaded(ctx) if healthy else None,
+        loading=_loading(snapshot.state, ctx),
+        last_error=ctx.last_error,
+        last_exit=ctx.last_exit,
+        since=snapshot.since,
+        uptime_s=round(max(0.0, now - snapshot.entered_at), 3),
+        occupied_by=ctx.child.pid if snapshot.state is State.IDLE and ctx.child else None,
+        story=snapshot.story,
+    )
+
+
+def not_started() -> Status:
+    """The status of an orchestrator nobody has used yet."""
+    return status(Snapshot(State.IDLE, Context(), time.time(), 0.0), 0.0)
+
+
+def progress(snapshot: Snapshot, counted: PhaseProgress | None) -> LoadProgress:
+    phase = PHASES.get(snapshot.state)
+    if snapshot.state is State.HEALTHY and not snapshot.ctx.wanted:
+        return LoadProgress(phase, None, None, 1.0)
+    if counted is None or snapshot.state not in {State.DOWNLOADING, State.WAITING_HEALTH}:
+        return LoadProgress(phase, None, None, None)
+    done, total = counted.bytes_done, counted.bytes_total
+    return LoadProgress(phase, done, total, done / total if total else None)
+
+
+def _settings(target: Target) -> dict[str, Any]:
+    return {
+        "model_path": target.request.model_path,
+        "gguf_variant": target.model.variant,
+        "requested_context_length": target.request.max_seq_length,
+        "cache_type_kv": target.request.cache_type_kv,
+        "speculative_type": target.speculative_type or "off",
+        "llama_extra_args": target.extra_args,
+    }
+
+
+def _generation(ctx: Context) -> Generation:
+    """The load the status is about: what is on its way, else what runs, else the last one."""
+    if ctx.wanted:
+        return ctx.wanted[0].generation
+    return ctx.running.generation if ctx.running else ctx.generation
+
+
+def _loaded(ctx: Context) -> LoadOutcome | None:
+    running = ctx.running
+    if running is None:
+        return None
+    return load_outcome(
+        Loaded(
+            running.generation,
+            running.target,
+            running.child,
+            running.server,
+            running.timings,
+            running.reload_reasons,
+        )
+    )
+
+
+def _loading(state: State, ctx: Context) -> Loading | None:
+    if not ctx.wanted:
+        return None
+    job: Job = ctx.wanted[0]
+    return Loading(
+        generation=job.generation,
+        model_path=job.target.request.model_path,
+        gguf_variant=job.target.model.variant,
+        phase=PHASES.get(state),
+        callers=len(job.callers),
+        queued=len(ctx.wanted) - 1,
+    )
