@@ -183,7 +183,7 @@ def _split(base_url: str) -> tuple[str, int]:
 
 def _own_listener(server: ServerProcess) -> tuple[str, int] | None:
     """Return where the child or one of its descendants listens, for builds that do not say."""
-    family = {server.pid} | proctable.descendants({server.pid}, proctable.everyone())
+    family = {server.pid} | proctable.descendants({server.pid})
     found = proctable.listening_ports(family)
     return next(((host, port) for host, port in found if host.startswith("127.")), None)
 

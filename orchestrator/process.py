@@ -8,6 +8,7 @@ until everything in the slot is gone its zombie keeps pid and group from being g
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -100,8 +101,8 @@ class _KillRun:
     command: Kill
     server: ServerProcess | None
     rungs: deque[plan.SignalAt]
-    gives_up_at: float
     report: Callable[[Emptied | KillFailed], None]
+    gives_up_at: float = math.inf
     sent: tuple[int, ...] = ()
     pins: dict[int, Pin] = field(default_factory=dict)
 
@@ -292,11 +293,8 @@ class Warden(threading.Thread):
         server: ServerProcess | None,
         report: Callable[[Emptied | KillFailed], None],
     ) -> None:
-        now = time.monotonic()
-        rungs = plan.kill_plan(self._grace_s, now=now)
-        resident = proctable.resident_bytes(server.pid) if server and server.exit is None else 0
-        gives_up_at = rungs[-1].at_s + plan.gone_within_s(resident)
-        self._run = _KillRun(command, server, deque(rungs), gives_up_at, report)
+        rungs = plan.kill_plan(self._grace_s, now=time.monotonic())
+        self._run = _KillRun(command, server, deque(rungs), report)
 
     def _advance(self, run: _KillRun) -> None:
         self._verify(run)
@@ -304,23 +302,28 @@ class Warden(threading.Thread):
         if self._run is not run:
             return
         while run.rungs and run.rungs[0].at_s <= now:
-            signum = run.rungs.popleft().signum
-            run.sent = (signum,) if signum == signal.SIGKILL else (signum, signal.SIGCONT)
-            self._signal_all(run)
+            self._signal_all(run, run.rungs.popleft().signum)
         if now >= run.gives_up_at:
             self._give_up(run)
 
-    def _signal_all(self, run: _KillRun) -> None:
+    def _signal_all(self, run: _KillRun, signum: int) -> None:
         """Signal the leader's group at once, and one by one whatever has left it."""
-        server = run.server
+        server, is_first = run.server, not run.sent
+        run.sent = (signum,) if signum == signal.SIGKILL else (signum, signal.SIGCONT)
+        if not run.rungs:
+            resident = proctable.resident_bytes(server.pid) if server else 0
+            run.gives_up_at = time.monotonic() + plan.gone_within_s(resident)
         if server is not None and server.exit is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                for signum in run.sent:
-                    os.killpg(server.pid, signum)  # unreaped, so the group is still ours
-        self._pin(run, self._inhabitants(run))
+                for sent in run.sent:
+                    os.killpg(server.pid, sent)  # unreaped, so the group is still ours
+            if is_first:  # while it lives, its children can be found by descent
+                self._pin(run, self._slot.identified(proctable.descendants({server.pid})))
+        if not is_first:
+            self._pin(run, self._inhabitants(run))
         for pin in run.pins.values():
-            for signum in run.sent:
-                pin.signal(signum)
+            for sent in run.sent:
+                pin.signal(sent)
 
     def _inhabitants(self, run: _KillRun) -> set[ProcessId]:
         group = run.server.pid if run.server is not None and not run.server.is_reaped else None

@@ -21,6 +21,7 @@ from typing import Any, Final
 import psutil
 
 LINUX: Final = sys.platform == "linux"
+_DEAD: Final = (b"Z", b"X")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,49 +152,66 @@ def wait_exited(pins: Iterable[Pin], timeout_s: float) -> bool:
     return not waiting
 
 
+def pids() -> list[int]:
+    """Return every pid there is."""
+    return [int(n) for n in os.listdir("/proc") if n.isdigit()] if LINUX else psutil.pids()
+
+
 def everyone() -> dict[int, ProcessRow]:
     """Return the whole process table by pid. About 10 µs a process."""
-    pids = [int(n) for n in os.listdir("/proc") if n.isdigit()] if LINUX else psutil.pids()
-    return {pid: found for pid in pids if (found := row(pid)) is not None}
+    return {pid: found for pid in pids() if (found := row(pid)) is not None}
 
 
-def bearers(token: str, pids: Iterable[int]) -> set[int]:
-    """Return which of `pids` carry `NAME=value` in the environment they were started with."""
+def members(group: int, among: Iterable[int]) -> set[int]:
+    """Return which of these pids live in a process group or session of that number."""
+    if not LINUX:
+        rows = (found for pid in among if (found := row(pid)) is not None)
+        living = (found for found in rows if not found.is_zombie)
+        return {found.pid for found in living if group in (found.pgrp, found.session)}
+    wanted = str(group).encode()
+    inside: set[int] = set()
+    for pid in among:
+        data = _read(f"/proc/{pid}/stat", 1024) or b""
+        state, _, *groups = data[data.rfind(b")") + 2 :].split(None, 4)[:4] or (b"X", b"")
+        if wanted in groups and state not in _DEAD:
+            inside.add(pid)
+    return inside
+
+
+def bearers(token: str, among: Iterable[int]) -> set[int]:
+    """Return which of these pids carry `NAME=value` in the environment they were started with."""
     wanted = token.encode() + b"\0"
     if LINUX:
         return {
             pid
-            for pid in pids
+            for pid in among
             if (data := _read(f"/proc/{pid}/environ", 1 << 20)) is not None
             and (data.startswith(wanted) or b"\0" + wanted in data)
         }
     name, _, value = token.partition("=")
-    return {pid for pid in pids if _of_psutil(pid, lambda p: p.environ()).get(name) == value}
+    return {pid for pid in among if _of_psutil(pid, lambda p: p.environ()).get(name) == value}
 
 
-def holders(path: str, pids: Iterable[int]) -> set[int]:
-    """Return which of `pids` have the file open (its inode, not its name)."""
+def holders(path: str, among: Iterable[int]) -> set[int]:
+    """Return which of these pids have the file open (its inode, not its name)."""
     if not LINUX:
         return set()
     try:
         wanted = os.stat(path)
     except OSError:
         return set()
-    return {pid for pid in pids if _has_open(pid, wanted)}
+    return {pid for pid in among if _has_open(pid, wanted)}
 
 
-def descendants(roots: Iterable[int], table: dict[int, ProcessRow]) -> set[int]:
-    """Return every process below `roots` in the given table, without the roots."""
-    children: dict[int, list[int]] = {}
-    for found in table.values():
-        children.setdefault(found.ppid, []).append(found.pid)
+def descendants(roots: Iterable[int]) -> set[int]:
+    """Return every process below these, without them. Some 50 µs for a server without children."""
+    table = None if LINUX else everyone()
     seen: set[int] = set()
     todo = list(roots)
     while todo:
-        for child in children.get(todo.pop(), ()):
-            if child not in seen:
-                seen.add(child)
-                todo.append(child)
+        new = _children(todo.pop(), table) - seen
+        seen |= new
+        todo.extend(new)
     return seen
 
 
@@ -228,11 +246,11 @@ def cpu_seconds(pid: int) -> float:
     return float(getattr(info, "user", 0.0) + getattr(info, "system", 0.0))
 
 
-def listening_ports(pids: Iterable[int]) -> list[tuple[str, int]]:
+def listening_ports(of: Iterable[int]) -> list[tuple[str, int]]:
     """Return the (host, port) pairs these processes listen on, over TCP. About 3 ms a process."""
     return [
         (connection.laddr.ip, connection.laddr.port)
-        for pid in pids
+        for pid in of
         for connection in _of_psutil(pid, lambda p: p.net_connections("tcp")) or ()
         if connection.status == psutil.CONN_LISTEN
     ]
@@ -272,7 +290,7 @@ def _parse_stat(pid: int, data: bytes) -> ProcessRow | None:
     if len(fields) < 20:
         return None
     ppid, pgrp, session = (int(field) for field in fields[1:4])
-    return ProcessRow(pid, ppid, pgrp, session, int(fields[19]), fields[0] in (b"Z", b"X"))
+    return ProcessRow(pid, ppid, pgrp, session, int(fields[19]), fields[0] in _DEAD)
 
 
 def _row_psutil(pid: int) -> ProcessRow | None:
@@ -284,6 +302,17 @@ def _row_psutil(pid: int) -> ProcessRow | None:
         return ProcessRow(pid, process.ppid(), group, session, ticks, zombie)
     except (psutil.Error, OSError):
         return None
+
+
+def _children(pid: int, table: dict[int, ProcessRow] | None) -> set[int]:
+    if table is not None:
+        return {found.pid for found in table.values() if found.ppid == pid}
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return set()
+    lists = (_read(f"/proc/{pid}/task/{task}/children", 1 << 16) or b"" for task in tasks)
+    return {int(child) for children in lists for child in children.split()}
 
 
 def _has_open(pid: int, wanted: os.stat_result) -> bool:

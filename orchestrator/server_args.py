@@ -75,7 +75,7 @@ SHADOWED: Final[dict[str, str]] = {
 MAX_TOKENS: Final = 256
 MAX_BYTES: Final = 32 * 1024
 _NUMBER: Final = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-_ATTACHED: Final = re.compile(r"(-[a-z]+)\d")
+_ATTACHED: Final = re.compile(r"(-[a-z][a-z-]*)\d")
 
 
 def flag_of(token: str) -> str | None:

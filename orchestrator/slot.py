@@ -154,29 +154,29 @@ class Slot:
         Args:
             group: Process group (and session) of a server that is known to be ours.
         """
-        table = proctable.everyone()
-        untouchable = {0, 1, os.getpid()} | proctable.ancestors(os.getpid(), table)
+        pids = proctable.pids()
         found = {p.pid for p in self._known if proctable.is_alive(p)}
-        found |= proctable.bearers(self.token, table.keys() - untouchable)
+        found |= proctable.bearers(self.token, pids)
         if group is not None:
-            found |= {r.pid for r in table.values() if group in (r.pgrp, r.session)}
-        found |= proctable.descendants(found - untouchable, table)
-        return {
-            ProcessId(pid, table[pid].start_ticks, proctable.boot_id())
-            for pid in found - untouchable
-            if pid in table and not table[pid].is_zombie
-        }
+            found |= proctable.members(group, pids)
+        return self.identified(found | proctable.descendants(found))
 
     def lock_holders(self) -> set[ProcessId]:
         """Return who has the server lock open; slower than `inhabitants`, for when the kernel
         says "held" and nobody is left to blame.
         """
+        return self.identified(proctable.holders(str(self.lock_path), proctable.pids()))
+
+    def identified(self, pids: set[int]) -> set[ProcessId]:
+        """Identify these, without zombies, this process, its parents, and pid 0 and 1."""
+        if not pids:
+            return set()
         table = proctable.everyone()
         untouchable = {0, 1, os.getpid()} | proctable.ancestors(os.getpid(), table)
         return {
             ProcessId(pid, table[pid].start_ticks, proctable.boot_id())
-            for pid in proctable.holders(str(self.lock_path), table.keys() - untouchable)
-            if not table[pid].is_zombie
+            for pid in pids - untouchable
+            if pid in table and not table[pid].is_zombie
         }
 
     # -------------------------------------------------------------------------------- the record

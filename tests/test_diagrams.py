@@ -1,0 +1,48 @@
+"""The committed pictures are the table: byte for byte, and complete."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from orchestrator import diagram
+from orchestrator.states import State
+from orchestrator.table import TABLE
+
+DIAGRAMS = Path(__file__).parents[1] / "diagrams"
+
+
+@pytest.mark.parametrize(("name", "kind"), diagram.FILES.items())
+def test_committed_diagram_is_what_the_table_says(name: str, kind: str) -> None:
+    """A stale picture is a lie; `make diagrams` writes it anew."""
+    assert (DIAGRAMS / name).read_text(encoding="utf-8") == diagram.FORMATS[kind]()
+
+
+def test_diagrams_folder_holds_generated_files_only() -> None:
+    assert {path.name for path in DIAGRAMS.iterdir()} == set(diagram.FILES)
+
+
+def test_every_edge_of_the_table_is_in_every_picture() -> None:
+    """No picture may hide a way in or out of a state."""
+    pairs = {(s, row.dest) for row in TABLE for s in row.sources if row.dest is not None}
+    ids = {element.get("id") for element in ET.fromstring(diagram.svg()).iter()}
+    for source, dest in pairs:
+        assert f"edge-{source}-{dest}" in ids
+        assert f"{source} --> {dest} : " in diagram.mermaid()
+        assert f"{source} -> {dest} [" in diagram.dot()
+
+
+def test_markdown_table_has_every_row_in_order() -> None:
+    lines = diagram.markdown().splitlines()[2:]
+    assert [line.split(" | ")[0].lstrip("| ") for line in lines] == [row.trigger for row in TABLE]
+
+
+@pytest.mark.parametrize("state", State)
+def test_current_state_is_marked_and_nothing_else(state: State) -> None:
+    """Live views light exactly one state."""
+    root = ET.fromstring(diagram.svg(state))
+    lit = [e.get("id") for e in root.iter() if "current" in (e.get("class") or "").split()]
+    assert lit == [f"state-{state}"]
+    assert f"class {state} current" in diagram.mermaid(state)
