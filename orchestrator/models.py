@@ -19,6 +19,12 @@ _REPO: Final = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _SHARD: Final = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.I)
 _SET_ASIDE: Final = re.compile(r"(mmproj|mtp-|dflash-|\._)|.*imatrix|.*-be\.gguf$", re.I)
 
+_LABEL: Final = re.compile(
+    r"(?<![A-Za-z0-9])((?:UD-)?(?:I?Q\d(?:_[A-Z0-9]+)*|TQ\d_\d|MXFP4(?:_MOE)?|BF16|F16|F32))"
+    r"(?![A-Za-z0-9])",
+    re.IGNORECASE,
+)
+
 PREFERENCE: Final = (
     *("UD-Q4_K_XL", "UD-Q4_K_L", "UD-Q5_K_XL", "UD-Q3_K_XL", "UD-Q6_K_XL", "UD-Q6_K_S"),
     *("UD-Q8_K_XL", "UD-Q2_K_XL", "UD-IQ4_NL", "UD-IQ4_XS", "UD-IQ3_S", "UD-IQ3_XXS"),
@@ -46,6 +52,12 @@ def locate(request: LoadRequest) -> ModelFiles:
     if path.is_dir():
         first = _choose(path, request.gguf_variant)
     elif path.exists():
+        if request.gguf_variant is not None and not matches(path.name, request.gguf_variant):
+            raise ModelNotFound.because(
+                f"{path} is not variant {request.gguf_variant!r}: leave gguf_variant out, or give "
+                "the folder",
+                field="gguf_variant",
+            )
         first = path
     else:
         raise _not_found(request.model_path)
@@ -56,7 +68,7 @@ def locate(request: LoadRequest) -> ModelFiles:
         if not file.is_file():
             raise ModelNotFound.because(f"mmproj_path {file} is not a file", field="mmproj_path")
         projector = _checked(file, "mmproj_path")
-    return ModelFiles(weights, projector, request.gguf_variant if path.is_dir() else None)
+    return ModelFiles(weights, projector, label_of(first.name) if path.is_dir() else None)
 
 
 def matches(name: str, label: str) -> bool:
@@ -66,6 +78,14 @@ def matches(name: str, label: str) -> bool:
         not name[: found.start()].upper().endswith("UD-")
         for found in re.finditer(pattern, name, re.IGNORECASE)
     )
+
+
+def label_of(name: str) -> str:
+    """Return the quant label in a file name, the same however the file was asked for; without
+    one, the name itself.
+    """
+    found = _LABEL.findall(name)
+    return found[-1].upper() if found else name
 
 
 def _not_found(name: str) -> ModelNotFound:
