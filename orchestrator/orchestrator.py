@@ -12,7 +12,7 @@ import atexit
 import contextlib
 import os
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Literal, Self, cast
@@ -168,6 +168,11 @@ class _Base:
             return LoadProgress(None, None, None, None)
         return views.progress(owner.snapshot, owner.effects.progress())
 
+    @property
+    def last_event_id(self) -> int:
+        """Number of the newest event; 0 when nothing has happened yet."""
+        return self._owner.events.last_id if self._owner else 0
+
     def logs(self, lines: int = 200) -> tuple[str, ...]:
         """Return the last lines the present (or last) server printed, oldest first."""
         return self._owner.effects.log_tail(lines) if self._owner else ()
@@ -201,6 +206,7 @@ class _Base:
     # ------------------------------------------------------------------------------ asking
 
     def _target(self, request: LoadRequest) -> Target:
+        _refuse_unsupported(request)
         return Target(request, locate(request), find_server(self._llama_server))
 
     def _ask_load(self, call: Call, request: LoadRequest) -> None:
@@ -314,10 +320,9 @@ class Orchestrator(_Base):
             NotLoaded: no model is Healthy and none is on its way.
         """
         call = self._ask_lease()
-        granted = cast("LeaseGranted", _result(call))
         try:
-            yield views.leased_server(granted)
-        finally:
+            yield views.leased_server(cast("LeaseGranted", _result(call)))
+        finally:  # also when the wait was interrupted in the moment of the grant
             self._end_lease(call)
 
     def events(self, after: int | None = None) -> Iterator[Event]:
@@ -383,13 +388,12 @@ class AsyncOrchestrator(_Base):
     async def lease(self) -> AsyncIterator[LeasedServer]:
         """As `Orchestrator.lease`."""
         call = self._ask_lease()
-        granted = cast("LeaseGranted", await _answer(call))
         try:
-            yield views.leased_server(granted)
+            yield views.leased_server(cast("LeaseGranted", await _answer(call)))
         finally:
             self._end_lease(call)
 
-    async def events(self, after: int | None = None) -> AsyncIterator[Event]:
+    async def events(self, after: int | None = None) -> AsyncGenerator[Event, None]:
         """As `Orchestrator.events`."""
         log = self._start().events
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
@@ -430,6 +434,15 @@ def _request(request: LoadRequest | str, fields: dict[str, Any]) -> LoadRequest:
     if isinstance(request, LoadRequest):
         return replace(request, **fields) if fields else request
     return LoadRequest.from_dict({"model_path": request, **fields})
+
+
+def _refuse_unsupported(request: LoadRequest) -> None:
+    """A setting this version cannot honour is refused, never silently dropped."""
+    for field in ("restore_previous", "idle_ttl_s", "revision"):
+        if getattr(request, field):
+            raise InvalidRequest.because(
+                f"{field} is not supported by this version: leave it out", field=field
+            )
 
 
 def _unload_outcome(answer: Answer) -> UnloadOutcome:

@@ -7,6 +7,7 @@ it by hand. Every call is answered exactly once; nothing a caller reads can gate
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import queue
@@ -120,6 +121,7 @@ class Owner:
         self._story: deque[str] = deque(maxlen=_STORY_LINES)
         self._generations: dict[Ticket, Generation] = {}
         self.outcomes: OrderedDict[Generation, Answer] = OrderedDict()
+        self._has_ended = False
         now = clock()
         self.snapshot = Snapshot(State.IDLE, Context(policy or Policy()), time.time(), now)
         self.effects = effects(self.post)
@@ -146,8 +148,10 @@ class Owner:
         self._settle(Settle(call.ticket, problem))
 
     def post(self, fact: Fact) -> None:
-        """Put a fact into the inbox."""
+        """Put a fact into the inbox. After the end, whoever posts also answers what is there."""
         self._inbox.put(fact)
+        if self._has_ended:
+            self._refuse_rest()
 
     def _withdraw(self, call: Call) -> None:
         """Tell the machine that the caller has gone, if it has."""
@@ -168,7 +172,18 @@ class Owner:
         if self._thread is not None:
             self._thread.join()
         self.effects.close()
+        self._has_ended = True
+        self._refuse_rest()
         self.events.close()
+
+    def _refuse_rest(self) -> None:
+        """Nobody pumps any more: answer every call that came too late to be processed."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                fact = self._inbox.get_nowait()
+                if (ticket := getattr(fact, "ticket", None)) is not None:
+                    problem = Problem("shutting_down", "the orchestrator has been closed")
+                    self._settle(Settle(ticket, problem))
 
     def _run(self) -> None:
         while True:

@@ -9,7 +9,6 @@ environment token find what has closed its descriptors. Names and command lines 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -21,9 +20,14 @@ from pathlib import Path
 from typing import Final
 
 from orchestrator import proctable
-from orchestrator.errors import InvalidRequest, SlotOwned, StateDirError
+from orchestrator.errors import InvalidRequest, SlotOwned, StateDirError, UnsupportedPlatform
 from orchestrator.messages import SlotEvidence
 from orchestrator.proctable import Pin, ProcessId
+
+try:
+    import fcntl
+except ImportError:  # Windows: no inherited locks, and so no slot that could be verified
+    fcntl = None  # type: ignore[assignment]
 
 TOKEN_NAME: Final = "LLAMA_ORCHESTRATOR_SLOT"  # noqa: S105 (a name, not a secret)
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -82,8 +86,11 @@ class Slot:
 
         Raises:
             SlotOwned: another live orchestrator has it; the message names its pid.
+            UnsupportedPlatform: there are no inherited locks here.
             StateDirError: the lock file cannot be opened.
         """
+        if fcntl is None:
+            raise UnsupportedPlatform.because("this platform has no flock: use Linux or macOS")
         fd = _open(self.owner_path)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
