@@ -383,6 +383,7 @@ def begin_probe(s: Step) -> None:
             cast("Child", s.ctx.child),
             job.target.request.stall_timeout_s,
             job.target.model.size_bytes,
+            job.target.extra_args,
         )
     )
 

@@ -189,8 +189,13 @@ class ProcessEffects:
             problem = Problem("server_start_failed", "the server is gone", reason="exited")
             self._post(NotReady(command.generation, time.monotonic(), problem))
             return
-        timeout = command.stall_timeout_s
-        verdict = wait_ready(server, token, stall_timeout_s=timeout, progress=progress)
+        verdict = wait_ready(
+            server,
+            token,
+            stall_timeout_s=command.stall_timeout_s,
+            progress=progress,
+            extra_args=command.extra_args,
+        )
         now = time.monotonic()
         if isinstance(verdict, Problem):
             self._post(NotReady(command.generation, now, verdict))

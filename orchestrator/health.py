@@ -18,16 +18,17 @@ from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import urlsplit
 
-from orchestrator import plan, proctable
+from orchestrator import failures, plan, proctable
 from orchestrator.errors import Problem
-from orchestrator.messages import ServerFacts
+from orchestrator.messages import Exit, ServerFacts
 from orchestrator.process import ServerProcess
 from orchestrator.tokens import CancelToken
 
 _ANSWER_S: Final = 2.0
 _PROPS_S: Final = 1.0
 _SAMPLE_S: Final = 0.25
-_LOOK_UP_S: Final = 0.03
+_LOOK_UP_S: Final = 0.03  # a look at the process table costs 3 to 8 ms
+_LOOK_UP_MOST_S: Final = 0.5
 _MAX_ANSWER: Final = 1 << 20
 _GROWTH_BYTES: Final = 1 << 16
 
@@ -107,6 +108,7 @@ def wait_ready(
     *,
     stall_timeout_s: float,
     progress: LoadProgress,
+    extra_args: tuple[str, ...] = (),
 ) -> ServerFacts | Problem:
     """Wait until this child serves, ends, stalls or is not wanted any more.
 
@@ -115,6 +117,7 @@ def wait_ready(
         token: Of the load; setting it ends the wait within a millisecond or two.
         stall_timeout_s: Seconds without any sign of work before giving up.
         progress: Updated as the model is read.
+        extra_args: The caller's flags, to be named if one of them is to blame.
 
     Returns:
         What the server says of itself, or why it will not be ready.
@@ -123,7 +126,12 @@ def wait_ready(
     server.listeners.append(waker.wake)
     token.on_set(waker.wake)
     try:
-        return _wait(server, token, waker, stall_timeout_s, progress)
+        verdict = _wait(server, token, waker, stall_timeout_s, progress)
+        if verdict is None:
+            seen = _exit_of(server, waker)
+            returncode = seen.returncode if seen else None
+            return failures.explain(returncode, server.output.tail(), extra_args)
+        return verdict
     finally:
         server.listeners.remove(waker.wake)
         waker.close()
@@ -135,20 +143,24 @@ def _wait(
     waker: _Waker,
     stall_timeout_s: float,
     progress: LoadProgress,
-) -> ServerFacts | Problem:
+) -> ServerFacts | Problem | None:
+    """None: the server has ended."""
     clock = _StallClock(server, progress)
     pause: float | None = None
-    started = looked_up = time.monotonic()
+    look_every = _LOOK_UP_S
+    next_look = time.monotonic() + look_every
     address: tuple[str, int] | None = None
     while True:
         if token.is_set():
             return Problem("cancelled", "the load is not wanted any more")
         if server.exit is not None or not server.is_alive:
-            return _ended(server, waker)
+            return None
         if server.output.base_url is not None:
-            address = _split(server.output.base_url)
-        elif address is None and time.monotonic() - max(started, looked_up) >= _LOOK_UP_S:
-            address, looked_up = _own_listener(server), time.monotonic()
+            address = _announced(server.output.base_url)
+        elif address is None and time.monotonic() >= next_look:
+            address = _own_listener(server)
+            look_every = min(2 * look_every, _LOOK_UP_MOST_S)
+            next_look = time.monotonic() + look_every
         if address is not None:
             facts = _probe(server, address, waker, token)
             if facts is not None and server.is_alive:
@@ -167,24 +179,24 @@ def _wait(
             pause = None if address is not None else pause
 
 
-def _ended(server: ServerProcess, waker: _Waker) -> Problem:
+def _exit_of(server: ServerProcess, waker: _Waker) -> Exit | None:
     """The warden sees the exit and the last output within moments of the kernel."""
     ends = time.monotonic() + _ANSWER_S
     while server.exit is None and time.monotonic() < ends:
         waker.wait(0.05)
-    seen = server.exit
-    return plan.ended_during_start(seen.returncode if seen else None, server.output.tail())
+    return server.exit
 
 
-def _split(base_url: str) -> tuple[str, int]:
+def _announced(base_url: str) -> tuple[str, int]:
+    """The child's own word, printed once it has bound its port; nobody else writes there."""
     parts = urlsplit(base_url)
     return parts.hostname or "127.0.0.1", parts.port or 0
 
 
 def _own_listener(server: ServerProcess) -> tuple[str, int] | None:
-    """Return where the child or one of its descendants listens, for builds that do not say."""
+    """Return where the child or a descendant of it listens, for builds that announce nothing."""
     family = {server.pid} | proctable.descendants({server.pid})
-    found = proctable.listening_ports(family)
+    found = proctable.listening(family)
     return next(((host, port) for host, port in found if host.startswith("127.")), None)
 
 

@@ -324,6 +324,7 @@ class Probe:
     child: Child
     stall_timeout_s: float
     size_bytes: int
+    extra_args: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """What the server prints: a bounded ring of its last lines, and the address it announces.
 
 Fed with raw bytes by the one thread that drains the pipe; a line of any length and any bytes is
-taken. Terminal control sequences never leave this module.
+taken. Terminal control sequences and secrets never leave this module.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Final
+
+from orchestrator.redaction import redact
 
 MAX_LINES: Final = 2000
 MAX_LINE_BYTES: Final = 8192
@@ -65,4 +67,4 @@ class OutputRing:
 
 def _clean(line: bytes) -> str:
     text = line[:MAX_LINE_BYTES].decode("utf-8", "replace")
-    return _CONTROL.sub("", _ESCAPES.sub("", text)).rstrip()
+    return redact(_CONTROL.sub("", _ESCAPES.sub("", text)).rstrip())

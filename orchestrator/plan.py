@@ -1,4 +1,4 @@
-"""Pure decisions beside the table: when to signal, how often to probe, what an exit means.
+"""Pure decisions beside the table: when to signal, how often to probe, what a load would do.
 
 All times are monotonic seconds given by the caller; nothing here reads a clock.
 """
@@ -12,7 +12,7 @@ from typing import Final, Literal
 
 from orchestrator import guards
 from orchestrator.context import Context
-from orchestrator.errors import InvalidRequest, Problem
+from orchestrator.errors import InvalidRequest
 from orchestrator.messages import LoadRequested
 from orchestrator.request import ReloadReason, Target, differences
 from orchestrator.server_args import build_argv
@@ -73,25 +73,6 @@ def next_probe_s(last_s: float | None) -> float:
     return FIRST_PROBE_S if last_s is None else min(last_s * _PROBE_GROWTH, LONGEST_PROBE_S)
 
 
-def ended_during_start(returncode: int | None, log_tail: tuple[str, ...]) -> Problem:
-    """Return why a server that ended before it was ready did so, as far as it can be told."""
-    if returncode is None:
-        how = "with an unknown status"
-    elif returncode < 0:
-        how = f"by signal {-returncode} ({_signal_name(-returncode)})"
-    else:
-        how = f"with exit status {returncode}"
-    said = next((line for line in reversed(log_tail) if "error" in line.lower()), None)
-    reason = "killed" if returncode == -signal.SIGKILL else "exited"
-    message = f"llama-server ended {how} before it was ready"
-    return Problem(
-        "server_start_failed",
-        f"{message}: {said.strip()}" if said else f"{message}; see its output",
-        log_tail=log_tail,
-        reason=reason,
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a load would do now.
@@ -140,10 +121,3 @@ def checked_seconds(field: str, value: object, *, zero: bool = True) -> float:
         least = "0 or more" if zero else "more than 0"
         raise InvalidRequest.because(f"{field} is {value!r}: use {least} seconds", field=field)
     return float(value)  # type: ignore[arg-type]
-
-
-def _signal_name(signum: int) -> str:
-    try:
-        return signal.Signals(signum).name
-    except ValueError:
-        return "unknown"

@@ -242,11 +242,11 @@ def cpu_seconds(pid: int) -> float:
     return float(getattr(info, "user", 0.0) + getattr(info, "system", 0.0))
 
 
-def listening_ports(of: Iterable[int]) -> list[tuple[str, int]]:
-    """Return the (host, port) pairs these processes listen on, over TCP. About 3 ms a process."""
+def listening(pids: Iterable[int]) -> list[tuple[str, int]]:
+    """Return the (address, port) pairs these processes listen on, over TCP. Some ms a process."""
     return [
         (connection.laddr.ip, connection.laddr.port)
-        for pid in of
+        for pid in pids
         for connection in _of_psutil(pid, lambda p: p.net_connections("tcp")) or ()
         if connection.status == psutil.CONN_LISTEN
     ]
