@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import proctable
-from orchestrator.errors import SlotOwned
 from orchestrator.proctable import Pin, ProcessId
 from orchestrator.slot import TOKEN_NAME, Slot
 
@@ -63,9 +62,5 @@ def main(arguments: dict[str, Any]) -> None:
     while (pin := Pin.of(host)) is not None:
         proctable.wait_exited([pin], _POLL_HOST_S)
         pin.close()
-    try:
-        slot.claim()
-    except SlotOwned:
-        if not slot.is_owned_by(host):
-            return  # a new orchestrator has claimed it, and reaps by itself
-    slot.reap()
+    if slot.succeed(host):  # else a new orchestrator has claimed it, and reaps by itself
+        slot.reap(heir_of=host)

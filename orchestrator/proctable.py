@@ -116,10 +116,10 @@ class Pin:
 
     @property
     def has_exited(self) -> bool:
-        if self._fd is None:
+        if (fd := self._fd) is None:  # read once: the warden may close it meanwhile
             return not is_alive(self.process)
         poll = select.poll()
-        poll.register(self._fd, select.POLLIN)
+        poll.register(fd, select.POLLIN)
         return bool(poll.poll(0))
 
     def signal(self, signum: int) -> None:
@@ -131,9 +131,9 @@ class Pin:
                 os.kill(self.process.pid, signum)
 
     def close(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
 
 
 def wait_exited(pins: Iterable[Pin], timeout_s: float) -> bool:
@@ -176,7 +176,7 @@ def members(group: int, among: Iterable[int]) -> set[int]:
 
 def bearers(token: str, among: Iterable[int]) -> set[int]:
     """Return which of these pids carry `NAME=value` in the environment they were started with."""
-    wanted = token.encode() + b"\0"
+    wanted = os.fsencode(token) + b"\0"
     if LINUX:
         return {
             pid
@@ -197,6 +197,22 @@ def holders(path: str, among: Iterable[int]) -> set[int]:
     except OSError:
         return set()
     return {pid for pid in among if _has_open(pid, wanted)}
+
+
+def own_descriptors(paths: Iterable[str | os.PathLike[str]]) -> list[int]:
+    """Return this process's descriptors of these files."""
+    wanted = set()
+    for path in paths:
+        with contextlib.suppress(OSError):
+            found = os.stat(path)
+            wanted.add((found.st_dev, found.st_ino))
+    fds = []
+    for name in os.listdir("/dev/fd"):
+        with contextlib.suppress(OSError):
+            found = os.fstat(int(name))
+            if (found.st_dev, found.st_ino) in wanted:
+                fds.append(int(name))
+    return fds
 
 
 def descendants(roots: Iterable[int]) -> set[int]:

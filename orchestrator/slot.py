@@ -14,10 +14,11 @@ import os
 import re
 import signal
 import time
+import weakref
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from orchestrator import proctable
 from orchestrator.errors import InvalidRequest, SlotOwned, StateDirError, UnsupportedPlatform
@@ -33,6 +34,8 @@ TOKEN_NAME: Final = "LLAMA_ORCHESTRATOR_SLOT"  # noqa: S105 (a name, not a secre
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RECORD_VERSION: Final = 1
 _VERIFY_EVERY_S: Final = 0.02
+_SUCCESSION_S: Final = 10.0
+_HANDOVER_S: Final = 0.25
 
 
 def default_state_dir() -> Path:
@@ -67,14 +70,15 @@ class Slot:
                 f"slot is {name!r}: use 1 to 64 of A-Z a-z 0-9 . _ - after a letter or digit",
                 field="slot",
             )
-        root = default_state_dir() if state_dir is None else Path(state_dir)
+        root = default_state_dir() if state_dir is None else _given(state_dir)
         self.name = name
         self.directory = _prepare(root, create_parents=state_dir is None) / name
         _make_private(self.directory)
         self.lock_path = self.directory / "server.lock"
         self.record_path = self.directory / "server.json"
         self.owner_path = self.directory / "owner.lock"
-        self.token = f"{TOKEN_NAME}={self.directory}"
+        place = self.directory.stat()  # the same path in a container is another slot
+        self.token = f"{TOKEN_NAME}={self.directory}:{place.st_dev:x}:{place.st_ino:x}"
         self._owner_fd: int | None = None
         self._owner_pid = 0
         self._known: set[ProcessId] = set()
@@ -84,35 +88,55 @@ class Slot:
     def claim(self) -> None:
         """Become the one owner of this slot.
 
+        While the lock is held for an owner that is dead, its guardian is emptying the slot: that
+        is waited for, 10 s at most.
+
         Raises:
             SlotOwned: another live orchestrator has it; the message names its pid.
             UnsupportedPlatform: there are no inherited locks here.
-            StateDirError: the lock file cannot be opened.
+            StateDirError: the lock file cannot be opened or written.
         """
         if fcntl is None:
             raise UnsupportedPlatform.because("this platform has no flock: use Linux or macOS")
-        fd = _open(self.owner_path)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(fd)
+        ends = time.monotonic() + _SUCCESSION_S
+        while (fd := _try_lock(self.owner_path)) is None:
             owner = _owner_in(self.owner_path)
-            alive = owner is not None and proctable.is_alive(owner)
-            who = f"process {owner.pid}" if owner and alive else "another process"
-            raise SlotOwned.because(
-                f"slot {self.name!r} is owned by {who}: stop it, or use another slot name",
-                field="slot",
-            ) from None
+            lives = owner is not None and proctable.is_alive(owner)
+            if lives or time.monotonic() > ends:
+                who = f"process {owner.pid}" if owner and lives else "another process"
+                raise SlotOwned.because(
+                    f"slot {self.name!r} is owned by {who}: stop it, or use another slot name",
+                    field="slot",
+                )
+            time.sleep(_VERIFY_EVERY_S)
         me = proctable.identify(os.getpid())
-        if me is not None:
+        try:
             os.ftruncate(fd, 0)
-            os.pwrite(fd, json.dumps(asdict(me)).encode(), 0)
-        self._owner_fd, self._owner_pid = fd, os.getpid()
-        os.register_at_fork(after_in_child=self._disown)
+            os.pwrite(fd, json.dumps(asdict(me)).encode() if me else b"", 0)
+        except OSError as error:
+            os.close(fd)
+            raise _unwritable(self.owner_path, error) from error
+        self._own(fd)
+
+    def succeed(self, owner: ProcessId) -> bool:
+        """Take the slot over from a dead owner, in its name. False: somebody has claimed it."""
+        ends = time.monotonic() + _HANDOVER_S
+        fd = None
+        while fd is None and self.is_owned_by(owner) and time.monotonic() < ends:
+            fd = _try_lock(self.owner_path)
+            if fd is None:  # a claim about to be written, or a fork that never ran our hook
+                time.sleep(_VERIFY_EVERY_S)
+        if fd is not None:
+            self._own(fd)
+        return self.is_owned_by(owner)
 
     def is_owned_by(self, process: ProcessId) -> bool:
         """Did this process claim the slot last, whoever may hold its lock now?"""
         return _owner_in(self.owner_path) == process
+
+    def _own(self, fd: int) -> None:
+        self._owner_fd, self._owner_pid = fd, os.getpid()
+        _claimed.add(self)
 
     def release(self) -> None:
         """Give the slot up; what it holds is the caller's business before that."""
@@ -120,12 +144,14 @@ class Slot:
             os.close(self._owner_fd)  # never LOCK_UN: a fork would release our lock
             self._owner_fd = None
 
-    def _disown(self) -> None:
-        """In a forked worker: it neither owns the slot nor keeps the lock of a dead owner alive."""
-        if self._owner_fd is not None:
-            with contextlib.suppress(OSError):
-                os.close(self._owner_fd)
-            self._owner_fd = None
+    def disown(self) -> None:
+        """In a forked worker: it neither owns the slot nor keeps any of its locks held.
+
+        Found by what they refer to, because another thread may have been about to open one.
+        """
+        for fd in proctable.own_descriptors((self.owner_path, self.lock_path)):
+            os.close(fd)
+        self._owner_fd = None
 
     # --------------------------------------------------------------------------------- emptiness
 
@@ -137,13 +163,10 @@ class Slot:
             it, or close it. While it is open nobody else can find the slot empty.
         """
         try:
-            fd = _open(self.lock_path)
+            fd = _try_lock(self.lock_path)
         except StateDirError as error:
             return SlotEvidence(False, error.message), None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(fd)
+        if fd is None:
             return SlotEvidence(False, "a process still holds the lock of this slot"), None
         for process in self._known:
             if proctable.is_alive(process):
@@ -175,15 +198,20 @@ class Slot:
         return self.identified(proctable.holders(str(self.lock_path), proctable.pids()))
 
     def identified(self, pids: set[int]) -> set[ProcessId]:
-        """Identify these, without zombies, this process, its parents, and pid 0 and 1."""
+        """Identify these, without zombies, this process, its parents, and pid 0 and 1.
+
+        Nor anybody in our own session: a server is started in a session of its own, and nothing
+        below it can join ours. A forked worker that holds a copy of a lock is told apart by that.
+        """
         if not pids:
             return set()
         table = proctable.everyone()
         untouchable = {0, 1, os.getpid()} | proctable.ancestors(os.getpid(), table)
+        our_session = os.getsid(0)
         return {
             ProcessId(pid, table[pid].start_ticks, proctable.boot_id())
             for pid in pids - untouchable
-            if pid in table and not table[pid].is_zombie
+            if pid in table and not table[pid].is_zombie and table[pid].session != our_session
         }
 
     # -------------------------------------------------------------------------------- the record
@@ -204,13 +232,11 @@ class Slot:
         try:
             with open(self.record_path, encoding="utf-8") as file:
                 members = json.loads(file.read(65536))
-            host = ProcessId(**members["host"])
-            server = None if members["server"] is None else ProcessId(**members["server"])
-        except (OSError, ValueError, TypeError, KeyError):
+            host = _process_in(members["host"])
+            server = None if members["server"] is None else _process_in(members["server"])
+            return Record(host, server) if members["version"] == _RECORD_VERSION else None
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
-        processes = [p for p in (host, server) if p is not None]
-        well_formed = all(type(p.pid) is int and p.pid > 1 for p in processes)
-        return Record(host, server) if well_formed and members.get("version") == 1 else None
 
     def forget(self) -> None:
         """The slot has been verified empty."""
@@ -220,8 +246,15 @@ class Slot:
 
     # -------------------------------------------------------------------------------- recovery
 
-    def reap(self, *, term_s: float = 0.3, kill_s: float = 5.0) -> tuple[set[int], SlotEvidence]:
+    def reap(
+        self, *, heir_of: ProcessId | None = None, term_s: float = 0.3, kill_s: float = 5.0
+    ) -> tuple[set[int], SlotEvidence]:
         """End what a dead owner left in this slot. The caller owns the slot.
+
+        Args:
+            heir_of: Stop as soon as the slot is not this dead owner's any more.
+            term_s: Seconds between SIGTERM and SIGKILL.
+            kill_s: Seconds after that before giving up.
 
         Returns:
             The pids that were signalled, and whether the slot is empty now.
@@ -230,10 +263,13 @@ class Slot:
         group = None
         if record is not None and record.server is not None:
             self._known.add(record.server)
-            group = record.server.pid if proctable.is_alive(record.server) else None
+            is_itself = proctable.identify(record.server.pid) == record.server
+            group = record.server.pid if is_itself else None  # a zombie keeps its group's number
         started = time.monotonic()
         signalled: set[int] = set()
         while True:
+            if heir_of is not None and not self.is_owned_by(heir_of):
+                return signalled, SlotEvidence(False, "another orchestrator has claimed it")
             pins = _pin(self.inhabitants(group))
             elapsed = time.monotonic() - started
             if not pins:
@@ -256,7 +292,20 @@ class Slot:
                 pin.close()
             if elapsed > term_s + kill_s:
                 pids = sorted(pin.process.pid for pin in pins)
-                return signalled, SlotEvidence(False, f"processes {pids} will not die")
+                who = f"processes {pids} will not die" if pids else "its lock is held by somebody"
+                return signalled, SlotEvidence(False, who)
+
+
+_claimed: Final[weakref.WeakSet[Slot]] = weakref.WeakSet()
+
+
+def _disown_all() -> None:
+    for slot in tuple(_claimed):
+        slot.disown()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown_all)
 
 
 def _pin(processes: Iterable[ProcessId]) -> list[Pin]:
@@ -265,9 +314,27 @@ def _pin(processes: Iterable[ProcessId]) -> list[Pin]:
 
 def _owner_in(path: Path) -> ProcessId | None:
     try:
-        return ProcessId(**json.loads(path.read_bytes()[:4096]))
-    except (OSError, ValueError, TypeError):
+        return _process_in(json.loads(path.read_bytes()[:4096]))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
+
+
+def _process_in(members: Any) -> ProcessId:
+    """Read an identity; what cannot be one is a ValueError or a TypeError."""
+    process = ProcessId(**members)
+    kinds = (type(process.pid), type(process.start_ticks), type(process.boot_id))
+    if kinds != (int, int, str) or not 1 < process.pid < 1 << 31:
+        raise ValueError("not a process that could be ours")
+    return process
+
+
+def _given(state_dir: object) -> Path:
+    if isinstance(state_dir, str | os.PathLike) and str(state_dir):
+        with contextlib.suppress(RuntimeError, TypeError):  # no such user; a path of bytes
+            return Path(state_dir).expanduser()
+    raise StateDirError.because(
+        f"state_dir is {state_dir!r}: give the path of a folder", field="state_dir"
+    )
 
 
 def _prepare(root: Path, *, create_parents: bool) -> Path:
@@ -287,12 +354,34 @@ def _make_private(directory: Path, *, parents: bool = False) -> None:
         with open(directory / ".probe", "w"):
             pass
         (directory / ".probe").unlink(missing_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise StateDirError.because(
-            f"state_dir {directory} cannot be written ({error.strerror}): make it writable or "
+            f"state_dir {directory} cannot be written ({_why(error)}): make it writable or "
             "choose another with state_dir",
             field="state_dir",
         ) from error
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _unwritable(path: Path, error: OSError) -> StateDirError:
+    return StateDirError.because(
+        f"{path} cannot be written ({_why(error)}): check state_dir and its disk",
+        field="state_dir",
+    )
+
+
+def _try_lock(path: Path) -> int | None:
+    """Return a descriptor that holds the file's lock; None while somebody else holds it."""
+    fd = _open(path)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
 
 
 def _open(path: Path) -> int:
@@ -311,7 +400,4 @@ def _write_atomically(path: Path, text: str) -> None:
             file.write(text)
         os.replace(temporary, path)
     except OSError as error:
-        raise StateDirError.because(
-            f"{path} cannot be written ({error.strerror}): check state_dir and its disk",
-            field="state_dir",
-        ) from error
+        raise _unwritable(path, error) from error

@@ -8,71 +8,31 @@ import pytest
 
 from orchestrator.failures import explain
 
+REMOVED = "the argument has been removed. use --spec-draft-n-max or --spec-ngram-mod-n-max"
+BOUNDS = (
+    "tensor 'output.weight' data is not within the file bounds, model is corrupted or incomplete"
+)
+LIBRARY = "libllama.so: cannot open shared object file: No such file or directory"
+VULKAN = "ggml_vulkan: Device memory allocation failed: vk::Device::allocateMemory: "
+
 REAL = [
     ("error: invalid argument: --bogus", "unknown_flag", None),
-    (
-        (
-            'error while handling argument "--draft-max": the argument has been removed. use '
-            "--spec-draft-n-max or --spec-ngram-mod-n-max"
-        ),
-        "removed_flag",
-        None,
-    ),
+    (f'error while handling argument "--draft-max": {REMOVED}', "removed_flag", None),
     ('error while handling argument "-c": stoi', "malformed_flag", None),
     ('error while handling argument "-c": expected value for argument', "malformed_flag", None),
     ('error while handling argument "-ctk": Unsupported cache type: q9', "malformed_flag", None),
-    (
-        (
-            "0.00.005.868 E srv         start: couldn't bind HTTP server socket, hostname: 127.0.0.1, "
-            "port: 51309"
-        ),
-        "port_in_use",
-        None,
-    ),
-    (
-        "0.00.006.964 E llama_model_load: error loading model: unknown model architecture: 'lxama'",
-        "unknown_architecture",
-        "model_path",
-    ),
-    (
-        (
-            "0.00.006.234 E llama_model_load: error loading model: tensor 'output.weight' data is not "
-            "within the file bounds, model is corrupted or incomplete"
-        ),
-        "corrupt_model",
-        "model_path",
-    ),
-    (
-        "0.00.016.011 E mtmd_init_from_file: error: Failed to load CLIP model from /m.gguf",
-        "projector_mismatch",
-        "mmproj_path",
-    ),
+    ("E srv start: couldn't bind HTTP server socket, hostname: 127.0.0.1", "port_in_use", None),
+    ("error loading model: unknown model architecture: 'x'", "unknown_architecture", "model_path"),
+    (f"E llama_model_load: error loading model: {BOUNDS}", "corrupt_model", "model_path"),
+    ("error: Failed to load CLIP model from /m.gguf", "projector_mismatch", "mmproj_path"),
     (
         "error: the supplied chat template is not supported: {% if %}",
         "bad_template",
         "chat_template_override",
     ),
-    (
-        (
-            "/x/llama-server: error while loading shared libraries: libllama.so: cannot open shared "
-            "object file: No such file or directory"
-        ),
-        "missing_library",
-        "llama_server",
-    ),
-    (
-        "ggml_backend_cuda_buffer_type_alloc_buffer: cudaMalloc failed: out of memory",
-        "out_of_memory",
-        None,
-    ),
-    (
-        (
-            "ggml_vulkan: Device memory allocation failed: vk::Device::allocateMemory: "
-            "ErrorOutOfDeviceMemory"
-        ),
-        "out_of_memory",
-        None,
-    ),
+    (f"error while loading shared libraries: {LIBRARY}", "missing_library", "llama_server"),
+    ("alloc_buffer: cudaMalloc failed: out of memory", "out_of_memory", None),
+    (f"{VULKAN}ErrorOutOfDeviceMemory", "out_of_memory", None),
 ]
 
 
