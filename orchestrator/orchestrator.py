@@ -15,6 +15,7 @@ import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 from orchestrator import views
@@ -45,8 +46,9 @@ from orchestrator.models import locate
 from orchestrator.owner import Call, Owner
 from orchestrator.plan import Plan, checked_seconds, plan_load
 from orchestrator.request import LoadRequest, Target
-from orchestrator.servers import find_server
-from orchestrator.slot import Slot
+from orchestrator.server_args import build_argv
+from orchestrator.servers import ask_catalogue, find_server
+from orchestrator.slot import Slot, default_state_dir
 from orchestrator.tokens import Generation
 from orchestrator.views import LeasedServer, LoadOutcome, LoadProgress, Status, UnloadOutcome
 
@@ -207,7 +209,13 @@ class _Base:
 
     def _target(self, request: LoadRequest) -> Target:
         _refuse_unsupported(request)
-        return Target(request, locate(request), find_server(self._llama_server))
+        target = Target(request, locate(request), find_server(self._llama_server))
+        if target.speculative_type is not None:
+            cache = Path(self._state_dir or default_state_dir()) / "cache"
+            server = replace(target.server, catalogue=ask_catalogue(target.server, cache))
+            target = replace(target, server=server)
+            build_argv(target, template_file=None)  # refuses what this binary cannot do
+        return target
 
     def _ask_load(self, call: Call, request: LoadRequest) -> None:
         """Look up what the request names and post it; a refusal is an answer to the call.

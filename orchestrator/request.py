@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Final, Literal, Self, get_args
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, get_args
 
 from orchestrator import server_args
 from orchestrator.errors import InvalidRequest, MalformedRequest
+
+if TYPE_CHECKING:
+    from orchestrator.catalogue import Catalogue
 
 OnBusy = Literal["supersede", "queue", "reject"]
 
@@ -135,11 +138,15 @@ class ModelFiles:
 
 @dataclass(frozen=True, slots=True)
 class ServerBinary:
-    """What is started: a llama-server (`command` is its path) or the embedded one."""
+    """What is started: a llama-server (`command` is its path) or the embedded one.
+
+    Its catalogue (None = not asked, or no clear answer) is knowledge about it, not identity.
+    """
 
     kind: Literal["external", "embedded"]
     command: tuple[str, ...]
     identity: FileIdentity
+    catalogue: Catalogue | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

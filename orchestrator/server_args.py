@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from orchestrator.errors import InvalidRequest, RefusedArgument
 
 if TYPE_CHECKING:
+    from orchestrator.catalogue import Catalogue
     from orchestrator.request import LoadRequest, Target
 
 CACHE_TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
@@ -185,21 +186,59 @@ def normal_speculative_type(value: str | None) -> str | None:
 
 
 _NGRAM_MOD: Final = (
-    "--spec-type ngram-mod --spec-ngram-mod-n-match 24 --spec-ngram-mod-n-min 48 "
-    "--spec-ngram-mod-n-max 64"
+    "--spec-ngram-mod-n-match 24 --spec-ngram-mod-n-min 48 --spec-ngram-mod-n-max 64"
 )
 
+# value -> the flags that mean it, the first that the binary supports
+SPECULATIVE: Final[dict[str, tuple[str, ...]]] = {
+    "default": ("--spec-default",),
+    "ngram-mod": (
+        "--spec-type ngram-mod " + _NGRAM_MOD,
+        "--spec-type ngram-mod --spec-ngram-size-n 24 --draft-min 48 --draft-max 64",
+    ),
+    "ngram-simple": ("--spec-type ngram-simple",),
+}
 
-def speculative_flags(mode: str | None, extra_args: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the managed flags of a mode; explicit drafting in the extra args makes them stand
-    back, because spec types accumulate and a later flag cannot undo an earlier one.
+
+def speculative_flags(
+    mode: str | None, extra_args: tuple[str, ...], catalogue: Catalogue | None = None
+) -> tuple[str, ...]:
+    """Return the managed flags of a mode, by what the binary says it can do.
+
+    Explicit drafting in the extra args makes them stand back, because spec types accumulate and
+    a later flag cannot undo an earlier one. A binary that could not be asked gets today's names.
+
+    Raises:
+        InvalidRequest: this binary does not know the mode; the message lists what it accepts.
     """
     explicit = any(flag_of(token) in {"--spec-type", "--spec-default"} for token in extra_args)
     if mode is None or explicit:
         return ()
-    if mode == "default":
-        return ("--spec-default",)
-    return tuple(_NGRAM_MOD.split()) if mode == "ngram-mod" else ("--spec-type", mode)
+    for spelling in SPECULATIVE.get(mode, (f"--spec-type {mode}",)):
+        flags = tuple(spelling.split())
+        if catalogue is None or _is_supported(flags, catalogue):
+            return flags
+    raise InvalidRequest.because(
+        f"speculative_type {mode!r} is not supported by this llama-server; it accepts "
+        f"{', '.join(_accepted(catalogue))}",
+        field="speculative_type",
+    )
+
+
+def _is_supported(flags: tuple[str, ...], catalogue: Catalogue) -> bool:
+    names = [flag for flag in flags if flag.startswith("--")]
+    listed = catalogue.get("--spec-type")
+    value = flags[flags.index("--spec-type") + 1] if "--spec-type" in flags else None
+    known = value is None or (listed is not None and value in (listed.choices or (value,)))
+    return catalogue.has(*names) and known
+
+
+def _accepted(catalogue: Catalogue | None) -> list[str]:
+    if catalogue is None:
+        return ["off"]
+    listed = catalogue.get("--spec-type")
+    types = [name for name in (listed.choices if listed else ()) if name != "none"]
+    return ["off", *(["default"] if catalogue.has("--spec-default") else []), *types]
 
 
 def build_argv(target: Target, *, template_file: str | None) -> tuple[str, ...]:
@@ -221,7 +260,8 @@ def build_argv(target: Target, *, template_file: str | None) -> tuple[str, ...]:
         argv += ["--parallel", str(request.n_parallel)]
     if request.cache_type_kv is not None:
         argv += ["-ctk", request.cache_type_kv, "-ctv", request.cache_type_kv]
-    argv += speculative_flags(target.speculative_type, target.extra_args)
+    catalogue = target.server.catalogue
+    argv += speculative_flags(target.speculative_type, target.extra_args, catalogue)
     if template_file is not None:
         argv += ["--jinja", "--chat-template-file", template_file]
     return (*argv, *target.extra_args)

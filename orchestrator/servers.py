@@ -1,20 +1,34 @@
-"""Which llama.cpp server to start: an external llama-server, or the embedded one.
+"""Which llama.cpp server to start, an external llama-server or the embedded one, and its `--help`.
 
 `auto` takes the first that exists: LLAMA_SERVER_PATH, llama-server on PATH, the embedded server.
-Looked at on every load, because a binary may be replaced under a running backend.
+Looked at on every load, because a binary may be replaced under a running backend. What it can do
+is asked once per identity and remembered on disk; an inconclusive answer is never remembered.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.util
+import json
 import os
 import shutil
+import subprocess
 import sys
+from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
+from typing import Final
 
+import structlog
+
+from orchestrator.catalogue import Catalogue, FlagHelp, parse_help
 from orchestrator.errors import ServerUnavailable
 from orchestrator.models import identity_of
-from orchestrator.request import ServerBinary
+from orchestrator.request import FileIdentity, ServerBinary
+
+_ASK_S: Final = 10.0
+_log = structlog.get_logger("orchestrator.servers")
 
 _EMBEDDED_HINT = 'pip install "llama-orchestrator[embedded]"'
 
@@ -71,3 +85,65 @@ def _embedded() -> ServerBinary:
     script = str(Path(__file__).with_name("embedded.py"))
     # -P: this folder must not come before the standard library (it has an `http` of its own)
     return ServerBinary("embedded", (sys.executable, "-P", script), identity_of(spec.origin))
+
+
+def ask_catalogue(server: ServerBinary, cache: Path) -> Catalogue | None:
+    """Return what this binary can do; runs it once per identity and machine, about 10 ms.
+
+    Args:
+        server: The binary; a replaced one is asked again.
+        cache: Folder for answers; one that cannot be written costs a question per process.
+    """
+    return _known(server.command, server.identity, str(cache)) or _asked(server, cache)
+
+
+_answers: dict[FileIdentity, Catalogue] = {}
+
+
+def _known(command: tuple[str, ...], identity: FileIdentity, cache: str) -> Catalogue | None:
+    if identity in _answers:
+        return _answers[identity]
+    try:
+        members = json.loads(_file_of(command, identity, cache).read_text(encoding="utf-8"))
+        flags = tuple(
+            FlagHelp(tuple(f["names"]), f["takes_value"], tuple(f["choices"]), f["is_removed"])
+            for f in members["flags"]
+        )
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return _answers.setdefault(identity, Catalogue(flags))
+
+
+def _asked(server: ServerBinary, cache: Path) -> Catalogue | None:
+    try:
+        answer = subprocess.run(
+            [*server.command, "--help"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=_ASK_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        _log.warning("catalogue.inconclusive", server=server.command[0], error=str(error))
+        return None
+    found = parse_help(answer.stdout.decode("utf-8", "replace"))
+    if found is None or answer.returncode != 0:
+        _log.warning(
+            "catalogue.inconclusive", server=server.command[0], returncode=answer.returncode
+        )
+        return None
+    _answers[server.identity] = found
+    with contextlib.suppress(OSError):
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = _file_of(server.command, server.identity, str(cache))
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(asdict(found)), encoding="utf-8")
+        os.replace(temporary, file)
+    return found
+
+
+@lru_cache(maxsize=64)
+def _file_of(command: tuple[str, ...], identity: FileIdentity, cache: str) -> Path:
+    key = hashlib.sha256(repr((command, identity)).encode()).hexdigest()[:32]
+    return Path(cache) / f"help-{key}.json"

@@ -1,0 +1,82 @@
+"""What a llama-server can do, read from its own `--help`.
+
+Pure; servers.py asks the binary. Text that does not look like help is None, an answer that
+switches nothing off. A flag that is listed only as removed is known, and not supported.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+_COLUMN: Final = 40
+_FLAG: Final = re.compile(r"\s*(--?[A-Za-z0-9][\w-]*)(,?)")
+_ALLOWED: Final = re.compile(r"allowed values: ([^()]*)")
+_REMOVED: Final = "the argument has been removed"
+
+
+@dataclass(frozen=True, slots=True)
+class FlagHelp:
+    """One entry of the help.
+
+    Attributes:
+        names: Every spelling, as listed.
+        takes_value: A value must follow.
+        choices: The values it lists, if it lists them.
+        is_removed: Listed only to say that it is gone; using it aborts the start.
+    """
+
+    names: tuple[str, ...]
+    takes_value: bool
+    choices: tuple[str, ...] = ()
+    is_removed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """Every flag of one binary."""
+
+    flags: tuple[FlagHelp, ...]
+
+    def get(self, name: str) -> FlagHelp | None:
+        """Return the entry of a flag in any of its spellings."""
+        return next((flag for flag in self.flags if name in flag.names), None)
+
+    def has(self, *names: str) -> bool:
+        """Does it know all of these, and still accept them?"""
+        return all((flag := self.get(name)) is not None and not flag.is_removed for name in names)
+
+
+def parse_help(text: str) -> Catalogue | None:
+    """Return what a `--help` says, or None when it does not look like one."""
+    entries: list[tuple[str, list[str]]] = []
+    for line in text.splitlines():
+        if line.startswith("-") and not line.startswith("-----"):
+            is_short = len(line) > _COLUMN and line[_COLUMN - 1] == " "
+            head, rest = (line[:_COLUMN], line[_COLUMN:]) if is_short else (line, "")
+            entries.append((head, [rest]))
+        elif entries and line.startswith(" "):
+            entries[-1][1].append(line.strip())
+    flags = tuple(flag for head, about in entries if (flag := _entry(head, " ".join(about))))
+    return Catalogue(flags) if any("--model" in flag.names for flag in flags) else None
+
+
+def _entry(head: str, about: str) -> FlagHelp | None:
+    names: list[str] = []
+    at, more = 0, True
+    while more and (found := _FLAG.match(head, at)):
+        names.append(found.group(1))
+        at, more = found.end(), bool(found.group(2))
+    if not names:
+        return None
+    hint = head[at:].strip()
+    return FlagHelp(tuple(names), bool(hint), _choices(hint, about), _REMOVED in about)
+
+
+def _choices(hint: str, about: str) -> tuple[str, ...]:
+    if allowed := _ALLOWED.search(about):
+        return tuple(value.strip() for value in allowed.group(1).split(",") if value.strip())
+    bare = hint.strip("[]{}<>")
+    separator = "|" if "|" in bare else ","
+    return tuple(bare.split(separator)) if separator in bare else ()
