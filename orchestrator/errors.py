@@ -34,9 +34,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
+from orchestrator.named import Named
+
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(Named):
     """One failure as data.
 
     Attributes:

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from orchestrator.named import Named
+
 KEPT: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class Event(Named):
     """One thing that happened.
 
     Attributes:
@@ -28,6 +30,13 @@ class Event:
     id: int
     kind: str
     data: dict[str, Any] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the data holds reads like a field: `event.dest`."""
+        try:
+            return object.__getattribute__(self, "data")[name]
+        except (KeyError, AttributeError):
+            raise AttributeError(name) from None
 
     def as_dict(self) -> dict[str, Any]:
         return {"id": self.id, "kind": self.kind, **self.data}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from orchestrator.errors import Problem
+from orchestrator.named import Named
 from orchestrator.request import ModelFiles, ReloadReason, Target
 from orchestrator.tokens import CancelReason, Generation, Ticket
 
@@ -26,7 +27,7 @@ class Child:
 
 
 @dataclass(frozen=True, slots=True)
-class Exit:
+class Exit(Named):
     """How a server ended. `returncode` is negative for a signal and None when nobody saw it."""
 
     pid: int
@@ -245,7 +246,7 @@ Fact = Request | Completion | Exited | Promoted | TimerFired
 
 
 @dataclass(frozen=True, slots=True)
-class Timings:
+class Timings(Named):
     """Seconds spent in each phase of a load; None for a phase it did not enter."""
 
     kill: float | None = None

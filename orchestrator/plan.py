@@ -14,6 +14,7 @@ from orchestrator import guards
 from orchestrator.context import Context
 from orchestrator.errors import InvalidRequest
 from orchestrator.messages import LoadRequested
+from orchestrator.named import Named
 from orchestrator.request import ReloadReason, Target, differences
 from orchestrator.server_args import build_argv
 from orchestrator.states import State
@@ -74,7 +75,7 @@ def next_probe_s(last_s: float | None) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Named):
     """What a load would do now.
 
     Attributes:
@@ -84,12 +85,12 @@ class Plan:
     """
 
     action: Literal["none", "load", "reload"]
-    reload_reasons: tuple[ReloadReason, ...]
-    argv: tuple[str, ...]
+    reload_reasons: list[ReloadReason]
+    argv: list[str]
 
     def as_dict(self) -> dict[str, object]:
         reasons = [reason.as_dict() for reason in self.reload_reasons]
-        return {"action": self.action, "reload_reasons": reasons, "argv": list(self.argv)}
+        return {"action": self.action, "reload_reasons": reasons, "argv": self.argv}
 
 
 def plan_load(state: State, ctx: Context, target: Target) -> Plan:
@@ -97,17 +98,17 @@ def plan_load(state: State, ctx: Context, target: Target) -> Plan:
     fact = LoadRequested(Ticket(0), target, at=0.0)
     effective = target.inheriting(dict(ctx.committed_args))
     shown = "<chat template>" if target.request.chat_template_override else None
-    argv = build_argv(effective, template_file=shown)
+    argv = list(build_argv(effective, template_file=shown))
     if guards.same_as_newest(ctx, fact):
-        return Plan("none", (), argv)
+        return Plan("none", [], argv)
     if state is not State.HEALTHY or ctx.running is None:
-        return Plan("load", (), argv)
+        return Plan("load", [], argv)
     if guards.same_as_running(ctx, fact):
-        return Plan("none", (), argv)
+        return Plan("none", [], argv)
     reasons = differences(ctx.running.target, effective)
     if target.request.force_reload:
         reasons = (*reasons, ReloadReason("force_reload", running=False, requested=True))
-    return Plan("reload", reasons, argv)
+    return Plan("reload", list(reasons), argv)
 
 
 def checked_seconds(field: str, value: object, *, zero: bool = True) -> float:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, get_args
 
 from orchestrator import server_args
 from orchestrator.errors import InvalidRequest, MalformedRequest
+from orchestrator.named import Named
 
 if TYPE_CHECKING:
     from orchestrator.catalogue import Catalogue
@@ -150,7 +151,7 @@ class ServerBinary:
 
 
 @dataclass(frozen=True, slots=True)
-class ReloadReason:
+class ReloadReason(Named):
     """One setting that makes a running server the wrong one."""
 
     field: str

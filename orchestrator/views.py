@@ -13,6 +13,7 @@ from typing import Any, Literal
 from orchestrator.context import Context, Job
 from orchestrator.errors import Problem
 from orchestrator.messages import Exit, LeaseGranted, Loaded, Timings
+from orchestrator.named import Named
 from orchestrator.owner import Snapshot
 from orchestrator.ports import Progress as PhaseProgress
 from orchestrator.request import ReloadReason, Target
@@ -21,7 +22,7 @@ from orchestrator.tokens import Generation
 
 
 @dataclass(frozen=True, slots=True)
-class LoadOutcome:
+class LoadOutcome(Named):
     """The answer to a load, and what `status` shows as `loaded`.
 
     Attributes:
@@ -45,21 +46,20 @@ class LoadOutcome:
     requested_context_length: int
     cache_type_kv: str | None
     speculative_type: str
-    llama_extra_args: tuple[str, ...]
+    llama_extra_args: list[str]
     is_vision: bool
-    reload_reasons: tuple[ReloadReason, ...]
+    reload_reasons: list[ReloadReason]
     timings_s: Timings
 
     def as_dict(self) -> dict[str, Any]:
         members = {name: getattr(self, name) for name in self.__slots__}
-        members["llama_extra_args"] = list(self.llama_extra_args)
         members["reload_reasons"] = [reason.as_dict() for reason in self.reload_reasons]
         members["timings_s"] = asdict(self.timings_s)
         return members
 
 
 @dataclass(frozen=True, slots=True)
-class Loading:
+class Loading(Named):
     """The load in flight: its target and its phase."""
 
     generation: Generation
@@ -74,7 +74,7 @@ class Loading:
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
+class Status(Named):
     """What is true right now.
 
     Attributes:
@@ -111,7 +111,7 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadProgress:
+class LoadProgress(Named):
     """How far the load in flight is; `fraction` never goes back within a phase."""
 
     phase: str | None
@@ -124,7 +124,7 @@ class LoadProgress:
 
 
 @dataclass(frozen=True, slots=True)
-class LeasedServer:
+class LeasedServer(Named):
     """A server that no swap ends while the lease is held."""
 
     base_url: str
@@ -133,7 +133,7 @@ class LeasedServer:
 
 
 @dataclass(frozen=True, slots=True)
-class UnloadOutcome:
+class UnloadOutcome(Named):
     """`unloaded`: the slot is verified empty. `not_loaded`: it named a model that is not there."""
 
     status: Literal["unloaded", "not_loaded"]
@@ -151,7 +151,7 @@ def load_outcome(answer: Loaded) -> LoadOutcome:
         base_url=answer.server.base_url,
         context_length=answer.server.context_length,
         is_vision=answer.server.is_vision or answer.target.is_vision,
-        reload_reasons=answer.reload_reasons,
+        reload_reasons=list(answer.reload_reasons),
         timings_s=answer.timings,
         **_settings(answer.target),
     )
@@ -200,7 +200,7 @@ def _settings(target: Target) -> dict[str, Any]:
         "requested_context_length": target.request.max_seq_length,
         "cache_type_kv": target.request.cache_type_kv,
         "speculative_type": target.speculative_type or "off",
-        "llama_extra_args": target.extra_args,
+        "llama_extra_args": list(target.extra_args),
     }
 
 
