@@ -1,0 +1,336 @@
+"""Explicit-state checker: every order of everything, breadth first, over the real `step`.
+
+`explore` steps the shipped table (or a mutant of it) through every interleaving of a program's
+calls, the completions of its effects, their failures, crashes, timers and late completions, and
+checks every world and every step against `invariants`. Breadth first, so the counterexample it
+finds is a shortest one; it reads as a story and as a Mermaid sequence diagram.
+
+Three checks need more than one world: that nothing goes round in circles for ever (the moves that
+happen by themselves form no cycle, so quiescence is not only reachable but certain), that a load
+can succeed from every place where the machine rests, and that a late completion changes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from orchestrator import actions, guards
+from orchestrator.actions import Step
+from orchestrator.context import Context, Policy
+from orchestrator.machine import Lifecycle
+from orchestrator.messages import Command, Fact, Fence, Loaded, Settle
+from orchestrator.states import State
+from orchestrator.table import TABLE, Row
+from orchestrator.tokens import Ticket
+from tests.core.invariants import Violation, check_edge, check_world
+from tests.core.programs import parse
+from tests.core.scenario import Move, Scenario
+from tests.core.seen import Edge
+from tests.core.story import Counterexample, Told, describe
+from tests.core.world import Call, Core, Faults, Status, View, Work, World, load_requested
+
+ALL_FAULTS = Faults()
+CANCEL_ABANDONED = Policy()
+
+
+class TracedLifecycle(Lifecycle):
+    """A lifecycle that knows which row fired last; `table`, guards and actions may be mutants."""
+
+    def __init__(
+        self,
+        table: Sequence[Row] = TABLE,
+        *,
+        guard_names: Mapping[str, Callable[..., bool]] | None = None,
+        action_names: Mapping[str, Callable[..., None]] | None = None,
+    ) -> None:
+        self.fired: int = -1
+        marks = {f"row {i}": self._mark(i) for i in range(len(table))}
+        super().__init__(
+            [replace(row, actions=(f"row {i}", *row.actions)) for i, row in enumerate(table)],
+            guard_names={**vars(guards), **(guard_names or {})},
+            action_names={**vars(actions), **(action_names or {}), **marks},
+        )
+
+    def _mark(self, index: int) -> Callable[[Step], None]:
+        def fires(_: Step) -> None:
+            self.fired = index
+
+        return fires
+
+
+class Fired(NamedTuple):
+    """A row of the table, and the state in which it fired."""
+
+    row: int
+    state: State
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What an exploration saw."""
+
+    program: str
+    worlds: int
+    edges: int
+    seconds: float
+    counterexample: Counterexample | None
+    rows_fired: frozenset[Fired]
+    steps: Mapping[tuple[Core, Fact], tuple[Core, tuple[Command, ...]]]
+
+    def __str__(self) -> str:
+        found = self.counterexample
+        return (
+            f"{self.program}: {self.worlds} worlds, {self.edges} edges, {self.seconds:.2f} s, "
+            f"{len({fired.row for fired in self.rows_fired})} rows"
+            + (f"\n{found.story}" if found else "")
+        )
+
+
+def explore(
+    program: str,
+    *,
+    lifecycle: Lifecycle | None = None,
+    faults: Faults = ALL_FAULTS,
+    policy: Policy = CANCEL_ABANDONED,
+    warm: str | None = None,
+    without: frozenset[str] = frozenset(),
+    max_worlds: int = 2_000_000,
+) -> Report:
+    """Explore a program (see `programs`) to the end, or to the first broken invariant.
+
+    Args:
+        warm: A model that is Healthy at the start; None starts in Idle with nothing.
+        without: Names of invariants to leave out, to see what a fault leads to.
+        max_worlds: Raise an error beyond this; nothing is ever cut off in silence.
+    """
+    scenario = Scenario(parse(program), faults, policy)
+    return _Exploration(program, scenario, lifecycle or TracedLifecycle(), without).run(
+        warm, max_worlds
+    )
+
+
+class _Arrival(NamedTuple):
+    """How a world was reached first."""
+
+    before: World
+    move: Move
+    note: str
+
+
+class _BrokenError(Exception):
+    def __init__(self, violation: Violation, last: _Arrival) -> None:
+        super().__init__(violation)
+        self.violation = violation
+        self.last = last
+
+
+class _Exploration:
+    def __init__(
+        self, program: str, scenario: Scenario, lifecycle: Lifecycle, without: frozenset[str]
+    ) -> None:
+        self._program = program
+        self._scenario = scenario
+        self._lifecycle = lifecycle
+        self._without = without
+        self._cores: dict[tuple[State, Context], Core] = {}
+        self._steps: dict[tuple[Core, Fact], tuple[Core, tuple[Command, ...]]] = {}
+        self._rows: set[Fired] = set()
+        self._reached: dict[World, _Arrival | None] = {}
+        self._own_edges: dict[World, list[World]] = {}
+        self._edges = 0
+        self._probed: set[Core] = set()
+        self._harmless: set[tuple[object, ...]] = set()
+
+    def run(self, warm: str | None, max_worlds: int) -> Report:
+        started = time.perf_counter()
+        found = None
+        try:
+            self._explore(self._first_world(warm), max_worlds)
+            self._check_for_circles()
+        except _BrokenError as broken:
+            found = self._tell(broken)
+        return Report(
+            self._program,
+            len(self._reached),
+            self._edges,
+            time.perf_counter() - started,
+            found,
+            frozenset(self._rows),
+            self._steps,
+        )
+
+    def _first_world(self, warm: str | None) -> World:
+        core = self._core(State.IDLE, Context(policy=self._scenario.policy))
+        if warm is None:
+            return self._scenario.start(core)
+        setting = replace(self._scenario, clients=parse(f"load {warm}"))
+        world, answer = self._run_happily(setting, setting.start(core), Ticket(0))
+        assert isinstance(answer, Loaded), answer
+        start = self._scenario.start(world.core)
+        return start._replace(alive=world.alive)
+
+    def _explore(self, first: World, max_worlds: int) -> None:
+        self._reached[first] = None
+        queue = deque([first])
+        while queue:
+            world = queue.popleft()
+            if len(self._reached) > max_worlds:
+                raise MemoryError(f"more than {max_worlds} worlds in {self._program!r}")
+            own: list[World] = []
+            for move in self._moves(world):
+                for note, after in self._apply(world, move):
+                    self._edges += 1
+                    if move.is_own:
+                        own.append(after)
+                    if after not in self._reached:
+                        arrival = _Arrival(world, move, note)
+                        self._reached[after] = arrival
+                        self._check(after, arrival)
+                        queue.append(after)
+            self._own_edges[world] = own
+
+    def _moves(self, world: World) -> Iterator[Move]:
+        yield from self._scenario.moves(world)
+        if world.lies:
+            yield from self._believed(world)
+
+    def _believed(self, world: World) -> Iterator[Move]:
+        """The late completions that do anything; the others leave this very world, uncounted."""
+        key = (world.core, world.work, bool(world.alive))
+        if key in self._harmless:
+            return
+        lies = list(self._scenario.lies(world))
+        believed = [move for move in lies if move.fact and self._does_anything(world, move.fact)]
+        self._edges += len(lies) - len(believed)
+        if not believed:
+            self._harmless.add(key)
+        yield from believed
+
+    def _does_anything(self, world: World, fact: Fact) -> bool:
+        try:
+            core, commands = self._step(world.core, fact)
+        except Exception:  # noqa: BLE001 (a mutant may break in any way; the move will tell)
+            return True
+        return core is not world.core or [type(c) for c in commands] != [Fence]
+
+    def _apply(self, world: World, move: Move) -> Iterator[tuple[str, World]]:
+        if move.fact is None:
+            yield "", move.world
+            return
+        try:
+            core, commands = self._step(world.core, move.fact)
+        except Exception as error:
+            violation = Violation("step_raised", f"{type(error).__name__}: {error}")
+            raise _BrokenError(violation, _Arrival(world, move, "")) from error
+        before = View(self._scenario.actions, move.world)
+        for note, after in self._scenario.carry_out(move.world, move.ends, core, commands):
+            edge = Edge(before, move.fact, View(self._scenario.actions, after), commands)
+            if violation_ := check_edge(edge, self._without):
+                raise _BrokenError(violation_, _Arrival(world, move, note))
+            yield note, after
+
+    def _check(self, world: World, arrival: _Arrival) -> None:
+        view = View(self._scenario.actions, world)
+        if violation := check_world(view, self._without):
+            raise _BrokenError(violation, arrival)
+        if not view.is_quiescent or world.core.ctx.is_shutting_down or world.core in self._probed:
+            return
+        self._probed.add(world.core)
+        if (answer := self._load_another(world)) is not None:
+            raise _BrokenError(Violation("a_load_can_succeed", answer), arrival)
+
+    def _step(self, core: Core, fact: Fact) -> tuple[Core, tuple[Command, ...]]:
+        """Step, once for equal arguments: it is pure, and a test holds it to that."""
+        known = self._steps.get((core, fact))
+        if known is None:
+            stepped = self._lifecycle.step(core.state, core.ctx, fact)
+            self._rows.add(Fired(getattr(self._lifecycle, "fired", -1), core.state))
+            known = self._core(stepped.state, stepped.ctx), stepped.commands
+            self._steps[core, fact] = known
+        return known
+
+    def _core(self, state: State, ctx: Context) -> Core:
+        """Return the one object for this state and context, without what no guard reads."""
+        if ctx.last_error is not None or ctx.last_exit is not None:
+            ctx = replace(ctx, last_error=None, last_exit=None)
+        return self._cores.setdefault((state, ctx), Core(state, ctx))
+
+    # ------------------------------------------------------------------ beyond one world at a time
+
+    def _load_another(self, world: World) -> str | None:
+        """From where the machine rests, a load of something else succeeds if nothing goes wrong."""
+        setting = replace(self._scenario, clients=parse("load Another"))
+        fresh = setting.start(world.core)._replace(alive=world.alive, tokens=world.tokens)
+        try:
+            _, answer = self._run_happily(setting, fresh, Ticket(1000))
+        except Exception as error:  # noqa: BLE001 (a mutant may break in any way)
+            return f"a load from here raises {type(error).__name__}: {error}"
+        return None if isinstance(answer, Loaded) else f"a load from here ends with {answer}"
+
+    def _run_happily(self, setting: Scenario, world: World, ticket: Ticket) -> tuple[World, object]:
+        request = setting.actions[0].request
+        assert request is not None
+        fact: Fact | None = load_requested(ticket, request, False)
+        call = Call(Status.WAITING, ticket)
+        world = world._replace(calls=(call,), progress=(1,))
+        ends: Work | None = None
+        answers: list[object] = []
+        for _ in range(40):
+            if fact is not None:
+                core, commands = self._step(world.core, fact)
+                answers += [c.answer for c in commands if isinstance(c, Settle)]
+                _, world = next(setting.carry_out(world, ends, core, commands))
+            move = next((m for m in setting.own_moves(world) if m.is_good), None)
+            if move is None:
+                break
+            world, fact, ends = move.world, move.fact, move.ends
+        return world, answers[-1] if answers else None
+
+    def _check_for_circles(self) -> None:
+        """What happens by itself comes to an end: remove ends until nothing is left."""
+        before: dict[World, list[World]] = {}
+        open_: dict[World, int] = {}
+        for world, nexts in self._own_edges.items():
+            open_[world] = len(nexts)
+            for after in nexts:
+                before.setdefault(after, []).append(world)
+        ends = [world for world, count in open_.items() if not count]
+        while ends:
+            end = ends.pop()
+            del open_[end]
+            for world in before.get(end, ()):
+                open_[world] -= 1
+                if not open_[world]:
+                    ends.append(world)
+        if open_:
+            world = next(iter(open_))
+            arrival = self._reached[world]
+            assert arrival is not None
+            violation = Violation("quiescence_is_certain", "from here it may go round for ever")
+            raise _BrokenError(violation, arrival)
+
+    # ------------------------------------------------------------------------------- stories
+
+    def _tell(self, broken: _BrokenError) -> Counterexample:
+        arrivals: list[_Arrival] = []
+        arrival: _Arrival | None = broken.last
+        while arrival is not None:
+            arrivals.append(arrival)
+            arrival = self._reached.get(arrival.before)
+        steps = tuple(self._told(arrival) for arrival in reversed(arrivals))
+        return Counterexample(broken.violation.invariant, broken.violation.message, steps)
+
+    def _told(self, arrival: _Arrival) -> Told:
+        before, move, note = arrival
+        if move.fact is None:
+            return Told(move.who, move.text, before.core.state, before.core.state, ())
+        known = self._steps.get((before.core, move.fact))
+        if known is None:
+            return Told(move.who, move.text, before.core.state, before.core.state, ())
+        core, commands = known
+        outcome = tuple(filter(None, (*map(describe, commands), note)))
+        return Told(move.who, move.text, before.core.state, core.state, outcome)

@@ -1,0 +1,265 @@
+"""What must always hold, as `inv_*` predicates shared by every layer of tests.
+
+Each looks at one world, or at one step between two (see `seen`), and returns None, or one sentence
+that says what went wrong. Here are the machine's and the slot's; `promises` has the callers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, cast, get_args
+
+from orchestrator.context import EffectInFlight, EffectKind
+from orchestrator.messages import (
+    Accept,
+    BecameReady,
+    Completion,
+    Fence,
+    Fetched,
+    SetToken,
+    Spawn,
+    TimerFired,
+)
+from orchestrator.states import SETTLED, State
+from tests.core.promises import STEP_PROMISES, WORLD_PROMISES
+from tests.core.seen import Edge, Process, World, has_changed, is_known, pids
+
+__all__ = ["INVARIANTS", "Edge", "Process", "Violation", "World", "check_edge", "check_world"]
+
+# ------------------------------------------------------------------------------ in every world
+
+_OWN_EFFECT: dict[State, EffectKind] = {
+    State.KILLING: "kill",
+    State.DOWNLOADING: "download",
+    State.SPAWNING: "spawn",
+    State.WAITING_HEALTH: "probe",
+}
+
+
+def inv_one_server(world: World) -> str | None:
+    """At every instant at most one server process of a slot is alive."""
+    if len(world.alive) > 1:
+        return f"{len(world.alive)} servers are alive: {pids(world)}"
+    return None
+
+
+def inv_one_effect(world: World) -> str | None:
+    """At most one effect is in flight, it is the state's own, and the machine knows it."""
+    real, own, believed = world.in_flight, _OWN_EFFECT.get(world.state), world.ctx.effect
+    if len(real) > 1:
+        return f"{len(real)} effects are in flight: {', '.join(e.kind for e in real)}"
+    if (real[0] if real else None) != believed:
+        return (
+            f"the machine believes {believed} is in flight, but it is {real[0] if real else None}"
+        )
+    is_draining = world.state is State.KILLING and bool(world.ctx.leases)
+    if (believed.kind if believed else None) != own and not (believed is None and is_draining):
+        return f"in {world.state} the effect in flight is {believed.kind if believed else None}"
+    return None
+
+
+def inv_no_server_is_forgotten(world: World) -> str | None:
+    """A server alive is on record, or its `Spawned` is still on its way."""
+    child = world.ctx.child
+    spawning = {effect.generation for effect in world.in_flight if effect.kind == "spawn"}
+    for process in world.alive:
+        recorded = child is not None and child.pid == process.pid
+        if process.generation and not recorded and process.generation not in spawning:
+            return f"server {process.pid} is alive and no longer on record"
+    return None
+
+
+def inv_settled_holds_no_load(world: World) -> str | None:
+    """Idle and Healthy have no load in flight; Healthy knows which server it means."""
+    ctx = world.ctx
+    if world.state in SETTLED and ctx.job is not None:
+        return f"{world.state} with load {ctx.job.generation} still in flight"
+    if world.state is State.IDLE and ctx.queue:
+        return f"Idle with load {ctx.queue[0].generation} still in the queue"
+    if world.state is State.HEALTHY and (ctx.running is None or ctx.running.child != ctx.child):
+        return f"Healthy with {ctx.running and ctx.running.child}, but the slot has {ctx.child}"
+    return None
+
+
+def inv_nothing_is_on_record_before_a_spawn(world: World) -> str | None:
+    """Downloading and Spawning come after a verified empty slot: no pid, and nothing running."""
+    ctx = world.ctx
+    if world.state in {State.DOWNLOADING, State.SPAWNING} and (ctx.child or ctx.running):
+        return f"{world.state} with {ctx.child} on record"
+    return None
+
+
+def inv_at_rest_is_settled(world: World) -> str | None:
+    """Quiescent means Idle or Healthy: there is no trap, and nothing is 'stopping' for ever."""
+    if world.is_quiescent and world.state not in SETTLED:
+        return f"nothing more will happen, and the state is {world.state}"
+    return None
+
+
+def inv_idle_at_rest_is_empty(world: World) -> str | None:
+    """Quiescent Idle: nothing is alive, unless a kill failed and its pid is still on record."""
+    if world.is_quiescent and world.state is State.IDLE:
+        child = world.ctx.child
+        unknown = {p for p in world.alive if p.generation and not (child and child.pid == p.pid)}
+        if unknown:
+            return f"Idle while {pids(world)} is alive and not on record"
+    return None
+
+
+def inv_healthy_at_rest_is_alive(world: World) -> str | None:
+    """Quiescent Healthy: exactly our server is alive. A corpse is never loaded."""
+    if world.is_quiescent and world.state is State.HEALTHY:
+        child = world.ctx.child
+        if child is None or {p.pid for p in world.alive} != {child.pid}:
+            return f"Healthy with {child}, but alive is {pids(world)}"
+    return None
+
+
+# ------------------------------------------------------------------------------ at every step
+
+
+def inv_spawning_is_verified(edge: Edge) -> str | None:
+    """A server is started only into a slot that is empty now, for a load nobody has ended."""
+    spawns = [c for c in edge.commands if isinstance(c, Spawn)]
+    enters = edge.after.state is State.SPAWNING and edge.before.state is not State.SPAWNING
+    if not spawns and not enters:
+        return None
+    if not (enters and len(spawns) == 1 and isinstance(edge.fact, Fetched)):
+        return f"{len(spawns)} servers are started by {edge.fact.trigger} in {edge.before.state}"
+    if edge.before.alive:
+        return f"a server is started beside {pids(edge.before)}"
+    job = edge.after.ctx.job
+    if job is None or job.token is not None or spawns[0].generation in edge.before.tokens:
+        return f"a server is started for load {spawns[0].generation}, which was ended"
+    return None
+
+
+def inv_healthy_is_earned(edge: Edge) -> str | None:
+    """Healthy: our own child lives, a probe of this load passed, and nobody has ended the load."""
+    before, after, fact = edge.before, edge.after, edge.fact
+    if after.state is not State.HEALTHY or before.state is State.HEALTHY:
+        return None
+    job, running = before.ctx.job, after.ctx.running
+    if not isinstance(fact, BecameReady) or EffectInFlight("probe", fact.generation) not in (
+        before.in_flight
+    ):
+        return f"Healthy by {fact.trigger}, without a probe of this load"
+    if job is None or running is None or running.generation != job.generation:
+        return "Healthy without a load"
+    if job.generation in before.tokens:
+        return f"Healthy with load {job.generation}, which was ended"
+    found = [p for p in before.alive if running.child.pid == p.pid]
+    if not found:
+        return f"Healthy with pid {running.child.pid}, which is dead"
+    if running.target != job.target or found[0].model != job.target.request.model_path:
+        return f"Healthy with {found[0].model}, but {job.target.request.model_path} was wanted"
+    return None
+
+
+def inv_stale_is_fenced(edge: Edge) -> str | None:
+    """A completion of anything but the effect in flight is settled, never believed."""
+    fact = edge.fact
+    if not isinstance(fact, get_args(Completion)):
+        return None
+    completion = cast("Completion", fact)
+    owed = {(effect.kind, effect.generation) for effect in edge.before.in_flight}
+    if (completion.effect, completion.generation) in owed:
+        return None
+    if has_changed(edge):
+        return f"{fact.trigger} of load {completion.generation} is believed, but it is stale"
+    if edge.commands != (Fence(completion.generation, completion.trigger),):
+        return f"{fact.trigger} of load {completion.generation} is stale and not fenced"
+    return None
+
+
+def inv_a_timer_means_its_own(edge: Edge) -> str | None:
+    """A deadline ends its load; a timer of what is over changes nothing."""
+    fact, ctx = edge.fact, edge.before.ctx
+    if not isinstance(fact, TimerFired):
+        return None
+    if fact.kind == "deadline":
+        is_due = fact.generation in {job.generation for job in ctx.wanted}
+        if fact.generation in {job.generation for job in edge.after.ctx.wanted}:
+            return f"load {fact.generation} goes on after its deadline"
+    else:
+        is_due = ctx.child is not None and ctx.child.generation == fact.generation
+    if not is_due and has_changed(edge):
+        return f"the {fact.kind} timer of load {fact.generation} is late and believed"
+    if not is_due and edge.commands != (Fence(fact.generation, fact.trigger),):
+        return f"the {fact.kind} timer of load {fact.generation} is late and not fenced"
+    return None
+
+
+def inv_generations_grow(edge: Edge) -> str | None:
+    """Generations never decrease, and a new load gets the next one."""
+    before, after = edge.before.ctx.generation, edge.after.ctx.generation
+    if after < before:
+        return f"generation {before} is followed by {after}"
+    for command in edge.commands:
+        if not isinstance(command, Accept):
+            continue
+        if not is_known(command, edge.before) and not before < command.generation == after:
+            return f"load {command.generation} is accepted, but the generation is {after}"
+        if command.joined and command.generation in edge.before.tokens:
+            return f"call {command.ticket} joins load {command.generation}, which was ended"
+    return None
+
+
+def inv_token_set_once(edge: Edge) -> str | None:
+    """A token is set at most once, and the machine's mirror of it agrees."""
+    tokens = [c.generation for c in edge.commands if isinstance(c, SetToken)]
+    for generation in tokens:
+        if generation in edge.before.tokens or tokens.count(generation) > 1:
+            return f"the token of load {generation} is set again"
+    for job in (edge.after.ctx.job, *edge.after.ctx.queue):
+        if job and (job.token is not None) != (job.generation in edge.after.tokens):
+            return f"load {job.generation}: its token and the machine's mirror of it differ"
+    return None
+
+
+# ------------------------------------------------------------------------------------ together
+
+WORLD_INVARIANTS: tuple[Callable[[World], str | None], ...] = (
+    inv_one_server,
+    inv_one_effect,
+    inv_no_server_is_forgotten,
+    inv_settled_holds_no_load,
+    inv_nothing_is_on_record_before_a_spawn,
+    inv_at_rest_is_settled,
+    inv_idle_at_rest_is_empty,
+    inv_healthy_at_rest_is_alive,
+    *WORLD_PROMISES,
+)
+STEP_INVARIANTS: tuple[Callable[[Edge], str | None], ...] = (
+    inv_spawning_is_verified,
+    inv_healthy_is_earned,
+    inv_stale_is_fenced,
+    inv_a_timer_means_its_own,
+    inv_generations_grow,
+    inv_token_set_once,
+    *STEP_PROMISES,
+)
+INVARIANTS = frozenset(inv.__name__ for inv in (*WORLD_INVARIANTS, *STEP_INVARIANTS))
+
+
+class Violation(NamedTuple):
+    """Which invariant does not hold, and how."""
+
+    invariant: str
+    message: str
+
+
+def check_world(world: World, without: frozenset[str] = frozenset()) -> Violation | None:
+    """Return the first invariant this world breaks."""
+    for inv in WORLD_INVARIANTS:
+        if (message := inv(world)) is not None and inv.__name__ not in without:
+            return Violation(inv.__name__, message)
+    return None
+
+
+def check_edge(edge: Edge, without: frozenset[str] = frozenset()) -> Violation | None:
+    """Return the first invariant this step breaks."""
+    for inv in STEP_INVARIANTS:
+        if (message := inv(edge)) is not None and inv.__name__ not in without:
+            return Violation(inv.__name__, message)
+    return None

@@ -1,0 +1,382 @@
+"""What may happen in a world, and what comes of it: programs and faults against the machine.
+
+The operating system is faithful where it matters: a server lives from the moment the spawn is
+carried out and its `Spawned` arrives later, a cancelled effect still ends (perhaps with success), a
+kill that succeeds leaves nothing alive, an exit is noticed some time after it happened, and the
+evidence on a fact is the truth of the step that processes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from orchestrator.context import Policy
+from orchestrator.errors import Problem
+from orchestrator.messages import (
+    Accept,
+    CancelRequested,
+    Child,
+    Command,
+    Download,
+    Emptied,
+    Fact,
+    Fetched,
+    FetchFailed,
+    Kill,
+    KillFailed,
+    LeaseGranted,
+    LeaseReleased,
+    LeaseRequested,
+    NotReady,
+    Post,
+    Probe,
+    Promoted,
+    SetTimer,
+    Settle,
+    SetToken,
+    ShutdownRequested,
+    Spawn,
+    Spawned,
+    SpawnFailed,
+    TimerFired,
+    UnloadRequested,
+    Withdrawn,
+)
+from orchestrator.states import State
+from orchestrator.tokens import Generation, Ticket
+from tests.core.programs import Action
+from tests.core.seen import Process
+from tests.core.world import (
+    AT,
+    STRAY,
+    Call,
+    Core,
+    Faults,
+    Noticed,
+    Status,
+    Timer,
+    Work,
+    World,
+    became_ready,
+    child_is_alive,
+    evidence,
+    exited,
+    files,
+    load_requested,
+    stale_completions,
+)
+
+
+class Move(NamedTuple):
+    """Something that may happen next.
+
+    Attributes:
+        who: Whose doing it is: `client 2`, `system`, `clock`, `adversary`.
+        text: What happens, in words.
+        world: The world at the moment the fact is processed.
+        fact: What the machine is told, if anything.
+        ends: The effect that has ended with it.
+        is_own: It happens by itself: nobody has to want it, and it is no fault from outside.
+        is_good: Nothing goes wrong in it.
+    """
+
+    who: str
+    text: str
+    world: World
+    fact: Fact | None
+    ends: Work | None = None
+    is_own: bool = True
+    is_good: bool = True
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Programs, faults and the policy they run under: everything that never changes."""
+
+    clients: tuple[tuple[Action, ...], ...]
+    faults: Faults
+    policy: Policy
+
+    @cached_property
+    def actions(self) -> tuple[Action, ...]:
+        return tuple(action for client in self.clients for action in client)
+
+    def start(self, core: Core) -> World:
+        return World(
+            core,
+            calls=(Call(),) * len(self.actions),
+            progress=(0,) * len(self.clients),
+            strays=self.faults.strays,
+            lies=self.faults.stale,
+        )
+
+    # ------------------------------------------------------------------------- what may happen
+
+    def moves(self, world: World) -> Iterator[Move]:
+        yield from self.own_moves(world)
+        for number, client in enumerate(self.clients):
+            if world.progress[number] < len(client):
+                yield from self._client_moves(world, number, client[world.progress[number]])
+        yield from self._faults_from_outside(world)
+
+    def own_moves(self, world: World) -> Iterator[Move]:
+        """Effects end, exits are noticed, posted facts arrive, timers fire."""
+        for work in world.work:
+            yield from getattr(self, f"_end_{work.kind}")(world, work)
+        for noticed in sorted(world.noticed):
+            after = world._replace(noticed=world.noticed - {noticed})
+            if noticed.kind == "exited":
+                text = f"the exit of server {noticed.pid} is noticed"
+                yield Move("system", text, after, exited(noticed.generation, noticed.pid))
+            else:
+                promoted = Promoted(noticed.generation, AT, child_is_alive(world))
+                yield Move("machine", f"load {noticed.generation} may start", after, promoted)
+        for timer in sorted(world.timers):
+            text = f"the {timer.kind} timer of load {timer.generation} fires"
+            fact = TimerFired(timer.generation, AT, timer.kind)
+            after = world._replace(timers=world.timers - {timer})
+            yield Move("clock", text, after, fact, is_good=timer.kind == "drain")
+
+    def _end_kill(self, world: World, work: Work) -> Iterator[Move]:
+        if world.alive:
+            exits = {Noticed("exited", p.generation, p.pid) for p in world.alive if p.generation}
+            dead = world._replace(alive=frozenset(), noticed=world.noticed | exits)
+            yield Move("system", f"the kill ends {_pids(world)}", dead, None)
+        else:
+            yield Move(
+                "system", "the slot is verified empty", world, Emptied(work.generation, AT), work
+            )
+        if self.faults.kill:
+            fact = KillFailed(work.generation, AT, Problem("slot_occupied", "it will not die"))
+            yield Move("system", "the kill fails", world, fact, work, is_good=False)
+
+    def _end_download(self, world: World, work: Work) -> Iterator[Move]:
+        fetched = Fetched(work.generation, AT, files(work.model), evidence(world))
+        yield Move("system", f"{work.model} is downloaded", world, fetched, work)
+        if self.faults.download:
+            fact = FetchFailed(work.generation, AT, Problem("hub_unreachable", "the hub is away"))
+            yield Move("system", "the download fails", world, fact, work, is_good=False)
+
+    def _end_spawn(self, world: World, work: Work) -> Iterator[Move]:
+        if work.pid:
+            child = Child(work.generation, work.pid)
+            spawned = Spawned(work.generation, AT, child)
+            yield Move("system", f"server {work.pid} is handed over", world, spawned, work)
+        else:
+            fact = SpawnFailed(work.generation, AT, Problem("server_unavailable", "no such file"))
+            yield Move("system", "the start fails", world, fact, work, is_good=False)
+
+    def _end_probe(self, world: World, work: Work) -> Iterator[Move]:
+        is_alive = any(p.pid == work.pid for p in world.alive)
+        if self.faults.health or is_alive:
+            ready = became_ready(work.generation, child_is_alive(world))
+            text = f"server {work.pid} answers that it is ready"
+            yield Move("system", text, world, ready, work, is_good=is_alive)
+        if self.faults.health or not is_alive:
+            problem = Problem("server_start_failed", "it does not answer")
+            fact = NotReady(work.generation, AT, problem)
+            yield Move("system", "the health wait fails", world, fact, work, is_good=not is_alive)
+
+    def _client_moves(self, world: World, number: int, action: Action) -> Iterator[Move]:
+        who, mine = f"client {number + 1}", world.calls[action.index]
+        about = world.calls[action.refers]
+        if action.verb == "release" and about.status is not Status.HELD:
+            return
+        if action.verb == "cancel" and action.request_id is None and not about.generation:
+            return
+        ticket = mine.ticket if mine.status else _next_ticket(world)
+        if action.is_slow and mine.status is Status.UNSENT:
+            is_ended = action.request_id in world.cancelled_ids
+            status = Status.LOOKING_ENDED if is_ended else Status.LOOKING
+            called = _with_call(world, action.index, Call(status, ticket))
+            yield Move(who, f"calls {action.text}", called, None, is_own=False)
+            return
+        progress = list(world.progress)
+        progress[number] += 1
+        world = world._replace(progress=tuple(progress))
+        yield Move(who, action.text, *self._arrive(world, action, ticket), is_own=False)
+
+    def _arrive(self, world: World, action: Action, ticket: Ticket) -> tuple[World, Fact]:
+        """Return the world in which the machine processes the call, and what it is told."""
+        mine, about = world.calls[action.index], world.calls[action.refers]
+        if action.verb == "withdraw":
+            gone = about.status in {Status.WAITING, Status.ENDED, Status.HELD}
+            call = about._replace(status=Status.GONE) if gone else about
+            return _with_call(world, action.refers, call), Withdrawn(about.ticket, AT)
+        if action.verb == "release":
+            call = about._replace(status=Status.DONE)
+            return _with_call(world, action.refers, call), LeaseReleased(about.ticket, AT)
+        is_ended = mine.status is Status.LOOKING_ENDED or (
+            action.verb == "load" and action.request_id in world.cancelled_ids
+        )
+        called = Call(Status.ENDED if is_ended else Status.WAITING, ticket)
+        world = _with_call(world, action.index, called)
+        match action.verb:
+            case "load":
+                assert action.request is not None
+                fact = load_requested(ticket, action.request, child_is_alive(world))
+                return world, fact
+            case "lease":
+                return world, LeaseRequested(ticket, AT, child_is_alive(world))
+            case "unload":
+                world = self._end(world, lambda a, _: action.model in (None, _model(a)))
+                return world, UnloadRequested(ticket, action.model, AT)
+            case "shutdown":
+                return self._end(world, lambda _, __: True), ShutdownRequested(ticket, AT)
+            case _:
+                return self._cancel(world, action, about), CancelRequested(
+                    ticket, action.request_id, about.generation or None, AT
+                )
+
+    def _cancel(self, world: World, action: Action, about: Call) -> World:
+        """An id never seen may belong to a load still on its way; the cancel wins all the same."""
+        name = action.request_id
+        if name is None:
+            return self._end(world, lambda _, call: call.generation == about.generation)
+        named = [
+            call
+            for a, call in zip(self.actions, world.calls, strict=True)
+            if name == a.request_id and a.verb == "load"
+        ]
+        if any(call.generation for call in named):
+            return self._end(world, lambda a, call: a.request_id == name and call.generation > 0)
+        world = world._replace(cancelled_ids=world.cancelled_ids | {name})
+        return self._end(world, lambda a, _: a.request_id == name)
+
+    def _end(self, world: World, ends: Callable[[Action, Call], bool]) -> World:
+        """Note which loads must not succeed any more."""
+        to = {Status.WAITING: Status.ENDED, Status.LOOKING: Status.LOOKING_ENDED}
+        calls = tuple(
+            call._replace(status=to.get(call.status, call.status))
+            if action.verb == "load" and ends(action, call)
+            else call
+            for action, call in zip(self.actions, world.calls, strict=True)
+        )
+        return world._replace(calls=calls)
+
+    def _faults_from_outside(self, world: World) -> Iterator[Move]:
+        if self.faults.crash:
+            for process in sorted(world.alive):
+                if process.generation:
+                    exit_ = Noticed("exited", process.generation, process.pid)
+                    dead = world._replace(
+                        alive=world.alive - {process}, noticed=world.noticed | {exit_}
+                    )
+                    yield Move("system", f"server {process.pid} dies", dead, None, is_own=False)
+        if world.strays and world.core.state is State.DOWNLOADING and not world.alive:
+            found = world._replace(alive=frozenset({STRAY}), strays=world.strays - 1)
+            yield Move("system", "a stray process holds the slot", found, None, is_own=False)
+
+    def lies(self, world: World) -> Iterator[Move]:
+        """Completions of what is not in flight: late, or reported twice."""
+        if not world.lies:
+            return
+        told = world._replace(lies=world.lies - 1)
+        for number in range(1, world.core.ctx.generation + 1):
+            for fact in stale_completions(
+                Generation(number), evidence(world), child_is_alive(world)
+            ):
+                if all((w.kind, w.generation) != (fact.effect, number) for w in world.work):
+                    text = f"a late {fact.trigger} of load {number} arrives"
+                    yield Move("adversary", text, told, fact, is_own=False)
+
+    # --------------------------------------------------------------------------- what comes of it
+
+    def carry_out(
+        self, world: World, ends: Work | None, core: Core, commands: tuple[Command, ...]
+    ) -> Iterator[tuple[str, World]]:
+        """Return the worlds after a step: more than one where carrying it out may fail."""
+        start: Spawn | None = None
+        changes = _Changes(world, ends)
+        for command in commands:
+            if isinstance(command, Spawn):
+                start = command
+            else:
+                changes.carry_out(command)
+        after = changes.world(core)
+        if start is None:
+            yield "", after
+            return
+        model = start.target.request.model_path
+        pid = 100 + 10 * start.generation
+        while any(process.pid == pid for process in after.alive):
+            pid += 1
+        born = Process(pid, start.generation, model)
+        work = Work("spawn", start.generation, pid, model)
+        yield (
+            f"server {pid} of {model} lives",
+            after._replace(alive=after.alive | {born}, work=(*after.work, work)),
+        )
+        if self.faults.spawn:
+            work = Work("spawn", start.generation)
+            yield "it cannot be started", after._replace(work=(*after.work, work))
+
+
+class _Changes:
+    """The parts of a world that commands change."""
+
+    def __init__(self, world: World, ends: Work | None) -> None:
+        self._world = world
+        self._calls = list(world.calls)
+        self._index = {call.ticket: i for i, call in enumerate(world.calls) if call.status}
+        self._work = [work for work in world.work if work is not ends]
+        self._noticed = world.noticed
+        self._timers = world.timers
+        self._tokens = world.tokens
+
+    def carry_out(self, command: Command) -> None:
+        match command:
+            case Settle(ticket, answer):
+                index = self._index[ticket]
+                status = Status.HELD if isinstance(answer, LeaseGranted) else Status.DONE
+                self._calls[index] = self._calls[index]._replace(status=status)
+            case Accept(ticket, generation):
+                index = self._index[ticket]
+                self._calls[index] = self._calls[index]._replace(generation=generation)
+            case Kill(generation):
+                self._work.append(Work("kill", generation))
+            case Download(generation, wanted):
+                model = wanted.request.model_path
+                self._work.append(Work("download", generation, model=model))
+            case Probe(generation, child):
+                self._work.append(Work("probe", generation, child.pid))
+            case SetToken(generation):
+                self._tokens |= {generation}
+            case SetTimer(generation, kind):
+                self._timers |= {Timer(kind, generation)}
+            case Post(fact):
+                self._noticed |= {Noticed("promote", fact.generation)}
+
+    def world(self, core: Core) -> World:
+        return self._world._replace(
+            core=core,
+            calls=tuple(self._calls),
+            work=tuple(self._work),
+            noticed=self._noticed,
+            timers=self._timers,
+            tokens=self._tokens,
+        )
+
+
+def _next_ticket(world: World) -> Ticket:
+    """Tickets count the calls in the order they are made, from 1; 0 is the one that warms up."""
+    return Ticket(1 + sum(1 for call in world.calls if call.status))
+
+
+def _with_call(world: World, index: int, call: Call) -> World:
+    calls = list(world.calls)
+    calls[index] = call
+    return world._replace(calls=tuple(calls))
+
+
+def _model(action: Action) -> str | None:
+    return action.request.model_path if action.request else None
+
+
+def _pids(world: World) -> str:
+    return " and ".join(
+        "the stray" if p is STRAY else f"server {p.pid}" for p in sorted(world.alive)
+    )

@@ -1,0 +1,123 @@
+"""Counterexamples for people: a shortest way to break an invariant, as a story and as a diagram."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.errors import Problem
+from orchestrator.messages import (
+    Accept,
+    Answer,
+    CancelAnswer,
+    Command,
+    Done,
+    Download,
+    Effect,
+    Fence,
+    Kill,
+    LeaseGranted,
+    Loaded,
+    Post,
+    Probe,
+    SetTimer,
+    Settle,
+    SetToken,
+    Spawn,
+    Unloaded,
+)
+from orchestrator.states import State
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """One line of a story."""
+
+    who: str
+    text: str
+    before: State
+    after: State
+    outcome: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Counterexample:
+    """A shortest way to break an invariant."""
+
+    invariant: str
+    message: str
+    steps: tuple[Told, ...]
+
+    @property
+    def story(self) -> str:
+        lines = [f"{self.invariant}: {self.message}"]
+        for number, told in enumerate(self.steps, 1):
+            change = "" if told.before is told.after else f"  [{told.before} -> {told.after}]"
+            lines.append(f"{number:3}. {told.who}: {told.text}{change}")
+            lines += [f"       {line}" for line in told.outcome]
+        return "\n".join(lines)
+
+    def mermaid(self) -> str:
+        """Return the story as a Mermaid sequence diagram."""
+        names = {told.who: told.who.replace(" ", "_") for told in self.steps}
+        lines = ["sequenceDiagram", "  participant machine"]
+        lines += [f"  participant {alias} as {who}" for who, alias in names.items()]
+        for told in self.steps:
+            lines.append(f"  {names[told.who]}->>machine: {_plain(told.text)}")
+            if told.before is not told.after:
+                lines.append(f"  Note over machine: {told.before} to {told.after}")
+            lines += [f"  machine->>machine: {_plain(line)}" for line in told.outcome]
+        lines.append(f"  Note over machine: {_plain(self.message)}")
+        return "\n".join(lines)
+
+
+def describe(command: Command) -> str:
+    """Return one command in words; empty where the note of the spawn says it."""
+    match command:
+        case Accept(ticket, generation, joined):
+            return f"call {ticket} {'joins' if joined else 'is'} load {generation}"
+        case Settle(ticket, answer):
+            return f"call {ticket} is answered: {_answer(answer)}"
+        case SetToken(generation, reason):
+            return f"the token of load {generation} is set: {reason}"
+        case SetTimer(generation, kind):
+            return f"the {kind} timer of load {generation} is set"
+        case Post(fact):
+            return f"load {fact.generation} is promoted"
+        case Fence(generation, trigger):
+            return f"{trigger} of load {generation} is fenced"
+        case Kill() | Download() | Spawn() | Probe():
+            return _begins(command)
+
+
+def _begins(effect: Effect) -> str:
+    match effect:
+        case Kill(_, child):
+            return f"the kill begins: {f'server {child.pid}' if child else 'nothing on record'}"
+        case Download(generation, target):
+            return f"the download of {target.request.model_path} begins, for load {generation}"
+        case Probe(_, child):
+            return f"the health wait for server {child.pid} begins"
+        case Spawn():
+            return ""
+
+
+def _answer(answer: Answer) -> str:
+    match answer:
+        case Loaded():
+            how = "already loaded" if answer.already else "loaded"
+            return f"{how} {answer.target.request.model_path}, server {answer.child.pid}"
+        case Unloaded(changed):
+            return "unloaded" if changed else "not that model, unchanged"
+        case CancelAnswer(cancelled):
+            return "cancelled" if cancelled else "nothing to cancel"
+        case LeaseGranted():
+            return f"leased server {answer.child.pid}"
+        case Done():
+            return "shut down"
+        case Problem():
+            return answer.category
+
+
+def _plain(text: str) -> str:
+    """Mermaid ends a statement at `;` and starts an entity at `#`."""
+    return text.replace(";", ",").replace("#", "no. ")

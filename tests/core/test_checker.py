@@ -1,0 +1,393 @@
+"""Layer A: the shipped table survives every order of everything, and seeded faults do not.
+
+Each program is explored to the end: arrivals, completions, failures, failed kills, crashes, timers
+and late completions in every order. `pytest -s` shows the sizes and the stories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+
+from orchestrator import actions, guards
+from orchestrator.actions import Step
+from orchestrator.context import Policy
+from orchestrator.messages import Post
+from orchestrator.states import State
+from orchestrator.table import TABLE, Row
+from tests.core.checker import Report, TracedLifecycle, explore
+from tests.core.invariants import INVARIANTS
+from tests.core.world import NO_FAULTS, Faults
+
+CONTINUE = Policy(abandoned_load="continue")
+
+PROGRAMS: dict[str, dict[str, Any]] = {
+    # who supersedes, joins, queues, rejects
+    "load A | load B | unload": {},
+    "load A | load B | load C | unload": {"faults": Faults(download=False, health=False)},
+    "load A | load B queue; cancel | load A queue": {},
+    "load A force | load B queue | load A queue": {"warm": "A"},
+    "load A | load B reject | unload B": {},
+    "load A force | load A": {"warm": "A"},
+    "load A force | load B queue | unload A": {"warm": "A"},
+    # cancel and withdraw
+    "load A id=x | cancel x": {},
+    "load A id=x | load A id=y | cancel x": {},
+    "load A id=x | load B queue id=x | cancel x": {},
+    "load A; cancel | load B": {},
+    "load A; withdraw | load A; withdraw": {},
+    "load A; withdraw | load B": {"policy": CONTINUE},
+    "load A; withdraw | load B queue; cancel | unload": {},
+    # leases and drains
+    "lease; release | load A | load B": {},
+    "lease; withdraw | load A | unload": {},
+    "lease; withdraw | load B; cancel": {"warm": "A"},
+    "lease; release; lease | load B; load C": {"warm": "A"},
+    "lease; release | load B | shutdown": {"warm": "A"},
+    "lease; release | unload A; load B": {"warm": "A"},
+    "lease; release | load A; withdraw | load B queue | shutdown": {},
+    # the end
+    "load A | load B | shutdown": {},
+    "load A | load B queue | shutdown": {},
+    "load B | shutdown; unload": {"warm": "A"},
+    "load A | shutdown; load B | lease": {},
+    "unload | shutdown; load B | lease": {"warm": "A"},
+    # time
+    "load A deadline | load B queue deadline": {},
+    "load B deadline | lease; release": {"warm": "A"},
+    # calls that arrive in another order than they were made
+    "load A slow | load B slow | unload": {},
+    "load B slow | load A; unload A": {"warm": "A"},
+    "load A slow | load B | unload A": {"warm": "A"},
+    "load A slow | unload A": {},
+    "load A slow | load A | load B queue": {},
+    # a slot that is not as empty as it seemed
+    "load A | unload": {"faults": Faults(strays=4)},
+    # nothing goes wrong but the order: longer programs
+    "load A force | load B queue; cancel | load A queue | load A force": {
+        "warm": "A",
+        "faults": NO_FAULTS,
+    },
+}
+
+
+@cache
+def explored(program: str) -> Report:
+    return explore(program, **PROGRAMS[program])
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_shipped_table_keeps_every_invariant(program: str) -> None:
+    """Every known bug of this class is an order of events nobody had tried: here all are tried."""
+    report = explored(program)
+    print(f"\n{report}")
+    assert report.counterexample is None, report.counterexample.story
+    assert report.worlds > 1
+    assert report.edges > report.worlds / 2
+
+
+@pytest.mark.timeout(240)
+def test_every_row_of_the_table_fires_in_some_exploration() -> None:
+    """A row that never fires is dead, or guards against something that was not explored."""
+    fired = {f.row for program in PROGRAMS for f in explored(program).rows_fired}
+    never = [row for i, row in enumerate(TABLE) if i not in fired]
+    assert not never, "unreachable rows:\n" + "\n".join(map(str, never))
+
+
+def test_the_explorer_refuses_to_stop_half_way() -> None:
+    """A bound that cuts off in silence would call an unexplored table correct."""
+    with pytest.raises(MemoryError, match="more than 100 worlds"):
+        explore("load A | load B | unload", max_worlds=100)
+
+
+def test_an_exploration_is_deterministic() -> None:
+    """A counterexample that changes from run to run cannot be discussed."""
+    broken = TracedLifecycle(guard_names={"token_is_unset": _always})
+    first, second = (explore("load A | unload", lifecycle=broken) for _ in range(2))
+    assert (first.worlds, first.edges) == (second.worlds, second.edges)
+    assert first.counterexample == second.counterexample
+
+
+# --------------------------------------------------------------------------------- seeded faults
+
+
+def _always(*_: object) -> bool:
+    return True
+
+
+def _never(*_: object) -> bool:
+    return False
+
+
+def _table(trigger: str, guard_list: str, state: State, change: Callable[[Row], Row | None]) -> Any:
+    """Return the table with exactly one row changed, or deleted where `change` returns None."""
+    picked = [
+        row
+        for row in TABLE
+        if row.trigger == trigger
+        and row.guards == tuple(guard_list.split())
+        and state in row.sources
+    ]
+    assert len(picked) == 1, f"no such row: {trigger} in {state} with {guard_list}"
+    changed = [(change(row) if row is picked[0] else row) for row in TABLE]
+    return [row for row in changed if row is not None]
+
+
+def _caught(report: Report, invariants: AbstractSet[str], *, within: int) -> None:
+    """The fault is found, as the right thing, and the story is short enough to be read."""
+    print(f"\n{report}")
+    found = report.counterexample
+    assert found is not None, "the seeded fault was not found"
+    assert found.invariant in invariants, found.story
+    assert len(found.steps) <= within, found.story
+    assert found.steps[-1].text in found.story
+    assert found.mermaid().startswith("sequenceDiagram\n")
+    assert found.message.replace(";", ",") in found.mermaid()
+
+
+BELIEVES_ALL = {"is_current": _always}
+
+
+def test_a_stale_completion_believed_is_found() -> None:
+    """B05: a late completion of load N settles load N+1."""
+    report = explore("load A | load B", lifecycle=TracedLifecycle(guard_names=BELIEVES_ALL))
+    _caught(report, {"inv_stale_is_fenced"}, within=4)
+
+
+def test_a_stale_completion_believed_leads_to_a_wrong_slot() -> None:
+    """What the fence is for, seen without looking at the fence itself."""
+    report = explore(
+        "load A | load B",
+        lifecycle=TracedLifecycle(guard_names=BELIEVES_ALL),
+        without=frozenset({"inv_stale_is_fenced", "inv_one_effect"}),
+    )
+    _caught(report, INVARIANTS - {"inv_stale_is_fenced", "inv_one_effect"}, within=8)
+
+
+def test_a_cancelled_spawn_presumed_dead_is_found() -> None:
+    """B04: a stop during a start leaves a live child nobody takes."""
+    table = _table(
+        "spawned",
+        "is_current",
+        State.SPAWNING,
+        lambda row: replace(
+            row,
+            dest=State.IDLE,
+            actions=("end_effect", "take_next", "answer_waiters", "refuse_waiting_leases"),
+        ),
+    )
+    report = explore("load A | unload", lifecycle=TracedLifecycle(table))
+    _caught(
+        report,
+        {"inv_no_server_is_forgotten", "inv_idle_at_rest_is_empty", "inv_unloaded_is_empty"},
+        within=5,
+    )
+
+
+def test_a_cancelled_spawn_that_is_killed_but_not_recorded_is_found() -> None:
+    """Killing is not enough: a kill may fail, and then the pid must be on record."""
+    table = _table(
+        "spawned",
+        "is_current",
+        State.SPAWNING,
+        lambda row: replace(row, actions=("end_effect", "take_next", "begin_kill")),
+    )
+    report = explore("load A | unload", lifecycle=TracedLifecycle(table))
+    _caught(report, {"inv_no_server_is_forgotten"}, within=5)
+
+
+def test_a_failed_kill_that_forgets_the_pid_is_found() -> None:
+    """B06: the handle dropped before the exit is confirmed; the next spawn makes two."""
+
+    def fail_all(s: Step) -> None:
+        actions.fail_all(s)
+        s.put(child=None)
+
+    broken = TracedLifecycle(action_names={"fail_all": fail_all})
+    report = explore("load A | unload", lifecycle=broken)
+    _caught(report, {"inv_no_server_is_forgotten"}, within=7)
+    report = explore(
+        "unload", lifecycle=broken, warm="A", without=frozenset({"inv_no_server_is_forgotten"})
+    )
+    _caught(report, {"inv_idle_at_rest_is_empty"}, within=2)
+
+
+def _skips_killing() -> list[Row]:
+    def change(row: Row) -> Row:
+        download = ("supersede_all", "enqueue", "take_next", "begin_download")
+        return replace(row, dest=State.DOWNLOADING, actions=download)
+
+    return list(_table("load", "", State.HEALTHY, change))
+
+
+def test_a_second_server_spawned_beside_a_stray_is_found() -> None:
+    """B01, B02: between the kill and the spawn the slot may fill again; only the kernel knows."""
+    report = explore(
+        "load A",
+        lifecycle=TracedLifecycle(guard_names={"slot_is_empty": _always}),
+        faults=Faults(strays=1),
+    )
+    _caught(report, {"inv_spawning_is_verified"}, within=4)
+
+
+def test_a_second_server_spawned_while_one_dies_is_found() -> None:
+    """B14: start-new-before-stop-old."""
+    broken = TracedLifecycle(_skips_killing(), guard_names={"slot_is_empty": _always})
+    left_out: set[str] = set()
+    for invariant in (
+        "inv_nothing_is_on_record_before_a_spawn",
+        "inv_spawning_is_verified",
+        "inv_one_server",
+    ):
+        report = explore("load B", lifecycle=broken, warm="A", without=frozenset(left_out))
+        _caught(report, {invariant}, within=2)
+        left_out.add(invariant)
+
+
+def test_a_load_that_skips_killing_is_stopped_by_the_evidence_alone() -> None:
+    """Why the slot is verified in the step that spawns: one broken row is not yet two servers."""
+    report = explore(
+        "load B",
+        lifecycle=TracedLifecycle(_skips_killing()),
+        warm="A",
+        without=frozenset({"inv_nothing_is_on_record_before_a_spawn"}),
+    )
+    print(f"\n{report}")
+    assert report.worlds > 50
+    found = report.counterexample
+    assert found is None or found.invariant not in {"inv_one_server", "inv_spawning_is_verified"}
+
+
+def test_a_token_that_is_never_looked_at_is_found() -> None:
+    """B16, B19: the server starts after the user said stop, or a cancelled load says 'loaded'."""
+    broken = TracedLifecycle(guard_names={"token_is_unset": _always})
+    report = explore("load A | unload", lifecycle=broken)
+    _caught(report, {"inv_spawning_is_verified"}, within=4)
+    report = explore(
+        "load A | unload", lifecycle=broken, without=frozenset({"inv_spawning_is_verified"})
+    )
+    _caught(report, {"inv_healthy_is_earned"}, within=6)
+
+
+def test_a_pulse_that_is_never_felt_is_found() -> None:
+    """B30: a crashed server is still 'loaded', and the same load succeeds against the corpse."""
+    broken = TracedLifecycle(guard_names={"child_is_alive": _always})
+    report = explore("load A", lifecycle=broken)
+    _caught(report, {"inv_healthy_is_earned"}, within=6)
+    report = explore("load A", lifecycle=broken, warm="A")
+    _caught(report, {"inv_loaded_is_what_was_asked"}, within=2)
+
+
+def test_a_lost_promotion_is_found() -> None:
+    """B26, B27: a queued load whose turn never comes waits for ever."""
+
+    def commit(s: Step) -> None:
+        actions.commit(s)
+        s.commands[:] = [c for c in s.commands if not isinstance(c, Post)]
+
+    report = explore(
+        "load A | load B queue", lifecycle=TracedLifecycle(action_names={"commit": commit})
+    )
+    _caught(report, {"inv_at_rest_all_are_answered"}, within=7)
+
+
+@pytest.mark.parametrize(
+    ("trigger", "guard_list", "state"),
+    [
+        ("emptied", "is_current", State.KILLING),
+        ("emptied", "is_current load_is_wanted", State.KILLING),
+        ("fetched", "is_current", State.DOWNLOADING),
+        ("fetch_failed", "is_current", State.DOWNLOADING),
+    ],
+)
+def test_a_waiter_that_is_never_answered_is_found(
+    trigger: str, guard_list: str, state: State
+) -> None:
+    """B25: 'Stopping…' for ever."""
+    table = _table(
+        trigger,
+        guard_list,
+        state,
+        lambda row: replace(row, actions=tuple(a for a in row.actions if a != "answer_waiters")),
+    )
+    report = explore("load A | unload | load B queue", lifecycle=TracedLifecycle(table))
+    _caught(report, {"inv_at_rest_all_are_answered"}, within=7)
+
+
+def test_a_failed_kill_that_leaves_its_waiters_alone_is_found() -> None:
+    """The answer is owed also when the slot could not be emptied."""
+    table = _table(
+        "kill_failed",
+        "is_current",
+        State.KILLING,
+        lambda row: replace(row, actions=("fail_all", "refuse_waiting_leases")),
+    )
+    report = explore("load A", lifecycle=TracedLifecycle(table))
+    _caught(report, {"inv_at_rest_all_are_answered"}, within=2)
+
+
+def test_a_lease_whose_holder_goes_away_in_a_drain_is_not_waited_for_in_vain() -> None:
+    """A caller that leaves takes its lease with it; the drain it held up must go on."""
+    table = _table("withdraw", "gives_back_the_last_lease", State.KILLING, lambda _: None)
+    report = explore("lease; withdraw | load B", lifecycle=TracedLifecycle(table), warm="A")
+    _caught(report, {"inv_one_effect"}, within=3)
+    report = explore(
+        "lease; withdraw | load B",
+        lifecycle=TracedLifecycle(table),
+        warm="A",
+        without=frozenset({"inv_one_effect"}),
+    )
+    _caught(report, {"inv_at_rest_is_settled"}, within=4)
+
+
+def test_a_kill_that_is_repeated_for_ever_is_found() -> None:
+    """Quiescence is certain, not only possible: a retry without a bound goes round in circles."""
+    table = _table(
+        "kill_failed",
+        "is_current",
+        State.KILLING,
+        lambda row: replace(row, dest=None, actions=("end_effect", "begin_kill")),
+    )
+    report = explore("unload", lifecycle=TracedLifecycle(table), warm="A")
+    _caught(report, {"quiescence_is_certain"}, within=3)
+
+
+def test_a_slot_that_is_never_empty_again_is_found() -> None:
+    """From Idle and from Healthy a load can succeed: there is no dead end until restart (B49)."""
+    broken = TracedLifecycle(guard_names={"slot_is_empty": _never})
+    report = explore("unload", lifecycle=broken)
+    _caught(report, {"a_load_can_succeed"}, within=1)
+
+
+def test_a_fault_that_raises_is_told_as_a_story_too() -> None:
+    """A mutant may break in any way; the explorer says where."""
+    table = _table(
+        "emptied",
+        "is_current load_is_wanted",
+        State.KILLING,
+        lambda row: replace(row, guards=("is_current",)),
+    )
+    report = explore("load A | unload", lifecycle=TracedLifecycle(table))
+    _caught(report, {"step_raised"}, within=3)
+
+
+@pytest.mark.parametrize("name", ["an_unload_came_after", "a_newer_load_came_first"])
+def test_a_slow_look_up_that_lets_an_older_call_win_is_found(name: str) -> None:
+    """B16, B17: what the user said last holds, whatever arrives last."""
+    broken = TracedLifecycle(guard_names={name: _never})
+    report = explore("load B slow | load A; unload", lifecycle=broken)
+    _caught(
+        report, {"inv_an_older_call_never_wins", "inv_an_end_before_the_commit_wins"}, within=11
+    )
+
+
+def test_the_guards_that_matter_are_the_shipped_ones() -> None:
+    """The mutants above replace guards by name; a renamed guard would make them harmless."""
+    for name in ("is_current", "token_is_unset", "slot_is_empty", "child_is_alive"):
+        assert callable(getattr(guards, name))

@@ -1,0 +1,275 @@
+"""One instant of an abstract world around the real machine: callers and an operating system.
+
+A world is hashable and small, so that equal ones are explored once. `View` shows it the way the
+invariants want to see it; the facts are made here too, each once for equal arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+from typing import Literal, NamedTuple
+
+from orchestrator.context import Context, EffectInFlight, EffectKind
+from orchestrator.errors import Problem
+from orchestrator.messages import (
+    BecameReady,
+    Child,
+    Completion,
+    Emptied,
+    Exit,
+    Exited,
+    Fetched,
+    FetchFailed,
+    KillFailed,
+    LoadRequested,
+    NotReady,
+    ServerFacts,
+    SlotEvidence,
+    Spawned,
+    SpawnFailed,
+)
+from orchestrator.request import FileIdentity, LoadRequest, ModelFiles, ServerBinary, Target
+from orchestrator.states import State
+from orchestrator.tokens import Generation, Ticket
+from tests.core.programs import Action
+from tests.core.seen import Process
+
+AT = 0.0  # one instant, so that worlds stay finite
+STRAY = Process(7, Generation(0), "?")
+
+
+class Core:
+    """The machine's state and context; the checker keeps one object for equal ones, so that
+    worlds compare and hash by identity.
+    """
+
+    __slots__ = ("ctx", "state")
+
+    def __init__(self, state: State, ctx: Context) -> None:
+        self.state = state
+        self.ctx = ctx
+
+
+class Status(IntEnum):
+    """How far a call is."""
+
+    UNSENT = 0
+    LOOKING = 1
+    LOOKING_ENDED = 2
+    WAITING = 3
+    ENDED = 4
+    GONE = 5
+    HELD = 6
+    DONE = 7
+
+
+class Call(NamedTuple):
+    """What the caller knows of its call."""
+
+    status: Status = Status.UNSENT
+    ticket: Ticket = Ticket(0)
+    generation: Generation = Generation(0)
+
+
+class Work(NamedTuple):
+    """An effect that is being carried out."""
+
+    kind: EffectKind
+    generation: Generation
+    pid: int = 0
+    model: str = ""
+
+
+class Noticed(NamedTuple):
+    """A fact on its way that no effect owes: the exit of a server, or a promotion."""
+
+    kind: Literal["exited", "promote"]
+    generation: Generation
+    pid: int = 0
+
+
+class Timer(NamedTuple):
+    kind: Literal["drain", "deadline"]
+    generation: Generation
+
+
+class World(NamedTuple):
+    """One instant, hashable; see `seen.World` for what the properties promise."""
+
+    core: Core
+    calls: tuple[Call, ...]
+    progress: tuple[int, ...]
+    alive: frozenset[Process] = frozenset()
+    work: tuple[Work, ...] = ()
+    noticed: frozenset[Noticed] = frozenset()
+    timers: frozenset[Timer] = frozenset()
+    tokens: frozenset[Generation] = frozenset()
+    cancelled_ids: frozenset[str] = frozenset()
+    strays: int = 0
+    lies: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """What may go wrong, at any moment. Counted faults are budgets.
+
+    Attributes:
+        kill: A kill ladder ends and something is still alive.
+        download, spawn, health: The effect fails.
+        crash: A server dies by itself.
+        strays: How often a process nobody recorded is found in the slot between kill and spawn.
+        stale: How many completions of ended effects arrive and are believed.
+    """
+
+    kill: bool = True
+    download: bool = True
+    spawn: bool = True
+    health: bool = True
+    crash: bool = True
+    strays: int = 0
+    stale: int = 1
+
+
+NO_FAULTS = Faults(
+    kill=False, download=False, spawn=False, health=False, crash=False, strays=0, stale=0
+)
+
+
+class View:
+    """A world as the invariants want to see it."""
+
+    __slots__ = ("_actions", "_world")
+
+    def __init__(self, actions: tuple[Action, ...], world: World) -> None:
+        self._actions = actions
+        self._world = world
+
+    @property
+    def state(self) -> State:
+        return self._world.core.state
+
+    @property
+    def ctx(self) -> Context:
+        return self._world.core.ctx
+
+    @property
+    def alive(self) -> frozenset[Process]:
+        return self._world.alive
+
+    @property
+    def in_flight(self) -> tuple[EffectInFlight, ...]:
+        return tuple(effect_in_flight(w.kind, w.generation) for w in self._world.work)
+
+    @property
+    def tokens(self) -> frozenset[Generation]:
+        return self._world.tokens
+
+    @property
+    def unanswered(self) -> frozenset[Ticket]:
+        return self._tickets(Status.WAITING, Status.ENDED)
+
+    @property
+    def ended(self) -> frozenset[Ticket]:
+        return self._tickets(Status.ENDED, Status.GONE)
+
+    @property
+    def holding(self) -> frozenset[Ticket]:
+        return self._tickets(Status.HELD)
+
+    @property
+    def was_shut_down(self) -> bool:
+        return any(
+            action.verb == "shutdown" and call.status
+            for action, call in zip(self._actions, self._world.calls, strict=True)
+        )
+
+    def _tickets(self, *statuses: Status) -> frozenset[Ticket]:
+        return frozenset(call.ticket for call in self._world.calls if call.status in statuses)
+
+    @property
+    def accepted(self) -> Mapping[Ticket, Generation]:
+        return {call.ticket: call.generation for call in self._world.calls if call.generation}
+
+    @property
+    def asked(self) -> Mapping[Ticket, Target]:
+        return {
+            call.ticket: target(action.request)
+            for action, call in zip(self._actions, self._world.calls, strict=True)
+            if action.request is not None and call.status
+        }
+
+    @property
+    def is_quiescent(self) -> bool:
+        return not (self._world.work or self._world.noticed or self._world.timers)
+
+
+# ----------------------------------------------------------------------------------------- facts
+
+
+def child_is_alive(world: World) -> bool:
+    child = world.core.ctx.child
+    return child is not None and any(process.pid == child.pid for process in world.alive)
+
+
+def evidence(world: World) -> SlotEvidence:
+    return _EMPTY if not world.alive else _OCCUPIED
+
+
+_EMPTY = SlotEvidence(is_empty=True)
+_OCCUPIED = SlotEvidence(is_empty=False, reason="the slot's lock is held")
+
+
+@cache
+def effect_in_flight(kind: EffectKind, generation: Generation) -> EffectInFlight:
+    return EffectInFlight(kind, generation)
+
+
+@cache
+def load_requested(ticket: Ticket, request: LoadRequest, is_alive: bool) -> LoadRequested:
+    return LoadRequested(ticket, target(request), AT, is_alive)
+
+
+@cache
+def became_ready(generation: Generation, is_alive: bool) -> BecameReady:
+    return BecameReady(generation, AT, ServerFacts("http://127.0.0.1:1"), is_alive)
+
+
+@cache
+def exited(generation: Generation, pid: int) -> Exited:
+    return Exited(generation, AT, Exit(pid, returncode=-9))
+
+
+@cache
+def stale_completions(
+    generation: Generation, slot: SlotEvidence, is_alive: bool
+) -> tuple[Completion, ...]:
+    """Every completion an ended effect of this load could still report."""
+    problem = Problem("server_start_failed", "late")
+    return (
+        Emptied(generation, AT),
+        KillFailed(generation, AT, problem),
+        Fetched(generation, AT, files("Stale"), slot),
+        FetchFailed(generation, AT, problem),
+        Spawned(generation, AT, Child(generation, 99)),
+        SpawnFailed(generation, AT, problem),
+        became_ready(generation, is_alive),
+        NotReady(generation, AT, problem),
+    )
+
+
+@cache
+def files(model: str) -> ModelFiles:
+    return ModelFiles(
+        (FileIdentity(model, device=1, inode=ord(model[0]), size_bytes=1, mtime_ns=1),)
+    )
+
+
+@cache
+def target(request: LoadRequest) -> Target:
+    binary = FileIdentity("/bin/llama-server", 1, 1, 1, 1)
+    return Target(
+        request, files(request.model_path), ServerBinary("external", (binary.path,), binary)
+    )
