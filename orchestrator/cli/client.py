@@ -1,0 +1,246 @@
+"""`load`, `unload`, `cancel`, `status` and `plan`: questions to a running orchestrator over HTTP.
+
+The standard library's client, because it follows no proxy variable and no redirect, so a key goes
+to the address that was given and nowhere else. Ctrl-C during a load closes the connection, which
+withdraws this caller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import click
+
+from orchestrator.cli import options
+from orchestrator.cli.output import (
+    STYLES,
+    Failure,
+    console,
+    list_reasons,
+    say,
+    say_json,
+    settings_line,
+    show_problem,
+)
+from orchestrator.states import State
+
+_PREFIX: Final = "/api/inference"
+_QUICK_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """A running orchestrator, as the options of a command name it."""
+
+    url: str
+    key: str | None
+    as_json: bool
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> dict[str, Any]:
+        """Ask, and return the answer's JSON.
+
+        Raises:
+            Failure: it refused, or there is nothing that speaks this API.
+        """
+        base = urlsplit(self.url)
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        payload = None
+        if body is not None:
+            payload = json.dumps(body).encode()
+            headers["Content-Type"] = "application/json"
+        try:
+            kind = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+            connection = kind[base.scheme](base.hostname or "", base.port, timeout=timeout_s)
+        except (KeyError, ValueError):
+            raise click.UsageError(f"--url {self.url!r} is not an http(s) address.") from None
+        try:
+            with contextlib.closing(connection):
+                connection.request(method, base.path.rstrip("/") + path, payload, headers)
+                answer = connection.getresponse()
+                status, data = answer.status, answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error) from error
+        return self._members(status, data)
+
+    def _members(self, status: int, data: bytes) -> dict[str, Any]:
+        try:
+            members = json.loads(data)
+        except ValueError:
+            members = None
+        if not isinstance(members, dict):
+            raise self._failure("unreachable", "Not an orchestrator", "does not speak this API")
+        if status >= 400:
+            raise Failure(members, as_json=self.as_json)
+        return members
+
+    def _unreachable(self, error: Exception) -> Failure:
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        what = f"does not answer ({why}): start one with `llama-orchestrator serve`, or give --url"
+        return self._failure("unreachable", "No orchestrator there", what)
+
+    def _failure(self, category: str, title: str, what: str) -> Failure:
+        members = {"category": category, "title": title, "detail": f"{self.url} {what}"}
+        return Failure(members, as_json=self.as_json)
+
+
+def remote_options() -> options.Decorator:
+    """`--url`, the key and `--json`."""
+    return options.together(
+        click.option("--url", default=options.DEFAULT_URL, show_default=True),
+        click.option("--api-key-file", metavar="F", help="The key the orchestrator wants."),
+        options.json_option(),
+    )
+
+
+def _remote(url: str, api_key_file: str | None, as_json: bool) -> Remote:
+    return Remote(url, next(iter(options.keys_in(api_key_file)), None), as_json)
+
+
+@click.command(cls=options.ModelCommand)
+@options.model_options()
+@click.option("--force-reload", is_flag=True, help="Reload even when nothing differs.")
+@click.option("--on-busy", type=click.Choice(["supersede", "queue", "reject"]))
+@click.option("--load-request-id", metavar="ID", help="A handle for `cancel`.")
+@click.option("--clear-args", is_flag=True, help="Do not inherit earlier llama-server flags.")
+@click.option("--no-wait", is_flag=True, help="Print the generation and return.")
+@remote_options()
+def load(
+    *,
+    url: str,
+    api_key_file: str | None,
+    as_json: bool,
+    clear_args: bool,
+    no_wait: bool,
+    **fields: Any,
+) -> None:
+    """Load a model, and wait until it is Healthy."""
+    remote = _remote(url, api_key_file, as_json)
+    request = options.load_request(**fields, url=url).as_dict()
+    if clear_args:
+        request["llama_extra_args"] = request["llama_extra_args"] or []
+    path = _PREFIX + "/load" + ("?wait=false" if no_wait else "")
+    with console(stderr=True).status("loading"):
+        answer = remote.call("POST", path, request)
+    if as_json:
+        say_json(answer)
+    elif no_wait:
+        say("accepted as generation ", (str(answer["generation"]), "bold"))
+    else:
+        show_loaded(answer)
+
+
+@click.command()
+@click.argument("model", required=False)
+@remote_options()
+def unload(*, model: str | None, url: str, api_key_file: str | None, as_json: bool) -> None:
+    """Stop the server; returns when the slot is verified empty."""
+    body = {} if model is None else {"model_path": options.absolute(model, url)}
+    with console(stderr=True).status("unloading"):
+        answer = _remote(url, api_key_file, as_json).call("POST", _PREFIX + "/unload", body)
+    if as_json:
+        say_json(answer)
+    elif answer["status"] == "unloaded":
+        say(("✓ ", "green"), "unloaded: the slot is empty")
+    else:
+        say(("· ", "dim"), f"{model} is neither loaded nor loading: nothing was changed")
+
+
+@click.command()
+@click.option("--load-request-id", metavar="ID", help="The handle given to the load.")
+@click.option("--generation", type=int, metavar="N")
+@remote_options()
+def cancel(
+    *,
+    load_request_id: str | None,
+    generation: int | None,
+    url: str,
+    api_key_file: str | None,
+    as_json: bool,
+) -> None:
+    """End one load that is in flight, never a running model."""
+    if (load_request_id is None) == (generation is None):
+        raise click.UsageError("Give exactly one of --load-request-id and --generation.")
+    named: dict[str, Any] = {"load_request_id": load_request_id, "generation": generation}
+    body = {name: value for name, value in named.items() if value is not None}
+    answer = _remote(url, api_key_file, as_json).call("POST", _PREFIX + "/cancel", body)
+    if as_json:
+        say_json(answer)
+    elif answer["cancelled"]:
+        say(("✓ ", "green"), "cancelled")
+    else:
+        say(("· ", "dim"), "no such load is in flight")
+
+
+@click.command()
+@remote_options()
+def status(*, url: str, api_key_file: str | None, as_json: bool) -> None:
+    """Say what is true right now."""
+    remote = _remote(url, api_key_file, as_json)
+    answer = remote.call("GET", _PREFIX + "/status", timeout_s=_QUICK_S)
+    if as_json:
+        say_json(answer)
+        return
+    state = State(answer["state"])
+    say((f"{state}", STYLES[state]), (f"  for {answer['uptime_s']:,.1f} s", "dim"))
+    if (pid := answer["occupied_by"]) is not None:
+        say(("  process ", "red"), f"{pid} would not die and keeps the slot occupied")
+    if loading := answer["loading"]:
+        settings_line("loading", loading["model_path"], (f"  {loading['phase']}", "yellow"))
+    if loaded := answer["loaded"]:
+        show_settings(loaded)
+    if answer["last_error"]:
+        show_problem(answer["last_error"])
+
+
+@click.command(cls=options.ModelCommand)
+@options.model_options()
+@click.option("--force-reload", is_flag=True, help="As for a load that must reload.")
+@remote_options()
+def plan(*, url: str, api_key_file: str | None, as_json: bool, **fields: Any) -> None:
+    """Say what a load would do, and why, without doing it."""
+    remote = _remote(url, api_key_file, as_json)
+    request = options.load_request(**fields, url=url).as_dict()
+    answer = remote.call("POST", _PREFIX + "/plan", request)
+    if as_json:
+        say_json(answer)
+        return
+    meaning = {"none": "nothing: it runs already", "load": "load it", "reload": "reload it"}
+    say("it would ", (meaning[answer["action"]], "bold"))
+    list_reasons(answer["reload_reasons"])
+    settings_line("argv", shlex.join(answer["argv"]))
+
+
+def show_loaded(answer: Mapping[str, Any]) -> None:
+    """Print the answer to a load."""
+    total_ms = answer["timings_s"]["total"] * 1000
+    took = "already loaded" if answer["status"] == "already_loaded" else f"in {total_ms:,.0f} ms"
+    say(("✓ Healthy", "bold green"), (f"  {took}", "dim"))
+    show_settings(answer)
+    list_reasons(answer["reload_reasons"])
+
+
+def show_settings(loaded: Mapping[str, Any]) -> None:
+    """Print what runs and with which settings."""
+    variant = f"  {loaded['gguf_variant']}" if loaded["gguf_variant"] else ""
+    settings_line("model", loaded["model_path"], variant)
+    settings_line("server", loaded["base_url"], (f"  pid {loaded['pid']}", "dim"))
+    asked = loaded["requested_context_length"] or "Auto"
+    settings_line("context", f"{loaded['context_length']}", (f"  asked for {asked}", "dim"))
+    extras = [f"{name} {loaded[name]}" for name in ("cache_type_kv", "speculative_type")]
+    settings_line("settings", ", ".join(text for text in extras if not text.endswith("None")))
+    if loaded["llama_extra_args"]:
+        settings_line("flags", shlex.join(loaded["llama_extra_args"]))

@@ -1,0 +1,282 @@
+"""`serve` and `run`: an orchestrator of this process behind HTTP, until a signal.
+
+The orchestrator is closed first and the HTTP server after it: closing is what ends event streams
+and waiting loads, and nobody may be told "stopped" while a server lives. SIGINT ends with 130,
+SIGTERM and SIGHUP with 0; whatever happens, no server is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from orchestrator.cli import INTERRUPTED, client, logs, options
+from orchestrator.cli.output import Failure, say, say_json, settings_line, state_line
+from orchestrator.errors import InvalidRequest, OrchestratorError, Superseded
+from orchestrator.orchestrator import AsyncOrchestrator
+from orchestrator.request import LoadRequest
+from orchestrator.states import State
+
+if TYPE_CHECKING:
+    import uvicorn
+
+_OPEN_REQUESTS_S: Final = 2
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What both commands need: who serves, where, to whom."""
+
+    orch: AsyncOrchestrator
+    listener: socket.socket
+    api_keys: tuple[str, ...]
+    as_json: bool
+
+    @property
+    def url(self) -> str:
+        host, port = self.listener.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serving_options() -> options.Decorator:
+    """The common options of `serve` and `run`."""
+    option = click.option
+    return options.together(
+        option("--llama-server", default="auto", metavar="auto|embedded|PATH", show_default=True),
+        option("--host", default="127.0.0.1", show_default=True, help="Where the API listens."),
+        option(
+            "--port",
+            type=click.IntRange(0, 65535),
+            default=options.DEFAULT_PORT,
+            show_default=True,
+            help="0 = any free one.",
+        ),
+        option("--slot", default="default", metavar="NAME", show_default=True),
+        option("--state-dir", metavar="DIR", help="Folder of the slots."),
+        option(
+            "--drain-timeout",
+            "drain_timeout_s",
+            type=float,
+            default=30.0,
+            metavar="S",
+            show_default=True,
+            help="Seconds a swap waits for leases.",
+        ),
+        option(
+            "--kill-grace",
+            "kill_grace_s",
+            type=float,
+            default=5.0,
+            metavar="S",
+            show_default=True,
+            help="Seconds between SIGTERM and SIGKILL; 0 = SIGKILL at once.",
+        ),
+        option("--api-key-file", metavar="F", help="Keys, one a line; requests need one."),
+        option(
+            "--log-format",
+            type=click.Choice(["console", "json"]),
+            default="console",
+            help="Of the log lines on stderr.",
+        ),
+        options.json_option(),
+    )
+
+
+@click.command()
+@serving_options()
+def serve(*, log_format: logs.Format, **given: Any) -> int:
+    """Serve the API with nothing loaded."""
+    logs.configure("info", log_format)
+    with _setup(**given) as setup:
+        return asyncio.run(_host(setup, None))
+
+
+@click.command(cls=options.ModelCommand)
+@options.model_options()
+@serving_options()
+def run(*, log_format: logs.Format, **given: Any) -> int:
+    """Load a model and serve it, until Ctrl-C.
+
+    Flags that are not listed here go to llama-server, e.g. --top-k 20 --seed 42.
+    """
+    logs.configure("warning", log_format)
+    ours = {name: given.pop(name) for name in _SETUP_NAMES}
+    request = options.load_request(**given)
+    with _setup(**ours) as setup:
+        return asyncio.run(_host(setup, request))
+
+
+_SETUP_NAMES: Final = (
+    *("llama_server", "host", "port", "slot", "state_dir", "drain_timeout_s", "kill_grace_s"),
+    *("api_key_file", "as_json"),
+)
+
+
+@contextlib.contextmanager
+def _setup(
+    *, host: str, port: int, api_key_file: str | None, as_json: bool, **for_orchestrator: Any
+) -> Iterator[Setup]:
+    """Check everything that can be checked before anything is started.
+
+    Raises:
+        click.UsageError: an option is not usable.
+        Failure: the address cannot be had.
+    """
+    keys = options.keys_in(api_key_file)
+    if not keys and not options.is_loopback(host):
+        raise click.UsageError(
+            f"--host {host} can be reached from other machines: give --api-key-file too."
+        )
+    try:
+        orch = AsyncOrchestrator(**for_orchestrator)
+    except InvalidRequest as error:
+        raise click.UsageError(error.message) from error
+    with _listen(host, port, as_json) as listener:
+        try:
+            yield Setup(orch, listener, keys, as_json)
+        except InvalidRequest as error:
+            if error.field == "slot":  # its name is looked at when it is claimed
+                raise click.UsageError(error.message) from error
+            raise Failure(error.problem.as_dict(), as_json=as_json) from error
+        except OrchestratorError as error:
+            raise Failure(error.problem.as_dict(), as_json=as_json) from error
+
+
+def _listen(host: str, port: int, as_json: bool) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except (OSError, UnicodeError) as error:
+        remedy = "give another --host or --port"
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            remedy = "it is in use; --port 0 takes any free one"
+        detail = f"{host}:{port} cannot be listened on: {remedy}"
+        members = {"category": "address", "title": "No address to serve on", "detail": detail}
+        raise Failure(members, as_json=as_json) from error
+
+
+class _Stop:
+    """The first signal that asked this process to end."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._asked = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for signum in _SIGNALS:
+            loop.add_signal_handler(signum, self._ask, signum)
+
+    def _ask(self, signum: int) -> None:
+        if self.signum is None:
+            self.signum = signum
+            self._asked.set()
+
+    async def asked(self) -> None:
+        await self._asked.wait()
+
+    @property
+    def exit_code(self) -> int:
+        return INTERRUPTED if self.signum == signal.SIGINT else 0
+
+
+async def _host(setup: Setup, request: LoadRequest | None) -> int:
+    """Serve until a signal; with a request, load that first and end when it fails."""
+    stop = _Stop()
+    http = _http_server(setup)
+    tasks: list[asyncio.Task[Any]] = []
+    try:
+        await setup.orch.start()
+        tasks.append(asyncio.create_task(http.serve(sockets=[setup.listener])))
+        if request is None:
+            _announce(setup)
+        else:
+            await _load(setup, request, stop, tasks)
+        await stop.asked()
+        return stop.exit_code
+    finally:
+        await setup.orch.close()
+        http.should_exit = True
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _http_server(setup: Setup) -> uvicorn.Server:
+    import uvicorn
+
+    from orchestrator.http import create_app
+
+    class Server(uvicorn.Server):
+        """Leaves the signals to us, and the orchestrator's life too (`lifespan="off"`)."""
+
+        def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # type: ignore[override]
+            return contextlib.nullcontext()
+
+    return Server(
+        uvicorn.Config(
+            create_app(setup.orch, api_keys=setup.api_keys),
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=_OPEN_REQUESTS_S,
+        )
+    )
+
+
+async def _load(
+    setup: Setup, request: LoadRequest, stop: _Stop, tasks: list[asyncio.Task[Any]]
+) -> None:
+    """Load, and say what happens until the orchestrator is closed.
+
+    Raises:
+        OrchestratorError: the load failed.
+    """
+    said_healthy = asyncio.Event()
+    tasks.append(asyncio.create_task(_tell(setup, said_healthy)))
+    loading = asyncio.create_task(setup.orch.load(request))
+    tasks += [loading, stopped := asyncio.create_task(stop.asked())]
+    await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    if not loading.done():
+        return
+    try:
+        outcome = loading.result()
+    except Superseded:  # by somebody who asked over HTTP, whose load goes on
+        say("superseded by a newer load; still serving", stderr=True)
+        return
+    if setup.as_json:
+        say_json({"url": setup.url, "outcome": outcome.as_dict()}, one_line=True)
+        return
+    await said_healthy.wait()
+    say()
+    client.show_settings(outcome.as_dict())
+    _announce(setup)
+
+
+async def _tell(setup: Setup, said_healthy: asyncio.Event) -> None:
+    """Print a line for every state, until the orchestrator is closed."""
+    started = time.time()
+    async for event in setup.orch.events(after=0):
+        if event.kind != "transition":
+            continue
+        state = State(event.data["dest"])
+        if not setup.as_json:
+            say(*state_line((event.data["at"] - started) * 1000, state, event.data["pid"]))
+        if event.data["trigger"] == "exited" and (exit_ := setup.orch.status().last_exit):
+            say(f"  the server ended by itself, status {exit_.returncode}", stderr=True)
+        if state is State.HEALTHY:
+            said_healthy.set()
+
+
+def _announce(setup: Setup) -> None:
+    if setup.as_json:
+        say_json({"url": setup.url}, one_line=True)
+        return
+    settings_line("API", (setup.url, "bold"), ("  /docs lists the routes; Ctrl-C stops", "dim"))

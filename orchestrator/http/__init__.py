@@ -1,0 +1,26 @@
+"""The HTTP surface, for FastAPI (extra `http`): `create_app` and `router`.
+
+Everything here translates between HTTP and `AsyncOrchestrator`; nothing is decided here. The names
+are imported on first use, so that the package can be named without FastAPI installed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orchestrator.http.app import create_app, router
+
+__all__ = ["create_app", "router"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from orchestrator.http import app
+
+    return getattr(app, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

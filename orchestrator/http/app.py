@@ -1,0 +1,246 @@
+"""Routes under `/api/inference`, and an app of our own around them.
+
+Each route reads its body, asks the orchestrator and sends the answer's `as_dict`. Nothing here
+blocks the event loop: what looks at files runs in a thread, what waits is awaited. A client that
+goes away during a load withdraws only itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterable
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import BaseModel
+
+import orchestrator
+from orchestrator.errors import InvalidRequest, NotLoaded, Problem
+from orchestrator.http import schemas
+from orchestrator.http.bodies import json_body, known, refuse, while_connected
+from orchestrator.http.keys import RequireKey
+from orchestrator.http.problems import MEDIA_TYPE, Json, ProblemRoute, install
+from orchestrator.orchestrator import AsyncOrchestrator
+from orchestrator.output import MAX_LINES
+from orchestrator.request import LoadRequest
+from orchestrator.states import State
+from orchestrator.views import LoadOutcome
+
+PREFIX: Final = "/api/inference"
+_PROBLEM: Final[dict[int | str, dict[str, Any]]] = {
+    "default": {
+        "description": "A problem document",
+        "content": {MEDIA_TYPE: {"schema": schemas.ProblemAnswer.model_json_schema()}},
+    }
+}
+
+
+def create_app(
+    orch: AsyncOrchestrator | None = None,
+    *,
+    api_keys: Iterable[str] = (),
+    **orchestrator_options: Any,
+) -> FastAPI:
+    """Return an app whose lifespan starts the orchestrator and closes it.
+
+    Args:
+        orch: The orchestrator to serve; None makes one of `orchestrator_options`.
+        api_keys: When given, every request but the health routes needs one as a Bearer token.
+        **orchestrator_options: As for `AsyncOrchestrator`.
+
+    Raises:
+        TypeError: both an orchestrator and options for one.
+        InvalidRequest: an option is not usable.
+
+    An ASGI server waits for open requests before it ends a lifespan: give it a limit for that
+    (uvicorn: `timeout_graceful_shutdown`), because an event stream ends with the orchestrator only.
+    """
+    if orch is not None and orchestrator_options:
+        raise TypeError("give an orchestrator or the options for one, not both")
+    served = AsyncOrchestrator(**orchestrator_options) if orch is None else orch
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with served:
+            yield
+
+    app = FastAPI(title="llama-orchestrator", version=orchestrator.__version__, lifespan=lifespan)
+    install(app)
+    app.include_router(router(served))
+    app.include_router(_health(served))
+    if keys := tuple(api_keys):
+        app.add_middleware(RequireKey, keys=keys)
+    return app
+
+
+def router(orch: AsyncOrchestrator) -> APIRouter:
+    """Return the routes of an orchestrator, to be included in an app that exists already.
+
+    The app starts and closes the orchestrator (`async with orch:` in its lifespan).
+    """
+    routes = APIRouter(
+        prefix=PREFIX, route_class=ProblemRoute, responses=_PROBLEM, tags=["inference"]
+    )
+    _add_loads(routes, orch)
+    _add_requests(routes, orch)
+    _add_views(routes, orch)
+    _add_streams(routes, orch)
+    return routes
+
+
+def _add_loads(routes: APIRouter, orch: AsyncOrchestrator) -> None:
+    """A load, and what became of it."""
+
+    @routes.post(
+        "/load",
+        openapi_extra=_takes(schemas.LoadBody),
+        responses={
+            200: {"model": schemas.LoadAnswer, "description": "Settled: the model is Healthy"},
+            202: {"model": schemas.AcceptedAnswer, "description": "Accepted (`wait=false`)"},
+        },
+    )
+    async def load(request: Request, *, wait: bool = True) -> Response:
+        wanted = LoadRequest.from_dict(await json_body(request))
+        if wait:
+            return Json((await while_connected(request, orch.load(wanted))).as_dict())
+        generation = await orch.submit(wanted)
+        where = request.url_for("load_state", generation=str(generation)).path
+        return Json({"generation": generation}, 202, {"Location": where})
+
+    @routes.get(
+        "/loads/{generation}",
+        responses={200: {"model": schemas.LoadState}},
+    )
+    async def load_state(generation: int) -> Response:
+        try:
+            outcome = orch.outcome(generation)
+        except KeyError:
+            raise HTTPException(404, f"no load has generation {generation}") from None
+        members: dict[str, Any] = {"generation": generation}
+        match outcome:
+            case None:
+                now = orch.status()
+                is_queued = now.loading is not None and now.loading.generation != generation
+                members["state"] = State.IDLE if is_queued else now.state
+            case LoadOutcome():
+                members |= {"state": State.HEALTHY, "outcome": outcome.as_dict()}
+            case Problem():
+                members |= {"state": State.IDLE, "outcome": outcome.as_dict()}
+        return Json(members)
+
+
+def _add_requests(routes: APIRouter, orch: AsyncOrchestrator) -> None:
+    """What changes something beside a load, or would."""
+
+    @routes.post(
+        "/unload",
+        openapi_extra=_takes(schemas.UnloadBody, required=False),
+        responses={200: {"model": schemas.UnloadAnswer}},
+    )
+    async def unload(request: Request) -> Response:
+        body = known(await json_body(request, required=False), schemas.UnloadBody)
+        model_path = body.get("model_path")
+        if model_path is not None and not isinstance(model_path, str):
+            refuse("model_path", "a string", model_path)
+        return Json((await orch.unload(model_path)).as_dict())
+
+    @routes.post(
+        "/cancel",
+        openapi_extra=_takes(schemas.CancelBody),
+        responses={200: {"model": schemas.CancelAnswer}},
+    )
+    async def cancel(request: Request) -> Response:
+        body = known(await json_body(request), schemas.CancelBody)
+        generation = body.get("generation")
+        if generation is not None and type(generation) is not int:
+            refuse("generation", "a whole number", generation)
+        # a load's own rules for its id, so that both mean the same
+        like_a_load = LoadRequest(model_path="-", load_request_id=body.get("load_request_id"))
+        request_id = like_a_load.load_request_id
+        return Json({"cancelled": await orch.cancel(request_id, generation)})
+
+    @routes.post(
+        "/plan",
+        openapi_extra=_takes(schemas.LoadBody),
+        responses={200: {"model": schemas.PlanAnswer}},
+    )
+    async def plan(request: Request) -> Response:
+        wanted = LoadRequest.from_dict(await json_body(request))
+        return Json((await asyncio.to_thread(orch.plan, wanted)).as_dict())
+
+
+def _add_views(routes: APIRouter, orch: AsyncOrchestrator) -> None:
+    """What only reads: answered in microseconds, also while a load runs."""
+
+    @routes.get("/status", responses={200: {"model": schemas.StatusAnswer}})
+    async def status() -> Response:
+        return Json(orch.status().as_dict())
+
+    @routes.get("/load-progress", responses={200: {"model": schemas.ProgressAnswer}})
+    async def load_progress() -> Response:
+        return Json(orch.progress().as_dict())
+
+    @routes.get("/logs", responses={200: {"model": schemas.LogsAnswer}})
+    async def logs(
+        lines: Annotated[int, Query(ge=1, le=MAX_LINES)] = 200, *, follow: bool = False
+    ) -> Response:
+        if follow:
+            raise InvalidRequest.because(
+                "this version does not stream logs: ask again without follow", field="follow"
+            )
+        return Json({"lines": list(orch.logs(lines))})
+
+    @routes.get("/diagram.svg", response_class=Response, responses=_sends("image/svg+xml"))
+    async def diagram_svg() -> Response:
+        from orchestrator import diagram
+
+        return Response(diagram.svg(orch.status().state), media_type="image/svg+xml")
+
+    @routes.get("/diagram.mmd", response_class=Response, responses=_sends("text/plain"))
+    async def diagram_mmd() -> Response:
+        from orchestrator import diagram
+
+        return Response(diagram.mermaid(orch.status().state), media_type="text/plain")
+
+
+def _add_streams(routes: APIRouter, orch: AsyncOrchestrator) -> None:
+    async def position(last_event_id: Annotated[int | None, Header(ge=0)] = None) -> int:
+        """Decided before the answer begins, so that nothing after it can be missed."""
+        newest = orch.last_event_id
+        if last_event_id is None:
+            return newest
+        return last_event_id if last_event_id <= newest else 0  # of an earlier orchestrator
+
+    @routes.get("/events", dependencies=[Depends(orch.start)], response_class=EventSourceResponse)
+    async def events(after: int = Depends(position)) -> AsyncIterator[ServerSentEvent]:
+        async with contextlib.aclosing(orch.events(after)) as happened:
+            async for event in happened:
+                yield ServerSentEvent(id=str(event.id), event=event.kind, data=event.data)
+
+
+def _health(orch: AsyncOrchestrator) -> APIRouter:
+    routes = APIRouter(route_class=ProblemRoute, responses=_PROBLEM, tags=["health"])
+
+    @routes.get("/healthz", responses={200: {"model": schemas.HealthAnswer}})
+    async def healthz() -> Response:
+        return Json({"status": "alive"})
+
+    @routes.get("/readyz", responses={200: {"model": schemas.HealthAnswer}})
+    async def readyz() -> Response:
+        state = orch.status().state
+        if state is not State.HEALTHY:
+            raise NotLoaded.because(f"no model is Healthy: the state is {state}")
+        return Json({"status": "ready"})
+
+    return routes
+
+
+def _takes(model: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
+    content = {"application/json": {"schema": model.model_json_schema()}}
+    return {"requestBody": {"required": required, "content": content}}
+
+
+def _sends(media_type: str) -> dict[int | str, dict[str, Any]]:
+    return {200: {"content": {media_type: {"schema": {"type": "string"}}}}}

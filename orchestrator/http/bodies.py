@@ -1,0 +1,94 @@
+"""Reading a request's body, and waiting with an eye on the client.
+
+Bodies are bounded JSON objects with known fields only. They are taken only as `application/json`:
+a web page of another origin cannot send that without being asked first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Coroutine
+from typing import Any, Final, NoReturn, TypeVar
+
+from fastapi import HTTPException, Request
+from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
+
+from orchestrator.errors import Cancelled, MalformedRequest
+
+MAX_BODY_BYTES: Final = 1 << 20
+_T = TypeVar("_T")
+
+
+async def json_body(request: Request, *, required: bool = True) -> dict[str, Any]:
+    """Return the body; {} when there is none and none is required.
+
+    Raises:
+        MalformedRequest: not a JSON object.
+        HTTPException: 413, too large.
+    """
+    data = await _bounded(request)
+    if not data and not required:
+        return {}
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise MalformedRequest.because(
+            "send a JSON object as Content-Type: application/json", field="content-type"
+        )
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise MalformedRequest.because(f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise MalformedRequest.because("the body must be a JSON object")
+    return body
+
+
+async def _bounded(request: Request) -> bytes:
+    data = bytearray()
+    try:
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > MAX_BODY_BYTES:
+                raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+    except ClientDisconnect:
+        raise MalformedRequest.because("the body ended before it was complete") from None
+    return bytes(data)
+
+
+def known(body: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """Return the body when it has no field that the model does not have."""
+    for name in body:
+        if name not in model.model_fields:
+            fields = ", ".join(model.model_fields)
+            raise MalformedRequest.because(
+                f"unknown field {name!r}; known fields: {fields}", field=name
+            )
+    return body
+
+
+def refuse(field: str, wanted: str, value: object) -> NoReturn:
+    """Refuse a value for its type."""
+    kind = type(value).__name__
+    raise MalformedRequest.because(f"{field} must be {wanted}, not {kind}", field=field)
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """Await `work`, whose body has been read; cancel it when the client goes away first."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Cancelled.because("the client has gone away")  # nobody reads it
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,103 @@
+"""Every failure as `application/problem+json` (RFC 9457), whatever raised it.
+
+`ProblemRoute` does it for the routes of our router wherever that is included; `install` does it for
+what happens around them in an app of our own: unknown paths, wrong methods, crashes. What the
+library raised on purpose keeps its words; anything else is logged and not shown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Coroutine, Mapping
+from http import HTTPStatus
+from typing import Any, Final
+
+import structlog
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+
+from orchestrator.errors import OrchestratorError, Problem
+
+MEDIA_TYPE: Final = "application/problem+json"
+_CATEGORIES: Final = {
+    401: "unauthorized",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "too_large",
+}
+_log = structlog.get_logger("orchestrator.http")
+
+
+class Json(JSONResponse):
+    """JSON in plain ASCII: a file name that was never UTF-8 must not cost the answer."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+def respond(members: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
+    """Send a problem document with the status it names."""
+    return Json(dict(members), members["status"], dict(headers or {}), MEDIA_TYPE)
+
+
+def http_problem(status: int, detail: str) -> dict[str, Any]:
+    """Return the document of a failure that is HTTP's own and has no exception in the tree."""
+    return {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "category": _CATEGORIES.get(status, "http_error"),
+    }
+
+
+def answer_to(error: Exception, request: Request) -> Response:
+    """Return the response that tells of an exception."""
+    match error:
+        case OrchestratorError():
+            return respond(error.problem.as_dict())
+        case RequestValidationError():
+            return respond(_malformed(error).as_dict())
+        case HTTPException():
+            detail = str(error.detail)
+            if error.status_code == HTTPStatus.NOT_FOUND and detail == "Not Found":
+                detail = f"there is nothing at {request.url.path}"
+            return respond(http_problem(error.status_code, detail), error.headers)
+        case _:
+            _log.error("request.failed", path=request.url.path, exc_info=error)
+            message = f"an unexpected {type(error).__name__}: see the log of this process"
+            return respond(Problem("internal", message).as_dict())
+
+
+class ProblemRoute(APIRoute):
+    """A route whose failures are problem documents, in whatever app it is included."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except Exception as error:  # noqa: BLE001 (this is where every error gets its answer)
+                return answer_to(error, request)
+
+        return answer
+
+
+def install(app: FastAPI) -> None:
+    """Let an app answer with problem documents outside of our routes too."""
+
+    async def handler(request: Request, error: Exception) -> Response:
+        return answer_to(error, request)
+
+    for kind in (OrchestratorError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, handler)
+
+
+def _malformed(error: RequestValidationError) -> Problem:
+    first = error.errors()[0]
+    field = str(first["loc"][-1])
+    return Problem("malformed", f"{field}: {first['msg']}", field=field)

@@ -1,0 +1,175 @@
+"""What the bodies look like, for OpenAPI only: field names and types of the contract.
+
+Nothing is validated or converted by these models. Requests go through `LoadRequest`, which refuses
+instead of coercing; answers are the views' own `as_dict`. A test compares the names.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class LoadBody(_Body):
+    """What to load, and how. Unknown fields are refused."""
+
+    model_path: str = Field(description="a .gguf file, a folder with one, or owner/name[:VARIANT]")
+    gguf_variant: str | None = Field(None, description="quant label, or a path inside the repo")
+    revision: str | None = None
+    hf_token: str | None = Field(None, json_schema_extra={"writeOnly": True})
+    max_seq_length: int = Field(0, ge=0, description="context in tokens; 0 = Auto")
+    cache_type_kv: str | None = None
+    speculative_type: str | None = None
+    chat_template_override: str | None = None
+    llama_extra_args: list[str] | None = Field(
+        None, description="llama-server flags; null = inherit, [] = clear"
+    )
+    mmproj_path: str | None = None
+    n_parallel: int | None = Field(None, ge=1, le=64)
+    force_reload: bool = False
+    on_busy: Literal["supersede", "queue", "reject"] = "supersede"
+    load_request_id: str | None = None
+    prefetch: bool = False
+    restore_previous: bool = False
+    idle_ttl_s: float | None = None
+    pinned: bool = False
+    stall_timeout_s: float = 600.0
+    deadline_s: float | None = None
+
+
+class UnloadBody(_Body):
+    model_path: str | None = Field(None, description="unload only this model; null = whatever runs")
+
+
+class CancelBody(_Body):
+    """Exactly one of the two."""
+
+    load_request_id: str | None = None
+    generation: int | None = None
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+
+
+class ReloadReason(_Answer):
+    field: str
+    running: Any
+    requested: Any
+
+
+class Timings(_Answer):
+    """Seconds; null for a phase the load did not enter."""
+
+    kill: float | None
+    download: float | None
+    spawn: float | None
+    health: float | None
+    total: float
+
+
+class LoadAnswer(_Answer):
+    status: Literal["loaded", "already_loaded"]
+    generation: int
+    joined: bool
+    model_path: str
+    gguf_variant: str | None
+    pid: int
+    base_url: str
+    context_length: int | None
+    requested_context_length: int
+    cache_type_kv: str | None
+    speculative_type: str
+    llama_extra_args: list[str]
+    is_vision: bool
+    reload_reasons: list[ReloadReason]
+    timings_s: Timings
+
+
+class AcceptedAnswer(_Answer):
+    generation: int
+
+
+class ProblemAnswer(_Answer):
+    """RFC 9457; members without a value are left out."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    category: str
+    field: str | None = None
+    generation: int | None = None
+    reason: str | None = None
+    log_tail: list[str] | None = None
+    story: list[str] | None = None
+
+
+class LoadState(_Answer):
+    """`state` is where this load is, or where it ended: Healthy or Idle."""
+
+    generation: int
+    state: str
+    outcome: LoadAnswer | ProblemAnswer | None = None
+
+
+class UnloadAnswer(_Answer):
+    status: Literal["unloaded", "not_loaded"]
+
+
+class CancelAnswer(_Answer):
+    cancelled: bool
+
+
+class PlanAnswer(_Answer):
+    action: Literal["none", "load", "reload"]
+    reload_reasons: list[ReloadReason]
+    argv: list[str]
+
+
+class Loading(_Answer):
+    generation: int
+    model_path: str
+    gguf_variant: str | None
+    phase: str | None
+    callers: int
+    queued: int
+
+
+class Exit(_Answer):
+    pid: int
+    returncode: int | None
+    log_tail: list[str]
+
+
+class StatusAnswer(_Answer):
+    state: Literal["Idle", "Killing", "Downloading", "Spawning", "WaitingHealth", "Healthy"]
+    generation: int
+    loaded: LoadAnswer | None
+    loading: Loading | None
+    last_error: ProblemAnswer | None
+    last_exit: Exit | None
+    since: float
+    uptime_s: float
+    occupied_by: int | None
+    story: list[str]
+
+
+class ProgressAnswer(_Answer):
+    phase: Literal["killing", "downloading", "spawning", "loading", "ready"] | None
+    bytes_done: int | None
+    bytes_total: int | None
+    fraction: float | None
+
+
+class LogsAnswer(_Answer):
+    lines: list[str]
+
+
+class HealthAnswer(_Answer):
+    status: str

@@ -1,0 +1,111 @@
+"""`load`, `unload`, `cancel`, `status` and `plan` against a running `serve`."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Cli, Start
+from tests.conftest import servers_of
+
+
+def test_the_commands_talk_to_a_running_one(cli: Cli, serving: str, tiny_model: str) -> None:
+    """The same words for people, and the API's own JSON for programs."""
+    at = ("--url", serving)
+    planned = json.loads(cli("plan", tiny_model, *at, "--json", "--seed", "7").stdout)
+    assert planned["action"] == "load"
+    assert planned["argv"][-2:] == ["--seed", "7"]
+
+    loaded = json.loads(cli("load", tiny_model, *at, "--json", "--seed", "7").stdout)
+    assert loaded["status"] == "loaded"
+    assert loaded["llama_extra_args"] == ["--seed", "7"]
+    again = cli("load", "-m", tiny_model, *at)  # inherits the flags
+    assert (again.returncode, "already loaded" in again.stdout) == (0, True)
+    cleared = json.loads(cli("load", tiny_model, *at, "--clear-args", "--json").stdout)
+    assert cleared["reload_reasons"] == [
+        {"field": "llama_extra_args", "running": ["--seed", "7"], "requested": []}
+    ]
+
+    told = cli("status", *at)
+    assert told.stdout.startswith("Healthy")
+    assert tiny_model in told.stdout
+    assert json.loads(cli("status", *at, "--json").stdout)["loaded"]["pid"] == cleared["pid"]
+
+    wanted = cli("plan", tiny_model, *at, "--max-seq-length", "256")
+    assert "max_seq_length: 0 → 256" in wanted.stdout
+    assert "no such load" in cli("cancel", *at, "--generation", "99").stdout
+    nothing = cli("cancel", *at, "--load-request-id", "x", "--json")
+    assert json.loads(nothing.stdout) == {"cancelled": False}
+
+    assert "nothing was changed" in cli("unload", "another.gguf", *at).stdout
+    assert json.loads(cli("unload", *at, "--json").stdout) == {"status": "unloaded"}
+    assert cli("status", *at).stdout.startswith("Idle")
+
+
+def test_a_file_is_found_from_another_folder(
+    cli: Cli, serving: str, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The orchestrator runs elsewhere; what the user names is relative to where the user is."""
+    monkeypatch.chdir(Path(tiny_model).parent)
+    done = cli("load", Path(tiny_model).name, "--url", serving, "--json")
+    assert json.loads(done.stdout)["model_path"] == tiny_model
+    named = cli("unload", Path(tiny_model).name, "--url", serving, "--json")
+    assert json.loads(named.stdout) == {"status": "unloaded"}
+
+
+def test_a_load_need_not_be_waited_for(cli: Cli, serving: str, tiny_model: str) -> None:
+    done = cli("load", tiny_model, "--url", serving, "--no-wait", "--json")
+    assert json.loads(done.stdout) == {"generation": 1}
+    assert cli("load", tiny_model, "--url", serving).returncode == 0
+
+
+def test_a_refusal_ends_with_1_and_says_why(cli: Cli, serving: str, tiny_model: str) -> None:
+    missing = cli("load", "gone.gguf", "--url", serving)
+    assert (missing.returncode, missing.stdout) == (1, "")
+    assert "gone.gguf does not exist" in missing.stderr
+    bogus = cli("load", tiny_model, "--bogus", "--url", serving, "--json")
+    assert bogus.returncode == 1
+    problem = json.loads(bogus.stdout)
+    assert problem["category"] == "server_start_failed"
+    assert any("--bogus" in line for line in problem["log_tail"])
+    last = cli("status", "--url", serving)
+    assert "--bogus" in last.stderr
+
+
+def test_nobody_there_is_said_so(cli: Cli) -> None:
+    nobody = ("--url", "http://127.0.0.1:9")
+    done = cli("status", *nobody)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "llama-orchestrator serve" in done.stderr
+    as_json = cli("unload", *nobody, "--json")
+    assert as_json.returncode == 1
+    assert json.loads(as_json.stdout)["category"] == "unreachable"
+
+
+def test_what_is_not_an_orchestrator_is_said_so(
+    cli: Cli, start: Start, here: tuple[str, ...], tiny_model: str
+) -> None:
+    """A llama-server answers too, but not this."""
+    running = start("run", tiny_model, *here, "--json")
+    server = running.json_line()["outcome"]["base_url"]
+    done = cli("status", "--url", server)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_during_a_load_withdraws_it(
+    cli: Cli, start: Start, state_dir: Path, hangs: str, tiny_model: str
+) -> None:
+    serve = start("serve", "--port", "0", "--state-dir", str(state_dir), "--llama-server", hangs)
+    url = serve.line_with("API").split()[1]
+    load = start("load", tiny_model, "--url", url, "--json")
+    while json.loads(cli("status", "--url", url, "--json").stdout)["state"] != "WaitingHealth":
+        pass
+    assert load.signal(signal.SIGINT) == 130
+    while json.loads(cli("status", "--url", url, "--json").stdout)["state"] != "Idle":
+        pass
+    assert servers_of(state_dir) == set()
+    assert serve.signal(signal.SIGTERM) == 0

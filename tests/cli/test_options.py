@@ -1,0 +1,137 @@
+"""What belongs to us and what to llama-server, and what happens without the extra."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from orchestrator.cli import options
+from tests.cli.conftest import Cli, environment
+
+OURS = {"-m": True, "--model": True, "--port": True, "--json": False, "-np": True}
+
+
+@pytest.mark.parametrize(
+    ("line", "ours", "theirs"),
+    [
+        ("m.gguf", "m.gguf", ""),
+        ("-m m.gguf --top-k 20 --seed 42", "-m m.gguf", "--top-k 20 --seed 42"),
+        ("--top-k 20 -m m.gguf --seed=42", "-m m.gguf", "--top-k 20 --seed=42"),
+        ("m.gguf --json --temp -1 --port=0", "m.gguf --json --port=0", "--temp -1"),
+        ("m.gguf -mg 0 -ngl 99 -np 4", "m.gguf -np 4", "-mg 0 -ngl 99"),
+        ("m.gguf -np4 --mlock --json", "m.gguf --json", "-np4 --mlock"),
+        ("--port 1 m.gguf --samplers a;b", "--port 1 m.gguf", "--samplers a;b"),
+        ("--top-k 20 m.gguf", "", "--top-k 20 m.gguf"),
+        ("m.gguf -- --json --port 3", "m.gguf", "--json --port 3"),
+        ("-m -odd.gguf", "-m -odd.gguf", ""),
+        ("m.gguf --port", "m.gguf --port", ""),
+    ],
+)
+def test_a_flag_we_do_not_know_goes_to_the_server(line: str, ours: str, theirs: str) -> None:
+    """In order, with its value, in every spelling: click's own rules would read `-mg` as `-m g`."""
+    assert options.split(line.split(), OURS) == (ours.split(), theirs.split())
+
+
+@pytest.mark.parametrize(
+    "flag", ["--idle-ttl", "--restart", "--models-dir=/x", "--allowed-host", "--idle_ttl"]
+)
+def test_an_option_that_is_planned_is_refused(flag: str) -> None:
+    """It must not be accepted and ignored, nor be handed to llama-server."""
+    with pytest.raises(click.UsageError, match="not available"):
+        options.split(["m.gguf", flag, "5"], OURS)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["run"],
+        ["run", "--top-k", "20", "m.gguf"],
+        ["run", "a.gguf", "-m", "b.gguf"],
+        ["run", "a.gguf", "b.gguf"],
+        ["run", "m.gguf", "--idle-ttl", "5"],
+        ["run", "m.gguf", "--restart=on-crash"],
+        ["run", "m.gguf", "--host", "0.0.0.0"],
+        ["run", "m.gguf", "--cache-type-kv", "q9"],
+        ["run", "m.gguf", "--max-seq-length", "many"],
+        ["run", "m.gguf", "--api-key", "s3cret"],
+        ["run", "m.gguf", "--n-gpu-layers", "1", "--webui"],
+        ["run", "m.gguf", "--chat-template-file", "/nowhere"],
+        ["run", "m.gguf", "--kill-grace", "-1"],
+        ["serve", "--models-dir", "/x"],
+        ["serve", "--idle-ttl", "5"],
+        ["serve", "--slot", "../up", "--port", "0"],
+        ["serve", "--port", "65536"],
+        ["serve", "--api-key-file", "/dev/null"],
+        ["serve", "--host", "192.0.2.1"],
+        ["cancel"],
+        ["status", "--url", "ftp://x"],
+        ["nonsense"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_ends_with_2(cli: Cli, args: list[str], tmp_path: Path) -> None:
+    done = cli(*args, LLAMA_ORCHESTRATOR_STATE_DIR=str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Error: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("package", ["click", "rich", "uvicorn"])
+def test_without_the_extra_one_line_says_what_to_install(package: str, tmp_path: Path) -> None:
+    hide = f"import sys; sys.modules[{package!r}] = None\n"
+    code = f"{hide}from orchestrator.cli import main; main(['serve', '--port', '0'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment() | {"LLAMA_ORCHESTRATOR_STATE_DIR": str(tmp_path)},
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert 'pip install "llama-orchestrator[cli]"' in done.stderr
+    assert package in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_help_and_version_are_for_people(cli: Cli) -> None:
+    help_ = cli("run", "--help")
+    assert help_.returncode == 0
+    assert "ANY LLAMA-SERVER FLAG" in help_.stdout
+    assert "not available" not in help_.stdout
+    assert cli("--version").stdout.startswith("llama-orchestrator, version ")
+    assert cli().returncode == 2
+
+
+@pytest.mark.parametrize("form", ["console", "json"])
+def test_a_logged_crash_shows_no_values(form: str) -> None:
+    """A traceback with locals would print tokens and keys; stdout stays clean for results."""
+    code = (
+        "import sys, structlog\n"
+        "from orchestrator.cli import logs\n"
+        "logs.configure('warning', sys.argv[1])\n"
+        "def crash(hf_token):\n"
+        "    raise ValueError('no')\n"
+        "try:\n"
+        "    crash('hf' + '_' + 'secret')\n"
+        "except ValueError:\n"
+        "    structlog.get_logger().exception('owner.failed')\n"
+        "structlog.get_logger().info('not.shown')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, form],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=30,
+        check=True,
+    )
+    assert done.stdout == ""
+    assert "owner.failed" in done.stderr
+    assert "ValueError: no" in done.stderr
+    assert "hf_secret" not in done.stderr
+    assert "not.shown" not in done.stderr

@@ -1,0 +1,185 @@
+"""`run` and `serve` as a user meets them: signals at every point, failures, keys, log lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.cli.conftest import Cli, Start
+from tests.conftest import servers_of
+
+STATUS = "/api/inference/status"
+
+
+def ask(url: str, path: str = STATUS, key: str = "") -> httpx.Response:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return httpx.get(url + path, headers=headers, trust_env=False, timeout=20)
+
+
+def test_run_loads_serves_and_ends_with_ctrl_c(
+    start: Start, here: tuple[str, ...], tiny_model: str, state_dir: Path
+) -> None:
+    """A line a state, then where everything is; 130 and no server afterwards."""
+    running = start("run", "-m", tiny_model, *here, "--top-k", "20", "--seed", "42")
+    url = running.line_with("API").split()[1]
+    states = ["Killing", "Downloading", "Spawning", "WaitingHealth", "Healthy"]
+    told = [line.split()[2] for line in running.out if " ms  " in line]
+    assert told == states
+    status = ask(url).json()
+    assert status["loaded"]["llama_extra_args"] == ["--top-k", "20", "--seed", "42"]
+    server = status["loaded"]["base_url"]
+    assert any(server in line for line in running.out)
+    assert ask(server, "/health").status_code == 200
+    assert len(servers_of(state_dir)) == 1
+    assert running.signal(signal.SIGINT) == 130
+    assert servers_of(state_dir) == set()
+    assert "Traceback" not in "".join(running.err)
+
+
+@pytest.mark.parametrize("state", ["Killing", "Spawning", "WaitingHealth"])
+def test_ctrl_c_at_any_point_of_a_load_leaves_no_server(
+    start: Start, here: tuple[str, ...], tiny_model: str, state_dir: Path, state: str
+) -> None:
+    running = start("run", tiny_model, *here)
+    running.line_with(state)
+    assert running.signal(signal.SIGINT) == 130
+    assert servers_of(state_dir) == set()
+    assert running.err == []
+
+
+def test_sigterm_ends_run_cleanly(
+    start: Start, here: tuple[str, ...], tiny_model: str, state_dir: Path
+) -> None:
+    """Also with an event stream open, and a client that waits for a load."""
+    running = start("run", tiny_model, *here, "--json")
+    url = running.json_line()["url"]
+    with httpx.stream("GET", url + "/api/inference/events", trust_env=False, timeout=20) as events:
+        assert running.signal(signal.SIGTERM) == 0
+        assert any("Idle" in line for line in events.iter_lines())
+    assert servers_of(state_dir) == set()
+
+
+def test_run_as_json_says_one_line_when_it_is_ready(
+    start: Start, here: tuple[str, ...], tiny_model: str
+) -> None:
+    running = start("run", tiny_model, *here, "--json", "--max-seq-length", "512")
+    ready = running.json_line()
+    assert ready["outcome"]["context_length"] == 512
+    assert ask(ready["url"]).json()["loaded"] == ready["outcome"]
+    assert running.signal(signal.SIGINT) == 130
+    assert len(running.out) == 1
+
+
+def test_run_fails_with_the_servers_words(
+    cli: Cli, here: tuple[str, ...], tiny_model: str, state_dir: Path
+) -> None:
+    done = cli("run", tiny_model, *here, "--bogus", "3")
+    assert done.returncode == 1
+    assert "error: invalid argument: --bogus" in done.stderr
+    assert "Idle" in done.stdout
+    assert servers_of(state_dir) == set()
+    as_json = cli("run", tiny_model, *here, "--bogus", "3", "--json")
+    assert as_json.returncode == 1
+    assert json.loads(as_json.stdout)["category"] == "server_start_failed"
+    missing = cli("run", "gone.gguf", *here)
+    assert missing.returncode == 1
+    assert "gone.gguf does not exist" in missing.stderr
+
+
+def test_run_says_when_its_server_dies(
+    start: Start, here: tuple[str, ...], tiny_model: str, state_dir: Path
+) -> None:
+    """The API stays, so that the model can be loaded again."""
+    running = start("run", tiny_model, *here)
+    url = running.line_with("API").split()[1]
+    (pid,) = servers_of(state_dir)
+    os.kill(pid, signal.SIGKILL)
+    running.line_with("Idle")
+    assert ask(url).json()["last_exit"]["returncode"] == -9
+    assert running.signal(signal.SIGTERM) == 0
+    assert any("ended by itself" in line for line in running.err)
+
+
+def test_run_serves_on_when_a_client_wants_another_model(
+    start: Start, state_dir: Path, hangs: str, tiny_model: str, other_model: str
+) -> None:
+    """Its own load is superseded; ending would take the newer one down too."""
+    place = ("--port", "0", "--state-dir", str(state_dir), "--llama-server", hangs)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    running = start("run", tiny_model, *place, "--port", str(port))
+    running.line_with("WaitingHealth")
+    url = f"http://127.0.0.1:{port}"
+    where = url + "/api/inference/load?wait=false"
+    answer = httpx.post(where, json={"model_path": other_model}, trust_env=False, timeout=20)
+    assert answer.status_code == 202
+    running.line_with("WaitingHealth")
+    assert ask(url).json()["loading"]["model_path"] == other_model
+    assert any("superseded" in line for line in running.err)
+    assert running.signal(signal.SIGTERM) == 0
+
+
+def test_serve_refuses_a_port_and_a_slot_that_are_taken(
+    cli: Cli, start: Start, here: tuple[str, ...], state_dir: Path
+) -> None:
+    running = start("serve", *here)
+    url = running.line_with("API").split()[1]
+    port = url.rpartition(":")[2]
+    taken = cli("serve", "--port", port, "--state-dir", str(state_dir))
+    assert taken.returncode == 1
+    assert "it is in use" in taken.stderr
+    owned = cli("serve", *here, "--json")
+    assert owned.returncode == 1
+    problem = json.loads(owned.stdout)
+    assert problem["category"] == "slot_owned"
+    assert str(running.process.pid) in problem["detail"]
+    assert running.signal(signal.SIGINT) == 130
+
+
+def test_a_key_file_guards_the_api(
+    cli: Cli, start: Start, here: tuple[str, ...], tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("first\n\n  second  \n")
+    running = start("serve", *here, "--json", "--api-key-file", str(keys))
+    url = running.json_line()["url"]
+    assert ask(url).status_code == 401
+    assert ask(url, key="third").status_code == 401
+    assert ask(url, key="second").status_code == 200
+    assert cli("status", "--url", url).returncode == 1
+    asked = cli("status", "--url", url, "--api-key-file", str(keys), "--json")
+    assert json.loads(asked.stdout)["state"] == "Idle"
+
+
+def test_with_a_key_another_host_may_be_served(
+    start: Start, here: tuple[str, ...], tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("first")
+    running = start("serve", *here, "--host", "0.0.0.0", "--json", "--api-key-file", str(keys))
+    port = int(running.json_line()["url"].rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=20):
+        pass
+
+
+def test_log_lines_are_json_when_asked_for(
+    start: Start, here: tuple[str, ...], tiny_model: str
+) -> None:
+    """And go to stderr only, below the result."""
+    running = start("serve", *here, "--json", "--log-format", "json")
+    url = running.json_line()["url"]
+    answer = httpx.post(
+        url + "/api/inference/load", json={"model_path": tiny_model}, trust_env=False, timeout=20
+    )
+    assert answer.status_code == 200
+    assert running.signal(signal.SIGTERM) == 0
+    lines = [json.loads(line) for line in running.err]
+    moves = [line["dest"] for line in lines if line["event"] == "lifecycle.transitioned"]
+    assert moves[:5] == ["Killing", "Downloading", "Spawning", "WaitingHealth", "Healthy"]
+    assert len(running.out) == 1

@@ -1,0 +1,331 @@
+"""The HTTP surface itself: bodies, problems, keys, events, OpenAPI, and being embedded."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import fastapi
+import httpx
+import pytest
+
+import orchestrator.http
+from orchestrator import AsyncOrchestrator, LoadRequest
+from orchestrator.http import bodies, create_app, router, schemas
+from orchestrator.views import LoadOutcome, LoadProgress, Status
+from tests.http.conftest import PREFIX, Serve, problem, serving
+
+JSON = {"Content-Type": "application/json"}
+LOAD = PREFIX + "/load"
+
+
+@pytest.fixture
+def client(serve: Serve) -> Iterator[httpx.Client]:
+    with serve() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """One app for all the tests that start no server."""
+    app = create_app(llama_server="embedded", state_dir=tmp_path_factory.mktemp("idle"))
+    with serving(app) as client:
+        yield client
+
+
+# ---------------------------------------------------------------------------------- what is sent
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b"", "content-type"),
+        (b"{", None),
+        (b"\xff\xfe", None),
+        (b"[1]", None),
+        (b'"x"', None),
+        (b"[" * 100_000, None),
+        (b"{}", "model_path"),
+        (b'{"model_path": 1}', "model_path"),
+        (b'{"model_path": "x", "modle": 1}', "modle"),
+        (b'{"model_path": "x", "half \\ud800": 1}', "half \ud800"),
+        (b'{"model_path": "x", "n_parallel": true}', "n_parallel"),
+        (b'{"model_path": "x", "pinned": "yes"}', "pinned"),
+    ],
+)
+def test_a_malformed_load_is_refused(idle: httpx.Client, body: bytes, field: str | None) -> None:
+    """A misspelt setting is never silently dropped, and nothing a client sends is a 500."""
+    answer = idle.post(LOAD, content=body, headers=JSON if body else {})
+    assert problem(answer) == (422, "malformed")
+    assert answer.json().get("field") == field
+    assert idle.get(PREFIX + "/status").json()["generation"] == 0
+
+
+@pytest.mark.parametrize(
+    ("members", "category", "field"),
+    [
+        ({"cache_type_kv": "q9"}, "invalid_request", "cache_type_kv"),
+        ({"n_parallel": 65}, "invalid_request", "n_parallel"),
+        ({"stall_timeout_s": 0}, "invalid_request", "stall_timeout_s"),
+        ({"model_path": " "}, "invalid_request", "model_path"),
+        ({"llama_extra_args": ["--port=1"]}, "refused_argument", "llama_extra_args"),
+        ({"load_request_id": "-"}, "invalid_request", "load_request_id"),
+    ],
+)
+def test_a_setting_that_cannot_be_honoured_is_refused(
+    idle: httpx.Client, members: dict[str, object], category: str, field: str
+) -> None:
+    answer = idle.post(LOAD, json={"model_path": "x"} | members)
+    assert problem(answer) == (400, category)
+    assert answer.json()["field"] == field
+
+
+def test_a_form_of_another_page_is_not_taken_for_json(idle: httpx.Client) -> None:
+    """What a browser sends across origins without asking cannot start a server."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+        body = b'{"model_path": "x"}'
+        answer = idle.post(LOAD, content=body, headers={"Content-Type": kind})
+        assert problem(answer) == (422, "malformed")
+
+
+def test_a_body_is_bounded(idle: httpx.Client) -> None:
+    """Also one that does not say how long it is."""
+    chunks = (b" " * 65536 for _ in range(bodies.MAX_BODY_BYTES // 65536 + 1))
+    assert problem(idle.post(LOAD, content=chunks, headers=JSON)) == (413, "too_large")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "code", "field"),
+    [
+        ("/unload", {"model": "x"}, 422, "model"),
+        ("/unload", {"model_path": 3}, 422, "model_path"),
+        ("/cancel", {}, 400, "load_request_id"),
+        ("/cancel", {"generation": 1, "load_request_id": "x"}, 400, "load_request_id"),
+        ("/cancel", {"generation": "1"}, 422, "generation"),
+        ("/cancel", {"generation": True}, 422, "generation"),
+        ("/cancel", {"load_request_id": 5}, 422, "load_request_id"),
+        ("/cancel", {"load_request_id": "no spaces"}, 400, "load_request_id"),
+        ("/cancel", {"id": "x"}, 422, "id"),
+    ],
+)
+def test_unload_and_cancel_refuse_what_they_do_not_know(
+    idle: httpx.Client, path: str, body: dict[str, object], code: int, field: str
+) -> None:
+    answer = idle.post(PREFIX + path, json=body)
+    assert problem(answer)[0] == code
+    assert answer.json()["field"] == field
+
+
+def test_an_id_means_the_same_to_load_and_cancel(client: httpx.Client, tiny_model: str) -> None:
+    """Both take white space off; here the cancel overtakes the load."""
+    client.post(PREFIX + "/cancel", json={"load_request_id": " mine "})
+    answer = client.post(LOAD, json={"model_path": tiny_model, "load_request_id": "mine"})
+    assert problem(answer) == (409, "cancelled")
+
+
+def test_unload_takes_no_body_at_all(idle: httpx.Client) -> None:
+    assert idle.post(PREFIX + "/unload").json() == {"status": "unloaded"}
+    assert idle.post(PREFIX + "/unload", json={}).json() == {"status": "unloaded"}
+
+
+# ------------------------------------------------------------------------------------- problems
+
+
+def test_an_unknown_path_and_a_wrong_method_are_problems_too(idle: httpx.Client) -> None:
+    assert problem(idle.get("/nowhere")) == (404, "not_found")
+    assert problem(idle.get(PREFIX + "/nowhere")) == (404, "not_found")
+    answer = idle.get(LOAD)
+    assert problem(answer) == (405, "method_not_allowed")
+    assert answer.headers["allow"] == "POST"
+
+
+def test_logs_are_bounded_and_not_streamed_yet(idle: httpx.Client) -> None:
+    assert idle.get(PREFIX + "/logs").json() == {"lines": []}
+    assert problem(idle.get(PREFIX + "/logs?lines=0")) == (422, "malformed")
+    assert problem(idle.get(PREFIX + "/logs?lines=1000000")) == (422, "malformed")
+    assert problem(idle.get(PREFIX + "/logs?follow=true")) == (400, "invalid_request")
+
+
+def test_a_crash_is_a_problem_without_its_details(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(_: object) -> None:
+        raise ZeroDivisionError("a secret")
+
+    monkeypatch.setattr(AsyncOrchestrator, "progress", crash)
+    with serve() as client:
+        answer = client.get(PREFIX + "/load-progress")
+        assert problem(answer) == (500, "internal")
+        assert "secret" not in answer.text
+        assert client.get(PREFIX + "/status").status_code == 200
+
+
+# --------------------------------------------------------------------------------------- events
+
+
+def _events(client: httpx.Client, after: int, count: int) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    headers = {"Last-Event-ID": str(after)}
+    with client.stream("GET", PREFIX + "/events", headers=headers) as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        event: dict[str, Any] = {}
+        for line in stream.iter_lines():
+            name, _, value = line.partition(": ")
+            if name:
+                event[name] = json.loads(value) if name == "data" else value
+                continue
+            found.append(event)
+            event = {}
+            if len(found) == count:
+                break
+    return found
+
+
+def test_events_are_numbered_and_can_be_resumed(client: httpx.Client, tiny_model: str) -> None:
+    client.post(LOAD, json={"model_path": tiny_model})
+    events = _events(client, 0, 5)
+    assert [event["id"] for event in events] == ["1", "2", "3", "4", "5"]
+    assert {event["event"] for event in events} == {"transition"}
+    path = ["Killing", "Downloading", "Spawning", "WaitingHealth", "Healthy"]
+    assert [event["data"]["dest"] for event in events] == path
+    for event in events:
+        assert event["data"].keys() >= {"source", "dest", "trigger", "generation", "at"}
+        assert event["data"]["generation"] == 1
+    assert _events(client, 3, 2) == events[3:]
+    # an id of an earlier orchestrator, whose numbers went further
+    assert _events(client, 1_000_000, 5) == events
+
+
+def test_without_an_id_events_begin_now(client: httpx.Client, tiny_model: str) -> None:
+    client.post(LOAD, json={"model_path": tiny_model})
+    with client.stream("GET", PREFIX + "/events") as stream:
+        client.post(PREFIX + "/unload")
+        lines = stream.iter_lines()
+        data = next(line for line in lines if line.startswith("data: "))
+        assert json.loads(data.removeprefix("data: "))["trigger"] == "unload"
+
+
+def test_an_event_id_is_a_number(idle: httpx.Client) -> None:
+    for bad in ("x", "-1", "1.5"):
+        answer = idle.get(PREFIX + "/events", headers={"Last-Event-ID": bad})
+        assert problem(answer) == (422, "malformed")
+
+
+def test_the_diagrams_mark_the_present_state(client: httpx.Client, tiny_model: str) -> None:
+    svg = client.get(PREFIX + "/diagram.svg")
+    assert svg.headers["content-type"] == "image/svg+xml"
+    assert svg.text.startswith("<svg")
+    mermaid = client.get(PREFIX + "/diagram.mmd").text
+    assert "class Idle current" in mermaid
+    client.post(LOAD, json={"model_path": tiny_model})
+    assert "class Healthy current" in client.get(PREFIX + "/diagram.mmd").text
+    assert client.get(PREFIX + "/diagram.svg").text != svg.text
+
+
+# ----------------------------------------------------------------------------------------- keys
+
+
+def test_a_key_is_wanted_everywhere_but_for_health(serve: Serve) -> None:
+    with serve(api_keys=["s3cret", "another"]) as client:
+        assert client.get("/healthz").json() == {"status": "alive"}
+        assert problem(client.get("/readyz")) == (503, "not_loaded")
+        for path in (PREFIX + "/status", PREFIX + "/events", "/nowhere", "/openapi.json"):
+            answer = client.get(path)
+            assert problem(answer) == (401, "unauthorized")
+            assert answer.headers["www-authenticate"] == "Bearer"
+        wrong = ("Bearer", "Bearer S3cret", "Basic s3cret", "s3cret", "Bearer s3cretx")
+        for header in (*wrong, "Bearer s3cr\u00e9t"):
+            shown = {b"Authorization": header.encode("latin-1")}
+            assert client.get(PREFIX + "/status", headers=shown).status_code == 401, header
+        for good in ("Bearer s3cret", "bearer another"):
+            headers = {"Authorization": good}
+            assert client.get(PREFIX + "/status", headers=headers).status_code == 200
+
+
+# ----------------------------------------------------------------------------- OpenAPI, embedding
+
+
+def test_the_documented_bodies_have_the_fields_of_the_library() -> None:
+    """The models document; they must not drift from what validates and answers."""
+    documented = schemas.LoadBody.model_fields
+    fields = {field.name: field for field in dataclasses.fields(LoadRequest)}
+    assert documented.keys() == fields.keys()
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING
+        assert documented[name].is_required() == required
+        assert required or documented[name].default == field.default
+    for view, model in (
+        (LoadOutcome, schemas.LoadAnswer),
+        (LoadProgress, schemas.ProgressAnswer),
+        (Status, schemas.StatusAnswer),
+    ):
+        assert {f.name for f in dataclasses.fields(view)} == set(model.model_fields)
+
+
+def test_openapi_tells_the_whole_contract(idle: httpx.Client) -> None:
+    document = idle.get("/openapi.json").json()
+    routes = {(path, method) for path, methods in document["paths"].items() for method in methods}
+    assert routes == {
+        *((PREFIX + path, "post") for path in ("/load", "/unload", "/cancel", "/plan")),
+        *((PREFIX + path, "get") for path in ("/status", "/load-progress", "/events", "/logs")),
+        *((PREFIX + path, "get") for path in ("/diagram.svg", "/diagram.mmd")),
+        (PREFIX + "/loads/{generation}", "get"),
+        ("/healthz", "get"),
+        ("/readyz", "get"),
+    }
+    load = document["paths"][LOAD]["post"]
+    body = load["requestBody"]["content"]["application/json"]["schema"]
+    assert "max_seq_length" in body["properties"]
+    assert {"200", "202", "default"} <= load["responses"].keys()
+
+
+def test_the_router_brings_its_problems_into_another_app(state_dir: Path) -> None:
+    """Nobody has started the orchestrator: the first request does."""
+    orch = AsyncOrchestrator(llama_server="embedded", state_dir=state_dir)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: fastapi.FastAPI) -> AsyncIterator[None]:
+        yield
+        await orch.close()
+
+    app = fastapi.FastAPI(lifespan=lifespan)
+    app.include_router(router(orch), prefix="/ai")
+    with serving(app) as client:
+        assert client.get("/ai" + PREFIX + "/status").json()["state"] == "Idle"
+        answer = client.post("/ai" + LOAD, json={"model_path": "gone.gguf"})
+        assert problem(answer) == (404, "model_not_found")
+        client.post("/ai" + PREFIX + "/unload")
+        assert client.get("/nowhere").headers["content-type"] == "application/json"
+
+
+def test_a_closed_orchestrator_answers_503(state_dir: Path) -> None:
+    orch = AsyncOrchestrator(llama_server="embedded", state_dir=state_dir)
+    app = fastapi.FastAPI()
+    app.include_router(router(orch))
+
+    @app.post("/close")
+    async def close() -> None:
+        await orch.close()
+
+    with serving(app) as client:
+        client.post("/close")
+        assert problem(client.post(LOAD, json={"model_path": "x"})) == (503, "shutting_down")
+        assert problem(client.get(PREFIX + "/events")) == (503, "shutting_down")
+        assert client.get(PREFIX + "/status").json()["state"] == "Idle"
+
+
+def test_an_app_takes_an_orchestrator_or_its_options() -> None:
+    with pytest.raises(TypeError, match="not both"):
+        create_app(AsyncOrchestrator(), slot="x")
+    with pytest.raises(ValueError, match="kill_grace_s"):
+        create_app(kill_grace_s=-1)
+
+
+def test_the_package_exports_two_names_and_imports_nothing_for_them() -> None:
+    assert dir(orchestrator.http) == ["create_app", "router"]
+    with pytest.raises(AttributeError, match="has no attribute 'app_of_dreams'"):
+        orchestrator.http.app_of_dreams  # noqa: B018

@@ -1,0 +1,280 @@
+"""A fake llama-server that starts in a few milliseconds and misbehaves as told.
+
+It takes `-m FILE --host H --port P` and any other flag, and keeps everything in the folder named by
+FAKE_SERVER_DIR: `plan.json` says how to behave (the keys of `Plan` below), `journal` gets one line
+per event with a monotonic time, and `alive.lock` is held by the process and by everything it
+forks: a second server that starts while any of them lives cannot take it and notes `overlap`.
+
+Only modules that are built in or tiny are imported; nothing of the project is.
+"""
+
+from __future__ import annotations
+
+import _socket
+import _thread
+import fcntl
+import os
+import signal
+import sys
+import time
+
+TYPE_CHECKING = False  # `typing` alone would double the start-up time
+if TYPE_CHECKING:
+    from typing import Any, TypedDict
+
+    class Plan(TypedDict, total=False):
+        """How one start behaves. `by_model` maps a model's file name to keys that win for it."""
+
+        by_model: dict[str, Plan]
+        # before it listens
+        exit_code: int  # end at once
+        message: str  # printed first, whatever follows
+        flood_bytes: int  # printed before the bind; `flood` says in which form
+        flood: str  # lines | one_line | binary | escapes
+        stop_itself: str  # SIGSTOP at "start" or when "healthy"
+        hang: bool  # never bind
+        bind_after_s: float
+        # once it listens
+        announce: str | None  # None: no "listening on" line; text: printed instead of the real one
+        loading_s: float  # /health is 503 for so long; negative: for ever
+        work: str  # while loading: read | print | grow | idle
+        answer_after_s: float  # every answer takes so long; negative: none ever comes
+        backlog: int  # never accept, and let so few connections queue
+        crash_after_s: float  # after the first 200
+        crash_signal: int  # 0: exit with `crash_code`
+        crash_code: int
+        flood_for_ever: bool
+        close_output: bool  # lets go of its pipe
+        close_output: bool  # lets go of its pipe
+        # the end
+        ignore_term: int  # so many SIGTERMs have no effect; negative: none has
+        term_takes_s: float
+        children: list[str]  # group | setsid | daemon | closed | scrubbed, "!" ignores SIGTERM
+
+
+HOME = os.environ.get("FAKE_SERVER_DIR", "")
+_PAUSE = "import signal\nwhile True: signal.pause()"
+
+
+def read_plan(model: str) -> Plan:
+    """JSON with Python's own parser: importing `json` would take longer than starting."""
+    with open(os.path.join(HOME, "plan.json")) as file:
+        plan = eval(file.read(), {"true": True, "false": False, "null": None})
+    plan.update(plan.pop("by_model", {}).get(os.path.basename(model), {}))
+    return plan  # type: ignore[no-any-return]
+
+
+class Journal:
+    """Appends one line per event; a line is whole or absent, whoever else writes."""
+
+    def __init__(self, root: int) -> None:
+        self.root = root
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        self._fd = os.open(os.path.join(HOME, "journal"), flags)
+
+    def note(self, event: str, **members: Any) -> None:
+        line = {
+            "at": time.monotonic(),
+            "event": event,
+            "pid": os.getpid(),
+            "root": self.root,
+            **members,
+        }
+        os.write(self._fd, repr(line).encode() + b"\n")
+
+    @property
+    def fds(self) -> set[int]:
+        return {self._fd}
+
+
+def hold_alive_lock(journal: Journal) -> int:
+    """Hold the proof of life; whoever finds it held was started beside somebody."""
+    fd = os.open(os.path.join(HOME, "alive.lock"), os.O_RDWR | os.O_CREAT)
+    os.set_inheritable(fd, True)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        journal.note("overlap")
+    return fd
+
+
+def open_files() -> dict[int, str]:
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue  # the folder's own descriptor
+    return found
+
+
+def flood(size: int, form: str) -> None:
+    """Print so many bytes, whatever the reader does."""
+    piece = {
+        "lines": b"load_tensors: a line of the kind that llama.cpp prints all day\n",
+        "one_line": b"x" * 4096,
+        "binary": bytes(range(256)) * 16,
+        "escapes": b"\x1b[31mred\x1b[0m \x1b]0;title\x07 \x9b1m \x1b[2J\r" * 64 + b"\n",
+    }[form]
+    left = size
+    while left > 0:
+        left -= os.write(1, piece)
+
+
+class Server:
+    """One fake server: the socket, the signals, the crash."""
+
+    def __init__(self, plan: Plan, journal: Journal) -> None:
+        self.plan = plan
+        self.journal = journal
+        self.terms = 0
+        self.ready_at = 0.0
+        self.has_answered = False
+
+    def on_term(self, signum: int, frame: object) -> None:
+        self.terms += 1
+        self.journal.note("term", count=self.terms)
+        ignored = self.plan.get("ignore_term", 0)
+        if ignored < 0 or self.terms <= ignored:
+            return
+        time.sleep(self.plan.get("term_takes_s", 0.0))
+        self.end(0)
+
+    def end(self, code: int) -> None:
+        self.journal.note("exit", code=code)
+        os._exit(code)
+
+    def bind(self, host: str, port: int) -> None:
+        self.socket = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM)
+        self.socket.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+        self.socket.bind((host, port))
+        self.socket.listen(self.plan.get("backlog", 64))
+        at, port = self.socket.getsockname()
+        line = self.plan.get("announce", f"main: server is listening on http://{at}:{port}")
+        self.journal.note("bound", port=port)
+        if line is not None:
+            os.write(1, line.encode() + b" - starting the main loop\n")
+
+    def work(self, model: str) -> None:
+        """What a server does while its model loads."""
+        kind, kept = self.plan.get("work", "idle"), []
+        while not self.is_ready():
+            if kind == "read":
+                with open(model, "rb") as file:
+                    file.read(1 << 20)
+            elif kind == "print":
+                os.write(1, b".")
+            elif kind == "grow":
+                kept.append(bytearray(os.urandom(1 << 18)))
+            time.sleep(0.02)
+
+    def is_ready(self) -> bool:
+        loading = self.plan.get("loading_s", 0.0)
+        return loading >= 0 and time.monotonic() >= self.ready_at + loading
+
+    def answer(self, connection: int) -> None:
+        with_fd = _socket.socket(fileno=connection)
+        try:
+            while (request := with_fd.recv(65536)) != b"":
+                self.reply(with_fd, request.split(b" ", 2)[1].decode())
+        except OSError:
+            pass
+        finally:
+            with_fd.close()
+
+    def reply(self, connection: _socket.socket, path: str) -> None:
+        delay = self.plan.get("answer_after_s", 0.0)
+        if delay < 0:
+            return
+        time.sleep(delay)
+        status, body = "200 OK", '{"status":"ok"}'
+        if not self.is_ready():
+            status, body = "503 Service Unavailable", '{"error":{"message":"Loading model"}}'
+        elif path == "/props":
+            body = '{"default_generation_settings":{"n_ctx":4096},"modalities":{"vision":false}}'
+        head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\n"
+        connection.send(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        if self.is_ready() and not self.has_answered:
+            self.has_answered = True
+            self.journal.note("healthy")
+            _thread.start_new_thread(self.after_healthy, ())
+
+    def after_healthy(self) -> None:
+        if self.plan.get("stop_itself") == "healthy":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if self.plan.get("close_output"):
+            os.closerange(1, 3)
+            self.journal.note("closed")
+        if self.plan.get("close_output"):
+            os.closerange(1, 3)
+            self.journal.note("closed")
+        if self.plan.get("flood_for_ever"):
+            _thread.start_new_thread(flood, (1 << 60, "lines"))
+        if "crash_after_s" in self.plan:
+            time.sleep(self.plan["crash_after_s"])
+            self.journal.note("crash")
+            if signum := self.plan.get("crash_signal", 0):
+                os.kill(os.getpid(), signum)
+                time.sleep(60)
+            os._exit(self.plan.get("crash_code", 1))
+
+    def serve(self, model: str) -> None:
+        self.ready_at = time.monotonic()
+        _thread.start_new_thread(self.work, (model,))
+        while "backlog" in self.plan:
+            signal.pause()
+        while True:
+            connection, _ = self.socket._accept()
+            _thread.start_new_thread(self.answer, (connection,))
+
+
+def start_child(kind: str, journal: Journal, alive_fd: int) -> None:
+    """Fork something that holds the port and the pipe, and that may be hard to find."""
+    ignores_term = kind.endswith("!")
+    kind = kind.rstrip("!")
+    if os.fork() != 0:
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if ignores_term else signal.SIG_DFL)
+    if kind != "group":
+        os.setsid()
+    if kind in ("daemon", "closed", "scrubbed") and os.fork() != 0:
+        os._exit(0)
+    if kind == "closed":
+        kept = {alive_fd} | journal.fds
+        for fd in [fd for fd in open_files() if fd not in kept]:
+            os.close(fd)
+    journal.note("child", kind=kind)
+    if kind == "scrubbed":
+        os.execve(sys.executable, ["python", "-I", "-S", "-c", _PAUSE], {})
+    while True:
+        signal.pause()
+
+
+def main(argv: list[str]) -> None:
+    options = dict(zip(argv, argv[1:], strict=False))
+    model = options.get("-m", "")
+    plan = read_plan(model)
+    journal = Journal(os.getpid())
+    server = Server(plan, journal)
+    signal.signal(signal.SIGTERM, server.on_term)
+    alive_fd = hold_alive_lock(journal)
+    files = {fd: name for fd, name in open_files().items() if fd not in journal.fds | {alive_fd}}
+    journal.note("start", model=model, argv=argv, ppid=os.getppid(), env=dict(os.environ), fds=files)
+    if plan.get("stop_itself") == "start":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if "message" in plan:
+        os.write(2, plan["message"].encode() + b"\n")
+    flood(plan.get("flood_bytes", 0), plan.get("flood", "lines"))
+    if "exit_code" in plan:
+        server.end(plan["exit_code"])
+    while plan.get("hang"):
+        signal.pause()
+    time.sleep(plan.get("bind_after_s", 0.0))
+    server.bind(options.get("--host", "127.0.0.1"), int(options.get("--port", "0")))
+    for kind in plan.get("children", []):
+        start_child(kind, journal, alive_fd)
+    server.serve(model)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,872 @@
+"""Real children of a real orchestrator: how they are started, drained, signalled and reaped.
+
+The server is the fake one, told to misbehave; what counts is what the process table says after
+each call has returned.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from orchestrator import Orchestrator, State, models, plan, proctable
+from orchestrator.errors import (
+    Cancelled,
+    OrchestratorError,
+    ServerStartFailed,
+    SlotOccupied,
+    SlotOwned,
+    StateDirError,
+)
+from orchestrator.process import Warden
+from orchestrator.proctable import Pin
+from tests.conftest import servers_of
+from tests.process.support import (
+    Background,
+    Fake,
+    Host,
+    Make,
+    Watch,
+    is_running,
+    kill,
+    transitions,
+    until,
+    until_state,
+)
+
+PROMPT_S = 5.0  # "at once", on a machine that may be very busy
+KINDS = ("group", "setsid", "daemon", "closed", "scrubbed")
+
+
+# How a server is started
+
+
+def test_a_server_gets_an_allow_list_of_the_environment(
+    make: Make, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch, state_dir: Path
+) -> None:
+    """A token must not reach the server, and no variable may override its arguments."""
+    forbidden = {
+        "HF_TOKEN": "hf_secret",
+        "HUGGING_FACE_HUB_TOKEN": "hf_secret",
+        "LLAMA_API_KEY": "secret",
+        "LLAMA_ARG_PORT": "1",
+        "LLAMA_ARG_MODEL": "/x",
+        "LLAMA_SERVER_ROUTER_PORT": "1",
+        "AIP_MODE": "PREDICTION",
+        "AIP_HTTP_PORT": "1",
+        "HTTP_PROXY": "http://127.0.0.1:9",
+        "GGML_BACKEND_PATH": "/tmp/evil.so",
+        "PYTHONPATH": "/tmp",
+        "LD_PRELOAD": "",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+    }
+    allowed = {"CUDA_VISIBLE_DEVICES": "0", "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1"}
+    for name, value in (forbidden | allowed).items():
+        monkeypatch.setenv(name, value)
+    make(server_env={**fake.env, "NAMED": "by the caller"}).load(model_a)
+    env = fake.wait_for("start")["env"]
+    assert not forbidden.keys() & env.keys()
+    assert not any("secret" in value for value in env.values())
+    assert {name: env[name] for name in allowed} == allowed
+    assert env["PATH"] == os.environ["PATH"]
+    assert env["NAMED"] == "by the caller"
+    assert env["LLAMA_ORCHESTRATOR_SLOT"].startswith(str(state_dir / "default"))
+
+
+def test_a_server_gets_no_descriptor_but_its_pipe_and_the_lock(
+    orch: Orchestrator, fake: Fake, model_a: str, state_dir: Path
+) -> None:
+    """A leaked socket of the host keeps its port taken; a leaked terminal can be read."""
+    read, write = os.pipe()
+    os.set_inheritable(read, True)
+    os.set_inheritable(write, True)
+    orch.load(model_a)
+    os.close(read)
+    os.close(write)
+    fds = fake.wait_for("start")["fds"]
+    lock = next(fd for fd, name in fds.items() if name == str(state_dir / "default/server.lock"))
+    assert sorted(fds) == [0, 1, 2, lock]
+    assert fds[0] == "/dev/null"
+    assert fds[1] == fds[2]
+    assert fds[1].startswith("pipe:")
+
+
+def test_a_server_has_a_session_of_its_own(orch: Orchestrator, model_a: str) -> None:
+    """Ctrl-C at the host's terminal is for the host, which then ends the server in order."""
+    pid = orch.load(model_a).pid
+    assert os.getsid(pid) == os.getpgid(pid) == pid != os.getsid(0)
+
+
+def test_a_chat_template_travels_in_a_private_file_that_does_not_outlive_the_server(
+    orch: Orchestrator, fake: Fake, model_a: str
+) -> None:
+    """It may hold what the prompt holds, so argv is no place for it."""
+    orch.load(model_a, chat_template_override="{{ secret }}")
+    argv = fake.wait_for("start")["argv"]
+    path = Path(argv[argv.index("--chat-template-file") + 1])
+    assert path.read_text() == "{{ secret }}"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert not any("secret" in argument for argument in argv)
+    orch.unload()
+    assert not path.exists()
+
+
+def test_nothing_is_started_when_the_record_cannot_be_written(
+    orch: Orchestrator, fake: Fake, model_a: str, state_dir: Path
+) -> None:
+    """A server nobody wrote down is one that nobody would find again."""
+    orch.start()
+    record = state_dir / "default/server.json"
+    record.mkdir()
+    with pytest.raises(StateDirError) as refused:
+        orch.load(model_a)
+    assert refused.value.field == "state_dir"
+    assert fake.notes() == []
+    record.rmdir()
+    orch.load(model_a)
+
+
+# The kill ladder
+
+
+def test_an_obedient_server_gets_one_signal_and_is_reaped(
+    orch: Orchestrator, fake: Fake, model_a: str
+) -> None:
+    """The usual case costs a few milliseconds and leaves not even a zombie."""
+    pid = orch.load(model_a).pid
+    orch.unload()
+    assert [note["event"] for note in fake.notes()][-2:] == ["term", "exit"]
+    assert proctable.row(pid) is None
+    last_exit = orch.status().last_exit
+    assert last_exit is not None
+    assert (last_exit.pid, last_exit.returncode) == (pid, 0)
+    assert orch.status().last_error is None
+
+
+def test_a_server_that_ignores_sigterm_is_killed_after_the_grace(
+    make: Make, fake: Fake, model_a: str
+) -> None:
+    """Bounded, whatever the server thinks of it."""
+    fake.behave(ignore_term=-1)
+    orch = make(kill_grace_s=0.4)
+    pid = orch.load(model_a).pid
+    watch, begun = Watch(pid), time.monotonic()
+    orch.unload()
+    assert 0.4 <= watch.seconds_to_exit(begun) < 0.4 + PROMPT_S
+    last_exit = orch.status().last_exit
+    assert last_exit is not None
+    assert last_exit.returncode == -signal.SIGKILL
+    assert len(fake.notes("term")) == 2
+
+
+def test_a_second_sigterm_comes_soon(make: Make, fake: Fake, model_a: str) -> None:
+    """llama-server ignores the first while a stream is active, and ends at the second."""
+    fake.behave(ignore_term=1)
+    orch = make(kill_grace_s=60)
+    pid = orch.load(model_a).pid
+    watch, begun = Watch(pid), time.monotonic()
+    orch.unload()
+    assert watch.seconds_to_exit(begun) < PROMPT_S
+    first, second = fake.notes("term")
+    assert second["at"] - first["at"] >= 0.1
+    assert orch.status().last_exit == proctable_exit(pid, 0)
+
+
+def proctable_exit(pid: int, returncode: int) -> Any:
+    """Equal to any exit of this pid and status, whatever it printed."""
+
+    class Same:
+        def __eq__(self, other: object) -> bool:
+            found = (getattr(other, "pid", None), getattr(other, "returncode", None))
+            return found == (pid, returncode)
+
+        __hash__ = None  # type: ignore[assignment]
+
+    return Same()
+
+
+def test_no_grace_means_sigkill_at_once(make: Make, fake: Fake, model_a: str) -> None:
+    """For servers that must not be asked."""
+    orch = make(kill_grace_s=0)
+    pid = orch.load(model_a).pid
+    orch.unload()
+    assert fake.notes("term") == []
+    assert orch.status().last_exit == proctable_exit(pid, -signal.SIGKILL)
+
+
+def test_a_stopped_server_is_continued_to_hear_the_signal(
+    make: Make, fake: Fake, model_a: str
+) -> None:
+    """SIGTERM stays pending while a process is stopped; the grace must not be waited out."""
+    orch = make(kill_grace_s=60)
+    pid = orch.load(model_a).pid
+    os.kill(pid, signal.SIGSTOP)
+    until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED, "the stop")
+    watch, begun = Watch(pid), time.monotonic()
+    orch.unload()
+    assert watch.seconds_to_exit(begun) < PROMPT_S
+    assert orch.status().last_exit == proctable_exit(pid, 0)
+
+
+@pytest.mark.parametrize("at", ["start", "healthy"])
+def test_a_server_that_stops_itself_is_unloaded(
+    make: Make, fake: Fake, model_a: str, at: str
+) -> None:
+    """Whether it was ready or not."""
+    fake.behave(stop_itself=at)
+    orch = make(kill_grace_s=60)
+    loading = Background(orch.load, model_a)
+    pid = fake.wait_for("start").pid
+    until(lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED, "the stop")
+    if at == "healthy":
+        assert loading.result().pid == pid
+    orch.unload()
+    assert not is_running(pid)
+    assert orch.status().state is State.IDLE
+    if at == "start":
+        assert isinstance(loading.error(), Cancelled)
+
+
+# What a server starts
+
+
+@pytest.mark.parametrize("ignores", ["", "!"], ids=["obedient", "deaf"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_unload_returns_when_the_last_descendant_is_dead(
+    make: Make, fake: Fake, model_a: str, state_dir: Path, kind: str, ignores: str
+) -> None:
+    """A grandchild keeps the memory, the port and the pipe as well as a child does."""
+    fake.behave(children=[kind + ignores])
+    orch = make(kill_grace_s=0.3)
+    orch.load(model_a)
+    child = fake.wait_for("child").pid
+    until(lambda: kind != "scrubbed" or "PAUSE" not in environ(child), "the execve")
+    orch.unload()
+    assert fake.living() == set()
+    assert servers_of(state_dir) == set()
+    assert not is_running(child)
+
+
+def environ(pid: int) -> dict[str, str]:
+    try:
+        return psutil.Process(pid).environ()
+    except psutil.Error:
+        return {}
+
+
+def test_a_descendant_gets_as_many_signals_as_the_server(
+    make: Make, fake: Fake, model_a: str
+) -> None:
+    """Once for each rung: behind a wrapper, two at once would be a kill without a grace."""
+    fake.behave(ignore_term=1)
+    orch = make(llama_server=fake.wrapper(), kill_grace_s=60)
+    orch.load(model_a)
+    orch.unload()
+    first, second = fake.notes("term")
+    assert second["at"] - first["at"] >= 0.1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        '"$SERVER" "$@"; exit $?',
+        '"$SERVER" "$@" & wait',
+        'setsid "$SERVER" "$@" & wait',
+        'trap "" TERM; "$SERVER" "$@"; exit 0',
+        '(setsid setsid "$SERVER" "$@" &) ; exec sleep 600',
+        '"$SERVER" "$@" & while [ ! -s "$FAKE_SERVER_DIR/journal" ]; do sleep 0.01; done',
+    ],
+    ids=["in front", "background", "session", "deaf wrapper", "orphan", "wrapper ends first"],
+)
+def test_the_server_behind_a_wrapper_ends_with_it(
+    make: Make, fake: Fake, model_a: str, state_dir: Path, command: str
+) -> None:
+    """A shell script that does not `exec` is how many people start llama-server."""
+    orch = make(llama_server=fake.wrapper(command), kill_grace_s=0.5)
+    loading = Background(orch.load, model_a)
+    pid = fake.wait_for("start").pid
+    if command.endswith("done"):
+        assert isinstance(loading.error(), ServerStartFailed)
+    else:
+        assert loading.result().pid != pid
+        orch.unload()
+    assert not is_running(pid)
+    assert servers_of(state_dir) == set()
+
+
+def test_the_next_server_waits_for_the_last_descendant(
+    make: Make, fake: Fake, model_a: str, model_b: str
+) -> None:
+    """A swap too: the memory of the old one is not free before that."""
+    fake.behave(children=["daemon!"])
+    orch = make(kill_grace_s=0.3)
+    orch.load(model_a)
+    child = Watch(fake.wait_for("child").pid)
+    swapping = Background(orch.load, model_b)
+    died = time.monotonic() + child.seconds_to_exit(time.monotonic())
+    assert swapping.result().status == "loaded"
+    assert fake.wait_for("start", 2)["at"] > died - 0.05
+    fake.assert_never_two()
+
+
+def test_a_descendant_that_outlives_a_crashed_server_is_ended(
+    make: Make, fake: Fake, model_a: str
+) -> None:
+    """It holds the pipe, so the end of the output says nothing."""
+    fake.behave(children=["setsid!"])
+    orch = make(kill_grace_s=0.2)
+    pid = orch.load(model_a).pid
+    child = Watch(fake.wait_for("child").pid)
+    kill(pid)
+    child.seconds_to_exit(time.monotonic())
+    until_state(orch, State.IDLE)
+    assert orch.status().last_exit == proctable_exit(pid, -signal.SIGKILL)
+
+
+# Output
+
+
+@pytest.mark.parametrize("form", ["lines", "one_line", "binary", "escapes"])
+def test_a_flood_of_output_blocks_nobody(
+    orch: Orchestrator, fake: Fake, model_a: str, form: str
+) -> None:
+    """An undrained pipe freezes the real server at 64 KiB, signals included."""
+    fake.behave(flood_bytes=2 << 20, flood=form)
+    orch.load(model_a)
+    lines = orch.logs(10_000)
+    assert 1 <= len(lines) <= 2000
+    assert all(len(line) <= 8192 for line in lines)
+    assert all(line.isprintable() or "�" in line for line in lines)
+    orch.unload()
+
+
+def test_a_server_that_never_stops_printing_can_be_used_and_unloaded(
+    orch: Orchestrator, fake: Fake, model_a: str
+) -> None:
+    """Its output must not starve its exit, nor a call."""
+    fake.behave(flood_for_ever=True)
+    outcome = orch.load(model_a)
+    assert orch.load(model_a).pid == outcome.pid
+    watch, begun = Watch(outcome.pid), time.monotonic()
+    orch.unload()
+    assert watch.seconds_to_exit(begun) < PROMPT_S
+
+
+def test_a_server_that_closes_its_output_costs_nothing(
+    orch: Orchestrator, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipe at its end is readable for ever: whoever polls it spins."""
+    turns = 0
+    turn = Warden._turn
+
+    def counted(warden: Warden) -> None:
+        nonlocal turns
+        turns += 1
+        turn(warden)
+
+    monkeypatch.setattr(Warden, "_turn", counted)
+    fake.behave(close_output=True)
+    pid = orch.load(model_a).pid
+    fake.wait_for("closed")
+    server = orch._owner.effects._server  # type: ignore[union-attr,attr-defined]
+    until(lambda: server.stdout_fd is None, "the end of the pipe")
+    before = turns
+    threading.Event().wait(0.2)  # a measurement, not a rendezvous
+    assert turns - before <= 2
+    orch.unload()
+    assert not is_running(pid)
+
+
+def test_what_was_printed_can_be_read_afterwards(
+    orch: Orchestrator, fake: Fake, model_a: str
+) -> None:
+    """The last words of a server are what its user looks for."""
+    fake.behave(message="first words")
+    orch.load(model_a)
+    orch.unload()
+    assert orch.logs()[0] == "first words"
+    assert orch.logs(1) == orch.logs()[-1:]
+    assert orch.logs(0) == ()
+
+
+# Exits
+
+
+@pytest.mark.parametrize(
+    ("how", "returncode"),
+    [({"crash_code": 7}, 7), ({"crash_code": 0}, 0), ({"crash_signal": 11}, -11)],
+)
+def test_a_crash_is_noticed_and_its_status_is_told(
+    orch: Orchestrator, fake: Fake, model_a: str, how: dict[str, int], returncode: int
+) -> None:
+    """A corpse is never "loaded", and the same load starts a new server."""
+    fake.behave(crash_after_s=0.1, message="bye", **how)
+    pid = orch.load(model_a).pid
+    until_state(orch, State.IDLE)
+    status = orch.status()
+    assert status.loaded is None
+    assert status.last_exit == proctable_exit(pid, returncode)
+    assert status.last_error is not None
+    assert status.last_error.category == "server_exited"
+    assert "bye" in status.last_error.log_tail
+    fake.behave()
+    again = orch.load(model_a)
+    assert (again.status, again.pid != pid) == ("loaded", True)
+    assert orch.status().last_error is None
+
+
+def test_the_exit_of_a_healthy_server_is_noticed_in_milliseconds(
+    orch: Orchestrator, model_a: str
+) -> None:
+    """By a pidfd, not by the next poll."""
+    took = []
+    for _ in range(5):
+        pid = orch.load(model_a).pid
+        begun = time.monotonic()
+        kill(pid)
+        until(lambda: orch.status().state is not State.HEALTHY, "the exit")
+        took.append(time.monotonic() - begun)
+        until_state(orch, State.IDLE)
+    assert min(took) < 0.1, took
+
+
+# What will not die
+
+
+@pytest.fixture
+def immortal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Signals have no effect until the returned function is called; give-up comes fast."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Pin, "signal", lambda *_: None)
+    patch.setattr(os, "killpg", lambda *_: None)
+    monkeypatch.setattr(plan, "_GONE_BASE_S", 0.2)
+    yield patch.undo
+    patch.undo()
+
+
+def test_a_server_that_will_not_die_keeps_the_slot(
+    make: Make,
+    fake: Fake,
+    model_a: str,
+    model_b: str,
+    immortal: Callable[[], None],
+) -> None:
+    """Nothing is started beside it, everybody hears why, and its end is the end of the trouble."""
+    orch = make(kill_grace_s=0.1)
+    pid = orch.load(model_a).pid
+    with pytest.raises(SlotOccupied, match=str(pid)):
+        orch.unload()
+    status = orch.status()
+    assert (status.state, status.occupied_by, status.loaded) == (State.IDLE, pid, None)
+    for model in (model_a, model_b):
+        with pytest.raises(SlotOccupied, match="did not end after SIGKILL; look at them"):
+            orch.load(model)
+    assert len(fake.notes("start")) == 1
+    assert is_running(pid)
+    immortal()
+    kill(pid)
+    until(lambda: orch.status().occupied_by is None, "the slot to be free")
+    assert orch.load(model_b).pid != pid
+    fake.assert_never_two()
+
+
+def test_an_unload_tries_again_and_frees_the_slot(
+    make: Make, fake: Fake, model_a: str, immortal: Callable[[], None]
+) -> None:
+    """A failed kill is not a dead end."""
+    orch = make(kill_grace_s=0.1)
+    pid = orch.load(model_a).pid
+    with pytest.raises(SlotOccupied):
+        orch.unload()
+    immortal()
+    assert orch.unload().status == "unloaded"
+    assert not is_running(pid)
+    assert orch.status().occupied_by is None
+
+
+def test_a_load_tries_again_too(
+    make: Make, fake: Fake, model_a: str, model_b: str, immortal: Callable[[], None]
+) -> None:
+    """It goes through Killing, so it needs no unload before it."""
+    orch = make(kill_grace_s=0.1)
+    pid = orch.load(model_a).pid
+    with pytest.raises(SlotOccupied):
+        orch.load(model_b)
+    immortal()
+    assert orch.load(model_b).pid != pid
+    assert not is_running(pid)
+    fake.assert_never_two()
+
+
+def test_a_descendant_that_will_not_die_keeps_the_slot(
+    make: Make, fake: Fake, model_a: str, immortal: Callable[[], None]
+) -> None:
+    """The server is gone, and still its slot is not empty."""
+    fake.behave(children=["closed"])
+    orch = make(kill_grace_s=0.1)
+    pid = orch.load(model_a).pid
+    child = fake.wait_for("child").pid
+    kill(pid)
+    until(lambda: orch.status().state is State.IDLE, "the exit")
+    assert not is_running(pid)
+    with pytest.raises(SlotOccupied, match=str(child)):
+        orch.load(model_a)
+    assert len(fake.notes("start")) == 1
+    immortal()
+    assert orch.load(model_a).status == "loaded"
+    assert not is_running(child)
+
+
+def test_closing_over_a_server_that_will_not_die_says_so(
+    fake: Fake, model_a: str, state_dir: Path, immortal: Callable[[], None]
+) -> None:
+    """The slot is given up, and the next orchestrator ends what is left."""
+    settings: dict[str, Any] = {
+        "llama_server": fake.path,
+        "state_dir": state_dir,
+        "server_env": fake.env,
+    }
+    orch = Orchestrator(kill_grace_s=0.1, **settings)
+    pid = orch.load(model_a).pid
+    with pytest.raises(SlotOccupied, match=str(pid)):
+        orch.close()
+    assert is_running(pid)
+    immortal()
+    with Orchestrator(**settings) as heir:
+        assert not is_running(pid)
+        heir.load(model_a)
+    with warnings.catch_warnings():  # `Popen` complains when it is dropped while its child runs
+        warnings.simplefilter("ignore", ResourceWarning)
+        del orch
+        gc.collect()
+
+
+# Cancel, in every state
+
+
+def until_queued(orch: Orchestrator, count: int = 1) -> None:
+    """Wait until so many facts lie in the inbox of an owner that is held up."""
+    owner = orch._owner
+    assert owner is not None
+    until(lambda: owner._inbox.qsize() >= count, "the fact")
+
+
+def test_a_cancel_while_the_old_server_dies_starts_nothing(
+    make: Make, fake: Fake, model_a: str, model_b: str
+) -> None:
+    """Killing: the old one goes all the same, and no new one comes."""
+    fake.behave(ignore_term=1)
+    orch = make(kill_grace_s=60)
+    orch.load(model_a)
+    loading = Background(orch.load, model_b, load_request_id="b")
+    until_state(orch, State.KILLING)
+    assert orch.cancel("b") is True
+    assert isinstance(loading.error(), Cancelled)
+    assert orch.status().state is State.IDLE
+    assert len(fake.notes("start")) == 1
+
+
+def test_a_cancel_while_the_model_is_looked_up_starts_nothing(
+    orch: Orchestrator, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Downloading: the look-up ends by itself, and what it found is not wanted."""
+    gate, locate = threading.Event(), models.locate
+
+    def gated(request: Any) -> Any:
+        gate.wait(30)
+        return locate(request)
+
+    monkeypatch.setattr(models, "locate", gated)
+    loading = Background(orch.load, model_a, load_request_id="a")
+    until_state(orch, State.DOWNLOADING)
+    cancelling = Background(orch.cancel, "a")
+    until(lambda: orch.status().last_error is not None, "the cancel")
+    gate.set()
+    assert cancelling.result() is True
+    assert isinstance(loading.error(), Cancelled)
+    assert orch.status().state is State.IDLE
+    assert fake.notes("start") == []
+
+
+@pytest.mark.parametrize("call", ["cancel", "unload", "supersede"])
+def test_a_call_during_the_spawn_ends_the_late_server(
+    orch: Orchestrator,
+    fake: Fake,
+    model_a: str,
+    model_b: str,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+) -> None:
+    """Spawning: the child that is handed over is nobody's any more, and must not stay."""
+    gate, spawn = threading.Event(), Warden.spawn
+
+    def gated(warden: Warden, *args: Any) -> None:
+        gate.wait(30)
+        spawn(warden, *args)
+
+    monkeypatch.setattr(Warden, "spawn", gated)
+    loading = Background(orch.load, model_a, load_request_id="a")
+    until_state(orch, State.SPAWNING)
+    calls = {
+        "cancel": lambda: orch.cancel("a"),
+        "unload": lambda: orch.unload(),
+        "supersede": lambda: orch.load(model_b),
+    }
+    calling = Background(calls[call])
+    until_queued(orch)
+    gate.set()
+    assert isinstance(loading.error(), OrchestratorError)
+    answer = calling.result()
+    if call == "supersede":
+        assert fake.wait_for("start", len(fake.notes("start"))).pid == answer.pid
+    else:
+        assert orch.status().state is State.IDLE
+        assert fake.living() == set()
+    triggers = [event.data["trigger"] for event in transitions(orch)]
+    assert triggers[:5] == ["load", "emptied", "fetched", "spawned", "emptied"]
+    fake.assert_never_two()
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        {"hang": True},
+        {"loading_s": -1},
+        {"answer_after_s": -1},
+        {"bind_after_s": 60},
+        {"backlog": 0},
+        {"stop_itself": "start"},
+        {"announce": None, "answer_after_s": -1},
+        {"loading_s": -1, "flood_for_ever": True},
+    ],
+    ids=lambda behaviour: "-".join(behaviour),
+)
+def test_a_cancel_while_the_server_loads_is_quick(
+    orch: Orchestrator, fake: Fake, model_a: str, behaviour: dict[str, Any]
+) -> None:
+    """WaitingHealth: no probe that hangs may hold it up. Others needed up to 416 s."""
+    fake.behave(**behaviour)
+    took = []
+    for number in range(3):
+        loading = Background(orch.load, model_a, load_request_id="a")
+        fake.wait_for("start" if {"hang", "bind_after_s", "stop_itself"} & behaviour.keys() else
+                      "bound", number + 1)
+        until_state(orch, State.WAITING_HEALTH)
+        threading.Event().wait(0.3 if "backlog" in behaviour else 0.03)  # into a hanging probe
+        begun = time.monotonic()
+        assert orch.cancel("a") is True
+        took.append(time.monotonic() - begun)
+        assert isinstance(loading.error(), Cancelled)
+        assert fake.living() == set()
+    assert min(took) < 0.25, took
+
+
+def test_a_cancel_of_what_is_healthy_changes_nothing(orch: Orchestrator, model_a: str) -> None:
+    """Healthy: the load has been answered, there is nothing left to cancel."""
+    pid = orch.load(model_a, load_request_id="a").pid
+    assert orch.cancel("a") is False
+    assert orch.load(model_a).pid == pid
+
+
+# Slots and processes
+
+
+def test_a_second_orchestrator_on_the_slot_is_refused(make: Make, model_a: str) -> None:
+    """And the first keeps its server."""
+    first = make()
+    pid = first.load(model_a).pid
+    with pytest.raises(SlotOwned, match=rf"process {os.getpid()}\b"):
+        make().load(model_a)
+    assert first.load(model_a).pid == pid
+    first.close()
+    assert make().load(model_a).pid != pid
+
+
+def test_another_process_on_the_slot_is_refused_and_told_who_owns_it(
+    orch: Orchestrator, host: Callable[..., Host], model_a: str
+) -> None:
+    """The running model is not touched by a second backend that starts by mistake."""
+    pid = orch.load(model_a).pid
+    other = host(
+        "from orchestrator import SlotOwned\n"
+        "try: orch.load(a['model'])\n"
+        "except SlotOwned as error: say(text=str(error))\n"
+    )
+    assert f"process {os.getpid()}:" in other.hear()["text"]
+    assert other.process.wait(30) == 0
+    assert orch.load(model_a).pid == pid
+
+
+def test_different_slots_coexist(make: Make, tmp_path: Path, model_a: str) -> None:
+    """Two models at once are two slots; ending one ends nothing else."""
+    fakes = [Fake(tmp_path / name) for name in ("one", "two")]
+    one, two = (
+        make(slot=name, llama_server=fake.path, server_env=fake.env)
+        for name, fake in zip(("one", "two"), fakes, strict=True)
+    )
+    pids = {one.load(model_a).pid, two.load(model_a).pid}
+    assert len(pids) == 2
+    one.unload()
+    assert two.load(model_a).pid in pids
+    assert [len(fake.living()) for fake in fakes] == [0, 1]
+    one.close()
+    two.close()
+
+
+FORKED = """
+pid = orch.load(a["model"]).pid
+child = os.fork()
+if child == 0:
+    from orchestrator import WrongProcess
+    seen = []
+    for call in (lambda: orch.load(a["model"]), orch.unload, lambda: orch.cancel("x"),
+                 lambda: orch.lease().__enter__(), lambda: orch.plan(a["model"])):
+        try: seen.append(repr(call()))
+        except WrongProcess as error: seen.append(error.category)
+    say(seen=seen)
+    sys.exit(0)  # runs the inherited exit handlers
+status = os.waitpid(child, 0)[1]
+again = orch.load(a["model"])
+say(status=status, pid=pid, again=again.pid, how=again.status)
+orch.close()
+say(left=str(orch.status().state))
+"""
+
+
+def test_a_forked_worker_neither_uses_nor_ends_the_server(host: Callable[..., Host]) -> None:
+    """Its calls are refused, and the exit handlers it inherited do nothing."""
+    parent = host(FORKED)
+    assert parent.hear()["seen"] == ["wrong_process"] * 5
+    said = parent.hear()
+    assert (said["status"], said["how"]) == (0, "already_loaded")
+    assert said["pid"] == said["again"]
+    assert parent.hear() == {"left": "Idle"}
+
+
+def test_workers_forked_at_any_moment_take_no_lock_with_them(
+    orch: Orchestrator, fake: Fake, model_a: str, model_b: str
+) -> None:
+    """A fork copies whatever is open, and the slot's lock is open for moments of every load."""
+    workers: list[int] = []
+    stop = threading.Event()
+
+    def fork_all_day() -> None:
+        while not stop.is_set() and len(workers) < 100:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                pid = os.fork()
+            if pid == 0:
+                while True:
+                    signal.pause()
+            workers.append(pid)
+
+    forking = threading.Thread(target=fork_all_day)
+    forking.start()
+    try:
+        for _ in range(6):
+            assert orch.load(model_a).status == "loaded"
+            assert orch.load(model_b).status == "loaded"
+        orch.unload()
+    finally:
+        stop.set()
+        forking.join()
+        survivors = [pid for pid in workers if is_running(pid)]
+        for pid in workers:
+            kill(pid)
+            os.waitpid(pid, 0)
+    assert survivors == workers
+    fake.assert_never_two()
+
+
+REAPED_BY_THE_HOST = """
+outcome = orch.load(a["model"])
+os.kill(outcome.pid, 9)
+while orch.status().state is not State.IDLE: time.sleep(0.001)
+crash = orch.status().last_exit
+again = orch.load(a["model"])
+orch.unload()
+end = orch.status()
+say(crash=[crash.pid == outcome.pid, crash.returncode], again=again.pid != outcome.pid,
+    end=[str(end.state), end.last_exit.returncode, end.occupied_by])
+orch.close()
+say(closed=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "habit",
+    [
+        "signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
+        "def reap_all():\n"
+        "    while True:\n"
+        "        try: os.waitpid(-1, 0)\n"
+        "        except ChildProcessError: time.sleep(0.0005)\n"
+        "threading.Thread(target=reap_all, daemon=True).start()",
+    ],
+    ids=["ignores SIGCHLD", "waits for any child"],
+)
+def test_a_host_that_takes_the_exit_status_away_changes_nothing_else(
+    host: Callable[..., Host], habit: str
+) -> None:
+    """0 would be a lie, so the status is unknown unless it was seen in time; the rest is right."""
+    other = host(habit + REAPED_BY_THE_HOST)
+    said = other.hear()
+    assert said["crash"][0] is True
+    assert said["crash"][1] in (None, -9)
+    assert said["again"] is True
+    assert said["end"][0] == "Idle"
+    assert said["end"][1] in (None, 0)
+    assert said["end"][2] is None
+    assert other.hear() == {"closed": True}
+    assert other.process.wait(30) == 0
+
+
+def test_no_descriptor_and_no_thread_is_lost_over_many_cycles(
+    make: Make, fake: Fake, model_a: str, model_b: str
+) -> None:
+    """A backend runs for months."""
+    orch = make()
+
+    def cycle() -> None:
+        orch.load(model_a)
+        orch.load(model_b)
+        orch.unload()
+
+    for _ in range(3):
+        cycle()
+    before = held()
+    for _ in range(30):
+        cycle()
+    assert held() == before
+    orch.close()
+
+
+def test_nothing_is_held_after_close(make: Make, model_a: str) -> None:
+    """Thirty orchestrators, one after another: no thread, no descriptor, no child remains."""
+    make().start().close()
+    before = held()
+    children = set(psutil.Process().children())
+    for _ in range(5):
+        orch = make()
+        orch.load(model_a)
+        orch.close()
+    until(lambda: held() == before, f"{held()} to become {before}")
+    assert set(psutil.Process().children()) == children
+
+
+def held() -> tuple[int, int]:
+    """Descriptors and threads of this process."""
+    return len(os.listdir("/proc/self/fd")), threading.active_count()

@@ -1,0 +1,573 @@
+"""The slot itself: who owns it, when it is empty, what a record proves, and what is never touched.
+
+No orchestrator here: a `Slot` and ordinary processes that hold, or only seem to hold, its marks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import proctable, slot
+from orchestrator.errors import InvalidRequest, SlotOwned, StateDirError
+from orchestrator.proctable import Pin, ProcessId
+from orchestrator.slot import TOKEN_NAME, Slot
+from tests.process.support import is_running, kill, until
+
+Sleeper = subprocess.Popen[bytes]
+Sleep = Callable[..., Sleeper]
+_SLEEP = [sys.executable, "-I", "-S", "-c", "import time; print(flush=True); time.sleep(600)"]
+_DEAF = [
+    *(sys.executable, "-I", "-S", "-c"),
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); "
+    "time.sleep(600)",
+]
+
+
+@pytest.fixture
+def sleep() -> Iterator[Sleep]:
+    """Start processes that do nothing for a long time, as a server does in their own session;
+    returns once they do.
+    """
+    started: list[Sleeper] = []
+
+    def start(
+        command: list[str] = _SLEEP, *, start_new_session: bool = True, **popen: Any
+    ) -> Sleeper:
+        started.append(
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, start_new_session=start_new_session, **popen
+            )
+        )
+        assert started[-1].stdout is not None
+        assert started[-1].stdout.readline() == b"\n"
+        return started[-1]
+
+    yield start
+    for process in started:
+        with process:
+            process.kill()
+
+
+@pytest.fixture
+def mine(state_dir: Path) -> Iterator[Slot]:
+    """A claimed slot."""
+    claimed = Slot("mine", state_dir)
+    claimed.claim()
+    yield claimed
+    claimed.release()
+
+
+def environment(of: Slot) -> dict[str, str]:
+    name, _, value = of.token.partition("=")
+    return {name: value}
+
+
+def identity(process: Sleeper) -> ProcessId:
+    found = proctable.identify(process.pid)
+    assert found is not None
+    return found
+
+
+def in_a_fork(what: Callable[[], object]) -> int:
+    """Run it in a forked child and return the child's pid; the child then waits to be killed."""
+    read, write = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            what()
+            os.write(write, b"x")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(write)
+    assert os.read(read, 1) == b"x"
+    os.close(read)
+    return pid
+
+
+@contextlib.contextmanager
+def reaped(pid: int) -> Iterator[int]:
+    try:
+        yield pid
+    finally:
+        kill(pid)
+        os.waitpid(pid, 0)
+
+
+# Ownership
+
+
+def test_a_second_claim_is_refused_and_names_the_owner(mine: Slot, state_dir: Path) -> None:
+    """Also within one process: whoever comes second has to be able to find the first."""
+    with pytest.raises(SlotOwned, match=rf"process {os.getpid()}\b.*another slot name") as refused:
+        Slot("mine", state_dir).claim()
+    assert refused.value.field == "slot"
+    mine.release()
+    again = Slot("mine", state_dir)
+    again.claim()
+    again.release()
+
+
+def test_a_claim_by_another_process_is_named_and_ends_with_it(state_dir: Path) -> None:
+    """The kernel gives the slot back, whatever became of its owner."""
+    program = (
+        "import sys; sys.path[:] = sys.argv[2:]\n"
+        "from orchestrator.slot import Slot\n"
+        "Slot('s', sys.argv[1]).claim(); print(flush=True); input()"
+    )
+    command = [sys.executable, "-c", program, str(state_dir), *sys.path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"\n"
+        with pytest.raises(SlotOwned, match=rf"process {other.pid}\b"):
+            Slot("s", state_dir).claim()
+        other.kill()
+        other.wait()
+        heir = Slot("s", state_dir)
+        heir.claim()
+        heir.release()
+
+
+def test_a_forked_worker_neither_owns_nor_keeps_the_slot(mine: Slot, state_dir: Path) -> None:
+    """A pre-fork server's workers outlive their parent; its slot must not be lost to them."""
+    lock, fd = mine.take_lock()
+    assert lock.is_empty
+    assert fd is not None
+    with reaped(in_a_fork(lambda: None)):
+        os.close(fd)
+        again, fd = mine.take_lock()
+        assert again.is_empty, again.reason
+        assert fd is not None
+        os.close(fd)
+        mine.release()
+        heir = Slot("mine", state_dir)
+        heir.claim()
+        heir.release()
+
+
+def test_a_fork_that_releases_takes_nothing_from_its_parent(mine: Slot, state_dir: Path) -> None:
+    """An inherited exit handler runs in the worker too."""
+    with reaped(in_a_fork(mine.release)), pytest.raises(SlotOwned):
+        Slot("mine", state_dir).claim()
+
+
+def test_a_lock_held_by_the_heirs_of_a_dead_owner_is_waited_for(state_dir: Path) -> None:
+    """A guardian empties the slot of a killed host: the restarted host waits, it is not refused."""
+    before = Slot("s", state_dir)
+    before.claim()
+    dead = subprocess.Popen(["true"])
+    gone = identity(dead)
+    dead.wait()
+    before.owner_path.write_text(json.dumps(asdict(gone)))
+    after = Slot("s", state_dir)
+    claiming = threading.Thread(target=after.claim)
+    claiming.start()
+    claiming.join(0.1)
+    assert claiming.is_alive()
+    before.release()
+    claiming.join(10)
+    assert not claiming.is_alive()
+    me = proctable.identify(os.getpid())
+    assert me is not None
+    assert after.is_owned_by(me)
+    after.release()
+
+
+def test_slots_of_one_directory_do_not_know_each_other(
+    mine: Slot, state_dir: Path, sleep: Sleep
+) -> None:
+    """Several models on one machine are several slots; a name may begin like another."""
+    other = Slot("mine2", state_dir)
+    other.claim()
+    _, fd = other.take_lock()
+    assert fd is not None
+    process = sleep(env=environment(other), pass_fds=(fd,))
+    os.close(fd)
+    assert mine.inhabitants() == set()
+    assert mine.reap()[0] == set()
+    assert not other.take_lock()[0].is_empty
+    assert other.inhabitants() == {identity(process)}
+    assert other.reap()[0] == {process.pid}
+    assert process.wait() == -signal.SIGTERM
+    other.release()
+
+
+# Emptiness
+
+
+def test_the_slot_is_empty_when_the_last_holder_of_its_lock_is_dead(
+    mine: Slot, sleep: Sleep
+) -> None:
+    """The kernel is the judge, also of a process that nothing is known about."""
+    _, fd = mine.take_lock()
+    assert fd is not None
+    held = mine.take_lock()
+    assert (held[0].is_empty, held[1]) == (False, None)
+    process = sleep(pass_fds=(fd,))
+    os.close(fd)
+    evidence, none = mine.take_lock()
+    assert (evidence.is_empty, none) == (False, None)
+    assert "lock" in evidence.reason
+    process.kill()
+    process.wait()
+    evidence, fd = mine.take_lock()
+    assert evidence.is_empty
+    assert fd is not None
+    os.close(fd)
+
+
+def test_the_slot_is_not_empty_while_a_recorded_process_lives(mine: Slot, sleep: Sleep) -> None:
+    """A server that closes its descriptors lets go of the lock, not of the memory."""
+    process = sleep()
+    mine.remember(identity(process))
+    evidence, none = mine.take_lock()
+    assert (evidence.is_empty, none) == (False, None)
+    assert str(process.pid) in evidence.reason
+    process.kill()
+    process.wait()
+    evidence, fd = mine.take_lock()
+    assert evidence.is_empty
+    assert fd is not None
+    os.close(fd)
+
+
+def test_a_zombie_is_not_alive(mine: Slot, sleep: Sleep) -> None:
+    """It holds neither memory nor a port, and only its parent can end it."""
+    process = sleep()
+    who = identity(process)
+    assert proctable.is_alive(who)
+    process.kill()
+    until(lambda: not proctable.is_alive(who), "the zombie")
+    assert proctable.row(process.pid) is not None
+    assert Pin.of(who) is None
+
+
+def test_inhabitants_are_found_by_every_mark_and_nobody_else_is(mine: Slot, sleep: Sleep) -> None:
+    """Record, token, group, session and descent; a look-alike has none of them."""
+    by_token = sleep(env=environment(mine))
+    by_record = sleep()
+    mine.remember(identity(by_record))
+    leader = sleep()
+    parent = sleep(["sh", "-c", "env -i setsid sleep 600 & echo; wait"])
+    mine.remember(identity(parent))
+    sleep()  # the same command line as three of them
+    [child] = until(lambda: proctable.descendants({parent.pid}), "a child")
+    until(lambda: os.getsid(child) == child, "its own session")
+    found = {process.pid for process in mine.inhabitants(leader.pid)}
+    assert found == {by_token.pid, by_record.pid, leader.pid, parent.pid, child}
+    assert mine.inhabitants() == {p for p in mine.inhabitants(leader.pid) if p.pid != leader.pid}
+    kill(child)
+
+
+def test_nobody_in_our_own_session_is_ever_an_inhabitant(mine: Slot, sleep: Sleep) -> None:
+    """A server has a session of its own and nothing below it can join ours: whoever carries its
+    marks here is a worker of the host, or the user's own.
+    """
+    _, fd = mine.take_lock()
+    assert fd is not None
+    worker = sleep(env=environment(mine), pass_fds=(fd,), start_new_session=False)
+    os.close(fd)
+    mine.remember(identity(worker))
+    assert mine.inhabitants(worker.pid) == set()
+    assert mine.lock_holders() == set()
+    assert not mine.take_lock()[0].is_empty
+
+
+def test_no_parent_of_ours_and_not_we_ourselves_are_ever_inhabitants(
+    mine: Slot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record that names the user's session once cost it (pid 1, signalled as a group)."""
+    me = proctable.identify(os.getpid())
+    parent = proctable.identify(os.getppid())
+    init = proctable.identify(1)
+    assert me
+    assert parent
+    assert init
+    monkeypatch.setattr(mine, "_known", {me, parent, init})
+    found = mine.inhabitants(os.getsid(0))
+    assert not {p.pid for p in found} & {0, 1, os.getpid(), os.getppid()}
+    assert Pin.of(me) is None
+    assert Pin.of(init) is None
+    assert Pin.of(ProcessId(0, 0, proctable.boot_id())) is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can enter another directory as `/`")
+def test_the_same_path_in_another_place_is_another_slot(
+    mine: Slot, tmp_path: Path, sleep: Sleep
+) -> None:
+    """A container's slot has the path of the host's own, and the host sees its processes."""
+    name, _, value = mine.token.partition("=")
+    theirs = Path(str(tmp_path / "root") + str(mine.directory))
+    theirs.mkdir(parents=True)
+    other = Slot("mine", theirs.parent)
+    token = other.token.replace(str(tmp_path / "root"), "")
+    assert token.startswith(f"{name}={mine.directory}")
+    process = sleep(env={name: token.partition("=")[2]})
+    assert mine.inhabitants() == set()
+    assert process.poll() is None
+    assert value != token
+
+
+# The record
+
+
+def test_what_is_remembered_is_recalled_and_forgotten(mine: Slot, state_dir: Path) -> None:
+    """Written before the server exists, so that a crash in between is on record too."""
+    assert mine.recall() is None
+    mine.remember(None)
+    me = proctable.identify(os.getpid())
+    assert mine.recall() == slot.Record(me, None)
+    server = ProcessId(4242, 17, proctable.boot_id())
+    mine.remember(server)
+    assert Slot("mine", state_dir).recall() == slot.Record(me, server)
+    assert sorted(p.name for p in mine.directory.iterdir()) == ["owner.lock", "server.json"]
+    mine.forget()
+    mine.forget()
+    assert mine.recall() is None
+
+
+GOOD = {"pid": 4242, "start_ticks": 17, "boot_id": "b"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "null",
+        "[]",
+        "7",
+        '"text"',
+        "{}",
+        b"\xff\xfe".decode("latin-1"),
+        json.dumps({"version": 1, "host": GOOD}),
+        json.dumps({"version": 2, "host": GOOD, "server": GOOD}),
+        json.dumps({"version": 1, "host": GOOD, "server": []}),
+        json.dumps({"version": 1, "host": GOOD, "server": {**GOOD, "more": 1}}),
+        *(
+            json.dumps({"version": 1, "host": GOOD, "server": {**GOOD, "pid": pid}})
+            for pid in (0, 1, -1, -4242, True, 1.5, "4242", None, 10**30)
+        ),
+        json.dumps({"version": 1, "host": GOOD, "server": {**GOOD, "start_ticks": "17"}}),
+        json.dumps({"version": 1, "host": GOOD, "server": {**GOOD, "boot_id": 5}}),
+        json.dumps({"version": 1, "host": {**GOOD, "pid": 1}, "server": GOOD}),
+        json.dumps({"version": 1, "host": GOOD, "server": GOOD}) + "}",
+        "[" * 100_000,
+    ],
+)
+def test_a_record_that_is_not_ours_is_not_believed(mine: Slot, text: str) -> None:
+    """Corrupt, foreign or from another version: it proves nothing, and it stops nobody."""
+    mine.record_path.write_text(text, encoding="latin-1")
+    assert mine.recall() is None
+    signalled, evidence = mine.reap()
+    assert signalled == set()
+    assert evidence.is_empty
+    assert not mine.record_path.exists()
+
+
+def test_a_record_that_cannot_be_read_is_not_believed(mine: Slot) -> None:
+    """A folder in its place is no reason to give up."""
+    mine.record_path.mkdir()
+    assert mine.recall() is None
+    assert mine.reap()[0] == set()
+    with pytest.raises(StateDirError) as refused:
+        mine.remember(None)
+    assert refused.value.field == "state_dir"
+
+
+# What a later start does
+
+
+def test_a_left_behind_process_is_reaped_by_every_mark(mine: Slot, sleep: Sleep) -> None:
+    """By lock alone, by token alone, by record alone; TERM first, KILL for the deaf."""
+    _, fd = mine.take_lock()
+    assert fd is not None
+    by_lock = sleep(env={}, pass_fds=(fd,))
+    os.close(fd)
+    by_token = sleep(_DEAF, env=environment(mine))
+    by_record = sleep(env={})
+    stopped = sleep(env=environment(mine))
+    stopped.send_signal(signal.SIGSTOP)
+    mine.remember(identity(by_record))
+    stranger = sleep(env={})
+    signalled, evidence = Slot("mine", mine.directory.parent).reap()
+    assert evidence.is_empty
+    assert signalled == {p.pid for p in (by_lock, by_token, by_record, stopped)}
+    assert by_token.wait() == -signal.SIGKILL
+    assert [p.wait() for p in (by_record, stopped)] == [-signal.SIGTERM] * 2
+    assert by_lock.wait() in (-signal.SIGTERM, -signal.SIGKILL)  # looked for last
+    assert stranger.poll() is None
+    assert mine.recall() is None
+
+
+def test_a_group_of_a_recorded_server_is_reaped_with_it(mine: Slot, sleep: Sleep) -> None:
+    """A child without a mark of its own is found through the leader that is on record."""
+    server = sleep(
+        ["sh", "-c", "env -i sleep 600 & env -i setsid sleep 600 & echo; wait"],
+        env={"PATH": os.environ["PATH"]},
+    )
+    mine.remember(identity(server))
+    family = until(
+        lambda: len(found := proctable.descendants({server.pid})) == 2 and found, "two children"
+    )
+    signalled, _ = mine.reap()
+    assert signalled == family | {server.pid}
+    assert not any(map(is_running, family))
+
+
+@pytest.mark.parametrize(
+    "change", [{"start_ticks": 1}, {"boot_id": "another"}], ids=["pid came back", "rebooted"]
+)
+def test_a_reused_pid_is_not_touched(mine: Slot, sleep: Sleep, change: dict[str, Any]) -> None:
+    """The record says which process, not which number; its group is not touched either."""
+    stranger = sleep()
+    mine.remember(ProcessId(**(asdict(identity(stranger)) | change)))
+    signalled, evidence = Slot("mine", mine.directory.parent).reap()
+    assert signalled == set()
+    assert evidence.is_empty
+    assert stranger.poll() is None
+
+
+def test_a_lock_that_nobody_visible_holds_keeps_the_slot_occupied(
+    mine: Slot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user's process, say: not ours to end, and not a reason to say "empty"."""
+    _, fd = mine.take_lock()
+    assert fd is not None
+    signalled, evidence = mine.reap(term_s=0.05, kill_s=0.1)
+    assert signalled == set()
+    assert not evidence.is_empty
+    os.close(fd)
+    assert mine.reap()[1].is_empty
+
+
+def test_what_will_not_die_keeps_the_slot_occupied(
+    mine: Slot, sleep: Sleep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reaper that forgets what it could not end makes two servers."""
+    process = sleep(env=environment(mine))
+    with monkeypatch.context() as patch:
+        patch.setattr(Pin, "signal", lambda *_: None)
+        signalled, evidence = mine.reap(term_s=0.05, kill_s=0.1)
+    assert signalled == {process.pid}
+    assert not evidence.is_empty
+    assert str(process.pid) in evidence.reason
+    assert process.poll() is None
+    assert mine.reap()[1].is_empty
+
+
+
+# Names and directories
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "-a", "a b", "a\n", "a\0", "é", "x" * 65])
+def test_a_bad_name_is_refused_and_makes_nothing(state_dir: Path, name: str) -> None:
+    """A name becomes a folder: nothing that means more than a name is accepted."""
+    with pytest.raises(InvalidRequest, match="slot is .*use 1 to 64") as refused:
+        Slot(name, state_dir)
+    assert refused.value.field == "slot"
+    assert list(state_dir.iterdir()) == []
+
+
+def test_a_good_name_is_accepted(state_dir: Path) -> None:
+    """The longest, and every kind of character."""
+    for name in ("a", "0", "A-b_c.d", "x" * 64):
+        assert Slot(name, state_dir).directory == state_dir / name
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "missing/parent/state",
+        "file",
+        "file/state",
+        "loop",
+        "loop/state",
+        "/proc/state",
+        "/proc/self/state",
+        "/dev/null",
+        "nul\0byte",
+        "x" * 300,
+        "",
+    ],
+)
+def test_a_state_directory_that_cannot_be_used_is_refused(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known before anything is started, with the setting to change."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("here")
+    (tmp_path / "loop").symlink_to("loop")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(StateDirError, match="state_dir") as refused:
+        Slot("s", where and tmp_path / where)
+    assert refused.value.field == "state_dir"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_state_directory_of_the_wrong_type_is_refused(tmp_path: Path) -> None:
+    """A typed error, not a TypeError from the depths."""
+    with pytest.raises(StateDirError) as refused:
+        Slot("s", 5)  # type: ignore[arg-type]
+    assert refused.value.field == "state_dir"
+
+
+def test_a_state_directory_is_made_where_its_parent_exists(tmp_path: Path) -> None:
+    """And it is private: a record or a template is nobody else's business."""
+    made = Slot("s", tmp_path / "new")
+    assert made.directory == tmp_path / "new" / "s"
+    assert [p.stat().st_mode & 0o777 for p in (made.directory, made.directory.parent)] == [0o700] * 2
+
+
+def test_the_default_state_directory_follows_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own variable, then XDG's, then the home directory."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.delenv("LLAMA_ORCHESTRATOR_STATE_DIR", raising=False)
+    at_home = tmp_path / "home/.local/state/llama-orchestrator"
+    assert Slot().directory == at_home / "default"
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "xdg"))
+    assert Slot().directory == tmp_path / "xdg/llama-orchestrator/default"
+    monkeypatch.setenv("LLAMA_ORCHESTRATOR_STATE_DIR", str(tmp_path / "named/deep"))
+    assert Slot().directory == tmp_path / "named/deep/default"
+
+
+def test_a_relative_state_directory_means_the_same_after_a_chdir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The token and the record outlive the working directory."""
+    monkeypatch.chdir(tmp_path)
+    made = Slot("s", "state")
+    monkeypatch.chdir("/")
+    assert made.directory == tmp_path / "state" / "s"
+    made.claim()
+    made.release()
+
+
+def test_a_directory_name_that_is_not_utf8_works(tmp_path: Path, sleep: Sleep) -> None:
+    """Paths are bytes; the token in the environment is found all the same."""
+    odd = Slot("s", os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    odd.claim()
+    process = sleep(env=environment(odd))
+    assert odd.inhabitants() == {identity(process)}
+    odd.remember(identity(process))
+    assert odd.reap()[0] == {process.pid}
+    odd.release()
+
+
+def test_the_token_is_an_environment_variable(mine: Slot) -> None:
+    """Readable by a person: the folder is in it."""
+    assert mine.token.startswith(f"{TOKEN_NAME}={mine.directory}")

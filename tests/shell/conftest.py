@@ -1,0 +1,35 @@
+"""Of every test of the shell: nothing fails behind its back, and no thread outlives it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.shell.house import House
+from tests.shell.records import Entry, only_failures
+
+
+@pytest.fixture(autouse=True)
+def failures() -> Iterator[list[Entry]]:
+    """What was logged as an error; a test that provokes one takes it out."""
+    with only_failures() as entries:
+        yield entries
+        assert entries == []
+
+
+@pytest.fixture
+def house(monkeypatch: pytest.MonkeyPatch, failures: list[Entry]) -> Iterator[House]:
+    """A facade made in this test has everything under its owner replaced."""
+    house = House()
+    house.install(monkeypatch)
+    yield house
+    assert house.os.most_alive <= 1, "two servers were alive at once"
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Threads for callers."""
+    with ThreadPoolExecutor(32, thread_name_prefix="caller") as pool:
+        yield pool

@@ -1,0 +1,198 @@
+"""Schedule explorer: every order of everything, depth first, over the real owner.
+
+A schedule is a list of decisions: which of the moves of a stage (`stage.py`) comes next, and
+whether a server can be started. `explore` takes the first alternative everywhere, then goes back to
+the last decision that has another one, replays what led to it and goes on from there. Two facts may
+be in the inbox at once, in both orders; how often, and how many things may go wrong, are budgets of
+the scene. Where a stage is reached again that was reached before, its futures are known.
+
+A broken invariant is replayed with ever fewer moves until none can be left out, and told as a story.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tests.core.invariants import Violation
+from tests.core.story import Counterexample, Told
+from tests.shell.records import only_failures
+from tests.shell.stage import BrokenError, Scene, Stage
+
+MAX_SCHEDULES = 100_000
+_MOVES = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What an exploration saw.
+
+    Attributes:
+        schedules: Runs of the owner, each in an order of its own.
+        stages: Different situations reached.
+        facts: Facts processed by the owner, replays included.
+    """
+
+    scene: Scene
+    schedules: int
+    stages: int
+    facts: int
+    seconds: float
+    counterexample: Counterexample | None
+
+    def __str__(self) -> str:
+        found = self.counterexample
+        return (
+            f"{self.scene.program}: {self.schedules} schedules, {self.stages} stages, "
+            f"{self.facts} facts, {self.seconds:.2f} s" + (f"\n{found.story}" if found else "")
+        )
+
+
+@dataclass(slots=True)
+class _Decision:
+    label: str
+    taken: int
+    count: int
+
+
+class _KnownError(Exception):
+    """From here on everything has been seen."""
+
+
+def explore(scene: Scene, *, max_schedules: int = MAX_SCHEDULES) -> Report:
+    """Explore a scene to the end, or to the first broken invariant.
+
+    Raises:
+        MemoryError: more schedules than that; nothing is cut off in silence.
+    """
+    with only_failures():
+        return _Exploration(scene).run(max_schedules)
+
+
+class _Exploration:
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+        self._seen: set[tuple[object, ...]] = set()
+        self._schedules = 0
+        self._facts = 0
+
+    def run(self, max_schedules: int) -> Report:
+        started = time.perf_counter()
+        found = None
+        prefix: list[_Decision] = []
+        while True:
+            self._schedules += 1
+            if self._schedules > max_schedules:
+                raise MemoryError(f"more than {max_schedules} schedules of {self._scene.program!r}")
+            run = _Run(prefix)
+            broken = self._play(run)
+            if broken is not None:
+                labels = [decision.label for decision in run.decisions]
+                found = self._tell(broken.violation, self._shorten(labels, broken.violation))
+                break
+            if (prefix := run.next_prefix()) == []:
+                break
+        seconds = time.perf_counter() - started
+        return Report(
+            self._scene, self._schedules, len(self._seen), self._facts, seconds, found
+        )
+
+    def _play(self, run: _Run) -> BrokenError | None:
+        stage = Stage(self._scene, run.choose)
+        try:
+            for _ in range(_MOVES):
+                stage.is_checking = run.is_new
+                if run.is_new:
+                    self._arrive(stage)
+                moves = stage.moves()
+                if not moves:
+                    return None
+                stage.do(moves[run.choose([move.label for move in moves])])
+            raise AssertionError(f"no end after {_MOVES} moves")
+        except _KnownError:
+            return None
+        except BrokenError as broken:
+            return broken
+        finally:
+            self._facts += len(stage.told)
+
+    def _arrive(self, stage: Stage) -> None:
+        key = stage.key()
+        if key in self._seen:
+            raise _KnownError
+        self._seen.add(key)
+        stage.check_rest()
+
+    # --------------------------------------------------------------------------------- stories
+
+    def _shorten(self, labels: list[str], violation: Violation) -> list[str]:
+        """Leave out every move without which the same invariant breaks as well."""
+        at = len(labels) - 1
+        while at >= 0:
+            fewer = labels[:at] + labels[at + 1 :]
+            stage, broken = self._replay(fewer)
+            if broken is not None and broken.violation.invariant == violation.invariant:
+                labels, violation = fewer, broken.violation
+                at = len(labels)
+            at -= 1
+        return labels
+
+    def _replay(self, labels: Sequence[str]) -> tuple[Stage, BrokenError | None]:
+        """Play these moves as far as they are possible, then let everything end well."""
+        script = list(labels)
+
+        def choose(options: Sequence[str]) -> int:
+            for label in script:
+                if label in options:
+                    script.remove(label)
+                    return options.index(label)
+            return 0
+
+        stage = Stage(self._scene, choose)
+        stage.is_checking = True
+        try:
+            for _ in range(_MOVES):
+                stage.check_rest()
+                moves = stage.moves()
+                wanted = [m for m in moves if m.is_own or m.label in script]
+                if not wanted:
+                    break
+                stage.do(wanted[choose([move.label for move in wanted])])
+        except BrokenError as broken:
+            return stage, broken
+        return stage, None
+
+    def _tell(self, violation: Violation, labels: list[str]) -> Counterexample:
+        stage, broken = self._replay(labels)
+        if broken is not None:
+            violation = broken.violation
+        return Counterexample(violation.invariant, violation.message, tuple[Told, ...](stage.told))
+
+
+class _Run:
+    """Follows a prefix of decisions, then takes the first alternative, and remembers them all."""
+
+    def __init__(self, prefix: Sequence[_Decision]) -> None:
+        self._prefix = prefix
+        self.decisions: list[_Decision] = []
+
+    @property
+    def is_new(self) -> bool:
+        """The last decision of the prefix has been taken: nobody has been here."""
+        return len(self.decisions) >= len(self._prefix)
+
+    def choose(self, options: Sequence[str]) -> int:
+        at = len(self.decisions)
+        taken = self._prefix[at].taken if at < len(self._prefix) else 0
+        self.decisions.append(_Decision(options[taken], taken, len(options)))
+        return taken
+
+    def next_prefix(self) -> list[_Decision]:
+        decisions = list(self.decisions)
+        while decisions and decisions[-1].taken + 1 == decisions[-1].count:
+            decisions.pop()
+        if decisions:
+            last = decisions.pop()
+            decisions.append(_Decision("", last.taken + 1, last.count))
+        return decisions

@@ -1,0 +1,296 @@
+"""Effects that stop at a gate, over an abstract operating system and a virtual clock.
+
+To the owner, `GatedEffects` are effects like any other. An effect that is started parks at a gate
+and ends once, when and how the test says; what it reports then is what the operating system behind
+it makes true. A server lives from the moment its spawn is carried out, the slot is empty when
+nothing lives in it and nobody holds its lock, and an exit is noticed when the test lets it be.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from orchestrator.context import EffectKind
+from orchestrator.errors import Problem
+from orchestrator.messages import (
+    BecameReady,
+    Child,
+    Completion,
+    Download,
+    Effect,
+    Emptied,
+    Exit,
+    Exited,
+    Fact,
+    Fetched,
+    Kill,
+    Probe,
+    ServerFacts,
+    SlotEvidence,
+    Spawn,
+    Spawned,
+    failure_of,
+)
+from orchestrator.ports import Clock, Progress, SlotLock
+from orchestrator.tokens import CancelToken, Generation
+from tests.core.invariants import Process
+
+ALL_KINDS: Final[frozenset[EffectKind]] = frozenset({"kill", "download", "spawn", "probe"})
+SpawnPlan = Literal["lives", "fails", "raises"]
+
+_PATIENCE_S: Final = 20.0
+_KINDS: Final[dict[type, EffectKind]] = {
+    Kill: "kill",
+    Download: "download",
+    Spawn: "spawn",
+    Probe: "probe",
+}
+_PROBLEMS: Final[dict[EffectKind, Problem]] = {
+    "kill": Problem("slot_occupied", "it will not die"),
+    "download": Problem("hub_unreachable", "the hub is away"),
+    "spawn": Problem("server_unavailable", "no such file"),
+    "probe": Problem("server_start_failed", "it does not answer", reason="exited"),
+}
+
+
+class VirtualClock:
+    """Monotonic seconds that pass when a test says so."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class OperatingSystem:
+    """What the kernel knows of one slot: who lives in it, and who holds its lock.
+
+    Attributes:
+        most_alive: The most servers that were ever alive at once.
+        started: Every server ever started, oldest first.
+    """
+
+    def __init__(self) -> None:
+        self.alive: dict[int, Process] = {}
+        self.started: list[Process] = []
+        self.most_alive = 0
+        self.lock: HeldLock | None = None
+
+    def start(self, generation: Generation, model: str) -> Process:
+        process = Process(101 + len(self.started), generation, model)
+        self.started.append(process)
+        self._add(process)
+        return process
+
+    def intrude(self) -> Process:
+        """Let a process nobody recorded hold the slot."""
+        stray = Process(7, Generation(0), "?")
+        self._add(stray)
+        return stray
+
+    def end(self, pid: int) -> Process:
+        return self.alive.pop(pid)
+
+    def take_lock(self) -> tuple[SlotEvidence, HeldLock | None]:
+        if self.alive or self.lock is not None:
+            return SlotEvidence(is_empty=False, reason="the slot's lock is held"), None
+        self.lock = HeldLock(self)
+        return SlotEvidence(is_empty=True), self.lock
+
+    def _add(self, process: Process) -> None:
+        self.alive[process.pid] = process
+        self.most_alive = max(self.most_alive, len(self.alive))
+
+
+@dataclass(eq=False, slots=True)
+class HeldLock:
+    """The slot's lock in the owner's hand, until it is released or handed to a server."""
+
+    os: OperatingSystem
+
+    def release(self) -> None:
+        if self.os.lock is self:
+            self.os.lock = None
+
+
+@dataclass(eq=False, slots=True)
+class Gate:
+    """One effect under way.
+
+    Attributes:
+        child: The server a spawn has started; None where it could not.
+        fact: What it has reported; None while it is under way.
+    """
+
+    effects: GatedEffects
+    kind: EffectKind
+    effect: Effect
+    token: CancelToken
+    child: Child | None = None
+    fact: Completion | None = None
+
+    @property
+    def generation(self) -> Generation:
+        return self.effect.generation
+
+    def succeed(self) -> None:
+        """Let it end well: a kill has killed, a server answers."""
+        self.effects.end(self, self._success())
+
+    def fail(self, problem: Problem | None = None) -> None:
+        """Let it end badly; what a failed kill was to kill is still alive."""
+        problem = problem or _PROBLEMS[self.kind]
+        self.effects.end(self, failure_of(self.effect, problem, self.effects.clock()))
+
+    def _success(self) -> Completion:
+        at = self.effects.clock()
+        match self.effect:
+            case Kill(generation, child):
+                self.effects.kill_everything()
+                exits = {e.exit.pid: e.exit for e in self.effects.exits}
+                for exited in tuple(self.effects.exits):  # who reaps has seen it end
+                    self.effects.notice_exit(exited)
+                return Emptied(generation, at, exits.get(child.pid) if child else None)
+            case Download(generation, target):
+                return Fetched(generation, at, target.model)
+            case Spawn(generation):
+                assert self.child is not None, "nothing was started"
+                return Spawned(generation, at, self.child)
+            case Probe(generation, child):
+                url = f"http://127.0.0.1:{child.pid}"
+                return BecameReady(generation, at, ServerFacts(url, context_length=4096))
+
+
+@dataclass(eq=False)
+class GatedEffects:
+    """Effects of one owner (`ports.Effects`), each behind a gate. Safe from any thread.
+
+    Args:
+        post: Where facts go.
+        clock: Stamps them.
+        os: The operating system behind it.
+        open_gates: Kinds of effects that end well by themselves, in the call that starts them.
+        notices_exits: Report an exit at once; otherwise it waits in `exits` to be noticed.
+        watch: Told of every effect before it is started; may raise what a start may raise.
+        plan_spawn: Decides what becomes of a spawn in the moment it is carried out.
+    """
+
+    post: Callable[[Fact], None]
+    clock: Clock = field(default_factory=VirtualClock)
+    os: OperatingSystem = field(default_factory=OperatingSystem)
+    open_gates: frozenset[EffectKind] = frozenset()
+    notices_exits: bool = True
+    watch: Callable[[Effect, CancelToken], None] = lambda _, __: None
+    plan_spawn: Callable[[Spawn], SpawnPlan] = lambda _: "lives"
+    gates: list[Gate] = field(default_factory=list)
+    exits: list[Exited] = field(default_factory=list)
+    is_closed: bool = False
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    # ------------------------------------------------------------------------ what the owner asks
+
+    def take_slot(self) -> tuple[SlotEvidence, SlotLock | None]:
+        return self.os.take_lock()
+
+    def child_is_alive(self, child: Child) -> bool:
+        return child.pid in self.os.alive
+
+    def start(self, effect: Effect, token: CancelToken, lock: SlotLock | None) -> None:
+        self.watch(effect, token)
+        gate = Gate(self, _KINDS[type(effect)], effect, token)
+        if isinstance(effect, Spawn):
+            self._spawn(gate, effect, lock)
+        with self._changed:
+            self.gates.append(gate)
+            is_open = gate.kind in self.open_gates
+            self._changed.notify_all()
+        if is_open:
+            gate.succeed()
+
+    def progress(self) -> Progress | None:
+        return None
+
+    def log_tail(self, count: int) -> tuple[str, ...]:
+        return ("the server says hello",)[:count]
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def _spawn(self, gate: Gate, spawn: Spawn, lock: SlotLock | None) -> None:
+        if not isinstance(lock, HeldLock) or self.os.lock is not lock:
+            raise TypeError("a spawn needs the lock of the slot it spawns into")
+        plan = self.plan_spawn(spawn)
+        if plan == "raises":
+            raise OSError(12, "Cannot allocate memory")
+        lock.release()
+        if plan == "lives":
+            process = self.os.start(spawn.generation, spawn.target.request.model_path)
+            gate.child = Child(spawn.generation, process.pid)
+
+    # ----------------------------------------------------------------------------- what tests do
+
+    @property
+    def parked(self) -> list[Gate]:
+        """Effects under way, oldest first."""
+        return [gate for gate in self.gates if gate.fact is None]
+
+    def wait_for(self, kind: EffectKind, generation: int | None = None) -> Gate:
+        """Return the oldest effect of this kind that is under way; wait for it to be started."""
+
+        def found() -> Gate | None:
+            return next(
+                (g for g in self.parked if g.kind == kind and generation in (None, g.generation)),
+                None,
+            )
+
+        with self._changed:
+            gate = self._changed.wait_for(found, _PATIENCE_S)
+        assert gate, f"no {kind} of load {generation} was started; parked: {self.parked}"
+        return gate
+
+    def let_through(self, *kinds: EffectKind) -> None:
+        """Let the next effect of each of these kinds end well, in this order."""
+        for kind in kinds:
+            self.wait_for(kind).succeed()
+
+    def open(self, kinds: Iterable[EffectKind] = ALL_KINDS) -> None:
+        """Let every effect of these kinds end well from now on, and those under way."""
+        with self._changed:
+            self.open_gates = frozenset(kinds)
+            parked = self.parked
+        for gate in parked:
+            if gate.kind in self.open_gates:
+                gate.succeed()
+
+    def crash(self, pid: int) -> None:
+        """Let a server end by itself."""
+        self._note_exit(self.os.end(pid), -11)
+
+    def notice_exit(self, exited: Exited) -> None:
+        self.exits.remove(exited)
+        self.post(exited)
+
+    def kill_everything(self) -> None:
+        for pid in sorted(self.os.alive):
+            self._note_exit(self.os.end(pid), -15)
+
+    def end(self, gate: Gate, fact: Completion) -> None:
+        with self._changed:
+            assert gate.fact is None, f"the {gate.kind} of load {gate.generation} ends twice"
+            gate.fact = fact
+        self.post(fact)
+
+    def _note_exit(self, process: Process, returncode: int) -> None:
+        exit_ = Exit(process.pid, returncode)
+        if process.generation:
+            exited = Exited(process.generation, self.clock(), exit_)
+            self.exits.append(exited)
+            if self.notices_exits:
+                self.notice_exit(exited)

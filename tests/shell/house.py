@@ -1,0 +1,208 @@
+"""A facade with everything under its owner replaced: the slot, the effects, the looking-up.
+
+What the replacements are asked to do that may take long, they note when it is done in a thread
+that runs an event loop: whoever awaits there would wait for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from orchestrator import orchestrator as facades
+from orchestrator.errors import ModelNotFound
+from orchestrator.events import EventLog
+from orchestrator.messages import CancelRequested, Fact, Withdrawn
+from orchestrator.orchestrator import AsyncOrchestrator, Orchestrator
+from orchestrator.owner import Owner, Snapshot
+from orchestrator.request import FileIdentity, LoadRequest, ModelFiles, ServerBinary
+from orchestrator.tokens import Ticket
+from tests.core.world import files
+from tests.shell.gates import ALL_KINDS, GatedEffects, OperatingSystem, VirtualClock
+
+PATIENCE_S = 20.0
+
+
+class House:
+    """Replaces what is under `Orchestrator` and `AsyncOrchestrator` while it is installed.
+
+    Attributes:
+        on_loop: What was done in the thread of an event loop and may block it.
+        owners: The owners that were started.
+        claims: How often a slot was claimed.
+        claim_gate: What claiming a slot waits for.
+    """
+
+    def __init__(self) -> None:
+        self.clock = VirtualClock()
+        self.os = OperatingSystem()
+        self.open_gates = ALL_KINDS
+        self.on_loop: list[str] = []
+        self.looked_up: list[str] = []
+        self.owners: list[WatchedOwner] = []
+        self.claims = 0
+        self.releases = 0
+        self.claim_gate = _open_gate()
+        self._looked = threading.Condition()
+        self._gates: dict[str, threading.Event] = {}
+        self._begun: dict[str, threading.Event] = {}
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        house = self
+
+        class FakeSlot:
+            def __init__(self, name: str, state_dir: object) -> None:
+                self.name = name
+
+            def claim(self) -> None:
+                house.may_block("claim")
+                house.claims += 1
+                assert house.claim_gate.wait(PATIENCE_S)
+
+            def release(self) -> None:
+                house.releases += 1
+
+        def effects(slot: FakeSlot, post: Callable[[Fact], None], **_: object) -> GatedEffects:
+            house.may_block("effects")
+            return GatedEffects(post, house.clock, house.os, house.open_gates)
+
+        def owner(make: Callable[..., GatedEffects], **settings: Any) -> Owner:
+            made = WatchedOwner(make, clock=house.clock, **settings)
+            house.owners.append(made)
+            return made
+
+        monkeypatch.setattr(facades, "Slot", FakeSlot)
+        monkeypatch.setattr(facades, "ProcessEffects", effects)
+        monkeypatch.setattr(facades, "Owner", owner)
+        monkeypatch.setattr(facades, "locate", self._locate)
+        monkeypatch.setattr(facades, "find_server", self._find_server)
+
+    # ------------------------------------------------------------------------------ looking up
+
+    def hold_look_ups_of(self, model: str) -> None:
+        """From now on looking this model up takes until it is let go."""
+        self._gates[model] = threading.Event()
+        self._begun[model] = threading.Event()
+
+    def look_up_has_begun(self, model: str) -> None:
+        assert self._begun[model].wait(PATIENCE_S), f"nobody looks {model} up"
+
+    def let_look_ups_go(self, model: str) -> None:
+        self._gates.pop(model).set()
+
+    def _locate(self, request: LoadRequest) -> ModelFiles:
+        self.may_block("locate")
+        model = request.model_path
+        if (gate := self._gates.get(model)) is not None:
+            self._begun[model].set()
+            assert gate.wait(PATIENCE_S), f"the look-up of {model} was never let go"
+        with self._looked:
+            self.looked_up.append(model)
+            self._looked.notify_all()
+        if model.startswith("missing"):
+            raise ModelNotFound.because(f"{model} does not exist", field="model_path")
+        if model.startswith("unreadable"):
+            raise PermissionError(13, "Permission denied", model)
+        return files(model)
+
+    def _find_server(self, _: str) -> ServerBinary:
+        self.may_block("find_server")
+        return ServerBinary("external", ("/llama",), FileIdentity("/llama", 1, 1, 1, 1))
+
+    def may_block(self, what: str) -> None:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        self.on_loop.append(what)
+
+    def looked_up_count(self, count: int) -> None:
+        """Wait until so many models have been looked up."""
+        with self._looked:
+            assert self._looked.wait_for(lambda: len(self.looked_up) >= count, PATIENCE_S)
+
+    # ------------------------------------------------------------------------------ the owner
+
+    @property
+    def owner(self) -> WatchedOwner:
+        return self.owners[-1]
+
+    @property
+    def effects(self) -> GatedEffects:
+        found = self.owner.effects
+        assert isinstance(found, GatedEffects)
+        return found
+
+    @property
+    def events(self) -> EventLog:
+        return self.owner.events
+
+    def until(self, holds: Callable[[Snapshot], bool]) -> Snapshot:
+        """Wait until a snapshot is as described."""
+        return self.owner.until(holds)
+
+    def until_callers(self, count: int) -> None:
+        """Wait until so many callers wait for the load in flight."""
+        self.until(lambda shown: bool(shown.ctx.job) and len(shown.ctx.job.callers) == count)  # type: ignore[union-attr]
+
+    def catch_up(self) -> None:
+        """Wait until everything that has been posted by now has been processed."""
+        owner = self.owner
+        call = owner.call()
+        owner.ask(call, CancelRequested(call.ticket, None, 1 << 40, owner.clock()))
+        call.settled.result(PATIENCE_S)
+
+    def pass_time(self, seconds: float) -> None:
+        """Move the clock, and wake the owner to look at it."""
+        self.clock.advance(seconds)
+        self.owner.post(Withdrawn(Ticket(0), self.clock()))
+        self.catch_up()
+
+
+class WatchedOwner(Owner):
+    """An owner on its own thread that tests can wait for."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        self._stepped = threading.Condition()
+        self._free = _open_gate()
+        super().__init__(*args, **settings)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Process nothing meanwhile."""
+        self._free.clear()
+        try:
+            yield
+        finally:
+            self._free.set()
+
+    def pump(self, fact: Fact) -> None:
+        assert self._free.wait(PATIENCE_S)
+        super().pump(fact)
+        with self._stepped:
+            self._stepped.notify_all()
+
+    def until(self, holds: Callable[[Snapshot], bool]) -> Snapshot:
+        with self._stepped:
+            happened = self._stepped.wait_for(lambda: holds(self.snapshot), PATIENCE_S)
+        assert happened, f"it never came to that; it is {self.snapshot}"
+        return self.snapshot
+
+
+def sync_orchestrator(**settings: Any) -> Orchestrator:
+    return Orchestrator(llama_server="/llama", **settings)
+
+
+def async_orchestrator(**settings: Any) -> AsyncOrchestrator:
+    return AsyncOrchestrator(llama_server="/llama", **settings)
+
+
+def _open_gate() -> threading.Event:
+    gate = threading.Event()
+    gate.set()
+    return gate

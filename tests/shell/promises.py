@@ -1,0 +1,201 @@
+"""What the owner promises beyond the machine: invariants of one processed fact, and of rest.
+
+The machine decides; the owner has to do exactly that, once, in the right order, and to show it. A
+`promise_*` function looks at a stage after a fact has been processed and returns None, or one
+sentence that says what went wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from orchestrator.errors import Problem
+from orchestrator.machine import Stepped
+from orchestrator.messages import Accept, Fact, Loaded, Settle, SetTimer
+from tests.core.invariants import Violation
+from tests.core.world import Status
+from tests.shell.records import logged
+
+if TYPE_CHECKING:
+    from tests.shell.stage import Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """One fact the owner has processed, and what the machine said to it."""
+
+    stage: Stage
+    fact: Fact
+    stepped: Stepped
+
+
+def promise_every_fact_is_digested(done: Done) -> str | None:
+    """What the table can step, the owner can process."""
+    failures = [entry for entry in logged() if entry["event"] == "owner.failed"]
+    return f"the owner failed: {failures[-1].get('exception')}" if failures else None
+
+
+def promise_the_snapshot_is_the_machine(done: Done) -> str | None:
+    """What is shown is what the machine is."""
+    shown, real = done.stage.owner.snapshot, done.stepped
+    if shown.state is not real.state or shown.ctx is not real.ctx:
+        return f"the snapshot shows {shown.state}, the machine is in {real.state}"
+    if shown.story and not shown.story[-1].split(" on ")[0].endswith(f"-> {shown.state}"):
+        return f"the story ends with {shown.story[-1]!r} in {shown.state}"
+    return None
+
+
+def promise_the_snapshot_comes_first(done: Done) -> str | None:
+    """Who is answered, and what is started, finds the new snapshot: it was published before."""
+    for seen in done.stage.heard:
+        if seen.ctx is not done.stepped.ctx or seen.state is not done.stepped.state:
+            return f"somebody was told while the snapshot still showed {seen.state}"
+    return None
+
+
+def promise_the_lock_is_not_kept(done: Done) -> str | None:
+    """The slot's lock, taken as evidence, is handed to a server or released in the same step."""
+    if done.stage.effects.os.lock is not None:
+        return "the slot's lock is still held after the step"
+    return None
+
+
+def promise_a_token_belongs_to_one_load(done: Done) -> str | None:
+    """A token is of the load it was made for, is the only one of it, and is set when told."""
+    stage = done.stage
+    first: dict[int, object] = {}
+    for generation, token in stage.given:
+        if token.generation != generation:
+            return f"an effect of load {generation} was given the token of {token.generation}"
+        if first.setdefault(generation, token) is not token:
+            return f"load {generation} has two tokens"
+    job = stage.owner.snapshot.ctx.job
+    for generation, token in stage.given:
+        wanted = job is not None and job.generation == generation and job.token is None
+        if wanted and token.is_set():
+            return f"load {generation} is wanted, and its effect was told to end"
+        if job is not None and job.generation == generation and job.token and not token.is_set():
+            return f"load {generation} was ended, and its effect was not told"
+    return None
+
+
+def promise_answers_arrive(done: Done) -> str | None:
+    """Every answer of the machine reaches its caller, as it is, in the step that gives it."""
+    for command in done.stepped.commands:
+        caller = done.stage.caller(getattr(command, "ticket", None))
+        if caller is None or caller.call is None:
+            continue
+        if isinstance(command, Settle) and caller.answer != "gone":
+            if _plain(caller.answer) != _plain(command.answer):
+                return f"call {command.ticket} was to hear {command.answer}: {caller.answer}"
+            if isinstance(caller.answer, Problem) and (
+                caller.answer.story != done.stage.owner.snapshot.story
+            ):
+                return f"call {command.ticket} hears an error without its story"
+        if isinstance(command, Accept) and caller.answer != "gone":
+            accepted = caller.call.accepted
+            if not accepted.done() or accepted.result() != command.generation:
+                return f"call {command.ticket} is not told its generation {command.generation}"
+    return None
+
+
+def promise_nobody_is_answered_unasked(done: Done) -> str | None:
+    """A caller the machine has not answered is still waiting."""
+    for caller in done.stage.callers:
+        if caller.status in (Status.WAITING, Status.ENDED) and caller.answer not in (None, "gone"):
+            return f"call {caller.ticket} hears {caller.answer}, which the machine never said"
+    return None
+
+
+def promise_timers_are_kept(done: Done) -> str | None:
+    """Every timer the machine sets is due at its time."""
+    for command in done.stepped.commands:
+        if isinstance(command, SetTimer):
+            due = done.stage.clock() + command.after_s
+            if (due, command.kind) not in {(at, t.kind) for at, _, t in done.stage.owner._timers}:
+                return f"the {command.kind} timer of load {command.generation} is not set"
+    return None
+
+
+def promise_the_outcome_is_the_loads(done: Done) -> str | None:
+    """A load is in flight or has an outcome, never both: what became of it, not of one caller."""
+    owner, ctx = done.stage.owner, done.stage.owner.snapshot.ctx
+    wanted = {job.generation for job in ctx.wanted}
+    for number in range(1, ctx.generation + 1):
+        outcome = owner.outcomes.get(number)  # type: ignore[call-overload]
+        if number in wanted and outcome is not None:
+            return f"load {number} is in flight, and its outcome is {outcome}"
+        if number not in wanted and outcome is None:
+            return f"load {number} has ended without an outcome"
+        if outcome is not None and isinstance(outcome, Loaded) != (number in done.stage.held):
+            held = "became Healthy" if number in done.stage.held else "did not become Healthy"
+            return f"load {number} {held}, and its outcome is {outcome}"
+    return None
+
+
+def promise_every_transition_is_told(done: Done) -> str | None:
+    """One event for each change of state, no more and no less."""
+    if done.stage.owner.events.last_id != done.stage.transitions:
+        return f"{done.stage.transitions} transitions, {done.stage.owner.events.last_id} events"
+    return None
+
+
+STEP_PROMISES: tuple[Callable[[Done], str | None], ...] = (
+    promise_every_fact_is_digested,
+    promise_the_snapshot_is_the_machine,
+    promise_the_snapshot_comes_first,
+    promise_the_lock_is_not_kept,
+    promise_a_token_belongs_to_one_load,
+    promise_answers_arrive,
+    promise_nobody_is_answered_unasked,
+    promise_timers_are_kept,
+    promise_the_outcome_is_the_loads,
+    promise_every_transition_is_told,
+)
+
+
+def promise_everybody_was_answered(stage: Stage) -> str | None:
+    """At rest every caller has one answer, or has gone away."""
+    for caller in stage.callers:
+        if caller.call is not None and not caller.call.settled.done():
+            return f"nothing more will happen, and call {caller.ticket} has no answer"
+    return None
+
+
+def promise_nothing_is_kept(stage: Stage) -> str | None:
+    """At rest the owner remembers no call: what it keeps per call, it would keep for ever."""
+    if stage.owner._calls:
+        return f"nothing more will happen, and calls {sorted(stage.owner._calls)} are still kept"
+    return None
+
+
+REST_PROMISES: tuple[Callable[[Stage], str | None], ...] = (
+    promise_everybody_was_answered,
+    promise_nothing_is_kept,
+)
+PROMISES = frozenset(promise.__name__ for promise in (*STEP_PROMISES, *REST_PROMISES))
+
+
+def check_step(stage: Stage, fact: Fact, stepped: Stepped | None) -> Violation | None:
+    """Return the first promise broken by the fact that has just been processed."""
+    if stepped is None:
+        return Violation(STEP_PROMISES[0].__name__, f"{fact.trigger} was not stepped")
+    done = Done(stage, fact, stepped)
+    for promise in STEP_PROMISES:
+        if (message := promise(done)) is not None:
+            return Violation(promise.__name__, message)
+    return None
+
+
+def check_rest(stage: Stage) -> Violation | None:
+    """Return the first promise broken now that nothing more happens by itself."""
+    for promise in REST_PROMISES:
+        if (message := promise(stage)) is not None:
+            return Violation(promise.__name__, message)
+    return None
+
+
+def _plain(answer: object) -> object:
+    return replace(answer, story=()) if isinstance(answer, Problem) else answer

@@ -1,0 +1,42 @@
+"""What was logged, kept instead of printed: the log of the code under test is evidence, not noise.
+
+The library only ever asks structlog for a logger; how it is configured is the host's business, and
+here the host is a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import structlog
+
+Entry = MutableMapping[str, Any]
+
+_entries: list[Entry] = []
+
+
+def _keep(_: object, method: str, entry: Entry) -> NoReturn:
+    entry["level"] = method
+    _entries.append(entry)
+    raise structlog.DropEvent
+
+
+@contextmanager
+def only_failures() -> Iterator[list[Entry]]:
+    """Keep what is logged as an error; everything below that costs next to nothing."""
+    before = structlog.get_config()
+    _entries.clear()
+    structlog.configure(
+        processors=[structlog.processors.format_exc_info, _keep],
+        wrapper_class=structlog.make_filtering_bound_logger("error"),
+    )
+    try:
+        yield _entries
+    finally:
+        structlog.configure(**before)
+
+
+def logged() -> list[Entry]:
+    return _entries
