@@ -40,7 +40,7 @@ from orchestrator.messages import (
     failure_of,
 )
 from orchestrator.ports import SlotLock
-from orchestrator.process import ServerProcess, Warden, child_environment
+from orchestrator.process import ServerProcess, Warden, check_server_env, child_environment
 from orchestrator.server_args import build_argv
 from orchestrator.slot import Slot
 from orchestrator.tokens import CancelToken
@@ -71,11 +71,15 @@ class ProcessEffects:
         post: Where completions go; callable from any thread.
         kill_grace_s: Seconds between SIGTERM and SIGKILL.
         server_env: Variables the server gets beside the allow-list.
+
+    Raises:
+        InvalidRequest: a variable cannot be given (field `server_env`).
     """
 
     def __init__(
         self, slot: Slot, post: Post, *, kill_grace_s: float, server_env: Mapping[str, str]
     ) -> None:
+        check_server_env(server_env)
         self._slot = slot
         self._post = post
         self._env = server_env
@@ -155,8 +159,10 @@ class ProcessEffects:
 
     def _watch_over(self) -> None:
         """See to it that somebody ends the server if this process dies."""
-        if self._guardian is not None and self._guardian.poll() is None:
-            return
+        if self._guardian is not None:
+            if self._guardian.poll() is None:
+                return
+            _log.warning("guardian.ended", returncode=self._guardian.returncode)
         try:
             self._guardian = guardian.start(self._slot)
         except OSError as error:

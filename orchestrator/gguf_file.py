@@ -8,11 +8,10 @@ Source: the GGUF specification in ggml's docs; block sizes from ggml's type trai
 
 from __future__ import annotations
 
-import mmap
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import BinaryIO, Final
 
 from orchestrator.errors import InvalidModel
 from orchestrator.request import FileIdentity
@@ -23,7 +22,9 @@ _STRING: Final = 8
 _ARRAY: Final = 9
 _SIZES: Final = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _MAX_ITEMS: Final = 1 << 24
+_MAX_TEXT: Final = 65536
 _ALIGNMENT: Final = 32
+_CHUNK: Final = 1 << 20
 
 # tensor type -> (values in a block, bytes of a block)
 BLOCKS: Final[dict[int, tuple[int, int]]] = {
@@ -59,6 +60,8 @@ BLOCKS: Final[dict[int, tuple[int, int]]] = {
     34: (256, 54),
     35: (256, 66),
     39: (32, 17),
+    40: (64, 36),
+    41: (128, 18),
 }
 
 
@@ -91,8 +94,7 @@ def inspect(file: FileIdentity, field: str = "model_path") -> GgufInfo:
         with open(file.path, "rb") as opened:
             if opened.read(4) != _MAGIC:
                 raise _invalid(file, "is not a GGUF file: give a .gguf file", field)
-            with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Reader(data).info(file.size_bytes)
+            return _Reader(opened, file.size_bytes).info()
     except OSError as error:
         raise _invalid(file, f"cannot be read ({error.strerror})", field) from error
     except struct.error as error:
@@ -106,13 +108,20 @@ def _invalid(file: FileIdentity, what: str, field: str) -> InvalidModel:
 
 
 class _Reader:
-    """A cursor over a mapped header."""
+    """A cursor over the header. Not a mapping: a mapped file that shrinks ends the whole host."""
 
-    def __init__(self, data: mmap.mmap) -> None:
-        self._data = data
-        self._at = 4
+    def __init__(self, file: BinaryIO, size_bytes: int) -> None:
+        self._file = file
+        self._size = size_bytes
+        self._data = b""
+        self._at = 0  # in the data
+        self._starts = 4  # of the data, in the file
 
-    def info(self, size_bytes: int) -> GgufInfo:
+    @property
+    def _position(self) -> int:
+        return self._starts + self._at
+
+    def info(self) -> GgufInfo:
         version = self._number("<I")
         if version not in _VERSIONS:
             raise _Broken(f"version {version} is not {' or '.join(map(str, _VERSIONS))}")
@@ -124,8 +133,8 @@ class _Reader:
         ends = [self._tensor_end() for _ in range(tensors)]
         alignment = metadata.get(b"general.alignment")
         step = alignment if isinstance(alignment, int) and alignment > 0 else _ALIGNMENT
-        data_starts = -(-self._at // step) * step
-        missing = data_starts + max(ends, default=0) - size_bytes
+        data_starts = -(-self._position // step) * step
+        missing = data_starts + max(ends, default=0) - self._size
         if tensors and missing > 0:
             raise _Broken(f"truncated, {missing} of its bytes are missing")
         name = metadata.get(b"general.architecture")
@@ -133,10 +142,23 @@ class _Reader:
             name.decode("utf-8", "replace") if isinstance(name, bytes) else None, tensors
         )
 
+    def _take(self, length: int) -> int:
+        """Pass over so many bytes; return where in the data they start."""
+        if self._position + length > self._size:
+            raise struct.error("past the end")
+        if self._at + length > len(self._data):
+            self._starts += self._at
+            rest = self._data[self._at :]
+            self._data = rest + self._file.read(max(_CHUNK, length - len(rest)))
+            self._at = 0
+            if len(self._data) < length:
+                raise struct.error("it has shrunk")
+        start, self._at = self._at, self._at + length
+        return start
+
     def _number(self, form: str) -> int:
-        (value,) = struct.unpack_from(form, self._data, self._at)
-        self._at += struct.calcsize(form)
-        return int(value)
+        start = self._take(struct.calcsize(form))
+        return int(struct.unpack_from(form, self._data, start)[0])
 
     def _count(self, form: str) -> int:
         if (count := self._number(form)) > _MAX_ITEMS:
@@ -144,26 +166,42 @@ class _Reader:
         return count
 
     def _skip(self, length: int) -> None:
-        self._at += length
-        if self._at > len(self._data):
-            raise struct.error("past the end")
+        while length > 0:
+            step = min(length, _CHUNK)
+            self._take(step)
+            length -= step
 
     def _text(self) -> bytes:
         length = self._number("<Q")
-        start = self._at
-        self._skip(length)
-        return bytes(self._data[start : self._at]) if length <= 65536 else b""
+        if length > _MAX_TEXT:
+            self._skip(min(length, self._size))
+            return b""
+        start = self._take(length)
+        return self._data[start : self._at]
+
+    def _skip_texts(self, count: int) -> None:
+        """A vocabulary: hundreds of thousands of short texts."""
+        length_at = struct.Struct("<Q").unpack_from
+        while count:
+            data, at, end = self._data, self._at, len(self._data)
+            while count and at + 8 <= end and (stop := at + 8 + length_at(data, at)[0]) <= end:
+                at, count = stop, count - 1
+            self._at = at
+            if count:  # the one that crosses the end of what has been read
+                self._text()
+                count -= 1
 
     def _value(self, kind: int) -> object:
         if kind == _STRING:
             return self._text()
         if kind == _ARRAY:
             item, count = self._number("<I"), self._count("<Q")
-            if item in _SIZES:
+            if item == _STRING:
+                self._skip_texts(count)
+            elif item in _SIZES:
                 self._skip(_SIZES[item] * count)
             else:
-                for _ in range(count):
-                    self._value(item)
+                raise _Broken(f"an array of unknown type {item}")
             return None
         if kind not in _SIZES:
             raise _Broken(f"metadata of unknown type {kind}")

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from orchestrator import proctable
+from orchestrator import forks, proctable
 from orchestrator.proctable import Pin, ProcessId
 from orchestrator.slot import TOKEN_NAME, Slot
 
@@ -31,6 +31,7 @@ def start(slot: Slot) -> subprocess.Popen[bytes]:
         "path": [str(Path(__file__).parents[1]), *sys.path],
         "slot": slot.name,
         "state_dir": str(slot.directory.parent),
+        "token": slot.token,
         "host": [host.pid, host.start_ticks, host.boot_id],
     }
     code = (
@@ -38,8 +39,8 @@ def start(slot: Slot) -> subprocess.Popen[bytes]:
         "from orchestrator.guardian import main; main(a)"
     )
     environment = {k: v for k, v in os.environ.items() if k != TOKEN_NAME}
-    return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", code, json.dumps(arguments)],
+    return forks.popen(
+        (sys.executable, "-I", "-S", "-c", code, json.dumps(arguments)),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -58,9 +59,10 @@ def main(arguments: dict[str, Any]) -> None:
     """Wait for the host to die, then empty its slot."""
     host = ProcessId(*arguments["host"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the host
-    slot = Slot(arguments["slot"], arguments["state_dir"])
     while (pin := Pin.of(host)) is not None:
         proctable.wait_exited([pin], _POLL_HOST_S)
         pin.close()
+    slot = Slot(arguments["slot"], arguments["state_dir"])
+    slot.token = arguments["token"]  # the folder may have been lost and made anew
     if slot.succeed(host):  # else a new orchestrator has claimed it, and reaps by itself
         slot.reap(heir_of=host)

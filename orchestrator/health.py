@@ -1,8 +1,9 @@
 """Is our own child ready? Never a port, never another process: this child, on its own socket.
 
-The server picks a free port itself; its address comes from its own output or from the sockets of
-its own processes, so a foreign 200 cannot count. The wait is woken by the child's output, by its
-exit and by the load's token, and probes in between at an interval that adapts.
+The server picks a free port itself; what its output says of it is believed once the kernel says
+that one of its own processes listens there, so a foreign 200 cannot count. The wait is woken by the
+child's output, by its exit and by the load's token, and probes in between at an interval that
+adapts.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import threading
 import time
 from dataclasses import dataclass, field
 from typing import Final
-from urllib.parse import urlsplit
 
 from orchestrator import failures, plan, proctable
 from orchestrator.errors import Problem
@@ -30,7 +30,7 @@ _SAMPLE_S: Final = 0.25
 _LOOK_UP_S: Final = 0.03  # a look at the process table costs 3 to 8 ms
 _LOOK_UP_MOST_S: Final = 0.5
 _MAX_ANSWER: Final = 1 << 20
-_GROWTH_BYTES: Final = 1 << 16
+_HOST: Final = "127.0.0.1"
 
 
 class _Waker:
@@ -48,12 +48,14 @@ class _Waker:
             if self._is_open:
                 os.write(self._write, b"x")
 
-    def wait(self, seconds: float, also: socket.socket | None = None) -> tuple[bool, bool]:
-        """Return (something happened, `also` is readable) after at most so long."""
+    def wait(
+        self, seconds: float, also: socket.socket | None = None, events: int = select.POLLIN
+    ) -> tuple[bool, bool]:
+        """Return (something happened, `also` is ready) after at most so long."""
         poll = select.poll()  # select() ends at descriptor 1024
         poll.register(self._read, select.POLLIN)
         if also is not None:
-            poll.register(also, select.POLLIN)
+            poll.register(also, events)
         ready = [fd for fd, _ in poll.poll(seconds * 1000)]
         if woken := self._read in ready:
             os.read(self._read, 4096)
@@ -122,47 +124,46 @@ def wait_ready(
     Returns:
         What the server says of itself, or why it will not be ready.
     """
-    waker = _Waker()
-    server.listeners.append(waker.wake)
+    waker, finder = _Waker(), _Finder(server)
+
+    def tell() -> None:
+        """Output says nothing while nobody knows where to ask, and there is a lot of it."""
+        if finder.found is not None or server.output.announced or server.exit is not None:
+            waker.wake()
+
+    server.listeners.append(tell)
     token.on_set(waker.wake)
     try:
-        verdict = _wait(server, token, waker, stall_timeout_s, progress)
+        verdict = _wait(finder, token, waker, stall_timeout_s, progress)
         if verdict is None:
             seen = _exit_of(server, waker)
             returncode = seen.returncode if seen else None
             return failures.explain(returncode, server.output.tail(), extra_args)
         return verdict
     finally:
-        server.listeners.remove(waker.wake)
+        server.listeners.remove(tell)
         waker.close()
 
 
 def _wait(
-    server: ServerProcess,
+    finder: _Finder,
     token: CancelToken,
     waker: _Waker,
     stall_timeout_s: float,
     progress: LoadProgress,
 ) -> ServerFacts | Problem | None:
     """None: the server has ended."""
+    server = finder.server
     clock = _StallClock(server, progress)
     pause: float | None = None
-    look_every = _LOOK_UP_S
-    next_look = time.monotonic() + look_every
-    address: tuple[str, int] | None = None
     while True:
         if token.is_set():
             return Problem("cancelled", "the load is not wanted any more")
         if server.exit is not None or not server.is_alive:
             return None
-        if server.output.base_url is not None:
-            address = _announced(server.output.base_url)
-        elif address is None and time.monotonic() >= next_look:
-            address = _own_listener(server)
-            look_every = min(2 * look_every, _LOOK_UP_MOST_S)
-            next_look = time.monotonic() + look_every
-        if address is not None:
-            facts = _probe(server, address, waker, token)
+        port = finder.port()
+        if port is not None:
+            facts = _Visit(server, waker, token).facts(port)
             if facts is not None and server.is_alive:
                 progress.saw(progress.bytes_total or 0)
                 return facts
@@ -176,7 +177,7 @@ def _wait(
             )
         pause = plan.next_probe_s(pause)
         if waker.wait(min(pause, stall_timeout_s))[0]:
-            pause = None if address is not None else pause
+            pause = None if port is not None else pause
 
 
 def _exit_of(server: ServerProcess, waker: _Waker) -> Exit | None:
@@ -187,38 +188,89 @@ def _exit_of(server: ServerProcess, waker: _Waker) -> Exit | None:
     return server.exit
 
 
-def _announced(base_url: str) -> tuple[str, int]:
-    """The child's own word, printed once it has bound its port; nobody else writes there."""
-    parts = urlsplit(base_url)
-    return parts.hostname or "127.0.0.1", parts.port or 0
+@dataclass(slots=True)
+class _Finder:
+    """Where this child listens, once the kernel has confirmed it."""
+
+    server: ServerProcess
+    found: int | None = None
+    refused: set[str] = field(default_factory=set)
+    look_every: float = _LOOK_UP_S
+    next_look: float = field(default_factory=lambda: time.monotonic() + _LOOK_UP_S)
+
+    def port(self) -> int | None:
+        """Return the port, from what the child announces or else from its open sockets."""
+        for url in self.server.output.announced if self.found is None else ():
+            port = int(url.rpartition(":")[2])
+            if url not in self.refused and self._is_ours(port):
+                self.found = port
+                break
+            self.refused.add(url)
+        if self.found is None and time.monotonic() >= self.next_look:
+            ports = proctable.listening(self.server.family())
+            self.found = next((port for host, port in ports if host == _HOST), None)
+            self.look_every = min(2 * self.look_every, _LOOK_UP_MOST_S)
+            self.next_look = time.monotonic() + self.look_every
+        return self.found
+
+    def _is_ours(self, port: int) -> bool:
+        """The child prints what it likes, its model's metadata too: ask the kernel. A binary that
+        carries capabilities may not be looked into, and is believed.
+        """
+        mine = proctable.listens({self.server.pid}, port)
+        return mine is not False or proctable.listens(self.server.family(), port) is not False
 
 
-def _own_listener(server: ServerProcess) -> tuple[str, int] | None:
-    """Return where the child or a descendant of it listens, for builds that announce nothing."""
-    family = {server.pid} | proctable.descendants({server.pid})
-    found = proctable.listening(family)
-    return next(((host, port) for host, port in found if host.startswith("127.")), None)
-
-
-def _probe(
-    server: ServerProcess, address: tuple[str, int], waker: _Waker, token: CancelToken
-) -> ServerFacts | None:
-    """Ask /health and, once it is 200, /props, on one connection. None: not ready yet.
-
-    Plain sockets, so that a token or an exit interrupts a server that never answers, and no
-    proxy variable can send the question elsewhere.
+@dataclass(frozen=True, slots=True)
+class _Visit:
+    """One connection to the child, by plain sockets: a token or an exit interrupts it at any point,
+    also while it connects, and no proxy variable can send it elsewhere.
     """
-    host, port = address
-    try:
-        with socket.create_connection(address, timeout=_ANSWER_S) as connection:
-            connection.setblocking(False)
-            status, _ = _ask(connection, "/health", server, waker, token, _ANSWER_S)
-            if status != 200:
-                return None
-            status, body = _ask(connection, "/props", server, waker, token, _PROPS_S)
-    except OSError:
-        return None
-    return _facts(f"http://{host}:{port}", body if status == 200 else b"")
+
+    server: ServerProcess
+    waker: _Waker
+    token: CancelToken
+
+    def facts(self, port: int) -> ServerFacts | None:
+        """Ask /health and, once it is 200, /props. None: not ready yet."""
+        try:
+            with socket.socket() as connection:
+                connection.setblocking(False)
+                connection.connect_ex((_HOST, port))
+                ends = time.monotonic() + _ANSWER_S
+                if not self._is_ready(connection, select.POLLOUT, ends):
+                    return None
+                status, _ = self._ask(connection, "/health", _ANSWER_S)
+                if status != 200:
+                    return None
+                status, body = self._ask(connection, "/props", _PROPS_S)
+        except OSError:
+            return None
+        return _facts(f"http://{_HOST}:{port}", body if status == 200 else b"")
+
+    def _ask(self, connection: socket.socket, path: str, timeout_s: float) -> tuple[int, bytes]:
+        """GET a path and return (status, body); (0, b"") when there is no answer to wait for."""
+        request = f"GET {path} HTTP/1.1\r\nHost: {_HOST}\r\nAccept: */*\r\n\r\n"
+        connection.send(request.encode())
+        ends = time.monotonic() + timeout_s
+        data = b""
+        while len(data) < _MAX_ANSWER and self._is_ready(connection, select.POLLIN, ends):
+            more = connection.recv(65536)
+            data += more
+            whole = _whole_answer(data, ended=not more)
+            if whole is not None or not more:
+                return whole or (0, b"")
+        return 0, b""
+
+    def _is_ready(self, connection: socket.socket, events: int, ends: float) -> bool:
+        """Wait for the connection; False when the time or the reason to wait is over."""
+        while (left := ends - time.monotonic()) > 0:
+            woken, is_ready = self.waker.wait(left, connection, events)
+            if woken and (self.token.is_set() or self.server.exit is not None):
+                return False
+            if is_ready:
+                return True
+        return False
 
 
 def _facts(base_url: str, props: bytes) -> ServerFacts:
@@ -229,33 +281,6 @@ def _facts(base_url: str, props: bytes) -> ServerFacts:
     except (ValueError, TypeError, KeyError):
         return ServerFacts(base_url)
     return ServerFacts(base_url, context if isinstance(context, int) else None, vision)
-
-
-def _ask(
-    connection: socket.socket,
-    path: str,
-    server: ServerProcess,
-    waker: _Waker,
-    token: CancelToken,
-    timeout_s: float,
-) -> tuple[int, bytes]:
-    """GET a path and return (status, body); (0, b"") when there is no answer to wait for."""
-    request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: */*\r\n\r\n"
-    connection.send(request.encode())
-    ends = time.monotonic() + timeout_s
-    data = b""
-    while (left := ends - time.monotonic()) > 0 and len(data) < _MAX_ANSWER:
-        woken, answered = waker.wait(left, connection)
-        if woken and (token.is_set() or server.exit is not None):
-            break
-        if not answered:
-            continue
-        more = connection.recv(65536)
-        data += more
-        whole = _whole_answer(data, ended=not more)
-        if whole is not None or not more:
-            return whole or (0, b"")
-    return 0, b""
 
 
 def _whole_answer(data: bytes, *, ended: bool) -> tuple[int, bytes] | None:

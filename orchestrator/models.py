@@ -6,6 +6,7 @@ cannot be found is an error that lists what is there. Reads headers only; change
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -19,6 +20,8 @@ _REPO: Final = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _SHARD: Final = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.I)
 _SET_ASIDE: Final = re.compile(r"(mmproj|mtp-|dflash-|\._)|.*imatrix|.*-be\.gguf$", re.I)
 
+_MAX_DEPTH: Final = 4
+_MAX_ENTRIES: Final = 20_000
 _LABEL: Final = re.compile(
     r"(?<![A-Za-z0-9])((?:UD-)?(?:I?Q\d(?:_[A-Z0-9]+)*|TQ\d_\d|MXFP4(?:_MOE)?|BF16|F16|F32))"
     r"(?![A-Za-z0-9])",
@@ -34,9 +37,16 @@ PREFERENCE: Final = (
 )
 
 
-def identity_of(path: str | os.PathLike[str]) -> FileIdentity:
-    """Return the identity of an existing file, symbolic links resolved."""
-    real = os.path.realpath(path)
+def identity_of(path: str | os.PathLike[str], *, keeps_name: bool = False) -> FileIdentity:
+    """Return the identity of an existing file, symbolic links resolved.
+
+    Args:
+        path: The file.
+        keeps_name: Leave a link in its folder: llama.cpp finds the parts of a split model by the
+            name of the first, and a Hub cache links names to blobs without one.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    real = os.path.join(os.path.realpath(folder), name) if keeps_name else os.path.realpath(path)
     found = os.stat(real)
     return FileIdentity(real, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
@@ -48,7 +58,7 @@ def locate(request: LoadRequest) -> ModelFiles:
         ModelNotFound: nothing is there (field `model_path`, `gguf_variant` or `mmproj_path`).
         InvalidModel: empty, truncated or not a GGUF.
     """
-    path = Path(request.model_path).expanduser()
+    path = _path(request.model_path, "model_path")
     if path.is_dir():
         first = _choose(path, request.gguf_variant)
     elif path.exists():
@@ -61,10 +71,11 @@ def locate(request: LoadRequest) -> ModelFiles:
         first = path
     else:
         raise _not_found(request.model_path)
-    weights = tuple(_checked(shard, "model_path") for shard in _shards(first))
+    shards = _shards(first)
+    weights = tuple(_checked(s, "model_path", keeps_name=len(shards) > 1) for s in shards)
     projector = None
     if request.mmproj_path is not None:
-        file = Path(request.mmproj_path).expanduser()
+        file = _path(request.mmproj_path, "mmproj_path")
         if not file.is_file():
             raise ModelNotFound.because(f"mmproj_path {file} is not a file", field="mmproj_path")
         projector = _checked(file, "mmproj_path")
@@ -99,12 +110,24 @@ def _not_found(name: str) -> ModelNotFound:
     return ModelNotFound.because(message, field="model_path")
 
 
-def _checked(path: Path, field: str) -> FileIdentity:
+def _path(text: str, field: str) -> Path:
+    """Return the path, or say that there can be nothing there."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # too long, not ours to see; no such user
+        why = getattr(error, "strerror", None) or str(error)
+        message = f"{field} {text[:200]} cannot be looked up ({why}): check the path"
+        raise ModelNotFound.because(message, field=field) from error
+    return path
+
+
+def _checked(path: Path, field: str, *, keeps_name: bool = False) -> FileIdentity:
     if not path.is_file():
         raise InvalidModel.because(f"{path} is not a regular file", field=field)
     if not os.access(path, os.R_OK):
         raise InvalidModel.because(f"{path} may not be read: check its permissions", field=field)
-    file = identity_of(path)
+    file = identity_of(path, keeps_name=keeps_name)
     info = gguf_file.inspect(file, field)
     if field == "model_path" and info.architecture == "clip":
         raise InvalidModel.because(
@@ -128,10 +151,7 @@ def _shards(first: Path) -> tuple[Path, ...]:
 
 def _choose(folder: Path, variant: str | None) -> Path:
     """Pick the one model of a folder: by path, by label, or by the preference order."""
-    files = sorted(
-        (p for p in folder.rglob("*.gguf") if not _SET_ASIDE.match(p.name)),
-        key=lambda p: (len(p.relative_to(folder).parts), str(p)),
-    )
+    files = sorted(_candidates(folder), key=lambda p: (len(p.relative_to(folder).parts), str(p)))
     firsts = [p for p in files if (s := _SHARD.fullmatch(p.name)) is None or int(s["number"]) == 1]
     if not firsts:
         raise ModelNotFound.because(f"{folder} holds no .gguf model", field="model_path")
@@ -148,3 +168,24 @@ def _choose(folder: Path, variant: str | None) -> Path:
     raise ModelNotFound.because(
         f"{folder} has no variant {variant!r}; it has {', '.join(names)}", field="gguf_variant"
     )
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Every model file in a folder and, as in a Hub cache, a few levels below it."""
+    found: list[Path] = []
+    todo, seen = [(str(folder), 0)], 0
+    while todo:
+        current, depth = todo.pop()
+        with contextlib.suppress(OSError), os.scandir(current) as entries:
+            for seen, entry in enumerate(entries, seen + 1):  # noqa: B020 (goes on counting)
+                if seen > _MAX_ENTRIES:
+                    raise ModelNotFound.because(
+                        f"{folder} holds too much to look through: give the .gguf file",
+                        field="model_path",
+                    )
+                if entry.is_dir(follow_symlinks=False):
+                    if depth < _MAX_DEPTH:
+                        todo.append((entry.path, depth + 1))
+                elif entry.name.endswith(".gguf") and not _SET_ASIDE.match(entry.name):
+                    found.append(Path(entry.path))
+    return found

@@ -10,16 +10,17 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import itertools
 import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self, TypeVar, cast
 
 from orchestrator import views
-from orchestrator.context import Policy
+from orchestrator.context import Context, Policy
 from orchestrator.effects import ProcessEffects
 from orchestrator.errors import (
     InvalidRequest,
@@ -28,7 +29,7 @@ from orchestrator.errors import (
     ShuttingDown,
     WrongProcess,
 )
-from orchestrator.events import Event
+from orchestrator.events import Event, EventLog
 from orchestrator.messages import (
     Answer,
     CancelAnswer,
@@ -49,8 +50,11 @@ from orchestrator.request import LoadRequest, Target
 from orchestrator.server_args import build_argv
 from orchestrator.servers import ask_catalogue, find_server
 from orchestrator.slot import Slot, default_state_dir
-from orchestrator.tokens import Generation
+from orchestrator.states import State
+from orchestrator.tokens import Generation, Ticket
 from orchestrator.views import LeasedServer, LoadOutcome, LoadProgress, Status, UnloadOutcome
+
+_T = TypeVar("_T")
 
 
 class _Base:
@@ -96,6 +100,7 @@ class _Base:
         self._pid = 0
         self._is_closed = False
         self._life = threading.Lock()  # starting and closing, nothing else
+        self._tickets = itertools.count(1)
 
     # -------------------------------------------------------------------------------- life
 
@@ -128,6 +133,7 @@ class _Base:
                     slot, post, kill_grace_s=self._kill_grace_s, server_env=self._server_env
                 ),
                 policy=self._policy,
+                tickets=self._tickets,
             )
         except BaseException:
             slot.release()
@@ -143,16 +149,18 @@ class _Base:
         Raises:
             SlotOccupied: something of the slot would not die; the slot is given up all the same.
         """
+        if self._owner is not None and self._pid != os.getpid():
+            return  # a fork may have copied the lock while it was held
         with self._life:
-            owner, was_closed, self._is_closed = self._owner, self._is_closed, True
-            if owner is None or was_closed or self._pid != os.getpid():
+            self._is_closed, owner = True, self._owner
+            if owner is None or owner.has_ended:
                 return
-            atexit.unregister(self._close)
             call = owner.call()
             owner.ask(call, ShutdownRequested(call.ticket, owner.clock()))
-            answer = call.settled.result()
+            answer = _wait(call.settled, call)  # who interrupts this may close again
             owner.stop()
             self._intake.shutdown(wait=False)
+            atexit.unregister(self._close)
         if isinstance(answer, Problem):
             raise answer.error()
 
@@ -182,11 +190,17 @@ class _Base:
     def plan(self, request: LoadRequest | str, **fields: Any) -> Plan:
         """Return what `load` would do with this request now, and why, without doing it.
 
+        Looks the model and the server up on disk before it returns, also in `AsyncOrchestrator`;
+        where a slow disk must not hold the event loop up, call it by `asyncio.to_thread`.
+
         Raises:
             OrchestratorError: as `load` would at once: a setting, the model or the server.
         """
-        snapshot = self._start().snapshot
-        return plan_load(snapshot.state, snapshot.ctx, self._target(_request(request, fields)))
+        state, ctx = State.IDLE, Context(self._policy)
+        if not self._is_untouched:
+            snapshot = self._start().snapshot
+            state, ctx = snapshot.state, snapshot.ctx
+        return plan_load(state, ctx, self._target(_request(request, fields)))
 
     def outcome(self, generation: int) -> LoadOutcome | Problem | None:
         """Return what became of a load; None while it is in flight.
@@ -194,6 +208,8 @@ class _Base:
         Raises:
             KeyError: no such generation, or so old that it has been forgotten.
         """
+        if self._is_untouched:
+            raise KeyError(generation)
         owner = self._start()
         ctx = owner.snapshot.ctx
         answer = owner.outcomes.get(Generation(generation))
@@ -201,11 +217,19 @@ class _Base:
             return views.load_outcome(answer)
         if isinstance(answer, Problem):
             return answer
-        if any(job.generation == generation for job in (ctx.job, *ctx.queue) if job):
+        if any(job.generation == generation for job in ctx.wanted):
             return None
         raise KeyError(generation)
 
+    @property
+    def _is_untouched(self) -> bool:
+        """Nobody has used it yet: there is nothing to read, and reading claims no slot."""
+        return self._owner is None and not self._is_closed
+
     # ------------------------------------------------------------------------------ asking
+
+    def _ticket(self) -> Ticket:
+        return Ticket(next(self._tickets))
 
     def _target(self, request: LoadRequest) -> Target:
         _refuse_unsupported(request)
@@ -233,9 +257,9 @@ class _Base:
         else:
             owner.ask(call, LoadRequested(call.ticket, target, owner.clock()))
 
-    def _ask_unload(self, model_path: str | None) -> Call:
+    def _ask_unload(self, model_path: str | None, ticket: Ticket | None = None) -> Call:
         owner = self._start()
-        call = owner.call()
+        call = owner.call(ticket)
         model = model_path.strip() if model_path is not None else None
         owner.ask(call, UnloadRequested(call.ticket, model or None, owner.clock()))
         return call
@@ -306,9 +330,7 @@ class Orchestrator(_Base):
     def submit(self, request: LoadRequest | str, **fields: Any) -> Generation:
         """Begin a load that nobody waits for, and return its generation for `outcome`."""
         call = self._begin_load(request, fields)
-        with contextlib.suppress(Exception):
-            return call.accepted.result()
-        return _refused(call)
+        return _accepted(_wait(call.accepted, call))
 
     def unload(self, model_path: str | None = None) -> UnloadOutcome:
         """Stop the server, ending any load in flight; returns when the slot is verified empty."""
@@ -336,11 +358,7 @@ class Orchestrator(_Base):
     def events(self, after: int | None = None) -> Iterator[Event]:
         """Iterate over what happens from now on (or after event `after`), until closed."""
         log = self._start().events
-        position = log.last_id if after is None else after
-        while batch := log.wait(position):
-            for event in batch:
-                position = event.id
-                yield event
+        return _follow(log, log.last_id if after is None else after)
 
     def _begin_load(self, request: LoadRequest | str, fields: dict[str, Any]) -> Call:
         owner = self._start()
@@ -377,40 +395,48 @@ class AsyncOrchestrator(_Base):
     async def submit(self, request: LoadRequest | str, **fields: Any) -> Generation:
         """As `Orchestrator.submit`."""
         call = await self._begin_load(request, fields)
-        with contextlib.suppress(Exception, asyncio.CancelledError):
-            return await asyncio.wrap_future(call.accepted)
-        return _refused(call)
+        try:
+            return _accepted(await asyncio.wrap_future(call.accepted))
+        except asyncio.CancelledError:
+            call.settled.cancel()
+            raise
 
     async def unload(self, model_path: str | None = None) -> UnloadOutcome:
         """As `Orchestrator.unload`."""
-        return _unload_outcome(await _answer(self._ask_unload(model_path)))
+        ticket = self._ticket()
+        await self._started()
+        return _unload_outcome(await _answer(self._ask_unload(model_path, ticket)))
 
     async def cancel(
         self, load_request_id: str | None = None, generation: int | None = None
     ) -> bool:
         """As `Orchestrator.cancel`."""
+        await self._started()
         call = self._ask_cancel(load_request_id, generation)
         return cast("CancelAnswer", await _answer(call)).cancelled
 
     @contextlib.asynccontextmanager
     async def lease(self) -> AsyncIterator[LeasedServer]:
         """As `Orchestrator.lease`."""
+        await self._started()
         call = self._ask_lease()
         try:
             yield views.leased_server(cast("LeaseGranted", await _answer(call)))
         finally:
             self._end_lease(call)
 
-    async def events(self, after: int | None = None) -> AsyncGenerator[Event, None]:
+    def events(self, after: int | None = None) -> AsyncGenerator[Event, None]:
         """As `Orchestrator.events`."""
-        log = self._start().events
+        return self._follow(self.last_event_id if after is None else after)
+
+    async def _follow(self, position: int) -> AsyncGenerator[Event, None]:
+        log = (await self._started()).events
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
             with contextlib.suppress(RuntimeError):  # the loop has been closed under us
                 loop.call_soon_threadsafe(changed.set)
 
-        position = log.last_id if after is None else after
         stop = log.subscribe(wake)
         try:
             while True:
@@ -425,13 +451,23 @@ class AsyncOrchestrator(_Base):
         finally:
             stop()
 
+    async def _started(self) -> Owner:
+        """Start in another thread: to claim a slot may mean to end what a dead owner left in it."""
+        if self._owner is None:
+            await self.start()
+        return self._start()
+
     async def _begin_load(self, request: LoadRequest | str, fields: dict[str, Any]) -> Call:
-        owner = self._start()
-        wanted = _request(request, fields)
-        call = owner.call()
-        loop = asyncio.get_running_loop()
+        wanted, ticket = _request(request, fields), self._ticket()
+        owner = await self._started()
+        call = owner.call(ticket)
         try:
-            await loop.run_in_executor(self._intake, self._ask_load, call, wanted)
+            looking = self._intake.submit(self._ask_load, call, wanted)
+        except RuntimeError:  # closed in this moment
+            owner.refuse(call, Problem("shutting_down", "the orchestrator has been closed"))
+            return call
+        try:
+            await asyncio.wrap_future(looking)
         except asyncio.CancelledError:
             call.settled.cancel()
             raise
@@ -458,14 +494,24 @@ def _unload_outcome(answer: Answer) -> UnloadOutcome:
     return UnloadOutcome("unloaded" if changed else "not_loaded")
 
 
-def _result(call: Call) -> Answer:
-    """Wait for a call's answer; an interrupted wait withdraws the caller."""
+def _follow(log: EventLog, position: int) -> Iterator[Event]:
+    while batch := log.wait(position):
+        for event in batch:
+            position = event.id
+            yield event
+
+
+def _wait(future: Future[_T], call: Call) -> _T:
+    """Wait for what a call is told; an interrupted wait withdraws the caller."""
     try:
-        answer = call.settled.result()
+        return future.result()
     except BaseException:
         call.settled.cancel()
         raise
-    return _raised(answer)
+
+
+def _result(call: Call) -> Answer:
+    return _raised(_wait(call.settled, call))
 
 
 async def _answer(call: Call) -> Answer:
@@ -479,6 +525,7 @@ def _raised(answer: Answer) -> Answer:
     return answer
 
 
-def _refused(call: Call) -> Generation:
-    _raised(call.settled.result())
-    raise AssertionError("a load that was not accepted must have been refused")
+def _accepted(told: Generation | Problem) -> Generation:
+    if isinstance(told, Problem):
+        raise told.error()
+    return told

@@ -1,7 +1,8 @@
 """What the server prints: a bounded ring of its last lines, and the address it announces.
 
 Fed with raw bytes by the one thread that drains the pipe; a line of any length and any bytes is
-taken. Terminal control sequences and secrets never leave this module.
+taken as it is. Lines are cleaned when they are read, which is rare: terminal control sequences and
+secrets never leave this module.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from orchestrator.redaction import redact
 MAX_LINES: Final = 2000
 MAX_LINE_BYTES: Final = 8192
 TAIL_LINES: Final = 40
+_MAX_ANNOUNCED: Final = 16
 
 _ESCAPES: Final = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_])")
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_LISTENING: Final = re.compile(r"listening on (http://[\w.:\[\]-]+:\d+)")
+_LISTENING: Final = re.compile(r"listening on (http://[\w.:\[\]-]+:\d{1,5})(?!\d)")
 
 
 class OutputRing:
@@ -28,9 +30,9 @@ class OutputRing:
 
     def __init__(self, notify: Callable[[], None] = lambda: None) -> None:
         self.bytes_seen = 0
-        self.base_url: str | None = None
+        self.announced: tuple[str, ...] = ()
         self._notify = notify
-        self._lines: deque[str] = deque(maxlen=MAX_LINES)
+        self._lines: deque[bytes] = deque(maxlen=MAX_LINES)  # cleaned when somebody asks
         self._partial = b""
         self._guard = threading.Lock()
 
@@ -39,32 +41,38 @@ class OutputRing:
         self.bytes_seen += len(data)
         *whole, partial = (self._partial + data).split(b"\n")
         with self._guard:
-            for line in whole[-MAX_LINES:]:
-                self._lines.append(_clean(line))
+            self._lines.extend(line[:MAX_LINE_BYTES] for line in whole[-MAX_LINES:])
         self._partial = partial[:MAX_LINE_BYTES]
-        if self.base_url is None:
-            self._look_for_address(whole)
+        if any(b"listening on" in line for line in whole):
+            self._look_for_addresses(whole)
         self._notify()
+
+    @property
+    def base_url(self) -> str | None:
+        """The last address that was announced."""
+        return self.announced[-1] if self.announced else None
 
     def close(self) -> None:
         """The pipe has ended: an unfinished line is a line."""
         if self._partial:
             with self._guard:
-                self._lines.append(_clean(self._partial))
+                self._lines.append(self._partial)
             self._partial = b""
 
     def tail(self, count: int = TAIL_LINES) -> tuple[str, ...]:
         """Return the last lines, oldest first."""
         with self._guard:
-            return tuple(self._lines)[-count:]
+            lines = tuple(self._lines)[max(0, len(self._lines) - count) :]
+        return tuple(map(_clean, lines))
 
-    def _look_for_address(self, lines: list[bytes]) -> None:
+    def _look_for_addresses(self, lines: list[bytes]) -> None:
+        """Anything may be printed, also what a model's file says: these are claims, not facts."""
         for line in lines:
-            if b"listening on" in line and (found := _LISTENING.search(_clean(line))):
-                self.base_url = found.group(1)
-                return
+            found = _LISTENING.search(_clean(line)) if b"listening on" in line else None
+            if found is not None and found[1] not in self.announced:
+                self.announced = (*self.announced, found[1])[-_MAX_ANNOUNCED:]
 
 
 def _clean(line: bytes) -> str:
-    text = line[:MAX_LINE_BYTES].decode("utf-8", "replace")
+    text = line.decode("utf-8", "replace")
     return redact(_CONTROL.sub("", _ESCAPES.sub("", text)).rstrip())

@@ -13,15 +13,16 @@ import itertools
 import queue
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
 import structlog
 
-from orchestrator.context import Context, Policy
+from orchestrator.context import Context, Job, Policy, Running
 from orchestrator.errors import OrchestratorError, Problem
 from orchestrator.events import EventLog
 from orchestrator.machine import Lifecycle, lifecycle
@@ -36,6 +37,7 @@ from orchestrator.messages import (
     Fetched,
     Kill,
     LeaseRequested,
+    Loaded,
     LoadRequested,
     Post,
     Probe,
@@ -44,6 +46,7 @@ from orchestrator.messages import (
     SetTimer,
     Settle,
     SetToken,
+    SlotEvidence,
     Spawn,
     TimerFired,
     Withdrawn,
@@ -82,12 +85,12 @@ class Call:
     """One call on the orchestrator, from any thread.
 
     Attributes:
-        accepted: For a load: its generation, as soon as there is one.
+        accepted: For a load: its generation, as soon as there is one, or why there is none.
         settled: The answer; a `Problem` is an answer too. Cancelling it withdraws the caller.
     """
 
     ticket: Ticket
-    accepted: Future[Generation] = field(default_factory=Future)
+    accepted: Future[Generation | Problem] = field(default_factory=Future)
     settled: Future[Answer] = field(default_factory=Future)
 
 
@@ -99,6 +102,7 @@ class Owner:
         policy: Fixed decisions of the embedding backend.
         clock: Monotonic seconds; tests use a virtual one.
         machine: The interpreter of the table.
+        tickets: Numbers the calls; a facade whose calls begin before the owner does has its own.
     """
 
     def __init__(
@@ -108,20 +112,19 @@ class Owner:
         policy: Policy | None = None,
         clock: Clock = time.monotonic,
         machine: Lifecycle | None = None,
+        tickets: Iterator[int] | None = None,
     ) -> None:
         self.clock = clock
         self.events = EventLog()
         self._machine = machine or lifecycle()
         self._inbox: queue.SimpleQueue[Fact | None] = queue.SimpleQueue()
-        self._tickets = itertools.count(1)
+        self._tickets = tickets or itertools.count(1)
         self._calls: dict[Ticket, Call] = {}
         self._tokens: dict[Generation, CancelToken] = {}
         self._timers: list[tuple[float, int, TimerFired]] = []
         self._timer_numbers = itertools.count()
-        self._story: deque[str] = deque(maxlen=_STORY_LINES)
-        self._generations: dict[Ticket, Generation] = {}
         self.outcomes: OrderedDict[Generation, Answer] = OrderedDict()
-        self._has_ended = False
+        self.has_ended = False
         now = clock()
         self.snapshot = Snapshot(State.IDLE, Context(policy or Policy()), time.time(), now)
         self.effects = effects(self.post)
@@ -129,9 +132,9 @@ class Owner:
 
     # ---------------------------------------------------------------------------- from any thread
 
-    def call(self) -> Call:
-        """Open a call: it has its place in the order of calls from now on."""
-        call = Call(Ticket(next(self._tickets)))
+    def call(self, ticket: Ticket | None = None) -> Call:
+        """Open a call; its ticket, taken now if not before, is its place in the order of calls."""
+        call = Call(Ticket(next(self._tickets)) if ticket is None else ticket)
         self._calls[call.ticket] = call
         call.settled.add_done_callback(
             lambda done: self._withdraw(call) if done.cancelled() else None
@@ -150,7 +153,7 @@ class Owner:
     def post(self, fact: Fact) -> None:
         """Put a fact into the inbox. After the end, whoever posts also answers what is there."""
         self._inbox.put(fact)
-        if self._has_ended:
+        if self.has_ended:
             self._refuse_rest()
 
     def _withdraw(self, call: Call) -> None:
@@ -172,7 +175,7 @@ class Owner:
         if self._thread is not None:
             self._thread.join()
         self.effects.close()
-        self._has_ended = True
+        self.has_ended = True
         self._refuse_rest()
         self.events.close()
 
@@ -205,11 +208,15 @@ class Owner:
             fact, lock = self._with_evidence(fact)
             before = self.snapshot
             state, ctx, commands = self._machine.step(before.state, before.ctx, fact)
-            self._publish(fact, state, ctx)
+            shown = self._shown(fact, state, ctx)
+            self._note_outcomes(fact, shown, commands)
+            self.snapshot = shown
+            if state is not before.state:
+                self._tell(fact, before, shown)
             for command in commands:
-                self._carry_out(command, lock)
+                self._carry_out_safely(command, lock)
         except Exception as error:  # noqa: BLE001 (the owner outlives a fact it cannot digest)
-            _log.exception("owner.failed", trigger=fact.trigger)
+            _say("exception", "owner.failed", trigger=getattr(fact, "trigger", type(fact).__name__))
             if (ticket := getattr(fact, "ticket", None)) is not None:
                 problem = Problem("internal", f"{type(error).__name__}: {error}")
                 self._settle(Settle(ticket, problem))
@@ -221,47 +228,93 @@ class Owner:
         """Ask the operating system what only it knows, in the same step that uses the answer."""
         match fact:
             case Fetched():
-                evidence, lock = self.effects.take_slot()
+                evidence, lock = self._take_slot()
                 return replace(fact, slot=evidence), lock
             case LoadRequested() | LeaseRequested() | BecameReady() | Promoted():
-                child = self.snapshot.ctx.child
-                alive = child is not None and self.effects.child_is_alive(child)
-                return replace(fact, child_is_alive=alive), None
+                return replace(fact, child_is_alive=self._child_is_alive()), None
             case _:
                 return fact, None
 
-    def _publish(self, fact: Fact, state: State, ctx: Context) -> None:
+    def _take_slot(self) -> tuple[SlotEvidence, SlotLock | None]:
+        """A slot that cannot be asked is not known to be empty."""
+        try:
+            return self.effects.take_slot()
+        except Exception as error:  # noqa: BLE001 (an answer must follow: the load waits for it)
+            _say("exception", "slot.not_answering")
+            return SlotEvidence(is_empty=False, reason=f"it cannot be asked: {error}"), None
+
+    def _child_is_alive(self) -> bool:
+        """A child that cannot be asked for is not known to be alive."""
+        child = self.snapshot.ctx.child
+        try:
+            return child is not None and self.effects.child_is_alive(child)
+        except Exception:  # noqa: BLE001 (as above)
+            _say("exception", "child.not_answering", pid=child.pid if child else None)
+            return False
+
+    def _shown(self, fact: Fact, state: State, ctx: Context) -> Snapshot:
+        """Return the snapshot after a step."""
         before = self.snapshot
         if state is before.state:
-            self.snapshot = replace(before, ctx=ctx)
-            return
-        now = time.time()
-        generation = ctx.job.generation if ctx.job else ctx.generation
-        self._story.append(f"{before.state} -> {state} on {fact.trigger} (generation {generation})")
-        entered_at = self.clock()
-        self.snapshot = Snapshot(state, ctx, now, entered_at, tuple(self._story))
+            return replace(before, ctx=ctx)
+        generation = _generation(ctx)
+        line = f"{before.state} -> {state} on {fact.trigger} (generation {generation})"
+        story = (*before.story, line)[-_STORY_LINES:]
+        return Snapshot(state, ctx, time.time(), self.clock(), story)
+
+    def _note_outcomes(self, fact: Fact, shown: Snapshot, commands: Sequence[Command]) -> None:
+        """Keep what becomes of every load that ends here: of the load, not of one of its callers.
+
+        Before the snapshot shows it ended, so that every load is in flight or has an outcome.
+        """
+        ctx = shown.ctx
+        said = {waiter.ticket: waiter.answer for waiter in ctx.waiters}
+        said |= {c.ticket: c.answer for c in commands if isinstance(c, Settle)}
+        wanted = {job.generation for job in ctx.wanted}
+        for job in self.snapshot.ctx.wanted:
+            if job.generation in wanted:
+                continue
+            heard = (said[c.ticket] for c in job.callers if c.ticket in said)
+            answer = next(heard, None) or _unheard(job, fact, ctx)
+            outcome = answer.told(shown.story) if isinstance(answer, Problem) else answer
+            self.outcomes[job.generation] = outcome
+            while len(self.outcomes) > _OUTCOMES_KEPT:
+                self.outcomes.popitem(last=False)
+
+    def _tell(self, fact: Fact, before: Snapshot, shown: Snapshot) -> None:
+        """One event and one line of the log for each transition."""
+        ctx = shown.ctx
+        generation, pid = _generation(ctx), ctx.child.pid if ctx.child else None
         self.events.append(
             "transition",
             {
                 "source": before.state.value,
-                "dest": state.value,
+                "dest": shown.state.value,
                 "trigger": fact.trigger,
                 "generation": generation,
-                "at": now,
-                "pid": ctx.child.pid if ctx.child else None,
+                "at": shown.since,
+                "pid": pid,
             },
         )
         target = ctx.job.target if ctx.job else ctx.running.target if ctx.running else None
-        _log.info(
+        _say(
+            "info",
             "lifecycle.transitioned",
             source=before.state.value,
-            dest=state.value,
+            dest=shown.state.value,
             trigger=fact.trigger,
             generation=generation,
             model=target.request.model_path if target else None,
-            pid=ctx.child.pid if ctx.child else None,
-            after_ms=round((entered_at - before.entered_at) * 1000, 3),
+            pid=pid,
+            after_ms=round((shown.entered_at - before.entered_at) * 1000, 3),
         )
+
+    def _carry_out_safely(self, command: Command, lock: SlotLock | None) -> None:
+        """One command that cannot be carried out must not cost the step the ones behind it."""
+        try:
+            self._carry_out(command, lock)
+        except Exception:  # noqa: BLE001 (the machine has taken the step already)
+            _say("exception", "command.failed", command=type(command).__name__)
 
     def _carry_out(self, command: Command, lock: SlotLock | None) -> None:
         match command:
@@ -280,15 +333,14 @@ class Owner:
             case Post():
                 self.post(command.fact)
             case Fence():
-                _log.info(
-                    "completion.fenced", trigger=command.trigger, generation=command.generation
-                )
+                trigger, generation = command.trigger, command.generation
+                _say("info", "completion.fenced", trigger=trigger, generation=generation)
 
     def _start(self, effect: Kill | Download | Spawn | Probe, lock: SlotLock | None) -> None:
         try:
             self.effects.start(effect, self._token(effect.generation), lock)
         except Exception as error:  # noqa: BLE001 (an effect that cannot begin has failed)
-            _log.exception("effect.failed", effect=type(effect).__name__)
+            _say("exception", "effect.failed", effect=type(effect).__name__)
             problem = Problem("internal", repr(error))
             if isinstance(error, OrchestratorError):
                 problem = error.problem
@@ -299,13 +351,16 @@ class Owner:
 
     def _accept(self, command: Accept) -> None:
         self._token(command.generation)
-        for old in [g for g in self._tokens if g < command.generation - _OUTCOMES_KEPT]:
-            del self._tokens[old]
-        self._generations[command.ticket] = command.generation
+        ctx = self.snapshot.ctx
+        loads = (ctx.job, *ctx.queue, ctx.effect)  # an effect may outlive its load
+        in_use = {load.generation for load in loads if load} | {ctx.generation}
+        for ended in self._tokens.keys() - in_use:
+            del self._tokens[ended]
         call = self._calls.get(command.ticket)
         if call is not None:
             _resolve(call.accepted, command.generation)
-        _log.info(
+        _say(
+            "info",
             "load.accepted",
             generation=command.generation,
             ticket=command.ticket,
@@ -315,28 +370,62 @@ class Owner:
     def _settle(self, command: Settle) -> None:
         answer = command.answer
         if isinstance(answer, Problem):
-            answer = answer.told(tuple(self._story))
-        generation = self._generations.pop(command.ticket, None)
-        if generation is not None:
-            self.outcomes[generation] = answer
-            while len(self.outcomes) > _OUTCOMES_KEPT:
-                self.outcomes.popitem(last=False)
+            answer = answer.told(self.snapshot.story)
         call = self._calls.pop(command.ticket, None)
         if call is not None:
+            if isinstance(answer, Problem) and not call.accepted.done():
+                _resolve(call.accepted, answer)
             _resolve(call.settled, answer)
-            if isinstance(answer, Problem):
-                call.accepted.cancel()
-        _log.debug("call.settled", ticket=command.ticket, answer=type(answer).__name__)
+        _say("debug", "call.settled", ticket=command.ticket, answer=type(answer).__name__)
 
     # ------------------------------------------------------------------------------------- timers
 
     def _until_next_timer(self) -> float | None:
-        return max(0.0, self._timers[0][0] - self.clock()) if self._timers else None
+        if not self._timers:
+            return None
+        return min(max(0.0, self._timers[0][0] - self.clock()), threading.TIMEOUT_MAX)
 
     def _due_timer(self) -> Fact | None:
         if self._timers and self._timers[0][0] <= self.clock():
             return heapq.heappop(self._timers)[2]
         return None
+
+
+def _generation(ctx: Context) -> Generation:
+    """The load a transition is about: the one in flight, else the last one."""
+    return ctx.job.generation if ctx.job else ctx.generation
+
+
+def _unheard(job: Job, fact: Fact, ctx: Context) -> Answer:
+    """Return what became of a load whose last caller has gone: nobody was told, but may ask."""
+    running, error = ctx.running, ctx.last_error
+    if running is not None and (
+        running.generation == job.generation or isinstance(fact, Promoted)  # it runs already
+    ):
+        return _loaded(running)
+    if error is not None and error.generation == job.generation:
+        return error
+    return Problem("cancelled", "its last caller has gone away", generation=job.generation)
+
+
+def _loaded(running: Running) -> Loaded:
+    return Loaded(
+        running.generation,
+        running.target,
+        running.child,
+        running.server,
+        running.timings,
+        running.reload_reasons,
+    )
+
+
+def _say(level: str, event: str, **fields: object) -> None:
+    """Log. A log that cannot be written (a closed pipe, a processor that raises) stops nobody."""
+    try:
+        getattr(_log, level)(event, **fields)
+    except Exception:  # noqa: BLE001 (as `logging` does: complain on stderr, if there is one)
+        with contextlib.suppress(Exception):
+            traceback.print_exc()
 
 
 def _resolve(future: Future[_T], value: _T) -> None:

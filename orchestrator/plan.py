@@ -27,6 +27,7 @@ and more, and ends in 16 ms at the second. An idle one with a keep-alive connect
 FIRST_PROBE_S: Final = 0.0015
 LONGEST_PROBE_S: Final = 0.25
 _PROBE_GROWTH: Final = 1.3
+_MAX_SECONDS: Final = 30 * 24 * 3600.0
 _GONE_BASE_S: Final = 5.0
 _GONE_PER_GIB_S: Final = 0.25  # measured: 0.064 s a GiB after SIGKILL; four times that
 
@@ -115,10 +116,11 @@ def checked_seconds(field: str, value: object, *, zero: bool = True) -> float:
     """Return a setting in seconds, or say what is wrong with it.
 
     Raises:
-        InvalidRequest: not a finite number, or negative (field as given).
+        InvalidRequest: not a number, negative, or more than a clock can wait (field as given).
     """
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value < 0 or (value == 0 and not zero):  # type: ignore[operator]
-        least = "0 or more" if zero else "more than 0"
-        raise InvalidRequest.because(f"{field} is {value!r}: use {least} seconds", field=field)
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good or not 0 <= value <= _MAX_SECONDS or (value == 0 and not zero):  # type: ignore[operator]
+        least = "0" if zero else "more than 0"
+        message = f"{field} is {str(value)[:40]}: use {least} to {_MAX_SECONDS:.0f} seconds"
+        raise InvalidRequest.because(message, field=field)
     return float(value)  # type: ignore[arg-type]

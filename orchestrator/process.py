@@ -18,12 +18,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 import structlog
 
-from orchestrator import plan, proctable
-from orchestrator.errors import Problem, ServerUnavailable, StateDirError
+from orchestrator import forks, plan, proctable
+from orchestrator.errors import InvalidRequest, Problem, ServerUnavailable, StateDirError
 from orchestrator.messages import Emptied, Exit, Exited, Kill, KillFailed
 from orchestrator.output import OutputRing
 from orchestrator.proctable import Pin, ProcessId
@@ -41,22 +42,50 @@ _INHERITED: Final = frozenset(
 )
 _INHERITED_PREFIXES: Final = ("LC_", "CUDA_", "HIP_", "ROCR_", "HSA_", "GGML_", "VK_", "OMP_")
 _NEVER_INHERITED: Final = frozenset({"GGML_BACKEND_PATH"})  # loads any shared library
+_NEVER_NAMED: Final = {
+    "LLAMA_ARG_": "use a field of the request, or llama_extra_args",
+    "AIP_": "it would override the server's address",
+    "HF_TOKEN": "the server never downloads",
+    "HUGGING_FACE_HUB_TOKEN": "the server never downloads",
+}
 
 _READ_BYTES: Final = 1 << 16
 _VERIFY_EVERY_S: Final = 0.02
 _POLL_EXIT_S: Final = 0.02
 
 
-def child_environment(extra: Mapping[str, str], slot: Slot) -> dict[str, str]:
-    """Return the server's whole environment: an allow-list, what the caller names, our token."""
-    chosen = {
+def inherited_environment() -> dict[str, str]:
+    """Return what a server may see of the host's environment."""
+    return {
         name: value
         for name, value in os.environ.items()
         if (name in _INHERITED or name.startswith(_INHERITED_PREFIXES))
         and name not in _NEVER_INHERITED
     }
+
+
+def child_environment(extra: Mapping[str, str], slot: Slot) -> dict[str, str]:
+    """Return the server's whole environment: an allow-list, what the caller names, our token."""
     name, _, value = slot.token.partition("=")
-    return {**chosen, **extra, name: value}
+    return {**inherited_environment(), **extra, name: value}
+
+
+def check_server_env(extra: Mapping[Any, Any]) -> None:
+    """Refuse what no process could be given, and what would undo the orchestrator's own choices.
+
+    Raises:
+        InvalidRequest: names the variable, never its value (field `server_env`).
+    """
+    for name, value in extra.items():
+        problem = next(
+            (why for prefix, why in _NEVER_NAMED.items() if str(name).startswith(prefix)), None
+        )
+        if not isinstance(name, str) or not isinstance(value, str):
+            problem = "names and values must be strings"
+        elif not name or "=" in name or "\0" in name + value:
+            problem = "not a variable an environment can hold"
+        if problem is not None:
+            raise InvalidRequest.because(f"server_env: {name!r}: {problem}", field="server_env")
 
 
 @dataclass(slots=True, eq=False)
@@ -68,6 +97,7 @@ class ServerProcess:
     pin: Pin | None
     popen: subprocess.Popen[bytes]
     output: OutputRing
+    family: Callable[[], set[int]]
     stdout_fd: int | None = None
     exit: Exit | None = None
     is_reaped: bool = False
@@ -103,6 +133,7 @@ class _KillRun:
     rungs: deque[plan.SignalAt]
     report: Callable[[Emptied | KillFailed], None]
     gives_up_at: float = math.inf
+    why: str = ""
     sent: tuple[int, ...] = ()
     pins: dict[int, Pin] = field(default_factory=dict)
 
@@ -153,7 +184,7 @@ class Warden(threading.Thread):
         """
         self._slot.remember(None)
         try:
-            popen = subprocess.Popen(
+            popen = forks.popen(
                 argv,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -167,7 +198,8 @@ class Warden(threading.Thread):
             self._slot.forget()
             raise cannot_execute(argv[0], error) from error
         process = proctable.identify(popen.pid) or ProcessId(popen.pid, 0, proctable.boot_id())
-        server = ServerProcess(generation, process, Pin.of(process), popen, OutputRing())
+        family = partial(self._family, process.pid)
+        server = ServerProcess(generation, process, Pin.of(process), popen, OutputRing(), family)
         server.output = OutputRing(server.tell)
         if popen.stdout is not None:
             server.stdout_fd = popen.stdout.fileno()
@@ -192,6 +224,10 @@ class Warden(threading.Thread):
         """End the thread; the slot must be empty or given up."""
         self._ask(self._stop)
         self.join()
+
+    def _family(self, leader: int) -> set[int]:
+        """Every process of the server, however it was forked."""
+        return {process.pid for process in self._slot.inhabitants(leader)}
 
     def _ask(self, what: Callable[[], None]) -> None:
         self._todo.append(what)
@@ -313,22 +349,24 @@ class Warden(threading.Thread):
         if not run.rungs:
             resident = proctable.resident_bytes(server.pid) if server else 0
             run.gives_up_at = time.monotonic() + plan.gone_within_s(resident)
-        if server is not None and server.exit is None:
+        group = server.pid if server is not None and server.exit is None else None
+        if group is not None:
+            if is_first:  # while it lives, its children can be found by descent
+                self._pin(run, self._slot.identified(proctable.descendants({group})))
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 for sent in run.sent:
-                    os.killpg(server.pid, sent)  # unreaped, so the group is still ours
-            if is_first:  # while it lives, its children can be found by descent
-                self._pin(run, self._slot.identified(proctable.descendants({server.pid})))
+                    os.killpg(group, sent)  # unreaped, so the group is still ours
         if not is_first:
             self._pin(run, self._inhabitants(run))
         for pin in run.pins.values():
-            for sent in run.sent:
-                pin.signal(sent)
+            if group is None or proctable.group_of(pin.process.pid) != group:
+                for sent in run.sent:  # once each: a second SIGTERM means "at once"
+                    pin.signal(sent)
 
     def _inhabitants(self, run: _KillRun) -> set[ProcessId]:
         group = run.server.pid if run.server is not None and not run.server.is_reaped else None
         found = self._slot.inhabitants(group)
-        return {p for p in found if run.server is None or p.pid != run.server.pid}
+        return {p for p in found if run.server is None or p != run.server.process}
 
     def _pin(self, run: _KillRun, processes: Iterable[ProcessId]) -> list[Pin]:
         """Pin what is new, so that it is waited for; return the new pins."""
@@ -356,6 +394,7 @@ class Warden(threading.Thread):
         late = self._pin(run, self._inhabitants(run))
         evidence, lock_fd = self._slot.take_lock() if not late else (None, None)
         if evidence is not None and not evidence.is_empty:
+            run.why = evidence.reason
             late = self._pin(run, self._slot.lock_holders())
         for pin in late:
             for signum in run.sent:
@@ -390,8 +429,8 @@ class Warden(threading.Thread):
         for pin in tuple(run.pins.values()):
             self._unpin(run, pin)
         self._run = None
-        who = f"processes {alive} did not end" if alive else "the slot's lock is still held"
-        message = f"the slot cannot be emptied: {who} after SIGKILL; look at them, then unload"
+        who = f"processes {alive} did not end after SIGKILL" if alive else run.why
+        message = f"the slot cannot be emptied: {who}; look at that, then unload"
         _log.error("process.kill_failed", pids=alive)
         problem = Problem("slot_occupied", message, generation=run.command.generation)
         run.report(KillFailed(run.command.generation, time.monotonic(), problem))

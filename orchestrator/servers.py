@@ -13,8 +13,10 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -22,12 +24,15 @@ from typing import Final
 
 import structlog
 
+from orchestrator import forks, proctable
 from orchestrator.catalogue import Catalogue, FlagHelp, parse_help
 from orchestrator.errors import ServerUnavailable
 from orchestrator.models import identity_of
+from orchestrator.process import inherited_environment
 from orchestrator.request import FileIdentity, ServerBinary
 
 _ASK_S: Final = 10.0
+_MAX_ANSWER: Final = 1 << 20
 _log = structlog.get_logger("orchestrator.servers")
 
 _EMBEDDED_HINT = 'pip install "llama-orchestrator[embedded]"'
@@ -60,20 +65,41 @@ def find_server(llama_server: str | os.PathLike[str]) -> ServerBinary:
 
 
 def _external(choice: str, origin: str) -> ServerBinary:
-    problem = None
-    path = Path(choice).expanduser()
-    if not choice or "\0" in choice:
-        problem = "is not a path"
-    elif not path.exists():
-        problem = "does not exist"
-    elif path.is_dir():
-        problem = "is a folder: give the llama-server binary inside it"
-    elif not os.access(path, os.X_OK):
-        problem = "is not executable: chmod +x it, or give the llama-server binary"
-    if problem:
-        raise ServerUnavailable.because(f"{origin}: {choice!r} {problem}", field="llama_server")
-    absolute = os.path.abspath(path)
-    return ServerBinary("external", (absolute,), identity_of(absolute))
+    try:
+        path = Path(choice).expanduser()
+        problem = "is not a path" if not choice or "\0" in choice else _problem_of(path)
+        if problem is None:
+            absolute = os.path.abspath(path)
+            return ServerBinary("external", (absolute,), identity_of(absolute))
+    except (OSError, RuntimeError) as error:  # too long, gone meanwhile; no such user
+        problem = f"cannot be looked up ({getattr(error, 'strerror', None) or error})"
+    message = f"{origin}: {choice[:200]!r} {problem}"
+    raise ServerUnavailable.because(message, field="llama_server")
+
+
+def _problem_of(path: Path) -> str | None:
+    """Return why this cannot be executed, as far as it can be seen without trying: after the old
+    server is gone is too late.
+    """
+    if not path.exists():
+        return "does not exist: install llama.cpp, or give the path of llama-server"
+    if path.is_dir():
+        return "is a folder: give the llama-server binary inside it"
+    if not path.is_file():
+        return "is not a regular file: give the llama-server binary"
+    if not os.access(path, os.X_OK):
+        return "is not executable: chmod +x it, or give the llama-server binary"
+    if not os.access(path, os.R_OK):
+        return None
+    with open(path, "rb") as file:
+        head = file.read(256)
+    if head.startswith(b"#!"):
+        interpreter = os.fsdecode((head[2:].split(b"\n")[0].split() or [b""])[0])
+        usable = os.access(interpreter, os.X_OK) and not os.path.isdir(interpreter)
+        return None if usable else f"needs the interpreter {interpreter!r}, which is missing"
+    if sys.platform == "linux" and not head.startswith((b"\x7fELF", b"MZ")):
+        return "is neither a program nor a script with #!: give the llama-server binary"
+    return None
 
 
 def _embedded() -> ServerBinary:
@@ -116,22 +142,13 @@ def _known(command: tuple[str, ...], identity: FileIdentity, cache: str) -> Cata
 
 def _asked(server: ServerBinary, cache: Path) -> Catalogue | None:
     try:
-        answer = subprocess.run(
-            [*server.command, "--help"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=_ASK_S,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
+        returncode, text = _run((*server.command, "--help"))
+    except (OSError, ValueError) as error:
         _log.warning("catalogue.inconclusive", server=server.command[0], error=str(error))
         return None
-    found = parse_help(answer.stdout.decode("utf-8", "replace"))
-    if found is None or answer.returncode != 0:
-        _log.warning(
-            "catalogue.inconclusive", server=server.command[0], returncode=answer.returncode
-        )
+    found = parse_help(text)
+    if found is None or returncode != 0:
+        _log.warning("catalogue.inconclusive", server=server.command[0], returncode=returncode)
         return None
     _answers[server.identity] = found
     with contextlib.suppress(OSError):
@@ -141,6 +158,32 @@ def _asked(server: ServerBinary, cache: Path) -> Catalogue | None:
         temporary.write_text(json.dumps(asdict(found)), encoding="utf-8")
         os.replace(temporary, file)
     return found
+
+
+def _run(command: tuple[str, ...]) -> tuple[int, str]:
+    """Run to the end, with a server's environment; whatever is left of it is killed.
+
+    Into a file, because a pipe would be held open by a grandchild.
+    """
+    with tempfile.TemporaryFile() as output:
+        process = forks.popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=inherited_environment(),
+            start_new_session=True,
+        )
+        identity = proctable.identify(process.pid)
+        pin = proctable.Pin.of(identity) if identity is not None else None
+        if pin is not None:  # None: it has ended already
+            proctable.wait_exited([pin], _ASK_S)
+            pin.close()
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)  # not reaped yet, so the group is its own
+        process.wait()
+        output.seek(0)
+        return process.returncode, output.read(_MAX_ANSWER).decode("utf-8", "replace")
 
 
 @lru_cache(maxsize=64)

@@ -122,17 +122,17 @@ class Slot:
         """Take the slot over from a dead owner, in its name. False: somebody has claimed it."""
         ends = time.monotonic() + _HANDOVER_S
         fd = None
-        while fd is None and self.is_owned_by(owner) and time.monotonic() < ends:
+        while fd is None and self.belongs_to(owner) and time.monotonic() < ends:
             fd = _try_lock(self.owner_path)
             if fd is None:  # a claim about to be written, or a fork that never ran our hook
                 time.sleep(_VERIFY_EVERY_S)
         if fd is not None:
             self._own(fd)
-        return self.is_owned_by(owner)
+        return self.belongs_to(owner)
 
-    def is_owned_by(self, process: ProcessId) -> bool:
-        """Did this process claim the slot last, whoever may hold its lock now?"""
-        return _owner_in(self.owner_path) == process
+    def belongs_to(self, owner: ProcessId) -> bool:
+        """Has nobody else claimed the slot since, whoever may hold its lock now?"""
+        return _owner_in(self.owner_path) in (owner, None)
 
     def _own(self, fd: int) -> None:
         self._owner_fd, self._owner_pid = fd, os.getpid()
@@ -268,7 +268,7 @@ class Slot:
         started = time.monotonic()
         signalled: set[int] = set()
         while True:
-            if heir_of is not None and not self.is_owned_by(heir_of):
+            if heir_of is not None and not self.belongs_to(heir_of):
                 return signalled, SlotEvidence(False, "another orchestrator has claimed it")
             pins = _pin(self.inhabitants(group))
             elapsed = time.monotonic() - started
@@ -280,16 +280,10 @@ class Slot:
                     return signalled, evidence
                 pins = _pin(self.lock_holders())
             signalled |= {pin.process.pid for pin in pins}
-            signals = (signal.SIGTERM, signal.SIGCONT) if elapsed < term_s else (signal.SIGKILL,)
-            for pin in pins:
-                for signum in signals:
-                    pin.signal(signum)
-            if pins:
-                proctable.wait_exited(pins, term_s if elapsed < term_s else kill_s)
+            if elapsed < term_s:
+                _end(pins, (signal.SIGTERM, signal.SIGCONT), term_s)
             else:
-                time.sleep(_VERIFY_EVERY_S)  # held by nobody we may see: another user's process
-            for pin in pins:
-                pin.close()
+                _end(pins, (signal.SIGKILL,), kill_s)
             if elapsed > term_s + kill_s:
                 pids = sorted(pin.process.pid for pin in pins)
                 who = f"processes {pids} will not die" if pids else "its lock is held by somebody"
@@ -310,6 +304,19 @@ if hasattr(os, "register_at_fork"):
 
 def _pin(processes: Iterable[ProcessId]) -> list[Pin]:
     return [pin for process in processes if (pin := Pin.of(process)) is not None]
+
+
+def _end(pins: list[Pin], signals: Iterable[int], timeout_s: float) -> None:
+    """Signal these and wait for their exits; a moment when there is nobody we may see."""
+    for pin in pins:
+        for signum in signals:
+            pin.signal(signum)
+    if pins:
+        proctable.wait_exited(pins, timeout_s)
+    else:
+        time.sleep(_VERIFY_EVERY_S)
+    for pin in pins:
+        pin.close()
 
 
 def _owner_in(path: Path) -> ProcessId | None:

@@ -120,7 +120,7 @@ def test_the_doctor_says_what_to_fix(cli: Cli, tmp_path: Path) -> None:
 
 def test_the_doctor_runs_the_server_it_finds(cli: Cli, tmp_path: Path) -> None:
     broken = tmp_path / "llama-server"
-    broken.write_text("#!/nowhere/interpreter\n")
+    broken.write_text("#!/bin/sh\nexit 127\n")  # as when a library is missing
     broken.chmod(0o755)
     done = cli("doctor", "--llama-server", str(broken), "--state-dir", str(tmp_path / "state"))
     assert done.returncode == 1

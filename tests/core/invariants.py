@@ -14,8 +14,10 @@ from orchestrator.messages import (
     Accept,
     BecameReady,
     Completion,
+    Download,
     Fence,
     Fetched,
+    Probe,
     SetToken,
     Spawn,
     TimerFired,
@@ -134,6 +136,16 @@ def inv_spawning_is_verified(edge: Edge) -> str | None:
     return None
 
 
+def inv_nothing_begins_for_an_ended_load(edge: Edge) -> str | None:
+    """A cancel waits for the effect in flight, never for the next one."""
+    begun = [c for c in edge.commands if isinstance(c, Download | Spawn | Probe)]
+    for effect in begun:
+        if effect.generation in edge.after.tokens:
+            kind = type(effect).__name__.lower()
+            return f"a {kind} begins for load {effect.generation}, which was ended"
+    return None
+
+
 def inv_healthy_is_earned(edge: Edge) -> str | None:
     """Healthy: our own child lives, a probe of this load passed, and nobody has ended the load."""
     before, after, fact = edge.before, edge.after, edge.fact
@@ -182,7 +194,8 @@ def inv_a_timer_means_its_own(edge: Edge) -> str | None:
         if fact.generation in {job.generation for job in edge.after.ctx.wanted}:
             return f"load {fact.generation} goes on after its deadline"
     else:
-        is_due = ctx.child is not None and ctx.child.generation == fact.generation
+        is_draining = edge.before.state is State.KILLING and not edge.before.in_flight
+        is_due = is_draining and ctx.child is not None and ctx.child.generation == fact.generation
     if not is_due and has_changed(edge):
         return f"the {fact.kind} timer of load {fact.generation} is late and believed"
     if not is_due and edge.commands != (Fence(fact.generation, fact.trigger),):
@@ -232,6 +245,7 @@ WORLD_INVARIANTS: tuple[Callable[[World], str | None], ...] = (
 )
 STEP_INVARIANTS: tuple[Callable[[Edge], str | None], ...] = (
     inv_spawning_is_verified,
+    inv_nothing_begins_for_an_ended_load,
     inv_healthy_is_earned,
     inv_stale_is_fenced,
     inv_a_timer_means_its_own,

@@ -53,6 +53,15 @@ def is_running(pid: int) -> bool:
     return found is not None and not found.is_zombie
 
 
+def open_files(pid: int) -> list[str]:
+    """What its descriptors refer to."""
+    names = []
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            names.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
+    return names
+
+
 def kill(pid: int) -> None:
     """SIGKILL it, and do not wait: whoever is its parent reaps it."""
     with contextlib.suppress(ProcessLookupError):
@@ -162,8 +171,8 @@ class Background:
     def is_done(self) -> bool:
         return self._future.done()
 
-    def result(self) -> Any:
-        return self._future.result(DEADLINE_S)
+    def result(self, deadline_s: float = DEADLINE_S) -> Any:
+        return self._future.result(deadline_s)
 
     def error(self) -> BaseException | None:
         return self._future.exception(DEADLINE_S)

@@ -472,7 +472,7 @@ def test_a_server_that_will_not_die_keeps_the_slot(
     status = orch.status()
     assert (status.state, status.occupied_by, status.loaded) == (State.IDLE, pid, None)
     for model in (model_a, model_b):
-        with pytest.raises(SlotOccupied, match="did not end after SIGKILL; look at them"):
+        with pytest.raises(SlotOccupied, match="did not end after SIGKILL; look at"):
             orch.load(model)
     assert len(fake.notes("start")) == 1
     assert is_running(pid)

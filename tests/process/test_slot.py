@@ -180,7 +180,7 @@ def test_a_lock_held_by_the_heirs_of_a_dead_owner_is_waited_for(state_dir: Path)
     assert not claiming.is_alive()
     me = proctable.identify(os.getpid())
     assert me is not None
-    assert after.is_owned_by(me)
+    assert after.belongs_to(me)
     after.release()
 
 

@@ -11,17 +11,20 @@ A broken invariant is replayed with ever fewer moves until none can be left out,
 
 from __future__ import annotations
 
+import contextlib
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tests.core.invariants import Violation
 from tests.core.story import Counterexample, Told
-from tests.shell.records import only_failures
+from tests.shell.records import logged, only_failures
 from tests.shell.stage import BrokenError, Scene, Stage
 
 MAX_SCHEDULES = 100_000
 _MOVES = 200
+_SIMPLER_SCHEDULES = 3000
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +34,13 @@ class Report:
     Attributes:
         schedules: Runs of the owner, each in an order of its own.
         stages: Different situations reached.
-        facts: Facts processed by the owner, replays included.
+        moves: Everything that happened, replays included.
     """
 
     scene: Scene
     schedules: int
     stages: int
-    facts: int
+    moves: int
     seconds: float
     counterexample: Counterexample | None
 
@@ -45,7 +48,7 @@ class Report:
         found = self.counterexample
         return (
             f"{self.scene.program}: {self.schedules} schedules, {self.stages} stages, "
-            f"{self.facts} facts, {self.seconds:.2f} s" + (f"\n{found.story}" if found else "")
+            f"{self.moves} moves, {self.seconds:.2f} s" + (f"\n{found.story}" if found else "")
         )
 
 
@@ -60,45 +63,76 @@ class _KnownError(Exception):
     """From here on everything has been seen."""
 
 
-def explore(scene: Scene, *, max_schedules: int = MAX_SCHEDULES) -> Report:
+def explore(
+    scene: Scene, *, prune: bool = True, max_schedules: int = MAX_SCHEDULES
+) -> Report:
     """Explore a scene to the end, or to the first broken invariant.
+
+    Args:
+        prune: Go no further from a stage that was reached before.
+        max_schedules: A bound that is never reached in silence.
 
     Raises:
         MemoryError: more schedules than that; nothing is cut off in silence.
     """
     with only_failures():
-        return _Exploration(scene).run(max_schedules)
+        return _Exploration(scene, prune=prune).run(max_schedules)
+
+
+def wander(scene: Scene, schedules: int) -> Report:
+    """Explore so many schedules of a scene that has too many, chosen by chance, but always the
+    same ones.
+    """
+    with only_failures():
+        return _Exploration(scene, prune=False).wander(schedules)
 
 
 class _Exploration:
-    def __init__(self, scene: Scene) -> None:
+    def __init__(self, scene: Scene, *, prune: bool = True) -> None:
         self._scene = scene
+        self._prune = prune
         self._seen: set[tuple[object, ...]] = set()
         self._schedules = 0
-        self._facts = 0
+        self._moves = 0
 
     def run(self, max_schedules: int) -> Report:
         started = time.perf_counter()
-        found = None
         prefix: list[_Decision] = []
-        while True:
-            self._schedules += 1
-            if self._schedules > max_schedules:
+        found = None
+        while found is None:
+            if self._schedules == max_schedules:
                 raise MemoryError(f"more than {max_schedules} schedules of {self._scene.program!r}")
             run = _Run(prefix)
-            broken = self._play(run)
-            if broken is not None:
-                labels = [decision.label for decision in run.decisions]
-                found = self._tell(broken.violation, self._shorten(labels, broken.violation))
-                break
+            found = self._search(run)
             if (prefix := run.next_prefix()) == []:
                 break
+        return self._report(started, found)
+
+    def wander(self, schedules: int) -> Report:
+        started = time.perf_counter()
+        found = None
+        while found is None and self._schedules < schedules:
+            chance = random.Random(self._schedules)
+            found = self._search(_Run((), chance))
+        return self._report(started, found)
+
+    def _report(self, started: float, found: Counterexample | None) -> Report:
         seconds = time.perf_counter() - started
-        return Report(
-            self._scene, self._schedules, len(self._seen), self._facts, seconds, found
-        )
+        return Report(self._scene, self._schedules, len(self._seen), self._moves, seconds, found)
+
+    def _search(self, run: _Run) -> Counterexample | None:
+        self._schedules += 1
+        broken = self._play(run)
+        if broken is None:
+            return None
+        labels = [decision.label for decision in run.decisions]
+        found = self._simplest(broken.violation)
+        found = found or self._tell(broken.violation, self._shorten(labels, broken.violation))
+        logged().clear()
+        return found
 
     def _play(self, run: _Run) -> BrokenError | None:
+        logged().clear()
         stage = Stage(self._scene, run.choose)
         try:
             for _ in range(_MOVES):
@@ -115,16 +149,26 @@ class _Exploration:
         except BrokenError as broken:
             return broken
         finally:
-            self._facts += len(stage.told)
+            self._moves += len(stage.told)
 
     def _arrive(self, stage: Stage) -> None:
         key = stage.key()
-        if key in self._seen:
+        if key in self._seen and self._prune:
             raise _KnownError
         self._seen.add(key)
         stage.check_rest()
 
     # --------------------------------------------------------------------------------- stories
+
+    def _simplest(self, violation: Violation) -> Counterexample | None:
+        """The same invariant may break with fewer clients, mishaps or pairs."""
+        for scene in self._scene.simpler():
+            logged().clear()
+            with contextlib.suppress(MemoryError):
+                found = _Exploration(scene).run(_SIMPLER_SCHEDULES).counterexample
+                if found is not None and found.invariant == violation.invariant:
+                    return found
+        return None
 
     def _shorten(self, labels: list[str], violation: Violation) -> list[str]:
         """Leave out every move without which the same invariant breaks as well."""
@@ -149,6 +193,7 @@ class _Exploration:
                     return options.index(label)
             return 0
 
+        logged().clear()
         stage = Stage(self._scene, choose)
         stage.is_checking = True
         try:
@@ -171,10 +216,11 @@ class _Exploration:
 
 
 class _Run:
-    """Follows a prefix of decisions, then takes the first alternative, and remembers them all."""
+    """Follows a prefix of decisions, then takes the first alternative, or any, and remembers all."""
 
-    def __init__(self, prefix: Sequence[_Decision]) -> None:
+    def __init__(self, prefix: Sequence[_Decision], chance: random.Random | None = None) -> None:
         self._prefix = prefix
+        self._chance = chance
         self.decisions: list[_Decision] = []
 
     @property
@@ -184,9 +230,12 @@ class _Run:
 
     def choose(self, options: Sequence[str]) -> int:
         at = len(self.decisions)
-        taken = self._prefix[at].taken if at < len(self._prefix) else 0
+        taken = self._prefix[at].taken if at < len(self._prefix) else self._first(len(options))
         self.decisions.append(_Decision(options[taken], taken, len(options)))
         return taken
+
+    def _first(self, count: int) -> int:
+        return self._chance.randrange(count) if self._chance else 0
 
     def next_prefix(self) -> list[_Decision]:
         decisions = list(self.decisions)

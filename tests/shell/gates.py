@@ -116,6 +116,10 @@ class HeldLock:
     os: OperatingSystem
 
     def release(self) -> None:
+        self.hand_over()
+
+    def hand_over(self) -> None:
+        """From now on whoever inherited it holds it."""
         if self.os.lock is self:
             self.os.lock = None
 
@@ -229,7 +233,7 @@ class GatedEffects:
         plan = self.plan_spawn(spawn)
         if plan == "raises":
             raise OSError(12, "Cannot allocate memory")
-        lock.release()
+        lock.hand_over()
         if plan == "lives":
             process = self.os.start(spawn.generation, spawn.target.request.model_path)
             gate.child = Child(spawn.generation, process.pid)

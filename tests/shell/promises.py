@@ -33,8 +33,11 @@ class Done:
 
 def promise_every_fact_is_digested(done: Done) -> str | None:
     """What the table can step, the owner can process."""
-    failures = [entry for entry in logged() if entry["event"] == "owner.failed"]
-    return f"the owner failed: {failures[-1].get('exception')}" if failures else None
+    for entry in logged():
+        if entry["event"] != "effect.failed":  # that one is planned
+            what = str(entry.get("exception", "")).strip().splitlines()[-1:]
+            return f"{entry['event']} {' '.join(what)}"
+    return None
 
 
 def promise_the_snapshot_is_the_machine(done: Done) -> str | None:

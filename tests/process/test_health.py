@@ -1,0 +1,377 @@
+"""Ready is what our own child says on its own socket: never a port, never a 200 of somebody else.
+
+And the way there: what counts as progress, what counts as a stall, and how fast an end is noticed.
+"""
+
+from __future__ import annotations
+
+import http.server
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from orchestrator import Orchestrator, State, plan, proctable
+from orchestrator.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    ServerStartFailed,
+    Stalled,
+)
+from orchestrator.tiny_model import write_tiny_model
+from tests.process.support import Background, Fake, Make, kill, until, until_state
+
+LOADED = '{"default_generation_settings":{"n_ctx":1}}'
+
+
+class Foreign(http.server.BaseHTTPRequestHandler):
+    """Somebody else's server: healthy, and not ours."""
+
+    asked = 0
+
+    def do_GET(self) -> None:  # noqa: N802 (the name is http.server's)
+        type(self).asked += 1
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(LOADED)))
+        self.end_headers()
+        self.wfile.write(LOADED.encode())
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
+
+
+@pytest.fixture
+def foreign() -> Iterator[int]:
+    """The port of a foreign server that answers 200 to everything."""
+    Foreign.asked = 0
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Foreign) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+# Whose 200?
+
+
+@pytest.mark.parametrize("line", ["{}", "llama_model_loader: general.name str = {}", "x {} y"])
+def test_a_foreign_server_that_is_announced_never_counts(
+    orch: Orchestrator, fake: Fake, model_a: str, foreign: int, line: str
+) -> None:
+    """The output holds what a model's file says of itself; only the kernel knows who listens."""
+    claim = line.format(f"server is listening on http://127.0.0.1:{foreign}")
+    fake.behave(message=claim, loading_s=0.3)
+    outcome = orch.load(model_a)
+    assert outcome.base_url == f"http://127.0.0.1:{fake.wait_for('bound')['port']}"
+    assert outcome.context_length == 4096
+    assert Foreign.asked == 0
+
+
+def test_a_foreign_server_does_not_make_a_silent_child_ready(
+    orch: Orchestrator, fake: Fake, model_a: str, foreign: int
+) -> None:
+    """Nothing but the claim: the load goes on, and it can stall."""
+    fake.behave(message=f"listening on http://127.0.0.1:{foreign}", hang=True)
+    with pytest.raises(Stalled):
+        orch.load(model_a, stall_timeout_s=0.4)
+    assert Foreign.asked == 0
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        "listening on http://127.0.0.1:99999",
+        "listening on http://127.0.0.1:0",
+        "listening on http://127.0.0.1:" + "9" * 5000,
+        "listening on http://:::1",
+        "listening on http://[::1",
+        "listening on http://10.0.0.1:1",
+        "listening on unix:///tmp/x.sock",
+    ],
+    ids=lambda claim: claim[:40],
+)
+def test_an_address_that_makes_no_sense_is_passed_over(
+    orch: Orchestrator, fake: Fake, model_a: str, claim: str
+) -> None:
+    """Whatever is printed, the load neither fails nor ends up elsewhere because of it."""
+    fake.behave(message=claim)
+    assert orch.load(model_a).base_url == f"http://127.0.0.1:{fake.wait_for('bound')['port']}"
+
+
+def test_a_server_that_does_not_say_where_it_listens_is_found(
+    orch: Orchestrator, fake: Fake, model_a: str
+) -> None:
+    """Builds differ in what they print; the process table does not."""
+    fake.behave(announce=None)
+    assert orch.load(model_a).base_url == f"http://127.0.0.1:{fake.wait_for('bound')['port']}"
+
+
+@pytest.mark.parametrize("announce", [None, "wrong http://127.0.0.1:1"])
+def test_a_server_that_says_nothing_is_found_behind_a_wrapper(
+    make: Make, fake: Fake, model_a: str, announce: str | None
+) -> None:
+    """The listener is a descendant of what was started, or was once."""
+    fake.behave(announce=announce)
+    command = '(setsid setsid "$SERVER" "$@" &) ; exec sleep 600'
+    outcome = make(llama_server=fake.wrapper(command)).load(model_a)
+    assert outcome.base_url == f"http://127.0.0.1:{fake.wait_for('bound')['port']}"
+
+
+def test_who_listens_is_answered_by_the_kernel() -> None:
+    """By socket, for this port and state; a connection is no listener."""
+    me = {os.getpid()}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            assert proctable.listens(me, port) is True
+            assert proctable.listens(me, client.getsockname()[1]) is False
+        assert proctable.listens({1, os.getppid()} - me, port) is not True
+        assert ("127.0.0.1", port) in proctable.listening(me)
+    assert proctable.listens(me, port) is False
+    assert proctable.listens(set(), port) is False
+    assert proctable.listens({2**22 + 1}, port) is False
+
+
+def test_proxies_are_ignored(
+    orch: Orchestrator, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An HTTP_PROXY in the environment once answered for 127.0.0.1."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    assert orch.load(model_a).context_length == 4096
+
+
+# Not yet
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [{"loading_s": 0.3}, {"bind_after_s": 0.3}, {"answer_after_s": 0.2}],
+    ids=lambda behaviour: "-".join(behaviour),
+)
+def test_a_late_server_is_waited_for(
+    orch: Orchestrator, fake: Fake, model_a: str, behaviour: dict[str, Any]
+) -> None:
+    """503, connection refused and silence are all "not yet"."""
+    fake.behave(**behaviour)
+    loading = Background(orch.load, model_a)
+    until_state(orch, State.WAITING_HEALTH)
+    assert not loading.is_done
+    assert loading.result().status == "loaded"
+    timings = loading.result().timings_s
+    assert timings.health >= 0.2
+
+
+def test_a_ready_server_is_noticed_within_the_longest_pause(
+    orch: Orchestrator, fake: Fake, model_a: str
+) -> None:
+    """A load that takes minutes is not probed every millisecond, and still answered promptly."""
+    fake.behave(loading_s=1.0)
+    loading = Background(orch.load, model_a)
+    bound = fake.wait_for("bound")
+    loading.result()
+    healthy = fake.wait_for("healthy")
+    assert healthy["at"] - bound["at"] - 1.0 < plan.LONGEST_PROBE_S + 0.5
+
+
+def test_a_server_without_properties_is_ready_all_the_same(
+    orch: Orchestrator, fake: Fake, model_a: str
+) -> None:
+    """/props is for display: /health decides. This one stops between the two."""
+    fake.behave(stop_itself="healthy")
+    outcome = orch.load(model_a)
+    assert outcome.status == "loaded"
+    os.kill(outcome.pid, signal.SIGCONT)
+
+
+# Progress and stall
+
+
+@pytest.mark.parametrize("work", ["read", "print", "grow"])
+def test_any_sign_of_work_keeps_a_load_alive(
+    orch: Orchestrator, fake: Fake, model_a: str, work: str
+) -> None:
+    """A good load of a large model is silent for minutes: a wall clock would kill it."""
+    fake.behave(loading_s=2.0, work=work)
+    assert orch.load(model_a, stall_timeout_s=0.8).status == "loaded"
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        {"loading_s": -1},
+        {"hang": True},
+        {"stop_itself": "start"},
+        {"answer_after_s": -1},
+        {"backlog": 0},
+    ],
+    ids=lambda behaviour: "-".join(behaviour),
+)
+def test_a_load_without_any_sign_of_work_is_given_up(
+    orch: Orchestrator, fake: Fake, model_a: str, behaviour: dict[str, Any]
+) -> None:
+    """With the setting to change, the last output, and nothing left behind."""
+    fake.behave(message="last words", **behaviour)
+    with pytest.raises(Stalled, match="no sign of progress for 0.4 s") as refused:
+        orch.load(model_a, stall_timeout_s=0.4)
+    assert refused.value.field == "stall_timeout_s"
+    if behaviour != {"stop_itself": "start"}:
+        assert "last words" in refused.value.log_tail
+    assert orch.status().state is State.IDLE
+    assert fake.living() == set()
+    fake.behave()
+    assert orch.load(model_a).status == "loaded"
+
+
+def test_a_deadline_ends_a_load_that_works_on_and_on(
+    orch: Orchestrator, fake: Fake, model_a: str
+) -> None:
+    """The other clock: whatever the progress, not longer than this."""
+    fake.behave(loading_s=-1, work="print")
+    begun = time.monotonic()
+    with pytest.raises(DeadlineExceeded) as refused:
+        orch.load(model_a, deadline_s=0.5)
+    assert refused.value.field == "deadline_s"
+    assert 0.5 <= time.monotonic() - begun < 5
+    assert fake.living() == set()
+
+
+def test_progress_is_in_bytes_and_never_goes_back(
+    orch: Orchestrator, fake: Fake, tmp_path: Any
+) -> None:
+    """What the child has read or holds, never more than the file; 1.0 when it is ready."""
+    large = write_tiny_model(tmp_path / "large.gguf", padding_bytes=32 << 20)
+    fake.behave(loading_s=1.5, work="read")
+    loading = Background(orch.load, str(large))
+    seen = []
+    while not loading.is_done:
+        progress = orch.progress()
+        if progress.phase == "loading" and progress.fraction is not None:
+            assert progress.bytes_total == large.stat().st_size
+            assert progress.bytes_done is not None
+            seen.append(progress.fraction)
+        threading.Event().wait(0.005)
+    loading.result()
+    assert seen == sorted(seen)
+    assert 0 < len(set(seen))
+    assert seen[0] < seen[-1] <= 1
+    assert orch.progress().fraction == 1.0
+
+
+# The end during a start
+
+
+def test_an_exit_during_the_start_is_noticed_at_once_with_the_last_output(
+    orch: Orchestrator, fake: Fake, model_a: str
+) -> None:
+    """Milliseconds, and the tail: the head of a log explains nothing."""
+    fake.behave(
+        flood_bytes=100_000, flood="lines", message="error: invalid argument: --bogus", exit_code=1
+    )
+    took = []
+    for number in range(5):
+        with pytest.raises(ServerStartFailed) as failed:
+            orch.load(model_a)
+        status = orch.status()
+        assert (status.state, status.loaded) == (State.IDLE, None)
+        assert status.last_exit is not None
+        assert status.last_exit.returncode == 1
+        assert failed.value.log_tail
+        took.append(fake.wait_for("exit", number + 1)["at"])
+    assert fake.living() == set()
+
+
+def test_the_exit_of_a_starting_server_is_answered_within_milliseconds(
+    orch: Orchestrator, fake: Fake, model_a: str
+) -> None:
+    """From its last instruction to the caller's error, kill ladder and verification included."""
+    fake.behave(message="cannot do that", exit_code=3)
+    took = []
+    for number in range(7):
+        with pytest.raises(ServerStartFailed) as failed:
+            orch.load(model_a)
+        took.append(time.monotonic() - fake.wait_for("exit", number + 1)["at"])
+        assert "cannot do that" in failed.value.log_tail
+        assert failed.value.generation == number + 1
+    assert min(took) < 0.1, took
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
+def test_a_server_that_is_killed_while_it_starts_says_by_what(
+    orch: Orchestrator, fake: Fake, model_a: str, signum: int
+) -> None:
+    """The out-of-memory killer has a face."""
+    fake.behave(loading_s=-1)
+    loading = Background(orch.load, model_a)
+    pid = fake.wait_for("bound").pid
+    if signum == signal.SIGTERM:
+        fake_ends_at = 0
+        os.kill(pid, signum)
+    else:
+        fake_ends_at = -signum
+        os.kill(pid, signum)
+    assert isinstance(loading.error(), ServerStartFailed)
+    last_exit = orch.status().last_exit
+    assert last_exit is not None
+    assert (last_exit.pid, last_exit.returncode) == (pid, fake_ends_at)
+
+
+def test_an_exit_in_the_middle_of_an_answer_is_noticed(
+    orch: Orchestrator, fake: Fake, model_a: str
+) -> None:
+    """A probe that waits for its answer must not outlive who was asked."""
+    fake.behave(answer_after_s=-1)
+    loading = Background(orch.load, model_a)
+    pid = fake.wait_for("bound").pid
+    threading.Event().wait(0.1)  # into the probe
+    begun = time.monotonic()
+    kill(pid)
+    assert isinstance(loading.error(), ServerStartFailed)
+    assert time.monotonic() - begun < 1
+
+
+def test_a_server_that_ends_in_the_moment_it_is_ready_is_not_loaded(
+    orch: Orchestrator, fake: Fake, model_a: str
+) -> None:
+    """The last answer is 200 and the next thing is its end: loaded or failed, never in between."""
+    fake.behave(crash_after_s=0.0, crash_code=1)
+    for _ in range(10):
+        try:
+            outcome = orch.load(model_a)
+        except ServerStartFailed:
+            assert orch.status().state is State.IDLE
+        else:
+            assert outcome.status == "loaded"
+            until(lambda: orch.status().state is State.IDLE, "the exit to be noticed")
+        assert fake.living() == set()
+
+
+# Cancel, measured where it hurts
+
+
+def test_a_cancel_interrupts_every_kind_of_wait(
+    orch: Orchestrator, fake: Fake, model_a: str
+) -> None:
+    """Between two probes, inside one, and while it connects to a full queue."""
+    for behaviour in ({"loading_s": -1}, {"answer_after_s": -1}, {"backlog": 0}):
+        fake.behave(**behaviour)
+        took = []
+        for _ in range(3):
+            before = len(fake.notes("bound"))
+            loading = Background(orch.load, model_a, load_request_id="x")
+            fake.wait_for("bound", before + 1)
+            until_state(orch, State.WAITING_HEALTH)
+            threading.Event().wait(0.4)
+            begun = time.monotonic()
+            orch.cancel("x")
+            took.append(time.monotonic() - begun)
+            assert isinstance(loading.error(), Cancelled)
+        assert min(took) < 0.25, (behaviour, took)

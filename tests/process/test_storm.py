@@ -1,0 +1,176 @@
+"""Two hundred random calls from eight threads on real processes: never two alive, none left.
+
+Three witnesses that know nothing of the orchestrator: a lock that every fake server and all its
+descendants hold for as long as they live, a monitor process that watches the process table, and the
+times the kernel gave for starts and exits.
+"""
+
+from __future__ import annotations
+
+import collections
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import Orchestrator
+from orchestrator.errors import Busy, Interrupted, OrchestratorError, ServerStartFailed
+from tests.conftest import servers_of
+from tests.process.support import Background, Fake, Make, kill, two_alive, until, watched
+
+THREADS = 8
+CALLS = 25
+MEAN_PAUSE_S = 0.4
+ANSWERS = (Busy, Interrupted, ServerStartFailed)
+
+BEHAVIOURS: dict[str, dict[str, Any]] = {
+    "plain.gguf": {},
+    "late.gguf": {"loading_s": 0.05},
+    "slow.gguf": {"loading_s": 0.4, "work": "print"},
+    "stubborn.gguf": {"ignore_term": 1},
+    "deaf.gguf": {"ignore_term": -1},
+    "family.gguf": {"children": ["group", "daemon", "setsid!"]},
+    "hanging.gguf": {"hang": True},
+    "failing.gguf": {"exit_code": 1, "message": "error: no"},
+    "crashing.gguf": {"crash_after_s": 0.03},
+    "flooding.gguf": {"flood_bytes": 200_000, "flood_for_ever": True},
+}
+
+
+def storm(orch: Orchestrator, models: list[str], seed: int) -> collections.Counter[str]:
+    """One thread's share of the calls; returns what was answered how often."""
+    rng = random.Random(seed)
+    answers: collections.Counter[str] = collections.Counter()
+    pause = threading.Event()
+    for number in range(CALLS):
+        pause.wait(rng.expovariate(1 / MEAN_PAUSE_S))  # so that some loads come to their end
+        dice = rng.random()
+        try:
+            if dice < 0.6:
+                orch.load(
+                    rng.choice(models),
+                    load_request_id=f"{seed}.{number}",
+                    on_busy=rng.choice(["supersede", "supersede", "queue", "reject"]),
+                    deadline_s=5.0,
+                    force_reload=rng.random() < 0.2,
+                )
+                answers["loaded"] += 1
+            elif dice < 0.75:
+                orch.unload()
+                answers["unloaded"] += 1
+            elif dice < 0.85:
+                cancelled = orch.cancel(generation=orch.status().generation)
+                answers["cancelled" if cancelled else "nothing to cancel"] += 1
+            else:
+                other = f"{rng.randrange(THREADS)}.{rng.randrange(CALLS)}"
+                cancelled = orch.cancel(other)
+                answers["cancelled" if cancelled else "nothing to cancel"] += 1
+        except OrchestratorError as error:
+            answers[error.category] += 1
+            assert isinstance(error, ANSWERS) or error.category == "deadline", repr(error)
+    return answers
+
+
+@pytest.mark.timeout(180)
+def test_a_storm_of_calls_never_makes_two_servers_and_leaves_none(
+    make: Make, fake: Fake, state_dir: Path, tmp_path: Path, tiny_model: str
+) -> None:
+    """B01 to B05, B14 to B17 and B36, as they were met."""
+    models = []
+    for name in BEHAVIOURS:
+        (tmp_path / name).hardlink_to(tiny_model)
+        models.append(str(tmp_path / name))
+    fake.behave(by_model=BEHAVIOURS)  # type: ignore[arg-type]
+    orch = make(kill_grace_s=0.4).start()
+    threads = threading.active_count()
+    with watched(state_dir, tmp_path / "watched.json") as report:
+        calls = [Background(storm, orch, models, seed) for seed in range(THREADS)]
+        answers: collections.Counter[str] = collections.Counter()
+        for call in calls:
+            answers += call.result(120)
+        orch.unload()
+        assert servers_of(state_dir) == set()
+        assert fake.living() == set()
+        seen = report()
+    assert answers.total() == THREADS * CALLS, answers
+    starts = fake.notes("start")
+    assert len(starts) > 20
+    assert answers["loaded"] > 10
+    assert answers["superseded"] > 10
+    fake.assert_never_two()
+    assert two_alive(seen, fake.notes()) == []
+    assert seen["left"] == []
+    assert len(seen["seen"]) > 20
+    assert threading.active_count() <= threads
+    print(dict(answers), len(starts), "starts,", seen["looks"], "looks")
+
+
+# The witnesses themselves
+
+
+def test_the_lock_of_the_fake_server_sees_two(fake: Fake, tmp_path: Path) -> None:
+    """A witness that never speaks proves nothing."""
+    command = [fake.path, "-m", "x.gguf", "--port", "0"]
+    popen: dict[str, Any] = {"env": fake.env, "stdout": subprocess.DEVNULL}
+    with subprocess.Popen(command, **popen) as one:
+        fake.wait_for("bound")
+        fake.assert_never_two()
+        with subprocess.Popen(command, **popen) as two:
+            fake.wait_for("bound", 2)
+            assert [note.pid for note in fake.notes("overlap")] == [two.pid]
+            two.kill()
+        one.kill()
+
+
+def test_the_lock_of_the_fake_server_sees_a_descendant(fake: Fake) -> None:
+    """Somebody may be left of a server that is gone."""
+    fake.behave(children=["closed!"])
+    command = [fake.path, "-m", "x.gguf", "--port", "0"]
+    popen: dict[str, Any] = {"env": fake.env, "stdout": subprocess.DEVNULL}
+    with subprocess.Popen(command, **popen) as one:
+        child = fake.wait_for("child").pid
+        one.kill()
+    with subprocess.Popen(command, **popen) as two:
+        assert fake.wait_for("overlap").pid == two.pid
+        fake.wait_for("child", 2)
+        two.kill()
+    assert child in fake.living()
+    for pid in fake.living():
+        kill(pid)
+    until(lambda: not fake.living(), "their end")
+
+
+def test_the_monitor_sees_two_and_not_one_after_the_other(state_dir: Path, tmp_path: Path) -> None:
+    """By what is alive at one moment, not by intervals that somebody estimated."""
+    token = {"LLAMA_ORCHESTRATOR_SLOT": f"{state_dir}/s:0:0"}
+    command = [sys.executable, "-ISc", "print(flush=True); input()"]
+
+    def start() -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            command, env=token, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "\n"
+        return process
+
+    def end(process: subprocess.Popen[str]) -> int:
+        with process:
+            process.kill()
+        return process.pid
+
+    with watched(state_dir, tmp_path / "one.json") as report:
+        first = end(start())
+        second = end(start())
+        seen = report()
+    assert [entry["pid"] for entry in seen["seen"]] == [first, second]
+    assert seen["pairs"] == []
+    with watched(state_dir, tmp_path / "two.json") as report:
+        processes = [start(), start()]
+        pids = [end(process) for process in processes]
+        seen = report()
+    assert seen["pairs"] == [pids]
+    assert seen["left"] == []

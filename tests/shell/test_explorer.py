@@ -1,0 +1,114 @@
+"""Layer B: the real owner keeps its promises in every order of everything.
+
+Each scene is explored to the end: calls, cancels, callers that leave, completions, failures, failed
+kills, crashes and timers in every order, two facts in the inbox at once in both orders. `pytest -s`
+shows the sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from orchestrator.context import Policy
+from tests.core.invariants import INVARIANTS
+from tests.shell.explorer import explore, wander
+from tests.shell.promises import PROMISES
+from tests.shell.stage import ALL_MISHAPS, Scene
+
+CONTINUE = Policy(abandoned_load="continue")
+
+SCENES = (
+    # who supersedes, joins, queues, rejects
+    Scene("load A | load B | unload"),
+    Scene("load A | load B", mishaps=2, pairs=2),
+    Scene("load A | load B queue | load A queue", pairs=0),
+    Scene("load A | load B reject"),
+    Scene("load A", warm="A", mishaps=3, pairs=2),
+    # a cancel, and one that overtakes its load
+    Scene("load A; cancel", mishaps=2),
+    Scene("load A id=x; cancel x | load A id=y"),
+    Scene("cancel x | load A slow id=x | load B", pairs=0),
+    # callers that go away: waiting, looking up, joined, queued
+    Scene("load A; withdraw", mishaps=2),
+    Scene("load A slow; withdraw", mishaps=2),
+    Scene("load A; withdraw | load A", mishaps=2, pairs=0),
+    Scene("load A; withdraw | load A; withdraw", pairs=0),
+    Scene("load A; withdraw | load B queue", policy=CONTINUE),
+    Scene("load B | load A queue; withdraw", warm="A", pairs=0),
+    # leases, drains, and a drain that takes too long
+    Scene("lease; release | load B", warm="A", mishaps=2),
+    Scene("lease; withdraw | load B; cancel", warm="A", pairs=0),
+    Scene("lease | load A | unload"),
+    # a shutdown and a crash in every moment
+    Scene("load A | shutdown", mishaps=2),
+    Scene("load B | load A queue | shutdown", warm="A", pairs=0),
+    Scene("lease | shutdown; load B", warm="A", mishaps=2),
+    Scene("unload", warm="A", mishaps=3),
+    # time
+    Scene("load A deadline", mishaps=2),
+    Scene("load A deadline | load B queue deadline", mishaps=0),
+    # calls that arrive in another order than they were made, or not at all
+    Scene("load A slow | load B slow | unload A", kinds=ALL_MISHAPS | {"look-up"}, pairs=0),
+    # a slot that is not as empty as it seemed
+    Scene("load A | unload", kinds=frozenset({"stray", "kill", "spawn"}), mishaps=3),
+)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.program)
+def test_the_owner_keeps_every_promise(scene: Scene) -> None:
+    """What the machine decides is done, told and shown, whatever comes between."""
+    report = explore(scene)
+    print(f"\n{report}")
+    assert report.counterexample is None, report.counterexample.story
+    assert report.stages > report.schedules > 1
+
+
+WALKS = (
+    Scene("load A; cancel; load B | load B queue; withdraw | lease; release | unload; load A"),
+    Scene("load A id=x | cancel x; load B slow | load A queue; withdraw | unload B | lease; release"),
+    Scene("load A force; load A deadline | lease; withdraw; load B | load A queue | shutdown"),
+)
+
+
+@pytest.mark.parametrize("walk", WALKS, ids=lambda scene: scene.program)
+def test_the_owner_keeps_every_promise_in_longer_programs(walk: Scene) -> None:
+    """Too many schedules to take them all: some hundred, chosen by chance, always the same."""
+    kinds = ALL_MISHAPS | {"look-up", "stray"}
+    report = wander(replace(walk, mishaps=4, pairs=8, kinds=kinds), schedules=250)
+    print(f"\n{report}")
+    assert report.counterexample is None, report.counterexample.story
+    assert report.stages > 250
+
+
+def test_a_stage_that_was_reached_before_has_no_other_future() -> None:
+    """Pruning is sound: without it the same stages are reached, in many more schedules."""
+    for program in ("load A; cancel", "load A | unload"):
+        scene = Scene(program, mishaps=0, pairs=1)
+        pruned, whole = explore(scene), explore(scene, prune=False)
+        assert pruned.counterexample is whole.counterexample is None
+        assert pruned.stages == whole.stages
+        assert pruned.moves < whole.moves
+
+
+def test_an_exploration_is_deterministic() -> None:
+    """A counterexample that changes from run to run cannot be discussed."""
+    first, second = (explore(Scene("load A | unload")) for _ in range(2))
+    assert (first.schedules, first.stages, first.moves) == (
+        second.schedules,
+        second.stages,
+        second.moves,
+    )
+
+
+def test_the_explorer_refuses_to_stop_half_way() -> None:
+    """A bound that cuts off in silence would call an unexplored owner correct."""
+    with pytest.raises(MemoryError, match="more than 100 schedules"):
+        explore(Scene("load A | load B | unload"), max_schedules=100)
+
+
+def test_promises_and_invariants_have_different_names() -> None:
+    """A counterexample names what it broke."""
+    assert not PROMISES & INVARIANTS
