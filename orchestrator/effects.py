@@ -18,6 +18,7 @@ from pathlib import Path
 import structlog
 
 from orchestrator import guardian, models
+from orchestrator.argv import build_argv
 from orchestrator.errors import OrchestratorError, Problem, StateDirError
 from orchestrator.health import LoadProgress, wait_ready
 from orchestrator.messages import (
@@ -41,7 +42,6 @@ from orchestrator.messages import (
 )
 from orchestrator.ports import SlotLock
 from orchestrator.process import ServerProcess, Warden, check_server_env, child_environment
-from orchestrator.server_args import build_argv
 from orchestrator.slot import Slot
 from orchestrator.tokens import CancelToken
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, cast
 
 from orchestrator import views
+from orchestrator.argv import build_argv
 from orchestrator.context import Context, Policy
 from orchestrator.effects import ProcessEffects
 from orchestrator.errors import (
@@ -47,7 +48,6 @@ from orchestrator.models import locate
 from orchestrator.owner import Call, Owner
 from orchestrator.plan import Plan, checked_seconds, plan_load
 from orchestrator.request import LoadRequest, Target
-from orchestrator.server_args import build_argv
 from orchestrator.servers import ask_catalogue, find_server
 from orchestrator.slot import Slot, default_state_dir
 from orchestrator.states import State

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from orchestrator import guards
+from orchestrator.argv import build_argv
 from orchestrator.context import Context
 from orchestrator.errors import InvalidRequest
 from orchestrator.messages import LoadRequested
 from orchestrator.named import Named
 from orchestrator.request import ReloadReason, Target, differences
-from orchestrator.server_args import build_argv
 from orchestrator.states import State
 from orchestrator.tokens import Ticket
 

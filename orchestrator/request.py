@@ -197,7 +197,7 @@ class Target:
         if self.request.llama_extra_args is not None:
             return self
         inherited = server_args.strip_shadowed(
-            committed.get(self.source, ()), server_args.groups_set_by(self.request)
+            committed.get(self.source, ()), groups_set_by(self.request)
         )
         return replace(self, request=replace(self.request, llama_extra_args=inherited))
 
@@ -216,6 +216,11 @@ class Target:
             "llama_extra_args": self.extra_args,
             "llama_server": self.server,
         }
+
+
+def groups_set_by(request: LoadRequest) -> frozenset[str]:
+    """Return the fields of this request that take over flags of inherited args."""
+    return frozenset(name for name in server_args.SHADOWED if getattr(request, name))
 
 
 def differences(running: Target, requested: Target) -> tuple[ReloadReason, ...]:

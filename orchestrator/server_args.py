@@ -1,8 +1,7 @@
-"""llama-server's flags: which are refused, which a field shadows, and the final argv.
+"""llama-server's flags: which are refused, which a field shadows, which mean a drafting mode.
 
-Pure, and driven by the tables below; nothing else in the library knows the name of a flag.
-Order of an argv is stable: managed flags first, the caller's extra args last, so that an explicit
-flag wins over a field (llama-server lets the last one win).
+Pure, and driven by the tables below; beside argv.py nothing in the library knows the name of a
+flag. A flag is the same in every spelling that llama-server takes for it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from orchestrator.errors import InvalidRequest, RefusedArgument
 
 if TYPE_CHECKING:
     from orchestrator.catalogue import Catalogue
-    from orchestrator.request import LoadRequest, Target
 
 CACHE_TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
@@ -136,11 +134,6 @@ def is_encodable(text: str) -> bool:
     return True
 
 
-def groups_set_by(request: LoadRequest) -> frozenset[str]:
-    """Return the fields of this request that take over flags of inherited args."""
-    return frozenset(name for name in SHADOWED if getattr(request, name))
-
-
 def strip_shadowed(args: tuple[str, ...], groups: Iterable[str]) -> tuple[str, ...]:
     """Return `args` without the flags, and their values, that the given fields own."""
     owned = {
@@ -239,29 +232,3 @@ def _accepted(catalogue: Catalogue | None) -> list[str]:
     listed = catalogue.get("--spec-type")
     types = [name for name in (listed.choices if listed else ()) if name != "none"]
     return ["off", *(["default"] if catalogue.has("--spec-default") else []), *types]
-
-
-def build_argv(target: Target, *, template_file: str | None) -> tuple[str, ...]:
-    """Return the server's whole command line. The port is always 0: the server picks a free one
-    and the address is read from the server itself, so no picked port can be lost.
-
-    Args:
-        target: What to run; its extra args are already the effective ones.
-        template_file: Where the chat template override was written, if there is one.
-    """
-    request = target.request
-    argv = [*target.server.command, "-m", target.model.weights[0].path]
-    argv += ["--host", "127.0.0.1", "--port", "0"]
-    if target.model.projector is not None:
-        argv += ["--mmproj", target.model.projector.path]
-    if request.max_seq_length:
-        argv += ["-c", str(request.max_seq_length)]
-    if request.n_parallel is not None:
-        argv += ["--parallel", str(request.n_parallel)]
-    if request.cache_type_kv is not None:
-        argv += ["-ctk", request.cache_type_kv, "-ctv", request.cache_type_kv]
-    catalogue = target.server.catalogue
-    argv += speculative_flags(target.speculative_type, target.extra_args, catalogue)
-    if template_file is not None:
-        argv += ["--jinja", "--chat-template-file", template_file]
-    return (*argv, *target.extra_args)

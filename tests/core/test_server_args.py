@@ -12,18 +12,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.argv import build_argv
 from orchestrator.errors import InvalidRequest, RefusedArgument
-from orchestrator.request import FileIdentity, LoadRequest, ModelFiles, ServerBinary, Target
+from orchestrator.request import (
+    FileIdentity,
+    LoadRequest,
+    ModelFiles,
+    ServerBinary,
+    Target,
+    groups_set_by,
+)
 from orchestrator.server_args import (
     CACHE_TYPES,
     MAX_BYTES,
     MAX_TOKENS,
     REFUSED,
     SHADOWED,
-    build_argv,
     check_extra_args,
     flag_of,
-    groups_set_by,
     normal_cache_type,
     normal_speculative_type,
     speculative_flags,

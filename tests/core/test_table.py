@@ -36,6 +36,7 @@ HELPERS = {"is_same", "is_named", "cancels", "is_meant"}
 """Functions of guards.py that guards and actions share; no row names them."""
 
 CORE = {
+    "argv",
     "named",
     "catalogue",
     "failures",
