@@ -381,9 +381,7 @@ class Owner:
     # ------------------------------------------------------------------------------------- timers
 
     def _until_next_timer(self) -> float | None:
-        if not self._timers:
-            return None
-        return min(max(0.0, self._timers[0][0] - self.clock()), threading.TIMEOUT_MAX)
+        return max(0.0, self._timers[0][0] - self.clock()) if self._timers else None
 
     def _due_timer(self) -> Fact | None:
         if self._timers and self._timers[0][0] <= self.clock():

@@ -321,7 +321,7 @@ def test_no_decision_depends_on_what_is_kept_for_display(name: str) -> None:
 @cache
 def every_step() -> list[tuple[Core, Fact]]:
     """Some thousand steps of all kinds, as one exploration takes them."""
-    report = explore("lease; withdraw | load A; cancel | load B queue")
+    report = explore("lease; withdraw | load A; cancel | load B queue", keep_steps=True)
     assert report.counterexample is None
     return list(report.steps)
 

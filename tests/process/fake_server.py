@@ -45,7 +45,6 @@ if TYPE_CHECKING:
         crash_code: int
         flood_for_ever: bool
         close_output: bool  # lets go of its pipe
-        close_output: bool  # lets go of its pipe
         # the end
         ignore_term: int  # so many SIGTERMs have no effect; negative: none has
         term_takes_s: float
@@ -205,9 +204,6 @@ class Server:
         if self.plan.get("close_output"):
             os.closerange(1, 3)
             self.journal.note("closed")
-        if self.plan.get("close_output"):
-            os.closerange(1, 3)
-            self.journal.note("closed")
         if self.plan.get("flood_for_ever"):
             _thread.start_new_thread(flood, (1 << 60, "lines"))
         if "crash_after_s" in self.plan:
@@ -224,7 +220,7 @@ class Server:
         while "backlog" in self.plan:
             signal.pause()
         while True:
-            connection, _ = self.socket._accept()
+            connection, _ = self.socket._accept()  # type: ignore[attr-defined]
             _thread.start_new_thread(self.answer, (connection,))
 
 
@@ -251,7 +247,7 @@ def start_child(kind: str, journal: Journal, alive_fd: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    options = dict(zip(argv, argv[1:], strict=False))
+    options = {name: argv[at + 1] for at, name in enumerate(argv[:-1])}
     model = options.get("-m", "")
     plan = read_plan(model)
     journal = Journal(os.getpid())
@@ -259,7 +255,9 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, server.on_term)
     alive_fd = hold_alive_lock(journal)
     files = {fd: name for fd, name in open_files().items() if fd not in journal.fds | {alive_fd}}
-    journal.note("start", model=model, argv=argv, ppid=os.getppid(), env=dict(os.environ), fds=files)
+    journal.note(
+        "start", model=model, argv=argv, ppid=os.getppid(), env=dict(os.environ), fds=files
+    )
     if plan.get("stop_itself") == "start":
         os.kill(os.getpid(), signal.SIGSTOP)
     if "message" in plan:

@@ -16,6 +16,10 @@ import select
 import sys
 import time
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 TOKEN = b"LLAMA_ORCHESTRATOR_SLOT="
 YOUNG_S = 2.0
 
@@ -27,7 +31,7 @@ class Monitor:
         self.passed: set[int] = set()
         self.alive: dict[int, int] = {}  # pid -> pidfd
         self.poll = select.poll()
-        self.seen: list[dict[str, float]] = []
+        self.seen: list[dict[str, Any]] = []
         self.pairs: list[tuple[int, int]] = []
         self.looks = 0
 
@@ -63,7 +67,7 @@ class Monitor:
         self.pairs += [(old, pid) for old, old_fd in self.alive.items() if not has_exited(old_fd)]
         self.alive[pid] = fd
         self.poll.register(fd, select.POLLIN)
-        self.seen.append({"pid": pid, "at": at})
+        self.seen.append({"pid": pid, "at": at, "kin": kin_of(pid)})
 
     def sleep(self, seconds: float) -> None:
         """Wait, but not past the exit of somebody."""
@@ -73,6 +77,16 @@ class Monitor:
                 self.poll.unregister(fd)
                 os.close(fd)
                 del self.alive[pid]
+
+
+def kin_of(pid: int) -> list[int]:
+    """Its parent and the leader of its session: who it belongs to, if they were seen."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return []
+    return [int(fields[1]), int(fields[3])]
 
 
 def has_exited(fd: int) -> bool:

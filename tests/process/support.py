@@ -19,16 +19,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import pytest
 
 from orchestrator import Orchestrator, State, proctable
 from orchestrator.events import Event
 from tests.conftest import servers_of
-
-if TYPE_CHECKING:
-    from tests.process.fake_server import Plan
 
 T = TypeVar("T")
 
@@ -123,8 +120,8 @@ class Fake:
         """A shell script that runs the server without becoming it."""
         return self.script("wrapper.sh", f'#!/bin/sh\nSERVER="{self.path}"\n{command}\n')
 
-    def behave(self, by_model: dict[str, Plan] | None = None, **plan: Any) -> None:
-        """Say how servers started from now on behave; see `fake_server.Plan`."""
+    def behave(self, by_model: dict[str, Any] | None = None, **plan: Any) -> None:
+        """Say how servers started from now on behave; by the keys of `fake_server.Plan`."""
         temporary = self.directory / "plan.tmp"
         temporary.write_text(json.dumps({"by_model": by_model or {}, **plan}))
         temporary.replace(self.directory / "plan.json")
@@ -182,6 +179,13 @@ def until_state(orch: Orchestrator, state: State, deadline_s: float = DEADLINE_S
     until(lambda: orch.status().state is state, f"state {state}", deadline_s)
 
 
+def until_queued(orch: Orchestrator, count: int = 1) -> None:
+    """Wait until so many facts lie in the inbox of an owner that is held up."""
+    owner = orch._owner
+    assert owner is not None
+    until(lambda: owner._inbox.qsize() >= count, "the fact")
+
+
 def transitions(orch: Orchestrator) -> list[Event]:
     """Every transition so far that is still kept."""
     owner = orch._owner
@@ -212,8 +216,8 @@ orch = make()
 class Host:
     """A backend that embeds the orchestrator, as a process that may be killed.
 
-    Its program sees `make(**settings)`, `orch` (one made so), `a["model"]`, `say(**members)` (a line
-    to the test) and `rest()` (for ever).
+    Its program sees `make(**settings)`, `orch` (one made so), `a["model"]`, `say(**members)` (a
+    line to the test) and `rest()` (for ever).
     """
 
     def __init__(
@@ -289,9 +293,18 @@ def watched(state_dir: Path, result: Path) -> Iterator[Callable[[], dict[str, An
 
 def two_alive(report: dict[str, Any], notes: list[Note]) -> list[tuple[int, int]]:
     """The pairs of processes that were alive at once without being of one server."""
-    root = {note.pid: int(note["root"]) for note in notes}
-    pairs: list[tuple[int, int]] = report["pairs"]
-    return [(old, new) for old, new in pairs if root.get(old, old) != root.get(new, new)]
+    noted = {note.pid: int(note["root"]) for note in notes}
+    kin = {entry["pid"]: entry["kin"] for entry in report["seen"]}
+
+    def root(pid: int) -> int:
+        while pid not in noted:
+            above = [other for other in kin[pid] if other in kin and other != pid]
+            if not above:
+                return pid
+            pid = above[0]
+        return noted[pid]
+
+    return [(old, new) for old, new in report["pairs"] if root(old) != root(new)]
 
 
 def nothing_left(state_dir: Path, fake: Fake | None = None) -> bool:

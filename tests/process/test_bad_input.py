@@ -298,7 +298,9 @@ def test_a_binary_that_cannot_run_costs_no_running_model(
     assert len(fake.notes("start")) == 1
 
 
-@pytest.mark.parametrize("path", ["", "  ", "nul\0", "~nobody-of-that-name/x", "x" * 300, "x/" * 3000])
+@pytest.mark.parametrize(
+    "path", ["", "  ", "nul\0", "~nobody-of-that-name/x", "x" * 300, "x/" * 3000]
+)
 def test_a_binary_that_is_no_path_is_refused(make: Make, model_a: str, path: str) -> None:
     """Typed, whatever the text."""
     refused = refusal(make(llama_server=path), model_a)
@@ -410,7 +412,7 @@ def test_a_state_directory_that_is_lost_while_a_model_runs_is_an_error_not_a_los
     orch = make(state_dir=directory, kill_grace_s=0.2)
     pid = orch.load(model_a).pid
     shutil.rmtree(directory)
-    with pytest.raises(SlotOccupied, match="server.lock cannot be opened .*check state_dir"):
+    with pytest.raises(SlotOccupied, match=r"server.lock cannot be opened .*check state_dir"):
         orch.load(model_b)
     assert fake.living() <= {pid}
     assert len(fake.notes("start")) == 1

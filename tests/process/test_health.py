@@ -34,7 +34,7 @@ class Foreign(http.server.BaseHTTPRequestHandler):
 
     asked = 0
 
-    def do_GET(self) -> None:  # noqa: N802 (the name is http.server's)
+    def do_GET(self) -> None:
         type(self).asked += 1
         self.send_response(200)
         self.send_header("Content-Length", str(len(LOADED)))
@@ -220,7 +220,7 @@ def test_a_load_without_any_sign_of_work_is_given_up(
 ) -> None:
     """With the setting to change, the last output, and nothing left behind."""
     fake.behave(message="last words", **behaviour)
-    with pytest.raises(Stalled, match="no sign of progress for 0.4 s") as refused:
+    with pytest.raises(Stalled, match=r"no sign of progress for 0.4 s") as refused:
         orch.load(model_a, stall_timeout_s=0.4)
     assert refused.value.field == "stall_timeout_s"
     if behaviour != {"stop_itself": "start"}:
@@ -261,7 +261,6 @@ def test_progress_is_in_bytes_and_never_goes_back(
         threading.Event().wait(0.005)
     loading.result()
     assert seen == sorted(seen)
-    assert 0 < len(set(seen))
     assert seen[0] < seen[-1] <= 1
     assert orch.progress().fraction == 1.0
 
@@ -361,7 +360,8 @@ def test_a_cancel_interrupts_every_kind_of_wait(
     orch: Orchestrator, fake: Fake, model_a: str
 ) -> None:
     """Between two probes, inside one, and while it connects to a full queue."""
-    for behaviour in ({"loading_s": -1}, {"answer_after_s": -1}, {"backlog": 0}):
+    waits: list[dict[str, Any]] = [{"loading_s": -1}, {"answer_after_s": -1}, {"backlog": 0}]
+    for behaviour in waits:
         fake.behave(**behaviour)
         took = []
         for _ in range(3):

@@ -73,7 +73,12 @@ def test_a_model_cut_anywhere_is_refused(model: Path) -> None:
     """An interrupted download costs no running model, wherever it stopped."""
     data = model.read_bytes()
     header = 20_000
-    cuts = [*range(1, 64), *range(64, header, 997), *range(header, len(data), 40_009), len(data) - 1]
+    cuts = [
+        *range(1, 64),
+        *range(64, header, 997),
+        *range(header, len(data), 40_009),
+        len(data) - 1,
+    ]
     for size in cuts:
         model.write_bytes(data[:size])
         with pytest.raises(InvalidModel) as refused:
@@ -102,8 +107,11 @@ def pair(key: str, kind: int, value: bytes) -> bytes:
 
 def tensor(shape: tuple[int, ...], kind: int, offset: int) -> bytes:
     return (
-        struct.pack("<Q", 1) + b"t" + struct.pack("<I", len(shape))
-        + struct.pack(f"<{len(shape)}Q", *shape) + struct.pack("<IQ", kind, offset)
+        struct.pack("<Q", 1)
+        + b"t"
+        + struct.pack("<I", len(shape))
+        + struct.pack(f"<{len(shape)}Q", *shape)
+        + struct.pack("<IQ", kind, offset)
     )
 
 
@@ -259,7 +267,7 @@ def test_a_path_without_a_model_is_an_error_with_the_field(
 def test_a_hub_id_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name like this is not a misspelt path."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelNotFound, match="Hub.*give its path"):
+    with pytest.raises(ModelNotFound, match=r"Hub.*give its path"):
         find("owner/name")
 
 
@@ -274,7 +282,7 @@ def test_a_folder_holds_its_preferred_variant(folder: Callable[..., Path]) -> No
     found = find(root, gguf_variant="q4_k_m")
     assert (names(found), found.variant) == (["b-Q4_K_M.gguf"], "Q4_K_M")
     assert names(find(root, gguf_variant="sub/c-UD-Q4_K_XL.gguf")) == ["c-UD-Q4_K_XL.gguf"]
-    with pytest.raises(ModelNotFound, match="it has .*a-Q8_0") as refused:
+    with pytest.raises(ModelNotFound, match=r"it has .*a-Q8_0") as refused:
         find(root, gguf_variant="Q5_K_M")
     assert refused.value.field == "gguf_variant"
 
@@ -292,7 +300,7 @@ def test_a_variant_never_leaves_its_folder(
 
 def test_a_folder_may_be_the_whole_disk(model: Path) -> None:
     """A mistyped path is answered at once, and nothing is searched for minutes."""
-    with pytest.raises(ModelNotFound, match="give the .gguf file|no variant|no .gguf") as refused:
+    with pytest.raises(ModelNotFound, match=r"give the .gguf file|no variant|no .gguf") as refused:
         find("/", gguf_variant="no-such-variant")
     assert refused.value.field in ("model_path", "gguf_variant")
 

@@ -261,7 +261,9 @@ def test_a_stopped_backend_keeps_its_server(host: StartHost, fake: Fake) -> None
 
 def test_a_guardian_that_was_killed_is_replaced_at_the_next_start(host: StartHost) -> None:
     """One lost helper must not leave the backend unguarded for months."""
-    backend = host(LOAD + 'sys.stdin.readline()\nsay(pid=orch.load(a["model"], force_reload=True).pid)\nrest()')
+    backend = host(
+        LOAD + 'sys.stdin.readline()\nsay(pid=orch.load(a["model"], force_reload=True).pid)\nrest()'
+    )
     backend.hear()
     first = until_guarded(backend)
     kill(first)
@@ -282,7 +284,11 @@ def test_a_closed_backend_leaves_no_guardian(host: StartHost) -> None:
 
 def test_a_guardian_holds_nothing_of_the_backend(host: StartHost) -> None:
     """No port, no pipe and no terminal of the host stays open because of it."""
-    backend = host("import socket\ns = socket.create_server(('127.0.0.1', 0))\ns.set_inheritable(True)\n" + LOAD + "rest()")
+    backend = host(
+        "import socket\ns = socket.create_server(('127.0.0.1', 0))\ns.set_inheritable(True)\n"
+        + LOAD
+        + "rest()"
+    )
     backend.hear()
     pid = until_guarded(backend)
     only = ["/dev/null"] * 3 + ["anon_inode:[pidfd]"]
@@ -386,7 +392,10 @@ def test_the_next_start_touches_no_look_alike(
     arguments = psutil.Process(ours).cmdline()
     twin_home = Fake(tmp_path / "twin")
     with subprocess.Popen(
-        arguments, env={**os.environ, **twin_home.env}, stdout=subprocess.PIPE, start_new_session=True
+        arguments,
+        env={**os.environ, **twin_home.env},
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     ) as twin:
         twin_home.wait_for("bound")
         assert psutil.Process(twin.pid).cmdline() == arguments

@@ -10,8 +10,6 @@ import gc
 import os
 import signal
 import stat
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -44,6 +42,7 @@ from tests.process.support import (
     kill,
     transitions,
     until,
+    until_queued,
     until_state,
 )
 
@@ -150,9 +149,7 @@ def test_an_obedient_server_gets_one_signal_and_is_reaped(
     orch.unload()
     assert [note["event"] for note in fake.notes()][-2:] == ["term", "exit"]
     assert proctable.row(pid) is None
-    last_exit = orch.status().last_exit
-    assert last_exit is not None
-    assert (last_exit.pid, last_exit.returncode) == (pid, 0)
+    assert last_exit(orch) == (pid, 0)
     assert orch.status().last_error is None
 
 
@@ -166,9 +163,7 @@ def test_a_server_that_ignores_sigterm_is_killed_after_the_grace(
     watch, begun = Watch(pid), time.monotonic()
     orch.unload()
     assert 0.4 <= watch.seconds_to_exit(begun) < 0.4 + PROMPT_S
-    last_exit = orch.status().last_exit
-    assert last_exit is not None
-    assert last_exit.returncode == -signal.SIGKILL
+    assert last_exit(orch) == (pid, -signal.SIGKILL)
     assert len(fake.notes("term")) == 2
 
 
@@ -182,20 +177,14 @@ def test_a_second_sigterm_comes_soon(make: Make, fake: Fake, model_a: str) -> No
     assert watch.seconds_to_exit(begun) < PROMPT_S
     first, second = fake.notes("term")
     assert second["at"] - first["at"] >= 0.1
-    assert orch.status().last_exit == proctable_exit(pid, 0)
+    assert last_exit(orch) == (pid, 0)
 
 
-def proctable_exit(pid: int, returncode: int) -> Any:
-    """Equal to any exit of this pid and status, whatever it printed."""
-
-    class Same:
-        def __eq__(self, other: object) -> bool:
-            found = (getattr(other, "pid", None), getattr(other, "returncode", None))
-            return found == (pid, returncode)
-
-        __hash__ = None  # type: ignore[assignment]
-
-    return Same()
+def last_exit(orch: Orchestrator) -> tuple[int, int | None]:
+    """Who ended last, and how."""
+    seen = orch.status().last_exit
+    assert seen is not None
+    return seen.pid, seen.returncode
 
 
 def test_no_grace_means_sigkill_at_once(make: Make, fake: Fake, model_a: str) -> None:
@@ -204,7 +193,7 @@ def test_no_grace_means_sigkill_at_once(make: Make, fake: Fake, model_a: str) ->
     pid = orch.load(model_a).pid
     orch.unload()
     assert fake.notes("term") == []
-    assert orch.status().last_exit == proctable_exit(pid, -signal.SIGKILL)
+    assert last_exit(orch) == (pid, -signal.SIGKILL)
 
 
 def test_a_stopped_server_is_continued_to_hear_the_signal(
@@ -218,7 +207,7 @@ def test_a_stopped_server_is_continued_to_hear_the_signal(
     watch, begun = Watch(pid), time.monotonic()
     orch.unload()
     assert watch.seconds_to_exit(begun) < PROMPT_S
-    assert orch.status().last_exit == proctable_exit(pid, 0)
+    assert last_exit(orch) == (pid, 0)
 
 
 @pytest.mark.parametrize("at", ["start", "healthy"])
@@ -295,6 +284,8 @@ def test_the_server_behind_a_wrapper_ends_with_it(
     make: Make, fake: Fake, model_a: str, state_dir: Path, command: str
 ) -> None:
     """A shell script that does not `exec` is how many people start llama-server."""
+    if command.endswith("done"):
+        fake.behave(loading_s=-1)  # or it might be Healthy before its wrapper has ended
     orch = make(llama_server=fake.wrapper(command), kill_grace_s=0.5)
     loading = Background(orch.load, model_a)
     pid = fake.wait_for("start").pid
@@ -333,7 +324,7 @@ def test_a_descendant_that_outlives_a_crashed_server_is_ended(
     kill(pid)
     child.seconds_to_exit(time.monotonic())
     until_state(orch, State.IDLE)
-    assert orch.status().last_exit == proctable_exit(pid, -signal.SIGKILL)
+    assert last_exit(orch) == (pid, -signal.SIGKILL)
 
 
 # Output
@@ -381,7 +372,7 @@ def test_a_server_that_closes_its_output_costs_nothing(
     fake.behave(close_output=True)
     pid = orch.load(model_a).pid
     fake.wait_for("closed")
-    server = orch._owner.effects._server  # type: ignore[union-attr,attr-defined]
+    server = orch._owner.effects._server  # type: ignore[union-attr]
     until(lambda: server.stdout_fd is None, "the end of the pipe")
     before = turns
     threading.Event().wait(0.2)  # a measurement, not a rendezvous
@@ -410,7 +401,7 @@ def test_what_was_printed_can_be_read_afterwards(
     [({"crash_code": 7}, 7), ({"crash_code": 0}, 0), ({"crash_signal": 11}, -11)],
 )
 def test_a_crash_is_noticed_and_its_status_is_told(
-    orch: Orchestrator, fake: Fake, model_a: str, how: dict[str, int], returncode: int
+    orch: Orchestrator, fake: Fake, model_a: str, how: dict[str, Any], returncode: int
 ) -> None:
     """A corpse is never "loaded", and the same load starts a new server."""
     fake.behave(crash_after_s=0.1, message="bye", **how)
@@ -418,7 +409,7 @@ def test_a_crash_is_noticed_and_its_status_is_told(
     until_state(orch, State.IDLE)
     status = orch.status()
     assert status.loaded is None
-    assert status.last_exit == proctable_exit(pid, returncode)
+    assert last_exit(orch) == (pid, returncode)
     assert status.last_error is not None
     assert status.last_error.category == "server_exited"
     assert "bye" in status.last_error.log_tail
@@ -557,13 +548,6 @@ def test_closing_over_a_server_that_will_not_die_says_so(
 # Cancel, in every state
 
 
-def until_queued(orch: Orchestrator, count: int = 1) -> None:
-    """Wait until so many facts lie in the inbox of an owner that is held up."""
-    owner = orch._owner
-    assert owner is not None
-    until(lambda: owner._inbox.qsize() >= count, "the fact")
-
-
 def test_a_cancel_while_the_old_server_dies_starts_nothing(
     make: Make, fake: Fake, model_a: str, model_b: str
 ) -> None:
@@ -662,8 +646,10 @@ def test_a_cancel_while_the_server_loads_is_quick(
     took = []
     for number in range(3):
         loading = Background(orch.load, model_a, load_request_id="a")
-        fake.wait_for("start" if {"hang", "bind_after_s", "stop_itself"} & behaviour.keys() else
-                      "bound", number + 1)
+        fake.wait_for(
+            "start" if {"hang", "bind_after_s", "stop_itself"} & behaviour.keys() else "bound",
+            number + 1,
+        )
         until_state(orch, State.WAITING_HEALTH)
         threading.Event().wait(0.3 if "backlog" in behaviour else 0.03)  # into a hanging probe
         begun = time.monotonic()
@@ -708,6 +694,7 @@ def test_another_process_on_the_slot_is_refused_and_told_who_owns_it(
     assert f"process {os.getpid()}:" in other.hear()["text"]
     assert other.process.wait(30) == 0
     assert orch.load(model_a).pid == pid
+    orch.unload()
 
 
 def test_different_slots_coexist(make: Make, tmp_path: Path, model_a: str) -> None:
@@ -791,6 +778,14 @@ def test_workers_forked_at_any_moment_take_no_lock_with_them(
     fake.assert_never_two()
 
 
+REAPS_ALL = """
+def reap_all():
+    while True:
+        try: os.waitpid(-1, 0)
+        except ChildProcessError: time.sleep(0.0005)
+threading.Thread(target=reap_all, daemon=True).start()
+"""
+
 REAPED_BY_THE_HOST = """
 outcome = orch.load(a["model"])
 os.kill(outcome.pid, 9)
@@ -810,11 +805,7 @@ say(closed=True)
     "habit",
     [
         "signal.signal(signal.SIGCHLD, signal.SIG_IGN)",
-        "def reap_all():\n"
-        "    while True:\n"
-        "        try: os.waitpid(-1, 0)\n"
-        "        except ChildProcessError: time.sleep(0.0005)\n"
-        "threading.Thread(target=reap_all, daemon=True).start()",
+        REAPS_ALL,
     ],
     ids=["ignores SIGCHLD", "waits for any child"],
 )

@@ -27,12 +27,9 @@ from tests.process.support import is_running, kill, until
 
 Sleeper = subprocess.Popen[bytes]
 Sleep = Callable[..., Sleeper]
-_SLEEP = [sys.executable, "-I", "-S", "-c", "import time; print(flush=True); time.sleep(600)"]
-_DEAF = [
-    *(sys.executable, "-I", "-S", "-c"),
-    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); "
-    "time.sleep(600)",
-]
+_PYTHON = (sys.executable, "-I", "-S", "-c")
+_SLEEP = [*_PYTHON, "import time; print(flush=True); time.sleep(600)"]
+_DEAF = [*_PYTHON, "import signal, time; signal.signal(15, signal.SIG_IGN)\n" + _SLEEP[-1]]
 
 
 @pytest.fixture
@@ -327,6 +324,7 @@ def test_what_is_remembered_is_recalled_and_forgotten(mine: Slot, state_dir: Pat
     assert mine.recall() is None
     mine.remember(None)
     me = proctable.identify(os.getpid())
+    assert me is not None
     assert mine.recall() == slot.Record(me, None)
     server = ProcessId(4242, 17, proctable.boot_id())
     mine.remember(server)
@@ -418,9 +416,8 @@ def test_a_group_of_a_recorded_server_is_reaped_with_it(mine: Slot, sleep: Sleep
         env={"PATH": os.environ["PATH"]},
     )
     mine.remember(identity(server))
-    family = until(
-        lambda: len(found := proctable.descendants({server.pid})) == 2 and found, "two children"
-    )
+    until(lambda: len(proctable.descendants({server.pid})) == 2, "two children")
+    family = proctable.descendants({server.pid})
     signalled, _ = mine.reap()
     assert signalled == family | {server.pid}
     assert not any(map(is_running, family))
@@ -467,14 +464,13 @@ def test_what_will_not_die_keeps_the_slot_occupied(
     assert mine.reap()[1].is_empty
 
 
-
 # Names and directories
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "-a", "a b", "a\n", "a\0", "é", "x" * 65])
 def test_a_bad_name_is_refused_and_makes_nothing(state_dir: Path, name: str) -> None:
     """A name becomes a folder: nothing that means more than a name is accepted."""
-    with pytest.raises(InvalidRequest, match="slot is .*use 1 to 64") as refused:
+    with pytest.raises(InvalidRequest, match=r"slot is .*use 1 to 64") as refused:
         Slot(name, state_dir)
     assert refused.value.field == "slot"
     assert list(state_dir.iterdir()) == []
@@ -527,7 +523,9 @@ def test_a_state_directory_is_made_where_its_parent_exists(tmp_path: Path) -> No
     """And it is private: a record or a template is nobody else's business."""
     made = Slot("s", tmp_path / "new")
     assert made.directory == tmp_path / "new" / "s"
-    assert [p.stat().st_mode & 0o777 for p in (made.directory, made.directory.parent)] == [0o700] * 2
+    assert [p.stat().st_mode & 0o777 for p in (made.directory, made.directory.parent)] == [
+        0o700
+    ] * 2
 
 
 def test_the_default_state_directory_follows_the_environment(

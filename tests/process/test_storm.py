@@ -18,14 +18,17 @@ from typing import Any
 import pytest
 
 from orchestrator import Orchestrator
-from orchestrator.errors import Busy, Interrupted, OrchestratorError, ServerStartFailed
+from orchestrator.errors import OrchestratorError
 from tests.conftest import servers_of
 from tests.process.support import Background, Fake, Make, kill, two_alive, until, watched
 
 THREADS = 8
 CALLS = 25
 MEAN_PAUSE_S = 0.4
-ANSWERS = (Busy, Interrupted, ServerStartFailed)
+ANSWERS = {"loaded", "unloaded", "cancelled", "nothing to cancel", "busy", "superseded"} | {
+    "server_start_failed",
+    "deadline",
+}
 
 BEHAVIOURS: dict[str, dict[str, Any]] = {
     "plain.gguf": {},
@@ -50,7 +53,7 @@ def storm(orch: Orchestrator, models: list[str], seed: int) -> collections.Count
         pause.wait(rng.expovariate(1 / MEAN_PAUSE_S))  # so that some loads come to their end
         dice = rng.random()
         try:
-            if dice < 0.6:
+            if dice < 0.7:
                 orch.load(
                     rng.choice(models),
                     load_request_id=f"{seed}.{number}",
@@ -59,10 +62,10 @@ def storm(orch: Orchestrator, models: list[str], seed: int) -> collections.Count
                     force_reload=rng.random() < 0.2,
                 )
                 answers["loaded"] += 1
-            elif dice < 0.75:
+            elif dice < 0.82:
                 orch.unload()
                 answers["unloaded"] += 1
-            elif dice < 0.85:
+            elif dice < 0.9:
                 cancelled = orch.cancel(generation=orch.status().generation)
                 answers["cancelled" if cancelled else "nothing to cancel"] += 1
             else:
@@ -71,7 +74,6 @@ def storm(orch: Orchestrator, models: list[str], seed: int) -> collections.Count
                 answers["cancelled" if cancelled else "nothing to cancel"] += 1
         except OrchestratorError as error:
             answers[error.category] += 1
-            assert isinstance(error, ANSWERS) or error.category == "deadline", repr(error)
     return answers
 
 
@@ -84,7 +86,7 @@ def test_a_storm_of_calls_never_makes_two_servers_and_leaves_none(
     for name in BEHAVIOURS:
         (tmp_path / name).hardlink_to(tiny_model)
         models.append(str(tmp_path / name))
-    fake.behave(by_model=BEHAVIOURS)  # type: ignore[arg-type]
+    fake.behave(by_model=BEHAVIOURS)
     orch = make(kill_grace_s=0.4).start()
     threads = threading.active_count()
     with watched(state_dir, tmp_path / "watched.json") as report:
@@ -97,6 +99,7 @@ def test_a_storm_of_calls_never_makes_two_servers_and_leaves_none(
         assert fake.living() == set()
         seen = report()
     assert answers.total() == THREADS * CALLS, answers
+    assert answers.keys() <= ANSWERS, answers
     starts = fake.notes("start")
     assert len(starts) > 20
     assert answers["loaded"] > 10

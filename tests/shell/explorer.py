@@ -6,7 +6,8 @@ the last decision that has another one, replays what led to it and goes on from 
 be in the inbox at once, in both orders; how often, and how many things may go wrong, are budgets of
 the scene. Where a stage is reached again that was reached before, its futures are known.
 
-A broken invariant is replayed with ever fewer moves until none can be left out, and told as a story.
+A broken invariant is looked for in simpler scenes, then replayed with ever fewer moves until none
+can be left out, and told as a story.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from dataclasses import dataclass
 from tests.core.invariants import Violation
 from tests.core.story import Counterexample, Told
 from tests.shell.records import logged, only_failures
-from tests.shell.stage import BrokenError, Scene, Stage
+from tests.shell.scene import Scene
+from tests.shell.stage import BrokenError, Stage
 
 MAX_SCHEDULES = 100_000
 _MOVES = 200
@@ -63,9 +65,7 @@ class _KnownError(Exception):
     """From here on everything has been seen."""
 
 
-def explore(
-    scene: Scene, *, prune: bool = True, max_schedules: int = MAX_SCHEDULES
-) -> Report:
+def explore(scene: Scene, *, prune: bool = True, max_schedules: int = MAX_SCHEDULES) -> Report:
     """Explore a scene to the end, or to the first broken invariant.
 
     Args:
@@ -175,7 +175,7 @@ class _Exploration:
         at = len(labels) - 1
         while at >= 0:
             fewer = labels[:at] + labels[at + 1 :]
-            stage, broken = self._replay(fewer)
+            _, broken = self._replay(fewer)
             if broken is not None and broken.violation.invariant == violation.invariant:
                 labels, violation = fewer, broken.violation
                 at = len(labels)
@@ -216,7 +216,7 @@ class _Exploration:
 
 
 class _Run:
-    """Follows a prefix of decisions, then takes the first alternative, or any, and remembers all."""
+    """Follows a prefix of decisions, then takes the first alternative or any, and remembers."""
 
     def __init__(self, prefix: Sequence[_Decision], chance: random.Random | None = None) -> None:
         self._prefix = prefix

@@ -42,7 +42,7 @@ ALL_KINDS: Final[frozenset[EffectKind]] = frozenset({"kill", "download", "spawn"
 SpawnPlan = Literal["lives", "fails", "raises"]
 
 _PATIENCE_S: Final = 20.0
-_KINDS: Final[dict[type, EffectKind]] = {
+KINDS: Final[dict[type, EffectKind]] = {
     Kill: "kill",
     Download: "download",
     Spawn: "spawn",
@@ -208,7 +208,7 @@ class GatedEffects:
 
     def start(self, effect: Effect, token: CancelToken, lock: SlotLock | None) -> None:
         self.watch(effect, token)
-        gate = Gate(self, _KINDS[type(effect)], effect, token)
+        gate = Gate(self, KINDS[type(effect)], effect, token)
         if isinstance(effect, Spawn):
             self._spawn(gate, effect, lock)
         with self._changed:

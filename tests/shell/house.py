@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -48,6 +50,7 @@ class House:
         self.claims = 0
         self.releases = 0
         self.claim_gate = _open_gate()
+        self._started = threading.Event()
         self._looked = threading.Condition()
         self._gates: dict[str, threading.Event] = {}
         self._begun: dict[str, threading.Event] = {}
@@ -74,6 +77,7 @@ class House:
         def owner(make: Callable[..., GatedEffects], **settings: Any) -> Owner:
             made = WatchedOwner(make, clock=house.clock, **settings)
             house.owners.append(made)
+            house._started.set()
             return made
 
         monkeypatch.setattr(facades, "Slot", FakeSlot)
@@ -130,6 +134,8 @@ class House:
 
     @property
     def owner(self) -> WatchedOwner:
+        """The last owner that was started; waits for the first."""
+        assert self._started.wait(PATIENCE_S), "no owner was started"
         return self.owners[-1]
 
     @property
@@ -141,6 +147,12 @@ class House:
     @property
     def events(self) -> EventLog:
         return self.owner.events
+
+    def until_read(self) -> None:
+        """Wait until somebody waits for events."""
+        log = self.events
+        assert isinstance(log, WatchedLog)
+        assert log.is_followed.wait(PATIENCE_S), "nobody reads"
 
     def until(self, holds: Callable[[Snapshot], bool]) -> Snapshot:
         """Wait until a snapshot is as described."""
@@ -171,6 +183,7 @@ class WatchedOwner(Owner):
         self._stepped = threading.Condition()
         self._free = _open_gate()
         super().__init__(*args, **settings)
+        self.events = WatchedLog()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -192,6 +205,50 @@ class WatchedOwner(Owner):
             happened = self._stepped.wait_for(lambda: holds(self.snapshot), PATIENCE_S)
         assert happened, f"it never came to that; it is {self.snapshot}"
         return self.snapshot
+
+
+class WatchedLog(EventLog):
+    """Says when somebody has begun to follow it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_followed = threading.Event()
+
+    def subscribe(self, waker: Callable[[], None]) -> Callable[[], None]:
+        stop = super().subscribe(waker)
+        self.is_followed.set()
+        return stop
+
+
+@contextlib.contextmanager
+def ctrl_c(pool: ThreadPoolExecutor, once: Callable[[], object]) -> Iterator[None]:
+    """Expect the main thread to be interrupted as soon as `once` returns.
+
+    A signal that arrives just before a lock is waited for is only noticed after the wait, so it is
+    sent until it has been noticed, and raises only then.
+    """
+    noticed = threading.Event()
+    main_thread = threading.main_thread().ident
+    assert main_thread is not None
+
+    def notice(*_: object) -> None:
+        if not noticed.is_set():
+            noticed.set()
+            raise KeyboardInterrupt
+
+    def interrupt() -> None:
+        once()
+        while not noticed.wait(0.005):
+            signal.pthread_kill(main_thread, signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, notice)
+    interrupting = pool.submit(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+        interrupting.result(PATIENCE_S)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def sync_orchestrator(**settings: Any) -> Orchestrator:

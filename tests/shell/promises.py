@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.errors import Problem
 from orchestrator.machine import Stepped
-from orchestrator.messages import Accept, Fact, Loaded, Settle, SetTimer
+from orchestrator.messages import Accept, Fact, Loaded, SetTimer, Settle
 from tests.core.invariants import Violation
 from tests.core.world import Status
 from tests.shell.records import logged
@@ -87,7 +87,7 @@ def promise_a_token_belongs_to_one_load(done: Done) -> str | None:
 def promise_answers_arrive(done: Done) -> str | None:
     """Every answer of the machine reaches its caller, as it is, in the step that gives it."""
     for command in done.stepped.commands:
-        caller = done.stage.caller(getattr(command, "ticket", None))
+        caller = done.stage.ledger.caller(getattr(command, "ticket", None))
         if caller is None or caller.call is None:
             continue
         if isinstance(command, Settle) and caller.answer != "gone":
@@ -106,7 +106,7 @@ def promise_answers_arrive(done: Done) -> str | None:
 
 def promise_nobody_is_answered_unasked(done: Done) -> str | None:
     """A caller the machine has not answered is still waiting."""
-    for caller in done.stage.callers:
+    for caller in done.stage.ledger.callers:
         if caller.status in (Status.WAITING, Status.ENDED) and caller.answer not in (None, "gone"):
             return f"call {caller.ticket} hears {caller.answer}, which the machine never said"
     return None
@@ -161,7 +161,7 @@ STEP_PROMISES: tuple[Callable[[Done], str | None], ...] = (
 
 def promise_everybody_was_answered(stage: Stage) -> str | None:
     """At rest every caller has one answer, or has gone away."""
-    for caller in stage.callers:
+    for caller in stage.ledger.callers:
         if caller.call is not None and not caller.call.settled.done():
             return f"nothing more will happen, and call {caller.ticket} has no answer"
     return None

@@ -1,0 +1,333 @@
+"""The real llama-server under the orchestrator: what the fake one cannot vouch for.
+
+Needs the binary that LLAMA_SERVER_PATH names; everything is loaded from the tiny models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import gguf
+import pytest
+
+from orchestrator import AsyncOrchestrator, Orchestrator, State, models, tiny_model
+from orchestrator.errors import Cancelled, ServerStartFailed, Superseded
+from orchestrator.process import Warden
+from tests.conftest import servers_of
+from tests.process.support import (
+    Background,
+    Host,
+    Watch,
+    is_running,
+    kill,
+    transitions,
+    two_alive,
+    until,
+    until_queued,
+    until_state,
+    watched,
+)
+
+pytestmark = pytest.mark.external
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
+
+
+@pytest.fixture
+def real(llama_server: str, state_dir: Path) -> Iterator[Orchestrator]:
+    """An orchestrator over the real llama-server."""
+    with Orchestrator(llama_server=llama_server, state_dir=state_dir) as orch:
+        yield orch
+
+
+@pytest.fixture(scope="session")
+def slow_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Large enough that its load can be interrupted."""
+    path = tmp_path_factory.mktemp("slow") / "slow.gguf"
+    return str(tiny_model.write_tiny_model(path, padding_bytes=256 << 20))
+
+
+def post(base_url: str, path: str, body: object) -> Any:
+    parts = urlsplit(base_url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
+    try:
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        assert response.status == 200
+        return json.loads(response.read())
+    finally:
+        connection.close()
+
+
+def stream(base_url: str) -> http.client.HTTPConnection:
+    """A generation that will go on for a long time; returns after its first token."""
+    parts = urlsplit(base_url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
+    body = {"prompt": "hi", "n_predict": 1_000_000, "stream": True, "ignore_eos": True}
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/completion", json.dumps(body), headers)
+    assert connection.getresponse().read(6) == b"data: "
+    return connection
+
+
+def test_a_model_is_loaded_asked_and_unloaded(real: Orchestrator, tiny_model: str) -> None:
+    """The main job, end to end."""
+    outcome = real.load(tiny_model, max_seq_length=512, n_parallel=1)
+    assert (outcome.status, outcome.context_length) == ("loaded", 512)
+    answer = post(outcome.base_url, "/v1/chat/completions", CHAT)
+    assert len(answer["choices"][0]["message"]["content"]) == 5
+    assert real.unload().status == "unloaded"
+    assert not is_running(outcome.pid)
+    states = [event.data["dest"] for event in transitions(real)]
+    assert states == [
+        *("Killing", "Downloading", "Spawning", "WaitingHealth", "Healthy"),
+        *("Killing", "Idle"),
+    ]
+
+
+def test_the_same_load_is_answered_in_milliseconds(real: Orchestrator, tiny_model: str) -> None:
+    """And by the same process."""
+    first = real.load(tiny_model)
+    took = []
+    for _ in range(20):
+        begun = time.monotonic()
+        again = real.load(tiny_model)
+        took.append(time.monotonic() - begun)
+        assert (again.status, again.pid, again.generation) == (
+            "already_loaded",
+            first.pid,
+            first.generation,
+        )
+    assert sorted(took)[len(took) // 2] < 0.005, took
+
+
+def test_a_swap_says_why_and_ends_the_old_server_first(
+    real: Orchestrator, tiny_model: str, other_model: str
+) -> None:
+    """Another model, then another context: both are reloads, and both say so."""
+    first = real.load(tiny_model)
+    second = real.load(other_model)
+    assert not is_running(first.pid)
+    assert [reason.field for reason in second.reload_reasons] == ["model_path"]
+    third = real.load(other_model, max_seq_length=256)
+    assert not is_running(second.pid)
+    assert [reason.field for reason in third.reload_reasons] == ["max_seq_length"]
+    assert third.context_length == 256
+
+
+def test_two_rapid_applies_never_make_two_servers(
+    real: Orchestrator, tiny_model: str, other_model: str, state_dir: Path, tmp_path: Path
+) -> None:
+    """The double click that left an orphan in memory until the machine ran out of it."""
+    with watched(state_dir, tmp_path / "watched.json") as report:
+        for _ in range(10):
+            calls = [
+                Background(real.load, tiny_model, force_reload=True),
+                Background(real.load, other_model, force_reload=True),
+            ]
+            errors = [call.error() for call in calls]
+            assert sum(error is None for error in errors) >= 1, errors
+            assert all(isinstance(error, Superseded | None) for error in errors), errors
+            [alive] = servers_of(state_dir)
+            loaded = real.status().loaded
+            assert loaded is not None
+            assert loaded.pid == alive
+        real.unload()
+        seen = report()
+    assert two_alive(seen, []) == []
+    assert seen["left"] == []
+    assert len(seen["seen"]) >= 10
+
+
+def test_a_cancel_in_every_state_leaves_nothing(
+    real: Orchestrator, tiny_model: str, slow_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killing, Downloading, Spawning, WaitingHealth; Healthy is past cancelling."""
+    gates = {state: threading.Event() for state in (State.DOWNLOADING, State.SPAWNING)}
+    locate, spawn = models.locate, Warden.spawn
+
+    def gated_locate(request: Any) -> Any:
+        gates[State.DOWNLOADING].wait(30)
+        return locate(request)
+
+    def gated_spawn(*args: Any) -> None:
+        gates[State.SPAWNING].wait(30)
+        spawn(*args)
+
+    monkeypatch.setattr(models, "locate", gated_locate)
+    monkeypatch.setattr(Warden, "spawn", gated_spawn)
+    real.start()
+    for state in (State.DOWNLOADING, State.SPAWNING, State.WAITING_HEALTH):
+        loading = Background(real.load, slow_model, load_request_id="x")
+        until_state(real, state)
+        cancelling = Background(real.cancel, "x")
+        if state is State.SPAWNING:
+            until_queued(real)
+        elif state is State.DOWNLOADING:
+            until(lambda: real.status().last_error is not None, "the cancel")
+        if gate := gates.get(state):
+            gate.set()
+        assert cancelling.result() is True
+        assert isinstance(loading.error(), Cancelled)
+        assert real.status().state is State.IDLE
+    pid = real.load(tiny_model, load_request_id="y").pid
+    assert real.cancel("y") is False
+    with real.lease():  # keeps the old server, so that the next load stays in Killing
+        loading = Background(real.load, slow_model, load_request_id="z")
+        until_state(real, State.KILLING)
+        assert real.cancel("z") is True
+        assert isinstance(loading.error(), Cancelled)
+        assert is_running(pid)
+    until_state(real, State.IDLE)
+    assert not is_running(pid)
+
+
+def test_an_unload_during_a_load_cancels_it(real: Orchestrator, slow_model: str) -> None:
+    """It never waits for the health of a server that nobody wants."""
+    loading = Background(real.load, slow_model)
+    until_state(real, State.WAITING_HEALTH)
+    begun = time.monotonic()
+    assert real.unload().status == "unloaded"
+    assert time.monotonic() - begun < 5
+    assert isinstance(loading.error(), Cancelled)
+    assert real.status().state is State.IDLE
+
+
+def test_an_unload_with_an_active_stream_does_not_wait_for_its_end(
+    real: Orchestrator, tiny_model: str
+) -> None:
+    """The real server ignores the first SIGTERM then, for 20 s and more."""
+    outcome = real.load(tiny_model, max_seq_length=100_000)
+    connection = stream(outcome.base_url)
+    watch, begun = Watch(outcome.pid), time.monotonic()
+    real.unload()
+    assert watch.seconds_to_exit(begun) < 3
+    connection.close()
+
+
+def test_a_crash_is_noticed_and_the_model_loads_again(real: Orchestrator, tiny_model: str) -> None:
+    """A corpse is not "already loaded"."""
+    first = real.load(tiny_model)
+    begun = time.monotonic()
+    kill(first.pid)
+    until(lambda: real.status().state is not State.HEALTHY, "the exit")
+    assert time.monotonic() - begun < 1
+    until_state(real, State.IDLE)
+    status = real.status()
+    assert status.last_exit is not None
+    assert status.last_exit.returncode == -signal.SIGKILL
+    second = real.load(tiny_model)
+    assert (second.status, second.pid != first.pid) == ("loaded", True)
+
+
+def test_a_flag_the_server_does_not_know_fails_with_its_words(
+    real: Orchestrator, tiny_model: str
+) -> None:
+    """In milliseconds, and the slot is free afterwards."""
+    with pytest.raises(ServerStartFailed, match="--bogus") as failed:
+        real.load(tiny_model, llama_extra_args=["--bogus"])
+    assert any("--bogus" in line for line in failed.value.log_tail)
+    assert real.load(tiny_model, llama_extra_args=[]).status == "loaded"
+
+
+def test_what_a_model_says_of_itself_is_not_believed(
+    real: Orchestrator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its metadata is printed line by line; one of them may look like the server's own."""
+    add_metadata = tiny_model._add_metadata
+    claim = "server is listening on http://127.0.0.1:9"
+
+    def boasting(writer: gguf.GGUFWriter, *args: Any) -> None:
+        add_metadata(writer, *args)
+        writer.add_description(claim)
+
+    monkeypatch.setattr(tiny_model, "_add_metadata", boasting)
+    path = tiny_model.write_tiny_model(tmp_path / "boasting.gguf")
+    outcome = real.load(str(path), llama_extra_args=["-v"])
+    assert any(claim[:30] in line for line in real.logs(2000))
+    assert urlsplit(outcome.base_url).port != 9
+    assert (
+        len(post(outcome.base_url, "/completion", {"prompt": "a", "n_predict": 1})["content"]) == 1
+    )
+
+
+def test_a_split_model_behind_links_loads(real: Orchestrator, tmp_path: Path) -> None:
+    """A Hub cache: names that are links, blobs without names, and llama.cpp goes by names."""
+    whole = tmp_path / "whole.gguf"
+    tiny_model.write_tiny_model(whole)
+    split_in_two(whole, tmp_path / "m")
+    snapshot, blobs = tmp_path / "snapshot", tmp_path / "blobs"
+    snapshot.mkdir()
+    blobs.mkdir()
+    for number, part in enumerate(sorted(tmp_path.glob("m-0*.gguf"))):
+        shutil.move(part, blobs / f"{number}")
+        (snapshot / part.name).symlink_to(blobs / f"{number}")
+    assert len(list(snapshot.iterdir())) == 2
+    assert real.load(str(snapshot)).status == "loaded"
+
+
+def split_in_two(whole: Path, prefix: Path) -> None:
+    """What llama.cpp's gguf-split does: metadata in the first part, tensors in both."""
+    reader = gguf.GGUFReader(whole)
+    tensors = reader.tensors
+    halves = (tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :])
+    for number, half in enumerate(halves):
+        writer = gguf.GGUFWriter(f"{prefix}-{number + 1:05d}-of-00002.gguf", "llama")
+        if number == 0:
+            for field in reader.fields.values():
+                if not field.name.startswith(("GGUF.", "general.architecture")):
+                    kind = field.types[0]
+                    sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+                    writer.add_key_value(field.name, field.contents(), kind, sub)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", 2)
+        writer.add_int32("split.tensors.count", len(tensors))
+        for tensor in half:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def test_the_server_does_not_outlive_a_killed_backend(
+    host: Callable[..., Host], llama_server: str
+) -> None:
+    """With the real one as with the fake."""
+    backend = host('say(pid=orch.load(a["model"]).pid)\nrest()', server=llama_server)
+    server = Watch(backend.hear()["pid"])
+    assert server.seconds_to_exit(backend.die()) < 3
+
+
+def test_asyncio_loads_and_a_cancelled_await_withdraws_only_its_caller(
+    llama_server: str, state_dir: Path, slow_model: str
+) -> None:
+    """One impatient client must not abort the load of everybody who joined it."""
+
+    async def run() -> None:
+        async with AsyncOrchestrator(llama_server=llama_server, state_dir=state_dir) as orch:
+            patient = asyncio.create_task(orch.load(slow_model))
+            impatient = asyncio.create_task(orch.load(slow_model))
+            async for event in orch.events(after=0):
+                if event.data["dest"] == "WaitingHealth":
+                    break
+            impatient.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await impatient
+            outcome = await patient
+            assert outcome.status == "loaded"
+            assert is_running(outcome.pid)
+            await orch.unload()
+            assert not is_running(outcome.pid)
+
+    asyncio.run(run())

@@ -1,0 +1,156 @@
+"""Who has asked for what, how far the machine has got with it, and who has ended whose load.
+
+Kept beside the owner, from the facts it processes and the answers the machine gives: what is true
+of the calls, whatever the owner makes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from orchestrator.messages import (
+    Accept,
+    CancelRequested,
+    Command,
+    Fact,
+    LeaseGranted,
+    LeaseReleased,
+    LoadRequested,
+    Settle,
+    ShutdownRequested,
+    UnloadRequested,
+    Withdrawn,
+)
+from orchestrator.owner import Call
+from orchestrator.tokens import Generation, Ticket
+from tests.core.programs import Action
+from tests.core.world import Status
+
+_ARRIVING: Final = frozenset({Status.LOOKING, Status.LOOKING_ENDED})
+_ENDED: Final = {Status.WAITING: Status.ENDED, Status.LOOKING: Status.LOOKING_ENDED}
+
+
+@dataclass(slots=True)
+class Caller:
+    """One call of a client."""
+
+    action: Action
+    status: Status = Status.UNSENT
+    call: Call | None = None
+    generation: Generation = Generation(0)
+
+    @property
+    def ticket(self) -> Ticket:
+        return self.call.ticket if self.call else Ticket(0)
+
+    @property
+    def is_told(self) -> bool:
+        """It has its answer, or has gone away."""
+        return self.call is not None and self.call.settled.done()
+
+    @property
+    def answer(self) -> object:
+        """What it has been told: an answer, `gone`, or None."""
+        if self.call is None or not self.call.settled.done():
+            return None
+        return "gone" if self.call.settled.cancelled() else self.call.settled.result()
+
+    @property
+    def known_generation(self) -> int | None:
+        """The generation a client knows its load by."""
+        told = self.call.accepted if self.call else None
+        if told is None or not told.done() or told.cancelled():
+            return None
+        return told.result() if isinstance(told.result(), int) else None  # type: ignore[return-value]
+
+    @property
+    def model(self) -> str | None:
+        return self.action.request.model_path if self.action.request else None
+
+
+class Ledger:
+    """Every call that was ever opened."""
+
+    def __init__(self, actions: Sequence[Action]) -> None:
+        self.callers = [Caller(action) for action in actions]
+        self.cancelled_ids: set[str] = set()
+        self._by_ticket: dict[Ticket, Caller] = {}
+
+    def opened(self, caller: Caller, call: Call) -> None:
+        caller.call, caller.status = call, Status.LOOKING
+        self._by_ticket[call.ticket] = caller
+
+    def caller(self, ticket: Ticket | None) -> Caller | None:
+        return self._by_ticket.get(ticket or Ticket(0))
+
+    @property
+    def open_calls(self) -> list[Caller]:
+        return list(self._by_ticket.values())
+
+    def having(self, *statuses: Status) -> frozenset[Ticket]:
+        return frozenset(t for t, caller in self._by_ticket.items() if caller.status in statuses)
+
+    @property
+    def was_shut_down(self) -> bool:
+        """A shutdown has arrived."""
+        return any(
+            caller.action.verb == "shutdown" and caller.status > Status.LOOKING_ENDED
+            for caller in self._by_ticket.values()
+        )
+
+    # -------------------------------------------------------------------------------- requests
+
+    def hear(self, fact: Fact) -> None:
+        """Note what a fact means for the calls, in the step that processes it."""
+        caller = self.caller(getattr(fact, "ticket", None))
+        match fact:
+            case UnloadRequested(ticket, model):
+                self._end(lambda c: c.ticket < ticket and model in (None, c.model))
+            case ShutdownRequested():
+                self._end(lambda _: True)
+            case CancelRequested():
+                self._cancel(fact)
+            case Withdrawn() if caller and caller.status is not Status.DONE:
+                caller.status = Status.GONE
+            case LeaseReleased() if caller and caller.status is Status.HELD:
+                caller.status = Status.DONE
+            case _:
+                pass
+        if caller is not None and caller.status in _ARRIVING:
+            is_cancelled = isinstance(fact, LoadRequested) and (
+                caller.action.request_id in self.cancelled_ids
+            )
+            is_ended = is_cancelled or caller.status is Status.LOOKING_ENDED
+            caller.status = Status.ENDED if is_ended else Status.WAITING
+
+    def _cancel(self, fact: CancelRequested) -> None:
+        """An id never seen may belong to a load on its way; the cancel wins all the same."""
+        name = fact.request_id
+        if name is None:
+            self._end(lambda c: c.generation == fact.generation)
+        elif any(c.generation for c in self.callers if c.action.request_id == name):
+            self._end(lambda c: c.action.request_id == name and c.generation > 0)
+        else:
+            self.cancelled_ids.add(name)
+            self._end(lambda c: c.action.request_id == name)
+
+    def _end(self, ends: Callable[[Caller], bool]) -> None:
+        """Note which loads must not succeed any more."""
+        for caller in self.callers:
+            if caller.call is not None and caller.action.verb == "load" and ends(caller):
+                caller.status = _ENDED.get(caller.status, caller.status)
+
+    # --------------------------------------------------------------------------------- answers
+
+    def note(self, command: Command) -> None:
+        """Note what the machine says to a call."""
+        caller = self.caller(getattr(command, "ticket", None))
+        if caller is None:
+            return
+        if isinstance(command, Accept):
+            caller.generation = command.generation
+        elif isinstance(command, Settle) and caller.status is not Status.GONE:
+            is_lease = isinstance(command.answer, LeaseGranted)
+            caller.status = Status.HELD if is_lease else Status.DONE

@@ -1,0 +1,97 @@
+"""What is explored: programs of clients, what may go wrong, the owner and the machine under test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Final, Literal
+
+from orchestrator import actions, guards
+from orchestrator.context import Context, Policy
+from orchestrator.machine import Lifecycle, Stepped
+from orchestrator.messages import Fact
+from orchestrator.owner import Owner
+from orchestrator.states import State
+from orchestrator.table import TABLE, Row
+from tests.core.programs import Action, parse
+
+Mishap = Literal["kill", "download", "spawn", "probe", "crash", "stray", "look-up"]
+
+USUAL_MISHAPS: Final[frozenset[Mishap]] = frozenset({"kill", "download", "spawn", "probe", "crash"})
+ALL_MISHAPS: Final[frozenset[Mishap]] = USUAL_MISHAPS | {"stray", "look-up"}
+
+
+class RecordedLifecycle(Lifecycle):
+    """A machine that remembers its last step, and every step: it is pure, so each is taken once.
+
+    Args:
+        table: The shipped one or a mutant.
+        **names: Guards and actions to replace.
+    """
+
+    def __init__(self, table: Sequence[Row] = TABLE, **names: Callable[..., Any]) -> None:
+        super().__init__(
+            table, guard_names={**vars(guards), **names}, action_names={**vars(actions), **names}
+        )
+        self._last: Stepped | None = None
+        self._steps: dict[tuple[State, Context, Fact], Stepped] = {}
+
+    def step(self, state: State, ctx: Context, fact: Fact) -> Stepped:
+        key = (state, ctx, fact)
+        self._last = self._steps.get(key)
+        if self._last is None:
+            self._last = self._steps[key] = super().step(state, ctx, fact)
+        return self._last
+
+    def take_last(self) -> Stepped | None:
+        """Return the step taken since this was asked last, if there was one."""
+        last, self._last = self._last, None
+        return last
+
+
+SHIPPED: Final = RecordedLifecycle()
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What never changes from one schedule to the next.
+
+    Attributes:
+        program: What the clients do (see `tests.core.programs`).
+        warm: A model that is Healthy at the start.
+        mishaps: How many things may go wrong in one schedule.
+        kinds: Which.
+        pairs: How often a fact may arrive while another is still unread in the inbox.
+        owner: The owner under test; a seeded fault is a subclass.
+        machine: The machine it steps; a seeded fault is another table, guard or action.
+    """
+
+    program: str
+    warm: str | None = None
+    mishaps: int = 1
+    kinds: frozenset[Mishap] = USUAL_MISHAPS
+    pairs: int = 1
+    policy: Policy = field(default_factory=Policy)
+    owner: type[Owner] = Owner
+    machine: RecordedLifecycle = SHIPPED
+
+    def simpler(self) -> Iterator[Scene]:
+        """Scenes with one thing less in them, to find a shorter story in."""
+        texts = self.program.split("|")
+        if len(texts) > 1:
+            for left_out in range(len(texts)):
+                rest = "|".join(text for n, text in enumerate(texts) if n != left_out).strip()
+                yield replace(self, program=rest)
+        if self.mishaps:
+            yield replace(self, mishaps=self.mishaps - 1)
+        if self.pairs:
+            yield replace(self, pairs=self.pairs - 1)
+
+    @cached_property
+    def clients(self) -> tuple[tuple[Action, ...], ...]:
+        return parse(self.program)
+
+    @cached_property
+    def actions(self) -> tuple[Action, ...]:
+        return tuple(action for client in self.clients for action in client)
