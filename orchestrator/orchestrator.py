@@ -45,7 +45,7 @@ from orchestrator.messages import (
     UnloadRequested,
 )
 from orchestrator.models import locate
-from orchestrator.owner import Call, Owner
+from orchestrator.owner import Call, Owner, unsettled
 from orchestrator.plan import Plan, checked_seconds, plan_load
 from orchestrator.request import LoadRequest, Target
 from orchestrator.servers import ask_catalogue, find_server
@@ -217,7 +217,7 @@ class _Base:
             return views.load_outcome(answer)
         if isinstance(answer, Problem):
             return answer
-        if any(job.generation == generation for job in ctx.wanted):
+        if generation in unsettled(ctx):
             return None
         raise KeyError(generation)
 
@@ -373,7 +373,7 @@ class AsyncOrchestrator(_Base):
 
     async def start(self) -> Self:
         """Claim the slot now instead of at the first call; errors as `Orchestrator.start`."""
-        await asyncio.get_running_loop().run_in_executor(None, self._start)
+        await self._started()
         return self
 
     async def close(self) -> None:
@@ -454,7 +454,7 @@ class AsyncOrchestrator(_Base):
     async def _started(self) -> Owner:
         """Start in another thread: to claim a slot may mean to end what a dead owner left in it."""
         if self._owner is None:
-            await self.start()
+            await asyncio.get_running_loop().run_in_executor(None, self._start)
         return self._start()
 
     async def _begin_load(self, request: LoadRequest | str, fields: dict[str, Any]) -> Call:

@@ -22,7 +22,7 @@ from typing import Final, TypeVar
 
 import structlog
 
-from orchestrator.context import Context, Job, Policy, Running
+from orchestrator.context import Context, Policy, Running
 from orchestrator.errors import OrchestratorError, Problem
 from orchestrator.events import EventLog
 from orchestrator.machine import Lifecycle, lifecycle
@@ -263,21 +263,20 @@ class Owner:
         return Snapshot(state, ctx, time.time(), self.clock(), story)
 
     def _note_outcomes(self, fact: Fact, shown: Snapshot, commands: Sequence[Command]) -> None:
-        """Keep what becomes of every load that ends here: of the load, not of one of its callers.
+        """Keep what became of every load this step settles: of the load, not of one of its callers.
 
-        Before the snapshot shows it ended, so that every load is in flight or has an outcome.
+        Before the snapshot shows it settled, so that a load is unsettled or has an outcome.
         """
-        ctx = shown.ctx
-        said = {waiter.ticket: waiter.answer for waiter in ctx.waiters}
-        said |= {c.ticket: c.answer for c in commands if isinstance(c, Settle)}
-        wanted = {job.generation for job in ctx.wanted}
-        for job in self.snapshot.ctx.wanted:
-            if job.generation in wanted:
-                continue
-            heard = (said[c.ticket] for c in job.callers if c.ticket in said)
-            answer = next(heard, None) or _unheard(job, fact, ctx)
+        before, after = self.snapshot.ctx, shown.ctx
+        said = [command.answer for command in commands if isinstance(command, Settle)]
+        said += [waiter.answer for waiter in before.waiters]
+        for generation in sorted(unsettled(before) - unsettled(after)):
+            own = (
+                a for a in said if isinstance(a, Loaded | Problem) and a.generation == generation
+            )
+            answer = next(own, None) or _unheard(generation, fact, after)
             outcome = answer.told(shown.story) if isinstance(answer, Problem) else answer
-            self.outcomes[job.generation] = outcome
+            self.outcomes[generation] = outcome
             while len(self.outcomes) > _OUTCOMES_KEPT:
                 self.outcomes.popitem(last=False)
 
@@ -394,16 +393,22 @@ def _generation(ctx: Context) -> Generation:
     return ctx.job.generation if ctx.job else ctx.generation
 
 
-def _unheard(job: Job, fact: Fact, ctx: Context) -> Answer:
+def unsettled(ctx: Context) -> set[Generation]:
+    """Loads in flight, and those that have failed and whose callers hear so in the end."""
+    waiting = (w.answer.generation for w in ctx.waiters if isinstance(w.answer, Problem))
+    return {job.generation for job in ctx.wanted} | {Generation(g) for g in waiting if g}
+
+
+def _unheard(generation: Generation, fact: Fact, ctx: Context) -> Answer:
     """Return what became of a load whose last caller has gone: nobody was told, but may ask."""
     running, error = ctx.running, ctx.last_error
-    if running is not None and (
-        running.generation == job.generation or isinstance(fact, Promoted)  # it runs already
-    ):
+    if running is not None and isinstance(fact, Promoted):
+        return replace(_loaded(running), already=True)
+    if running is not None and running.generation == generation:
         return _loaded(running)
-    if error is not None and error.generation == job.generation:
+    if error is not None and error.generation == generation:
         return error
-    return Problem("cancelled", "its last caller has gone away", generation=job.generation)
+    return Problem("cancelled", "its last caller has gone away", generation=generation)
 
 
 def _loaded(running: Running) -> Loaded:

@@ -126,10 +126,9 @@ class _Exploration:
         if broken is None:
             return None
         labels = [decision.label for decision in run.decisions]
-        found = self._simplest(broken.violation)
-        found = found or self._tell(broken.violation, self._shorten(labels, broken.violation))
-        logged().clear()
-        return found
+        return self._simplest(broken.violation) or self._tell(
+            broken.violation, self._shorten(labels, broken.violation)
+        )
 
     def _play(self, run: _Run) -> BrokenError | None:
         logged().clear()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from orchestrator.errors import Problem
 from orchestrator.machine import Stepped
 from orchestrator.messages import Accept, Fact, Loaded, SetTimer, Settle
+from orchestrator.tokens import Generation
 from tests.core.invariants import Violation
 from tests.core.world import Status
 from tests.shell.records import logged
@@ -123,14 +124,17 @@ def promise_timers_are_kept(done: Done) -> str | None:
 
 
 def promise_the_outcome_is_the_loads(done: Done) -> str | None:
-    """A load is in flight or has an outcome, never both: what became of it, not of one caller."""
+    """A load is unsettled or has an outcome, never both: what became of it, not of one caller."""
     owner, ctx = done.stage.owner, done.stage.owner.snapshot.ctx
-    wanted = {job.generation for job in ctx.wanted}
-    for number in range(1, ctx.generation + 1):
-        outcome = owner.outcomes.get(number)  # type: ignore[call-overload]
-        if number in wanted and outcome is not None:
+    waiting = (
+        c for c in done.stage.ledger.open_calls if c.status in (Status.WAITING, Status.ENDED)
+    )
+    unsettled = {job.generation for job in ctx.wanted} | {c.generation for c in waiting}
+    for number in map(Generation, range(1, ctx.generation + 1)):
+        outcome = owner.outcomes.get(number)
+        if number in unsettled and outcome is not None:
             return f"load {number} is in flight, and its outcome is {outcome}"
-        if number not in wanted and outcome is None:
+        if number not in unsettled and outcome is None:
             return f"load {number} has ended without an outcome"
         if outcome is not None and isinstance(outcome, Loaded) != (number in done.stage.held):
             held = "became Healthy" if number in done.stage.held else "did not become Healthy"

@@ -26,7 +26,7 @@ def _keep(_: object, method: str, entry: Entry) -> NoReturn:
 @contextmanager
 def only_failures() -> Iterator[list[Entry]]:
     """Keep what is logged as an error; everything below that costs next to nothing."""
-    before = structlog.get_config()
+    before, outside = structlog.get_config(), list(_entries)
     _entries.clear()
     structlog.configure(
         processors=[structlog.processors.format_exc_info, _keep],
@@ -36,6 +36,7 @@ def only_failures() -> Iterator[list[Entry]]:
         yield _entries
     finally:
         structlog.configure(**before)
+        _entries[:] = outside
 
 
 def logged() -> list[Entry]:

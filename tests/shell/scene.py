@@ -1,4 +1,4 @@
-"""What is explored: programs of clients, what may go wrong, the owner and the machine under test."""
+"""What is explored: programs of clients, what may go wrong, the owner and machine that face it."""
 
 from __future__ import annotations
 

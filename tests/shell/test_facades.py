@@ -712,10 +712,14 @@ def test_the_outcome_of_a_load_can_be_asked_for_at_any_time(
         other = orch.submit("B")
         house.effects.let_through("kill")
         house.effects.wait_for("probe").fail()
-        house.effects.wait_for("kill")
+        kill = house.effects.wait_for("kill")
+        assert orch.outcome(other) is None  # settled when the slot is empty again
+        kill.succeed()
+        house.until(lambda shown: shown.state is State.IDLE)
         failed = orch.outcome(other)
         assert isinstance(failed, Problem)
         assert failed.category == "server_start_failed"
+        assert failed.story == orch.status().story
         house.effects.open()
 
 

@@ -325,27 +325,30 @@ def test_every_call_is_answered_by_whoever_is_there_at_the_end() -> None:
     owner = Owner(GatedEffects)
     owner.start("test")
     asked: list[Call] = []
-    enough = threading.Event()
+    some, has_stopped = threading.Barrier(5), threading.Event()
 
     def ask() -> None:
-        while not owner.has_ended or len(asked) < 1000:
+        for number in range(200):
             call = owner.call()
-            owner.ask(call, UnloadRequested(call.ticket, None, 0.0))
             asked.append(call)
-            if len(asked) == 500:
-                enough.set()
-        enough.set()
+            owner.ask(call, UnloadRequested(call.ticket, None, 0.0))
+            if number == 50:
+                some.wait(PATIENCE_S)
+            if number == 150:
+                assert has_stopped.wait(PATIENCE_S)
 
     callers = [threading.Thread(target=ask) for _ in range(4)]
     for caller in callers:
         caller.start()
-    assert enough.wait(PATIENCE_S)
+    some.wait(PATIENCE_S)
     owner.stop()
+    has_stopped.set()
     for caller in callers:
         caller.join(PATIENCE_S)
-    for call in asked:
-        answer = call.settled.result(PATIENCE_S)
-        assert not isinstance(answer, Problem) or answer.category == "shutting_down"
+    answers = [call.settled.result(PATIENCE_S) for call in asked]
+    refused = [answer for answer in answers if isinstance(answer, Problem)]
+    assert {answer.category for answer in refused} == {"shutting_down"}
+    assert 4 * 49 <= len(refused) < len(asked) == 800
     assert not owner._calls
     assert owner.events.is_closed
 

@@ -286,7 +286,11 @@ FAULTS = (
         ("inv_spawning_is_verified",),
     ),
     Fault(KeepsTheLock, Scene("load A; cancel"), ("promise_the_lock_is_not_kept",)),
-    Fault(SharesTheToken, Scene("load A | load B"), ("promise_a_token_belongs_to_one_load",)),
+    Fault(
+        SharesTheToken,
+        Scene("load A | load B", mishaps=0),
+        ("promise_a_token_belongs_to_one_load",),
+    ),
     Fault(RenewsTheToken, Scene("load A"), ("promise_a_token_belongs_to_one_load",)),
     Fault(
         NeverSetsTheToken,
@@ -294,9 +298,9 @@ FAULTS = (
         ("inv_token_set_once", "promise_a_token_belongs_to_one_load"),
     ),
     Fault(AnswersTwice, Scene("unload"), (STEP,)),
-    Fault(LosesAnswers, Scene("load A | load B"), ("promise_answers_arrive",)),
-    Fault(AnswersOnlyTheFirst, Scene("load A | load A"), ("promise_answers_arrive",)),
-    Fault(AnswersSomethingElse, Scene("load A | load B"), ("promise_answers_arrive",)),
+    Fault(LosesAnswers, Scene("load A | load B", mishaps=0), ("promise_answers_arrive",)),
+    Fault(AnswersOnlyTheFirst, Scene("load A | load A", mishaps=0), ("promise_answers_arrive",)),
+    Fault(AnswersSomethingElse, Scene("load A | load B", mishaps=0), ("promise_answers_arrive",)),
     Fault(ForgetsTheGeneration, Scene("load A"), ("promise_answers_arrive",)),
     Fault(KeepsCalls, Scene("load A; withdraw"), ("promise_nothing_is_kept",)),
     Fault(
@@ -306,7 +310,7 @@ FAULTS = (
     ),
     Fault(
         CancelsForEverybody,
-        Scene("load A; withdraw | load A"),
+        Scene("load A; withdraw | load A", mishaps=0),
         ("inv_answered_once", "inv_cancelled_only_if_asked", "promise_nothing_is_kept"),
     ),
     Fault(PublishesLast, Scene("load A"), ("promise_the_snapshot_comes_first",)),
@@ -314,7 +318,7 @@ FAULTS = (
     Fault(TellsNoTransition, Scene("load A"), ("promise_every_transition_is_told",)),
     Fault(
         TellsTheLastAnswer,
-        Scene("load A | load A id=x; cancel x"),
+        Scene("load A | load A id=x; cancel x", mishaps=0),
         ("promise_the_outcome_is_the_loads",),
     ),
     Fault(
@@ -324,7 +328,7 @@ FAULTS = (
     ),
     Fault(ForgetsTheTime, Scene("lease | load B", warm="A"), ("inv_at_rest_is_settled",)),
     Fault(SwallowsAFailedStart, Scene("load A"), ("inv_at_rest_is_settled",)),
-    Fault(StopsAtTheFirstCommand, Scene("load A | load B"), (STEP,)),
+    Fault(StopsAtTheFirstCommand, Scene("load A | load B", mishaps=0), (STEP,)),
 )
 
 
