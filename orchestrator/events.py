@@ -85,9 +85,14 @@ class EventLog:
 
     def subscribe(self, waker: Callable[[], None]) -> Callable[[], None]:
         """Call `waker` whenever something happens; returns how to stop that."""
+
+        def stop() -> None:
+            with self._changed:
+                self._wakers.pop(id(waker), None)
+
         with self._changed:
             self._wakers[id(waker)] = waker
-        return lambda: self._wakers.pop(id(waker), None) and None
+        return stop
 
     def _tell(self) -> None:
         with self._changed:

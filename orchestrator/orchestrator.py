@@ -139,8 +139,9 @@ class _Base:
             slot.release()
             raise
         owner.start(slot.name)
-        self._owner, self._pid = owner, os.getpid()
         self._intake = ThreadPoolExecutor(4, thread_name_prefix=f"llama-intake-{slot.name}")
+        self._pid = os.getpid()
+        self._owner = owner  # last: who sees it needs no lock and uses all of the above
         atexit.register(self._close)
 
     def _close(self) -> None:
@@ -364,7 +365,11 @@ class Orchestrator(_Base):
         owner = self._start()
         wanted = _request(request, fields)
         call = owner.call()
-        self._ask_load(call, wanted)
+        try:
+            self._ask_load(call, wanted)
+        except BaseException:
+            call.settled.cancel()
+            raise
         return call
 
 

@@ -174,10 +174,12 @@ class Owner:
         self._inbox.put(None)
         if self._thread is not None:
             self._thread.join()
-        self.effects.close()
-        self.has_ended = True
-        self._refuse_rest()
-        self.events.close()
+        try:
+            self.effects.close()
+        finally:
+            self.has_ended = True
+            self._refuse_rest()
+            self.events.close()
 
     def _refuse_rest(self) -> None:
         """Nobody pumps any more: answer every call that came too late to be processed."""

@@ -215,13 +215,31 @@ class Server:
             os._exit(self.plan.get("crash_code", 1))
 
     def serve(self, model: str) -> None:
+        """Serve on other threads and wait for SIGTERM here: a handler would run once for two that
+        come while this thread is on its way into a blocking call, and then only after it.
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         self.ready_at = time.monotonic()
         _thread.start_new_thread(self.work, (model,))
-        while "backlog" in self.plan:
-            signal.pause()
+        if "backlog" in self.plan:
+            self.fill_the_queue()
+        else:
+            _thread.start_new_thread(self.accept, ())
+        while True:
+            self.on_term(signal.sigwait({signal.SIGTERM}), None)
+
+    def accept(self) -> None:
         while True:
             connection, _ = self.socket._accept()  # type: ignore[attr-defined]
             _thread.start_new_thread(self.answer, (connection,))
+
+    def fill_the_queue(self) -> None:
+        """From now on nobody can connect: the kernel does not answer."""
+        self.fillers = [_socket.socket(_socket.AF_INET, _socket.SOCK_STREAM) for _ in range(8)]
+        for filler in self.fillers:
+            filler.setblocking(False)
+            filler.connect_ex(self.socket.getsockname())
+        self.journal.note("full")
 
 
 def start_child(kind: str, journal: Journal, alive_fd: int) -> None:

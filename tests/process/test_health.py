@@ -353,6 +353,54 @@ def test_a_server_that_ends_in_the_moment_it_is_ready_is_not_loaded(
         assert fake.living() == set()
 
 
+# What the wait is woken by
+
+
+@pytest.fixture
+def rare_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe every minute: whatever comes sooner was woken by something else."""
+    monkeypatch.setattr(plan, "FIRST_PROBE_S", 60.0)
+    monkeypatch.setattr(plan, "LONGEST_PROBE_S", 60.0)
+
+
+@pytest.mark.usefixtures("rare_probes")
+def test_the_wait_is_woken_by_the_output_of_the_child(
+    orch: Orchestrator, fake: Fake, model_a: str
+) -> None:
+    """The line that says where it listens is worth a probe at once."""
+    fake.behave(bind_after_s=0.2)
+    health = orch.load(model_a).timings_s.health
+    assert health is not None
+    assert health < 20
+
+
+@pytest.mark.usefixtures("rare_probes")
+def test_the_wait_is_woken_by_the_exit_of_the_child(
+    orch: Orchestrator, fake: Fake, model_a: str
+) -> None:
+    """Not by a socket that closes: this one has none."""
+    fake.behave(hang=True)
+    loading = Background(orch.load, model_a)
+    pid = fake.wait_for("start").pid
+    until_state(orch, State.WAITING_HEALTH)
+    begun = time.monotonic()
+    kill(pid)
+    assert isinstance(loading.error(), ServerStartFailed)
+    assert time.monotonic() - begun < 20
+
+
+@pytest.mark.usefixtures("rare_probes")
+def test_the_wait_is_woken_by_a_cancel(orch: Orchestrator, fake: Fake, model_a: str) -> None:
+    """B18: a cancel must not wait for the health check's own clock."""
+    fake.behave(hang=True)
+    loading = Background(orch.load, model_a, load_request_id="x")
+    until_state(orch, State.WAITING_HEALTH)
+    begun = time.monotonic()
+    assert orch.cancel("x") is True
+    assert isinstance(loading.error(), Cancelled)
+    assert time.monotonic() - begun < 20
+
+
 # Cancel, measured where it hurts
 
 
@@ -365,9 +413,10 @@ def test_a_cancel_interrupts_every_kind_of_wait(
         fake.behave(**behaviour)
         took = []
         for _ in range(3):
-            before = len(fake.notes("bound"))
+            ready = "full" if "backlog" in behaviour else "bound"
+            before = len(fake.notes(ready))
             loading = Background(orch.load, model_a, load_request_id="x")
-            fake.wait_for("bound", before + 1)
+            fake.wait_for(ready, before + 1)
             until_state(orch, State.WAITING_HEALTH)
             threading.Event().wait(0.4)
             begun = time.monotonic()

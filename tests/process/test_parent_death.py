@@ -75,13 +75,16 @@ def test_the_server_does_not_outlive_the_backend(
     fake.behave(ignore_term=-1 if deaf else 0)
     grace = "orch = make(kill_grace_s=0.2)\n"
     backend = host(f"{grace}{LOAD}sys.stdin.readline()\n{ENDS[end]}")
-    server = Watch(backend.hear()["pid"])
+    pid = backend.hear()["pid"]
+    server = Watch(pid)
     until_guarded(backend)
     backend.tell()
     signum = getattr(signal, end, 0)
     begun = backend.die(signum) if signum else time.monotonic()
-    took = server.seconds_to_exit(begun)
     backend.process.wait(30)
+    if end in ("SIGINT", "returns", "raises", "sys.exit"):
+        assert not is_running(pid)  # in order, by the host itself
+    took = server.seconds_to_exit(begun)
     assert fake.living() == set()
     assert took < GONE_S, took
 

@@ -92,9 +92,14 @@ def test_a_server_gets_no_descriptor_but_its_pipe_and_the_lock(
     read, write = os.pipe()
     os.set_inheritable(read, True)
     os.set_inheritable(write, True)
-    orch.load(model_a)
-    os.close(read)
-    os.close(write)
+    stdin = os.dup(0)
+    os.dup2(read, 0)
+    try:
+        orch.load(model_a)
+    finally:
+        os.dup2(stdin, 0)
+        for fd in (stdin, read, write):
+            os.close(fd)
     fds = fake.wait_for("start")["fds"]
     lock = next(fd for fd, name in fds.items() if name == str(state_dir / "default/server.lock"))
     assert sorted(fds) == [0, 1, 2, lock]
@@ -266,6 +271,27 @@ def test_a_descendant_gets_as_many_signals_as_the_server(
     orch.unload()
     first, second = fake.notes("term")
     assert second["at"] - first["at"] >= 0.1
+
+
+def test_who_has_the_signal_with_the_group_does_not_get_it_again(
+    make: Make, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only who has left the group is signalled one by one."""
+    fake.behave(children=["group", "setsid"])
+    orch = make()
+    orch.load(model_a)
+    fake.wait_for("child", 2)
+    pids = {note["kind"]: note.pid for note in fake.notes("child")}
+    until(lambda: os.getpgid(pids["setsid"]) == pids["setsid"], "its own group")
+    signalled, send = [], Pin.signal
+
+    def signal_(pin: Pin, signum: int) -> None:
+        signalled.append((pin.process.pid, signum))
+        send(pin, signum)
+
+    monkeypatch.setattr(Pin, "signal", signal_)
+    orch.unload()
+    assert signalled == [(pids["setsid"], signal.SIGTERM), (pids["setsid"], signal.SIGCONT)]
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ SCENES = (
     Scene("load A; withdraw | load A; withdraw", pairs=0),
     Scene("load A; withdraw | load B queue", policy=CONTINUE),
     Scene("load B | load A queue; withdraw", warm="A", pairs=0),
+    Scene("load A | load B queue; cancel | load A queue; withdraw", policy=CONTINUE, mishaps=0),
     # leases, drains, and a drain that takes too long
     Scene("lease; release | load B", warm="A", mishaps=2),
     Scene("lease; withdraw | load B; cancel", warm="A", pairs=0),

@@ -320,6 +320,26 @@ def test_ctrl_c_while_a_load_is_looked_up_withdraws_the_caller(
         assert not house.owner._calls
 
 
+def test_ctrl_c_in_the_moment_of_asking_withdraws_the_caller(house: House) -> None:
+    """The load is on its way to the owner, and whoever wanted it has gone."""
+    house.open_gates = frozenset()
+    with sync_orchestrator() as orch:
+        orch.start()
+        ask = house.owner.ask
+
+        def interrupted(*call: Any) -> None:
+            ask(*call)
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(house.owner, "ask", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                orch.load("A")
+        house.catch_up()
+        assert orch.status().loading is None
+        house.effects.open()
+
+
 def test_an_event_loop_may_be_closed_under_a_pending_load(house: House) -> None:
     """Nobody hears the answer; the owner answers all the same and serves the next caller."""
     house.open_gates = frozenset()

@@ -9,7 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from orchestrator import Cancelled, ShuttingDown, SlotOccupied, SlotOwned, State, WrongProcess
+from orchestrator import (
+    Cancelled,
+    Orchestrator,
+    ShuttingDown,
+    SlotOccupied,
+    SlotOwned,
+    State,
+    WrongProcess,
+)
 from tests.shell.house import (
     PATIENCE_S,
     House,
@@ -28,6 +36,20 @@ def test_nothing_is_claimed_before_the_first_call_and_then_once(house: House) ->
         list(threads.map(lambda _: orch.start(), range(8)))
     assert house.claims == 1
     orch.close()
+
+
+def test_nobody_sees_an_owner_before_it_can_be_used(house: House) -> None:
+    """Calls of other threads take no lock: what they see must be whole."""
+    published: list[tuple[int, bool]] = []
+
+    class Watched(Orchestrator):
+        def __setattr__(self, name: str, value: object) -> None:
+            if name == "_owner" and value is not None:
+                published.append((self._pid, hasattr(self, "_intake")))
+            super().__setattr__(name, value)
+
+    with Watched(llama_server="/llama"):
+        assert published == [(os.getpid(), True)]
 
 
 def test_a_slot_that_could_not_be_claimed_may_be_free_later(
@@ -153,6 +175,30 @@ def test_a_close_that_leaves_something_alive_says_so_and_lets_go(
     assert house.effects.is_closed
     orch.close()
     house.os.alive.clear()
+
+
+def test_effects_that_cannot_be_closed_leave_nobody_waiting(
+    house: House, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever goes wrong at the end: it is the end, and everybody hears so."""
+
+    def broken() -> None:
+        raise OSError(5, "Input/output error")
+
+    house.hold_look_ups_of("A")
+    orch = sync_orchestrator().start()
+    reader = pool.submit(list, orch.events())
+    load = pool.submit(orch.load, "A")
+    house.look_up_has_begun("A")
+    monkeypatch.setattr(house.effects, "close", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        orch.close()
+    assert reader.result(PATIENCE_S) == []
+    house.let_look_ups_go("A")
+    assert isinstance(error_of(load), ShuttingDown)
+    with pytest.raises(ShuttingDown):
+        orch.unload()
+    orch.close()
 
 
 def test_a_load_that_is_looked_up_during_the_close_is_refused(
