@@ -136,9 +136,11 @@ def promise_the_outcome_is_the_loads(done: Done) -> str | None:
             return f"load {number} is in flight, and its outcome is {outcome}"
         if number not in unsettled and outcome is None:
             return f"load {number} has ended without an outcome"
-        if outcome is not None and isinstance(outcome, Loaded) != (number in done.stage.held):
-            held = "became Healthy" if number in done.stage.held else "did not become Healthy"
-            return f"load {number} {held}, and its outcome is {outcome}"
+        ran = outcome.generation if isinstance(outcome, Loaded) else None
+        if ran is not None and ran not in done.stage.held:  # its own, or one it found running
+            return f"load {ran} did not become Healthy, and the outcome of {number} says so"
+        if number in done.stage.held and ran != number:
+            return f"load {number} became Healthy, and its outcome is {outcome}"
     return None
 
 

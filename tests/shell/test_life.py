@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -271,8 +273,13 @@ def test_a_close_wakes_whoever_waits_for_a_lease(house: House, pool: ThreadPoolE
 # ------------------------------------------------------------------------------------------ forks
 
 
-def test_a_forked_worker_is_told_that_it_owns_nothing(house: House) -> None:
-    """It has a copy of everything but the threads: a call would wait for ever."""
+def test_a_forked_worker_is_told_that_it_owns_nothing(
+    house: House, pool: ThreadPoolExecutor
+) -> None:
+    """It has a copy of everything but the threads: a call would wait for ever, and so would a
+    lock that another thread held in the moment of the fork.
+    """
+    is_held, is_over = threading.Event(), threading.Event()
     with sync_orchestrator() as orch:
         pid = orch.load("A").pid
         calls = (
@@ -286,13 +293,21 @@ def test_a_forked_worker_is_told_that_it_owns_nothing(house: House) -> None:
             lambda: orch.events(),
             lambda: orch.start(),
         )
+
+        def hold() -> None:
+            with orch._life:  # as somebody who is starting or closing does
+                is_held.set()
+                is_over.wait(PATIENCE_S)
+
+        holding = pool.submit(hold)
+        assert is_held.wait(PATIENCE_S)
         read, write = os.pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: threads and fork
-            with orch._life:  # somebody may be starting or closing in the moment of the fork
-                child = os.fork()
+            child = os.fork()
         if child == 0:
             said = b""
+            signal.alarm(int(PATIENCE_S))  # a worker that hangs must not outlive the test
             try:
                 for call in calls:
                     try:
@@ -304,9 +319,11 @@ def test_a_forked_worker_is_told_that_it_owns_nothing(house: House) -> None:
             finally:
                 os.write(write, said or b"?")
                 os._exit(0)
+        is_over.set()
+        holding.result(PATIENCE_S)
         os.close(write)
-        os.waitpid(child, 0)
         with open(read, "rb") as told:
             assert told.read() == b"w" * len(calls) + b"c"
+        assert os.waitpid(child, 0)[1] == 0
         assert orch.load("A").pid == pid
     assert not house.os.alive
