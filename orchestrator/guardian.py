@@ -27,8 +27,12 @@ def start(slot: Slot) -> subprocess.Popen[bytes]:
     host = proctable.identify(os.getpid())
     if host is None:
         raise OSError("this process cannot be found in the process table")
+    python = forks.interpreter()
+    if python is None:
+        raise OSError("there is no Python interpreter to run it with")
+    importable = [entry for entry in sys.path if isinstance(entry, str)]
     arguments = {
-        "path": [str(Path(__file__).parents[1]), *sys.path],
+        "path": [str(Path(__file__).parents[1]), *importable],
         "slot": slot.name,
         "state_dir": str(slot.directory.parent),
         "token": slot.token,
@@ -40,7 +44,7 @@ def start(slot: Slot) -> subprocess.Popen[bytes]:
     )
     environment = {k: v for k, v in os.environ.items() if k != TOKEN_NAME}
     return forks.popen(
-        (sys.executable, "-I", "-S", "-c", code, json.dumps(arguments)),
+        (python, "-I", "-S", "-c", code, json.dumps(arguments)),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -51,7 +55,7 @@ def start(slot: Slot) -> subprocess.Popen[bytes]:
 
 def stop(guardian: subprocess.Popen[bytes]) -> None:
     """End a guardian that is not needed any more; the slot must be empty."""
-    guardian.terminate()
+    guardian.kill()  # it may have been stopped
     guardian.wait()
 
 
@@ -59,7 +63,7 @@ def main(arguments: dict[str, Any]) -> None:
     """Wait for the host to die, then empty its slot."""
     host = ProcessId(*arguments["host"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the host
-    while (pin := Pin.of(host)) is not None:
+    while (pin := Pin.to_watch(host)) is not None:
         proctable.wait_exited([pin], _POLL_HOST_S)
         pin.close()
     slot = Slot(arguments["slot"], arguments["state_dir"])

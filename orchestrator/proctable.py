@@ -21,6 +21,8 @@ from typing import Any, Final
 import psutil
 
 LINUX: Final = sys.platform == "linux"
+# Absent from a Python built against old kernel headers, whatever kernel it runs on.
+_pidfd_open: Callable[[int], int] | None = getattr(os, "pidfd_open", None)
 _TCP_ROW_BYTES: Final = 150  # fixed by the kernel's format
 
 
@@ -95,15 +97,24 @@ class Pin:
 
     @classmethod
     def of(cls, process: ProcessId) -> Pin | None:
-        """Pin a process, or return None when it is not that process any more."""
+        """Pin a process that may be signalled: never pid 0 or 1, never this one. None when it is
+        not that process any more.
+        """
         if process.pid <= 1 or process.pid == os.getpid():
             return None
-        fd: int | None = None
-        if LINUX:
-            try:
-                fd = os.pidfd_open(process.pid)
-            except OSError:
-                return None
+        return cls.to_watch(process)
+
+    @classmethod
+    def to_watch(cls, process: ProcessId) -> Pin | None:
+        """Pin any process, also pid 1: in a container the host often is. None when it is not that
+        process any more.
+        """
+        try:
+            fd = _pidfd_open(process.pid) if _pidfd_open is not None else None
+        except ProcessLookupError:
+            return None
+        except OSError:  # forbidden (some container runtimes), or no descriptor left: we poll
+            fd = None
         pin = cls(process, fd)
         if not is_alive(process):
             pin.close()
@@ -124,9 +135,11 @@ class Pin:
         return bool(poll.poll(0))
 
     def signal(self, signum: int) -> None:
-        """Send a signal; a process that has gone meanwhile is not an error."""
-        with contextlib.suppress(ProcessLookupError):
-            if self._fd is not None and LINUX:
+        """Send a signal; a process that has gone meanwhile is not an error, and one that we may
+        not signal is one that does not die.
+        """
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if self._fd is not None and _pidfd_open is not None:
                 signal.pidfd_send_signal(self._fd, signum)
             elif is_alive(self.process):
                 os.kill(self.process.pid, signum)
@@ -355,7 +368,8 @@ def _parse_stat(pid: int, data: bytes) -> ProcessRow | None:
     if len(fields) < 20:
         return None
     ppid, pgrp, session = (int(field) for field in fields[1:4])
-    return ProcessRow(pid, ppid, pgrp, session, int(fields[19]), fields[0] in (b"Z", b"X"))
+    is_zombie = fields[0] in (b"Z", b"X") and int(fields[17]) <= 1  # its other threads may live on
+    return ProcessRow(pid, ppid, pgrp, session, int(fields[19]), is_zombie)
 
 
 def _row_psutil(pid: int) -> ProcessRow | None:

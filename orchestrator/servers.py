@@ -108,9 +108,16 @@ def _embedded() -> ServerBinary:
         raise ServerUnavailable.because(
             f"the embedded server needs xllamacpp: {_EMBEDDED_HINT}", field="llama_server"
         )
+    python = forks.interpreter()
+    if python is None:
+        raise ServerUnavailable.because(
+            "the embedded server needs a Python interpreter, and this program is none: give the "
+            "path of a llama-server",
+            field="llama_server",
+        )
     script = str(Path(__file__).with_name("embedded.py"))
     # -P: this folder must not come before the standard library (it has an `http` of its own)
-    return ServerBinary("embedded", (sys.executable, "-P", script), identity_of(spec.origin))
+    return ServerBinary("embedded", (python, "-P", script), identity_of(spec.origin))
 
 
 def ask_catalogue(server: ServerBinary, cache: Path) -> Catalogue | None:

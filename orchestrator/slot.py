@@ -234,7 +234,8 @@ class Slot:
                 members = json.loads(file.read(65536))
             host = _process_in(members["host"])
             server = None if members["server"] is None else _process_in(members["server"])
-            return Record(host, server) if members["version"] == _RECORD_VERSION else None
+            is_ours = members["version"] == _RECORD_VERSION and (server is None or server.pid > 1)
+            return Record(host, server) if is_ours else None
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
 
@@ -330,8 +331,8 @@ def _process_in(members: Any) -> ProcessId:
     """Read an identity; what cannot be one is a ValueError or a TypeError."""
     process = ProcessId(**members)
     kinds = (type(process.pid), type(process.start_ticks), type(process.boot_id))
-    if kinds != (int, int, str) or not 1 < process.pid < 1 << 31:
-        raise ValueError("not a process that could be ours")
+    if kinds != (int, int, str) or not 0 < process.pid < 1 << 31:
+        raise ValueError("not a process")
     return process
 
 
@@ -393,11 +394,16 @@ def _try_lock(path: Path) -> int | None:
 
 def _open(path: Path) -> int:
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise StateDirError.because(
             f"{path} cannot be opened ({error.strerror}): check state_dir", field="state_dir"
         ) from error
+    if fd > 2:
+        return fd
+    above = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)  # the host has no standard streams
+    os.close(fd)
+    return above
 
 
 def _write_atomically(path: Path, text: str) -> None:

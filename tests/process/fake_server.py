@@ -76,6 +76,7 @@ class Journal:
             "at": time.monotonic(),
             "event": event,
             "pid": os.getpid(),
+            "ticks": own_ticks(),
             "root": self.root,
             **members,
         }
@@ -84,6 +85,12 @@ class Journal:
     @property
     def fds(self) -> set[int]:
         return {self._fd}
+
+
+def own_ticks() -> int:
+    """When this process was started, so that it can be told from a later one of its number."""
+    with open("/proc/self/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[19])
 
 
 def hold_alive_lock(journal: Journal) -> int:
@@ -148,6 +155,8 @@ class Server:
         self.socket.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
         self.socket.bind((host, port))
         self.socket.listen(self.plan.get("backlog", 64))
+        if "backlog" in self.plan:
+            self.fill_the_queue()
         at, port = self.socket.getsockname()
         line = self.plan.get("announce", f"main: server is listening on http://{at}:{port}")
         self.journal.note("bound", port=port)
@@ -221,9 +230,7 @@ class Server:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         self.ready_at = time.monotonic()
         _thread.start_new_thread(self.work, (model,))
-        if "backlog" in self.plan:
-            self.fill_the_queue()
-        else:
+        if "backlog" not in self.plan:
             _thread.start_new_thread(self.accept, ())
         while True:
             self.on_term(signal.sigwait({signal.SIGTERM}), None)
@@ -239,7 +246,6 @@ class Server:
         for filler in self.fillers:
             filler.setblocking(False)
             filler.connect_ex(self.socket.getsockname())
-        self.journal.note("full")
 
 
 def start_child(kind: str, journal: Journal, alive_fd: int) -> None:

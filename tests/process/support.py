@@ -25,6 +25,7 @@ import pytest
 
 from orchestrator import Orchestrator, State, proctable
 from orchestrator.events import Event
+from orchestrator.proctable import ProcessId
 from tests.conftest import servers_of
 
 T = TypeVar("T")
@@ -139,7 +140,9 @@ class Fake:
 
     def living(self) -> set[int]:
         """Everything that was ever started or forked and still runs."""
-        return {note.pid for note in self.notes() if is_running(note.pid)}
+        everybody = {(note.pid, int(note["ticks"])) for note in self.notes()}
+        boot = proctable.boot_id()
+        return {p for p, ticks in everybody if proctable.is_alive(ProcessId(p, ticks, boot))}
 
     def assert_never_two(self) -> None:
         assert self.notes("overlap") == []
@@ -221,7 +224,14 @@ class Host:
     """
 
     def __init__(
-        self, program: str, *, server: str, state_dir: Path, env: dict[str, str], model: str
+        self,
+        program: str,
+        *,
+        server: str,
+        state_dir: Path,
+        env: dict[str, str],
+        model: str,
+        inside: tuple[str, ...] = (),
     ) -> None:
         arguments = {
             "path": [str(REPOSITORY), *sys.path],
@@ -231,7 +241,7 @@ class Host:
             "model": model,
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-c", HOST_PRELUDE + program, json.dumps(arguments)],
+            [*inside, sys.executable, "-c", HOST_PRELUDE + program, json.dumps(arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

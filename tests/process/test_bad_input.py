@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator import Orchestrator, State, plan
+from orchestrator import Orchestrator, State, plan, proctable
 from orchestrator.errors import (
     InvalidModel,
     InvalidRequest,
@@ -435,7 +435,10 @@ def test_all_of_this_leaves_no_process(fake: Fake) -> None:
     """The fixtures would say so; this says that they can."""
     with subprocess.Popen(["sleep", "600"]) as process:
         journal = Path(fake.directory, "journal")
-        journal.write_text(repr({"at": 0.0, "event": "start", "pid": process.pid, "root": 0}))
+        found = proctable.identify(process.pid)
+        assert found is not None
+        note = {"event": "start", "pid": process.pid, "ticks": found.start_ticks}
+        journal.write_text(repr(note))
         assert fake.living() == {process.pid}
         process.kill()
         process.wait()

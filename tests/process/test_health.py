@@ -413,10 +413,9 @@ def test_a_cancel_interrupts_every_kind_of_wait(
         fake.behave(**behaviour)
         took = []
         for _ in range(3):
-            ready = "full" if "backlog" in behaviour else "bound"
-            before = len(fake.notes(ready))
+            before = len(fake.notes("bound"))
             loading = Background(orch.load, model_a, load_request_id="x")
-            fake.wait_for(ready, before + 1)
+            fake.wait_for("bound", before + 1)
             until_state(orch, State.WAITING_HEALTH)
             threading.Event().wait(0.4)
             begun = time.monotonic()

@@ -31,6 +31,7 @@ from orchestrator.errors import (
 )
 from orchestrator.process import Warden
 from orchestrator.proctable import Pin
+from orchestrator.slot import Slot
 from tests.conftest import servers_of
 from tests.process.support import (
     Background,
@@ -106,6 +107,29 @@ def test_a_server_gets_no_descriptor_but_its_pipe_and_the_lock(
     assert fds[0] == "/dev/null"
     assert fds[1] == fds[2]
     assert fds[1].startswith("pipe:")
+
+
+NO_STREAMS = """
+out = os.dup(1)
+os.set_inheritable(out, False)
+os.closerange(0, 3)
+pid = orch.load(a["model"]).pid
+os.write(out, json.dumps({"pid": pid}).encode() + b"\\n")
+rest()
+"""
+
+
+def test_a_host_without_standard_streams_gives_the_lock_all_the_same(
+    host: Callable[..., Host], fake: Fake, state_dir: Path
+) -> None:
+    """The first files a daemon opens are 0, 1 and 2, and those are replaced in the child."""
+    pid = host(NO_STREAMS).hear()["pid"]
+    fds = fake.wait_for("start")["fds"]
+    assert str(state_dir / "default/server.lock") in fds.values()
+    assert fds[0] == "/dev/null"
+    assert fds[1] == fds[2]
+    assert not Slot("default", state_dir).take_lock()[0].is_empty
+    kill(pid)
 
 
 def test_a_server_has_a_session_of_its_own(orch: Orchestrator, model_a: str) -> None:
@@ -460,6 +484,42 @@ def test_the_exit_of_a_healthy_server_is_noticed_in_milliseconds(
     assert min(took) < 0.1, took
 
 
+@pytest.fixture(params=["absent", "forbidden"])
+def no_pidfds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Python built against old headers, or a container runtime that forbids the call."""
+
+    def forbidden(pid: int) -> int:
+        raise PermissionError(1, "Operation not permitted")
+
+    replacement = None if request.param == "absent" else forbidden
+    monkeypatch.setattr(proctable, "_pidfd_open", replacement)
+
+
+@pytest.mark.usefixtures("no_pidfds")
+def test_without_pidfds_everything_is_polled_for(
+    make: Make, fake: Fake, model_a: str, model_b: str
+) -> None:
+    """Slower, and just as right: a live process is never taken for dead."""
+    fake.behave(by_model={"b.gguf": {"ignore_term": -1, "children": ["daemon!"]}})
+    orch = make(kill_grace_s=0.2)
+    first = orch.load(model_a).pid
+    second = orch.load(model_b).pid
+    assert not is_running(first)
+    assert orch.load(model_b).pid == second
+    orch.unload()
+    assert fake.living() == set()
+    third = orch.load(model_a).pid
+    kill(third)
+    until_state(orch, State.IDLE)
+    assert last_exit(orch) == (third, -signal.SIGKILL)
+    fake.behave(hang=True)
+    loading = Background(orch.load, model_a, load_request_id="x")
+    until_state(orch, State.WAITING_HEALTH)
+    assert orch.cancel("x") is True
+    assert isinstance(loading.error(), Cancelled)
+    fake.assert_never_two()
+
+
 # What will not die
 
 
@@ -498,6 +558,28 @@ def test_a_server_that_will_not_die_keeps_the_slot(
     until(lambda: orch.status().occupied_by is None, "the slot to be free")
     assert orch.load(model_b).pid != pid
     fake.assert_never_two()
+
+
+def test_a_server_that_may_not_be_signalled_keeps_the_slot(
+    make: Make, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs as somebody else, through sudo say: that is an answer, not a crash."""
+
+    def forbidden(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(plan, "_GONE_BASE_S", 0.2)
+    fake.behave(children=["daemon"])
+    orch = make(kill_grace_s=0.1)
+    pid = orch.load(model_a).pid
+    child = fake.wait_for("child").pid
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "killpg", forbidden)
+        patch.setattr(signal, "pidfd_send_signal", forbidden)
+        with pytest.raises(SlotOccupied, match=rf"{pid}.* did not end") as refused:
+            orch.unload()
+        assert str(child) in refused.value.message
+    assert orch.unload().status == "unloaded"
 
 
 def test_an_unload_tries_again_and_frees_the_slot(

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from orchestrator import proctable, slot
@@ -250,6 +251,25 @@ def test_a_zombie_is_not_alive(mine: Slot, sleep: Sleep) -> None:
     assert Pin.of(who) is None
 
 
+def test_a_process_whose_main_thread_has_ended_is_alive(mine: Slot, sleep: Sleep) -> None:
+    """It looks like a zombie in the process table, and its other threads hold everything."""
+    program = (
+        "import ctypes, threading, time\n"
+        "threading.Thread(target=time.sleep, args=(600,)).start()\n"
+        "print(flush=True)\n"
+        "exit_thread = {'x86_64': 60, 'aarch64': 93}[__import__('os').uname().machine]\n"
+        "ctypes.CDLL(None).syscall(exit_thread, 0)"
+    )
+    process = sleep([sys.executable, "-c", program])
+    mine.remember(identity(process))
+    status = psutil.Process(process.pid).status
+    until(lambda: status() == psutil.STATUS_ZOMBIE, "the end of its main thread")
+    assert proctable.is_alive(identity(process))
+    assert mine.inhabitants() == {identity(process)}
+    assert mine.reap()[0] == {process.pid}
+    assert process.wait() == -signal.SIGTERM
+
+
 def test_inhabitants_are_found_by_every_mark_and_nobody_else_is(mine: Slot, sleep: Sleep) -> None:
     """Record, token, group, session and descent; a look-alike has none of them."""
     by_token = sleep(env=environment(mine))
@@ -359,7 +379,7 @@ GOOD = {"pid": 4242, "start_ticks": 17, "boot_id": "b"}
         ),
         json.dumps({"version": 1, "host": GOOD, "server": {**GOOD, "start_ticks": "17"}}),
         json.dumps({"version": 1, "host": GOOD, "server": {**GOOD, "boot_id": 5}}),
-        json.dumps({"version": 1, "host": {**GOOD, "pid": 1}, "server": GOOD}),
+        json.dumps({"version": 1, "host": {**GOOD, "pid": 0}, "server": GOOD}),
         json.dumps({"version": 1, "host": GOOD, "server": GOOD}) + "}",
         "[" * 100_000,
     ],
