@@ -14,7 +14,7 @@ APT = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
   apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q $(1); \
   else echo "missing: $(1). As root: apt-get install $(1)" >&2; false; fi
 
-.PHONY: help demo test check-deep lint format diagrams bench llama-server clean
+.PHONY: help demo test lint format diagrams bench llama-server clean
 
 help:
 	@echo "make demo          the main job on a tiny model, end to end"
@@ -42,9 +42,6 @@ test: $(VENV)/.ready
 	elif [ -n "$$CI" ]; then exit 1; \
 	else echo "NO REAL llama-server: the tests marked external are left out" >&2; \
 	  $(BIN)/python -m pytest -m "not external" $(ARGS); fi
-
-check-deep: $(VENV)/.ready
-	$(BIN)/python -m tests.core.deep
 
 llama-server: $(VENV)/.ready
 	@if [ ! -x "$(SERVER)" ]; then \
