@@ -75,16 +75,15 @@ def test_the_server_does_not_outlive_the_backend(
     fake.behave(ignore_term=-1 if deaf else 0)
     grace = "orch = make(kill_grace_s=0.2)\n"
     backend = host(f"{grace}{LOAD}sys.stdin.readline()\n{ENDS[end]}")
-    pid = backend.hear()["pid"]
-    server = Watch(pid)
-    until_guarded(backend)
+    server = Watch(backend.hear()["pid"])
+    guardian = until_guarded(backend)
+    if end in ("SIGINT", "returns", "raises", "sys.exit"):
+        kill(guardian)  # these end in order: the host itself sees to it
     backend.tell()
     signum = getattr(signal, end, 0)
     begun = backend.die(signum) if signum else time.monotonic()
     backend.process.wait(30)
-    if end in ("SIGINT", "returns", "raises", "sys.exit"):
-        assert not is_running(pid)  # in order, by the host itself
-    took = server.seconds_to_exit(begun)
+    took = server.seconds_to_exit(begun, 5)
     assert fake.living() == set()
     assert took < GONE_S, took
 
@@ -259,6 +258,57 @@ def test_a_stopped_backend_keeps_its_server(host: StartHost, fake: Fake) -> None
     assert backend.hear()["again"] == pid
 
 
+IN_A_CONTAINER = """
+outcome = orch.load(a["model"])
+guardian = orch._owner.effects._guardian.pid
+settled, ends = "", time.monotonic() + 20
+while not settled and time.monotonic() < ends:
+    time.sleep(0.005)
+    try:
+        folder = f"/proc/{guardian}/fd"
+        names = [os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder)]
+        settled = "watching" if any("pidfd" in name for name in names) else ""
+    except FileNotFoundError:  # a descriptor that was closed, or a guardian that has ended
+        settled = "" if os.path.exists(f"/proc/{guardian}/exe") else "gone"
+again = orch.load(a["model"])
+say(me=os.getpid(), settled=settled, pid=outcome.pid, again=again.pid, how=again.status)
+orch.close()
+say(left=str(orch.status().state))
+"""
+
+
+def test_a_backend_that_is_pid_1_keeps_its_server(
+    state_dir: Path, tmp_path: Path, model_a: str
+) -> None:
+    """So it is in most containers, and pid 1 must not be mistaken for dead."""
+    inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    if os.geteuid() != 0:
+        inside += ["--user", "--map-root-user"]
+    if subprocess.run([*inside, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("no pid namespaces here")
+    fake = Fake(tmp_path / "inside")  # its journal holds numbers of another namespace
+    backend = Host(
+        IN_A_CONTAINER,
+        server=fake.path,
+        state_dir=state_dir,
+        env=fake.env,
+        model=model_a,
+        inside=tuple(inside),
+    )
+    try:
+        said = backend.hear()
+        assert said == {
+            "me": 1,
+            "settled": "watching",
+            "pid": said["pid"],
+            "again": said["pid"],
+            "how": "already_loaded",
+        }
+        assert backend.hear() == {"left": "Idle"}
+    finally:
+        backend.close()
+
+
 # The guardian
 
 
@@ -275,6 +325,56 @@ def test_a_guardian_that_was_killed_is_replaced_at_the_next_start(host: StartHos
     server = Watch(backend.hear()["pid"])
     assert until_guarded(backend) != first
     assert server.seconds_to_exit(backend.die()) < GONE_S
+
+
+def test_a_stopped_guardian_holds_up_nobody(host: StartHost) -> None:
+    """A process that is stopped does not hear SIGTERM."""
+    backend = host(LOAD + "sys.stdin.readline()\norch.close()\nsay(closed=True)\nrest()")
+    backend.hear()
+    os.kill(until_guarded(backend), signal.SIGSTOP)
+    backend.tell()
+    assert backend.hear() == {"closed": True}
+
+
+PROGRAM = """
+import pathlib
+sys.path.append(pathlib.Path("/no/such/folder"))  # the import system passes over it
+sys.executable = a["env"]["APPLICATION"]
+sys.frozen = a["env"].get("FROZEN") == "1"
+logged = []
+structlog.configure(
+    processors=[lambda _, __, event: logged.append(event["event"]) or str(event)],
+    wrapper_class=structlog.make_filtering_bound_logger(40),
+    logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+)
+outcome = orch.load(a["model"])
+say(pid=outcome.pid, logged=logged)
+rest()
+"""
+
+
+@pytest.mark.parametrize("is_frozen", [False, True], ids=["embedded", "frozen"])
+def test_a_host_that_is_no_interpreter_is_not_started_again(
+    host: StartHost, fake: Fake, tmp_path: Path, is_frozen: bool
+) -> None:
+    """`sys.executable` of a bundled application is the application: a second one would claim the
+    slot, and start a third. Without a guardian the load goes on, and the log says so.
+    """
+    application = tmp_path / "application"
+    application.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    application.chmod(0o755)
+    fake.env |= {"APPLICATION": str(application), "FROZEN": str(int(is_frozen))}
+    backend = host(PROGRAM)
+    said = backend.hear()
+    assert ("guardian.unavailable" in said["logged"]) is is_frozen
+    server = Watch(said["pid"])
+    if is_frozen:
+        kill(said["pid"])
+        server.seconds_to_exit(time.monotonic())
+    else:
+        until_guarded(backend)
+        assert server.seconds_to_exit(backend.die()) < GONE_S
+    assert not (tmp_path / "started").exists()
 
 
 def test_a_closed_backend_leaves_no_guardian(host: StartHost) -> None:
@@ -306,22 +406,14 @@ def test_a_new_backend_is_not_disturbed_by_the_guardian_of_the_old_one(
     fake.behave(ignore_term=-1)
     backend = host(LOAD + "rest()")
     old = backend.hear()["pid"]
-    until_guarded(backend)
+    guardian = until_guarded(backend)
     backend.die()
     fake.behave()
     new = make().load(model_a).pid  # neither refused nor ended
     assert not is_running(old)
     fake.assert_never_two()
-    guardians = [p for p in psutil.process_iter() if "orchestrator.guardian" in cmdline(p)]
-    until(lambda: sum(p.is_running() for p in guardians) <= 1, "the old guardian to end")
+    until(lambda: not is_running(guardian), "the old guardian to end")
     assert is_running(new)
-
-
-def cmdline(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
 
 
 # The next start, when the guardian was killed too

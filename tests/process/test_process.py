@@ -110,6 +110,7 @@ def test_a_server_gets_no_descriptor_but_its_pipe_and_the_lock(
 
 
 NO_STREAMS = """
+orch.start()
 out = os.dup(1)
 os.set_inheritable(out, False)
 os.closerange(0, 3)

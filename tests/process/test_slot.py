@@ -182,6 +182,33 @@ def test_a_lock_held_by_the_heirs_of_a_dead_owner_is_waited_for(state_dir: Path)
     after.release()
 
 
+def test_an_heir_stops_where_somebody_else_has_claimed(mine: Slot, sleep: Sleep) -> None:
+    """A guardian that comes late must not end the server of the backend that came after."""
+    process = sleep(env=environment(mine))
+    dead = ProcessId(process.pid, 1, proctable.boot_id())
+    assert not mine.succeed(dead)
+    signalled, evidence = mine.reap(heir_of=dead)
+    assert (signalled, evidence.is_empty) == (set(), False)
+    assert process.poll() is None
+    me = proctable.identify(os.getpid())
+    assert me is not None
+    assert mine.belongs_to(me)
+    assert mine.reap(heir_of=me)[0] == {process.pid}
+
+
+def test_an_heir_takes_over_what_nobody_has_claimed(state_dir: Path, sleep: Sleep) -> None:
+    """Also when somebody has cleaned up the folder, and with it the owner's name."""
+    dead = ProcessId(os.getpid(), 1, proctable.boot_id())
+    heir = Slot("s", state_dir)
+    assert heir.succeed(dead)
+    late = Slot("s", state_dir)
+    late.owner_path.write_text(json.dumps(asdict(identity(sleep()))))
+    with pytest.raises(SlotOwned):
+        late.claim()
+    assert not heir.belongs_to(dead)
+    heir.release()
+
+
 def test_slots_of_one_directory_do_not_know_each_other(
     mine: Slot, state_dir: Path, sleep: Sleep
 ) -> None:
@@ -319,7 +346,6 @@ def test_no_parent_of_ours_and_not_we_ourselves_are_ever_inhabitants(
     assert Pin.of(ProcessId(0, 0, proctable.boot_id())) is None
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can enter another directory as `/`")
 def test_the_same_path_in_another_place_is_another_slot(
     mine: Slot, tmp_path: Path, sleep: Sleep
 ) -> None:

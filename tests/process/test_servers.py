@@ -1,0 +1,127 @@
+"""A binary is asked once what it can do, in a server's environment, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator import forks, servers
+from orchestrator.catalogue import Catalogue
+from orchestrator.errors import ServerUnavailable
+from orchestrator.request import ServerBinary
+from orchestrator.servers import ask_catalogue, find_server
+from tests.process.support import is_running, until
+
+HELP = """
+-m,    --model FNAME                    model path to load
+--spec-type none,ngram-mod              type of speculative decoding
+"""
+
+
+class Script:
+    """A binary that is a shell script of the test's own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "llama-server"
+        self.cache = folder / "cache"
+        self.asked = folder / "asked"
+
+    def write(self, body: str) -> ServerBinary:
+        text = f'#!/bin/sh\nenv > "{self.asked}.env"\necho >> "{self.asked}"\n{body}\n'
+        self.path.write_text(text)
+        self.path.chmod(0o755)
+        return find_server(str(self.path))
+
+    def answer(self, body: str = "") -> Catalogue | None:
+        return ask_catalogue(self.write(f"cat <<END{HELP}END\n{body}"), self.cache)
+
+    @property
+    def times(self) -> int:
+        return len(self.asked.read_text().splitlines()) if self.asked.exists() else 0
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
+    monkeypatch.setattr(servers, "_answers", {})
+    return Script(tmp_path)
+
+
+def test_a_binary_is_asked_once_and_the_answer_outlives_the_process(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start must not wait for a question that was answered before."""
+    found = script.answer()
+    assert found is not None
+    server = find_server(str(script.path))
+    assert ask_catalogue(server, script.cache) == found
+    monkeypatch.setattr(servers, "_answers", {})
+    assert ask_catalogue(server, script.cache) == found
+    assert script.times == 1
+    os.utime(script.path, ns=(1, 1))
+    assert ask_catalogue(find_server(str(script.path)), script.cache) == found
+    assert script.times == 2
+
+
+def test_no_secret_reaches_a_binary_that_is_only_asked(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the same program as the server, so it gets the same environment."""
+    for name in ("HF_TOKEN", "LLAMA_ARG_PORT", "AIP_MODE", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "secret")
+    assert script.answer() is not None
+    assert "secret" not in Path(f"{script.asked}.env").read_text()
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["exit 1", "kill -9 $$", "sleep 600", "trap '' TERM; while :; do sleep 600; done"],
+    ids=["fails", "killed", "hangs", "deaf"],
+)
+def test_an_inconclusive_answer_is_not_remembered(
+    script: Script, monkeypatch: pytest.MonkeyPatch, body: str
+) -> None:
+    """One slow `--help` once switched drafting off for the whole session."""
+    monkeypatch.setattr(servers, "_ASK_S", 0.3)
+    begun = time.monotonic()
+    assert script.answer(body) is None
+    assert time.monotonic() - begun < 10
+    assert not script.cache.exists()
+    assert script.answer() is not None
+
+
+def test_what_says_nothing_of_a_model_is_no_llama_server(script: Script) -> None:
+    """`/bin/true` answers every question with success."""
+    assert ask_catalogue(script.write("echo usage"), script.cache) is None
+    assert ask_catalogue(script.write("head -c 3000000 /dev/zero"), script.cache) is None
+
+
+def test_nothing_that_was_started_for_an_answer_stays(script: Script, tmp_path: Path) -> None:
+    """A wrapper's background process holds the output open; nobody waits for that."""
+    pid_file = tmp_path / "pid"
+    begun = time.monotonic()
+    assert script.answer(f'sleep 600 & echo $! > "{pid_file}"') is not None
+    assert time.monotonic() - begun < 10
+    left = int(pid_file.read_text())
+    until(lambda: not is_running(left), "the end of the rest")
+
+
+def test_a_host_that_ignores_its_children_gets_an_answer(script: Script) -> None:
+    """Their exit status is lost, so the answer is inconclusive or right, and nothing is raised."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert isinstance(script.answer(), Catalogue | None)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_the_embedded_server_needs_an_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a frozen application `sys.executable` is the application."""
+    assert find_server("embedded").command[0] == forks.interpreter()
+    monkeypatch.setattr(forks, "interpreter", lambda: None)
+    with pytest.raises(ServerUnavailable, match="give the path of a llama-server") as refused:
+        find_server("embedded")
+    assert refused.value.field == "llama_server"
