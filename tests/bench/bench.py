@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import signal
 import socket
 import statistics
@@ -27,6 +28,7 @@ import psutil
 import structlog
 
 from orchestrator import Cancelled, Orchestrator
+from orchestrator.plan import TERM_AGAIN_S
 from orchestrator.tiny_model import write_tiny_model
 
 
@@ -66,7 +68,14 @@ def _is_ready(port: int) -> bool:
 
 
 def bare_stop(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGTERM)
+    """SIGTERM and wait; again where it was lost (in the moment the server begins to listen)."""
+    end = os.pidfd_open(process.pid)
+    try:
+        process.send_signal(signal.SIGTERM)
+        while not select.select([end], [], [], TERM_AGAIN_S)[0]:
+            process.send_signal(signal.SIGTERM)
+    finally:
+        os.close(end)
     process.wait()
 
 
