@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from orchestrator.events import Event
     from orchestrator.orchestrator import AsyncOrchestrator, Orchestrator
     from orchestrator.plan import Plan
+    from orchestrator.recovery import RestartPolicy
     from orchestrator.request import LoadRequest, ReloadReason
     from orchestrator.states import State
     from orchestrator.views import (
@@ -62,6 +63,7 @@ _HOMES = {
     "events": "Event",
     "orchestrator": "AsyncOrchestrator Orchestrator",
     "plan": "Plan",
+    "recovery": "RestartPolicy",
     "request": "LoadRequest ReloadReason",
     "states": "State",
     "views": "LeasedServer LoadOutcome LoadProgress Status UnloadOutcome",
@@ -90,6 +92,7 @@ __all__ = [
     "Problem",
     "RefusedArgument",
     "ReloadReason",
+    "RestartPolicy",
     "ServerExited",
     "ServerStartFailed",
     "ServerUnavailable",

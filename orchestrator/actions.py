@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from orchestrator.context import Caller, Context, EffectInFlight, Job, Running, Waiter
-from orchestrator.errors import Problem
-from orchestrator.guards import EARLY_CANCEL_S, cancels, is_meant, is_named
+from orchestrator.errors import Problem, Restored
+from orchestrator.guards import EARLY_CANCEL_S, cancels, is_meant, is_named, restores_previous
 from orchestrator.messages import (
     Accept,
     Answer,
@@ -45,7 +45,8 @@ from orchestrator.messages import (
     Unloaded,
     UnloadRequested,
 )
-from orchestrator.request import ReloadReason, differences
+from orchestrator.recovery import Recovery, RestartPolicy, after_exit, after_failed_restart
+from orchestrator.request import ReloadReason, Target, differences
 from orchestrator.tokens import CancelReason, Generation, Ticket
 
 MAX_REMEMBERED_IDS = 256
@@ -67,7 +68,7 @@ class Step:
         self.commands.extend(commands)
 
     def settle(self, callers: Iterable[Caller], answer: Answer) -> None:
-        self.emit(*(Settle(caller.ticket, answer) for caller in callers))
+        self.emit(*(Settle(caller.ticket, _told(caller, answer)) for caller in callers))
 
     @property
     def ticket(self) -> Ticket:
@@ -93,6 +94,10 @@ def refuse_cancelled(s: Step) -> None:
 def refuse_superseded(s: Step) -> None:
     problem = Problem("superseded", "superseded by a load that was asked for later")
     s.emit(Settle(s.ticket, problem))
+
+
+def refuse_cooling_down(s: Step) -> None:
+    s.emit(Settle(s.ticket, _cooling_down(cast("Recovery", s.ctx.recovery), s.fact.at)))
 
 
 def refuse_busy(s: Step) -> None:
@@ -140,8 +145,7 @@ def answer_next_already_loaded(s: Step) -> None:
     running = cast("Running", s.ctx.running)
     first, *rest = s.ctx.queue
     for caller in first.callers:
-        answer = replace(_loaded(running, already=True), joined=caller.joined)
-        s.emit(Settle(caller.ticket, answer))
+        s.settle((caller,), replace(_loaded(running, already=True), joined=caller.joined))
     s.put(queue=tuple(rest))
     _promote_next(s)
 
@@ -190,12 +194,16 @@ def cancel_job(s: Step) -> None:
     problem = Problem("cancelled", "cancelled by the caller", generation=job.generation)
     _answer_at_the_end(s, job.callers, problem)
     _interrupt(s, CancelReason.USER, problem)
+    s.put(recovery=None)
 
 
 def time_out_job(s: Step) -> None:
     job = cast("Job", s.ctx.job)
     problem = _deadline(job)
-    _answer_at_the_end(s, job.callers, problem)
+    if restores_previous(s.ctx, cast("TimerFired", s.fact)):
+        _enqueue_previous(s, job, problem)
+    else:
+        _answer_at_the_end(s, job.callers, problem)
     _interrupt(s, CancelReason.DEADLINE, problem)
 
 
@@ -245,11 +253,13 @@ def forget_ticket(s: Step) -> None:
         leases=s.ctx.leases - {gone},
     )
     if s.ctx.policy.abandoned_load == "cancel":
-        s.put(queue=tuple(job for job in s.ctx.queue if job.callers))
+        s.put(queue=tuple(job for job in s.ctx.queue if job.callers or job.after))
 
 
 def fail_job(s: Step) -> None:
-    """The load in flight has failed; its callers hear why when the slot is empty again."""
+    """The load in flight has failed; its callers hear why when the slot is empty again, or when
+    what ran before is back.
+    """
     job = cast("Job", s.ctx.job)
     if job.token is None:
         _fail(s, job, replace(s.problem, generation=job.generation))
@@ -274,8 +284,8 @@ def fail_job_slot_occupied(s: Step) -> None:
 def fail_all(s: Step) -> None:
     """The slot could not be emptied: no load can start beside what is still alive."""
     for job in s.ctx.wanted:
-        _fail(s, job, s.problem)
-    s.put(job=None, queue=(), running=None, effect=None, last_error=s.problem)
+        _wait(s, job.callers, replace(s.problem, generation=job.generation))
+    s.put(job=None, queue=(), running=None, effect=None, recovery=None, last_error=s.problem)
 
 
 # ----------------------------------------------------------------------------- what comes after
@@ -292,7 +302,10 @@ def take_next(s: Step) -> None:
     if first is not None:
         target = first.target.inheriting(dict(s.ctx.committed_args))
         first = replace(first, target=target, phase_at=s.fact.at)
-        first = replace(first, reload_reasons=_reasons(s, first))
+        if first.after is None:
+            first = replace(first, reload_reasons=_reasons(s, first))
+            before = s.ctx.running.target if s.ctx.running else s.ctx.previous
+            s.put(previous=before, recovery=None)
     s.put(job=first, queue=tuple(rest))
 
 
@@ -323,23 +336,14 @@ def answer_waiters_occupied(s: Step) -> None:
     s.put(waiters=())
 
 
-def answer_unloaded(s: Step) -> None:
-    _note_unload(s)
-    s.emit(Settle(s.ticket, Unloaded()))
-
-
 def answer_unchanged(s: Step) -> None:
     """Not that model. A load of it may still be on its way: it was asked for first, and ends."""
     _note_unload(s)
     s.emit(Settle(s.ticket, Unloaded(changed=False)))
 
 
-def answer_done(s: Step) -> None:
-    s.emit(Settle(s.ticket, Done()))
-
-
 def latch_shutdown(s: Step) -> None:
-    s.put(is_shutting_down=True)
+    s.put(is_shutting_down=True, previous=None, recovery=None)
 
 
 # --------------------------------------------------------------------------------------- effects
@@ -419,9 +423,10 @@ def commit(s: Step) -> None:
     )
     others = tuple(kept for kept in s.ctx.committed_args if kept[0] != job.target.source)
     committed = (*others, (job.target.source, job.target.extra_args))[-MAX_REMEMBERED_SOURCES:]
-    s.put(job=None, running=running, effect=None, committed_args=committed, last_error=None)
+    s.put(job=None, running=running, effect=None, committed_args=committed)
+    s.put(previous=None, last_error=job.after)  # what a load made good is still worth knowing
     for caller in job.callers:
-        s.emit(Settle(caller.ticket, replace(_loaded(running), joined=caller.joined)))
+        s.settle((caller,), replace(_loaded(running), joined=caller.joined))
     _promote_next(s)
 
 
@@ -430,17 +435,32 @@ def record_exit(s: Step) -> None:
 
 
 def lose_server(s: Step) -> None:
-    """The healthy server has ended by itself: it is not loaded any more, and it says why."""
-    exit_ = cast("Exited", s.fact).exit
+    """The healthy server has ended by itself: it is not loaded any more, and it says why.
+
+    If the policy says so, and nothing else is wanted, it is to be started again.
+    """
+    exit_, running = cast("Exited", s.fact).exit, cast("Running", s.ctx.running)
     how = "with an unknown status" if exit_.returncode is None else _how_it_ended(exit_.returncode)
-    s.put(
-        last_error=Problem(
-            "server_exited",
-            f"the server ended by itself {how}: load the model again",
-            generation=cast("Running", s.ctx.running).generation,
-            log_tail=exit_.log_tail,
-        ),
+    problem = Problem(
+        "server_exited",
+        f"the server ended by itself {how}",
+        generation=running.generation,
+        log_tail=exit_.log_tail,
     )
+    policy, at = s.ctx.policy.restart, s.fact.at
+    if policy is None or s.ctx.queue:
+        what = "something else is loaded" if s.ctx.queue else "load the model again"
+        s.put(recovery=None, last_error=replace(problem, message=f"{problem.message}: {what}"))
+        return
+    now = Recovery(running.target, running.generation, 1, "waiting", at, problem)
+    _plan_restart(s, after_exit(policy, s.ctx.recovery, ran_s=at - running.at, at=at, now=now))
+
+
+def enqueue_restart(s: Step) -> None:
+    """Nobody asked for this load; it has a generation like any other."""
+    recovery = cast("Recovery", s.ctx.recovery).trying()
+    _enqueue_own(s, recovery.target, (), recovery.problem)
+    s.put(recovery=recovery)
 
 
 def fence(s: Step) -> None:
@@ -468,9 +488,18 @@ def refuse_lease(s: Step) -> None:
     s.emit(Settle(s.ticket, _NOT_LOADED))
 
 
-def refuse_waiting_leases(s: Step) -> None:
-    s.emit(*(Settle(ticket, _NOT_LOADED) for ticket in s.ctx.lease_waiters))
-    s.put(lease_waiters=())
+def rest(s: Step) -> None:
+    """Nothing is under way any more: there is nothing to go back to, and no lease to wait for
+    unless a restart is planned.
+    """
+    recovery = s.ctx.recovery
+    if recovery is not None and recovery.phase == "trying":
+        recovery = None
+    s.put(previous=None, recovery=recovery)
+    if recovery is None or recovery.phase != "waiting":
+        why = _NOT_LOADED if recovery is None else _cooling_down(recovery, s.fact.at)
+        s.emit(*(Settle(ticket, why) for ticket in s.ctx.lease_waiters))
+        s.put(lease_waiters=())
 
 
 def drop_lease(s: Step) -> None:
@@ -503,6 +532,10 @@ def _note_unload(s: Step) -> None:
     fact = cast("UnloadRequested", s.fact)
     others = tuple(known for known in s.ctx.unloads if known[0] != fact.model)
     s.put(unloads=(*others, (fact.model, fact.ticket))[-MAX_REMEMBERED_IDS:])
+    if s.ctx.previous is not None and is_named(s.ctx.previous, fact.model):
+        s.put(previous=None)
+    if s.ctx.recovery is not None and is_named(s.ctx.recovery.target, fact.model):
+        s.put(recovery=None)
 
 
 def _join(s: Step, job: Job) -> None:
@@ -534,7 +567,20 @@ def _interrupt(s: Step, reason: CancelReason, problem: Problem) -> None:
 
 
 def _wait(s: Step, callers: tuple[Caller, ...], answer: Answer) -> None:
-    s.put(waiters=(*s.ctx.waiters, *(Waiter(caller.ticket, answer) for caller in callers)))
+    waiters = (Waiter(caller.ticket, _told(caller, answer)) for caller in callers)
+    s.put(waiters=(*s.ctx.waiters, *waiters))
+
+
+def _told(caller: Caller, answer: Answer) -> Answer:
+    """Return what a caller hears: of its own failure too, if this load was to make that good."""
+    if caller.failure is None:
+        return answer
+    return _restored(caller.failure, answer if isinstance(answer, Problem) else None)
+
+
+def _restored(failure: Problem, problem: Problem | None) -> Problem:
+    restored = cast("Restored", failure.restored)
+    return replace(failure, restored=replace(restored, problem=problem))
 
 
 def _answer_at_the_end(s: Step, callers: tuple[Caller, ...], answer: Answer) -> None:
@@ -549,8 +595,49 @@ def _answer_at_the_end(s: Step, callers: tuple[Caller, ...], answer: Answer) -> 
 
 def _fail(s: Step, job: Job, problem: Problem) -> None:
     problem = replace(problem, generation=job.generation)
-    s.put(last_error=problem)
+    if restores_previous(s.ctx, cast("Completion", s.fact)):
+        _enqueue_previous(s, job, problem)
+        return
     _wait(s, job.callers, problem)
+    recovery = s.ctx.recovery
+    if job.after is not None and recovery is None:
+        s.put(last_error=_restored(job.after, problem))
+    elif job.after is None or recovery is None or s.ctx.queue:
+        s.put(last_error=problem)
+    else:
+        policy, at = cast("RestartPolicy", s.ctx.policy.restart), s.fact.at
+        again = after_failed_restart(
+            policy, recovery, at=at, generation=job.generation, problem=problem
+        )
+        _plan_restart(s, again)
+
+
+def _enqueue_previous(s: Step, failed: Job, problem: Problem) -> None:
+    """What ran before comes back; who asked for what failed hears of both when that is settled."""
+    _enqueue_own(s, cast("Target", s.ctx.previous), failed.callers, problem)
+    s.put(previous=None)
+
+
+def _enqueue_own(s: Step, target: Target, callers: tuple[Caller, ...], failure: Problem) -> None:
+    generation = Generation(s.ctx.generation + 1)
+    restored = Restored(generation, target.request.model_path, target.model.variant)
+    failure = replace(failure, restored=restored)
+    callers = tuple(replace(c, failure=c.failure or failure) for c in callers)
+    job = Job(generation, target, callers, s.fact.at, s.fact.at, after=failure)
+    s.put(generation=generation, queue=(*s.ctx.queue, job), last_error=failure)
+
+
+def _plan_restart(s: Step, recovery: Recovery) -> None:
+    """Wait for the restart, or cool down; the last error says which."""
+    limit = cast("RestartPolicy", s.ctx.policy.restart).limit
+    wait_s = recovery.until - s.fact.at
+    if recovery.phase == "waiting":
+        s.emit(SetTimer(recovery.generation, "restart", wait_s))
+        what = f"restart {recovery.failures} of {limit} follows within {wait_s:.3g} s"
+    else:
+        what = f"that was restart {limit} of {limit}: nothing is started for {wait_s:.3g} s"
+    message = f"{recovery.problem.message}; {what}"
+    s.put(recovery=recovery, last_error=replace(recovery.problem, message=message))
 
 
 def _next_phase(s: Step, ended: str) -> Job:
@@ -591,6 +678,22 @@ def _loaded(running: Running, *, already: bool = False) -> Loaded:
         running.timings,
         () if already else running.reload_reasons,
         already=already,
+    )
+
+
+def _cooling_down(recovery: Recovery, now: float) -> Problem:
+    left_s = max(0.0, recovery.until - now)
+    message = (
+        f"{recovery.target.request.model_path} failed {recovery.failures} times in a row and is "
+        f"not started for another {left_s:.0f} s: change what fails, or set force_reload"
+    )
+    return Problem(
+        "server_start_failed",
+        message,
+        generation=recovery.generation,
+        log_tail=recovery.problem.log_tail,
+        reason="cooling_down",
+        retry_after_s=left_s,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 from orchestrator.errors import Problem
 from orchestrator.messages import Answer, Child, Exit, ServerFacts, Timings
+from orchestrator.recovery import Recovery, RestartPolicy
 from orchestrator.request import ReloadReason, Target
 from orchestrator.tokens import CancelReason, Generation, Ticket
 
@@ -24,19 +25,28 @@ class Policy:
     Attributes:
         drain_timeout_s: How long a swap or unload waits for leases to be given back.
         abandoned_load: What becomes of a load whose last caller went away.
+        restart: How a server that ended by itself is started again; None = it is not.
     """
 
     drain_timeout_s: float = 30.0
     abandoned_load: Literal["cancel", "continue"] = "cancel"
+    restart: RestartPolicy | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """One call that waits for a load; `joined` when another call had asked for the same."""
+    """One call that waits for a load.
+
+    Attributes:
+        joined: Another call had asked for the same.
+        failure: How the load it asked for has failed; it waits to hear whether what ran before
+            comes back.
+    """
 
     ticket: Ticket
     request_id: str | None
     joined: bool
+    failure: Problem | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +58,7 @@ class Job:
         token: Mirror of its cancel token; only the step that cancels it sets both.
         phase_at: When it entered its present phase, monotonic seconds.
         attempts: How often the slot was found occupied again between kill and spawn.
+        after: The failure it makes good: nobody asked for this load, and it needs no caller.
     """
 
     generation: Generation
@@ -59,6 +70,7 @@ class Job:
     reload_reasons: tuple[ReloadReason, ...] = ()
     token: CancelReason | None = None
     attempts: int = 0
+    after: Problem | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +117,8 @@ class Context:
         cancelled_ids: Cancels that came before their load, with the time they were made.
         seen_ids: Ids of recent loads; a cancel of one of these is late, not early.
         committed_args: Extra args of the last load that became Healthy, by source.
+        previous: What ran before the loads in flight; `restore_previous` brings it back.
+        recovery: What is done about a server that ended by itself.
     """
 
     policy: Policy = field(default_factory=Policy)
@@ -123,6 +137,8 @@ class Context:
     cancelled_ids: tuple[tuple[str, float], ...] = ()
     seen_ids: tuple[str, ...] = ()
     committed_args: tuple[tuple[tuple[str, str | None], tuple[str, ...]], ...] = ()
+    previous: Target | None = None
+    recovery: Recovery | None = None
     last_error: Problem | None = None
     last_exit: Exit | None = None
 

@@ -38,6 +38,37 @@ from orchestrator.named import Named
 
 
 @dataclass(frozen=True, slots=True)
+class Restored(Named):
+    """What became of the model that ran before a failure.
+
+    Attributes:
+        generation: The load that brings it back.
+        model_path: As it was asked for.
+        gguf_variant: As it was resolved.
+        problem: Why it could not be brought back; None when it runs again.
+    """
+
+    generation: int
+    model_path: str
+    gguf_variant: str | None = None
+    problem: Problem | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        members: dict[str, Any] = {
+            "status": "failed" if self.problem else "loaded",
+            "generation": self.generation,
+            "model_path": self.model_path,
+            "gguf_variant": self.gguf_variant,
+        }
+        return {**members, "problem": self.problem.as_dict()} if self.problem else members
+
+    def __str__(self) -> str:
+        if self.problem is None:
+            return f"{self.model_path} runs again (generation {self.generation})"
+        return f"{self.model_path} could not be brought back: {self.problem.message}"
+
+
+@dataclass(frozen=True, slots=True)
 class Problem(Named):
     """One failure as data.
 
@@ -49,6 +80,8 @@ class Problem(Named):
         log_tail: The last lines of the server's output, oldest first.
         reason: The classified cause within the category, e.g. `exited`.
         story: The last transitions before it happened, oldest first.
+        retry_after_s: When asking again may help, seconds from when it was said.
+        restored: What became of the model that ran before, if it was to come back.
     """
 
     category: str
@@ -58,6 +91,8 @@ class Problem(Named):
     log_tail: tuple[str, ...] = ()
     reason: str | None = None
     story: tuple[str, ...] = ()
+    retry_after_s: float | None = None
+    restored: Restored | None = None
 
     def error(self) -> OrchestratorError:
         """Return the exception of this problem's category, ready to be raised."""
@@ -81,12 +116,14 @@ class Problem(Named):
             "detail": self.message,
             "category": self.category,
         }
-        for name in ("field", "generation", "reason"):
+        for name in ("field", "generation", "reason", "retry_after_s"):
             if (value := getattr(self, name)) is not None:
                 members[name] = value
         for name in ("log_tail", "story"):
             if value := getattr(self, name):
                 members[name] = list(value)
+        if self.restored is not None:
+            members["restored"] = self.restored.as_dict()
         return members
 
 
@@ -147,8 +184,18 @@ class OrchestratorError(Exception):
     def story(self) -> tuple[str, ...]:
         return self.problem.story
 
+    @property
+    def retry_after_s(self) -> float | None:
+        return self.problem.retry_after_s
+
+    @property
+    def restored(self) -> Restored | None:
+        return self.problem.restored
+
     def __str__(self) -> str:
         lines = [self.problem.message]
+        if self.problem.restored is not None:
+            lines += [f"  {self.problem.restored}"]
         if self.problem.log_tail:
             lines += ["  last output of the server:"]
             lines += [f"    {line}" for line in self.problem.log_tail[-8:]]

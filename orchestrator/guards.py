@@ -142,13 +142,8 @@ def next_is_running(ctx: Context, fact: Promoted) -> bool:
 def names_another_model(ctx: Context, fact: UnloadRequested) -> bool:
     """The unload is for a model that is neither running nor wanted."""
     targets = [job.target for job in ctx.wanted]
-    targets += [ctx.running.target] if ctx.running else []
+    targets += [known.target for known in (ctx.running, ctx.recovery) if known is not None]
     return fact.model is not None and not any(is_named(target, fact.model) for target in targets)
-
-
-def slot_is_occupied(ctx: Context, fact: object) -> bool:
-    """A process that would not die is still on record."""
-    return ctx.child is not None
 
 
 def cancels_job(ctx: Context, fact: CancelRequested) -> bool:
@@ -168,6 +163,7 @@ def abandons_job(ctx: Context, fact: Withdrawn) -> bool:
     return (
         ctx.policy.abandoned_load == "cancel"
         and ctx.job is not None
+        and ctx.job.after is None
         and tuple(caller.ticket for caller in ctx.job.callers) == (fact.ticket,)
     )
 
@@ -194,6 +190,50 @@ def is_queued_job(ctx: Context, fact: TimerFired) -> bool:
     return any(job.generation == fact.generation for job in ctx.queue)
 
 
+# -------------------------------------------------------------------- making a failure good
+
+
+def restores_previous(ctx: Context, fact: Completion | TimerFired) -> bool:
+    """The load in flight has failed and is to be followed by what ran before it."""
+    return (
+        ctx.job is not None
+        and ctx.job.token is None
+        and ctx.job.target.request.restore_previous
+        and ctx.previous is not None
+        and not ctx.queue
+    )
+
+
+def is_due_restart(ctx: Context, fact: TimerFired) -> bool:
+    """The restart this timer was set for is still planned."""
+    recovery = ctx.recovery
+    return (
+        recovery is not None
+        and recovery.phase == "waiting"
+        and recovery.generation == fact.generation
+    )
+
+
+def restart_is_planned(ctx: Context, fact: LeaseRequested) -> bool:
+    return ctx.recovery is not None and ctx.recovery.phase == "waiting"
+
+
+def is_cooling_down(ctx: Context, fact: LoadRequested | LeaseRequested) -> bool:
+    """It has failed too often in a row: nothing is started by itself, nor as it was."""
+    recovery = ctx.recovery
+    return recovery is not None and recovery.phase == "cooling_down" and fact.at < recovery.until
+
+
+def same_as_failing(ctx: Context, fact: LoadRequested) -> bool:
+    """It asks for just what failed too often. Other settings may do better; force is force."""
+    target = fact.target.inheriting(dict(ctx.committed_args))
+    return (
+        ctx.recovery is not None
+        and not target.request.force_reload
+        and not differences(ctx.recovery.target, target)
+    )
+
+
 # ------------------------------------------------------------- shared with actions, not guards
 
 
@@ -218,11 +258,13 @@ def cancels(job: Job, fact: CancelRequested) -> bool:
         return False
     if fact.generation is not None:
         return job.generation == fact.generation
-    return bool(job.callers) and all(is_meant(job, caller, fact) for caller in job.callers)
+    is_all = bool(job.callers) and all(is_meant(job, caller, fact) for caller in job.callers)
+    return is_all and job.after is None
 
 
 def is_meant(job: Job, caller: Caller, fact: CancelRequested) -> bool:
-    """Does the cancel name this load, or the id of this caller?"""
+    """Does the cancel name this load, or the id of this caller, whose own load has not ended?"""
     if fact.generation is not None:
         return job.generation == fact.generation
-    return fact.request_id is not None and caller.request_id == fact.request_id
+    is_named = fact.request_id is not None and caller.request_id == fact.request_id
+    return is_named and caller.failure is None

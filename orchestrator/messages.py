@@ -15,6 +15,8 @@ from orchestrator.named import Named
 from orchestrator.request import ModelFiles, ReloadReason, Target
 from orchestrator.tokens import CancelReason, Generation, Ticket
 
+Timer = Literal["drain", "deadline", "restart"]
+
 # --------------------------------------------------------------------------------------- values
 
 
@@ -217,15 +219,17 @@ class Promoted:
 
 @dataclass(frozen=True, slots=True)
 class TimerFired:
-    """A deadline of generation's load (`deadline`) or of its server's drain (`drain`) is over."""
+    """A deadline of generation's load, the drain of its server, or the wait for a restart after it
+    is over.
+    """
 
     generation: Generation
     at: float
-    kind: Literal["drain", "deadline"]
+    kind: Timer
 
     @property
     def trigger(self) -> str:
-        return f"{self.kind}_expired"
+        return "restart_due" if self.kind == "restart" else f"{self.kind}_expired"
 
 
 Completion = (
@@ -336,8 +340,10 @@ class SetToken:
 
 @dataclass(frozen=True, slots=True)
 class SetTimer:
+    """Wait; a `restart` waits for somewhere between half of it and all of it."""
+
     generation: Generation
-    kind: Literal["drain", "deadline"]
+    kind: Timer
     after_s: float
 
 

@@ -15,7 +15,7 @@ import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, cast
 
@@ -47,6 +47,7 @@ from orchestrator.messages import (
 from orchestrator.models import locate
 from orchestrator.owner import Call, Owner, unsettled
 from orchestrator.plan import Plan, checked_seconds, plan_load
+from orchestrator.recovery import RestartPolicy
 from orchestrator.request import LoadRequest, Target
 from orchestrator.servers import ask_catalogue, find_server
 from orchestrator.slot import Slot, default_state_dir
@@ -67,6 +68,8 @@ class _Base:
         kill_grace_s: Seconds between SIGTERM and SIGKILL; 0 = SIGKILL at once.
         drain_timeout_s: Seconds a swap or an unload waits for leases to be given back.
         abandoned_load: `cancel` or `continue` a load whose last caller has gone away.
+        restart: `never`, or `on-crash`: a healthy server that ends by itself is started again,
+            with the waits of `RestartPolicy` (which may be given instead).
         server_env: Variables the server gets beside the allow-listed ones.
 
     Raises:
@@ -82,6 +85,7 @@ class _Base:
         kill_grace_s: float = 5.0,
         drain_timeout_s: float = 30.0,
         abandoned_load: Literal["cancel", "continue"] = "cancel",
+        restart: Literal["never", "on-crash"] | RestartPolicy = "never",
         server_env: Mapping[str, str] | None = None,
     ) -> None:
         if abandoned_load not in ("cancel", "continue"):
@@ -94,7 +98,7 @@ class _Base:
         self._state_dir = state_dir
         self._kill_grace_s = checked_seconds("kill_grace_s", kill_grace_s)
         drain_s = checked_seconds("drain_timeout_s", drain_timeout_s)
-        self._policy = Policy(drain_s, abandoned_load)
+        self._policy = Policy(drain_s, abandoned_load, _restart_policy(restart))
         self._server_env = dict(server_env or {})
         self._owner: Owner | None = None
         self._pid = 0
@@ -479,15 +483,36 @@ class AsyncOrchestrator(_Base):
         return call
 
 
-def _request(request: LoadRequest | str, fields: dict[str, Any]) -> LoadRequest:
+def _request(request: LoadRequest | str, changes: dict[str, Any]) -> LoadRequest:
     if isinstance(request, LoadRequest):
-        return replace(request, **fields) if fields else request
-    return LoadRequest.from_dict({"model_path": request, **fields})
+        kept = {f.name: getattr(request, f.name) for f in fields(request)}
+        return LoadRequest.from_dict({**kept, **changes}) if changes else request
+    return LoadRequest.from_dict({"model_path": request, **changes})
+
+
+def _restart_policy(restart: object) -> RestartPolicy | None:
+    """Return the policy a caller means, checked.
+
+    Raises:
+        InvalidRequest: names the field.
+    """
+    if restart == "never":
+        return None
+    policy = RestartPolicy() if restart == "on-crash" else restart
+    if not isinstance(policy, RestartPolicy):
+        message = f"restart is {restart!r}: use never, on-crash or a RestartPolicy"
+        raise InvalidRequest.because(message, field="restart")
+    for name in ("backoff_s", "backoff_max_s", "cool_down_s", "stable_after_s"):
+        checked_seconds(f"restart.{name}", policy[name])
+    if not isinstance(policy.limit, int) or isinstance(policy.limit, bool) or policy.limit < 1:
+        message = f"restart.limit is {policy.limit!r}: use a whole number from 1"
+        raise InvalidRequest.because(message, field="restart.limit")
+    return policy
 
 
 def _refuse_unsupported(request: LoadRequest) -> None:
     """A setting this version cannot honour is refused, never silently dropped."""
-    for field in ("restore_previous", "idle_ttl_s", "revision"):
+    for field in ("idle_ttl_s", "revision"):
         if getattr(request, field):
             raise InvalidRequest.because(
                 f"{field} is not supported by this version: leave it out", field=field

@@ -7,17 +7,17 @@ it by hand. Every call is answered exactly once; nothing a caller reads can gate
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import itertools
 import queue
+import random
 import threading
 import time
-import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Final, TypeVar
 
 import structlog
@@ -54,13 +54,14 @@ from orchestrator.messages import (
 )
 from orchestrator.ports import Clock, Effects, SlotLock
 from orchestrator.states import State
+from orchestrator.telling import say
 from orchestrator.tokens import CancelToken, Generation, Ticket
 
 _T = TypeVar("_T")
 
 _STORY_LINES: Final = 32
 _OUTCOMES_KEPT: Final = 256
-_log = structlog.get_logger("orchestrator.owner")
+_say = partial(say, structlog.get_logger("orchestrator.owner"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,7 @@ class Owner:
         clock: Monotonic seconds; tests use a virtual one.
         machine: The interpreter of the table.
         tickets: Numbers the calls; a facade whose calls begin before the owner does has its own.
+        jitter: Which part of the wait for a restart is waited, 0.5 to 1.
     """
 
     def __init__(
@@ -113,8 +115,10 @@ class Owner:
         clock: Clock = time.monotonic,
         machine: Lifecycle | None = None,
         tickets: Iterator[int] | None = None,
+        jitter: Callable[[], float] = lambda: random.uniform(0.5, 1.0),  # noqa: S311
     ) -> None:
         self.clock = clock
+        self._jitter = jitter
         self.events = EventLog()
         self._machine = machine or lifecycle()
         self._inbox: queue.SimpleQueue[Fact | None] = queue.SimpleQueue()
@@ -182,13 +186,10 @@ class Owner:
             self.events.close()
 
     def _refuse_rest(self) -> None:
-        """Nobody pumps any more: answer every call that came too late to be processed."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                fact = self._inbox.get_nowait()
-                if (ticket := getattr(fact, "ticket", None)) is not None:
-                    problem = Problem("shutting_down", "the orchestrator has been closed")
-                    self._settle(Settle(ticket, problem))
+        """Nobody pumps any more: answer every call that was not answered in time."""
+        problem = Problem("shutting_down", "the orchestrator has been closed")
+        for ticket in tuple(self._calls):
+            self._settle(Settle(ticket, problem))
 
     def _run(self) -> None:
         while True:
@@ -324,7 +325,10 @@ class Owner:
             case SetToken():
                 self._token(command.generation).set(command.reason)
             case SetTimer():
-                due = self.clock() + command.after_s
+                after_s = command.after_s
+                if command.kind == "restart":
+                    after_s *= self._jitter()
+                due = self.clock() + after_s
                 fired = TimerFired(command.generation, due, command.kind)
                 heapq.heappush(self._timers, (due, next(self._timer_numbers), fired))
             case Accept():
@@ -397,8 +401,9 @@ def _generation(ctx: Context) -> Generation:
 
 def unsettled(ctx: Context) -> set[Generation]:
     """Loads in flight, and those that have failed and whose callers hear so in the end."""
-    waiting = (w.answer.generation for w in ctx.waiters if isinstance(w.answer, Problem))
-    return {job.generation for job in ctx.wanted} | {Generation(g) for g in waiting if g}
+    failed = [w.answer.generation for w in ctx.waiters if isinstance(w.answer, Problem)]
+    failed += [c.failure.generation for job in ctx.wanted for c in job.callers if c.failure]
+    return {job.generation for job in ctx.wanted} | {Generation(g) for g in failed if g}
 
 
 def _unheard(generation: Generation, fact: Fact, ctx: Context) -> Answer:
@@ -410,6 +415,9 @@ def _unheard(generation: Generation, fact: Fact, ctx: Context) -> Answer:
         return _loaded(running)
     if error is not None and error.generation == generation:
         return error
+    back = error.restored if error is not None else None
+    if back is not None and back.generation == generation and back.problem is not None:
+        return back.problem
     return Problem("cancelled", "its last caller has gone away", generation=generation)
 
 
@@ -422,15 +430,6 @@ def _loaded(running: Running) -> Loaded:
         running.timings,
         running.reload_reasons,
     )
-
-
-def _say(level: str, event: str, **fields: object) -> None:
-    """Log. A log that cannot be written (a closed pipe, a processor that raises) stops nobody."""
-    try:
-        getattr(_log, level)(event, **fields)
-    except Exception:  # noqa: BLE001 (as `logging` does: complain on stderr, if there is one)
-        with contextlib.suppress(Exception):
-            traceback.print_exc()
 
 
 def _resolve(future: Future[_T], value: _T) -> None:

@@ -29,9 +29,10 @@ from orchestrator.messages import Emptied, Exit, Exited, Kill, KillFailed
 from orchestrator.output import OutputRing
 from orchestrator.proctable import Pin, ProcessId
 from orchestrator.slot import Slot
+from orchestrator.telling import say
 from orchestrator.tokens import Generation
 
-_log = structlog.get_logger("orchestrator.process")
+_say = partial(say, structlog.get_logger("orchestrator.process"))
 
 _INHERITED: Final = frozenset(
     (
@@ -209,7 +210,7 @@ class Warden(threading.Thread):
         try:
             self._slot.remember(process)
         except StateDirError as error:  # lock, token and the first record still find it
-            _log.warning("slot.record_failed", pid=process.pid, error=error.message)
+            _say("warning", "slot.record_failed", pid=process.pid, error=error.message)
 
     def empty(
         self,
@@ -241,7 +242,7 @@ class Warden(threading.Thread):
             try:
                 self._turn()
             except Exception as error:  # noqa: BLE001 (this thread must outlive its mistakes)
-                _log.exception("warden.failed")
+                _say("exception", "warden.failed")
                 self._abandon_run(error)
                 time.sleep(_POLL_EXIT_S)
         for fd in (self._wake_read, self._wake_write):
@@ -319,7 +320,7 @@ class Warden(threading.Thread):
             self._poll.unregister(server.pin.fd)
         self._drain(server)
         server.exit = Exit(server.pid, _witness(server.popen), server.output.tail())
-        _log.info("process.exited", pid=server.pid, returncode=server.exit.returncode)
+        _say("info", "process.exited", pid=server.pid, returncode=server.exit.returncode)
         server.tell()
         self._on_exit(Exited(server.generation, time.monotonic(), server.exit))
 
@@ -417,7 +418,7 @@ class Warden(threading.Thread):
             server.is_reaped = True
             if server.pin is not None:
                 server.pin.close()
-            _log.info("process.reaped", pid=server.pid, returncode=server.popen.returncode)
+            _say("info", "process.reaped", pid=server.pid, returncode=server.popen.returncode)
         if self._server is server:
             self._server = None
         return server.exit
@@ -431,7 +432,7 @@ class Warden(threading.Thread):
         self._run = None
         who = f"processes {alive} did not end after SIGKILL" if alive else run.why
         message = f"the slot cannot be emptied: {who}; look at that, then unload"
-        _log.error("process.kill_failed", pids=alive)
+        _say("error", "process.kill_failed", pids=alive)
         problem = Problem("slot_occupied", message, generation=run.command.generation)
         run.report(KillFailed(run.command.generation, time.monotonic(), problem))
 

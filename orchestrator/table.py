@@ -18,7 +18,10 @@ way in, and the same token and the child's pulse guard that. The pid is forgotte
 slot stays occupied and every load passes through Killing again before anything is started.
 
 Failure is not a state. A load that fails ends in Idle, through Killing whenever a process may
-exist, and its callers hear why when the slot is verified empty.
+exist, and its callers hear why when the slot is verified empty. Two kinds of load nobody asked for
+make a failure good, by the same way as any other: what ran before comes back for a failed load
+that said `restore_previous` (it takes the place of the next load in the queue, and the callers hear
+of both), and a server that ended by itself is started again when `restart_due`.
 """
 
 from __future__ import annotations
@@ -68,14 +71,14 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("load", (K, D, S, W), "same_as_loading",           STAY, "supersede_queue join_loading"),
     _row("load", H,      "same_as_running child_is_alive",  STAY, "supersede_queue answer_already_loaded"),
     _row("load", ALL,    "a_newer_load_came_first",         STAY, "refuse_superseded"),
+    _row("load", (I, K), "is_cooling_down same_as_failing", STAY, "refuse_cooling_down"),
     _row("load", (I, H), "",                                K, "supersede_all enqueue take_next begin_kill"),
     _row("load", K,      "",                                STAY, "supersede_all enqueue take_next"),
     _row("load", DSW,    "",                                STAY, "supersede_all enqueue"),
 
     # ---- an unload, a cancel, a caller that leaves, the end -----------------------------------
     _row("unload", ALL,  "names_another_model",             STAY, "answer_unchanged"),
-    _row("unload", I,    "slot_is_occupied",                K, "wait_for_empty begin_kill"),
-    _row("unload", I,    "",                                STAY, "answer_unloaded"),
+    _row("unload", I,    "",                                K, "wait_for_empty begin_kill"),
     _row("unload", H,    "",                                K, "cancel_all take_next wait_for_empty begin_kill"),
     _row("unload", K,    "",                                STAY, "cancel_all take_next wait_for_empty"),
     _row("unload", DSW,  "",                                STAY, "cancel_all wait_for_empty"),
@@ -95,8 +98,7 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("deadline_expired", ALL, "is_queued_job",          STAY, "time_out_queued"),
     _row("deadline_expired", ALL, "",                       STAY, "fence"),
 
-    _row("shutdown", I,   "slot_is_occupied",               K, "latch_shutdown wait_for_shutdown begin_kill"),
-    _row("shutdown", I,   "",                               STAY, "latch_shutdown answer_done"),
+    _row("shutdown", I,   "",                               K, "latch_shutdown wait_for_shutdown begin_kill"),
     _row("shutdown", H,   "",                               K, "latch_shutdown cancel_all wait_for_shutdown revoke_leases begin_kill"),
     _row("shutdown", K,   "",                               STAY, "latch_shutdown cancel_all take_next wait_for_shutdown revoke_leases kill_when_drained"),
     _row("shutdown", DSW, "",                               STAY, "latch_shutdown cancel_all wait_for_shutdown"),
@@ -105,6 +107,8 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("lease", ALL,   "is_shutting_down",                STAY, "refuse_shutting_down"),
     _row("lease", H,     "child_is_alive",                  STAY, "grant_lease"),
     _row("lease", ALL,   "load_is_wanted",                  STAY, "wait_for_lease"),
+    _row("lease", ALL,   "restart_is_planned",              STAY, "wait_for_lease"),
+    _row("lease", ALL,   "is_cooling_down",                 STAY, "refuse_cooling_down"),
     _row("lease", ALL,   "",                                STAY, "refuse_lease"),
     _row("release", K,   "gives_back_the_last_lease",       STAY, "drop_lease kill_when_drained"),
     _row("release", ALL, "",                                STAY, "drop_lease"),
@@ -113,9 +117,9 @@ TABLE: Final[tuple[Row, ...]] = (
 
     # ---- Killing: terminate, reap, verify -------------------------------------------------------
     _row("emptied", K,       "is_current load_is_wanted",   D, "forget_child answer_waiters begin_download"),
-    _row("emptied", K,       "is_current",                  I, "forget_child answer_waiters refuse_waiting_leases"),
+    _row("emptied", K,       "is_current",                  I, "forget_child answer_waiters rest"),
     _row("emptied", ALL,     "",                            STAY, "fence"),
-    _row("kill_failed", K,   "is_current",                  I, "fail_all answer_waiters_occupied refuse_waiting_leases"),
+    _row("kill_failed", K,   "is_current",                  I, "fail_all answer_waiters_occupied rest"),
     _row("kill_failed", ALL, "",                            STAY, "fence"),
 
     # ---- Downloading: the model on disk, and the only way into Spawning -------------------------
@@ -123,10 +127,11 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("fetched", D,   "is_current token_is_unset may_verify_again", K, "end_effect count_attempt begin_kill"),
     _row("fetched", D,   "is_current token_is_unset",       K, "end_effect fail_job_slot_occupied take_next begin_kill"),
     _row("fetched", D,   "is_current next_is_waiting",      K, "end_effect take_next begin_kill"),
-    _row("fetched", D,   "is_current",                      I, "end_effect take_next answer_waiters refuse_waiting_leases"),
+    _row("fetched", D,   "is_current",                      I, "end_effect take_next answer_waiters rest"),
     _row("fetched", ALL, "",                                STAY, "fence"),
     _row("fetch_failed", D,   "is_current next_is_waiting", K, "end_effect fail_job take_next begin_kill"),
-    _row("fetch_failed", D,   "is_current",                 I, "end_effect fail_job answer_waiters refuse_waiting_leases"),
+    _row("fetch_failed", D,   "is_current restores_previous", K, "end_effect fail_job take_next begin_kill"),
+    _row("fetch_failed", D,   "is_current",                 I, "end_effect fail_job answer_waiters rest"),
     _row("fetch_failed", ALL, "",                           STAY, "fence"),
 
     # ---- Spawning: a live child, wanted or not ---------------------------------------------------
@@ -152,5 +157,10 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("exited", K,    "is_child",                        STAY, "record_exit revoke_leases kill_when_drained"),
     _row("exited", W,    "is_child",                        STAY, "record_exit"),
     _row("exited", ALL,  "",                                STAY, "fence"),
+
+    # ---- after an exit: the server is started again, by the policy of the orchestrator -----------
+    _row("restart_due", I,   "is_due_restart",              K, "enqueue_restart take_next begin_kill"),
+    _row("restart_due", K,   "is_due_restart",              STAY, "enqueue_restart take_next"),
+    _row("restart_due", ALL, "",                            STAY, "fence"),
 )
 # fmt: on

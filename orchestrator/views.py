@@ -74,6 +74,22 @@ class Loading(Named):
 
 
 @dataclass(frozen=True, slots=True)
+class RecoveryStatus(Named):
+    """A server that ended by itself and is to be started again, or is not for a while.
+
+    Attributes:
+        phase: `waiting` for the restart, `trying`, or `cooling_down`.
+        failures: How often it has failed in a row.
+        left_s: Until the wait or the cool-down is over, seconds; 0 while trying.
+    """
+
+    model_path: str
+    phase: Literal["waiting", "trying", "cooling_down"]
+    failures: int
+    left_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Status(Named):
     """What is true right now.
 
@@ -81,6 +97,7 @@ class Status(Named):
         since: When the present state was entered, Unix seconds.
         uptime_s: Seconds in the present state.
         occupied_by: Pid of a process that would not die and keeps the slot occupied.
+        recovery: What is done about a server that ended by itself.
         story: The last transitions, oldest first.
     """
 
@@ -93,6 +110,7 @@ class Status(Named):
     since: float
     uptime_s: float
     occupied_by: int | None
+    recovery: RecoveryStatus | None
     story: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -106,6 +124,7 @@ class Status(Named):
             "since": self.since,
             "uptime_s": self.uptime_s,
             "occupied_by": self.occupied_by,
+            "recovery": asdict(self.recovery) if self.recovery else None,
             "story": list(self.story),
         }
 
@@ -174,6 +193,7 @@ def status(snapshot: Snapshot, now: float) -> Status:
         since=snapshot.since,
         uptime_s=round(max(0.0, now - snapshot.entered_at), 3),
         occupied_by=ctx.child.pid if snapshot.state is State.IDLE and ctx.child else None,
+        recovery=_recovery(ctx, now) if not healthy else None,
         story=snapshot.story,
     )
 
@@ -225,6 +245,14 @@ def _loaded(ctx: Context) -> LoadOutcome | None:
             running.reload_reasons,
         )
     )
+
+
+def _recovery(ctx: Context, now: float) -> RecoveryStatus | None:
+    known = ctx.recovery
+    if known is None or (known.phase == "cooling_down" and now >= known.until):
+        return None
+    left_s = 0.0 if known.phase == "trying" else round(max(0.0, known.until - now), 3)
+    return RecoveryStatus(known.target.request.model_path, known.phase, known.failures, left_s)
 
 
 def _loading(state: State, ctx: Context) -> Loading | None:

@@ -25,7 +25,6 @@ DEFAULT_URL: Final = f"http://127.0.0.1:{DEFAULT_PORT}"
 NOT_YET: Final = frozenset(
     [
         "--idle-ttl",
-        "--restart",
         "--models-dir",
         "--allowed-host",
         "--revision",

@@ -81,6 +81,13 @@ def serving_options() -> options.Decorator:
             show_default=True,
             help="Seconds between SIGTERM and SIGKILL; 0 = SIGKILL at once.",
         ),
+        option(
+            "--restart",
+            type=click.Choice(["never", "on-crash"]),
+            default="never",
+            show_default=True,
+            help="What to do about a server that ends by itself.",
+        ),
         option("--api-key-file", metavar="F", help="Keys, one a line; requests need one."),
         option(
             "--log-format",
@@ -118,7 +125,7 @@ def run(*, log_format: logs.Format, **given: Any) -> int:
 
 _SETUP_NAMES: Final = (
     *("llama_server", "host", "port", "slot", "state_dir", "drain_timeout_s", "kill_grace_s"),
-    *("api_key_file", "as_json"),
+    *("restart", "api_key_file", "as_json"),
 )
 
 

@@ -8,6 +8,7 @@ library raised on purpose keeps its words; anything else is logged and not shown
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Coroutine, Mapping
 from http import HTTPStatus
 from typing import Any, Final
@@ -40,7 +41,10 @@ class Json(JSONResponse):
 
 def respond(members: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
     """Send a problem document with the status it names."""
-    return Json(dict(members), members["status"], dict(headers or {}), MEDIA_TYPE)
+    told = dict(headers or {})
+    if (wait_s := members.get("retry_after_s")) is not None:
+        told["Retry-After"] = str(max(1, math.ceil(wait_s)))
+    return Json(dict(members), members["status"], told, MEDIA_TYPE)
 
 
 def http_problem(status: int, detail: str) -> dict[str, Any]:

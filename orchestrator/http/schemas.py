@@ -106,8 +106,20 @@ class ProblemAnswer(_Answer):
     field: str | None = None
     generation: int | None = None
     reason: str | None = None
+    retry_after_s: float | None = None
     log_tail: list[str] | None = None
     story: list[str] | None = None
+    restored: Restored | None = None
+
+
+class Restored(_Answer):
+    """What became of the model that ran before a failure."""
+
+    status: Literal["loaded", "failed"]
+    generation: int
+    model_path: str
+    gguf_variant: str | None
+    problem: ProblemAnswer | None = None
 
 
 class LoadState(_Answer):
@@ -147,6 +159,15 @@ class Exit(_Answer):
     log_tail: list[str]
 
 
+class Recovery(_Answer):
+    """A server that ended by itself: it is started again, or not for a while."""
+
+    model_path: str
+    phase: Literal["waiting", "trying", "cooling_down"]
+    failures: int
+    left_s: float
+
+
 class StatusAnswer(_Answer):
     state: Literal["Idle", "Killing", "Downloading", "Spawning", "WaitingHealth", "Healthy"]
     generation: int
@@ -157,6 +178,7 @@ class StatusAnswer(_Answer):
     since: float
     uptime_s: float
     occupied_by: int | None
+    recovery: Recovery | None
     story: list[str]
 
 

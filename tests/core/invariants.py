@@ -189,7 +189,11 @@ def inv_a_timer_means_its_own(edge: Edge) -> str | None:
     fact, ctx = edge.fact, edge.before.ctx
     if not isinstance(fact, TimerFired):
         return None
-    if fact.kind == "deadline":
+    if fact.kind == "restart":
+        planned = ctx.recovery
+        is_due = planned is not None and planned.phase == "waiting"
+        is_due = is_due and fact.generation == planned.generation
+    elif fact.kind == "deadline":
         is_due = fact.generation in {job.generation for job in ctx.wanted}
         if fact.generation in {job.generation for job in edge.after.ctx.wanted}:
             return f"load {fact.generation} goes on after its deadline"

@@ -19,11 +19,13 @@ from orchestrator.messages import (
     Loaded,
     LoadRequested,
     Settle,
+    ShutdownRequested,
     Unloaded,
+    UnloadRequested,
 )
 from orchestrator.request import Target, differences
 from orchestrator.states import State
-from orchestrator.tokens import Ticket
+from orchestrator.tokens import Generation, Ticket
 from tests.core.seen import Edge, World, answers, category, has_changed, is_known
 
 # ------------------------------------------------------------------------------ in every world
@@ -33,7 +35,7 @@ def inv_every_load_has_a_caller(world: World) -> str | None:
     """A load goes on while anyone, or the policy, still wants it; no longer."""
     if world.ctx.policy.abandoned_load == "cancel":
         for job in world.ctx.wanted:
-            if not job.callers:
+            if not job.callers and job.after is None:
                 return f"load {job.generation} goes on, and nobody wants it"
     return None
 
@@ -143,7 +145,10 @@ def inv_superseded_at_once(edge: Edge) -> str | None:
         if is_newer or not (is_fresh or job.generation > accepts[0].generation):
             continue
         for caller in job.callers:
-            if category(said.get(caller.ticket)) != "superseded":
+            said_to = said.get(caller.ticket)
+            if isinstance(said_to, Problem) and caller.failure is not None and said_to.restored:
+                said_to = said_to.restored.problem  # of its own load it knows already
+            if category(said_to) != "superseded":
                 return f"call {caller.ticket} is not told at once that it was superseded"
     if is_fresh and len(edge.after.ctx.wanted) != 1:
         return f"{len(edge.after.ctx.wanted)} loads are wanted after one superseded all others"
@@ -236,7 +241,8 @@ def inv_refused_changes_nothing(edge: Edge) -> str | None:
         own = [c for c in edge.commands if isinstance(c, Settle) and c.ticket == edge.fact.ticket]
         refused = any(isinstance(c.answer, Problem) for c in own)
     if any(isinstance(c, Settle) and c.answer == Unloaded(changed=False) for c in edge.commands):
-        before = replace(edge.before.ctx, unloads=edge.after.ctx.unloads)  # it is remembered
+        now = edge.after.ctx  # it is remembered, and that model does not come back either
+        before = replace(edge.before.ctx, unloads=now.unloads, previous=now.previous)
         refused = before != edge.after.ctx or edge.before.state is not edge.after.state
     if refused and (has_changed(edge) or len(edge.commands) != 1):
         return f"{edge.fact.trigger} is refused and changes something all the same"
@@ -253,11 +259,71 @@ def inv_unloaded_is_empty(edge: Edge) -> str | None:
     return None
 
 
+def inv_restored_is_what_runs(edge: Edge) -> str | None:
+    """Who is told that the previous model is back is told so when it is Healthy."""
+    for ticket, answer in answers(edge).items():
+        if not isinstance(answer, Problem) or answer.restored is None or answer.restored.problem:
+            continue
+        running, model = edge.after.ctx.running, answer.restored.model_path
+        if edge.after.state is not State.HEALTHY or running is None:
+            return f"call {ticket} is told that {model} is back, in {edge.after.state}"
+        models = {process.pid: process.model for process in edge.before.alive}
+        if models.get(running.child.pid) != model:
+            return f"call {ticket} is told that {model} is back, and something else runs"
+    return None
+
+
+def inv_what_ran_comes_back(edge: Edge) -> str | None:
+    """A replacement that fails is followed by what it replaced, if that was asked for."""
+    before, after, job = edge.before.ctx, edge.after.ctx, edge.before.ctx.job
+    is_failure = edge.fact.trigger in {"fetch_failed", "spawn_failed", "not_ready"}
+    is_failure = is_failure and edge.commands != (_fence(edge),)
+    is_failure = is_failure or edge.fact.trigger == "deadline_expired"
+    if job is None or job.token is not None or not is_failure:
+        return None
+    gone = after.job is None or after.job.generation != job.generation or after.job.token
+    if not gone or not job.target.request.restore_previous or before.previous is None:
+        return None
+    follows = after.wanted[0] if after.wanted else None
+    if before.queue:
+        is_next = follows is not None and follows.generation == before.queue[0].generation
+        return None if is_next else "a queued load is passed over"
+    if follows is None or differences(follows.target, before.previous):
+        return f"load {job.generation} failed, and what ran before does not come back"
+    return None
+
+
+def inv_nothing_comes_back_after_an_end(edge: Edge) -> str | None:
+    """An unload or a shutdown means nothing runs: nothing is brought back or started again."""
+    fact, ctx = edge.fact, edge.after.ctx
+    is_end = isinstance(fact, ShutdownRequested) or (
+        isinstance(fact, UnloadRequested) and fact.model is None
+    )
+    if is_end and (ctx.previous or ctx.recovery or ctx.wanted):
+        return f"after the {fact.trigger} something is still to be started"
+    return None
+
+
+def inv_restarts_are_bounded(world: World) -> str | None:
+    """By the policy, not beyond its limit, and never left planned with nobody to carry it out."""
+    recovery, policy = world.ctx.recovery, world.ctx.policy.restart
+    if recovery is None:
+        return None
+    if policy is None:
+        return "a restart is planned, and the policy says never"
+    if recovery.failures > policy.limit + (recovery.phase == "cooling_down"):
+        return f"{recovery.failures} failures in a row, and it is {recovery.phase}"
+    if recovery.phase == "waiting" and (world.is_quiescent or world.ctx.wanted):
+        return "a restart is planned, and nothing will carry it out"
+    return None
+
+
 WORLD_PROMISES: tuple[Callable[[World], str | None], ...] = (
     inv_every_load_has_a_caller,
     inv_a_lease_has_a_holder,
     inv_after_a_shutdown_nothing_is_wanted,
     inv_at_rest_all_are_answered,
+    inv_restarts_are_bounded,
 )
 STEP_PROMISES: tuple[Callable[[Edge], str | None], ...] = (
     inv_answered_once,
@@ -274,6 +340,9 @@ STEP_PROMISES: tuple[Callable[[Edge], str | None], ...] = (
     inv_a_cancel_waits_for_no_lease,
     inv_refused_changes_nothing,
     inv_unloaded_is_empty,
+    inv_restored_is_what_runs,
+    inv_what_ran_comes_back,
+    inv_nothing_comes_back_after_an_end,
 )
 
 
@@ -281,6 +350,10 @@ def _is_turned_away(edge: Edge, fact: LoadRequested) -> bool:
     """Ended on its way: by a cancel, an unload, a newer load or a shutdown. Others judge that."""
     own = category(answers(edge).get(fact.ticket))
     return own in {"cancelled", "superseded", "shutting_down"}
+
+
+def _fence(edge: Edge) -> Fence:
+    return Fence(getattr(edge.fact, "generation", Generation(0)), edge.fact.trigger)
 
 
 def _newer(edge: Edge) -> list[Ticket]:

@@ -138,7 +138,7 @@ class Scenario:
             text = f"the {timer.kind} timer of load {timer.generation} fires"
             fact = TimerFired(timer.generation, AT, timer.kind)
             after = world._replace(timers=world.timers - {timer})
-            yield Move("clock", text, after, fact, is_good=timer.kind == "drain")
+            yield Move("clock", text, after, fact, is_good=timer.kind != "deadline")
 
     def _end_kill(self, world: World, work: Work) -> Iterator[Move]:
         if world.alive:

@@ -18,6 +18,7 @@ from orchestrator import actions, guards
 from orchestrator.actions import Step
 from orchestrator.context import Policy
 from orchestrator.messages import Post
+from orchestrator.recovery import RestartPolicy
 from orchestrator.states import State
 from orchestrator.table import TABLE, Row
 from tests.core.checker import Report, TracedLifecycle, explore
@@ -25,6 +26,8 @@ from tests.core.invariants import INVARIANTS
 from tests.core.world import NO_FAULTS, Faults
 
 CONTINUE = Policy(abandoned_load="continue")
+RESTART = Policy(restart=RestartPolicy(limit=1))
+RESTART_CONTINUE = Policy(abandoned_load="continue", restart=RestartPolicy(limit=2))
 
 PROGRAMS: dict[str, dict[str, Any]] = {
     # who supersedes, joins, queues, rejects
@@ -68,6 +71,25 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "load A slow | load A | load B queue": {},
     # a slot that is not as empty as it seemed
     "load A | unload": {"faults": Faults(strays=4)},
+    # what ran before comes back
+    "load B restore": {"warm": "A"},
+    "load B restore | load C": {"warm": "A"},
+    "load B restore | load A": {"warm": "A"},
+    "load B restore id=x | cancel x | unload": {"warm": "A"},
+    "load B restore; cancel | load C restore queue": {"warm": "A"},
+    "load B restore; withdraw | lease; release": {"warm": "A"},
+    "load B restore deadline | unload A": {"warm": "A"},
+    "load B restore | shutdown": {"warm": "A"},
+    "load B restore | load C reject": {"warm": "A", "policy": CONTINUE},
+    # a server that ended by itself is started again
+    "load A": {"policy": RESTART_CONTINUE},
+    "unload | load A": {"warm": "A", "policy": RESTART},
+    "unload A | lease; withdraw": {"warm": "A", "policy": RESTART},
+    "lease; release | lease": {"warm": "A", "policy": RESTART},
+    "load B restore | load A force": {"warm": "A", "policy": RESTART},
+    "load A; withdraw | load A; withdraw ": {"policy": RESTART},
+    "load A id=x | cancel x | load B queue": {"warm": "A", "policy": RESTART},
+    "shutdown | lease": {"warm": "A", "policy": RESTART},
     # nothing goes wrong but the order: longer programs
     "load A force | load B queue; cancel | load A queue | load A force": {
         "warm": "A",
@@ -179,7 +201,7 @@ def test_a_cancelled_spawn_presumed_dead_is_found() -> None:
         lambda row: replace(
             row,
             dest=State.IDLE,
-            actions=("end_effect", "take_next", "answer_waiters", "refuse_waiting_leases"),
+            actions=("end_effect", "take_next", "answer_waiters", "rest"),
         ),
     )
     report = explore("load A | unload", lifecycle=TracedLifecycle(table))
@@ -329,7 +351,7 @@ def test_a_failed_kill_that_leaves_its_waiters_alone_is_found() -> None:
         "kill_failed",
         "is_current",
         State.KILLING,
-        lambda row: replace(row, actions=("fail_all", "refuse_waiting_leases")),
+        lambda row: replace(row, actions=("fail_all", "rest")),
     )
     report = explore("load A", lifecycle=TracedLifecycle(table))
     _caught(report, {"inv_at_rest_all_are_answered"}, within=2)
@@ -365,7 +387,7 @@ def test_a_slot_that_is_never_empty_again_is_found() -> None:
     """From Idle and from Healthy a load can succeed: there is no dead end until restart (B49)."""
     broken = TracedLifecycle(guard_names={"slot_is_empty": _never})
     report = explore("unload", lifecycle=broken)
-    _caught(report, {"a_load_can_succeed"}, within=1)
+    _caught(report, {"a_load_can_succeed"}, within=2)
 
 
 def test_a_fault_that_raises_is_told_as_a_story_too() -> None:
@@ -388,6 +410,77 @@ def test_a_slow_look_up_that_lets_an_older_call_win_is_found(name: str) -> None:
     _caught(
         report, {"inv_an_older_call_never_wins", "inv_an_end_before_the_commit_wins"}, within=11
     )
+
+
+def test_a_failed_replacement_that_leaves_nothing_running_is_found() -> None:
+    """`restore_previous` that does nothing is a setting that silently never arrived."""
+    broken = TracedLifecycle(guard_names={"restores_previous": _never})
+    report = explore("load B restore", lifecycle=broken, warm="A", faults=Faults(health=False))
+    _caught(report, {"inv_settled_holds_no_load"}, within=4)
+
+    def fail_job(s: Step) -> None:
+        ended = s.ctx.previous
+        s.put(previous=None)
+        actions.fail_job(s)
+        s.put(previous=ended)
+
+    broken = TracedLifecycle(action_names={"fail_job": fail_job})
+    report = explore("load B restore", lifecycle=broken, warm="A", faults=Faults(download=False))
+    _caught(report, {"inv_what_ran_comes_back"}, within=7)
+
+
+def test_a_previous_model_that_comes_back_after_an_unload_is_found() -> None:
+    """The user said stop: what ran before must stay away."""
+
+    def wait_for_empty(s: Step) -> None:
+        kept = s.ctx.previous
+        actions.wait_for_empty(s)
+        s.put(previous=kept)
+
+    broken = TracedLifecycle(action_names={"wait_for_empty": wait_for_empty})
+    report = explore("load B restore | unload", lifecycle=broken, warm="A")
+    _caught(report, {"inv_nothing_comes_back_after_an_end"}, within=2)
+
+
+def test_a_restart_that_an_unload_does_not_end_is_found() -> None:
+    """B16 once more: the server starts after the user said stop."""
+
+    def wait_for_empty(s: Step) -> None:
+        kept = s.ctx.recovery
+        actions.wait_for_empty(s)
+        s.put(recovery=kept)
+
+    broken = TracedLifecycle(action_names={"wait_for_empty": wait_for_empty})
+    report = explore("unload", lifecycle=broken, warm="A", policy=RESTART)
+    _caught(report, {"inv_nothing_comes_back_after_an_end"}, within=5)
+
+
+def test_restarts_without_an_end_are_found() -> None:
+    """B55: a crash answered by endless restarts."""
+
+    def enqueue_restart(s: Step) -> None:
+        actions.enqueue_restart(s)
+        assert s.ctx.recovery is not None
+        s.put(recovery=replace(s.ctx.recovery, failures=0))
+
+    broken = TracedLifecycle(action_names={"enqueue_restart": enqueue_restart})
+    with pytest.raises(MemoryError, match="more than 500 worlds"):
+        explore("load A", lifecycle=broken, policy=RESTART, max_worlds=500)
+    assert explored("load A").worlds < 500, "the shipped one ends"
+
+
+def test_a_timer_of_another_restart_that_is_believed_is_found() -> None:
+    """A restart is due by its own timer: one of an earlier failure means nothing."""
+    broken = TracedLifecycle(guard_names={"is_due_restart": _always})
+    report = explore("load A | unload", lifecycle=broken, policy=RESTART)
+    _caught(report, {"inv_a_timer_means_its_own", "step_raised"}, within=12)
+
+
+def test_a_planned_restart_nobody_carries_out_is_found() -> None:
+    """Leases wait for it: without it they would wait for ever."""
+    broken = TracedLifecycle(guard_names={"is_due_restart": _never})
+    report = explore("lease", lifecycle=broken, warm="A", policy=RESTART)
+    _caught(report, {"inv_restarts_are_bounded", "inv_at_rest_all_are_answered"}, within=12)
 
 
 def test_the_guards_that_matter_are_the_shipped_ones() -> None:

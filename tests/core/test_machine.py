@@ -601,9 +601,12 @@ def test_an_unload_of_a_healthy_model_kills_it() -> None:
 
 
 def test_an_unload_with_nothing_loaded_succeeds() -> None:
-    """200, also when nothing was loaded."""
+    """200, also when nothing was loaded: after a look at the slot, which may not be empty."""
     run = Run()
-    assert run.answers[run.unload()] == Unloaded()
+    unload = run.unload()
+    assert (run.state, run.answers) == (K, {})
+    assert run.emptied().answers[unload] == Unloaded()
+    assert run.state is I
 
 
 def test_an_unload_during_a_spawn_reaps_the_late_process() -> None:
@@ -670,6 +673,7 @@ def test_a_load_asked_for_before_an_unload_does_not_start_after_it() -> None:
     run = Run()
     older = run.ticket()
     run.unload()
+    run.emptied()
     run.load(A, ticket=older)
     assert (run.state, run.category(older)) == (I, "cancelled")
     newer = run.load(A)

@@ -40,6 +40,7 @@ CORE = {
     "named",
     "catalogue",
     "failures",
+    "recovery",
     "redaction",
     "states",
     "messages",
@@ -365,7 +366,7 @@ def test_a_missing_row_raises_and_changes_nothing() -> None:
     ctx = Context()
     fact = ShutdownRequested(Ticket(1), 0.0)
     elsewhere = Row("shutdown", (State.HEALTHY,), (), None, ("latch_shutdown",))
-    guarded = Row("shutdown", (State.IDLE,), ("slot_is_occupied",), None, ("latch_shutdown",))
+    guarded = Row("shutdown", (State.IDLE,), ("is_shutting_down",), None, ("latch_shutdown",))
     for table in ([], [elsewhere], [guarded]):
         with pytest.raises(LookupError, match="shutdown in Idle"):
             Lifecycle(table).step(State.IDLE, ctx, fact)

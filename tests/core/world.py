@@ -92,7 +92,7 @@ class Noticed(NamedTuple):
 
 
 class Timer(NamedTuple):
-    kind: Literal["drain", "deadline"]
+    kind: Literal["drain", "deadline", "restart"]
     generation: Generation
 
 

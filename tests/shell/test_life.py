@@ -195,7 +195,8 @@ def test_effects_that_cannot_be_closed_leave_nobody_waiting(
     monkeypatch.setattr(house.effects, "close", broken)
     with pytest.raises(OSError, match="Input/output error"):
         orch.close()
-    assert reader.result(PATIENCE_S) == []
+    told = [event.data["dest"] for event in reader.result(PATIENCE_S)]
+    assert told == ["Killing", "Idle"], "the shutdown itself"
     house.let_look_ups_go("A")
     assert isinstance(error_of(load), ShuttingDown)
     with pytest.raises(ShuttingDown):

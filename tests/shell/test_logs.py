@@ -35,14 +35,14 @@ def test_one_line_for_each_transition_bound_to_its_load(log: list[Any], house: H
         orch.load("B")
         orch.load("B")
         orch.unload()
-        told = [(e.data["source"], e.data["dest"]) for e in house.events.since(0)]
+    told = [(e.data["source"], e.data["dest"]) for e in house.events.since(0)]
     lines = of(log, "lifecycle.transitioned")
     assert [(line["source"], line["dest"]) for line in lines] == told
     for line in lines:
         assert line["log_level"] == "info"
         assert {"trigger", "generation", "model", "pid", "after_ms"} <= line.keys()
-    assert [line["generation"] for line in lines] == [1] * 5 + [2] * 7
-    assert [line["model"] for line in lines] == ["A"] * 5 + ["B"] * 6 + [None]
+    assert [line["generation"] for line in lines] == [1] * 5 + [2] * 9
+    assert [line["model"] for line in lines] == ["A"] * 5 + ["B"] * 6 + [None] * 3
     assert [line["pid"] for line in lines[3:5]] == [101, 101]
 
 

@@ -331,7 +331,10 @@ def test_every_call_is_answered_by_whoever_is_there_at_the_end() -> None:
         for number in range(200):
             call = owner.call()
             asked.append(call)
-            owner.ask(call, UnloadRequested(call.ticket, None, 0.0))
+            if number % 2:  # waits for the slot, which nobody empties here
+                owner.ask(call, UnloadRequested(call.ticket, None, 0.0))
+            else:
+                owner.ask(call, CancelRequested(call.ticket, "x", None, 0.0))
             if number == 50:
                 some.wait(PATIENCE_S)
             if number == 150:
