@@ -77,7 +77,7 @@ class _Broken(Exception):
     """The header does not make sense; the text says where."""
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)  # more than a split model has parts, or none of them would be found again
 def inspect(file: FileIdentity, field: str = "model_path") -> GgufInfo:
     """Return what the header says, once per file identity. About 0.1 s for a large vocabulary.
 

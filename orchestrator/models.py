@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -37,18 +38,15 @@ PREFERENCE: Final = (
 )
 
 
-def identity_of(path: str | os.PathLike[str], *, keeps_name: bool = False) -> FileIdentity:
-    """Return the identity of an existing file, symbolic links resolved.
+def identity_of(path: str | os.PathLike[str]) -> FileIdentity:
+    """Return the identity of an existing file, symbolic links resolved."""
+    return _as_named(os.path.realpath(path))
 
-    Args:
-        path: The file.
-        keeps_name: Leave a link in its folder: llama.cpp finds the parts of a split model by the
-            name of the first, and a Hub cache links names to blobs without one.
-    """
-    folder, name = os.path.split(os.path.abspath(path))
-    real = os.path.join(os.path.realpath(folder), name) if keeps_name else os.path.realpath(path)
-    found = os.stat(real)
-    return FileIdentity(real, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+def _as_named(path: str) -> FileIdentity:
+    """Return the identity of an existing file under the name given, be it a link."""
+    found = os.stat(path)
+    return FileIdentity(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def locate(request: LoadRequest) -> ModelFiles:
@@ -72,7 +70,7 @@ def locate(request: LoadRequest) -> ModelFiles:
     else:
         raise _not_found(request.model_path)
     shards = _shards(first)
-    weights = tuple(_checked(s, "model_path", keeps_name=len(shards) > 1) for s in shards)
+    weights = tuple(_checked(s, "model_path", is_part=len(shards) > 1) for s in shards)
     projector = None
     if request.mmproj_path is not None:
         file = _path(request.mmproj_path, "mmproj_path")
@@ -84,11 +82,14 @@ def locate(request: LoadRequest) -> ModelFiles:
 
 def matches(name: str, label: str) -> bool:
     """Does a file name carry this quant label, at alphanumeric boundaries?"""
-    pattern = rf"(?<![A-Za-z0-9_]){re.escape(label)}(?![A-Za-z0-9_])"
-    return any(
-        not name[: found.start()].upper().endswith("UD-")
-        for found in re.finditer(pattern, name, re.IGNORECASE)
-    )
+    return _carrying(label).search(name) is not None
+
+
+@lru_cache(maxsize=256)
+def _carrying(label: str) -> re.Pattern[str]:
+    """`Q4_K_M` is not a part of `IQ4_K_M`, and a `UD-` before it makes another label of it."""
+    boundaries = rf"(?<![A-Za-z0-9_])(?<!UD-){re.escape(label)}(?![A-Za-z0-9_])"
+    return re.compile(boundaries, re.IGNORECASE)
 
 
 def label_of(name: str) -> str:
@@ -122,12 +123,12 @@ def _path(text: str, field: str) -> Path:
     return path
 
 
-def _checked(path: Path, field: str, *, keeps_name: bool = False) -> FileIdentity:
+def _checked(path: Path, field: str, *, is_part: bool = False) -> FileIdentity:
     if not path.is_file():
         raise InvalidModel.because(f"{path} is not a regular file", field=field)
     if not os.access(path, os.R_OK):
         raise InvalidModel.because(f"{path} may not be read: check its permissions", field=field)
-    file = identity_of(path, keeps_name=keeps_name)
+    file = _as_named(str(path)) if is_part else identity_of(path)
     info = gguf_file.inspect(file, field)
     if field == "model_path" and info.architecture == "clip":
         raise InvalidModel.because(
@@ -137,11 +138,16 @@ def _checked(path: Path, field: str, *, keeps_name: bool = False) -> FileIdentit
 
 
 def _shards(first: Path) -> tuple[Path, ...]:
-    """Return every part of a split model, in order; a whole model is its only part."""
+    """Return every part of a split model, in order; a whole model is its only part.
+
+    Only their folder is resolved: llama.cpp finds the parts by the name of the first, and a Hub
+    cache links names to blobs without one.
+    """
     if (split := _SHARD.fullmatch(first.name)) is None:
         return (first,)
     prefix, count = split["prefix"], int(split["count"])
-    parts = [first.with_name(f"{prefix}-{n:05d}-of-{count:05d}.gguf") for n in range(1, count + 1)]
+    folder = Path(os.path.realpath(first.parent))
+    parts = [folder / f"{prefix}-{n:05d}-of-{count:05d}.gguf" for n in range(1, count + 1)]
     if missing := [part.name for part in parts if not part.is_file()]:
         raise ModelNotFound.because(
             f"{first} is split and {', '.join(missing)} is missing beside it", field="model_path"
@@ -156,9 +162,11 @@ def _choose(folder: Path, variant: str | None) -> Path:
     if not firsts:
         raise ModelNotFound.because(f"{folder} holds no .gguf model", field="model_path")
     if variant is None:
+        stems = [p.stem for p in firsts]
         for label in PREFERENCE:
-            if found := next((p for p in firsts if matches(p.stem, label)), None):
-                return found
+            for number, stem in enumerate(stems):
+                if matches(stem, label):
+                    return firsts[number]
         return firsts[0]
     names = {str(p.relative_to(folder)): p for p in firsts}
     if variant in names:

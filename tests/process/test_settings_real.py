@@ -1,0 +1,579 @@
+"""Every setting on the real llama-server, as the server itself tells it after each kind of Apply.
+
+Rows are settings (`ROWS`), tests are situations. Nothing is read from the orchestrator's memory:
+`/props` and `/slots` tell context, template, sampling, slots and whether drafting is on; the KV
+cache's types and the drafting mode are only in the server's log. Every Apply asks `plan` first
+and is held to it, down to the command line of the process that then runs.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import shlex
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import gguf
+import numpy
+import pytest
+
+from orchestrator import LoadOutcome, Orchestrator, gguf_file
+from orchestrator.errors import (
+    InvalidModel,
+    ModelNotFound,
+    RefusedArgument,
+    ServerStartFailed,
+    ServerUnavailable,
+)
+from orchestrator.tiny_model import _CHAT_TEMPLATE, write_tiny_model
+from tests.process.support import is_running, until
+
+pytestmark = pytest.mark.external
+
+
+# ------------------------------------------------------------------------------- the read-back
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a server says of itself; the defaults are llama.cpp's own for the tiny model."""
+
+    model: str
+    context: int = 2048
+    kv: tuple[str, str] = ("f16", "f16")
+    template: str = _CHAT_TEMPLATE
+    drafting: tuple[str, ...] = ()
+    top_k: int = 40
+    seed: int = 0xFFFFFFFF
+    slots: int = 4
+    vision: bool = False
+
+
+_KV = re.compile(r"llama_kv_cache: size = .* K \((\w+)\): .* V \((\w+)\): ")
+_DRAFTING = re.compile(r"adding speculative implementation '([\w-]+)'")
+
+
+def said(orch: Orchestrator) -> Said:
+    """Ask the server that runs now."""
+    loaded = orch.status().loaded
+    assert loaded is not None
+    props, slots = ask(loaded.base_url, "/props"), ask(loaded.base_url, "/slots")
+    defaults = props["default_generation_settings"]
+    log = until(lambda: whole_log(orch), "the log up to where the server listens")
+    drafting = tuple(_DRAFTING.findall(log))
+    [kv] = _KV.findall(log)
+    assert {slot["n_ctx"] for slot in slots} == {defaults["n_ctx"]}
+    assert {slot["speculative"] for slot in slots} == {bool(drafting)}
+    assert len(slots) == props["total_slots"]
+    return Said(
+        model=props["model_path"],
+        context=defaults["n_ctx"],
+        kv=kv,
+        template=props["chat_template"],
+        drafting=drafting,
+        top_k=defaults["params"]["top_k"],
+        seed=defaults["params"]["seed"],
+        slots=len(slots),
+        vision=props["modalities"]["vision"],
+    )
+
+
+def whole_log(orch: Orchestrator) -> str | None:
+    """What it printed while it started, once all of that has been drained."""
+    log = "\n".join(orch.logs(2000))
+    return log if "listening on" in log else None
+
+
+def ask(base_url: str, path: str) -> Any:
+    parts = urlsplit(base_url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=30)
+    try:
+        connection.request("GET", path, headers={"Connection": "close"})
+        response = connection.getresponse()
+        assert response.status == 200
+        return json.loads(response.read())
+    finally:
+        connection.close()
+
+
+def apply(orch: Orchestrator, model: str, **fields: Any) -> LoadOutcome:
+    """Ask `plan`, load, and hold what was said to what was done."""
+    before, events = orch.status().loaded, orch.last_event_id
+    plan = orch.plan(model, **fields)
+    assert (orch.status().loaded, orch.last_event_id) == (before, events), "plan did something"
+    outcome = orch.load(model, **fields)
+    if before is None:
+        assert (plan.action, outcome.status) == ("load", "loaded")
+    elif plan.action == "none":
+        assert (outcome.status, outcome.pid) == ("already_loaded", before.pid)
+    else:
+        assert (plan.action, outcome.status) == ("reload", "loaded")
+        assert not is_running(before.pid)
+    if plan.action != "none":
+        assert plan.reload_reasons == outcome.reload_reasons
+    planned, running = plan.argv[1:], command_line(outcome.pid)[1:]
+    where = [n for n, token in enumerate(planned) if token == "<chat template>"]
+    for n in where:  # written only when the server is started
+        planned[n] = running[n]
+    assert planned == running
+    return outcome
+
+
+def command_line(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")[:-1]
+
+
+def reasons(outcome: LoadOutcome) -> list[str]:
+    return [reason.field for reason in outcome.reload_reasons]
+
+
+# ----------------------------------------------------------------------------------- the matrix
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting.
+
+    Attributes:
+        values: Two values of the field, each with what the server then says.
+        flags: A third value as an extra arg, with what the server then says; none for a field
+            whose flag is refused.
+        blank: What a client may send for "not set".
+    """
+
+    name: str
+    values: tuple[tuple[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]
+    flags: tuple[str, ...] = ()
+    flags_say: dict[str, Any] = field(default_factory=dict)
+    blank: Any = None
+
+
+ROWS = (
+    Row(
+        "max_seq_length",
+        ((512, {"context": 512}), (768, {"context": 768})),
+        ("-c", "1024"),
+        {"context": 1024},
+        blank=0,
+    ),
+    Row(
+        "cache_type_kv",
+        (("q8_0", {"kv": ("q8_0", "q8_0")}), (" Q4_0", {"kv": ("q4_0", "q4_0")})),
+        ("-ctk", "q5_0", "--cache-type-v", "q5_1"),
+        {"kv": ("q5_0", "q5_1")},
+        blank="",
+    ),
+    Row(
+        "chat_template_override",
+        (
+            ("one:\n{{ messages[0].content }}", {"template": "one:\n{{ messages[0].content }}"}),
+            ("'zwölf' \"{{ 12 }}\" \\", {"template": "'zwölf' \"{{ 12 }}\" \\"}),
+        ),
+        ("--chat-template", "three: {{ 3 }}"),
+        {"template": "three: {{ 3 }}"},
+        blank=" ",
+    ),
+    Row(
+        "speculative_type",
+        (
+            ("ngram-simple", {"drafting": ("ngram-simple",)}),
+            ("default", {"drafting": ("ngram-mod",)}),
+        ),
+        ("--spec-type", "ngram-map-k"),
+        {"drafting": ("ngram-map-k",)},
+        blank="off",
+    ),
+    Row("n_parallel", ((1, {"slots": 1}), (3, {"slots": 3}))),
+    Row(
+        "llama_extra_args",
+        (
+            (["--top-k", "7"], {"top_k": 7}),
+            (["--seed", "43", "--top_k", "9"], {"seed": 43, "top_k": 9}),
+        ),
+        ("--top-k", "11"),
+        {"top_k": 11},
+    ),
+)
+SEED = ("--seed", "42")
+SEED_SAYS: dict[str, Any] = {"seed": 42}
+
+
+@pytest.fixture(scope="session")
+def talking_server(llama_server: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The real server, talkative enough to name its KV cache and its drafting, and frugal."""
+    path = tmp_path_factory.mktemp("server") / "llama-server"
+    write_server(path, llama_server)
+    return str(path)
+
+
+def write_server(path: Path, llama_server: str, **environment: str) -> None:
+    given = {"LLAMA_ARG_LOG_VERBOSITY": "4", "LLAMA_ARG_THREADS": "1", **environment}
+    exports = "".join(f"export {name}={value}\n" for name, value in given.items())
+    path.write_text(f'#!/bin/sh\n{exports}exec {shlex.quote(llama_server)} "$@"\n')
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def orch(talking_server: str, state_dir: Path) -> Iterator[Orchestrator]:
+    with Orchestrator(llama_server=talking_server, state_dir=state_dir) as orchestrator:
+        yield orchestrator
+
+
+each = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+each_with_flags = pytest.mark.parametrize(
+    "row", [row for row in ROWS if row.flags], ids=lambda row: row.name
+)
+each_field_with_flags = pytest.mark.parametrize(
+    "row",
+    [row for row in ROWS if row.flags and row.name != "llama_extra_args"],
+    ids=lambda row: row.name,
+)
+
+
+# ------------------------------------------------------------------------------- the situations
+
+
+@each
+def test_a_changed_setting_reaches_the_server_and_is_the_only_reason(
+    orch: Orchestrator, tiny_model: str, row: Row
+) -> None:
+    """It was once answered with "already loaded" and never got there; explicit to Auto, too."""
+    plain = Said(tiny_model)
+    apply(orch, tiny_model)
+    assert said(orch) == plain
+    for value, says in row.values:
+        outcome = apply(orch, tiny_model, **{row.name: value})
+        assert reasons(outcome) == [row.name]
+        assert said(orch) == replace(plain, **says)
+        again = apply(orch, tiny_model, **{row.name: value})
+        assert (again.status, again.pid) == ("already_loaded", outcome.pid)
+    unset = [] if row.name == "llama_extra_args" else row.blank
+    outcome = apply(orch, tiny_model, **{row.name: unset})
+    assert reasons(outcome) == [row.name]
+    assert said(orch) == plain
+
+
+def test_one_of_many_settings_changes_and_the_others_stay(
+    orch: Orchestrator, tiny_model: str
+) -> None:
+    """The panel sends all of them each time."""
+    settings = {row.name: row.values[0][0] for row in ROWS}
+    says = {name: what for row in ROWS for name, what in row.values[0][1].items()}
+    apply(orch, tiny_model, **settings)
+    assert said(orch) == Said(tiny_model, **says)
+    for row in ROWS:
+        if row.name == "n_parallel":
+            continue  # it divides the context, which has been given
+        value, differs = row.values[1]
+        settings[row.name] = value
+        says |= differs
+        assert reasons(apply(orch, tiny_model, **settings)) == [row.name]
+        assert said(orch) == Said(tiny_model, **says)
+
+
+@each_with_flags
+def test_after_an_unload_extra_args_are_inherited_and_fields_are_not(
+    orch: Orchestrator, tiny_model: str, row: Row
+) -> None:
+    """Flags given at the start were once lost at the first Apply, which does not echo them."""
+    apply(orch, tiny_model, llama_extra_args=[*row.flags, *SEED])
+    orch.unload()
+    apply(orch, tiny_model)
+    assert said(orch) == Said(tiny_model, **row.flags_say | SEED_SAYS)
+    value, says = row.values[0]
+    apply(orch, tiny_model, **{"llama_extra_args": SEED, row.name: value})
+    assert said(orch) == Said(
+        tiny_model, **says if row.name == "llama_extra_args" else says | SEED_SAYS
+    )
+    orch.unload()
+    apply(orch, tiny_model)
+    assert said(orch) == Said(tiny_model, **says if row.name == "llama_extra_args" else SEED_SAYS)
+
+
+@each_with_flags
+def test_an_empty_list_clears_extra_args_for_good(
+    orch: Orchestrator, tiny_model: str, row: Row
+) -> None:
+    """Omitted means "as they are", empty means none; the two were mixed up."""
+    first = apply(orch, tiny_model, llama_extra_args=row.flags)
+    assert said(orch) == Said(tiny_model, **row.flags_say)
+    again = apply(orch, tiny_model)
+    assert (again.status, again.pid) == ("already_loaded", first.pid)
+    assert reasons(apply(orch, tiny_model, llama_extra_args=[])) == ["llama_extra_args"]
+    assert said(orch) == Said(tiny_model)
+    orch.unload()
+    apply(orch, tiny_model)
+    assert said(orch) == Said(tiny_model)
+
+
+@each_field_with_flags
+def test_explicit_flags_beat_a_field_and_a_field_beats_inherited_flags(
+    orch: Orchestrator, tiny_model: str, row: Row
+) -> None:
+    """An inherited `-c 4096` once beat the new context, because the last flag wins."""
+    (one, _), (two, two_says) = row.values
+    apply(orch, tiny_model, **{row.name: one, "llama_extra_args": [*row.flags, *SEED]})
+    assert said(orch) == Said(tiny_model, **row.flags_say | SEED_SAYS)
+    overridden = apply(orch, tiny_model, **{row.name: two})
+    assert reasons(overridden) == [row.name, "llama_extra_args"]
+    assert said(orch) == Said(tiny_model, **two_says | SEED_SAYS)
+    assert reasons(apply(orch, tiny_model)) == [row.name]
+    assert said(orch) == Said(tiny_model, **SEED_SAYS)
+
+
+@each_field_with_flags
+def test_a_blank_field_leaves_inherited_flags_alone(
+    orch: Orchestrator, tiny_model: str, row: Row
+) -> None:
+    """A form sends every field each time; what is blank sets nothing."""
+    first = apply(orch, tiny_model, llama_extra_args=row.flags)
+    again = apply(orch, tiny_model, **{row.name: row.blank})
+    assert (again.status, again.pid) == ("already_loaded", first.pid)
+    assert said(orch) == Said(tiny_model, **row.flags_say)
+
+
+@each_with_flags
+def test_flags_of_one_model_never_reach_another(
+    orch: Orchestrator, tiny_model: str, other_model: str, row: Row
+) -> None:
+    """And they are still there when the first model comes back."""
+    apply(orch, tiny_model, llama_extra_args=[*row.flags, *SEED])
+    assert reasons(apply(orch, other_model)) == ["model_path", "llama_extra_args"]
+    assert said(orch) == Said(other_model)
+    apply(orch, tiny_model)
+    assert said(orch) == Said(tiny_model, **row.flags_say | SEED_SAYS)
+
+
+@each
+def test_a_failed_load_in_between_changes_nothing(
+    orch: Orchestrator, tiny_model: str, row: Row
+) -> None:
+    """Arguments stored before success once poisoned every start after a bad one."""
+    (one, one_says), (two, _) = row.values
+    good = {row.name: one} | ({} if row.name == "llama_extra_args" else {"llama_extra_args": SEED})
+    says = one_says | ({} if row.name == "llama_extra_args" else SEED_SAYS)
+    running = apply(orch, tiny_model, **good)
+    bad = {row.name: two, "llama_extra_args": [*row.flags, "--bogus"]}
+    refused = {row.name: two, "llama_extra_args": [*row.flags, "--port=1"]}
+    for call in (orch.plan, orch.load):
+        with pytest.raises(RefusedArgument, match="--port is refused"):
+            call(tiny_model, **refused)
+    assert said(orch) == Said(tiny_model, **says)
+    loaded = orch.status().loaded
+    assert loaded is not None
+    assert loaded.pid == running.pid
+    assert orch.plan(tiny_model, **bad).action == "reload"
+    with pytest.raises(ServerStartFailed, match="--bogus"):
+        orch.load(tiny_model, **bad)
+    del good["llama_extra_args"]
+    assert apply(orch, tiny_model, **good).status == "loaded"
+    assert said(orch) == Said(tiny_model, **says)
+
+
+def test_a_first_load_that_fails_leaves_nothing_to_inherit(
+    orch: Orchestrator, tiny_model: str, other_model: str
+) -> None:
+    """Neither for its own model nor for the one that ran before it."""
+    apply(orch, other_model)
+    with pytest.raises(ServerStartFailed, match="--bogus"):
+        orch.load(tiny_model, llama_extra_args=[*SEED, "--bogus"])
+    apply(orch, tiny_model)
+    assert said(orch) == Said(tiny_model)
+    apply(orch, other_model)
+    assert said(orch) == Said(other_model)
+
+
+@each
+def test_what_status_tells_may_be_posted_back(
+    orch: Orchestrator, tiny_model: str, row: Row
+) -> None:
+    """To the same process, and after an unload to the same settings: a field, flags, and both."""
+    value, _ = row.values[0]
+    ways: list[dict[str, Any]] = [{row.name: value}]
+    if row.flags:
+        ways += [{"llama_extra_args": row.flags}, {row.name: value, "llama_extra_args": row.flags}]
+    for settings in ways:
+        apply(orch, tiny_model, **{"llama_extra_args": (), **settings})
+        before = said(orch)
+        loaded = orch.status().loaded
+        assert loaded is not None
+        told = json.loads(json.dumps(loaded.as_dict()))
+        back = {
+            **settings,
+            "gguf_variant": told["gguf_variant"],
+            "max_seq_length": told["requested_context_length"],
+            "cache_type_kv": told["cache_type_kv"],
+            "speculative_type": told["speculative_type"],
+            "llama_extra_args": told["llama_extra_args"],
+        }
+        again = apply(orch, told["model_path"], **back)
+        assert (again.status, again.pid) == ("already_loaded", loaded.pid)
+        orch.unload()
+        apply(orch, told["model_path"], **back)
+        assert said(orch) == before
+
+
+# --------------------------------------------------------------------- what the file names decide
+
+
+def test_a_replaced_model_file_is_loaded_again(orch: Orchestrator, tmp_path: Path) -> None:
+    """The path is the same, the model is not."""
+    path = write_tiny_model(tmp_path / "m.gguf")
+    apply(orch, str(path), llama_extra_args=SEED)
+    assert said(orch) == Said(str(path), **SEED_SAYS)
+    write_tiny_model(path, context_length=1536)
+    assert reasons(apply(orch, str(path))) == ["model_path"]
+    assert said(orch) == Said(str(path), context=1536, **SEED_SAYS)
+
+
+def test_a_replaced_server_is_started_again(
+    llama_server: str, tiny_model: str, state_dir: Path, tmp_path: Path
+) -> None:
+    """An update of llama.cpp takes effect with the next Apply."""
+    path = tmp_path / "llama-server"
+    write_server(path, llama_server)
+    with Orchestrator(llama_server=path, state_dir=state_dir) as orch:
+        apply(orch, tiny_model, llama_extra_args=SEED)
+        write_server(path, llama_server, LLAMA_ARG_CTX_SIZE="1280")
+        assert reasons(apply(orch, tiny_model)) == ["llama_server"]
+        assert said(orch) == Said(tiny_model, context=1280, **SEED_SAYS)
+
+
+def test_a_plan_is_made_in_a_millisecond_of_what_was_looked_at_before(
+    orch: Orchestrator, tiny_model: str
+) -> None:
+    """A panel asks for one at every key stroke."""
+    apply(orch, tiny_model)
+    settings = {row.name: row.values[0][0] for row in ROWS}
+    took = []
+    for _ in range(200):
+        begun = time.perf_counter()
+        assert orch.plan(tiny_model, **settings).action == "reload"
+        took.append(time.perf_counter() - begun)
+    assert sorted(took)[100] < 0.001, took
+
+
+def test_a_plan_remembers_headers_and_believes_nothing_else(
+    llama_server: str,
+    tiny_model: str,
+    state_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was replaced, cut short, taken away or forbidden since is seen at once."""
+    read: list[str] = []
+
+    def reading(path: str, mode: str) -> Any:
+        read.append(Path(path).name)
+        return open(path, mode)
+
+    monkeypatch.setattr(gguf_file, "open", reading, raising=False)
+    count = 100  # a split model of terabytes
+    parts = [tmp_path / f"m-{n:05d}-of-{count:05d}.gguf" for n in range(1, count + 1)]
+    for part in parts:
+        shutil.copy(tiny_model, part)
+    server = tmp_path / "llama-server"
+    write_server(server, llama_server)
+    orch = Orchestrator(llama_server=server, state_dir=state_dir)
+    orch.plan(str(parts[0]))
+    assert len(read) == count
+    orch.plan(str(parts[0]))
+    assert len(read) == count
+    write_tiny_model(parts[1], seed=1)
+    orch.plan(str(parts[0]))
+    assert read[count:] == [parts[1].name]
+    server.chmod(0o644)
+    with pytest.raises(ServerUnavailable, match="not executable"):
+        orch.plan(str(parts[0]))
+    os.truncate(parts[2], 1000)
+    with pytest.raises(InvalidModel, match=parts[2].name):
+        orch.plan(str(parts[0]))
+    parts[3].unlink()
+    with pytest.raises(ModelNotFound, match=parts[3].name):
+        orch.plan(str(parts[0]))
+
+
+def test_extra_args_belong_to_the_variant_that_was_picked(
+    orch: Orchestrator, tmp_path: Path
+) -> None:
+    """However it was asked for; the label of a picked variant once never matched itself."""
+    small, large = tmp_path / "m-Q4_K_M.gguf", tmp_path / "m-Q8_0.gguf"
+    write_tiny_model(small)
+    write_tiny_model(large, seed=1)
+    folder = str(tmp_path)
+    picked = apply(orch, folder, llama_extra_args=SEED)
+    assert said(orch) == Said(str(small), **SEED_SAYS)
+    for name in (picked.gguf_variant, "q4_k_m", small.name, None):
+        again = apply(orch, folder, gguf_variant=name)
+        assert (again.status, again.pid) == ("already_loaded", picked.pid)
+    apply(orch, folder, gguf_variant="Q8_0")
+    assert said(orch) == Said(str(large))
+    apply(orch, folder, gguf_variant="Q4_K_M")
+    assert said(orch) == Said(str(small), **SEED_SAYS)
+
+
+def test_drafting_is_off_for_a_vision_model_and_no_reason_to_reload_it(
+    orch: Orchestrator, tiny_model: str, tmp_path: Path
+) -> None:
+    """A value that never applies once made every Apply of a vision model a reload."""
+    projector = write_projector(tmp_path / "mmproj.gguf")
+    apply(orch, tiny_model, speculative_type="ngram-mod")
+    assert said(orch) == Said(tiny_model, drafting=("ngram-mod",))
+    seeing = apply(orch, tiny_model, mmproj_path=projector, speculative_type="ngram-mod")
+    assert reasons(seeing) == ["mmproj_path", "speculative_type"]
+    assert said(orch) == Said(tiny_model, vision=True)
+    for mode in ("ngram-mod", "ngram-simple", "default", "off", None):
+        again = apply(orch, tiny_model, mmproj_path=projector, speculative_type=mode)
+        assert (again.status, again.pid) == ("already_loaded", seeing.pid)
+
+
+def write_projector(path: Path) -> str:
+    """A vision projector that fits the tiny model and sees nothing: all its weights are zero."""
+    width, hidden, out, patch = 32, 64, 64, 14
+    writer = gguf.GGUFWriter(path, "clip")
+    writer.add_bool("clip.has_vision_encoder", True)
+    writer.add_bool("clip.use_gelu", True)
+    writer.add_string("clip.projector_type", "mlp")
+    sizes = {
+        "image_size": 2 * patch,
+        "patch_size": patch,
+        "embedding_length": width,
+        "feed_forward_length": hidden,
+        "block_count": 1,
+        "attention.head_count": 2,
+        "projection_dim": out,
+    }
+    for name, size in sizes.items():
+        writer.add_uint32(f"clip.vision.{name}", size)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-5)
+    for name in ("image_mean", "image_std"):
+        writer.add_array(f"clip.vision.{name}", [0.5, 0.5, 0.5])
+    weights = {"patch_embd": (width, 3, patch, patch), "position_embd": (2 * 2 + 1, width)}
+    biased: dict[str, tuple[int, ...]] = {
+        "pre_ln": (width,),
+        "blk.0.ln1": (width,),
+        "blk.0.ln2": (width,),
+    }
+    biased |= {f"blk.0.attn_{name}": (width, width) for name in ("q", "k", "v", "out")}
+    biased |= {"blk.0.ffn_up": (hidden, width), "blk.0.ffn_down": (width, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {"v.class_embd": (width,)}
+    shapes |= {f"v.{name}.weight": shape for name, shape in weights.items()}
+    for name, shape in biased.items():
+        shapes |= {f"v.{name}.weight": shape, f"v.{name}.bias": shape[:1]}
+    for name, shape in {"mm.0": (out, width), "mm.2": (out, out)}.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    for name, shape in shapes.items():
+        writer.add_tensor(name, numpy.zeros(shape, dtype=numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
