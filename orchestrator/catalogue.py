@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 _COLUMN: Final = 40
-_FLAG: Final = re.compile(r"\s*(--?[A-Za-z0-9][\w-]*)(,?)")
+_FLAG: Final = re.compile(r"\s*(--?[A-Za-z0-9][\w.-]*)(,?)")
 _ALLOWED: Final = re.compile(r"allowed values: ([^()]*)")
 _REMOVED: Final = "the argument has been removed"
 
@@ -44,8 +44,9 @@ class Catalogue:
         return next((flag for flag in self.flags if name in flag.names), None)
 
     def has(self, *names: str) -> bool:
-        """Does it know all of these, and still accept them?"""
-        return all((flag := self.get(name)) is not None and not flag.is_removed for name in names)
+        """Does it know all of these, and still accept them, wherever it lists them?"""
+        removed = {name for flag in self.flags if flag.is_removed for name in flag.names}
+        return removed.isdisjoint(names) and all(self.get(name) is not None for name in names)
 
 
 def parse_help(text: str) -> Catalogue | None:
@@ -53,24 +54,26 @@ def parse_help(text: str) -> Catalogue | None:
     entries: list[tuple[str, list[str]]] = []
     for line in text.splitlines():
         if line.startswith("-") and not line.startswith("-----"):
-            is_short = len(line) > _COLUMN and line[_COLUMN - 1] == " "
-            head, rest = (line[:_COLUMN], line[_COLUMN:]) if is_short else (line, "")
-            entries.append((head, [rest]))
+            entries.append((line, []))
         elif entries and line.startswith(" "):
             entries[-1][1].append(line.strip())
-    flags = tuple(flag for head, about in entries if (flag := _entry(head, " ".join(about))))
+    flags = tuple(flag for line, about in entries if (flag := _entry(line, about)))
     return Catalogue(flags) if any("--model" in flag.names for flag in flags) else None
 
 
-def _entry(head: str, about: str) -> FlagHelp | None:
+def _entry(line: str, more_lines: list[str]) -> FlagHelp | None:
+    """Read one entry; its text begins in a fixed column, or on the next line."""
     names: list[str] = []
     at, more = 0, True
-    while more and (found := _FLAG.match(head, at)):
+    while more and (found := _FLAG.match(line, at)):
         names.append(found.group(1))
         at, more = found.end(), bool(found.group(2))
     if not names:
         return None
-    hint = head[at:].strip()
+    has_room = at < _COLUMN < len(line) and line[_COLUMN - 1] == " "
+    end = _COLUMN if has_room else len(line)
+    hint = line[at:end].strip()
+    about = " ".join(" ".join([line[end:], *more_lines]).split())
     return FlagHelp(tuple(names), bool(hint), _choices(hint, about), _REMOVED in about)
 
 

@@ -17,11 +17,19 @@ from orchestrator.redaction import redact
 
 MAX_LINES: Final = 2000
 MAX_LINE_BYTES: Final = 8192
-TAIL_LINES: Final = 40
+TAIL_LINES: Final = 200  # a debugger's backtrace, or a chat template, may follow the reason
 _MAX_ANNOUNCED: Final = 16
 
-_ESCAPES: Final = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-_])")
-_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# ECMA-48: control sequences, strings up to their terminator, and everything else after an ESC.
+_ESCAPES: Final = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*+[ -/]*+[@-~]"
+    r"|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])(?:[^\x07\x1b\x9c]*+(?:\x07|\x1b\\|\x9c))?"
+    r"|\x1b[ -/]*+[0-~]"
+)
+# C0 but the tab, C1, and what reorders, hides or breaks a line in Unicode's own way.
+_CONTROL: Final = re.compile(
+    r"[\x00-\x08\x0a-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]"
+)
 _LISTENING: Final = re.compile(r"listening on (http://[\w.:\[\]-]+:\d{1,5})(?!\d)")
 
 

@@ -85,12 +85,17 @@ class LoadRequest:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Build a request from JSON-like data; unknown fields are refused, never dropped."""
+        if not isinstance(values, Mapping):
+            raise MalformedRequest.because(
+                f"a load request is an object of named fields, not {type(values).__name__}"
+            )
         known = {f.name for f in fields(cls)}
         for name in values:
             if name not in known:
+                shown = _printable(name) if isinstance(name, str) else type(name).__name__
                 raise MalformedRequest.because(
-                    f"unknown field {name!r}; known fields: {', '.join(sorted(known))}",
-                    field=str(name),
+                    f"unknown field {shown!r}; known fields: {', '.join(sorted(known))}",
+                    field=shown,
                 )
         if "model_path" not in values:
             raise MalformedRequest.because("model_path is required", field="model_path")
@@ -235,12 +240,17 @@ def differences(running: Target, requested: Target) -> tuple[ReloadReason, ...]:
 
 def _shown(value: object) -> object:
     match value:
-        case (FileIdentity() as first, *_):
-            return _shown(first)
+        case (FileIdentity() as only,):
+            return _shown(only)
+        case (FileIdentity(), *_):
+            return [_shown(shard) for shard in value]
         case FileIdentity():
-            return f"{value.path} ({value.size_bytes} bytes, mtime {value.mtime_ns})"
+            return (
+                f"{value.path} ({value.size_bytes} bytes, mtime {value.mtime_ns}, "
+                f"inode {value.inode} of device {value.device})"
+            )
         case ServerBinary():
-            return _shown(value.identity)
+            return f"{value.kind}: {_shown(value.identity)}"
         case tuple():
             return list(value)
         case _:
@@ -265,7 +275,7 @@ def _text(field: str, value: object) -> str | None:
 
 def _line(field: str, value: object) -> str | None:
     text = _text(field, value)
-    if text is not None and any(ord(c) < 32 or ord(c) == 127 for c in text):
+    if text is not None and server_args.holds_control(text):
         raise InvalidRequest.because(f"{field} holds a control character", field=field)
     return text
 
@@ -285,6 +295,16 @@ def _template(field: str, value: object) -> str | None:
     return None if _text(field, value) is None else str(value)
 
 
+def _printable(text: str) -> str:
+    """What an error can carry: text that any answer can hold, of a bounded length."""
+    return text[:64].encode(errors="backslashreplace").decode()
+
+
+def _number(value: float) -> str:
+    """A number as an error shows it; Python refuses to write out one of more than 4300 digits."""
+    return "out of range" if abs(value) > 1e18 else str(value)
+
+
 def _boolean(field: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise _malformed(field, "true or false", value)
@@ -295,7 +315,9 @@ def _integer(field: str, value: object, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise _malformed(field, "a whole number", value)
     if not low <= value <= high:
-        raise InvalidRequest.because(f"{field} is {value}: use {low} to {high}", field=field)
+        raise InvalidRequest.because(
+            f"{field} is {_number(value)}: use {low} to {high}", field=field
+        )
     return value
 
 
@@ -312,7 +334,7 @@ def _seconds(field: str, value: object) -> float:
         raise _malformed(field, "a number of seconds", value)
     if not 0 < value <= _MAX_SECONDS:  # false for NaN too, and safe for a huge int
         raise InvalidRequest.because(
-            f"{field} is {value}: use more than 0 and at most {_MAX_SECONDS:.0f} seconds",
+            f"{field} is {_number(value)}: use more than 0 to {_MAX_SECONDS:.0f} seconds",
             field=field,
         )
     return float(value)
@@ -333,7 +355,7 @@ def _speculative_type(field: str, value: object) -> str | None:
 def _extra_args(field: str, value: object) -> tuple[str, ...] | None:
     if value is None:
         return None
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+    if isinstance(value, str | bytes | bytearray | memoryview) or not isinstance(value, Sequence):
         raise _malformed(field, "a list of strings", value)
     args = tuple(value)
     for token in args:
@@ -348,7 +370,7 @@ def _on_busy(field: str, value: object) -> str:
         raise _malformed(field, "a string", value)
     if value not in get_args(OnBusy):
         raise InvalidRequest.because(
-            f"{field} is {value!r}: use one of {', '.join(get_args(OnBusy))}", field=field
+            f"{field} is {value[:40]!r}: use one of {', '.join(get_args(OnBusy))}", field=field
         )
     return value
 

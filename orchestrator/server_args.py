@@ -1,7 +1,8 @@
 """llama-server's flags: which are refused, which a field shadows, which mean a drafting mode.
 
 Pure, and driven by the tables below; beside argv.py nothing in the library knows the name of a
-flag. A flag is the same in every spelling that llama-server takes for it.
+flag. A flag is the same in every spelling that llama-server takes for it; one that is refused is
+refused in every spelling that somebody could mean it by.
 """
 
 from __future__ import annotations
@@ -52,19 +53,29 @@ REFUSED: Final[dict[str, str]] = {
         "--embedding --embeddings --rerank --reranking --pooling -h --help --usage --version "
         "--list-devices -cl --cache-list --completion-bash"
     ),
+    "it brings a model and a port of its own": (
+        "--embd-gemma-default --embd-bge-small-en-default --embd-e5-small-en-default "
+        "--embd-gte-small-default --fim-qwen-1.5b-default --fim-qwen-3b-default "
+        "--fim-qwen-7b-default --fim-qwen-7b-spec --fim-qwen-14b-spec --fim-qwen-30b-default "
+        "--gpt-oss-20b-default --gpt-oss-120b-default --vision-gemma-4b-default "
+        "--vision-gemma-12b-default"
+    ),
     "use the field n_parallel": "-np --parallel --n-parallel",
 }
 _REFUSED: Final = {flag: why for why, flags in REFUSED.items() for flag in flags.split()}
+_SHORT: Final = sorted((f for f in _REFUSED if not f.startswith("--")), key=len, reverse=True)
+_LONGER: Final = frozenset({"-md", "-mg", "-mmdev", "-hfd", "-hfrd"})  # begin like a refused one
 
 # field -> flags it takes over from *inherited* args; a trailing `!` marks a flag without a value.
 SHADOWED: Final[dict[str, str]] = {
     "max_seq_length": "-c --ctx-size",
     "cache_type_kv": "-ctk --cache-type-k -ctv --cache-type-v",
     "speculative_type": (
-        "--spec-default! --spec-type --spec-ngram-size-n --spec-ngram-size --draft-min --draft-max "
-        "--spec-ngram-mod-n-match --spec-ngram-mod-n-min --spec-ngram-mod-n-max --spec-draft-n-max "
-        "--spec-draft-n-min --spec-draft-p-min --spec-draft-p-split -md --model-draft "
-        "--spec-draft-model -hfd -hfrd --hf-repo-draft --spec-draft-hf"
+        "--spec-default! --spec-type --spec-ngram-size-n --spec-ngram-size --draft --draft-n "
+        "--draft-max --draft-min --draft-n-min --spec-ngram-mod-n-match --spec-ngram-mod-n-min "
+        "--spec-ngram-mod-n-max --spec-draft-n-max --spec-draft-n-min --spec-draft-p-min "
+        "--draft-p-min --spec-draft-p-split --draft-p-split -md --model-draft --spec-draft-model "
+        "-hfd -hfrd --hf-repo-draft --spec-draft-hf"
     ),
     "chat_template_override": (
         "--chat-template --chat-template-file --chat-template-kwargs --jinja! --no-jinja!"
@@ -73,8 +84,10 @@ SHADOWED: Final[dict[str, str]] = {
 
 MAX_TOKENS: Final = 256
 MAX_BYTES: Final = 32 * 1024
-_NUMBER: Final = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-_ATTACHED: Final = re.compile(r"(-[a-z][a-z-]*)\d")
+_NUMBER: Final = re.compile(
+    r"[-+]?((\d+(\.\d*)?|\.\d+)(e[-+]?\d+)?|inf(inity)?|nan)", re.ASCII | re.IGNORECASE
+)
+_WORD: Final = re.compile(r"(--?[a-z][a-z-]*)[a-z0-9.-]*")
 
 
 def flag_of(token: str) -> str | None:
@@ -106,19 +119,39 @@ def check_extra_args(args: tuple[str, ...]) -> None:
             field="llama_extra_args",
         )
     for number, token in enumerate(args):
-        if any(ord(c) < 32 or ord(c) == 127 for c in token):  # not shown: it may be a secret
+        if holds_control(token):  # not shown: it may be a secret
             raise InvalidRequest.because(
                 f"llama_extra_args[{number}] holds a control character", field="llama_extra_args"
             )
-        name = flag_of(token)
-        if name is None:
-            continue
-        attached = _ATTACHED.match(name.lower())
-        for spelling in (name, name.lower(), attached.group(1) if attached else name):
-            if why := _REFUSED.get(spelling):
+        for flag in _readings(token):
+            if why := _REFUSED.get(flag):
                 raise RefusedArgument.because(
-                    f"llama_extra_args: {spelling} is refused: {why}", field="llama_extra_args"
+                    f"llama_extra_args: {flag} is refused: {why}", field="llama_extra_args"
                 )
+
+
+def _readings(token: str) -> tuple[str, ...]:
+    """Every flag that somebody could mean by a token, the likeliest first.
+
+    llama-server itself takes exact names, `_` for `-` in long ones, and no attached value: to
+    refuse the rest costs nothing, and is answered before the running server is stopped for it.
+    """
+    if (name := flag_of(token)) is None:
+        return ()
+    name = name.lower().replace("_", "-")
+    if (found := _WORD.match(name)) is None:
+        return (name,)
+    word, head = found[0], found[1]
+    if head.startswith("--"):
+        return word, head
+    has_value = len(head) < len(name) and not name[len(head)].isspace() and head not in _LONGER
+    shorter = filter(head.startswith, _SHORT) if has_value else ()
+    return word, head, f"-{word}", f"-{head}", *shorter
+
+
+def holds_control(text: str) -> bool:
+    """Does it hold a control character (Unicode category Cc: C0, DEL, C1)?"""
+    return any(ord(c) < 32 or 127 <= ord(c) < 160 for c in text)
 
 
 def is_encodable(text: str) -> bool:
@@ -160,7 +193,7 @@ def normal_cache_type(value: str | None) -> str | None:
         return None
     if (name := value.lower()) not in CACHE_TYPES:
         raise InvalidRequest.because(
-            f"cache_type_kv is {value!r}: use one of {', '.join(CACHE_TYPES)}",
+            f"cache_type_kv is {value[:40]!r}: use one of {', '.join(CACHE_TYPES)}",
             field="cache_type_kv",
         )
     return name
@@ -172,7 +205,7 @@ def normal_speculative_type(value: str | None) -> str | None:
     name = value.lower()
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
         raise InvalidRequest.because(
-            f"speculative_type is {value!r}: use default, off, or a type the server lists",
+            f"speculative_type is {value[:40]!r}: use default, off, or a type the server lists",
             field="speculative_type",
         )
     return None if name in {"off", "none"} else name
@@ -207,15 +240,22 @@ def speculative_flags(
     explicit = any(flag_of(token) in {"--spec-type", "--spec-default"} for token in extra_args)
     if mode is None or explicit:
         return ()
-    for spelling in SPECULATIVE.get(mode, (f"--spec-type {mode}",)):
-        flags = tuple(spelling.split())
-        if catalogue is None or _is_supported(flags, catalogue):
-            return flags
+    if flags := _flags_of(mode, catalogue):
+        return flags
     raise InvalidRequest.because(
         f"speculative_type {mode!r} is not supported by this llama-server; it accepts "
         f"{', '.join(_accepted(catalogue))}",
         field="speculative_type",
     )
+
+
+def _flags_of(mode: str, catalogue: Catalogue | None) -> tuple[str, ...]:
+    """Return the first spelling of a mode that the binary supports; () if there is none."""
+    for spelling in SPECULATIVE.get(mode, (f"--spec-type {mode}",)):
+        flags = tuple(spelling.split())
+        if catalogue is None or _is_supported(flags, catalogue):
+            return flags
+    return ()
 
 
 def _is_supported(flags: tuple[str, ...], catalogue: Catalogue) -> bool:
@@ -230,5 +270,5 @@ def _accepted(catalogue: Catalogue | None) -> list[str]:
     if catalogue is None:
         return ["off"]
     listed = catalogue.get("--spec-type")
-    types = [name for name in (listed.choices if listed else ()) if name != "none"]
-    return ["off", *(["default"] if catalogue.has("--spec-default") else []), *types]
+    modes = dict.fromkeys(("default", *(listed.choices if listed else ())))
+    return ["off", *(mode for mode in modes if mode != "none" and _flags_of(mode, catalogue))]

@@ -190,9 +190,8 @@ def inv_a_timer_means_its_own(edge: Edge) -> str | None:
     if not isinstance(fact, TimerFired):
         return None
     if fact.kind == "restart":
-        planned = ctx.recovery
-        is_due = planned is not None and planned.phase == "waiting"
-        is_due = is_due and fact.generation == planned.generation
+        due = ctx.recovery.generation if ctx.recovery and ctx.recovery.phase == "waiting" else None
+        is_due = fact.generation == due
     elif fact.kind == "deadline":
         is_due = fact.generation in {job.generation for job in ctx.wanted}
         if fact.generation in {job.generation for job in edge.after.ctx.wanted}:

@@ -16,6 +16,9 @@ HELP = """----- common params -----
 -m,    --model FNAME                    model path to load
 -fa,   --flash-attn [on|off|auto]       set Flash Attention use
 --perf, --no-perf                       whether to enable internal timings
+--fim-qwen-1.5b-default                 use default Qwen 2.5 Coder 1.5B
+--spec-draft-override-tensor, -otd, --override-tensor-draft <name>=<type>,...
+                                        override tensor buffer type for draft model
 --rope-scaling {none,linear,yarn}       RoPE frequency scaling method
 -ctk,  --cache-type-k TYPE              KV cache data type for K
                                         allowed values: f32, f16, q8_0
@@ -49,6 +52,13 @@ def found(name: str) -> FlagHelp:
         ("-m", ("-m", "--model"), True, ()),
         ("-fa", ("-fa", "--flash-attn"), True, ("on", "off", "auto")),
         ("--no-perf", ("--perf", "--no-perf"), False, ()),
+        ("--fim-qwen-1.5b-default", ("--fim-qwen-1.5b-default",), False, ()),
+        (
+            "-otd",
+            ("--spec-draft-override-tensor", "-otd", "--override-tensor-draft"),
+            True,
+            ("name>=<type>", "..."),
+        ),
         ("--rope-scaling", ("--rope-scaling",), True, ("none", "linear", "yarn")),
         ("-ctk", ("-ctk", "--cache-type-k"), True, ("f32", "f16", "q8_0")),
         ("-md", ("--spec-draft-model", "-md", "--model-draft"), True, ()),
@@ -85,24 +95,76 @@ def test_what_is_not_help_is_no_answer(text: str) -> None:
     assert parse_help(text) is None
 
 
-def test_new_names_are_used_where_the_binary_has_them() -> None:
-    new = ("--spec-ngram-mod-n-match", "--spec-ngram-mod-n-min", "--spec-ngram-mod-n-max")
-    old = ("--spec-ngram-size-n", "--draft-min", "--draft-max")
-    types = ("none", "ngram-mod")
-    both = catalogue(*new, *old, spec_types=types, removed=" ".join(old))
-    only_old = catalogue(*old, spec_types=types)
-    assert new[0] in speculative_flags("ngram-mod", (), both)
-    assert old[0] in speculative_flags("ngram-mod", (), only_old)
-    with pytest.raises(InvalidRequest) as raised:
-        speculative_flags("ngram-mod", (), catalogue(spec_types=types))
-    assert raised.value.field == "speculative_type"
+NEW = ("--spec-ngram-mod-n-match", "--spec-ngram-mod-n-min", "--spec-ngram-mod-n-max")
+OLD = ("--spec-ngram-size-n", "--draft-min", "--draft-max")
+TYPES = ("none", "ngram-simple", "ngram-mod", "draft-mtp")
+BINARIES = {
+    "11434": catalogue("--spec-default", *NEW, *OLD, spec_types=TYPES, removed=" ".join(OLD)),
+    "both": catalogue("--spec-default", *NEW, *OLD, spec_types=TYPES),
+    "old": catalogue(*OLD, spec_types=TYPES),
+    "half": catalogue("--spec-default", *OLD, spec_types=TYPES, removed="--draft-max"),
+    "lists no types": catalogue(*OLD),
+    "no drafting": Catalogue((FlagHelp(("-m", "--model"), takes_value=True),)),
+}
+NEW_MOD = (
+    "--spec-type ngram-mod --spec-ngram-mod-n-match 24 --spec-ngram-mod-n-min 48 "
+    "--spec-ngram-mod-n-max 64"
+)
+OLD_MOD = "--spec-type ngram-mod --spec-ngram-size-n 24 --draft-min 48 --draft-max 64"
 
 
-def test_unknown_mode_lists_what_this_binary_accepts() -> None:
-    knows = catalogue("--spec-default", spec_types=("none", "ngram-simple", "draft-mtp"))
-    assert speculative_flags("draft-mtp", (), knows) == ("--spec-type", "draft-mtp")
-    with pytest.raises(InvalidRequest, match="off, default, ngram-simple, draft-mtp"):
-        speculative_flags("bogus", (), knows)
+@pytest.mark.parametrize(
+    ("mode", "binary", "flags"),
+    [
+        *[(None, binary, "") for binary in BINARIES],
+        ("default", "11434", "--spec-default"),
+        ("ngram-mod", "11434", NEW_MOD),
+        ("ngram-mod", "both", NEW_MOD),
+        ("ngram-mod", "old", OLD_MOD),
+        ("ngram-mod", "lists no types", OLD_MOD),
+        ("ngram-simple", "11434", "--spec-type ngram-simple"),
+        ("ngram-simple", "old", "--spec-type ngram-simple"),
+        ("draft-mtp", "11434", "--spec-type draft-mtp"),
+        ("draft-mtp", "lists no types", "--spec-type draft-mtp"),
+    ],
+)
+def test_a_mode_is_the_first_flags_that_the_binary_supports(
+    mode: str | None, binary: str, flags: str
+) -> None:
+    """B43: names differ between builds, and a removed one aborts the start."""
+    assert speculative_flags(mode, (), BINARIES[binary]) == tuple(flags.split())
+    assert speculative_flags(mode, ("--spec-type", "x"), BINARIES[binary]) == ()
+
+
+@pytest.mark.parametrize(
+    ("mode", "binary", "accepted"),
+    [
+        ("default", "old", "off, ngram-simple, ngram-mod, draft-mtp"),
+        ("ngram-mod", "half", "off, default, ngram-simple, draft-mtp"),
+        ("bogus", "11434", "off, default, ngram-simple, ngram-mod, draft-mtp"),
+        *[(mode, "no drafting", "off") for mode in ("default", "ngram-mod", "ngram-simple", "x")],
+    ],
+)
+def test_a_mode_the_binary_lacks_is_refused_with_those_it_has(
+    mode: str, binary: str, accepted: str
+) -> None:
+    """What is offered is what the next request may ask for, and no more."""
+    with pytest.raises(InvalidRequest, match=f"it accepts {accepted}$") as refused:
+        speculative_flags(mode, (), BINARIES[binary])
+    assert refused.value.field == "speculative_type"
+
+
+def test_a_flag_listed_twice_and_once_as_removed_is_not_supported() -> None:
+    """Of two answers the careful one: not using a flag never aborts a start."""
+    both = Catalogue(
+        (
+            FlagHelp(("--model",), takes_value=True),
+            FlagHelp(("--draft",), takes_value=True),
+            FlagHelp(("--draft",), takes_value=True, is_removed=True),
+        )
+    )
+    assert both.has("--model")
+    assert not both.has("--model", "--draft")
 
 
 def test_binary_that_could_not_be_asked_is_not_held_back() -> None:

@@ -367,6 +367,7 @@ def test_each_setting_that_matters_gives_exactly_its_reason(
     assert [reason.field for reason in differences(theirs, ours)] == [field]
     reason = differences(ours, theirs)[0].as_dict()
     assert set(reason) == {"field", "running", "requested"}
+    assert reason["running"] != reason["requested"], "a reason shows what differs"
     json.dumps(reason)
     assert differences(ours, ours) == ()
     assert differences(theirs, theirs) == ()

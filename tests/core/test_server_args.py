@@ -51,6 +51,10 @@ REFUSED_TEXT = """
     --media-path --slot-save-path --log-file --log-disable --log-prompts-dir
     --embedding --embeddings --rerank --reranking --pooling -h --help --usage --version
     --list-devices -cl --cache-list --completion-bash
+    --embd-gemma-default --embd-bge-small-en-default --embd-e5-small-en-default
+    --embd-gte-small-default --fim-qwen-1.5b-default --fim-qwen-3b-default --fim-qwen-7b-default
+    --fim-qwen-7b-spec --fim-qwen-14b-spec --fim-qwen-30b-default --gpt-oss-20b-default
+    --gpt-oss-120b-default --vision-gemma-4b-default --vision-gemma-12b-default
     -np --parallel --n-parallel
 """
 REFUSED_FLAGS = REFUSED_TEXT.split()
@@ -62,7 +66,8 @@ SHADOW_GROUPS = {
         "--spec-type --spec-ngram-size-n --spec-ngram-size --draft-min --draft-max "
         "--spec-ngram-mod-n-match --spec-ngram-mod-n-min --spec-ngram-mod-n-max --spec-draft-n-max "
         "--spec-draft-n-min --spec-draft-p-min --spec-draft-p-split -md --model-draft "
-        "--spec-draft-model -hfd -hfrd --hf-repo-draft --spec-draft-hf"
+        "--spec-draft-model -hfd -hfrd --hf-repo-draft --spec-draft-hf "
+        "--draft --draft-n --draft-n-min --draft-p-min --draft-p-split"
     ),
     "chat_template_override": "--chat-template --chat-template-file --chat-template-kwargs",
 }
@@ -85,13 +90,18 @@ def spellings(flag: str) -> list[tuple[str, ...]]:
         (f"\u00a0{flag}\u2003",),
         (flag.upper(),),
         (f"{flag.title()}=1",),
+        (f"{flag} value",),
+        (f"{flag}:value",),
+        (f"{flag}/value",),
+        (flag.replace("-", "_").replace("_", "-", 1),),
         ("--temp", "0.5", flag),
         ("--temp", flag),
     ]
     if flag.startswith("--"):
         ways += [(f"--{flag[2:].replace('-', '_')}",), (f"--{flag[2:].replace('-', '_')}=x",)]
+        ways += [(flag[1:],), (f"{flag[1:]}=x",)]
     else:
-        ways += [(f"{flag}8",), (f"{flag.upper()}16",), (f"{flag}8x",)]
+        ways += [(f"{flag}8",), (f"{flag.upper()}16",), (f"{flag}8x",), (f"{flag}/models/x.gguf",)]
     return ways
 
 
@@ -105,6 +115,16 @@ def test_a_flag_the_orchestrator_owns_is_refused_in_every_spelling(flag: str) ->
         assert f"{flag} is refused: " in str(caught.value), args
         with pytest.raises(RefusedArgument):
             LoadRequest(model_path="/m.gguf", llama_extra_args=args)
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["-mmodel.gguf", "-hfowner/name:Q4_K_M", "-aname1", "-hffile.gguf", "-drrepo/x", "-agon!"],
+)
+def test_a_value_that_runs_into_a_short_flag_is_seen(token: str) -> None:
+    """No build takes it; refused here, it does not cost the running server first."""
+    with pytest.raises(RefusedArgument):
+        check_extra_args((token,))
 
 
 def test_the_table_of_refused_flags_is_this_one() -> None:
@@ -143,6 +163,11 @@ ALLOWED: list[tuple[str, ...]] = [
     ("--seed", "-1"),
     ("-mg", "0"),
     ("-hfd", "owner/draft"),
+    ("-mg0", "-md/draft.gguf", "-mmdev", "none"),  # not `-m`
+    ("-mla", "3", "-amb", "512", "-fmoe"),  # a fork's own
+    ("-C", "0xff", "-Cr", "0-3"),  # not `-c`: case matters to llama-server
+    ("--no-host", "--no-mmproj", "--mmproj-offload", "--offline", "--models-are-fun"),
+    ("--reverse-prompt", "-already seen", "-r", "- stop"),
     ("--modelling", "x"),
     ("-", "--", ""),
     ("--grammar", 'root ::= "--host"'),
@@ -159,7 +184,10 @@ def test_an_allowed_flag_is_accepted_as_it_is(args: tuple[str, ...]) -> None:
     assert LoadRequest(model_path="/m.gguf", llama_extra_args=args).llama_extra_args == args
 
 
-@pytest.mark.parametrize("value", ["-1", "-0.5", "-.5", "-1.", "-1e-5", "-2E+3", "+1", " -3 ", "7"])
+@pytest.mark.parametrize(
+    "value",
+    ["-1", "-0.5", "-.5", "-1.", "-1e-5", "-0.5e3", "-2E+3", "+1", " -3 ", "7", "-inf", "-NaN"],
+)
 def test_a_negative_number_is_a_value(value: str) -> None:
     """`--seed -1` is one flag with a value, not two flags."""
     assert flag_of(value) is None
@@ -175,6 +203,10 @@ def test_a_negative_number_is_a_value(value: str) -> None:
         ("--ctx_size=a_b", "--ctx-size"),
         (" --jinja ", "--jinja"),
         ("-1x", "-1x"),
+        ("-.", "-."),
+        ("-info", "-info"),
+        ("-\u0661", "-\u0661"),  # an Arabic 1 is no number to llama-server
+        ("\u2013\u2013host", None),  # dashes of a word processor: no flag to llama-server either
         ("-", None),
         ("--", None),
         ("", None),
@@ -199,10 +231,11 @@ def test_a_token_names_a_flag_or_is_a_value(token: str, flag: str | None) -> Non
         ("a\nb",),
         ("a\x1bb",),
         ("a\x7fb",),
+        ("a\x85b",),
         ("--grammar", "\t"),
         ("\ud800",),
     ],
-    ids=["tokens", "bytes", "bytes, not characters", "bytes in all", *"0n[7", "tab", "surrogate"],
+    ids=["tokens", "bytes", "bytes, not characters", "bytes in all", *"0n[78", "tab", "surrogate"],
 )
 def test_what_no_server_could_take_is_refused(args: tuple[str, ...]) -> None:
     """At most 256 tokens and 32 KiB, no NUL or control characters, nothing that is not text."""

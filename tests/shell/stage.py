@@ -118,7 +118,11 @@ class Stage:
         self.clock = VirtualClock()
         self.machine = scene.machine
         self.owner = scene.owner(
-            self._make_effects, policy=scene.policy, clock=self.clock, machine=self.machine
+            self._make_effects,
+            policy=scene.policy,
+            clock=self.clock,
+            machine=self.machine,
+            jitter=lambda: 1.0,
         )
         self.effects = cast("GatedEffects", self.owner.effects)
         self.inbox = Inbox()

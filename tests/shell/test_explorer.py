@@ -12,12 +12,14 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.context import Policy
+from orchestrator.recovery import RestartPolicy
 from tests.core.invariants import INVARIANTS
 from tests.shell.explorer import explore, wander
 from tests.shell.promises import PROMISES
 from tests.shell.scene import ALL_MISHAPS, USUAL_MISHAPS, Scene
 
 CONTINUE = Policy(abandoned_load="continue")
+RESTART = Policy(restart=RestartPolicy(limit=1))
 
 SCENES = (
     # who supersedes, joins, queues, rejects
@@ -52,6 +54,13 @@ SCENES = (
     Scene("load A deadline | load B queue deadline", mishaps=0),
     # calls that arrive in another order than they were made, or not at all
     Scene("load A slow | load B slow | unload A", kinds=USUAL_MISHAPS | {"look-up"}, pairs=0),
+    # what ran before comes back, and a server that ended is started again
+    Scene("load B restore; withdraw", warm="A", mishaps=2),
+    Scene("load B restore deadline | unload A", warm="A", mishaps=2, pairs=0),
+    Scene("load B restore | load A queue", warm="A", pairs=0),
+    Scene("load A", policy=RESTART, mishaps=3),
+    Scene("lease; withdraw | unload", warm="A", policy=RESTART, mishaps=2),
+    Scene("load A | shutdown", warm="A", policy=RESTART, mishaps=2, pairs=0),
     # a slot that is not as empty as it seemed
     Scene("load A | unload", kinds=frozenset({"stray", "kill", "spawn"}), mishaps=3),
 )
@@ -73,6 +82,7 @@ WALKS = (
         "load A id=x | cancel x; load B slow | load A queue; withdraw | unload B | lease; release"
     ),
     Scene("load A force; load A deadline | lease; withdraw; load B | load A queue | shutdown"),
+    Scene("load A; load B restore | lease; release; load C restore | unload", policy=RESTART),
 )
 
 
