@@ -174,8 +174,10 @@ def _arrow(edge: Edge, top: int) -> str:
     """A step forward: a straight arrow between neighbours."""
     y = top + _BOX_H // 2
     start, end = _x(edge.source) + _BOX_W // 2, _x(edge.dest) - _BOX_W // 2 - 3
-    label = edge.triggers[0] + (" …" if len(edge.triggers) > 1 else "")
-    text = _text((start + end) // 2, y - 9, label)
+    first, *others = edge.triggers
+    middle = (start + end) // 2
+    text = _text(middle, y - 9, first)
+    text += "".join(_text(middle, y + 18 + 15 * n, other) for n, other in enumerate(others))
     return _edge(edge, f"M{start} {y} H{end}", text, "edge forward")
 
 

@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import os
 import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -201,11 +202,11 @@ class _Base:
         Raises:
             OrchestratorError: as `load` would at once: a setting, the model or the server.
         """
-        state, ctx = State.IDLE, Context(self._policy)
-        if not self._is_untouched:
-            snapshot = self._start().snapshot
-            state, ctx = snapshot.state, snapshot.ctx
-        return plan_load(state, ctx, self._target(_request(request, fields)))
+        target, owner = self._target(_request(request, fields)), self._owner
+        if owner is None and not self._is_closed:
+            return plan_load(State.IDLE, Context(self._policy), target)
+        snapshot, now = self._start().snapshot, time.monotonic()
+        return plan_load(snapshot.state, snapshot.ctx, target, at=now)
 
     def outcome(self, generation: int) -> LoadOutcome | Problem | None:
         """Return what became of a load; None while it is in flight.

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from orchestrator import guards
 from orchestrator.argv import build_argv
 from orchestrator.context import Context
-from orchestrator.errors import InvalidRequest
-from orchestrator.messages import LoadRequested
+from orchestrator.errors import InvalidRequest, Problem
+from orchestrator.machine import step
+from orchestrator.messages import Accept, Loaded, LoadRequested, Settle
 from orchestrator.named import Named
+from orchestrator.redaction import redact
 from orchestrator.request import ReloadReason, Target, differences
 from orchestrator.states import State
 from orchestrator.tokens import Ticket
@@ -94,22 +96,33 @@ class Plan(Named):
         return {"action": self.action, "reload_reasons": reasons, "argv": self.argv}
 
 
-def plan_load(state: State, ctx: Context, target: Target) -> Plan:
-    """Return what the table would do with this load, by the same guards, without doing it."""
-    fact = LoadRequested(Ticket(0), target, at=0.0)
+def plan_load(state: State, ctx: Context, target: Target, *, at: float = 0.0) -> Plan:
+    """Return what the table would do with this load: by asking it, without doing it.
+
+    Args:
+        state, ctx: What is true now.
+        target: What would be asked for.
+        at: Monotonic seconds.
+
+    Raises:
+        OrchestratorError: the load would be refused at once.
+    """
+    ticket = Ticket(sys.maxsize)  # asked for after everything else
+    stepped = step(state, ctx, LoadRequested(ticket, target, at))
     effective = target.inheriting(dict(ctx.committed_args))
     shown = "<chat template>" if target.request.chat_template_override else None
-    argv = list(build_argv(effective, template_file=shown))
-    if guards.same_as_newest(ctx, fact):
-        return Plan("none", [], argv)
-    if state is not State.HEALTHY or ctx.running is None:
+    argv = [redact(token) for token in build_argv(effective, template_file=shown)]
+    for command in stepped.commands:
+        match command:
+            case Settle(answer=Problem() as problem) if command.ticket == ticket:
+                raise problem.error()
+            case Settle(answer=Loaded()) | Accept(joined=True) if command.ticket == ticket:
+                return Plan("none", [], argv)
+    newest = stepped.ctx.wanted[-1]
+    if ctx.running is None:
         return Plan("load", [], argv)
-    if guards.same_as_running(ctx, fact):
-        return Plan("none", [], argv)
-    reasons = differences(ctx.running.target, effective)
-    if target.request.force_reload:
-        reasons = (*reasons, ReloadReason("force_reload", running=False, requested=True))
-    return Plan("reload", list(reasons), argv)
+    reasons = list(newest.reload_reasons or differences(ctx.running.target, effective))
+    return Plan("reload", reasons, argv)
 
 
 def checked_seconds(field: str, value: object, *, zero: bool = True) -> float:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.context import Policy
-from orchestrator.errors import Problem
+from orchestrator.errors import Busy, Problem, ServerStartFailed
 from orchestrator.messages import (
     CancelAnswer,
     Exit,
@@ -23,6 +23,7 @@ from orchestrator.messages import (
     TimerFired,
     Unloaded,
 )
+from orchestrator.plan import plan_load
 from orchestrator.recovery import Recovery, RestartPolicy, after_exit, backoff_s
 from orchestrator.request import LoadRequest
 from orchestrator.states import State
@@ -402,6 +403,28 @@ def test_a_slot_that_cannot_be_emptied_is_not_restarted_into() -> None:
     run.kill_failed()
     run.pass_time(timer)
     assert (run.state, run.ctx.recovery) == (I, None)
+
+
+def test_a_plan_says_what_a_load_would_hear() -> None:
+    """What would be refused at once is refused in the plan too, in the same words."""
+    run = healthy(replace(RULES, limit=1))
+    run.crash()
+    timer = run.timer()
+    run.emptied()
+    run.pass_time(timer)
+    run.settle()
+    run.crash()
+    run.emptied()
+    wanted = target(LoadRequest(model_path=A))
+    with pytest.raises(ServerStartFailed) as caught:
+        plan_load(run.state, run.ctx, wanted, at=run.now)
+    assert caught.value.problem == problem(run, run.load(A))
+    over = plan_load(run.state, run.ctx, wanted, at=run.now + 200)
+    assert over.action == "load"
+    busy = target(LoadRequest(model_path=C, on_busy="reject"))
+    run.load(B)
+    with pytest.raises(Busy):
+        plan_load(run.state, run.ctx, busy, at=run.now)
 
 
 # ------------------------------------------------------------------------------------- numbers
