@@ -147,9 +147,7 @@ CONSEQUENCES: Final = (
         "the chat template cannot be used: correct it, or set chat_template_override if it is the "
         "model's own"),
     _cause("unusable_gpu", _SERVER,
-        r"no kernel image|invalid device function|kernel image is invalid|driver version is "
-        r"insufficient|unsupported (?:display|toolchain)|(?:CUDA|ROCm|HIP|MUSA|SYCL) error|"
-        r"DeviceLost|ggml_metal.*failed with status",
+        r"(?:CUDA|ROCm|HIP|MUSA|SYCL) error|DeviceLost|ggml_metal.*failed with status",
         "this build, this GPU and its driver do not work together: use a build made for them, "
         "update the driver, or set -ngl 0"),
     _cause("resource_limit", None,
@@ -176,7 +174,7 @@ _FIELD_OF: Final = {flag.rstrip("!"): f for f, flags in _FLAGS.items() for flag 
 _READY: Final = re.compile(r"\blistening on http")
 # Said in starts that succeed, whatever the words: below error level, metadata, debuggers.
 _HARMLESS: Final = re.compile(
-    r"^[\d.]{6,} [DIWT] |^(INFO|WARN|VERB) \[|\bwarn(ing)?:|pinned memory|mlock|- kv +\d+:|"
+    r"^[\d.]{6,} [DIWT] |^(INFO|WARN|VERB) \[|\bwarn(ing)?:|pinned memory|- kv +\d+:|"
     r"^(gdb|lldb)\b|fit params to free",
     re.IGNORECASE,
 )

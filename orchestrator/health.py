@@ -15,12 +15,13 @@ import select
 import socket
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from orchestrator import failures, plan, proctable
 from orchestrator.errors import Problem
 from orchestrator.messages import Exit, ServerFacts
+from orchestrator.output import MAX_LINES, TAIL_LINES
 from orchestrator.process import ServerProcess
 from orchestrator.tokens import CancelToken
 
@@ -138,7 +139,8 @@ def wait_ready(
         if verdict is None:
             seen = _exit_of(server, waker)
             returncode = seen.returncode if seen else None
-            return failures.explain(returncode, server.output.tail(), extra_args)
+            why = failures.explain(returncode, server.output.tail(MAX_LINES), extra_args)
+            return replace(why, log_tail=why.log_tail[-TAIL_LINES:])
         return verdict
     finally:
         server.listeners.remove(tell)

@@ -53,6 +53,7 @@ _NEVER_NAMED: Final = {
 _READ_BYTES: Final = 1 << 16
 _VERIFY_EVERY_S: Final = 0.02
 _POLL_EXIT_S: Final = 0.02
+_EXIT_LINES: Final = 40  # in every status from then on
 
 
 def inherited_environment() -> dict[str, str]:
@@ -319,7 +320,7 @@ class Warden(threading.Thread):
         if server.pin is not None and server.pin.fd is not None:
             self._poll.unregister(server.pin.fd)
         self._drain(server)
-        server.exit = Exit(server.pid, _witness(server.popen), server.output.tail())
+        server.exit = Exit(server.pid, _witness(server.popen), server.output.tail(_EXIT_LINES))
         _say("info", "process.exited", pid=server.pid, returncode=server.exit.returncode)
         server.tell()
         self._on_exit(Exited(server.generation, time.monotonic(), server.exit))

@@ -433,6 +433,7 @@ def test_every_row_is_reached_by_a_real_text() -> None:
         ("error: invalid argument: --bogus", "--bogus"),
         ("error: invalid argument: --bogus", "--bogus=3"),
         ("error: invalid argument: --bogus=3", "--bogus=3"),
+        ("error: invalid argument: --no_such", "--no-such"),
         ("error: invalid argument: stray", "stray"),
         (f'{BAD}--top-k": stoi', "--top-k"),
         (f'{BAD}--top-k": stoi', "--top_k"),

@@ -1,0 +1,232 @@
+"""What the server prints is shown to people: no secret leaves with it, no useful word is lost."""
+
+from __future__ import annotations
+
+import time
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.output import MAX_LINE_BYTES, MAX_LINES, OutputRing
+from orchestrator.redaction import HIDDEN, redact
+
+S = "Xy9zSecretValue42"
+
+
+def shown(*pieces: bytes | str) -> tuple[str, ...]:
+    """What is left of the output."""
+    ring = OutputRing()
+    for piece in pieces:
+        ring.feed(piece.encode() if isinstance(piece, str) else piece)
+    ring.close()
+    return ring.tail(MAX_LINES)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"hf_{S}",
+        f"<hf_{S}>",
+        f"model_hf_{S}",
+        f"ghp_{S}",
+        f"eyJhbGciOiJIUzI1NiJ9.{S}.{S}",
+        f"Bearer {S}",
+        f"bearer   {S}",
+        f"Authorization: Basic {S}==",
+        f"authorization={S}",
+        f"Proxy-Authorization: Negotiate {S}",
+        f'"Authorization": "Bearer {S}"',
+        f"X-Auth-Token: {S}",
+        f"Cookie: a=b; session={S}",
+        f"api_key={S}",
+        f"apiKey: {S}",
+        f"API key: {S}",
+        f'"api_key": "{S}"',
+        f"{{'api_key': 'x {S}'}}",
+        f'{{\\"api_key\\": \\"{S}\\"}}',
+        f"--api-key {S}",
+        f"--api-key={S}",
+        f"--api_key   {S}",
+        f"--api-key first,{S}",
+        f'["--api-key", "{S}"]',
+        f"-hft {S}",
+        f"--hf-token {S}",
+        f"AWS_SECRET_ACCESS_KEY={S}",
+        f"LLAMA_API_KEY={S};next",
+        f"client_secret={S}",
+        f"DB_PASSWORD='{S} and {S}'",
+        f"password: {S}",
+        f"HF_TOKEN={S}",
+        f'export HF_TOKEN = "{S}"',
+        f"access_token={S}",
+        f'"token": "{S}"',
+        f"https://user:{S}@host/path",
+        f"https://user:p@{S}@host/path",
+        f"https://{S}@host/path",
+        f"GET /?X-Amz-Signature={S}&a=b",
+    ],
+)
+def test_a_secret_is_blanked_in_every_dress(text: str) -> None:
+    """In argv, JSON, headers, URLs and environments, wherever in the line it stands."""
+    for line in (
+        text,
+        f"0.00.001 I srv  init: {text}",
+        f"{text} and so on",
+        f"({text}",
+        f"x\t{text}",
+    ):
+        [kept] = shown(line)
+        assert S not in kept
+        assert HIDDEN in kept
+        assert redact(kept) == kept
+
+
+@pytest.mark.parametrize("name", ["password: ", "secret=", "HF_TOKEN=", "--api-key "])
+def test_where_the_name_says_secret_a_short_one_is_blanked_too(name: str) -> None:
+    """A weak key is still a key."""
+    assert redact(f"{name}x9yz") == name + HIDDEN
+
+
+@pytest.mark.parametrize(
+    "cut",
+    ["\x1b[0m", "\x1b[38;5;214m", "\x1b]0;title\x07", "\x9b31m", "\x00", "\r", "\x1b(B", "\u200b"],
+    ids=ascii,
+)
+def test_a_secret_split_by_what_is_removed_is_whole_again_first(cut: str) -> None:
+    """Colours inside a token must not carry it past the patterns."""
+    for at in (1, 3, 5, 12):
+        text = f"hf_{S}"
+        [kept] = shown(f"token {text[:at]}{cut}{text[at:]} here")
+        assert kept == f"token hf_{HIDDEN} here"
+
+
+def test_a_secret_in_pieces_or_without_a_line_end_is_blanked() -> None:
+    """A pipe is read at any byte, and the last line may have no end."""
+    assert shown("HF_TO", "KEN=", S[:5], S[5:]) == (f"HF_TOKEN={HIDDEN}",)
+    assert shown(f"HF_TOKEN={S}\r\n", "next") == (f"HF_TOKEN={HIDDEN}", "next")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "n_tokens = 512",
+        "token = 1",
+        "tokens per second = 35.2",
+        "special_eos_token=2",
+        "special_eot_token_id = 128009",
+        "tokenizer.ggml.model = gpt2",
+        'tokenizer.ggml.tokens arr[str,259] = ["<unk>", "<s>", "</s>"]',
+        "tokenizer.ggml.bos_token_id u32 = 128000",
+        "tokenizer.chat_template str = {% for message in messages %}",
+        "print_info: BOS token        = 0 '<|begin_of_text|>'",
+        "print_info: EOG token        = 128001 '<|end_of_text|>'",
+        "eos_token = <|im_end|>",
+        "token = 1234567890",
+        "api_key_file = /etc/llama/keys",
+        "eos_token = endoftext",
+        '{"bos_token": "<s>", "max_tokens": 100000}',
+        "print_info: max token length = 256",
+        "load: token to piece cache size = 0.1684 MB",
+        "slot update_slots: token: 12345 'hello'",
+        "prompt eval time = 12.3 ms / 5 tokens (2.1 ms per token, 476.2 tokens per second)",
+        "srv  llama_server: security: no API key is set and CORS allows all origins",
+        "--api-key-file /etc/llama/keys",
+        "listening on http://127.0.0.1:8080",
+        "see https://github.com/ggml-org/llama.cpp/pull/25655 or mail me@example.org",
+        "hf_transfer is enabled",
+        "risk-assessment of task-specific heads",
+        "unauthorized: 401",
+        "key = value",
+    ],
+)
+def test_a_useful_line_survives(line: str) -> None:
+    """llama.cpp talks of tokens in every other line, and of keys in many."""
+    assert shown(line) == (line,)
+
+
+@pytest.mark.parametrize(
+    ("raw", "kept"),
+    [
+        (b"\x1b[1m\x1b[38;5;214mPhase 1\x1b[0m", "Phase 1"),
+        (b"\x1b]0;title\x07text\x1b]8;;http://x\x1b\\link", "textlink"),
+        (b"\x1b]never ends", "never ends"),
+        (b"\x1bPdevice\x1b\\text", "text"),
+        (b"\x1b(Btext\x1b7\x1bM", "text"),
+        ("\x9b31mred\x9d0;t\x9ctext".encode(), "redtext"),
+        (b"a\x00b\x07c\x08d\x0be\x7ff\tg", "abcdef\tg"),
+        ("a\x85b\u2028c\u2029d".encode(), "abcd"),
+        ("\u202egpj.exe\u202c \u2066x\u2069\u200f\ufeff".encode(), "gpj.exe x"),
+        (b"10%\r20%\r30%\r", "10%20%30%"),
+        (b"caf\xc3\xa9 \xff\xfe \xc3", "caf\u00e9 \ufffd\ufffd \ufffd"),
+        ("\u4f60\u597d \U0001f600 \u00e9".encode(), "\u4f60\u597d \U0001f600 \u00e9"),
+    ],
+    ids=ascii,
+)
+def test_terminal_control_is_removed_and_text_is_kept(raw: bytes, kept: str) -> None:
+    """A log line may not move the cursor, retitle the window or reverse what is read."""
+    assert shown(raw) == (kept,)
+
+
+@given(st.text(alphabet=st.characters(codec="utf-8"), max_size=200))
+def test_no_text_can_control_the_terminal_or_become_two_lines(text: str) -> None:
+    for line in shown(text):
+        assert len(line.splitlines()) <= 1
+        assert not [c for c in line if unicodedata.category(c) == "Cc" and c != "\t"]
+        assert not [c for c in line if unicodedata.bidirectional(c) in {"RLO", "LRO", "RLI", "PDF"}]
+
+
+PIECES = [
+    *("a", "a.", "token", "token=", "api_key", "api_key_", " ", "=", "://", "://a:", "://a@", '"'),
+    *("hf_", "hf_a", "eyJaaaaaaaa.", "password: ", "bearer ", "--api-key ", "authorization: "),
+    *(
+        "\\",
+        "A_TOKEN=",
+        "cookie:",
+        "secret='",
+        "\x1b[",
+        "\x1b]",
+        "\x1b[0",
+        "\x9b ",
+        "\u202e",
+        "&key=",
+    ),
+]
+
+
+@pytest.mark.parametrize("piece", PIECES, ids=ascii)
+def test_no_line_takes_long_to_clean(piece: str) -> None:
+    """A status call must not hang because of what a model's metadata says: no pattern is quadratic.
+
+    The fastest of five, so that a busy machine is not blamed on the pattern.
+    """
+    ring = OutputRing()
+    ring.feed((piece * MAX_LINE_BYTES).encode()[:MAX_LINE_BYTES] + b"\n")
+    took = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        [line] = ring.tail()
+        took.append(time.perf_counter() - begun)
+    assert len(line) <= MAX_LINE_BYTES * len(HIDDEN)
+    assert min(took) < 0.005, took
+
+
+def test_a_whole_ring_of_the_longest_lines_is_cleaned_in_time() -> None:
+    """16 MB of log at once, as `logs(2000)` asks for it."""
+    ring = OutputRing()
+    line = (f"load_model: n_tokens = 5, local path 'm.gguf' HF_TOKEN={S} " * 200).encode()
+    ring.feed((line[: MAX_LINE_BYTES - 1] + b"\n") * MAX_LINES)
+    begun = time.perf_counter()
+    kept = ring.tail(MAX_LINES)
+    assert time.perf_counter() - begun < 10
+    assert len(kept) == MAX_LINES
+    assert not [line for line in kept if S in line]
+
+
+def test_the_tail_reaches_back_behind_a_backtrace() -> None:
+    """The reason of an abort stands before what a debugger prints of every thread."""
+    backtrace = [f"[New LWP {n}]" for n in range(120)]
+    ring = OutputRing()
+    ring.feed("\n".join(["GGML_ASSERT(x) failed", *backtrace, ""]).encode())
+    assert ring.tail()[0] == "GGML_ASSERT(x) failed"
