@@ -52,7 +52,7 @@ def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         (b"{}", "model_path"),
         (b'{"model_path": 1}', "model_path"),
         (b'{"model_path": "x", "modle": 1}', "modle"),
-        (b'{"model_path": "x", "half \\ud800": 1}', "half \ud800"),
+        (b'{"model_path": "x", "half \\ud800": 1}', "half \\ud800"),
         (b'{"model_path": "x", "n_parallel": true}', "n_parallel"),
         (b'{"model_path": "x", "pinned": "yes"}', "pinned"),
     ],
