@@ -109,20 +109,29 @@ def plan_load(state: State, ctx: Context, target: Target, *, at: float = 0.0) ->
     """
     ticket = Ticket(sys.maxsize)  # asked for after everything else
     stepped = step(state, ctx, LoadRequested(ticket, target, at))
-    effective = target.inheriting(dict(ctx.committed_args))
-    shown = "<chat template>" if target.request.chat_template_override else None
-    argv = [redact(token) for token in build_argv(effective, template_file=shown)]
+    before = [ctx.running.target] if ctx.running else []
+    before += [job.target for job in stepped.ctx.wanted[:-1]]
     for command in stepped.commands:
         match command:
             case Settle(answer=Problem() as problem) if command.ticket == ticket:
                 raise problem.error()
-            case Settle(answer=Loaded()) | Accept(joined=True) if command.ticket == ticket:
-                return Plan("none", [], argv)
+            case Settle(answer=Loaded() as loaded) if command.ticket == ticket:
+                return Plan("none", [], _shown_argv(loaded.target))
+            case Accept(joined=True, generation=joined) if command.ticket == ticket:
+                shared = next(job for job in stepped.ctx.wanted if job.generation == joined)
+                return Plan("none", [], _shown_argv(shared.target))
     newest = stepped.ctx.wanted[-1]
-    if ctx.running is None:
-        return Plan("load", [], argv)
-    reasons = list(newest.reload_reasons or differences(ctx.running.target, effective))
-    return Plan("reload", reasons, argv)
+    committed = {**dict(ctx.committed_args), **{t.source: t.extra_args for t in before}}
+    effective = newest.target.inheriting(committed)
+    if not before:
+        return Plan("load", [], _shown_argv(effective))
+    reasons = newest.reload_reasons or differences(before[-1], effective)
+    return Plan("reload" if reasons else "none", list(reasons), _shown_argv(effective))
+
+
+def _shown_argv(target: Target) -> list[str]:
+    shown = "<chat template>" if target.request.chat_template_override else None
+    return [redact(token) for token in build_argv(target, template_file=shown)]
 
 
 def checked_seconds(field: str, value: object, *, zero: bool = True) -> float:
@@ -134,6 +143,6 @@ def checked_seconds(field: str, value: object, *, zero: bool = True) -> float:
     good = isinstance(value, int | float) and not isinstance(value, bool)
     if not good or not 0 <= value <= _MAX_SECONDS or (value == 0 and not zero):  # type: ignore[operator]
         least = "0" if zero else "more than 0"
-        message = f"{field} is {str(value)[:40]}: use {least} to {_MAX_SECONDS:.0f} seconds"
+        message = f"{field} must be a number of seconds: use {least} to {_MAX_SECONDS:.0f}"
         raise InvalidRequest.because(message, field=field)
     return float(value)  # type: ignore[arg-type]

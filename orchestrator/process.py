@@ -45,6 +45,9 @@ _INHERITED_PREFIXES: Final = ("LC_", "CUDA_", "HIP_", "ROCR_", "HSA_", "GGML_", 
 _NEVER_INHERITED: Final = frozenset({"GGML_BACKEND_PATH"})  # loads any shared library
 _NEVER_NAMED: Final = {
     "LLAMA_ARG_": "use a field of the request, or llama_extra_args",
+    "LLAMA_API_KEY": "the orchestrator owns keys",
+    "LLAMA_SERVER_": "it changes what the server is",
+    "GGML_BACKEND_PATH": "it loads any shared library",
     "AIP_": "it would override the server's address",
     "HF_TOKEN": "the server never downloads",
     "HUGGING_FACE_HUB_TOKEN": "the server never downloads",

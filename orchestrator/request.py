@@ -37,7 +37,8 @@ class LoadRequest:
         hf_token: Secret; never shown by `repr`, status, events or errors.
         max_seq_length: Context in tokens; 0 = Auto (the server decides).
         cache_type_kv: KV cache type for K and V; None = the server's default.
-        speculative_type: `default`, a type the server knows, or None = off.
+        speculative_type: `default`, a type the server knows, `off`; None = off, but inherited
+            flags for drafting stay.
         chat_template_override: Jinja text; None = the model's own.
         llama_extra_args: llama-server flags; None = inherit, () = clear.
         mmproj_path: Vision projector file.
@@ -190,8 +191,23 @@ class Target:
 
     @property
     def speculative_type(self) -> str | None:
-        """The mode that applies: drafting is never on for a vision model."""
-        return None if self.is_vision else self.request.speculative_type
+        """The mode whose flags are managed; None where nothing is: a vision model never drafts,
+        and extra args that name modes themselves are left alone.
+        """
+        mode = self.request.speculative_type
+        is_manual = mode == self._manual or server_args.names_modes(self.extra_args)
+        return None if self.is_vision or is_manual or mode == server_args.OFF else mode
+
+    @property
+    def drafting(self) -> str:
+        """The mode that applies, managed or manual, as it may be posted back."""
+        if self.is_vision:
+            return server_args.OFF
+        return self.speculative_type or self._manual
+
+    @property
+    def _manual(self) -> str:
+        return server_args.manual_mode(self.extra_args)
 
     def inheriting(self, committed: Mapping[tuple[str, str | None], tuple[str, ...]]) -> Target:
         """Return this target with omitted extra args taken from the last load of its source.
@@ -201,10 +217,11 @@ class Target:
         """
         if self.request.llama_extra_args is not None:
             return self
-        inherited = server_args.strip_shadowed(
-            committed.get(self.source, ()), groups_set_by(self.request)
-        )
-        return replace(self, request=replace(self.request, llama_extra_args=inherited))
+        inherited, groups = committed.get(self.source, ()), groups_set_by(self.request)
+        if self.request.speculative_type == server_args.manual_mode(inherited):
+            groups -= {"speculative_type"}  # posted back as it was shown: it must not change
+        kept = server_args.strip_shadowed(inherited, groups)
+        return replace(self, request=replace(self.request, llama_extra_args=kept))
 
     def identity(self) -> dict[str, object]:
         """Everything "the same" means, by the name a reload reason uses."""

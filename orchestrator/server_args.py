@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from orchestrator.errors import InvalidRequest, RefusedArgument
@@ -16,6 +17,7 @@ from orchestrator.errors import InvalidRequest, RefusedArgument
 if TYPE_CHECKING:
     from orchestrator.catalogue import Catalogue
 
+OFF: Final = "off"
 CACHE_TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
 # reason -> flags (every alias). The environment twins never reach the child: its environment is
@@ -80,6 +82,11 @@ SHADOWED: Final[dict[str, str]] = {
     "chat_template_override": (
         "--chat-template --chat-template-file --chat-template-kwargs --jinja! --no-jinja!"
     ),
+}
+
+_DRAFT_MODEL: Final = {
+    *("-md", "--model-draft", "--spec-draft-model"),
+    *("-hfd", "-hfrd", "--hf-repo-draft", "--spec-draft-hf"),
 }
 
 MAX_TOKENS: Final = 256
@@ -203,12 +210,12 @@ def normal_speculative_type(value: str | None) -> str | None:
     if value is None:
         return None
     name = value.lower()
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_,-]*", name):
         raise InvalidRequest.because(
             f"speculative_type is {value[:40]!r}: use default, off, or a type the server lists",
             field="speculative_type",
         )
-    return None if name in {"off", "none"} else name
+    return OFF if name == "none" else name
 
 
 _NGRAM_MOD: Final = (
@@ -226,6 +233,31 @@ SPECULATIVE: Final[dict[str, tuple[str, ...]]] = {
 }
 
 
+def names_modes(extra_args: tuple[str, ...]) -> bool:
+    """Do these flags name the drafting modes themselves?"""
+    return any(flag_of(token) in {"--spec-type", "--spec-default"} for token in extra_args)
+
+
+def manual_mode(extra_args: tuple[str, ...]) -> str:
+    """Return the drafting mode that these flags make, in the words of `speculative_type`.
+
+    Several add up, separated by commas; a draft model alone is `draft`.
+    """
+    modes: list[str] = []
+    has_draft_model = False
+    for token, following in pairwise((*extra_args, "")):
+        match flag_of(token):
+            case "--spec-default":
+                modes.append("default")
+            case "--spec-type":
+                value = token.split("=", 1)[1] if "=" in token else following
+                modes += (mode.strip().lower() for mode in value.split(","))
+            case flag:
+                has_draft_model = has_draft_model or flag in _DRAFT_MODEL
+    named = [mode for mode in dict.fromkeys(modes) if mode not in {"", "none"}]
+    return ",".join(named) or ("draft" if has_draft_model and not modes else OFF)
+
+
 def speculative_flags(
     mode: str | None, extra_args: tuple[str, ...], catalogue: Catalogue | None = None
 ) -> tuple[str, ...]:
@@ -237,8 +269,7 @@ def speculative_flags(
     Raises:
         InvalidRequest: this binary does not know the mode; the message lists what it accepts.
     """
-    explicit = any(flag_of(token) in {"--spec-type", "--spec-default"} for token in extra_args)
-    if mode is None or explicit:
+    if mode is None or names_modes(extra_args):
         return ()
     if flags := _flags_of(mode, catalogue):
         return flags
@@ -262,7 +293,8 @@ def _is_supported(flags: tuple[str, ...], catalogue: Catalogue) -> bool:
     names = [flag for flag in flags if flag.startswith("--")]
     listed = catalogue.get("--spec-type")
     value = flags[flags.index("--spec-type") + 1] if "--spec-type" in flags else None
-    known = value is None or (listed is not None and value in (listed.choices or (value,)))
+    wanted = value.split(",") if value else []
+    known = not wanted or (listed is not None and set(wanted) <= set(listed.choices or wanted))
     return catalogue.has(*names) and known
 
 

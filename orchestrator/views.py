@@ -219,7 +219,7 @@ def _settings(target: Target) -> dict[str, Any]:
         "gguf_variant": target.model.variant,
         "requested_context_length": target.request.max_seq_length,
         "cache_type_kv": target.request.cache_type_kv,
-        "speculative_type": target.speculative_type or "off",
+        "speculative_type": target.drafting,
         "llama_extra_args": list(target.extra_args),
     }
 

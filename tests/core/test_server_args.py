@@ -20,6 +20,7 @@ from orchestrator.request import (
     ModelFiles,
     ServerBinary,
     Target,
+    differences,
     groups_set_by,
 )
 from orchestrator.server_args import (
@@ -304,7 +305,8 @@ def test_an_inherited_template_file_survives_a_load_that_sets_no_template() -> N
         ({"max_seq_length": 1}, {"max_seq_length"}),
         ({"cache_type_kv": "f16"}, {"cache_type_kv"}),
         ({"cache_type_kv": " "}, set()),
-        ({"speculative_type": "off"}, set()),
+        ({"speculative_type": "off"}, {"speculative_type"}),
+        ({"speculative_type": ""}, set()),
         ({"speculative_type": "default"}, {"speculative_type"}),
         (
             {"chat_template_override": "x", "max_seq_length": 2},
@@ -314,7 +316,7 @@ def test_an_inherited_template_file_survives_a_load_that_sets_no_template() -> N
     ],
 )
 def test_a_group_is_set_by_its_field_alone(values: dict[str, Any], groups: set[str]) -> None:
-    """Off, blank and Auto are not settings: they leave an explicit manual mode as it is."""
+    """Blank and Auto are not settings: they leave explicit flags as they are. Off is one."""
     assert groups_set_by(LoadRequest.from_dict({"model_path": "/m", **values})) == groups
 
 
@@ -389,8 +391,9 @@ def test_a_speculative_mode_is_its_flags_unless_the_caller_drafts_by_hand(
 
 @pytest.mark.parametrize("value", ["off", "OFF", "none", "None"])
 def test_off_is_no_mode_at_all(value: str) -> None:
-    """null = "" = off."""
-    assert normal_speculative_type(value) is None
+    """It has no flags; unlike null it is said on purpose, and takes inherited ones away."""
+    assert normal_speculative_type(value) == "off"
+    assert target(speculative_type=value).speculative_type is None
 
 
 # ------------------------------------------------------------------------------------------- argv
@@ -482,3 +485,45 @@ def test_an_argv_holds_no_secret_and_ends_with_the_callers_args(
     managed = argv[9 : len(argv) - len(args)]
     assert ("-c" in managed) == (context > 0)
     assert ("--parallel" in managed) == (parallel is not None)
+
+
+@pytest.mark.parametrize(
+    ("args", "mode"),
+    [
+        ((), "off"),
+        (("--temp", "1"), "off"),
+        (("--spec-default",), "default"),
+        (("--spec-type", "ngram-mod", "--spec-ngram-mod-n-match", "12"), "ngram-mod"),
+        (("--spec_type=NGRAM-Simple",), "ngram-simple"),
+        (("--spec-type", "ngram-mod", "--spec-type", "ngram-simple"), "ngram-mod,ngram-simple"),
+        (("--spec-type", "ngram-mod,ngram-simple"), "ngram-mod,ngram-simple"),
+        (("--spec-type", "none"), "off"),
+        (("--spec-type", "none", "-md", "d.gguf"), "off"),
+        (("-md", "d.gguf"), "draft"),
+        (("--spec-type", "draft-eagle3", "-md", "d.gguf"), "draft-eagle3"),
+        (("--spec-type",), "off"),
+    ],
+)
+def test_a_manual_mode_is_shown_as_itself_and_survives_being_sent_back(
+    args: tuple[str, ...], mode: str
+) -> None:
+    """B44: shown blank or silently changed to default. A panel shows it, and posts it back."""
+    running = target(llama_extra_args=args)
+    assert running.drafting == mode
+    committed = {running.source: running.extra_args}
+    back = target(speculative_type=mode).inheriting(committed)
+    assert back.extra_args == args
+    assert not differences(running, back)
+    assert build_argv(back, template_file=None) == build_argv(running, template_file=None)
+    both = target(speculative_type=mode, llama_extra_args=args)
+    assert not differences(running, both)
+
+
+@pytest.mark.parametrize("chosen", ["off", "default", "ngram-simple"])
+def test_a_mode_that_is_chosen_takes_the_place_of_an_inherited_manual_one(chosen: str) -> None:
+    """An Off that leaves drafting on is a setting that silently never arrived."""
+    args = ("--spec-type", "ngram-mod", "--temp", "1", "--spec-ngram-mod-n-match", "12")
+    asked = target(speculative_type=chosen)
+    made = asked.inheriting({asked.source: args})
+    assert made.extra_args == ("--temp", "1")
+    assert made.drafting == chosen

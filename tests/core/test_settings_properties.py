@@ -438,7 +438,6 @@ def test_two_requests_are_the_same_exactly_when_they_differ_in_spelling_only(
         target(request(**{name: choice[which] for name, choice in ours.items()}))
         for which in (1, 2)
     )
-    assert one == same
     assert differences(one, same) == ()
     other = target(request(**{name: choice[1] for name, choice in theirs.items()}))
     changed = {name for name in SPELLINGS if ours[name][0] != theirs[name][0]}
@@ -701,8 +700,7 @@ def test_a_plan_made_while_a_load_is_in_flight_is_what_another_load_then_does(
     assert isinstance(session.answers[ticket], Loaded)
     if plan.action == "none":
         assert session.ctx.running is not None
-        if wish.args is not None:
-            assert shown_argv(session.ctx.running.target) == plan.argv
+        assert shown_argv(session.ctx.running.target) == plan.argv
     else:
         assert len(session.spawned) > spawned
         assert shown_argv(session.spawned[-1]) == plan.argv

@@ -189,7 +189,7 @@ ROWS = (
         ),
         ("--spec-type", "ngram-map-k"),
         {"drafting": ("ngram-map-k",)},
-        blank="off",
+        blank="",
     ),
     Row("n_parallel", ((1, {"slots": 1}), (3, {"slots": 3}))),
     Row(
@@ -338,6 +338,20 @@ def test_a_blank_field_leaves_inherited_flags_alone(
     again = apply(orch, tiny_model, **{row.name: row.blank})
     assert (again.status, again.pid) == ("already_loaded", first.pid)
     assert said(orch) == Said(tiny_model, **row.flags_say)
+
+
+def test_a_manual_mode_is_kept_when_sent_back_and_goes_when_switched_off(
+    orch: Orchestrator, tiny_model: str
+) -> None:
+    """B44: a panel shows the mode as it is; sending that changes nothing, choosing Off does."""
+    row = next(row for row in ROWS if row.name == "speculative_type")
+    first = apply(orch, tiny_model, llama_extra_args=row.flags)
+    assert first.speculative_type == "ngram-map-k"
+    back = apply(orch, tiny_model, speculative_type=first.speculative_type)
+    assert (back.status, back.pid) == ("already_loaded", first.pid)
+    off = apply(orch, tiny_model, speculative_type="off")
+    assert (off.status, off.speculative_type, off.llama_extra_args) == ("loaded", "off", [])
+    assert said(orch) == Said(tiny_model)
 
 
 @each_with_flags
