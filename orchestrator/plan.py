@@ -143,6 +143,6 @@ def checked_seconds(field: str, value: object, *, zero: bool = True) -> float:
     good = isinstance(value, int | float) and not isinstance(value, bool)
     if not good or not 0 <= value <= _MAX_SECONDS or (value == 0 and not zero):  # type: ignore[operator]
         least = "0" if zero else "more than 0"
-        message = f"{field} must be a number of seconds: use {least} to {_MAX_SECONDS:.0f}"
+        message = f"{field} is no time to wait: use {least} to {_MAX_SECONDS:.0f} seconds"
         raise InvalidRequest.because(message, field=field)
     return float(value)  # type: ignore[arg-type]

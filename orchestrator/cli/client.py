@@ -113,6 +113,9 @@ def _remote(url: str, api_key_file: str | None, as_json: bool) -> Remote:
 @click.command(cls=options.ModelCommand)
 @options.model_options()
 @click.option("--force-reload", is_flag=True, help="Reload even when nothing differs.")
+@click.option(
+    "--restore-previous", is_flag=True, help="If it does not start, bring back what runs now."
+)
 @click.option("--on-busy", type=click.Choice(["supersede", "queue", "reject"]))
 @click.option("--load-request-id", metavar="ID", help="A handle for `cancel`.")
 @click.option("--clear-args", is_flag=True, help="Do not inherit earlier llama-server flags.")
@@ -198,6 +201,12 @@ def status(*, url: str, api_key_file: str | None, as_json: bool) -> None:
     say((f"{state}", STYLES[state]), (f"  for {answer['uptime_s']:,.1f} s", "dim"))
     if (pid := answer["occupied_by"]) is not None:
         say(("  process ", "red"), f"{pid} would not die and keeps the slot occupied")
+    if recovery := answer["recovery"]:
+        what = {"waiting": "starts again within", "cooling_down": "is not started for"}
+        when = (
+            f"{what[recovery['phase']]} {recovery['left_s']:,.1f} s" if recovery["left_s"] else ""
+        )
+        settings_line("recovery", f"{recovery['failures']} failures in a row  ", when)
     if loading := answer["loading"]:
         settings_line("loading", loading["model_path"], (f"  {loading['phase']}", "yellow"))
     if loaded := answer["loaded"]:

@@ -106,6 +106,10 @@ def show_problem(members: Mapping[str, Any]) -> None:
     say(f"  {members.get('detail', '')}", stderr=True)
     if field := members.get("field"):
         say(("  change  ", "dim"), str(field), stderr=True)
+    if restored := members.get("restored"):
+        failed = restored.get("problem")
+        what = f"could not be brought back: {failed['detail']}" if failed else "runs again"
+        say(("  before  ", "dim"), f"{restored['model_path']} {what}", stderr=True)
     tail = [str(line) for line in members.get("log_tail", ())]
     if tail:
         say(("  the server's last lines", "dim"), stderr=True)
