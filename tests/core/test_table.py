@@ -54,6 +54,7 @@ CORE = {
     "plan",
     "request",
     "server_args",
+    "variants",
 }
 IMPURE = {"asyncio", "http", "io", "multiprocessing", "os", "pathlib", "select", "selectors"} | {
     "shutil",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pytest
 from orchestrator import gguf_file, proctable
 from orchestrator.errors import InvalidModel, ModelNotFound, OrchestratorError
 from orchestrator.gguf_file import BLOCKS, GgufInfo, inspect
-from orchestrator.models import identity_of, label_of, locate, matches
+from orchestrator.models import identity_of, is_local, locate
 from orchestrator.request import LoadRequest, ModelFiles
 from orchestrator.tiny_model import write_tiny_model
 
@@ -264,11 +265,10 @@ def test_a_path_without_a_model_is_an_error_with_the_field(
     assert refused.value.field == "model_path"
 
 
-def test_a_hub_id_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name like this is not a misspelt path."""
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelNotFound, match=r"Hub.*give its path"):
-        find("owner/name")
+def test_what_is_not_there_says_what_could_be(tmp_path: Path) -> None:
+    """A path that was misspelt, or meant for the Hub."""
+    with pytest.raises(ModelNotFound, match=r"does not exist.*folder.*owner/name"):
+        find(str(tmp_path / "nothing"))
 
 
 def test_a_folder_holds_its_preferred_variant(folder: Callable[..., Path]) -> None:
@@ -282,7 +282,7 @@ def test_a_folder_holds_its_preferred_variant(folder: Callable[..., Path]) -> No
     found = find(root, gguf_variant="q4_k_m")
     assert (names(found), found.variant) == (["b-Q4_K_M.gguf"], "Q4_K_M")
     assert names(find(root, gguf_variant="sub/c-UD-Q4_K_XL.gguf")) == ["c-UD-Q4_K_XL.gguf"]
-    with pytest.raises(ModelNotFound, match=r"it has .*a-Q8_0") as refused:
+    with pytest.raises(ModelNotFound, match=r"it has UD-Q4_K_XL, Q4_K_M, Q8_0$") as refused:
         find(root, gguf_variant="Q5_K_M")
     assert refused.value.field == "gguf_variant"
 
@@ -305,35 +305,78 @@ def test_a_folder_may_be_the_whole_disk(model: Path) -> None:
     assert refused.value.field in ("model_path", "gguf_variant")
 
 
-@pytest.mark.parametrize(
-    ("name", "label", "is_match"),
-    [
-        ("m-Q4_K_M.gguf", "Q4_K_M", True),
-        ("m-q4_k_m.gguf", "Q4_K_M", True),
-        ("m.Q4_K_M.gguf", "Q4_K_M", True),
-        ("m-UD-Q4_K_XL.gguf", "UD-Q4_K_XL", True),
-        ("m-UD-Q4_K_M_L.gguf", "Q4_K_M", False),
-        ("m-UD-Q4_K_M.gguf", "Q4_K_M", False),
-        ("m-IQ4_K_M.gguf", "Q4_K_M", False),
-        ("m-Q4_K_M_L.gguf", "Q4_K_M", False),
-        ("m-BF16.gguf", "F16", False),
-        ("m-Q4_0-00001-of-00002.gguf", "Q4_0", True),
-        ("m-.*.gguf", ".*", True),
-        ("m-Q4_0.gguf", ".*", False),
-    ],
-)
-def test_a_label_matches_at_its_boundaries(name: str, label: str, is_match: bool) -> None:
-    """A look-alike label is another model."""
-    assert matches(name, label) is is_match
+def test_a_variant_that_is_reported_may_be_asked_for(folder: Callable[..., Path]) -> None:
+    """Sending back what a status shows reloads nothing, whatever the folder is like."""
+    root = folder(
+        "a-Q8_0.gguf", "b-Q8_0.gguf", "sub/a-Q8_0.gguf", "F16/a.gguf", "plain.gguf",
+        "sub/plain.gguf", "a_q4_k_m.gguf",
+    )  # fmt: skip
+    for path in sorted(root.rglob("*.gguf")):
+        found = find(root, gguf_variant=str(path.relative_to(root)))
+        assert [file.path for file in found.weights] == [str(path)]
+        assert find(root, gguf_variant=found.variant) == found
 
 
-@pytest.mark.parametrize(
-    ("name", "label"),
-    [("m-Q4_K_M.gguf", "Q4_K_M"), ("q8-m-ud-q4_k_xl.gguf", "UD-Q4_K_XL"), ("m.gguf", "m.gguf")],
-)
-def test_a_label_is_read_from_a_name(name: str, label: str) -> None:
-    """So that the same file has the same label, however it was asked for."""
-    assert label_of(name) == label
+@pytest.mark.parametrize("variant", ["ud-q4_k_xl", "UD-Q4_K_XL", "m", "m.gguf", "UD-Q4_K_XL/m"])
+def test_a_file_may_be_asked_for_with_its_own_variant(
+    folder: Callable[..., Path], variant: str
+) -> None:
+    """Its folder may be the only one to say which it is."""
+    path = folder("UD-Q4_K_XL/m.gguf") / "UD-Q4_K_XL" / "m.gguf"
+    assert find(path, gguf_variant=variant) == find(path)
+    for other in ("Q4_K_XL", "Q8_0", "n.gguf"):
+        with pytest.raises(ModelNotFound) as refused:
+            find(path, gguf_variant=other)
+        assert refused.value.field == "gguf_variant"
+
+
+def test_what_is_set_aside_is_said_and_may_be_given_by_its_path(
+    folder: Callable[..., Path],
+) -> None:
+    """A folder of companions only is no model, but whoever names the file means it."""
+    root = folder("mtp-a-Q4_0.gguf", "MTP/b-Q8_0.gguf", "mmproj-F16.gguf")
+    with pytest.raises(ModelNotFound, match=r"holds no .gguf model, only mmproj-F16") as refused:
+        find(root)
+    assert refused.value.field == "model_path"
+    assert names(find(root / "MTP" / "b-Q8_0.gguf")) == ["b-Q8_0.gguf"]
+
+
+def test_a_projector_in_the_folder_is_not_taken_by_itself(folder: Callable[..., Path]) -> None:
+    """Locally it is given; a model that has run as text goes on as text."""
+    root = folder("a-Q8_0.gguf", "mmproj-F16.gguf")
+    assert find(root).projector is None
+    projector = find(root, mmproj_path=str(root / "mmproj-F16.gguf")).projector
+    assert projector is not None
+    assert projector.path == str(root / "mmproj-F16.gguf")
+
+
+def test_looking_through_a_folder_takes_no_time(folder: Callable[..., Path]) -> None:
+    """`plan` and a load that finds its model running look each time."""
+    root = folder(*(f"m{number}-Q{number % 9}_0.gguf" for number in range(50)))
+    find(root)
+    took = []
+    for _ in range(100):
+        started = time.thread_time()
+        find(root)
+        took.append(time.thread_time() - started)
+    assert min(took) < 0.001
+
+
+def test_what_is_here_is_told_from_what_may_be_on_the_hub(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder called like a repo is that folder; a broken link is nothing."""
+    monkeypatch.chdir(model.parent)
+    monkeypatch.setenv("HOME", str(model.parent))
+    Path("owner/name").mkdir(parents=True)
+    Path("dangling.gguf").symlink_to("nowhere.gguf")
+    local = [str(model), "model.gguf", "./model.gguf", "~/model.gguf", "owner/name", "/dev/null"]
+    assert [is_local(path) for path in local] == [True] * len(local)
+    other = ["owner/other", "owner/name:Q4_K_M", "missing.gguf", "dangling.gguf"]
+    assert [is_local(path) for path in other] == [False] * len(other)
+    with pytest.raises(ModelNotFound, match="cannot be looked up") as refused:
+        is_local("x" * 300)
+    assert refused.value.field == "model_path"
 
 
 # Split models

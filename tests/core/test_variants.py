@@ -1,0 +1,552 @@
+"""Which files of a listing are the model: properties over listings as they are on the Hub.
+
+A listing is made from what it is known to hold, so what is chosen can be compared with that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from random import Random
+from typing import NamedTuple
+
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from orchestrator import server_args
+from orchestrator.errors import ModelNotFound
+from orchestrator.variants import (
+    PREFERENCE,
+    Chosen,
+    choose,
+    label_of,
+    matches,
+    parts_of,
+    split_reference,
+)
+
+repeatable = settings(derandomize=True, deadline=None, max_examples=150)
+
+
+def chosen(names: Sequence[str], variant: str | None = None) -> Chosen:
+    return choose(names, variant, where="owner/name")
+
+
+def answer(names: Sequence[str], variant: str | None = None) -> Chosen | ModelNotFound:
+    """What is chosen, or why nothing is."""
+    try:
+        return chosen(names, variant)
+    except ModelNotFound as error:
+        return error
+
+
+def refused(names: Sequence[str], variant: str | None, field: str) -> str:
+    """What the error says."""
+    error = answer(names, variant)
+    assert isinstance(error, ModelNotFound)
+    assert error.field == field
+    return error.message
+
+
+def fastest_s(call: Callable[[], object]) -> float:
+    """Seconds of CPU it takes at best, whatever else runs."""
+    took = []
+    for _ in range(20):
+        started = time.thread_time()
+        call()
+        took.append(time.thread_time() - started)
+    return min(took)
+
+
+# Listings as they are
+
+
+class Variant(NamedTuple):
+    """One variant of a listing, as it was made."""
+
+    label: str
+    folder: str
+    weights: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Listing:
+    variants: tuple[Variant, ...]
+    projectors: tuple[str, ...]
+    others: tuple[str, ...]
+    models: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.others, *self.projectors, *(n for v in self.variants for n in v.weights))
+
+
+RARE = ("Q4_0", "Q5_0", "IQ1_S", "UD-TQ1_0", "TQ2_0", "MXFP4", "MXFP4_MOE", "Q4_K_M_L", "Q4_0_4_4")
+LABELS = st.sampled_from([*PREFERENCE, *RARE])
+BASES = ("Qwen3-0.6B", "gemma-3-4b-it", "DeepSeek-R1-0528", "Q-and-A.v2", "llama_3.2", "model")
+COMPANIONS = (
+    *("imatrix_unsloth.gguf", "Model.imatrix.gguf", "mtp-Model-Q4_K_M.gguf", "MTP/Model-F16.gguf"),
+    *("dspark/Model-Q8_0.gguf", "dflash-Model-Q4_K_M.gguf", "._Model-Q4_K_M.gguf", "._mmproj.gguf"),
+    *("Model-Q4_K_M-be.gguf", "model-be.Q4_K_M.gguf", "Q8_0/mtp-Model-Q8_0.gguf"),
+    *("sub/MTP/Model-UD-Q4_K_XL-00001-of-00002.gguf", "Q8-be-00001-of-00002.gguf"),
+    *("README.md", "config.json", "imatrix.dat", ".gitattributes", "UD-Q4_K_XL.safetensors"),
+)
+PROJECTORS = ("mmproj-F16.gguf", "mmproj-BF16.gguf", "mmproj-F32.gguf", "mmproj-model-f16.gguf")
+
+
+@st.composite
+def variants(draw: st.DrawFn, base: str, label: str, *, room: str = "") -> Variant:
+    """One variant flat, in a folder of its own, or with its label in that only."""
+    shape = draw(st.sampled_from(("flat", "folder", "bare")))
+    folder = room if shape == "flat" else f"{room}{label}/"
+    stem = base if shape == "bare" else f"{base}{draw(st.sampled_from('-._'))}{label}"
+    if draw(st.booleans()):
+        stem = stem if shape == "bare" else stem.lower()
+    count = draw(st.sampled_from((1, 1, 2, 3, 7)))
+    names = [f"{stem}-{n:05d}-of-{count:05d}.gguf" for n in range(1, count + 1)]
+    if count == 1 and draw(st.booleans()):
+        names = [f"{stem}.gguf"]
+    return Variant(label, folder, tuple(folder + name for name in names))
+
+
+@st.composite
+def listings(draw: st.DrawFn, models: int = 1) -> Listing:
+    """One model in up to 25 variants, or two, with what may lie beside them."""
+    found: list[Variant] = []
+    bases = draw(st.lists(st.sampled_from(BASES), min_size=models, max_size=models, unique=True))
+    for base in bases:
+        room = draw(st.sampled_from(("", f"{base}/", "gguf/"))) if models > 1 else ""
+        labels = draw(st.lists(LABELS, min_size=1, max_size=25 // models, unique=True))
+        found += [draw(variants(base, label, room=room)) for label in labels]
+    projectors = draw(st.lists(st.sampled_from(PROJECTORS), max_size=3, unique=True))
+    others = draw(st.lists(st.sampled_from(COMPANIONS), max_size=6, unique=True))
+    return Listing(tuple(found), tuple(projectors), tuple(others), models)
+
+
+ANY_LISTING = st.one_of(listings(), listings(2))
+
+
+@repeatable
+@given(listings())
+def test_every_variant_is_meant_by_its_label_and_by_its_path(listing: Listing) -> None:
+    """However it is asked for it is the same, so asking again reloads nothing."""
+    for variant in listing.variants:
+        expected = chosen(listing.names, variant.label)
+        assert expected.weights == variant.weights
+        assert expected.variant == variant.label
+        for path in variant.weights:
+            assert chosen(listing.names, path) == expected
+            assert chosen(listing.names, path.removesuffix(".gguf")) == expected
+            assert chosen(listing.names, path.upper()) == expected
+        for name in (variant.label.lower(), f" {variant.label} ", variant.folder + variant.label):
+            assert chosen(listing.names, name) == expected
+
+
+@repeatable
+@given(listings(2))
+def test_two_models_in_one_listing_never_share_a_name(listing: Listing) -> None:
+    """What is reported means this one and no other: flags and "the same" go by it."""
+    reported: dict[str, tuple[str, ...]] = {}
+    for variant in listing.variants:
+        (found,) = {chosen(listing.names, path) for path in variant.weights}
+        assert found.weights == variant.weights
+        assert chosen(listing.names, found.variant) == found
+        assert reported.setdefault(found.variant, found.weights) == found.weights
+        by_label = chosen(listing.names, variant.label)
+        assert variant.label == label_of(by_label.weights[0])
+    assert len(reported) == len(listing.variants)
+
+
+@repeatable
+@given(ANY_LISTING, st.randoms(use_true_random=False), st.none() | LABELS)
+def test_the_order_of_a_listing_means_nothing(
+    listing: Listing, random: Random, label: str | None
+) -> None:
+    """The Hub and a file system list as they like, and may name a file twice."""
+    shuffled = [*listing.names, *listing.names[:3]]
+    random.shuffle(shuffled)
+    first, second = answer(listing.names, label), answer(shuffled, label)
+    if isinstance(first, ModelNotFound):
+        assert isinstance(second, ModelNotFound)
+        assert second.problem == first.problem
+    else:
+        assert second == first
+
+
+@repeatable
+@given(ANY_LISTING, st.none() | LABELS | st.sampled_from(COMPANIONS + PROJECTORS))
+def test_weights_are_all_parts_of_one_variant_and_nothing_else(
+    listing: Listing, asked: str | None
+) -> None:
+    """A companion, or parts of two models, would fail after the old server is gone."""
+    found = answer(listing.names, asked)
+    if isinstance(found, ModelNotFound):
+        return
+    assert found.weights in [variant.weights for variant in listing.variants]
+    assert found.projector is None or found.projector in listing.projectors
+    if listing.models == 1:
+        assert (found.projector is None) == (not listing.projectors)
+
+
+@repeatable
+@given(ANY_LISTING)
+def test_without_a_name_the_preferred_one_is_chosen(listing: Listing) -> None:
+    """The first label of the order that there is; of two models, the one nearer the root."""
+    found = chosen(listing.names)
+    assert chosen(listing.names, " ") == found
+    present = [label for label in PREFERENCE if label in {v.label for v in listing.variants}]
+    same = [v for v in listing.variants if v.label in present[:1]] or list(listing.variants)
+    assert found.weights in [variant.weights for variant in same]
+    depths = [variant.folder.count("/") for variant in same]
+    assert found.weights[0].count("/") == min(depths)
+
+
+@repeatable
+@given(ANY_LISTING, LABELS)
+def test_an_unknown_variant_is_told_what_there_is(listing: Listing, label: str) -> None:
+    """Each once, the preferred ones first, and every name listed can be asked for."""
+    assume(label not in {variant.label for variant in listing.variants})
+    message = refused(listing.names, label, "gguf_variant")
+    before, _, known = message.partition("; it has ")
+    assert before == f"owner/name has no variant {label!r}"
+    listed = known.split(", ")
+    found = [chosen(listing.names, name) for name in listed]
+    assert [one.variant for one in found] == listed
+    assert sorted(one.weights for one in found) == sorted(v.weights for v in listing.variants)
+    ranks = [PREFERENCE.index(label) for label in map(label_of, listed) if label in PREFERENCE]
+    assert ranks == sorted(ranks)
+
+
+@repeatable
+@given(ANY_LISTING, st.data())
+def test_a_missing_part_is_named_and_never_replaced(listing: Listing, data: st.DataObject) -> None:
+    """Not by another variant's, and the model is not another one in silence."""
+    split = [variant for variant in listing.variants if len(variant.weights) > 1]
+    assume(split)
+    variant = data.draw(st.sampled_from(split))
+    gone = data.draw(st.sets(st.sampled_from(variant.weights), min_size=1))
+    assume(len(gone) < len(variant.weights))
+    names = [name for name in listing.names if name not in gone]
+    left = next(name for name in variant.weights if name not in gone)
+    message = refused(names, left, "model_path")
+    assert all(name in message for name in gone)
+    if listing.models == 1:
+        assert refused(names, variant.label, "model_path") == message
+        if chosen(listing.names).weights == variant.weights:
+            assert refused(names, None, "model_path") == message
+
+
+# Examples
+
+
+def test_the_order_of_preference_is_total() -> None:
+    """No label twice, each is read back from a name, and no two of them are ever confused."""
+    assert len(set(PREFERENCE)) == len(PREFERENCE) == 36
+    for label in (*PREFERENCE, *RARE):
+        assert label_of(f"m-{label.lower()}.gguf") == label
+        assert label_of(f"sub/{label}/m-00001-of-00002.gguf") == label
+    for first, second in combinations(PREFERENCE, 2):
+        names = [f"a-{second}.gguf", f"b-{first}.gguf"]
+        assert chosen(names).variant == first
+        assert [chosen(names, label).variant for label in (first, second)] == [first, second]
+        assert not matches(names[0], first)
+        assert not matches(names[1], second)
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "is_match"),
+    [
+        ("m-Q4_K_M.gguf", "Q4_K_M", True),
+        ("m-q4_k_m.gguf", "Q4_K_M", True),
+        ("m.Q4_K_M.gguf", "Q4_K_M", True),
+        ("m_Q4_K_M.gguf", "Q4_K_M", True),
+        ("m-UD-Q4_K_XL.gguf", "UD-Q4_K_XL", True),
+        ("m-UD-Q4_K_XL.gguf", "Q4_K_XL", False),
+        ("m-UD-Q4_K_M_L.gguf", "Q4_K_M", False),
+        ("m-UD-Q4_K_M.gguf", "Q4_K_M", False),
+        ("m-IQ4_K_M.gguf", "Q4_K_M", False),
+        ("m-Q4_K_M_L.gguf", "Q4_K_M", False),
+        ("m-Q4_K_M.gguf", "Q4_K", False),
+        ("m-BF16.gguf", "F16", False),
+        ("m-BF16-Q4_K_M.gguf", "BF16", False),
+        ("Q4_K_M/m-Q8_0.gguf", "Q4_K_M", False),
+        ("UD-Q4_K_XL/m-00001-of-00003.gguf", "ud-q4_k_xl", True),
+        ("m-Q4_0-00001-of-00002.gguf", "Q4_0", True),
+        ("m-Q4_0-00001-of-00002.gguf", "00001", False),
+        ("m-Q4_0.gguf", "gguf", False),
+        ("m.i1-Q4_K_M.gguf", "i1-Q4_K_M", True),
+        ("m-UD-Q4_K_M-imat.gguf", "Q4_K_M-imat", False),
+        ("m-.*.gguf", ".*", True),
+        ("m-Q4_0.gguf", ".*", False),
+        ("m-TQ\u0661_\u0661.gguf", "TQ1_1", False),
+        ("m-Q4_\u212a_M.gguf", "Q4_K_M", False),
+    ],
+)
+def test_a_label_matches_at_its_boundaries(name: str, label: str, is_match: bool) -> None:
+    """A look-alike label is another model."""
+    assert matches(name, label) is is_match
+    names = [*parts_of(name), "other-Q2_K.gguf"]
+    if is_match:
+        assert chosen(names, label).weights == tuple(names[:-1])
+    else:
+        refused(names, label, "gguf_variant")
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("m-Q4_K_M.gguf", "Q4_K_M"),
+        ("q8-m-ud-q4_k_xl.gguf", "UD-Q4_K_XL"),
+        ("BF16/m-Q8_0.gguf", "Q8_0"),
+        ("F16/BF16/m.gguf", "BF16"),
+        ("m.gguf", "m.gguf"),
+        ("sub/m.gguf", "m.gguf"),
+        ("SQ4_0.gguf", "SQ4_0.gguf"),
+        ("", ""),
+    ],
+)
+def test_a_label_is_read_from_a_name(name: str, label: str) -> None:
+    """So that the same file has the same label, however it was asked for."""
+    assert label_of(name) == label
+
+
+@pytest.mark.parametrize(
+    ("names", "asked", "weights", "variant"),
+    [
+        (["b-Q8_0.gguf", "a-Q8_0.gguf"], "Q8_0", "a-Q8_0.gguf", "Q8_0"),
+        (["b-Q8_0.gguf", "a-Q8_0.gguf"], "b-Q8_0", "b-Q8_0.gguf", "b-Q8_0.gguf"),
+        (["a/m-Q8_0.gguf", "m-Q8_0.gguf"], None, "m-Q8_0.gguf", "Q8_0"),
+        (["a/m-Q8_0.gguf", "m-Q8_0.gguf"], "a/q8_0", "a/m-Q8_0.gguf", "a/Q8_0"),
+        (["a/m-Q4_K_M.gguf", "m-Q8_0.gguf"], None, "a/m-Q4_K_M.gguf", "Q4_K_M"),
+        (["base/model.gguf", "chat/model.gguf"], "chat", "chat/model.gguf", "chat/model.gguf"),
+        (["base/model.gguf", "chat/model.gguf"], "Model.gguf", "base/model.gguf", "model.gguf"),
+        (["Q8_0.gguf", "A-Q8_0.gguf"], "Q8_0", "Q8_0.gguf", "Q8_0"),
+        (["Q8_0.gguf", "A-Q8_0.gguf"], "a-q8_0", "A-Q8_0.gguf", "A-Q8_0.gguf"),
+        (["M.gguf", "m.gguf"], "m.gguf", "m.gguf", "m.gguf"),
+        (["M.gguf", "m.gguf"], "M", "M.gguf", "M.gguf"),
+        (["m-b.gguf", "m-a.gguf"], None, "m-a.gguf", "m-a.gguf"),
+        (["m-Q4_K.gguf", "m-Q4_K_M.gguf"], "Q4_K", "m-Q4_K.gguf", "Q4_K"),
+        (["X.i1-Q4_0.gguf", "X.i1-Q8_0.gguf"], "i1-Q8_0", "X.i1-Q8_0.gguf", "Q8_0"),
+        (["dir/M.GGUF"], None, "dir/M.GGUF", "M.GGUF"),
+        (["a-mmproj-b.gguf", "mmproj/c.gguf", "m.gguf"], None, "m.gguf", "m.gguf"),
+        (["mmprojection-Q8_0.txt", "commproj-Q8_0.gguf"], None, "commproj-Q8_0.gguf", "Q8_0"),
+        (["to-be-or-not-Q8_0.gguf", "m-be.gguf"], None, "to-be-or-not-Q8_0.gguf", "Q8_0"),
+        (["m-Q8_0-00001-of-00002.gguf", "m-Q8_0.gguf"], None, "m-Q8_0.gguf", "Q8_0"),
+        ([" m.gguf", "a/ m.gguf"], None, "a/ m.gguf", "a/ m.gguf"),
+        (["m-Q4_K_M-00003-of-00002.gguf", "m-F32.gguf"], None, "m-F32.gguf", "F32"),
+        (["m-00000-of-00000.gguf"], None, "m-00000-of-00000.gguf", "m-00000-of-00000.gguf"),
+        (["../m-F16.gguf", "/m-F16.gguf", "a//m-F16.gguf", "a/./m-F16.gguf", "m\n-F16.gguf",
+          "m-F16.gguf/", "\ud800-F16.gguf", "m.gguf"], None, "m.gguf", "m.gguf"),
+        (["m-0000\u0661-of-00002.gguf"], None, "m-0000\u0661-of-00002.gguf",
+         "m-0000\u0661-of-00002.gguf"),
+    ],
+)  # fmt: skip
+def test_one_variant_is_meant(
+    names: list[str], asked: str | None, weights: str, variant: str
+) -> None:
+    """A path first, then `folder/label`, then a label, then text that only one name carries."""
+    found = chosen(names, asked)
+    assert (found.weights, found.variant) == ((weights,), variant)
+    assert chosen(names, found.variant) == found
+
+
+def test_text_that_several_names_carry_means_none_of_them() -> None:
+    """A guess would be another model than the one meant."""
+    names = ["a-Q8_0.gguf", "a-Q4_K_M.gguf", "b-Q4_K_M.gguf"]
+    assert chosen(names, "b").weights == ("b-Q4_K_M.gguf",)
+    message = refused(names, "a", "gguf_variant")
+    assert message == "'a' means more than one variant of owner/name: name one of Q4_K_M, Q8_0"
+
+
+@pytest.mark.parametrize("asked", ["../m", "/etc/passwd", "m/../m", ".", "*", "m-Q8_0.ggu", "\0"])
+def test_a_variant_is_compared_and_never_a_path_to_follow(asked: str) -> None:
+    """Only what is listed can be chosen."""
+    refused(["m-Q8_0.gguf", "n-Q8_0.gguf"], asked, "gguf_variant")
+
+
+def test_a_part_belongs_to_one_folder_and_one_count() -> None:
+    """Parts of another variant have nearly the same name."""
+    names = [
+        *("Q4_0/m-00001-of-00002.gguf", "Q4_0/m-00002-of-00003.gguf"),
+        *("Q8_0/m-00001-of-00002.gguf", "Q8_0/m-00002-of-00002.gguf"),
+    ]
+    assert chosen(names, "Q8_0").weights == tuple(names[2:])
+    message = refused(names, "Q4_0", "model_path")
+    assert message.endswith("Q4_0/m-00002-of-00002.gguf is missing beside it")
+
+
+def test_a_model_without_a_file_says_what_is_there() -> None:
+    """Companions alone are the usual reason."""
+    assert refused([], None, "model_path") == "owner/name holds no .gguf model"
+    message = refused(["mmproj-F16.gguf", "mtp-m.gguf", "README.md"], "Q4_0", "model_path")
+    assert message == "owner/name holds no .gguf model, only mmproj-F16.gguf, mtp-m.gguf"
+
+
+def test_an_error_is_of_a_bounded_length() -> None:
+    """A listing is written by others; the error goes into logs and answers."""
+    many = [f"m{number:04d}-{'x' * 500}.gguf" for number in range(1000)]
+    known = refused(many, "Q4_0", "gguf_variant").partition("; it has ")[2]
+    assert known.count(", ") == 29
+    assert known.endswith(" and 970 more")
+    assert len(refused(many, "y" * 5000, "gguf_variant")) < 30 * 130 + 300
+    message = refused([f"mmproj-{name}" for name in many], None, "model_path")
+    assert message.endswith(" and 970 more")
+    assert len(message) < 30 * 130 + 300
+    message = refused(["m-00007-of-99999.gguf"], None, "model_path")
+    assert message.endswith("m-00031-of-99999.gguf and 99968 more are missing beside it")
+    assert refused(["mmproj\ud800\n.gguf"], None, "model_path").endswith(r"mmproj\ud800\n.gguf")
+
+
+# Projectors
+
+
+@pytest.mark.parametrize(
+    ("projectors", "weights", "expected"),
+    [
+        ([], "m.gguf", None),
+        (["mmproj-BF16.gguf", "mmproj-F16.gguf"], "m.gguf", "mmproj-F16.gguf"),
+        (["mmproj-BF16.gguf", "mmproj-model-f16.gguf"], "m.gguf", "mmproj-model-f16.gguf"),
+        (["mmproj-F32.gguf", "mmproj-BF16.gguf"], "m.gguf", "mmproj-BF16.gguf"),
+        (["mmproj-F16.gguf", "Q8_0/mmproj-F32.gguf"], "Q8_0/m.gguf", "Q8_0/mmproj-F32.gguf"),
+        (["mmproj-F32.gguf", "z/mmproj-F16.gguf"], "Q8_0/m.gguf", "mmproj-F32.gguf"),
+        (["a/mmproj-F32.gguf", "mmproj-F16.gguf"], "a/b/m.gguf", "a/mmproj-F32.gguf"),
+        (["mmproj/F32.gguf", "mmproj/m-f16.gguf"], "m.gguf", "mmproj/m-f16.gguf"),
+        (["vision/m-mmproj-f16.gguf"], "Q8_0/m.gguf", "vision/m-mmproj-f16.gguf"),
+        (["._mmproj-F16.gguf", "MTP/mmproj-F16.gguf", "mmproj.txt"], "m.gguf", None),
+    ],
+)
+def test_the_projector_beside_the_weights_is_found(
+    projectors: list[str], weights: str, expected: str | None
+) -> None:
+    """Nearest first, in 16 bits first; it is never the weights."""
+    found = chosen([weights, *projectors])
+    assert (found.weights, found.projector) == ((weights,), expected)
+
+
+def test_a_projector_of_another_model_is_not_taken() -> None:
+    """With the wrong one the server does not start; in one folder only the name tells."""
+    names = [
+        *("Qwen-VL-4B-Q8_0.gguf", "Qwen-VL-4B-Thinking-Q8_0.gguf", "Phi-Q8_0.gguf"),
+        *("mmproj-Qwen-VL-4B-F16.gguf", "mmproj-Qwen-VL-4B-Thinking-F16.gguf"),
+    ]
+    assert chosen(names, names[0]).projector == names[3]
+    assert chosen(names, names[1]).projector == names[4]
+    assert chosen(names, names[2]).projector is None
+    names = ["m-Q8_0.gguf", "m-imat-Q4_0.gguf", "mmproj-m-BF16.gguf"]
+    assert [chosen(names, name).projector for name in names[:2]] == [names[2]] * 2
+    rooms = ["text/a-Q8_0.gguf", "sight/b-Q4_0.gguf", "sight/mmproj-F16.gguf"]
+    assert chosen(rooms, "Q8_0").projector is None
+    assert chosen(rooms, "Q4_0").projector == "sight/mmproj-F16.gguf"
+
+
+# Whatever is listed and asked for
+
+WORDS = st.sampled_from(
+    [
+        *(
+            *"/.-_ :\n",
+            "..",
+            "m",
+            "M",
+            "mmproj",
+            "mtp-",
+            "MTP/",
+            "-be",
+            "imatrix",
+            ".gguf",
+            ".GGUF",
+        ),
+        *("-00001-of-00002", "-00002-of-00002", "-00000-of-00000", "-00009-of-99999", "UD-"),
+        *("\ud800", "\u0661", "\u212a", "\u0130", "\u017f", *PREFERENCE[::5], *RARE),
+    ]
+)
+ANY_NAME = st.lists(WORDS, max_size=6).map("".join) | st.text(st.characters(), max_size=12)
+ANY_FILE = ANY_NAME | ANY_NAME.map(lambda name: name + ".gguf")
+
+
+@settings(repeatable, max_examples=600)
+@given(st.lists(ANY_FILE, max_size=12), st.none() | ANY_FILE)
+@example(["\u0130.gguf", "i\u0307.gguf"], "\u0130")
+def test_any_listing_is_a_choice_or_says_why_not(names: list[str], asked: str | None) -> None:
+    """Nothing but `ModelNotFound`, and what is chosen holds together and can be asked for."""
+    found = answer(names, asked)
+    assert repr(answer(names[::-1], asked)) == repr(found)
+    if isinstance(found, ModelNotFound):
+        assert found.field in ("model_path", "gguf_variant")
+        assert found.message.isprintable()
+        return
+    assert set(found.weights) <= set(names)
+    assert list(found.weights) == list(parts_of(found.weights[0]))
+    assert chosen(names, found.variant) == found
+    assert chosen(names, found.weights[-1]) == found
+    for name in filter(None, (*found.weights, found.projector, found.variant)):
+        assert not server_args.holds_control(name)
+        assert server_args.is_encodable(name)
+        assert {"", ".", ".."}.isdisjoint(name.split("/"))
+
+
+@repeatable
+@given(ANY_FILE, ANY_NAME)
+def test_a_file_carries_its_own_label(name: str, other: str) -> None:
+    """A model is never refused for the name it was reported with."""
+    assert matches(name, label_of(name))
+    assert matches(name, name.rpartition("/")[2])
+    assert isinstance(matches(name, other), bool)
+
+
+@pytest.mark.parametrize("asked", [None, "nope", "Q4_K_M"])
+def test_a_large_listing_takes_no_time(asked: str | None) -> None:
+    """It is looked at on the way to a load, and again by `plan`."""
+    labels = (*PREFERENCE, *RARE)
+    names = [f"m{number}-{labels[number % len(labels)]}.gguf" for number in range(2000)]
+    names += [f"s{n}-00{part:03d}-of-00010.gguf" for n in range(200) for part in range(1, 11)]
+    names += [f"mmproj-m{number}-a-b-c.gguf" for number in range(1000)]
+    assert isinstance(answer(names, asked), ModelNotFound) is (asked == "nope")
+    assert fastest_s(lambda: answer(names, asked)) < 0.05
+
+
+# References to the Hub
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("unsloth/Qwen3-0.6B-GGUF", ("unsloth/Qwen3-0.6B-GGUF", None)),
+        ("unsloth/Qwen3-0.6B-GGUF:UD-Q4_K_XL", ("unsloth/Qwen3-0.6B-GGUF", "UD-Q4_K_XL")),
+        ("o/n:BF16/m-00001-of-00002.gguf", ("o/n", "BF16/m-00001-of-00002.gguf")),
+        ("o/n: Q4_0 ", ("o/n", "Q4_0")),
+        ("0x/a_b.c", ("0x/a_b.c", None)),
+        ("o/" + "n" * 94, ("o/" + "n" * 94, None)),
+    ],
+)
+def test_a_repo_and_its_variant_are_told_apart(text: str, expected: tuple[str, str | None]) -> None:
+    """A variant may be a path inside the repo."""
+    assert split_reference(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "/", "name", "a/b/c", "/a/b", "./a", "../a", "~/a", "~a/b", "a/", "/a", "a//b"),
+        *("models/m.gguf", "o/n.git", "o/n:", "o/n: ", ":Q4_0", "C:/m", "C:\\a/b", "hf.co/o/n"),
+        *("o/a--b", "o/a..b", "o/-a", "o/a-", "o/.a", "o/a.", "-o/a", "o-/a", "o./a", ".o/a"),
+        *("o/a b", "o/\u00e9", "o/a\n", "o\n/a", " o/a", "o/a\0", "o/a?b", "https://h/o", "o\\n/a"),
+        "o/" + "n" * 95,
+    ],
+)
+def test_a_path_is_not_a_repo(text: str) -> None:
+    """It is looked for on this machine only, and nothing is asked of the Hub."""
+    assert split_reference(text) is None
+
+
+@settings(repeatable, max_examples=400)
+@given(st.text(st.sampled_from("aZ0_-./:~ \n\u00e9"), max_size=10) | st.text(max_size=120))
+def test_what_is_taken_for_a_repo_the_client_takes_too(text: str) -> None:
+    """Its own refusal would be an error of another kind."""
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    if (found := split_reference(text)) is not None:
+        validate_repo_id(found[0])
