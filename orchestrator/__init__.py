@@ -12,8 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from orchestrator.errors import (
         Busy,
+        CacheDirError,
         Cancelled,
         DeadlineExceeded,
+        DiskFull,
+        HubCorrupt,
+        HubError,
+        HubGated,
+        HubRateLimited,
+        HubUnauthorized,
+        HubUnreachable,
         Interrupted,
         InvalidModel,
         InvalidRequest,
@@ -47,6 +55,7 @@ if TYPE_CHECKING:
         LeasedServer,
         LoadOutcome,
         LoadProgress,
+        PrefetchOutcome,
         Status,
         UnloadOutcome,
     )
@@ -55,10 +64,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "errors": (
-        "Busy Cancelled DeadlineExceeded Interrupted InvalidModel InvalidRequest MalformedRequest "
-        "ModelNotFound NotLoaded OrchestratorError Problem RefusedArgument ServerExited "
-        "ServerStartFailed ServerUnavailable ShuttingDown SlotOccupied SlotOwned Stalled "
-        "StateDirError Superseded TimedOut Unavailable UnsupportedPlatform WrongProcess"
+        "Busy CacheDirError Cancelled DeadlineExceeded DiskFull HubCorrupt HubError HubGated "
+        "HubRateLimited HubUnauthorized HubUnreachable Interrupted InvalidModel InvalidRequest "
+        "MalformedRequest ModelNotFound NotLoaded OrchestratorError Problem RefusedArgument "
+        "ServerExited ServerStartFailed ServerUnavailable ShuttingDown SlotOccupied SlotOwned "
+        "Stalled StateDirError Superseded TimedOut Unavailable UnsupportedPlatform WrongProcess"
     ),
     "events": "Event",
     "orchestrator": "AsyncOrchestrator Orchestrator",
@@ -66,16 +76,24 @@ _HOMES = {
     "recovery": "RestartPolicy",
     "request": "LoadRequest ReloadReason",
     "states": "State",
-    "views": "LeasedServer LoadOutcome LoadProgress Status UnloadOutcome",
+    "views": "LeasedServer LoadOutcome LoadProgress PrefetchOutcome Status UnloadOutcome",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
     "AsyncOrchestrator",
     "Busy",
+    "CacheDirError",
     "Cancelled",
     "DeadlineExceeded",
+    "DiskFull",
     "Event",
+    "HubCorrupt",
+    "HubError",
+    "HubGated",
+    "HubRateLimited",
+    "HubUnauthorized",
+    "HubUnreachable",
     "Interrupted",
     "InvalidModel",
     "InvalidRequest",
@@ -89,6 +107,7 @@ __all__ = [
     "Orchestrator",
     "OrchestratorError",
     "Plan",
+    "PrefetchOutcome",
     "Problem",
     "RefusedArgument",
     "ReloadReason",

@@ -373,7 +373,8 @@ def begin_download(s: Step) -> None:
 def begin_spawn(s: Step) -> None:
     fact = cast("Fetched", s.fact)
     job = _next_phase(s, "download")
-    job = replace(job, target=replace(job.target, model=fact.model))
+    target = replace(job.target, model=fact.model).inheriting(dict(s.ctx.committed_args))
+    job = replace(job, target=target)
     s.put(job=job, effect=EffectInFlight("spawn", job.generation))
     s.emit(Spawn(job.generation, job.target))
 

@@ -19,7 +19,9 @@ def build_argv(target: Target, *, template_file: str | None) -> tuple[str, ...]:
         template_file: Where the chat template override was written, if there is one.
     """
     request = target.request
-    argv = [*target.server.command, "-m", target.model.weights[0].path]
+    weights = target.model.weights
+    model = weights[0].path if weights else f"<{target.request.model_path}>"  # to be downloaded
+    argv = [*target.server.command, "-m", model]
     argv += ["--host", "127.0.0.1", "--port", "0"]
     if target.model.projector is not None:
         argv += ["--mmproj", target.model.projector.path]

@@ -12,13 +12,14 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
 
 from orchestrator import guardian, models
 from orchestrator.argv import build_argv
+from orchestrator.download import FetchProgress, Hub
 from orchestrator.errors import OrchestratorError, Problem, StateDirError
 from orchestrator.health import LoadProgress, wait_ready
 from orchestrator.messages import (
@@ -71,20 +72,28 @@ class ProcessEffects:
         post: Where completions go; callable from any thread.
         kill_grace_s: Seconds between SIGTERM and SIGKILL.
         server_env: Variables the server gets beside the allow-list.
+        hub: Where models that are not here come from.
 
     Raises:
         InvalidRequest: a variable cannot be given (field `server_env`).
     """
 
     def __init__(
-        self, slot: Slot, post: Post, *, kill_grace_s: float, server_env: Mapping[str, str]
+        self,
+        slot: Slot,
+        post: Post,
+        *,
+        kill_grace_s: float,
+        server_env: Mapping[str, str],
+        hub: Hub,
     ) -> None:
         check_server_env(server_env)
+        self._hub = hub
         self._slot = slot
         self._post = post
         self._env = server_env
         self._server: ServerProcess | None = None
-        self._progress: LoadProgress | None = None
+        self._progress: LoadProgress | FetchProgress | None = None
         self._guardian: subprocess.Popen[bytes] | None = None
         self._work: queue.SimpleQueue[tuple[Effect, Callable[[], None]] | None] = (
             queue.SimpleQueue()
@@ -115,15 +124,15 @@ class ProcessEffects:
             case Kill():
                 self._warden.empty(effect, self._server, self._emptied)
             case Download():
-                self._progress = None
-                self._work.put((effect, lambda: self._download(effect)))
+                fetched = self._progress = FetchProgress()
+                self._work.put((effect, lambda: self._download(effect, token, fetched)))
             case Spawn():
                 self._spawn(effect, lock)
             case Probe():
-                self._progress = LoadProgress(effect.size_bytes)
-                self._work.put((effect, lambda: self._probe(effect, token)))
+                loaded = self._progress = LoadProgress(effect.size_bytes)
+                self._work.put((effect, lambda: self._probe(effect, token, loaded)))
 
-    def progress(self) -> LoadProgress | None:
+    def progress(self) -> LoadProgress | FetchProgress | None:
         return self._progress
 
     def log_tail(self, count: int) -> tuple[str, ...]:
@@ -180,18 +189,26 @@ class ProcessEffects:
                 problem = Problem("internal", f"{type(error).__name__}: {error}")
                 self._post(failure_of(effect, problem, time.monotonic()))
 
-    def _download(self, command: Download) -> None:
-        """Look at the files again: they may have been replaced since the load was accepted."""
+    def _download(self, command: Download, token: CancelToken, progress: FetchProgress) -> None:
+        """Fetch what is missing; look at local files again, which may have been replaced since the
+        load was accepted.
+        """
+        request = command.target.request
         try:
-            files = models.locate(command.target.request)
+            if command.target.model.hub is None:
+                files = models.locate(request)
+            else:
+                projector = models.given_projector(request)
+                files = self._hub.fetch(request, token, progress)
+                files = replace(files, projector=projector or files.projector)
         except OrchestratorError as error:
             self._post(FetchFailed(command.generation, time.monotonic(), error.problem))
         else:
             self._post(Fetched(command.generation, time.monotonic(), files))
 
-    def _probe(self, command: Probe, token: CancelToken) -> None:
-        server, progress = self._server, self._progress
-        if server is None or progress is None or server.pid != command.child.pid:
+    def _probe(self, command: Probe, token: CancelToken, progress: LoadProgress) -> None:
+        server = self._server
+        if server is None or server.pid != command.child.pid:
             problem = Problem("server_start_failed", "the server is gone", reason="exited")
             self._post(NotReady(command.generation, time.monotonic(), problem))
             return

@@ -12,6 +12,13 @@ OrchestratorError
 ├── Busy                      409  another load is in flight and `on_busy` is "reject"
 ├── ServerStartFailed         424  the server did not become healthy
 │   └── ServerUnavailable     424  no usable llama-server binary
+├── HubError                  502  the Hub would not serve it
+│   ├── HubUnreachable        502  no answer, or none that makes sense
+│   ├── HubRateLimited        503  asked too often; says when to ask again
+│   ├── HubGated              403  its terms have to be accepted first
+│   ├── HubUnauthorized       403  the token is missing, wrong or not enough
+│   └── HubCorrupt            502  what arrives is not what the Hub announced
+├── DiskFull                  507  the model does not fit on the cache's volume
 ├── TimedOut                  504
 │   ├── Stalled               504  no sign of progress for `stall_timeout_s`
 │   └── DeadlineExceeded      504  `deadline_s` is over
@@ -23,6 +30,7 @@ OrchestratorError
 │   └── SlotOccupied          503  a server of this slot would not die
 ├── SlotOwned                 409  another orchestrator owns this slot
 ├── StateDirError             500  the slot's directory cannot be used
+├── CacheDirError             500  the cache of models cannot be used
 └── UnsupportedPlatform       500
 
 `Problem` is the same as plain data: what the pure core passes around, what a status shows and
@@ -265,6 +273,46 @@ class ServerUnavailable(ServerStartFailed):
     title = "No usable llama-server"
 
 
+class HubError(OrchestratorError):
+    category = "hub_error"
+    status = 502
+    title = "The Hub did not serve the model"
+
+
+class HubUnreachable(HubError):
+    category = "hub_unreachable"
+    title = "The Hub cannot be reached"
+
+
+class HubRateLimited(HubError):
+    category = "hub_rate_limited"
+    status = 503
+    title = "The Hub was asked too often"
+
+
+class HubGated(HubError):
+    category = "hub_gated"
+    status = 403
+    title = "The model is gated"
+
+
+class HubUnauthorized(HubError):
+    category = "hub_unauthorized"
+    status = 403
+    title = "The Hub does not accept the token"
+
+
+class HubCorrupt(HubError):
+    category = "hub_corrupt"
+    title = "What the Hub sent is damaged"
+
+
+class DiskFull(OrchestratorError):
+    category = "disk_full"
+    status = 507
+    title = "Not enough disk"
+
+
 class TimedOut(OrchestratorError):
     category = "timed_out"
     status = 504
@@ -321,6 +369,11 @@ class SlotOwned(OrchestratorError):
 class StateDirError(OrchestratorError):
     category = "state_dir"
     title = "The slot's directory cannot be used"
+
+
+class CacheDirError(OrchestratorError):
+    category = "cache_dir"
+    title = "The cache of models cannot be used"
 
 
 class UnsupportedPlatform(OrchestratorError):

@@ -249,7 +249,7 @@ def is_same(ctx: Context, job: Job, target: Target) -> bool:
 
 def is_named(target: Target, model: str | None) -> bool:
     """Does an unload of `model` mean this target? None means any."""
-    return model is None or model in {target.request.model_path, target.model.weights[0].path}
+    return model is None or target.is_called(model)
 
 
 def cancels(job: Job, fact: CancelRequested) -> bool:

@@ -8,12 +8,9 @@ adapts.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import select
 import socket
-import threading
 import time
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -24,6 +21,7 @@ from orchestrator.messages import Exit, ServerFacts
 from orchestrator.output import MAX_LINES, TAIL_LINES
 from orchestrator.process import ServerProcess
 from orchestrator.tokens import CancelToken
+from orchestrator.waker import Waker
 
 _ANSWER_S: Final = 2.0
 _PROPS_S: Final = 1.0
@@ -32,41 +30,6 @@ _LOOK_UP_S: Final = 0.03  # a look at the process table costs 3 to 8 ms
 _LOOK_UP_MOST_S: Final = 0.5
 _MAX_ANSWER: Final = 1 << 20
 _HOST: Final = "127.0.0.1"
-
-
-class _Waker:
-    """A pipe that other threads write to: everything the wait is woken by."""
-
-    def __init__(self) -> None:
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
-        os.set_blocking(self._read, False)
-        self._is_open = True
-        self._guard = threading.Lock()  # no write may hit a descriptor that was closed and reused
-
-    def wake(self) -> None:
-        with self._guard, contextlib.suppress(BlockingIOError):
-            if self._is_open:
-                os.write(self._write, b"x")
-
-    def wait(
-        self, seconds: float, also: socket.socket | None = None, events: int = select.POLLIN
-    ) -> tuple[bool, bool]:
-        """Return (something happened, `also` is ready) after at most so long."""
-        poll = select.poll()  # select() ends at descriptor 1024
-        poll.register(self._read, select.POLLIN)
-        if also is not None:
-            poll.register(also, events)
-        ready = [fd for fd, _ in poll.poll(seconds * 1000)]
-        if woken := self._read in ready:
-            os.read(self._read, 4096)
-        return woken, len(ready) > woken
-
-    def close(self) -> None:
-        with self._guard:
-            self._is_open = False
-            os.close(self._read)
-            os.close(self._write)
 
 
 @dataclass(slots=True)
@@ -125,7 +88,7 @@ def wait_ready(
     Returns:
         What the server says of itself, or why it will not be ready.
     """
-    waker, finder = _Waker(), _Finder(server)
+    waker, finder = Waker(), _Finder(server)
 
     def tell() -> None:
         """Output says nothing while nobody knows where to ask, and there is a lot of it."""
@@ -150,7 +113,7 @@ def wait_ready(
 def _wait(
     finder: _Finder,
     token: CancelToken,
-    waker: _Waker,
+    waker: Waker,
     stall_timeout_s: float,
     progress: LoadProgress,
 ) -> ServerFacts | Problem | None:
@@ -182,7 +145,7 @@ def _wait(
             pause = None if port is not None else pause
 
 
-def _exit_of(server: ServerProcess, waker: _Waker) -> Exit | None:
+def _exit_of(server: ServerProcess, waker: Waker) -> Exit | None:
     """The warden sees the exit and the last output within moments of the kernel."""
     ends = time.monotonic() + _ANSWER_S
     while server.exit is None and time.monotonic() < ends:
@@ -230,7 +193,7 @@ class _Visit:
     """
 
     server: ServerProcess
-    waker: _Waker
+    waker: Waker
     token: CancelToken
 
     def facts(self, port: int) -> ServerFacts | None:

@@ -23,6 +23,7 @@ from typing import Any, Literal, Self, TypeVar, cast
 from orchestrator import views
 from orchestrator.argv import build_argv
 from orchestrator.context import Context, Policy
+from orchestrator.download import Hub, is_hub
 from orchestrator.effects import ProcessEffects
 from orchestrator.errors import (
     InvalidRequest,
@@ -45,16 +46,24 @@ from orchestrator.messages import (
     Unloaded,
     UnloadRequested,
 )
-from orchestrator.models import locate
+from orchestrator.models import given_projector, is_local, locate
 from orchestrator.owner import Call, Owner, unsettled
 from orchestrator.plan import Plan, checked_seconds, plan_load
+from orchestrator.prefetch import Prefetches, download_key
 from orchestrator.recovery import RestartPolicy
-from orchestrator.request import LoadRequest, Target
+from orchestrator.request import LoadRequest, ModelFiles, Target
 from orchestrator.servers import ask_catalogue, find_server
 from orchestrator.slot import Slot, default_state_dir
 from orchestrator.states import State
 from orchestrator.tokens import Generation, Ticket
-from orchestrator.views import LeasedServer, LoadOutcome, LoadProgress, Status, UnloadOutcome
+from orchestrator.views import (
+    LeasedServer,
+    LoadOutcome,
+    LoadProgress,
+    PrefetchOutcome,
+    Status,
+    UnloadOutcome,
+)
 
 _T = TypeVar("_T")
 
@@ -101,6 +110,8 @@ class _Base:
         drain_s = checked_seconds("drain_timeout_s", drain_timeout_s)
         self._policy = Policy(drain_s, abandoned_load, _restart_policy(restart))
         self._server_env = dict(server_env or {})
+        self._hub = Hub(self._cache / "hub")
+        self._prefetches = Prefetches(self._hub)
         self._owner: Owner | None = None
         self._pid = 0
         self._is_closed = False
@@ -135,7 +146,11 @@ class _Base:
         try:
             owner = Owner(
                 lambda post: ProcessEffects(
-                    slot, post, kill_grace_s=self._kill_grace_s, server_env=self._server_env
+                    slot,
+                    post,
+                    kill_grace_s=self._kill_grace_s,
+                    server_env=self._server_env,
+                    hub=self._hub,
                 ),
                 policy=self._policy,
                 tickets=self._tickets,
@@ -159,6 +174,7 @@ class _Base:
             return  # a fork may have copied the lock while it was held
         with self._life:
             self._is_closed, owner = True, self._owner
+            self._prefetches.close()
             if owner is None or owner.has_ended:
                 return
             call = owner.call()
@@ -175,7 +191,8 @@ class _Base:
     def status(self) -> Status:
         """Return what is true right now. Never blocks; a decision belongs into a request."""
         owner = self._owner
-        return views.status(owner.snapshot, owner.clock()) if owner else views.not_started()
+        shown = views.status(owner.snapshot, owner.clock()) if owner else views.not_started()
+        return replace(shown, prefetching=views.prefetching(self._prefetches.under_way()))
 
     def progress(self) -> LoadProgress:
         """Return how far the load in flight is."""
@@ -239,13 +256,28 @@ class _Base:
 
     def _target(self, request: LoadRequest) -> Target:
         _refuse_unsupported(request)
-        target = Target(request, locate(request), find_server(self._llama_server))
+        target = Target(request, self._model(request), find_server(self._llama_server))
         if target.speculative_type is not None:
-            cache = Path(self._state_dir or default_state_dir()) / "cache"
-            server = replace(target.server, catalogue=ask_catalogue(target.server, cache))
+            server = replace(target.server, catalogue=ask_catalogue(target.server, self._cache))
             target = replace(target, server=server)
             build_argv(target, template_file=None)  # refuses what this binary cannot do
         return target
+
+    def _model(self, request: LoadRequest) -> ModelFiles:
+        """Return the files of a model, or where it comes from if it is not here yet."""
+        if not is_local(request.model_path) and is_hub(request.model_path):
+            projector = given_projector(request)
+            model = self._hub.look_up(request)
+            return replace(model, projector=projector) if projector is not None else model
+        if request.revision is not None:
+            message = f"revision is of a Hub model, and {request.model_path} is not one"
+            raise InvalidRequest.because(message, field="revision")
+        return locate(request)
+
+    @property
+    def _cache(self) -> Path:
+        """What is worth keeping about this machine, whatever the slot."""
+        return Path(self._state_dir or default_state_dir()) / "cache"
 
     def _ask_load(self, call: Call, request: LoadRequest) -> None:
         """Look up what the request names and post it; a refusal is an answer to the call.
@@ -261,12 +293,60 @@ class _Base:
             owner.refuse(call, Problem("internal", repr(error)))
             raise
         else:
-            owner.ask(call, LoadRequested(call.ticket, target, owner.clock()))
+            if request.on_busy == "supersede":
+                self._supersede_prefetches(request)
+            if request.prefetch and not target.model.is_on_disk:
+                self._prefetch_first(call, request)
+            else:
+                owner.ask(call, LoadRequested(call.ticket, target, owner.clock()))
+
+    def _supersede_prefetches(self, newer: LoadRequest) -> None:
+        """Loads that still download give way like those that are further on."""
+        message = f"superseded by a newer load of {newer.model_path}"
+        self._prefetches.end(
+            lambda other: other.is_load and download_key(other.request) != download_key(newer),
+            Problem("superseded", message),
+        )
+
+    def _prefetch_first(self, call: Call, request: LoadRequest) -> None:
+        """Post the load when its model is on disk; what runs is left alone until then."""
+        owner = cast("Owner", self._owner)
+        fetching = self._prefetches.begin(request, is_load=True)
+
+        def go_on(found: Future[ModelFiles]) -> None:
+            if found.cancelled():
+                return
+            error = found.exception()
+            if isinstance(error, OrchestratorError):
+                owner.refuse(call, error.problem)
+            else:
+                self._ask_load(call, replace(request, prefetch=False))
+
+        fetching.add_done_callback(go_on)
+        call.settled.add_done_callback(
+            lambda settled: fetching.cancel() if settled.cancelled() else None
+        )
+
+    def _begin_prefetch(self, request: LoadRequest) -> Future[ModelFiles]:
+        if self._is_closed:
+            raise ShuttingDown.because("this orchestrator has been closed: make a new one")
+        model = self._model(request)
+        if model.hub is not None:
+            return self._prefetches.begin(request, is_load=False)
+        here: Future[ModelFiles] = Future()
+        here.set_result(model)
+        return here
 
     def _ask_unload(self, model_path: str | None, ticket: Ticket | None = None) -> Call:
         owner = self._start()
         call = owner.call(ticket)
         model = model_path.strip() if model_path is not None else None
+        self._prefetches.end(
+            lambda other: (
+                other.is_load and (not model or model.lower() == other.request.model_path.lower())
+            ),
+            Problem("cancelled", "ended by an unload"),
+        )
         owner.ask(call, UnloadRequested(call.ticket, model or None, owner.clock()))
         return call
 
@@ -277,6 +357,12 @@ class _Base:
             )
         owner = self._start()
         call = owner.call()
+        if request_id is not None and self._prefetches.end(
+            lambda other: other.request.load_request_id == request_id,
+            Problem("cancelled", "cancelled by the caller"),
+        ):
+            owner.answer(call, CancelAnswer(cancelled=True))
+            return call
         owner.ask(call, CancelRequested(call.ticket, request_id, generation, owner.clock()))
         return call
 
@@ -334,9 +420,29 @@ class Orchestrator(_Base):
         return views.load_outcome(cast("Loaded", _result(self._begin_load(request, fields))))
 
     def submit(self, request: LoadRequest | str, **fields: Any) -> Generation:
-        """Begin a load that nobody waits for, and return its generation for `outcome`."""
-        call = self._begin_load(request, fields)
+        """Begin a load that nobody waits for, and return its generation for `outcome`.
+
+        Raises:
+            InvalidRequest: with `prefetch` there is no generation before the download has ended.
+        """
+        call = self._begin_load(_submitted(request, fields), {})
         return _accepted(_wait(call.accepted, call))
+
+    def prefetch(self, request: LoadRequest | str, **fields: Any) -> PrefetchOutcome:
+        """Make a model whole on disk while another may keep serving; a load then finds it there.
+
+        Who asks for the same shares one download; `cancel` by `load_request_id` ends it.
+
+        Raises:
+            OrchestratorError: see `orchestrator.errors`; HubError and DiskFull among them.
+        """
+        wanted = _request(request, fields)
+        fetching = self._begin_prefetch(wanted)
+        try:
+            return views.prefetch_outcome(wanted, fetching.result())
+        except BaseException:
+            fetching.cancel()
+            raise
 
     def unload(self, model_path: str | None = None) -> UnloadOutcome:
         """Stop the server, ending any load in flight; returns when the slot is verified empty."""
@@ -404,12 +510,18 @@ class AsyncOrchestrator(_Base):
 
     async def submit(self, request: LoadRequest | str, **fields: Any) -> Generation:
         """As `Orchestrator.submit`."""
-        call = await self._begin_load(request, fields)
+        call = await self._begin_load(_submitted(request, fields), {})
         try:
             return _accepted(await asyncio.wrap_future(call.accepted))
         except asyncio.CancelledError:
             call.settled.cancel()
             raise
+
+    async def prefetch(self, request: LoadRequest | str, **fields: Any) -> PrefetchOutcome:
+        """As `Orchestrator.prefetch`; a cancelled `await` ends only its own interest."""
+        wanted = _request(request, fields)
+        fetching = await asyncio.to_thread(self._begin_prefetch, wanted)
+        return views.prefetch_outcome(wanted, await asyncio.wrap_future(fetching))
 
     async def unload(self, model_path: str | None = None) -> UnloadOutcome:
         """As `Orchestrator.unload`."""
@@ -491,6 +603,14 @@ def _request(request: LoadRequest | str, changes: dict[str, Any]) -> LoadRequest
     return LoadRequest.from_dict({"model_path": request, **changes})
 
 
+def _submitted(request: LoadRequest | str, changes: dict[str, Any]) -> LoadRequest:
+    wanted = _request(request, changes)
+    if wanted.prefetch:
+        message = "prefetch and submit do not go together: prefetch first, then submit the load"
+        raise InvalidRequest.because(message, field="prefetch")
+    return wanted
+
+
 def _restart_policy(restart: object) -> RestartPolicy | None:
     """Return the policy a caller means, checked.
 
@@ -513,11 +633,10 @@ def _restart_policy(restart: object) -> RestartPolicy | None:
 
 def _refuse_unsupported(request: LoadRequest) -> None:
     """A setting this version cannot honour is refused, never silently dropped."""
-    for field in ("idle_ttl_s", "revision"):
-        if getattr(request, field):
-            raise InvalidRequest.because(
-                f"{field} is not supported by this version: leave it out", field=field
-            )
+    if request.idle_ttl_s is not None:
+        raise InvalidRequest.because(
+            "idle_ttl_s is not supported by this version: leave it out", field="idle_ttl_s"
+        )
 
 
 def _unload_outcome(answer: Answer) -> UnloadOutcome:

@@ -152,7 +152,11 @@ class Owner:
 
     def refuse(self, call: Call, problem: Problem) -> None:
         """Answer a call that never became a request."""
-        self._settle(Settle(call.ticket, problem))
+        self.answer(call, problem)
+
+    def answer(self, call: Call, answer: Answer) -> None:
+        """Answer a call in the machine's place."""
+        self._settle(Settle(call.ticket, answer))
 
     def post(self, fact: Fact) -> None:
         """Put a fact into the inbox. After the end, whoever posts also answers what is there."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, get_args
 
-from orchestrator import server_args
+from orchestrator import server_args, variants
 from orchestrator.errors import InvalidRequest, MalformedRequest
 from orchestrator.named import Named
 
@@ -131,12 +131,43 @@ class FileIdentity:
 
 
 @dataclass(frozen=True, slots=True)
+class HubModel:
+    """Where on the Hub a model comes from.
+
+    Attributes:
+        repo: `owner/name`; upper and lower case mean the same.
+        revision: As it was asked for; None = the default branch.
+        commit: What that is, once it is known.
+        note: What is worth knowing about it, e.g. that the Hub could not be asked.
+    """
+
+    repo: str
+    revision: str | None = None
+    commit: str | None = None
+    note: str | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A model on disk: every shard in order, and the projector of a vision model."""
+    """A model on disk: every shard in order, and the projector of a vision model.
+
+    Of a Hub model that has not been looked up yet there are no weights, and the variant is the one
+    that was asked for.
+    """
 
     weights: tuple[FileIdentity, ...]
     projector: FileIdentity | None = None
     variant: str | None = None
+    hub: HubModel | None = None
+
+    @property
+    def is_on_disk(self) -> bool:
+        return bool(self.weights)
+
+    @property
+    def name(self) -> str:
+        """What the model is called: its repo, or its first file."""
+        return self.hub.repo.lower() if self.hub is not None else self.weights[0].path
 
     @property
     def size_bytes(self) -> int:
@@ -179,7 +210,7 @@ class Target:
     @property
     def source(self) -> tuple[str, str | None]:
         """What extra args are inherited by: the model's identifier and resolved variant."""
-        return self.model.weights[0].path, self.model.variant
+        return self.model.name, self.model.variant
 
     @property
     def extra_args(self) -> tuple[str, ...]:
@@ -209,27 +240,50 @@ class Target:
     def _manual(self) -> str:
         return server_args.manual_mode(self.extra_args)
 
+    def is_called(self, model: str) -> bool:
+        """Would somebody call it so? By its file, its repo, or repo and variant."""
+        if model in {self.request.model_path, self.model.name}:
+            return True
+        repo, variant = variants.split_reference(model) or (model, None)
+        known = self.model.variant or ""
+        return (
+            self.model.hub is not None
+            and repo.lower() == self.model.name
+            and (variant is None or variant.upper() == known.upper())
+        )
+
     def inheriting(self, committed: Mapping[tuple[str, str | None], tuple[str, ...]]) -> Target:
         """Return this target with omitted extra args taken from the last load of its source.
 
         Args:
             committed: Extra args of the last load that became Healthy, by source.
         """
-        if self.request.llama_extra_args is not None:
-            return self
+        if self.request.llama_extra_args is not None or not self.model.is_on_disk:
+            return self  # what it inherits depends on the variant that is found
         inherited, groups = committed.get(self.source, ()), groups_set_by(self.request)
         if self.request.speculative_type == server_args.manual_mode(inherited):
             groups -= {"speculative_type"}  # posted back as it was shown: it must not change
         kept = server_args.strip_shadowed(inherited, groups)
         return replace(self, request=replace(self.request, llama_extra_args=kept))
 
+    def asked(self) -> dict[str, object]:
+        """What of a Hub model can be compared before it has been looked up: what was asked for."""
+        hub, request = self.model.hub, self.request
+        variant = request.gguf_variant
+        return {
+            "gguf_variant": variant and variant.upper(),
+            "revision": hub and hub.revision,
+            "mmproj_path": request.mmproj_path,
+        }
+
     def identity(self) -> dict[str, object]:
         """Everything "the same" means, by the name a reload reason uses."""
-        request = self.request
+        request, model = self.request, self.model
         return {
-            "model_path": self.model.weights,
-            "gguf_variant": self.model.variant,
-            "mmproj_path": self.model.projector,
+            "model_path": model.weights if model.hub is None else model.name,
+            "gguf_variant": model.variant,
+            "revision": model.hub and (model.hub.commit or model.hub.revision),
+            "mmproj_path": model.projector,
             "max_seq_length": request.max_seq_length,
             "cache_type_kv": request.cache_type_kv,
             "speculative_type": self.speculative_type,
@@ -248,6 +302,8 @@ def groups_set_by(request: LoadRequest) -> frozenset[str]:
 def differences(running: Target, requested: Target) -> tuple[ReloadReason, ...]:
     """Return what keeps `running` from serving `requested`; empty means they are the same."""
     ours, theirs = running.identity(), requested.identity()
+    if running.model.is_on_disk != requested.model.is_on_disk:
+        ours, theirs = ours | running.asked(), theirs | requested.asked()
     return tuple(
         ReloadReason(name, _shown(ours[name]), _shown(theirs[name]))
         for name in ours

@@ -7,16 +7,18 @@ Nothing here decides anything.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from orchestrator.context import Context, Job
+from orchestrator.download import FetchProgress
 from orchestrator.errors import Problem
 from orchestrator.messages import Exit, LeaseGranted, Loaded, Timings
 from orchestrator.named import Named
 from orchestrator.owner import Snapshot
 from orchestrator.ports import Progress as PhaseProgress
-from orchestrator.request import ReloadReason, Target
+from orchestrator.request import LoadRequest, ModelFiles, ReloadReason, Target
 from orchestrator.states import PHASES, State
 from orchestrator.tokens import Generation
 
@@ -31,6 +33,8 @@ class LoadOutcome(Named):
         base_url: Where the server answers, e.g. `http://127.0.0.1:36017`.
         context_length: What the server really has per slot, tokens; None if it does not say.
         requested_context_length: What was asked for; 0 = Auto.
+        revision: Commit of a Hub model.
+        note: What is worth knowing, e.g. that the Hub could not be asked for a newer revision.
         llama_extra_args: The effective ones; they may be posted back and mean the same.
         timings_s: Seconds in `kill`, `download`, `spawn`, `health`, and in `total`.
     """
@@ -40,6 +44,8 @@ class LoadOutcome(Named):
     joined: bool
     model_path: str
     gguf_variant: str | None
+    revision: str | None
+    note: str | None
     pid: int
     base_url: str
     context_length: int | None
@@ -53,6 +59,9 @@ class LoadOutcome(Named):
 
     def as_dict(self) -> dict[str, Any]:
         members = {name: getattr(self, name) for name in self.__slots__}
+        for name in ("revision", "note"):  # of Hub models
+            if members[name] is None:
+                del members[name]
         members["reload_reasons"] = [reason.as_dict() for reason in self.reload_reasons]
         members["timings_s"] = asdict(self.timings_s)
         return members
@@ -99,6 +108,7 @@ class Status(Named):
         occupied_by: Pid of a process that would not die and keeps the slot occupied.
         recovery: What is done about a server that ended by itself.
         story: The last transitions, oldest first.
+        prefetching: Downloads that are no load's own.
     """
 
     state: State
@@ -112,6 +122,7 @@ class Status(Named):
     occupied_by: int | None
     recovery: RecoveryStatus | None
     story: tuple[str, ...]
+    prefetching: tuple[Prefetching, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -126,6 +137,7 @@ class Status(Named):
             "occupied_by": self.occupied_by,
             "recovery": asdict(self.recovery) if self.recovery else None,
             "story": list(self.story),
+            "prefetching": [asdict(one) for one in self.prefetching],
         }
 
 
@@ -137,6 +149,36 @@ class LoadProgress(Named):
     bytes_done: int | None
     bytes_total: int | None
     fraction: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Prefetching(Named):
+    """A download while something else may run."""
+
+    model_path: str
+    gguf_variant: str | None
+    bytes_done: int
+    bytes_total: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchOutcome(Named):
+    """A model that is whole on disk.
+
+    Attributes:
+        revision: The commit; None for a local model.
+        files: Where its files are: every part, and the projector last.
+    """
+
+    model_path: str
+    gguf_variant: str | None
+    revision: str | None
+    size_bytes: int
+    files: list[str]
+    note: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -173,6 +215,25 @@ def load_outcome(answer: Loaded) -> LoadOutcome:
         reload_reasons=list(answer.reload_reasons),
         timings_s=answer.timings,
         **_settings(answer.target),
+    )
+
+
+def prefetch_outcome(request: LoadRequest, files: ModelFiles) -> PrefetchOutcome:
+    return PrefetchOutcome(
+        request.model_path,
+        files.variant,
+        files.hub.commit if files.hub else None,
+        files.size_bytes,
+        [file.path for file in (*files.weights, *filter(None, (files.projector,)))],
+        files.hub.note if files.hub else None,
+    )
+
+
+def prefetching(
+    under_way: Iterable[tuple[LoadRequest, FetchProgress]],
+) -> tuple[Prefetching, ...]:
+    return tuple(
+        Prefetching(r.model_path, r.gguf_variant, p.bytes_done, p.bytes_total) for r, p in under_way
     )
 
 
@@ -217,6 +278,8 @@ def _settings(target: Target) -> dict[str, Any]:
     return {
         "model_path": target.request.model_path,
         "gguf_variant": target.model.variant,
+        "revision": target.model.hub.commit if target.model.hub else None,
+        "note": target.model.hub.note if target.model.hub else None,
         "requested_context_length": target.request.max_seq_length,
         "cache_type_kv": target.request.cache_type_kv,
         "speculative_type": target.drafting,

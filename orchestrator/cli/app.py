@@ -24,6 +24,7 @@ PROGRAM: Final = "llama-orchestrator"
 _HOMES: Final = {
     "serving": "run serve",
     "client": "load unload cancel status plan",
+    "pull": "pull",
     "demo": "demo",
     "doctor": "doctor",
     "picture": "diagram",

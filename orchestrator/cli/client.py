@@ -116,6 +116,7 @@ def _remote(url: str, api_key_file: str | None, as_json: bool) -> Remote:
 @click.option(
     "--restore-previous", is_flag=True, help="If it does not start, bring back what runs now."
 )
+@click.option("--prefetch", is_flag=True, help="Download first, while what runs keeps serving.")
 @click.option("--on-busy", type=click.Choice(["supersede", "queue", "reject"]))
 @click.option("--load-request-id", metavar="ID", help="A handle for `cancel`.")
 @click.option("--clear-args", is_flag=True, help="Do not inherit earlier llama-server flags.")
@@ -132,7 +133,8 @@ def load(
 ) -> None:
     """Load a model, and wait until it is Healthy."""
     remote = _remote(url, api_key_file, as_json)
-    request = options.load_request(**fields, url=url).as_dict()
+    wanted = options.load_request(**fields, url=url)
+    request = {**wanted.as_dict(), "hf_token": wanted.hf_token}
     if clear_args:
         request["llama_extra_args"] = request["llama_extra_args"] or []
     path = _PREFIX + "/load" + ("?wait=false" if no_wait else "")

@@ -27,8 +27,6 @@ NOT_YET: Final = frozenset(
         "--idle-ttl",
         "--models-dir",
         "--allowed-host",
-        "--revision",
-        "--hf-token",
         "--prefetch",
         "--restore-previous",
         "--pinned",
@@ -101,7 +99,7 @@ def split(args: Sequence[str], takes_value: Mapping[str, bool]) -> tuple[list[st
 
 def llama_flags() -> tuple[str, ...] | None:
     """Return the flags for llama-server of the command being run; None when there are none."""
-    return tuple(click.get_current_context().meta[_FLAGS]) or None
+    return tuple(click.get_current_context().meta.get(_FLAGS, ())) or None
 
 
 # ------------------------------------------------------------------------------------- the options
@@ -122,12 +120,24 @@ def json_option() -> Decorator:
     return together(click.option("--json", "as_json", is_flag=True, help="Print JSON."))
 
 
+def hub_options() -> Decorator:
+    """Of a model that comes from the Hub."""
+    return together(
+        click.option("--revision", metavar="R", help="Branch, tag or commit on the Hub."),
+        click.option("--hf-token-file", metavar="F", help="Hub token; default: HF_TOKEN, login."),
+    )
+
+
 def model_options() -> Decorator:
     """What to load and how, as far as a flag of llama-server's is not the better word for it."""
     option = click.option
     return together(
         click.argument("model", required=False),
-        option("-m", "--model", "model_option", metavar="MODEL", help="A .gguf file or a folder."),
+        option(
+            *("-m", "--model", "model_option"),
+            metavar="MODEL",
+            help="A .gguf file, a folder, or owner/name[:VARIANT] on the Hub.",
+        ),
         option("--gguf-variant", metavar="V", help="Quant label, e.g. Q4_K_M."),
         option("--max-seq-length", type=int, metavar="N", help="Context in tokens; 0 = Auto."),
         option("--cache-type-kv", metavar="T", help="KV cache type, e.g. q8_0."),
@@ -152,6 +162,7 @@ def model_options() -> Decorator:
             metavar="S",
             help="Give up after this long in all.",
         ),
+        hub_options(),
     )
 
 
@@ -159,6 +170,7 @@ def load_request(
     model: str | None,
     model_option: str | None,
     chat_template_file: str | None = None,
+    hf_token_file: str | None = None,
     *,
     url: str | None = None,
     **fields: Any,
@@ -182,6 +194,8 @@ def load_request(
         members["llama_extra_args"] = flags
     if chat_template_file is not None:
         members["chat_template_override"] = _read(chat_template_file, "--chat-template-file")
+    if hf_token_file is not None:
+        members["hf_token"] = _read(hf_token_file, "--hf-token-file").strip()
     for name in ("model_path", "mmproj_path"):
         if url is not None and name in members:
             members[name] = absolute(members[name], url)

@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orchestrator.http.app import create_app, router
+    from orchestrator.http.passthrough import PassThrough
 
-__all__ = ["create_app", "router"]
+__all__ = ["PassThrough", "create_app", "router"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from orchestrator.http import app
+    from orchestrator.http import app, passthrough
 
-    return getattr(app, name)
+    return getattr(passthrough if name == "PassThrough" else app, name)
 
 
 def __dir__() -> list[str]:

@@ -15,12 +15,14 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel
+from starlette.routing import Route
 
 import orchestrator
 from orchestrator.errors import InvalidRequest, NotLoaded, Problem
 from orchestrator.http import schemas
 from orchestrator.http.bodies import json_body, known, refuse, while_connected
 from orchestrator.http.keys import RequireKey
+from orchestrator.http.passthrough import PassThrough
 from orchestrator.http.problems import MEDIA_TYPE, Json, ProblemRoute, install
 from orchestrator.orchestrator import AsyncOrchestrator
 from orchestrator.output import MAX_LINES
@@ -61,15 +63,19 @@ def create_app(
         raise TypeError("give an orchestrator or the options for one, not both")
     served = AsyncOrchestrator(**orchestrator_options) if orch is None else orch
 
+    passed_on = PassThrough(served)
+
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with served:
             yield
+        await passed_on.close()
 
     app = FastAPI(title="llama-orchestrator", version=orchestrator.__version__, lifespan=lifespan)
     install(app)
     app.include_router(router(served))
     app.include_router(_health(served))
+    app.router.routes.append(Route("/v1/{path:path}", passed_on))  # any method
     if keys := tuple(api_keys):
         app.add_middleware(RequireKey, keys=keys)
     return app

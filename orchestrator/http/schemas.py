@@ -79,6 +79,8 @@ class LoadAnswer(_Answer):
     joined: bool
     model_path: str
     gguf_variant: str | None
+    revision: str | None = None
+    note: str | None = None
     pid: int
     base_url: str
     context_length: int | None
@@ -159,6 +161,15 @@ class Exit(_Answer):
     log_tail: list[str]
 
 
+class Prefetching(_Answer):
+    """A download while something else may run."""
+
+    model_path: str
+    gguf_variant: str | None
+    bytes_done: int
+    bytes_total: int | None
+
+
 class Recovery(_Answer):
     """A server that ended by itself: it is started again, or not for a while."""
 
@@ -180,6 +191,7 @@ class StatusAnswer(_Answer):
     occupied_by: int | None
     recovery: Recovery | None
     story: list[str]
+    prefetching: list[Prefetching]
 
 
 class ProgressAnswer(_Answer):

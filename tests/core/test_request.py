@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from orchestrator.errors import InvalidRequest, MalformedRequest, OrchestratorError
 from orchestrator.request import (
     FileIdentity,
+    HubModel,
     LoadRequest,
     ModelFiles,
     ServerBinary,
@@ -321,6 +322,19 @@ def weights(*changes: dict[str, int], projector: FileIdentity | None = None) -> 
 
 
 PROJECTOR = file("/models/mmproj.gguf")
+
+
+def on_hub(repo: str = "org/a", variant: str = "Q8_0", commit: str = "a" * 40) -> ModelFiles:
+    """A Hub model in the cache; what it is counts, not where its files lie."""
+    files = (file(f"/cache/{repo}/{commit}/{variant}.gguf"),)
+    return ModelFiles(files, None, variant, HubModel(repo, None, commit))
+
+
+def wanted_of_hub(variant: str | None = None, revision: str | None = None) -> ModelFiles:
+    """One that is not in the cache."""
+    return ModelFiles((), None, variant, HubModel("ORG/A", revision))
+
+
 IDENTITY: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("model_path", {}, {"model": ModelFiles((file("/models/b.gguf"),), None, "Q4_K_M")}),
     *[
@@ -329,6 +343,9 @@ IDENTITY: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ],
     ("model_path", {"model": weights({}, {})}, {"model": weights({})}),
     ("gguf_variant", {}, {"model": ModelFiles((file("/models/a.gguf"),), None, "Q8_0")}),
+    ("model_path", {"model": on_hub()}, {"model": on_hub(repo="org/b")}),
+    ("gguf_variant", {"model": on_hub()}, {"model": on_hub(variant="F16")}),
+    ("revision", {"model": on_hub()}, {"model": on_hub(commit="b" * 40)}),
     (
         "mmproj_path",
         {"model": weights({}, projector=PROJECTOR)},
@@ -372,6 +389,39 @@ def test_each_setting_that_matters_gives_exactly_its_reason(
     json.dumps(reason)
     assert differences(ours, ours) == ()
     assert differences(theirs, theirs) == ()
+
+
+def test_a_hub_model_is_the_same_wherever_its_files_lie_and_however_its_name_is_cased() -> None:
+    """Contract: repo id without case, resolved variant, resolved commit."""
+    ours = on_hub()
+    hub = HubModel("Org/A", "main", "a" * 40)
+    moved = replace(ours, weights=(file("/elsewhere/x.gguf"),), hub=hub)
+    assert differences(target(model=ours), target(model=moved)) == ()
+
+
+def test_a_hub_model_that_nobody_looked_up_yet_is_compared_by_what_was_asked_for() -> None:
+    """Two loads in a row, before the first has its listing, are one; and so is one that finds it
+    running while the cache is away.
+    """
+    nothing = target(model=wanted_of_hub())
+    assert differences(nothing, target(model=wanted_of_hub())) == ()
+    assert differences(target(model=on_hub()), nothing) == ()
+    q8 = target(model=wanted_of_hub("q8_0"), gguf_variant="q8_0")
+    running = target(model=on_hub(), gguf_variant="Q8_0")
+    assert differences(running, q8) == ()
+    assert [r.field for r in differences(nothing, q8)] == ["gguf_variant"]
+    branch = target(model=wanted_of_hub(revision="dev"))
+    assert [r.field for r in differences(nothing, branch)] == ["revision"]
+
+
+def test_what_a_hub_model_inherits_waits_for_the_variant_that_is_found() -> None:
+    """B40: keyed by the resolved variant."""
+    committed = {("org/a", "Q8_0"): ("--seed", "7")}
+    before = target(model=wanted_of_hub(), llama_extra_args=None).inheriting(committed)
+    assert before.request.llama_extra_args is None
+    found = replace(before, model=on_hub()).inheriting(committed)
+    assert found.extra_args == ("--seed", "7")
+    assert replace(before, model=on_hub(variant="F16")).inheriting(committed).extra_args == ()
 
 
 def test_every_part_of_the_identity_has_such_a_case() -> None:
@@ -500,3 +550,19 @@ def test_inheriting_twice_is_inheriting_once(values: dict[str, Any], args: list[
     once = wanted.inheriting({wanted.source: tuple(args)})
     assert once.inheriting({wanted.source: ("--other",)}) == once
     assert once.request.llama_extra_args is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "is_it"),
+    [
+        ("org/a", True),
+        ("ORG/A", True),
+        ("org/a:q8_0", True),
+        ("org/a:F16", False),
+        ("org/b", False),
+        ("a", False),
+    ],
+)
+def test_a_hub_model_is_called_by_its_repo_in_any_case(name: str, is_it: bool) -> None:
+    """An unload that names what runs must not answer that nothing of that name is there."""
+    assert target(model=on_hub()).is_called(name) == is_it

@@ -1,0 +1,48 @@
+"""A wait that other threads can end: what a cancel, an exit or a line of output wakes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+from typing import BinaryIO
+
+
+class Waker:
+    """A pipe that other threads write to: everything the wait is woken by."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        os.set_blocking(self._read, False)
+        self._is_open = True
+        self._guard = threading.Lock()  # no write may hit a descriptor that was closed and reused
+
+    def wake(self) -> None:
+        with self._guard, contextlib.suppress(BlockingIOError):
+            if self._is_open:
+                os.write(self._write, b"x")
+
+    def wait(
+        self,
+        seconds: float,
+        also: socket.socket | BinaryIO | None = None,
+        events: int = select.POLLIN,
+    ) -> tuple[bool, bool]:
+        """Return (something happened, `also` is ready) after at most so long."""
+        poll = select.poll()  # select() ends at descriptor 1024
+        poll.register(self._read, select.POLLIN)
+        if also is not None:
+            poll.register(also, events)
+        ready = [fd for fd, _ in poll.poll(seconds * 1000)]
+        if woken := self._read in ready:
+            os.read(self._read, 4096)
+        return woken, len(ready) > woken
+
+    def close(self) -> None:
+        with self._guard:
+            self._is_open = False
+            os.close(self._read)
+            os.close(self._write)

@@ -1,0 +1,294 @@
+"""`/v1/*`: a real llama.cpp server behind it, and an echo that shows what arrives."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.server
+import json
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import fastapi
+import httpx
+import openai
+import pytest
+from starlette.routing import Route
+
+from orchestrator import AsyncOrchestrator
+from orchestrator.http import PassThrough, create_app
+from orchestrator.tokens import Generation
+from orchestrator.views import LeasedServer
+from tests.http.conftest import DEADLINE_S, PREFIX, Gate, Serve, is_held, problem, serving, until
+from tests.process.support import Background
+
+LOAD, CHAT = PREFIX + "/load", "/v1/chat/completions"
+HELLO = [{"role": "user", "content": "hello"}]
+ENDLESS = {"prompt": "hi", "max_tokens": 1_000_000, "stream": True, "ignore_eos": True}
+
+
+def client_of(client: httpx.Client) -> openai.OpenAI:
+    url = str(client.base_url.join("/v1"))
+    return openai.OpenAI(base_url=url, api_key="unused", max_retries=0)
+
+
+# ------------------------------------------------------------------------------ the real server
+
+
+def test_the_openai_client_works_unchanged_also_across_a_swap(
+    serve: Serve, tiny_model: str, other_model: str
+) -> None:
+    """Base URL and nothing else: answers, streams and the list of models."""
+    with serve() as client:
+        client.post(LOAD, json={"model_path": tiny_model})
+        with client_of(client) as ai:
+            chat = ai.chat.completions.create(
+                model="x", messages=cast("Any", HELLO), max_tokens=4, seed=1
+            )
+            assert chat.choices[0].message.content
+            assert chat.usage is not None
+            assert chat.usage.completion_tokens == 4
+            assert Path(ai.models.list().data[0].id).name in tiny_model
+            assert client.post(LOAD, json={"model_path": other_model}).status_code == 200
+            stream = ai.chat.completions.create(
+                model="x", messages=cast("Any", HELLO), max_tokens=4, stream=True
+            )
+            pieces = [chunk.choices[0].delta.content for chunk in stream if chunk.choices]
+            assert len([piece for piece in pieces if piece]) >= 2, "in pieces, as they come"
+            assert Path(ai.models.list().data[0].id).name in other_model
+
+
+def test_a_request_is_held_while_a_load_is_in_flight(
+    serve: Serve, gate: Gate, tiny_model: str
+) -> None:
+    """Not refused: it gets the model that is on its way."""
+    with serve(gate.binary) as client:
+        client.post(LOAD + "?wait=false", json={"model_path": tiny_model})
+        until(client, is_held)
+        asked = Background(client.get, "/v1/models")
+        gate.open()
+        answer = asked.result()
+        assert answer.status_code == 200
+        assert answer.json()["data"]
+
+
+def test_without_a_model_a_request_is_refused_at_once(serve: Serve) -> None:
+    with serve() as client:
+        assert problem(client.get("/v1/models")) == (503, "not_loaded")
+
+
+def test_a_swap_waits_for_the_stream_and_a_client_that_leaves_lets_it_go(
+    serve: Serve, tiny_model: str, other_model: str
+) -> None:
+    """B61, and no generation goes on for somebody who has gone."""
+    with serve(drain_timeout_s=600) as client:
+        client.post(LOAD, json={"model_path": tiny_model})
+        with client.stream("POST", "/v1/completions", json=ENDLESS) as stream:
+            chunks = stream.iter_raw()
+            next(chunks)
+            swap = Background(client.post, LOAD, json={"model_path": other_model})
+            until(client, lambda status: status["state"] == "Killing")
+            next(chunks)
+            assert not swap.is_done
+        assert swap.result().json()["model_path"] == other_model
+
+
+def test_a_server_that_dies_in_the_middle_cuts_the_answer(serve: Serve, tiny_model: str) -> None:
+    """An answer that was cut must not look like a whole one."""
+    with serve() as client:
+        pid = client.post(LOAD, json={"model_path": tiny_model}).json()["pid"]
+        with client.stream("POST", "/v1/completions", json=ENDLESS) as stream:
+            chunks = stream.iter_raw()
+            next(chunks)
+            os.kill(pid, signal.SIGKILL)
+            with pytest.raises(httpx.RemoteProtocolError):
+                list(chunks)
+
+
+def test_a_key_is_asked_for_and_not_passed_on(serve: Serve, tiny_model: str) -> None:
+    with serve(api_keys=["s3cret-key"]) as client:
+        assert client.get("/v1/models").status_code == 401
+        headers = {"Authorization": "Bearer s3cret-key"}
+        client.post(LOAD, json={"model_path": tiny_model}, headers=headers)
+        assert client.get("/v1/models", headers=headers).status_code == 200
+
+
+# ------------------------------------------------------------------------------------ the echo
+
+
+class Echo(http.server.BaseHTTPRequestHandler):
+    """Answers with what it was sent, and with headers that must not be passed on."""
+
+    protocol_version = "HTTP/1.1"
+
+    def answer(self) -> None:
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            body = b""
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        else:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        seen = {
+            "method": self.command,
+            "path": self.path,
+            "headers": {name.lower(): value for name, value in self.headers.items()},
+            "body": body.hex(),
+        }
+        data = json.dumps(seen).encode()
+        self.send_response(207)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Connection", "X-Private")
+        self.send_header("X-Private", "1")
+        self.send_header("X-Public", "1")
+        self.send_header("Set-Cookie", "a=1")
+        self.send_header("Set-Cookie", "b=2")
+        self.send_header("Access-Control-Allow-Origin", "*")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+for _method in ("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"):
+    setattr(Echo, f"do_{_method}", Echo.answer)
+
+
+class Lender:
+    """Lends one server, or makes everybody wait."""
+
+    def __init__(self, base_url: str | None) -> None:
+        self.base_url = base_url
+        self.given_back = threading.Event()
+
+    @contextlib.asynccontextmanager
+    async def lease(self) -> AsyncIterator[LeasedServer]:
+        if self.base_url is None:
+            await asyncio.Event().wait()
+        try:
+            yield LeasedServer(self.base_url or "", 1, Generation(1))
+        finally:
+            self.given_back.set()
+
+
+@pytest.fixture
+def echo() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def through() -> Iterator[Callable[..., httpx.Client]]:
+    """Serve a pass-through to somewhere."""
+    with contextlib.ExitStack() as stack:
+
+        def start(lender: Lender, **options: Any) -> httpx.Client:
+            passed_on = PassThrough(cast("AsyncOrchestrator", lender), **options)
+
+            @contextlib.asynccontextmanager
+            async def lifespan(_: fastapi.FastAPI) -> AsyncIterator[None]:
+                yield
+                await passed_on.close()
+
+            app = fastapi.FastAPI(lifespan=lifespan)
+            app.router.routes.append(Route("/v1/{path:path}", passed_on))
+            return stack.enter_context(serving(app))
+
+        yield start
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
+def test_method_query_and_bytes_arrive_as_they_were_sent(
+    through: Callable[..., httpx.Client], echo: str, method: str
+) -> None:
+    lender = Lender(echo)
+    client = through(lender)
+    body = bytes(range(256)) * 300
+    answer = client.request(method, "/v1/a%20b/c?x=1&x=2&y=%2F", content=body)
+    seen = answer.json()
+    assert answer.status_code == 207
+    assert (seen["method"], seen["path"]) == (method, "/v1/a%20b/c?x=1&x=2&y=%2F")
+    assert bytes.fromhex(seen["body"]) == body
+    assert seen["headers"]["content-length"] == str(len(body))
+    assert lender.given_back.wait(DEADLINE_S)
+
+
+def test_a_multipart_body_and_one_of_unknown_length_arrive(
+    through: Callable[..., httpx.Client], echo: str
+) -> None:
+    client = through(Lender(echo))
+    sent = client.post("/v1/files", files={"file": ("a.bin", b"\0\1\2")}, data={"purpose": "x"})
+    assert b"\0\1\2" in bytes.fromhex(sent.json()["body"])
+    assert sent.json()["headers"]["content-type"].startswith("multipart/form-data; boundary=")
+    chunks = iter([b"one", b"", b"two"])
+    streamed = client.post("/v1/x", content=chunks)
+    assert bytes.fromhex(streamed.json()["body"]) == b"onetwo"
+
+
+def test_what_concerns_one_connection_or_only_us_is_not_passed_on(
+    through: Callable[..., httpx.Client], echo: str
+) -> None:
+    """The key of this API is none of the server's business, nor is it a browser's door."""
+    client = through(Lender(echo))
+    headers = {
+        "Authorization": "Bearer s3cret",
+        "Cookie": "a=b",
+        "Origin": "http://evil.example",
+        "Connection": "keep-alive, X-Hop",
+        "X-Hop": "1",
+        "TE": "trailers",
+        "X-Kept": "yes",
+    }
+    answer = client.get("/v1/x", headers=headers)
+    seen = answer.json()["headers"]
+    assert seen["x-kept"] == "yes"
+    assert not seen.keys() & {"authorization", "cookie", "origin", "x-hop", "te"}
+    assert answer.headers["x-public"] == "1"
+    assert answer.headers.get_list("set-cookie") == ["a=1", "b=2"]
+    assert "x-private" not in answer.headers
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize("path", ["/v1/../slots", "/v1/%2e%2e/slots", "/v1/x/%2E./y", "/v1/..%2fz"])
+def test_nothing_beside_v1_can_be_reached(
+    through: Callable[..., httpx.Client], echo: str, path: str
+) -> None:
+    client = through(Lender(echo))
+    request = client.build_request("GET", "/v1/x")
+    request.url = request.url.copy_with(raw_path=path.encode())
+    assert client.send(request).status_code == 404
+
+
+def test_waiting_is_bounded_in_time_and_in_number(through: Callable[..., httpx.Client]) -> None:
+    """503 with Retry-After, never a queue without an end."""
+    client = through(Lender(None), held_s=0.2)
+    late = client.get("/v1/models")
+    assert problem(late) == (503, "unavailable")
+    assert int(late.headers["Retry-After"]) >= 1
+    full = through(Lender(None), max_held=0)
+    assert problem(full.get("/v1/models")) == (503, "unavailable")
+
+
+def test_a_server_that_cannot_be_reached_is_said_so(through: Callable[..., httpx.Client]) -> None:
+    client = through(Lender("http://127.0.0.1:1"))
+    answer = client.get("/v1/models")
+    assert problem(answer) == (503, "server_exited")
+    assert answer.headers["Retry-After"]
+
+
+def test_an_app_of_our_own_passes_on_below_v1_only() -> None:
+    app = create_app(llama_server="embedded")
+    paths = [route.path for route in app.router.routes if isinstance(route, Route)]
+    assert "/v1/{path:path}" in paths

@@ -1,0 +1,116 @@
+"""`pull` as people and programs use it: a process of its own, against the double of the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import tiny_model
+from tests.hub.fake_hub import Hub, Repo
+
+NAME = "org/Tiny-GGUF"
+DEADLINE_S = 60
+Pull = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def repo(hub: Hub, tmp_path: Path) -> Repo:
+    big = tiny_model.write_tiny_model(tmp_path / "big.gguf", padding_bytes=6 << 20)
+    small = tiny_model.write_tiny_model(tmp_path / "small.gguf", seed=1)
+    return hub.add(Repo(NAME, {"tiny-Q8_0.gguf": big, "tiny-Q4_K_M.gguf": small}))
+
+
+@pytest.fixture
+def pull(tmp_path: Path) -> Iterator[Pull]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*args: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "orchestrator.cli", "pull", *args]
+        process = subprocess.Popen(
+            [*command, "--state-dir", str(tmp_path / "state")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "COLUMNS": "120"},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=DEADLINE_S)
+    return process.returncode, out, err
+
+
+def test_a_model_is_pulled_and_the_second_time_it_is_there(
+    pull: Pull, repo: Repo, hub: Hub
+) -> None:
+    code, out, err = ended(pull(f"{NAME}:Q4_K_M"))
+    assert code == 0, err
+    assert out.splitlines()[0].split() == ["✓", NAME, "Q4_K_M"]
+    path = Path(out.splitlines()[1].strip())
+    assert path.is_file()
+    assert "tiny-Q4_K_M.gguf" in err, "a bar for the file"
+    hub.clear()
+    code, out, _ = ended(pull(NAME, "--gguf-variant", "q4_k_m", "--revision", repo.commit))
+    assert (code, Path(out.splitlines()[1].strip())) == (0, path)
+    assert not hub.requests, "a commit that is there needs no network"
+
+
+def test_ctrl_c_keeps_what_is_there_and_the_next_pull_goes_on(
+    pull: Pull, repo: Repo, hub: Hub
+) -> None:
+    """130, one line, no traceback; and not a byte is asked for twice."""
+    stall = hub.fail(stall_after=3 << 20, path="/cdn/", times=1)
+    process = pull(f"{NAME}:Q8_0")
+    hub.wait_for(lambda: stall.held)
+    process.send_signal(signal.SIGINT)
+    code, _, err = ended(process)
+    assert code == 130
+    assert "goes on from it" in err
+    assert "Traceback" not in err
+    hub.clear()
+    code, _, err = ended(pull(f"{NAME}:Q8_0"))
+    assert code == 0, err
+    (again,) = hub.seen("/cdn/", "GET")
+    assert again.range is not None
+
+
+def test_a_program_gets_lines_of_json(pull: Pull, repo: Repo) -> None:
+    code, out, _ = ended(pull(NAME, "--json"))
+    assert code == 0
+    *progress, outcome = map(json.loads, out.splitlines())
+    assert outcome["gguf_variant"] == "Q4_K_M"
+    assert outcome["revision"] == repo.commit
+    last: dict[str, Any] = progress[-1]
+    assert last["bytes_done"] == last["bytes_total"] == outcome["size_bytes"]
+
+
+def test_a_failure_names_what_exists_and_ends_with_1(pull: Pull, repo: Repo) -> None:
+    code, out, err = ended(pull(f"{NAME}:Q2_K"))
+    assert (code, out) == (1, "")
+    assert "Q4_K_M" in err
+    assert "Q8_0" in err
+    code, out, _ = ended(pull("org/none", "--json"))
+    assert (code, json.loads(out.splitlines()[-1])["category"]) == (1, "model_not_found")
+
+
+@pytest.mark.parametrize("model", ["model.gguf", "/tmp/x", "a/b/c", ""])
+def test_what_is_no_repo_is_a_wrong_command_line(pull: Pull, model: str) -> None:
+    code, out, err = ended(pull(model))
+    assert (code, out) == (2, "")
+    assert "owner/name" in err or "MODEL" in err
