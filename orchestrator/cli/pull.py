@@ -54,7 +54,10 @@ def pull(*, model: str, state_dir: str | None, as_json: bool, **fields: Any) -> 
         say("stopped; what is there is kept, and the next pull goes on from it", stderr=True)
         return INTERRUPTED
     except OrchestratorError as error:
-        raise Failure(error.problem.as_dict(), as_json=as_json) from error
+        if as_json:  # a line like all others
+            say_json(error.problem.as_dict(), one_line=True)
+            return 1
+        raise Failure(error.problem.as_dict()) from error
     _show(prefetch_outcome(request, files), as_json=as_json)
     return 0
 

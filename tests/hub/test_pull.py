@@ -61,7 +61,7 @@ def test_a_model_is_pulled_and_the_second_time_it_is_there(
 ) -> None:
     code, out, err = ended(pull(f"{NAME}:Q4_K_M"))
     assert code == 0, err
-    assert out.splitlines()[0].split() == ["✓", NAME, "Q4_K_M"]
+    assert out.splitlines()[0].split() == ["✓", f"{NAME}:Q4_K_M", "Q4_K_M"]
     path = Path(out.splitlines()[1].strip())
     assert path.is_file()
     assert "tiny-Q4_K_M.gguf" in err, "a bar for the file"
