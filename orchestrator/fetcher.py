@@ -41,6 +41,7 @@ READ_TIMEOUT_S = 20.0
 CONNECT_TIMEOUT_S = 10.0
 
 _told = sys.stdout
+_telling = threading.Lock()
 
 
 class Failed(Exception):
@@ -55,8 +56,9 @@ class Failed(Exception):
 
 
 def tell(**message: Any) -> None:
-    _told.write(json.dumps(message) + "\n")
-    _told.flush()
+    with _telling:
+        _told.write(json.dumps(message) + "\n")
+        _told.flush()
 
 
 def main() -> int:
@@ -294,9 +296,14 @@ class Fetch:
         self._blobs = self._root / "blobs"
         self._done = {file["name"]: 0 for file in self._files}
         self._seen = 0
-        self._told_at = 0.0
+        self._state: dict[str, Any] = {}
+        self._last = self._state
+        self._guard = threading.Lock()
+        self._ended = threading.Event()
 
     def run(self) -> None:
+        ticker = threading.Thread(target=self._tick, daemon=True)
+        ticker.start()
         try:
             self._run()
         except OSError as error:
@@ -304,9 +311,13 @@ class Fetch:
                 raise self._disk_full() from error
             message = f"the cache cannot be used: {error.strerror}: {error.filename or self._root}"
             raise Failed("cache_dir", message) from error
+        finally:
+            self._ended.set()
+            ticker.join()
 
     def _run(self) -> None:
-        self._blobs.mkdir(parents=True, exist_ok=True)
+        for folder in (self._blobs, self._root / "snapshots"):  # one without the other is damage
+            folder.mkdir(parents=True, exist_ok=True)
         self._sweep()
         for file in self._files:
             self._count(file, self._present(file))
@@ -432,10 +443,11 @@ class Fetch:
         ended = threading.Event()
 
         def watch() -> None:
-            while not ended.wait(TELL_EVERY_S * 10):
-                parts = self._blobs.glob(f"{file['etag']}.*")
-                size = sum(part.stat().st_blocks * 512 for part in parts if part.exists())
-                self._count(file, min(size, file["size"]), abs(size - self._done[file["name"]]))
+            while not ended.wait(0.25):
+                with contextlib.suppress(OSError):
+                    parts = self._blobs.glob(f"{file['etag']}.*.incomplete")
+                    size = sum(part.stat().st_blocks * 512 for part in parts)
+                    self._count(file, size, abs(size - self._done[file["name"]]))
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
@@ -447,15 +459,28 @@ class Fetch:
         if not self._is_whole(self._pointer(file), {**file, "verify": True}):
             raise Failed("hub_corrupt", f"{file['name']} does not have the announced hash")
 
-    def _count(self, file: dict[str, Any], present: int, worked: int = 0, **more: Any) -> None:
-        """Tell how much of a file is on disk; `seen` grows with every byte looked at."""
+    def _count(
+        self, file: dict[str, Any], present: int, worked: int = 0, waiting: str | None = None
+    ) -> None:
+        """Note how much of a file is on disk; `seen` grows with every byte looked at."""
+        name = file["name"]
         self._seen += worked
-        self._done[file["name"]] = min(present, file["size"])
-        now = time.monotonic()
-        if not worked or now - self._told_at >= TELL_EVERY_S:
-            self._told_at = now
-            present, done = sum(self._done.values()), self._done[file["name"]]
-            tell(file=file["name"], done=done, all=present, seen=self._seen, **more)
+        self._done[name] = min(present, file["size"])
+        done = {"file": name, "done": self._done[name], "all": sum(self._done.values())}
+        self._state = {**done, "seen": self._seen, **({"waiting": waiting} if waiting else {})}
+        if not worked:
+            self._tell()
+
+    def _tell(self) -> None:
+        with self._guard:
+            if self._last is not self._state:
+                self._last = self._state
+                tell(**self._last)
+
+    def _tick(self) -> None:
+        """Tell it also when what comes next is long in coming."""
+        while not self._ended.wait(TELL_EVERY_S):
+            self._tell()
 
     def _present(self, file: dict[str, Any]) -> int:
         blob = self._blobs / file["etag"]

@@ -49,6 +49,13 @@ class Crashing(Run):
         self.now += timer.after_s
         self.do(TimerFired(timer.generation, self.now, timer.kind))
 
+    def crash_and_come_back(self) -> None:
+        self.crash()
+        timer = self.timer()
+        self.emptied()
+        self.pass_time(timer)
+        self.settle()
+
     def model(self) -> str | None:
         return self.ctx.running.target.request.model_path if self.ctx.running else None
 
@@ -307,11 +314,7 @@ def test_restarts_back_off_up_to_a_ceiling_and_end_in_a_cool_down() -> None:
 def test_a_cool_down_refuses_only_what_failed(options: dict[str, Any]) -> None:
     """B49: no dead end. Other settings may do better, and force is force."""
     run = healthy(replace(RULES, limit=1))
-    run.crash()
-    timer = run.timer()
-    run.emptied()
-    run.pass_time(timer)
-    run.settle()
+    run.crash_and_come_back()
     run.crash()
     run.emptied()
     assert run.category(run.load(A)) == "server_start_failed"
@@ -408,11 +411,7 @@ def test_a_slot_that_cannot_be_emptied_is_not_restarted_into() -> None:
 def test_a_plan_says_what_a_load_would_hear() -> None:
     """What would be refused at once is refused in the plan too, in the same words."""
     run = healthy(replace(RULES, limit=1))
-    run.crash()
-    timer = run.timer()
-    run.emptied()
-    run.pass_time(timer)
-    run.settle()
+    run.crash_and_come_back()
     run.crash()
     run.emptied()
     wanted = target(LoadRequest(model_path=A))
@@ -456,11 +455,7 @@ def test_failures_in_a_row_are_bounded_and_a_stable_server_forgives(held: list[f
 
 def test_another_model_starts_its_own_count() -> None:
     run = healthy(RULES)
-    run.crash()
-    timer = run.timer()
-    run.emptied()
-    run.pass_time(timer)
-    run.settle()
+    run.crash_and_come_back()
     run.load(C)
     run.settle()
     run.crash()

@@ -670,7 +670,7 @@ def test_what_another_tool_has_damaged_is_set_aside_and_fetched_once_more(
 ) -> None:
     """huggingface_hub hashes nothing: it would call either of them a hit."""
     revision = gguf_repo.commit if pinned else None
-    blob = Path(os.path.realpathother_tool(hub, revision))
+    blob = Path(os.path.realpath(other_tool(hub, revision)))
     if damage == "flipped":
         flip(blob)
     else:
@@ -1295,6 +1295,7 @@ def test_what_plain_http_does_not_serve_is_left_to_the_library_and_hashed(
         "import runpy, sys\n"
         "from huggingface_hub import constants\n"
         "constants.MAX_HTTP_DOWNLOAD_SIZE = 1 << 20\n"
+        "constants.DOWNLOAD_CHUNK_SIZE = 1 << 18\n"
         "import huggingface_hub.file_download\n"
         "get = huggingface_hub.file_download.http_get\n"
         "def unlimited(*args, **more):\n"
