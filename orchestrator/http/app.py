@@ -31,6 +31,7 @@ from orchestrator.states import State
 from orchestrator.views import LoadOutcome
 
 PREFIX: Final = "/api/inference"
+_PROGRESS_EVERY_S: Final = 0.25
 _PROBLEM: Final[dict[int | str, dict[str, Any]]] = {
     "default": {
         "description": "A problem document",
@@ -222,8 +223,24 @@ def _add_streams(routes: APIRouter, orch: AsyncOrchestrator) -> None:
     @routes.get("/events", dependencies=[Depends(orch.start)], response_class=EventSourceResponse)
     async def events(after: int = Depends(position)) -> AsyncIterator[ServerSentEvent]:
         async with contextlib.aclosing(orch.events(after)) as happened:
-            async for event in happened:
-                yield ServerSentEvent(id=str(event.id), event=event.kind, data=event.data)
+            shown = None
+            coming = asyncio.ensure_future(anext(happened, None))
+            try:
+                while True:
+                    await asyncio.wait({coming}, timeout=_PROGRESS_EVERY_S)
+                    if coming.done():
+                        if (event := coming.result()) is None:
+                            return
+                        after = event.id
+                        yield ServerSentEvent(id=str(after), event=event.kind, data=event.data)
+                        coming = asyncio.ensure_future(anext(happened, None))
+                    elif (step := orch.progress()) != shown and step.bytes_done is not None:
+                        # a step has the number of the event before it: to resume there is enough
+                        shown, members = step, step.as_dict()
+                        yield ServerSentEvent(id=str(after), event="progress", data=members)
+            finally:
+                coming.cancel()
+                await asyncio.gather(coming, return_exceptions=True)
 
 
 def _health(orch: AsyncOrchestrator) -> APIRouter:

@@ -325,7 +325,7 @@ def test_an_app_takes_an_orchestrator_or_its_options() -> None:
         create_app(kill_grace_s=-1)
 
 
-def test_the_package_exports_two_names_and_imports_nothing_for_them() -> None:
-    assert dir(orchestrator.http) == ["create_app", "router"]
+def test_the_package_exports_three_names_and_imports_nothing_for_them() -> None:
+    assert dir(orchestrator.http) == ["PassThrough", "create_app", "router"]
     with pytest.raises(AttributeError, match="has no attribute 'app_of_dreams'"):
         orchestrator.http.app_of_dreams  # noqa: B018

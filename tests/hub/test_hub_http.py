@@ -1,0 +1,108 @@
+"""A download seen over HTTP: its progress, its events, and its failures as problem documents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from orchestrator import tiny_model
+from orchestrator.http import create_app
+from tests.http.conftest import PREFIX, problem, serving, until
+from tests.hub.fake_hub import Hub, Repo
+from tests.process.support import Background
+
+pytestmark = pytest.mark.external
+
+NAME = "org/Tiny-GGUF"
+
+
+@pytest.fixture
+def client(llama_server: str, state_dir: Path) -> Iterator[httpx.Client]:
+    with serving(create_app(llama_server=llama_server, state_dir=state_dir)) as client:
+        yield client
+
+
+@pytest.fixture
+def repo(hub: Hub, tmp_path: Path) -> Repo:
+    big = tiny_model.write_tiny_model(tmp_path / "big.gguf", padding_bytes=6 << 20)
+    return hub.add(Repo(NAME, {"tiny-Q8_0.gguf": big}))
+
+
+def events_of(client: httpx.Client, until_dest: str) -> Iterator[dict[str, Any]]:
+    """Every event from the first on, as members with `id` and `event`."""
+    headers = {"Last-Event-ID": "0"}
+    with client.stream("GET", PREFIX + "/events", headers=headers) as stream:
+        told: dict[str, Any] = {}
+        for line in stream.iter_lines():
+            name, _, value = line.partition(": ")
+            if name == "data":
+                told |= json.loads(value)
+            elif name:
+                told[name] = value
+            elif told.get("event"):
+                yield told
+                if told.get("dest") == until_dest:
+                    return
+                told = {}
+
+
+def test_every_transition_and_the_steps_between_are_told(
+    client: httpx.Client, repo: Repo, hub: Hub
+) -> None:
+    """A step carries the number of the transition before it, so that ids still resume."""
+    slow = hub.fail(bytes_per_s=4 << 20, path="/cdn/")
+    heard = Background(lambda: list(events_of(client, "Healthy")))
+    loading = Background(client.post, PREFIX + "/load", json={"model_path": NAME})
+    until(client, lambda status: status["state"] == "Downloading")
+    shown = client.get(PREFIX + "/load-progress").json()
+    assert shown["phase"] == "downloading"
+    assert loading.result().status_code == 200
+    slow.remove()
+    told = heard.result()
+    steps = [event for event in told if event["event"] == "progress"]
+    assert steps, "a download of more than a second has steps"
+    done = [step["bytes_done"] for step in steps if step["phase"] == "downloading"]
+    assert done == sorted(done)
+    assert [int(event["id"]) for event in told] == sorted(int(event["id"]) for event in told)
+    dests = [event["dest"] for event in told if event["event"] == "transition"]
+    assert dests == ["Killing", "Downloading", "Spawning", "WaitingHealth", "Healthy"]
+    outcome = client.get(PREFIX + "/status").json()["loaded"]
+    assert outcome["revision"] == repo.commit
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted", "status", "category"),
+    [
+        ({}, {"model_path": "org/none"}, 404, "model_not_found"),
+        ({}, {"model_path": NAME, "gguf_variant": "Q2_K"}, 404, "model_not_found"),
+        ({"gated": True}, {"model_path": "org/Closed"}, 403, "hub_gated"),
+        ({}, {"model_path": NAME, "prefetch": True, "gguf_variant": "F16"}, 404, "model_not_found"),
+    ],
+)
+def test_a_failed_download_is_a_problem_document(
+    client: httpx.Client,
+    repo: Repo,
+    hub: Hub,
+    settings: dict[str, Any],
+    wanted: dict[str, Any],
+    status: int,
+    category: str,
+) -> None:
+    if settings:
+        hub.add(Repo("org/Closed", {"a.gguf": b"x"}, **settings))
+    answer = client.post(PREFIX + "/load", json=wanted)
+    assert problem(answer) == (status, category)
+    assert answer.json()["field"] in {"model_path", "gguf_variant", "hf_token"}
+
+
+def test_what_cannot_be_answered_at_once_is_refused(client: httpx.Client, repo: Repo) -> None:
+    """`wait=false` answers a generation, and a load that prefetches has none yet."""
+    wanted = {"model_path": NAME, "prefetch": True}
+    answer = client.post(PREFIX + "/load?wait=false", json=wanted)
+    assert problem(answer) == (400, "invalid_request")
+    assert answer.json()["field"] == "prefetch"
