@@ -41,7 +41,7 @@ from orchestrator.messages import (
     SpawnFailed,
     failure_of,
 )
-from orchestrator.ports import SlotLock
+from orchestrator.ports import LogPosition, SlotLock
 from orchestrator.process import ServerProcess, Warden, check_server_env, child_environment
 from orchestrator.slot import Slot
 from orchestrator.tokens import CancelToken
@@ -134,6 +134,14 @@ class ProcessEffects:
 
     def progress(self) -> LoadProgress | FetchProgress | None:
         return self._progress
+
+    def log_since(self, position: LogPosition) -> tuple[LogPosition, tuple[str, ...]]:
+        server = self._server
+        if server is None:
+            return position, ()
+        seen = position[1] if position[0] == server.generation else 0
+        total, lines = server.output.since(seen)
+        return (server.generation, total), lines
 
     def log_tail(self, count: int) -> tuple[str, ...]:
         return self._server.output.tail(count) if self._server is not None else ()

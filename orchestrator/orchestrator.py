@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, cast
+from typing import Any, Final, Literal, Self, TypeVar, cast
 
 from orchestrator import views
 from orchestrator.argv import build_argv
@@ -66,6 +66,7 @@ from orchestrator.views import (
 )
 
 _T = TypeVar("_T")
+_LOG_EVERY_S: Final = 0.2
 
 
 class _Base:
@@ -550,6 +551,23 @@ class AsyncOrchestrator(_Base):
     def events(self, after: int | None = None) -> AsyncGenerator[Event, None]:
         """As `Orchestrator.events`."""
         return self._follow(self.last_event_id if after is None else after)
+
+    async def follow_logs(self, lines: int = 200) -> AsyncGenerator[str, None]:
+        """Iterate over what the servers print: the last lines, then every new one, until closed.
+
+        A reader that is slower than the server loses what the ring has lost.
+        """
+        owner = await self._started()
+        position, new = owner.effects.log_since((0, 0))
+        new = new[max(0, len(new) - lines) :]
+        while True:
+            for line in new:
+                yield line
+            if not new:
+                if owner.has_ended:
+                    return
+                await asyncio.sleep(_LOG_EVERY_S)
+            position, new = owner.effects.log_since(position)
 
     async def _follow(self, position: int) -> AsyncGenerator[Event, None]:
         log = (await self._started()).events

@@ -38,6 +38,7 @@ class OutputRing:
 
     def __init__(self, notify: Callable[[], None] = lambda: None) -> None:
         self.bytes_seen = 0
+        self.lines_seen = 0
         self.announced: tuple[str, ...] = ()
         self._notify = notify
         self._lines: deque[bytes] = deque(maxlen=MAX_LINES)  # cleaned when somebody asks
@@ -49,6 +50,7 @@ class OutputRing:
         self.bytes_seen += len(data)
         *whole, partial = (self._partial + data).split(b"\n")
         with self._guard:
+            self.lines_seen += len(whole)
             self._lines.extend(line[:MAX_LINE_BYTES] for line in whole[-MAX_LINES:])
         self._partial = partial[:MAX_LINE_BYTES]
         if any(b"listening on" in line for line in whole):
@@ -64,6 +66,7 @@ class OutputRing:
         """The pipe has ended: an unfinished line is a line."""
         if self._partial:
             with self._guard:
+                self.lines_seen += 1
                 self._lines.append(self._partial)
             self._partial = b""
 
@@ -72,6 +75,13 @@ class OutputRing:
         with self._guard:
             lines = tuple(self._lines)[max(0, len(self._lines) - count) :]
         return tuple(map(_clean, lines))
+
+    def since(self, seen: int) -> tuple[int, tuple[str, ...]]:
+        """Return how many lines there were, and those after the first `seen`, as far as kept."""
+        with self._guard:
+            total, kept = self.lines_seen, tuple(self._lines)
+        new = min(max(0, total - seen), len(kept))
+        return total, tuple(map(_clean, kept[len(kept) - new :]))
 
     def _look_for_addresses(self, lines: list[bytes]) -> None:
         """Anything may be printed, also what a model's file says: these are claims, not facts."""

@@ -11,6 +11,9 @@ from typing import Protocol
 from orchestrator.messages import Child, Effect, SlotEvidence
 from orchestrator.tokens import CancelToken
 
+LogPosition = tuple[int, int]
+"""A server's generation, and how many of its lines have been seen."""
+
 
 class SlotLock(Protocol):
     """The held answer "the slot is empty"; nobody else can find it empty meanwhile."""
@@ -40,6 +43,9 @@ class Effects(Protocol):
 
     def progress(self) -> Progress | None:
         """What the effect under way has done so far; None when it does not count bytes."""
+
+    def log_since(self, position: LogPosition) -> tuple[LogPosition, tuple[str, ...]]:
+        """The lines after a position, of the present or last server, and where they end."""
 
     def log_tail(self, count: int) -> tuple[str, ...]:
         """The last lines of the present or last server."""

@@ -23,7 +23,7 @@ from orchestrator.errors import OrchestratorError
 PROGRAM: Final = "llama-orchestrator"
 _HOMES: Final = {
     "serving": "run serve",
-    "client": "load unload cancel status plan",
+    "client": "load unload cancel status plan logs events",
     "pull": "pull",
     "demo": "demo",
     "doctor": "doctor",

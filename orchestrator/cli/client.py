@@ -11,7 +11,7 @@ import contextlib
 import http.client
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -56,12 +56,38 @@ class Remote:
         Raises:
             Failure: it refused, or there is nothing that speaks this API.
         """
-        base = urlsplit(self.url)
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        headers = {}
         payload = None
         if body is not None:
             payload = json.dumps(body).encode()
             headers["Content-Type"] = "application/json"
+        with self._asked(method, path, payload, headers, timeout_s) as answer:
+            status, data = answer.status, answer.read()
+        return self._members(status, data)
+
+    def lines(self, path: str, headers: Mapping[str, str] | None = None) -> Iterator[str]:
+        """Ask for a stream, and yield its lines until it ends.
+
+        Raises:
+            Failure: as `call`.
+        """
+        with self._asked("GET", path, None, headers or {}, None) as answer:
+            if answer.status >= 400:
+                self._members(answer.status, answer.read())
+            for line in answer:
+                yield line.decode("utf-8", "replace").rstrip("\r\n")
+
+    @contextlib.contextmanager
+    def _asked(
+        self,
+        method: str,
+        path: str,
+        payload: bytes | None,
+        headers: Mapping[str, str],
+        timeout_s: float | None,
+    ) -> Iterator[http.client.HTTPResponse]:
+        base = urlsplit(self.url)
+        key = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         try:
             kind = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
             connection = kind[base.scheme](base.hostname or "", base.port, timeout=timeout_s)
@@ -69,12 +95,11 @@ class Remote:
             raise click.UsageError(f"--url {self.url!r} is not an http(s) address.") from None
         try:
             with contextlib.closing(connection):
-                connection.request(method, base.path.rstrip("/") + path, payload, headers)
-                answer = connection.getresponse()
-                status, data = answer.status, answer.read()
+                where = base.path.rstrip("/") + path
+                connection.request(method, where, payload, {**headers, **key})
+                yield connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error) from error
-        return self._members(status, data)
 
     def _members(self, status: int, data: bytes) -> dict[str, Any]:
         try:
@@ -255,3 +280,53 @@ def show_settings(loaded: Mapping[str, Any]) -> None:
     settings_line("settings", ", ".join(text for text in extras if not text.endswith("None")))
     if loaded["llama_extra_args"]:
         settings_line("flags", shlex.join(loaded["llama_extra_args"]))
+
+
+@click.command()
+@click.option("-n", "--lines", type=click.IntRange(1, 2000), default=200, show_default=True)
+@click.option("-f", "--follow", is_flag=True, help="Go on with every new line, until Ctrl-C.")
+@remote_options()
+def logs(*, lines: int, follow: bool, url: str, api_key_file: str | None, as_json: bool) -> None:
+    """Print what the server printed last."""
+    remote = _remote(url, api_key_file, as_json)
+    path = f"{_PREFIX}/logs?lines={lines}"
+    if follow:
+        for line in remote.lines(path + "&follow=true"):
+            say_json({"line": line}, one_line=True) if as_json else say(line)
+        return
+    answer = remote.call("GET", path, timeout_s=_QUICK_S)
+    if as_json:
+        say_json(answer)
+        return
+    for line in answer["lines"]:
+        say(line)
+
+
+@click.command()
+@click.option("--after", type=click.IntRange(0), metavar="N", help="Begin after this event.")
+@remote_options()
+def events(*, after: int | None, url: str, api_key_file: str | None, as_json: bool) -> None:
+    """Print what happens, as it happens, until Ctrl-C."""
+    remote = _remote(url, api_key_file, as_json)
+    headers = {} if after is None else {"Last-Event-ID": str(after)}
+    told: dict[str, Any] = {}
+    for line in remote.lines(_PREFIX + "/events", headers):
+        name, _, value = line.partition(": ")
+        if line:
+            told[name] = value
+        elif "data" in told:
+            _tell_event(told, as_json=as_json)
+            told = {}
+
+
+def _tell_event(told: dict[str, Any], *, as_json: bool) -> None:
+    members = json.loads(told["data"])
+    number, kind = told.get("id", ""), told.get("event", "")
+    if as_json:
+        say_json({"id": int(number), "kind": kind, **members}, one_line=True)
+    elif kind == "transition":
+        dest = State(members["dest"])
+        what = f"  {members['trigger']}, generation {members['generation']}"
+        say((f"{number:>5}  ", "dim"), f"{members['source']} → ", (dest, STYLES[dest]), what)
+    elif members.get("fraction") is not None:
+        say((f"{'':>5}  {members['phase']} {members['fraction']:.0%}", "dim"))

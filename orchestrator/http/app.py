@@ -15,10 +15,11 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel
+from starlette.responses import StreamingResponse
 from starlette.routing import Route
 
 import orchestrator
-from orchestrator.errors import InvalidRequest, NotLoaded, Problem
+from orchestrator.errors import NotLoaded, Problem
 from orchestrator.http import schemas
 from orchestrator.http.bodies import json_body, known, refuse, while_connected
 from orchestrator.http.keys import RequireKey
@@ -194,9 +195,8 @@ def _add_views(routes: APIRouter, orch: AsyncOrchestrator) -> None:
         lines: Annotated[int, Query(ge=1, le=MAX_LINES)] = 200, *, follow: bool = False
     ) -> Response:
         if follow:
-            raise InvalidRequest.because(
-                "this version does not stream logs: ask again without follow", field="follow"
-            )
+            coming = (line + "\n" async for line in orch.follow_logs(lines))
+            return StreamingResponse(coming, media_type="text/plain; charset=utf-8")
         return Json({"lines": list(orch.logs(lines))})
 
     @routes.get("/diagram.svg", response_class=Response, responses=_sends("image/svg+xml"))

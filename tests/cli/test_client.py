@@ -109,3 +109,22 @@ def test_ctrl_c_during_a_load_withdraws_it(
         pass
     assert servers_of(state_dir) == set()
     assert serve.signal(signal.SIGTERM) == 0
+
+
+def test_logs_and_events_are_followed_until_ctrl_c(
+    cli: Cli, start: Start, serving: str, tiny_model: str
+) -> None:
+    """What an operator leaves open in another window."""
+    at = ("--url", serving)
+    events = start("events", *at, "--after", "0", "--json")
+    logs = start("logs", *at, "--follow", "--json")
+    assert cli("load", tiny_model, *at).returncode == 0
+    told = [events.json_line() for _ in range(5)]
+    assert [event["id"] for event in told] == [1, 2, 3, 4, 5]
+    assert told[-1]["dest"] == "Healthy"
+    assert "line" in logs.json_line()
+    for running in (events, logs):
+        assert running.signal(signal.SIGINT) == 130
+    shown = cli("logs", *at, "-n", "3").stdout.splitlines()
+    assert 0 < len(shown) <= 3
+    assert json.loads(cli("logs", *at, "--json").stdout)["lines"][-len(shown) :] == shown

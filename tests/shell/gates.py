@@ -34,7 +34,7 @@ from orchestrator.messages import (
     Spawned,
     failure_of,
 )
-from orchestrator.ports import Clock, Progress, SlotLock
+from orchestrator.ports import Clock, LogPosition, Progress, SlotLock
 from orchestrator.tokens import CancelToken, Generation
 from tests.core.invariants import Process
 
@@ -220,6 +220,9 @@ class GatedEffects:
 
     def progress(self) -> Progress | None:
         return None
+
+    def log_since(self, position: LogPosition) -> tuple[LogPosition, tuple[str, ...]]:
+        return position, ()
 
     def log_tail(self, count: int) -> tuple[str, ...]:
         return ("the server says hello",)[:count]
