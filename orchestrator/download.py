@@ -206,7 +206,7 @@ class Hub:
         """Believe nothing of a listing that could lead out of the cache."""
         commit, name = listing["commit"], str(listing["repo"])
         if not hub_cache.is_commit(commit):
-            raise HubError.because("the Hub's answer makes no sense (no commit): try again later")
+            raise HubUnreachable.because("the Hub's answer makes no sense (no commit): try again")
         listed = {
             name: (size, etag)
             for name, (size, etag) in listing["files"].items()

@@ -35,6 +35,8 @@ CHUNK = 1 << 20
 MAX_LISTING = 32 << 20
 TELL_EVERY_S = 0.05
 MAX_FAILURES = 6  # in a row, without a byte between them
+LISTING_TRIES = 4  # nothing is lost yet, and somebody waits for the answer
+LISTING_TRIES = 3  # somebody waits for this one
 LONGEST_WAIT_S = 8.0
 FORGOTTEN_AFTER_S = 7 * 24 * 3600.0
 READ_TIMEOUT_S = 20.0
@@ -112,7 +114,7 @@ class Hub:
         )
         self._headers = {**headers, "Accept-Encoding": "identity"}
         self._raise_for_status = utils.hf_raise_for_status  # type: ignore[attr-defined]
-        part_s = order["stall_timeout_s"] / 4  # the next try comes before the stall does
+        part_s = order["stall_timeout_s"] / 6  # the next try comes before the stall does
         self._timeout = self._http.Timeout(
             min(CONNECT_TIMEOUT_S, part_s), read=min(READ_TIMEOUT_S, part_s)
         )
@@ -127,7 +129,7 @@ class Hub:
         url = f"{self._endpoint}/api/models/{repo}"
         if revision is not None:
             url += f"/revision/{quote(revision, safe='')}"
-        failures = Failures(self._order, self._order["listing_tries"] or MAX_FAILURES)
+        failures = Failures(self._order, self._order["listing_tries"] or LISTING_TRIES)
         while True:
             try:
                 info = self._json(f"{url}?blobs=true")
@@ -194,7 +196,7 @@ class Hub:
             message = "the token holds what no header can: check hf_token"
             return Failed("hub_unauthorized", message, field="hf_token")
         if isinstance(error, self._http.RequestError):
-            return _unreachable(error)
+            return _unreachable(error, passes=isinstance(error, self._http.TransportError))
         if isinstance(error, OSError) and error.errno is not None:
             raise error  # the disk's, not the Hub's
         for kind, category, field, message in self._meanings():
@@ -216,7 +218,7 @@ class Hub:
             return Failed("hub_rate_limited", message, passes=True, retry_after_s=wait_s)
         passes = status in {408, 425} or status >= 500 or not is_hub
         message = f"the Hub has an error of its own (status {status}): try again later"
-        return Failed("hub_error", message, passes=passes, retry_after_s=wait_s)
+        return Failed("hub_unreachable", message, passes=passes, retry_after_s=wait_s)
 
     def _meanings(self) -> tuple[tuple[type[Exception], str, str, str], ...]:
         """The library's own errors, the specific before the general."""
@@ -321,7 +323,6 @@ class Fetch:
         self._sweep()
         for file in self._files:
             self._count(file, self._present(file))
-        self._check_disk()
         for file in self._files:
             self._complete(file)
             self._count(file, file["size"])
@@ -340,7 +341,7 @@ class Fetch:
             if hub is None:
                 message = f"{name} in the cache is damaged: load again while the Hub can be reached"
                 raise Failed("hub_corrupt", message)
-            self._check_disk()  # once more: what was set aside counted as present
+            self._check_disk()
             if hub.is_too_large(size):
                 self._fetch_whole(hub, file)
             else:
@@ -394,8 +395,6 @@ class Fetch:
         check = Check(file)
         partial.seek(0)
         self._feed(check, partial, file, os.fstat(partial.fileno()).st_size)
-        if check.size > file["size"]:  # not ours
-            self._restart(check, partial)
         failures = Failures(self._order)
         while check.size < file["size"]:
             before = check.size
@@ -491,7 +490,7 @@ class Fetch:
         return min(partial.stat().st_size, file["size"]) if partial.exists() else 0
 
     def _check_disk(self) -> None:
-        """Before the first byte: what is missing must fit."""
+        """Before the first byte: what is missing of all files must fit."""
         if self._missing() > shutil.disk_usage(self._blobs).free:
             raise self._disk_full()
 
@@ -621,17 +620,18 @@ def _starts_at(response: Any, file: dict[str, Any]) -> int:
     return start
 
 
-def _unreachable(error: Exception | str) -> Failed:
+def _unreachable(error: Exception | str, *, passes: bool = True) -> Failed:
     why = (str(error) or type(error).__name__).splitlines()[0][:200]
     if "CERTIFICATE" in why or "SSL" in why or "TLS" in why:
         message = f"the Hub cannot be trusted ({why}): check the clock, the proxy and SSL_CERT_FILE"
         return Failed("hub_unreachable", message, reason="tls")
     message = f"the Hub cannot be reached ({why}): check the network, or try again"
-    return Failed("hub_unreachable", message, passes=True)
+    return Failed("hub_unreachable", message, passes=passes)
 
 
 def _no_sense(why: str, *, passes: bool = False) -> Failed:
-    return Failed("hub_error", f"the Hub's answer makes no sense ({why[:200]})", passes=passes)
+    message = f"the Hub's answer makes no sense ({why[:200]}): try again later"
+    return Failed("hub_unreachable", message, passes=passes)
 
 
 def _changed(name: str) -> Failed:

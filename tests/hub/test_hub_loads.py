@@ -208,8 +208,8 @@ def test_a_load_that_prefetches_costs_the_running_model_nothing_when_it_fails(
 ) -> None:
     first = orch.load(NAME)
     hub.fail(status=403, path="/cdn/")
-    with pytest.raises(HubError):
-        orch.load(NAME, gguf_variant="Q8_0", prefetch=True)
+    with pytest.raises(HubError):  # patience is a part of the stall clock
+        orch.load(NAME, gguf_variant="Q8_0", prefetch=True, stall_timeout_s=2)
     loaded = orch.status().loaded
     assert loaded is not None
     assert loaded.pid == first.pid
