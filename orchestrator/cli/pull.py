@@ -8,22 +8,15 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from orchestrator.cli import INTERRUPTED, options
-from orchestrator.cli.output import Failure, console, say, say_json
+from orchestrator.cli.bars import download_bars
+from orchestrator.cli.output import Failure, say, say_json
 from orchestrator.download import FetchProgress, Hub, is_hub
 from orchestrator.errors import OrchestratorError
 from orchestrator.slot import default_state_dir
@@ -76,15 +69,7 @@ def _show(outcome: PrefetchOutcome, *, as_json: bool) -> None:
 @contextlib.contextmanager
 def _bars(progress: FetchProgress) -> Iterator[None]:
     """A bar for every file, with its rate and the time that is left."""
-    bars = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", style="yellow"),
-        console=console(stderr=True),
-    )
+    bars = download_bars()
     tasks: dict[str, Any] = {}
 
     def show() -> None:
@@ -126,6 +111,3 @@ def _members(progress: FetchProgress) -> dict[str, Any]:
         "files": files,
         "note": progress.note,
     }
-
-
-_Show = Callable[[], None]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from orchestrator.cli import INTERRUPTED, client, logs, options
+from orchestrator.cli.bars import download_bars
 from orchestrator.cli.output import Failure, say, say_json, settings_line, state_line
 from orchestrator.errors import InvalidRequest, OrchestratorError, Superseded
 from orchestrator.orchestrator import AsyncOrchestrator
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import uvicorn
 
 _OPEN_REQUESTS_S: Final = 2
+_BAR_EVERY_S: Final = 0.1
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -270,16 +272,36 @@ async def _load(
 async def _tell(setup: Setup, said_healthy: asyncio.Event) -> None:
     """Print a line for every state, until the orchestrator is closed."""
     started = time.time()
+    bar: asyncio.Task[None] | None = None
     async for event in setup.orch.events(after=0):
         if event.kind != "transition":
             continue
         state = State(event.data["dest"])
+        if bar is not None:
+            bar.cancel()
+            await asyncio.gather(bar, return_exceptions=True)
+            bar = None
+        if state is State.DOWNLOADING and not setup.as_json:
+            bar = asyncio.create_task(_show_download(setup.orch))
         if not setup.as_json:
             say(*state_line((event.data["at"] - started) * 1000, state, event.data["pid"]))
         if event.data["trigger"] == "exited" and (exit_ := setup.orch.status().last_exit):
             say(f"  the server ended by itself, status {exit_.returncode}", stderr=True)
         if state is State.HEALTHY:
             said_healthy.set()
+
+
+async def _show_download(orch: AsyncOrchestrator) -> None:
+    """A bar while bytes arrive; a model that is here already shows none."""
+    with download_bars() as bars:
+        task = bars.add_task("", total=None, note="", visible=False)
+        while True:
+            shown = orch.progress()
+            done, total = shown.bytes_done or 0, shown.bytes_total
+            name = status.model_path if (status := orch.status().loading) else ""
+            is_on = total is not None and done < total
+            bars.update(task, completed=done, total=total, description=name, visible=is_on)
+            await asyncio.sleep(_BAR_EVERY_S)
 
 
 def _announce(setup: Setup) -> None:

@@ -416,6 +416,7 @@ def test_a_hub_model_that_nobody_looked_up_yet_is_compared_by_what_was_asked_for
 
 def test_what_a_hub_model_inherits_waits_for_the_variant_that_is_found() -> None:
     """B40: keyed by the resolved variant."""
+    committed: dict[tuple[str, str | None], tuple[str, ...]]
     committed = {("org/a", "Q8_0"): ("--seed", "7")}
     before = target(model=wanted_of_hub(), llama_extra_args=None).inheriting(committed)
     assert before.request.llama_extra_args is None

@@ -1,4 +1,4 @@
-"""Hub models under the orchestrator: downloaded, loaded by the real server, cancelled, prefetched."""
+"""Hub models under the orchestrator: downloaded, loaded for real, cancelled, prefetched."""
 
 from __future__ import annotations
 
