@@ -36,7 +36,6 @@ MAX_LISTING = 32 << 20
 TELL_EVERY_S = 0.05
 MAX_FAILURES = 6  # in a row, without a byte between them
 LISTING_TRIES = 4  # nothing is lost yet, and somebody waits for the answer
-LISTING_TRIES = 3  # somebody waits for this one
 LONGEST_WAIT_S = 8.0
 FORGOTTEN_AFTER_S = 7 * 24 * 3600.0
 READ_TIMEOUT_S = 20.0
@@ -114,7 +113,7 @@ class Hub:
         )
         self._headers = {**headers, "Accept-Encoding": "identity"}
         self._raise_for_status = utils.hf_raise_for_status  # type: ignore[attr-defined]
-        part_s = order["stall_timeout_s"] / 6  # the next try comes before the stall does
+        part_s = order["stall_timeout_s"] / 10  # the next try comes before the stall does
         self._timeout = self._http.Timeout(
             min(CONNECT_TIMEOUT_S, part_s), read=min(READ_TIMEOUT_S, part_s)
         )
@@ -196,7 +195,7 @@ class Hub:
             message = "the token holds what no header can: check hf_token"
             return Failed("hub_unauthorized", message, field="hf_token")
         if isinstance(error, self._http.RequestError):
-            return _unreachable(error, passes=isinstance(error, self._http.TransportError))
+            return _unreachable(error)
         if isinstance(error, OSError) and error.errno is not None:
             raise error  # the disk's, not the Hub's
         for kind, category, field, message in self._meanings():
@@ -620,13 +619,13 @@ def _starts_at(response: Any, file: dict[str, Any]) -> int:
     return start
 
 
-def _unreachable(error: Exception | str, *, passes: bool = True) -> Failed:
+def _unreachable(error: Exception | str) -> Failed:
     why = (str(error) or type(error).__name__).splitlines()[0][:200]
     if "CERTIFICATE" in why or "SSL" in why or "TLS" in why:
         message = f"the Hub cannot be trusted ({why}): check the clock, the proxy and SSL_CERT_FILE"
         return Failed("hub_unreachable", message, reason="tls")
     message = f"the Hub cannot be reached ({why}): check the network, or try again"
-    return Failed("hub_unreachable", message, passes=passes)
+    return Failed("hub_unreachable", message, passes=True)
 
 
 def _no_sense(why: str, *, passes: bool = False) -> Failed:

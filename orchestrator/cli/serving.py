@@ -12,6 +12,7 @@ import contextlib
 import errno
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -281,7 +282,7 @@ async def _tell(setup: Setup, said_healthy: asyncio.Event) -> None:
             bar.cancel()
             await asyncio.gather(bar, return_exceptions=True)
             bar = None
-        if state is State.DOWNLOADING and not setup.as_json:
+        if state is State.DOWNLOADING and not setup.as_json and sys.stderr.isatty():
             bar = asyncio.create_task(_show_download(setup.orch))
         if not setup.as_json:
             say(*state_line((event.data["at"] - started) * 1000, state, event.data["pid"]))
@@ -292,15 +293,14 @@ async def _tell(setup: Setup, said_healthy: asyncio.Event) -> None:
 
 
 async def _show_download(orch: AsyncOrchestrator) -> None:
-    """A bar while bytes arrive; a model that is here already shows none."""
+    """A bar while bytes arrive; for a model that is here already there is none."""
+    while (total := orch.progress().bytes_total) is None:  # noqa: ASYNC110 (display only)
+        await asyncio.sleep(_BAR_EVERY_S)
     with download_bars() as bars:
-        task = bars.add_task("", total=None, note="", visible=False)
+        loading = orch.status().loading
+        task = bars.add_task(loading.model_path if loading else "", total=total, note="")
         while True:
-            shown = orch.progress()
-            done, total = shown.bytes_done or 0, shown.bytes_total
-            name = status.model_path if (status := orch.status().loading) else ""
-            is_on = total is not None and done < total
-            bars.update(task, completed=done, total=total, description=name, visible=is_on)
+            bars.update(task, completed=orch.progress().bytes_done or 0)
             await asyncio.sleep(_BAR_EVERY_S)
 
 

@@ -252,3 +252,24 @@ def test_a_generation_cannot_be_had_before_a_prefetch_has_ended(
     with pytest.raises(InvalidRequest) as caught:
         orch.submit(NAME, prefetch=True)
     assert caught.value.field == "prefetch"
+
+
+def test_two_orchestrators_that_want_one_model_share_its_download_and_both_serve(
+    llama_server: str, tmp_path: Path, repo: Repo, hub: Hub
+) -> None:
+    """B59: two slots on one host, one cache."""
+    hold = hub.fail(stall_after=2 << 20, path="/cdn/", times=1)
+    with (
+        Orchestrator(llama_server=llama_server, state_dir=tmp_path / "one") as one,
+        Orchestrator(llama_server=llama_server, state_dir=tmp_path / "two") as two,
+    ):
+        first = Background(one.load, NAME, gguf_variant="F16")
+        hub.wait_for(lambda: hold.held)
+        second = Background(two.load, NAME, gguf_variant="F16")
+        until_state(two, State.DOWNLOADING)
+        until(lambda: (two.progress().bytes_done or 0) > 0, "it sees what the other has")
+        hold.release()
+        outcomes = first.result(), second.result()
+        assert [outcome.status for outcome in outcomes] == ["loaded", "loaded"]
+        assert outcomes[0].pid != outcomes[1].pid
+    assert len(hub.seen("/cdn/", "GET")) == 1

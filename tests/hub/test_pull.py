@@ -15,6 +15,7 @@ import pytest
 
 from orchestrator import tiny_model
 from tests.hub.fake_hub import Hub, Repo
+from tests.process.support import until
 
 NAME = "org/Tiny-GGUF"
 DEADLINE_S = 60
@@ -72,12 +73,14 @@ def test_a_model_is_pulled_and_the_second_time_it_is_there(
 
 
 def test_ctrl_c_keeps_what_is_there_and_the_next_pull_goes_on(
-    pull: Pull, repo: Repo, hub: Hub
+    pull: Pull, repo: Repo, hub: Hub, hf_home: Path
 ) -> None:
     """130, one line, no traceback; and not a byte is asked for twice."""
     stall = hub.fail(stall_after=3 << 20, path="/cdn/", times=1)
     process = pull(f"{NAME}:Q8_0")
     hub.wait_for(lambda: stall.held)
+    blobs = hf_home / "hub" / "models--org--Tiny-GGUF" / "blobs"
+    until(lambda: any(p.stat().st_size for p in blobs.glob("*.incomplete")), "bytes on disk")
     process.send_signal(signal.SIGINT)
     code, _, err = ended(process)
     assert code == 130
