@@ -19,8 +19,9 @@ import structlog
 
 from orchestrator import guardian, models
 from orchestrator.argv import build_argv
-from orchestrator.download import FetchProgress, Hub
+from orchestrator.download import Hub
 from orchestrator.errors import OrchestratorError, Problem, StateDirError
+from orchestrator.fetch_process import FetchProgress
 from orchestrator.health import LoadProgress, wait_ready
 from orchestrator.messages import (
     BecameReady,

@@ -12,8 +12,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Final
 
-from orchestrator.download import FetchProgress, Hub
+from orchestrator.download import Hub
 from orchestrator.errors import OrchestratorError, Problem
+from orchestrator.fetch_process import FetchProgress
 from orchestrator.request import LoadRequest, ModelFiles
 from orchestrator.tokens import CancelReason, CancelToken, Generation
 

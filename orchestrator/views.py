@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from orchestrator.context import Context, Job
-from orchestrator.download import FetchProgress
 from orchestrator.errors import Problem
+from orchestrator.fetch_process import FetchProgress
 from orchestrator.messages import Exit, LeaseGranted, Loaded, Timings
 from orchestrator.named import Named
 from orchestrator.owner import Snapshot

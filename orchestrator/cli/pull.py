@@ -17,8 +17,9 @@ import click
 from orchestrator.cli import INTERRUPTED, options
 from orchestrator.cli.bars import download_bars
 from orchestrator.cli.output import Failure, say, say_json
-from orchestrator.download import FetchProgress, Hub, is_hub
+from orchestrator.download import Hub, is_hub
 from orchestrator.errors import OrchestratorError
+from orchestrator.fetch_process import FetchProgress
 from orchestrator.slot import default_state_dir
 from orchestrator.tokens import CancelToken, Generation
 from orchestrator.views import PrefetchOutcome, prefetch_outcome

@@ -23,8 +23,8 @@ import pytest
 from huggingface_hub import hf_hub_download, scan_cache_dir
 from structlog.testing import capture_logs
 
-from orchestrator import download, forks, hub_cache
-from orchestrator.download import FetchProgress, Hub
+from orchestrator import download, fetch_process, forks, hub_cache
+from orchestrator.download import Hub
 from orchestrator.errors import (
     Cancelled,
     DiskFull,
@@ -37,6 +37,7 @@ from orchestrator.errors import (
     OrchestratorError,
     Stalled,
 )
+from orchestrator.fetch_process import FetchProgress
 from orchestrator.request import LoadRequest, ModelFiles
 from orchestrator.tiny_model import write_tiny_model
 from orchestrator.tokens import CancelReason, CancelToken, Generation
@@ -1193,7 +1194,7 @@ def test_a_child_that_the_kernel_keeps_is_not_waited_for(
     hub: fake_hub.Hub, fetching: Callable[..., Fetching], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that is killed while it syncs a large file goes on for as long as that takes."""
-    monkeypatch.setattr(download, "REAP_S", 0.0)
+    monkeypatch.setattr(fetch_process, "REAP_S", 0.0)
     one = in_the_listing(hub, fetching)
     (child,) = children()
     assert one.cancel() < 1
