@@ -31,7 +31,6 @@ from orchestrator.messages import (
     Fetched,
     Kill,
     LeaseGranted,
-    Loaded,
     LoadRequested,
     Post,
     Probe,
@@ -137,7 +136,7 @@ def answer_already_loaded(s: Step) -> None:
     _note_load(s, fact)
     s.emit(
         Accept(fact.ticket, running.generation, joined=False),
-        Settle(fact.ticket, _loaded(running, already=True)),
+        Settle(fact.ticket, running.loaded(already=True)),
     )
 
 
@@ -145,7 +144,7 @@ def answer_next_already_loaded(s: Step) -> None:
     running = cast("Running", s.ctx.running)
     first, *rest = s.ctx.queue
     for caller in first.callers:
-        s.settle((caller,), replace(_loaded(running, already=True), joined=caller.joined))
+        s.settle((caller,), running.loaded(already=True, joined=caller.joined))
     s.put(queue=tuple(rest))
     _promote_next(s)
 
@@ -262,7 +261,7 @@ def fail_job(s: Step) -> None:
     """
     job = cast("Job", s.ctx.job)
     if job.token is None:
-        _fail(s, job, replace(s.problem, generation=job.generation))
+        _fail(s, job, s.problem)
     s.put(job=None)
 
 
@@ -427,7 +426,7 @@ def commit(s: Step) -> None:
     s.put(job=None, running=running, effect=None, committed_args=committed)
     s.put(previous=None, last_error=job.after)  # what a load made good is still worth knowing
     for caller in job.callers:
-        s.settle((caller,), replace(_loaded(running), joined=caller.joined))
+        s.settle((caller,), running.loaded(joined=caller.joined))
     _promote_next(s)
 
 
@@ -668,18 +667,6 @@ def _reasons(s: Step, job: Job) -> tuple[ReloadReason, ...]:
     if job.target.request.force_reload:
         reasons = (*reasons, ReloadReason("force_reload", running=False, requested=True))
     return reasons or (ReloadReason("server", running="exited", requested="alive"),)
-
-
-def _loaded(running: Running, *, already: bool = False) -> Loaded:
-    return Loaded(
-        running.generation,
-        running.target,
-        running.child,
-        running.server,
-        running.timings,
-        () if already else running.reload_reasons,
-        already=already,
-    )
 
 
 def _cooling_down(recovery: Recovery, now: float) -> Problem:

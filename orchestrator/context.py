@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from orchestrator.errors import Problem
-from orchestrator.messages import Answer, Child, Exit, ServerFacts, Timings
+from orchestrator.messages import Answer, Child, Exit, Loaded, ServerFacts, Timings
 from orchestrator.recovery import Recovery, RestartPolicy
 from orchestrator.request import ReloadReason, Target
 from orchestrator.tokens import CancelReason, Generation, Ticket
@@ -92,6 +92,19 @@ class Running:
     timings: Timings
     reload_reasons: tuple[ReloadReason, ...]
     at: float
+
+    def loaded(self, *, already: bool = False, joined: bool = False) -> Loaded:
+        """The answer to a load that this is the outcome of."""
+        return Loaded(
+            self.generation,
+            self.target,
+            self.child,
+            self.server,
+            self.timings,
+            () if already else self.reload_reasons,
+            already=already,
+            joined=joined,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from orchestrator.errors import (
 from orchestrator.fetch_process import FetchProcess, FetchProgress
 from orchestrator.hub_cache import CachedRepo
 from orchestrator.models import identity_of
+from orchestrator.notes import write_note
 from orchestrator.request import FileIdentity, HubModel, LoadRequest, ModelFiles
 from orchestrator.tokens import CancelToken
 
@@ -191,7 +192,7 @@ class Hub:
         if (cached := hub_cache.find(repo)) is None:
             cached = hub_cache.place(name if name.lower() == repo.lower() else repo)
         chosen = _choose(listed, variant, request)
-        self._write(self._listing_file(repo, commit), {"files": listed})
+        write_note(self._listing_file(repo, commit), {"files": listed})
         return Wanted(cached, commit, chosen, listed)
 
     def _order(self, wanted: Wanted, request: LoadRequest) -> dict[str, Any]:
@@ -208,7 +209,7 @@ class Hub:
             "commit": wanted.commit,
             "revision": None
             if hub_cache.is_commit(request.revision)
-            else request.revision or "main",
+            else request.revision or hub_cache.DEFAULT_REVISION,
             "files": files,
         }
 
@@ -233,7 +234,7 @@ class Hub:
             path = wanted.repo.path(wanted.commit, name)
             _, etag = wanted.size_and_etag(name)
             if (mark := self._mark(path, etag)) is not None:
-                self._write(mark, {"name": name})
+                write_note(mark, {"name": name})
 
         return note
 
@@ -244,14 +245,6 @@ class Hub:
             key = _key(etag, at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns)
             return self._records / f"{key}.hashed"
         return None
-
-    def _write(self, path: Path, members: dict[str, Any]) -> None:
-        """Write a note; without it, the next time takes longer."""
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(members), encoding="utf-8")
-            os.replace(temporary, path)
 
 
 # ---------------------------------------------------------------------------------------- helpers
@@ -301,8 +294,9 @@ def _not_cached(repo: str, variant: str | None, request: LoadRequest) -> HubUnre
     commit = cached.commit(request.revision) if cached else None
     names = sorted(cached.names(commit)) if cached and commit else []
     found = ", ".join(name for name in names if name.endswith(".gguf"))[:1000] or "nothing"
+    revision = request.revision or hub_cache.DEFAULT_REVISION
     return HubUnreachable.because(
-        f"{variant or 'the preferred variant'} of {repo} at {request.revision or 'main'} is not "
+        f"{variant or 'the preferred variant'} of {repo} at {revision} is not "
         f"whole in the cache, which has {found}; HF_HUB_OFFLINE is set: unset it, or name what is "
         "there",
         field="model_path",

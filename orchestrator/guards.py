@@ -6,7 +6,7 @@ facts) it may be used with; a test holds the table to it.
 
 from __future__ import annotations
 
-from orchestrator.context import Caller, Context, Job
+from orchestrator.context import Caller, Context, Job, Running
 from orchestrator.messages import (
     BecameReady,
     CancelRequested,
@@ -21,6 +21,7 @@ from orchestrator.messages import (
     UnloadRequested,
     Withdrawn,
 )
+from orchestrator.recovery import Recovery
 from orchestrator.request import Target, differences
 
 EARLY_CANCEL_S = 60.0
@@ -115,12 +116,7 @@ def same_as_loading(ctx: Context, fact: LoadRequested) -> bool:
 
 
 def same_as_running(ctx: Context, fact: LoadRequested) -> bool:
-    target = fact.target.inheriting(dict(ctx.committed_args))
-    return (
-        ctx.running is not None
-        and not target.request.force_reload
-        and not differences(ctx.running.target, target)
-    )
+    return _is_this(ctx, ctx.running, fact.target)
 
 
 def rejects_when_busy(ctx: Context, fact: LoadRequested) -> bool:
@@ -133,10 +129,7 @@ def queues_when_busy(ctx: Context, fact: LoadRequested) -> bool:
 
 def next_is_running(ctx: Context, fact: Promoted) -> bool:
     """The load that waited asks for what is running by now."""
-    if not ctx.queue or ctx.running is None or ctx.queue[0].target.request.force_reload:
-        return False
-    target = ctx.queue[0].target.inheriting(dict(ctx.committed_args))
-    return not differences(ctx.running.target, target)
+    return bool(ctx.queue) and _is_this(ctx, ctx.running, ctx.queue[0].target)
 
 
 def names_another_model(ctx: Context, fact: UnloadRequested) -> bool:
@@ -226,12 +219,14 @@ def is_cooling_down(ctx: Context, fact: LoadRequested | LeaseRequested) -> bool:
 
 def same_as_failing(ctx: Context, fact: LoadRequested) -> bool:
     """It asks for just what failed too often. Other settings may do better; force is force."""
-    target = fact.target.inheriting(dict(ctx.committed_args))
-    return (
-        ctx.recovery is not None
-        and not target.request.force_reload
-        and not differences(ctx.recovery.target, target)
-    )
+    return _is_this(ctx, ctx.recovery, fact.target)
+
+
+def _is_this(ctx: Context, known: Running | Recovery | None, wanted: Target) -> bool:
+    """Does it want just what is known, and not anew?"""
+    if known is None or wanted.request.force_reload:
+        return False
+    return not differences(known.target, wanted.inheriting(dict(ctx.committed_args)))
 
 
 # ------------------------------------------------------------- shared with actions, not guards

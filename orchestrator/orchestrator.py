@@ -53,7 +53,7 @@ from orchestrator.prefetch import Prefetches, download_key
 from orchestrator.recovery import RestartPolicy
 from orchestrator.request import LoadRequest, ModelFiles, Target
 from orchestrator.servers import ask_catalogue, find_server
-from orchestrator.slot import Slot, default_state_dir
+from orchestrator.slot import Slot, cache_dir
 from orchestrator.states import State
 from orchestrator.tokens import Generation, Ticket
 from orchestrator.views import (
@@ -192,8 +192,10 @@ class _Base:
     def status(self) -> Status:
         """Return what is true right now. Never blocks; a decision belongs into a request."""
         owner = self._owner
-        shown = views.status(owner.snapshot, owner.clock()) if owner else views.not_started()
-        return replace(shown, prefetching=views.prefetching(self._prefetches.under_way()))
+        under_way = self._prefetches.under_way()
+        if owner is None:
+            return views.not_started(under_way)
+        return views.status(owner.snapshot, owner.clock(), under_way)
 
     def progress(self) -> LoadProgress:
         """Return how far the load in flight is."""
@@ -278,7 +280,7 @@ class _Base:
     @property
     def _cache(self) -> Path:
         """What is worth keeping about this machine, whatever the slot."""
-        return Path(self._state_dir or default_state_dir()) / "cache"
+        return cache_dir(self._state_dir)
 
     def _ask_load(self, call: Call, request: LoadRequest) -> None:
         """Look up what the request names and post it; a refusal is an answer to the call.

@@ -22,7 +22,7 @@ from typing import Final, TypeVar
 
 import structlog
 
-from orchestrator.context import Context, Policy, Running
+from orchestrator.context import Context, Policy
 from orchestrator.errors import OrchestratorError, Problem
 from orchestrator.events import EventLog
 from orchestrator.machine import Lifecycle, lifecycle
@@ -414,26 +414,15 @@ def _unheard(generation: Generation, fact: Fact, ctx: Context) -> Answer:
     """Return what became of a load whose last caller has gone: nobody was told, but may ask."""
     running, error = ctx.running, ctx.last_error
     if running is not None and isinstance(fact, Promoted):
-        return replace(_loaded(running), already=True)
+        return replace(running.loaded(), already=True)
     if running is not None and running.generation == generation:
-        return _loaded(running)
+        return running.loaded()
     if error is not None and error.generation == generation:
         return error
     back = error.restored if error is not None else None
     if back is not None and back.generation == generation and back.problem is not None:
         return back.problem
     return Problem("cancelled", "its last caller has gone away", generation=generation)
-
-
-def _loaded(running: Running) -> Loaded:
-    return Loaded(
-        running.generation,
-        running.target,
-        running.child,
-        running.server,
-        running.timings,
-        running.reload_reasons,
-    )
 
 
 def _resolve(future: Future[_T], value: _T) -> None:

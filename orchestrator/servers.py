@@ -28,6 +28,7 @@ from orchestrator import forks, proctable
 from orchestrator.catalogue import Catalogue, FlagHelp, parse_help
 from orchestrator.errors import ServerUnavailable
 from orchestrator.models import identity_of
+from orchestrator.notes import write_note
 from orchestrator.process import inherited_environment
 from orchestrator.request import FileIdentity, ServerBinary
 
@@ -158,12 +159,7 @@ def _asked(server: ServerBinary, cache: Path) -> Catalogue | None:
         _log.warning("catalogue.inconclusive", server=server.command[0], returncode=returncode)
         return None
     _answers[server.identity] = found
-    with contextlib.suppress(OSError):
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = _file_of(server.command, server.identity, str(cache))
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(asdict(found)), encoding="utf-8")
-        os.replace(temporary, file)
+    write_note(_file_of(server.command, server.identity, str(cache)), asdict(found))
     return found
 
 

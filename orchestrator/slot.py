@@ -46,6 +46,11 @@ def default_state_dir() -> Path:
     return Path(home) / "llama-orchestrator"
 
 
+def cache_dir(state_dir: str | os.PathLike[str] | None) -> Path:
+    """Return the folder for what is worth keeping about this machine, whatever the slot."""
+    return Path(state_dir or default_state_dir()) / "cache"
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """What the slot may hold, as written to disk."""

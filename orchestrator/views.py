@@ -229,25 +229,19 @@ def prefetch_outcome(request: LoadRequest, files: ModelFiles) -> PrefetchOutcome
     )
 
 
-def prefetching(
-    under_way: Iterable[tuple[LoadRequest, FetchProgress]],
-) -> tuple[Prefetching, ...]:
-    return tuple(
-        Prefetching(r.model_path, r.gguf_variant, p.bytes_done, p.bytes_total) for r, p in under_way
-    )
-
-
 def leased_server(answer: LeaseGranted) -> LeasedServer:
     return LeasedServer(answer.server.base_url, answer.child.pid, answer.child.generation)
 
 
-def status(snapshot: Snapshot, now: float) -> Status:
+def status(
+    snapshot: Snapshot, now: float, under_way: Iterable[tuple[LoadRequest, FetchProgress]] = ()
+) -> Status:
     ctx = snapshot.ctx
     healthy = snapshot.state is State.HEALTHY
     return Status(
         state=snapshot.state,
         generation=_generation(ctx),
-        loaded=_loaded(ctx) if healthy else None,
+        loaded=load_outcome(ctx.running.loaded()) if healthy and ctx.running else None,
         loading=_loading(snapshot.state, ctx),
         last_error=ctx.last_error,
         last_exit=ctx.last_exit,
@@ -256,12 +250,16 @@ def status(snapshot: Snapshot, now: float) -> Status:
         occupied_by=ctx.child.pid if snapshot.state is State.IDLE and ctx.child else None,
         recovery=_recovery(ctx, now) if not healthy else None,
         story=snapshot.story,
+        prefetching=tuple(
+            Prefetching(r.model_path, r.gguf_variant, p.bytes_done, p.bytes_total)
+            for r, p in under_way
+        ),
     )
 
 
-def not_started() -> Status:
+def not_started(under_way: Iterable[tuple[LoadRequest, FetchProgress]]) -> Status:
     """The status of an orchestrator nobody has used yet."""
-    return status(Snapshot(State.IDLE, Context(), time.time(), 0.0), 0.0)
+    return status(Snapshot(State.IDLE, Context(), time.time(), 0.0), 0.0, under_way)
 
 
 def progress(snapshot: Snapshot, counted: PhaseProgress | None) -> LoadProgress:
@@ -292,22 +290,6 @@ def _generation(ctx: Context) -> Generation:
     if ctx.wanted:
         return ctx.wanted[0].generation
     return ctx.running.generation if ctx.running else ctx.generation
-
-
-def _loaded(ctx: Context) -> LoadOutcome | None:
-    running = ctx.running
-    if running is None:
-        return None
-    return load_outcome(
-        Loaded(
-            running.generation,
-            running.target,
-            running.child,
-            running.server,
-            running.timings,
-            running.reload_reasons,
-        )
-    )
 
 
 def _recovery(ctx: Context, now: float) -> RecoveryStatus | None:

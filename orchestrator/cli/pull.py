@@ -9,7 +9,6 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import click
@@ -20,7 +19,7 @@ from orchestrator.cli.output import Failure, say, say_json
 from orchestrator.download import Hub, is_hub
 from orchestrator.errors import OrchestratorError
 from orchestrator.fetch_process import FetchProgress
-from orchestrator.slot import default_state_dir
+from orchestrator.slot import cache_dir
 from orchestrator.tokens import CancelToken, Generation
 from orchestrator.views import PrefetchOutcome, prefetch_outcome
 
@@ -38,7 +37,7 @@ def pull(*, model: str, state_dir: str | None, as_json: bool, **fields: Any) -> 
     request = options.load_request(model, None, **fields)
     if not is_hub(request.model_path) or os.path.exists(request.model_path):
         raise click.UsageError(f"{model} is no repo on the Hub: give owner/name.")
-    hub = Hub(Path(state_dir or default_state_dir()) / "cache" / "hub")
+    hub = Hub(cache_dir(state_dir) / "hub")
     progress, token = FetchProgress(), CancelToken(Generation(0))
     shown = _lines(progress) if as_json else _bars(progress)
     try:

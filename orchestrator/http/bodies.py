@@ -76,8 +76,17 @@ def refuse(field: str, wanted: str, value: object) -> NoReturn:
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
     """Await `work`, whose body has been read; cancel it when the client goes away first."""
+    return await until_gone(_disconnected(request), work)
+
+
+async def until_gone(leaves: Coroutine[Any, Any, object], work: Coroutine[Any, Any, _T]) -> _T:
+    """Await `work`; cancel it when `leaves` ends first.
+
+    Raises:
+        Cancelled: the client has gone away.
+    """
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnected(request))
+    leaving = asyncio.ensure_future(leaves)
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any, Final
 from urllib.parse import unquote
 
@@ -18,10 +18,19 @@ import structlog
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
-from orchestrator.errors import OrchestratorError, Problem, ServerExited, Unavailable
+from orchestrator.errors import (
+    Cancelled,
+    OrchestratorError,
+    Problem,
+    ServerExited,
+    Unavailable,
+)
+from orchestrator.http.bodies import until_gone
 from orchestrator.http.problems import answer_to, http_problem, respond
 from orchestrator.orchestrator import AsyncOrchestrator
 from orchestrator.views import LeasedServer
+
+Header = tuple[bytes, bytes]
 
 HELD_S: Final = 120.0
 MAX_HELD: Final = 256
@@ -63,17 +72,8 @@ class PassThrough:
             return
         client = _Client(receive)
         exchange = _Exchange(scope, client, send)
-        reading = asyncio.create_task(client.read())
-        working = asyncio.create_task(self._serve(exchange))
-        leaving = asyncio.create_task(client.has_gone.wait())
-        try:
-            await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (working, leaving, reading):
-                task.cancel()
-            await asyncio.gather(working, leaving, reading, return_exceptions=True)
-        if not working.cancelled() and (error := working.exception()) is not None:
-            raise error
+        with contextlib.suppress(Cancelled):  # nobody is there to be told
+            await until_gone(client.read(), self._serve(exchange))
 
     async def close(self) -> None:
         """Close the connections to the server."""
@@ -123,26 +123,23 @@ class PassThrough:
 
 
 class _Client:
-    """Who asked: its body as it arrives, and whether it is still there."""
+    """Who asked: its body as it arrives."""
 
     def __init__(self, receive: Receive) -> None:
-        self.has_gone = asyncio.Event()
-        self._receive = receive
+        self.receive = receive
         self._chunks: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=2)
 
     async def read(self) -> None:
-        """Take what arrives, no faster than it is passed on; then wait for the end."""
+        """Take what arrives, no faster than it is passed on, until the client goes away."""
         message: Message = {"more_body": True}
         while message.get("more_body"):
-            message = await self._receive()
+            message = await self.receive()
             if message["type"] == "http.disconnect":
-                break
+                return
             await self._chunks.put(message.get("body", b""))
-        else:
-            await self._chunks.put(None)
-            while (await self._receive())["type"] != "http.disconnect":
-                pass
-        self.has_gone.set()
+        await self._chunks.put(None)
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
 
     async def body(self) -> AsyncIterator[bytes]:
         while (chunk := await self._chunks.get()) is not None:
@@ -168,7 +165,7 @@ class _Exchange:
         if target is None:
             await self._answer(http_problem(404, "there is nothing there"))
             return
-        headers = _passed_on(self._scope["headers"])
+        headers = _without(_OURS, self._scope["headers"])
         has_body = any(
             name in {b"content-length", b"transfer-encoding"} for name, _ in self._scope["headers"]
         )
@@ -195,19 +192,13 @@ class _Exchange:
 
     async def refuse(self, error: OrchestratorError) -> None:
         response = answer_to(error, Request(self._scope))
-        await response(self._scope, self._client_receive, self._send)
+        await response(self._scope, self._client.receive, self._send)
 
     async def _begin(self, response: httpx.Response) -> None:
-        named = {
-            name.strip().lower()
-            for value in response.headers.get_list("connection")
-            for name in value.split(",")
-        }
         headers = [
-            (name.lower(), value)
-            for name, value in response.headers.raw
-            if (text := name.decode("latin-1").lower()) not in _HOP_BY_HOP | named
-            and not text.startswith("access-control-")
+            (name, value)
+            for name, value in _without(frozenset(), response.headers.raw)
+            if not name.startswith(b"access-control-")
         ]
         await self._send(
             {
@@ -218,11 +209,7 @@ class _Exchange:
         )
 
     async def _answer(self, members: dict[str, Any]) -> None:
-        await respond(members)(self._scope, self._client_receive, self._send)
-
-    async def _client_receive(self) -> Message:
-        await self._client.has_gone.wait()
-        return {"type": "http.disconnect"}
+        await respond(members)(self._scope, self._client.receive, self._send)
 
 
 def _target(scope: Scope) -> str | None:
@@ -236,16 +223,13 @@ def _target(scope: Scope) -> str | None:
     return f"{path}?{query}" if query else path
 
 
-def _passed_on(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Return a request's headers without what concerns one connection, or only us."""
-    named = {
-        name.strip().lower()
-        for key, value in headers
-        if key.lower() == b"connection"
-        for name in value.decode("latin-1").split(",")
-    }
-    dropped = _HOP_BY_HOP | _OURS | named
-    return [(k, v) for k, v in headers if k.decode("latin-1").lower() not in dropped]
+def _without(dropped: frozenset[str], headers: Iterable[tuple[bytes, bytes]]) -> list[Header]:
+    """Return headers without these, and without what concerns one connection only."""
+    given = [(name.lower(), value) for name, value in headers]
+    listed = b",".join(value for name, value in given if name == b"connection")
+    named = {name.strip().lower() for name in listed.decode("latin-1").split(",")}
+    dropped = _HOP_BY_HOP | dropped | named
+    return [(name, value) for name, value in given if name.decode("latin-1") not in dropped]
 
 
 def _come_back(why: str) -> Unavailable:

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -62,14 +63,14 @@ def throughput(folder: Path, size: int) -> None:
             os.environ["HF_HOME"] = str(home)
             if kind == "client":
                 command = [sys.executable, "-c", _CLIENT]
-                figures.append(seconds(lambda c=command: subprocess.run(c, check=True)))  # type: ignore[misc]
+                figures.append(seconds(partial(subprocess.run, command, check=True)))
             else:
                 with orchestrator(folder / f"state-{turn}") as orch:
                     orch.status()
                     before, done = me.memory_info().rss, threading.Event()
                     watch = threading.Thread(target=_watch, args=(orch, done, waits))
                     watch.start()
-                    figures.append(seconds(lambda o=orch: o.prefetch("org/Big")))  # type: ignore[misc]
+                    figures.append(seconds(partial(orch.prefetch, "org/Big")))
                     done.set()
                     watch.join()
                     grown.append(me.memory_info().rss - before)

@@ -16,6 +16,7 @@ from orchestrator.errors import (
     HubUnreachable,
     InvalidRequest,
     ModelNotFound,
+    OrchestratorError,
     Superseded,
 )
 from tests.hub.fake_hub import Content, Hub, Repo
@@ -174,11 +175,15 @@ def test_two_loads_of_one_model_share_one_download(
     ],
 )
 def test_a_model_that_is_not_there_is_an_error_that_names_its_field(
-    orch: Orchestrator, repo: Repo, fields: dict[str, Any], error: type[Exception], field: str
+    orch: Orchestrator,
+    repo: Repo,
+    fields: dict[str, Any],
+    error: type[OrchestratorError],
+    field: str,
 ) -> None:
     with pytest.raises(error) as caught:
         orch.load(LoadRequest.from_dict(fields))
-    assert caught.value.field == field  # type: ignore[attr-defined]
+    assert caught.value.field == field
 
 
 # ------------------------------------------------------------------------------------ prefetch

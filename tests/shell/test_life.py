@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -75,12 +76,9 @@ def test_a_slot_that_could_not_be_claimed_may_be_free_later(
 # --------------------------------------------------------------------------------------- the end
 
 
-def test_after_close_every_call_says_so(house: House) -> None:
-    orch = sync_orchestrator()
-    orch.load("A")
-    orch.close()
-    assert not house.os.alive
-    for call in (
+def calls_on(orch: Orchestrator) -> tuple[Callable[[], object], ...]:
+    """Every call that needs a living orchestrator."""
+    return (
         lambda: orch.load("A"),
         lambda: orch.submit("A"),
         lambda: orch.unload(),
@@ -90,7 +88,15 @@ def test_after_close_every_call_says_so(house: House) -> None:
         lambda: orch.lease().__enter__(),
         lambda: orch.events(),
         lambda: orch.start(),
-    ):
+    )
+
+
+def test_after_close_every_call_says_so(house: House) -> None:
+    orch = sync_orchestrator()
+    orch.load("A")
+    orch.close()
+    assert not house.os.alive
+    for call in calls_on(orch):
         with pytest.raises(ShuttingDown):
             call()
     assert orch.status().state is State.IDLE
@@ -283,17 +289,7 @@ def test_a_forked_worker_is_told_that_it_owns_nothing(
     is_held, is_over = threading.Event(), threading.Event()
     with sync_orchestrator() as orch:
         pid = orch.load("A").pid
-        calls = (
-            lambda: orch.load("A"),
-            lambda: orch.submit("A"),
-            lambda: orch.unload(),
-            lambda: orch.cancel("x"),
-            lambda: orch.plan("A"),
-            lambda: orch.outcome(1),
-            lambda: orch.lease().__enter__(),
-            lambda: orch.events(),
-            lambda: orch.start(),
-        )
+        calls = calls_on(orch)
 
         def hold() -> None:
             with orch._life:  # as somebody who is starting or closing does
