@@ -278,3 +278,40 @@ def test_two_orchestrators_that_want_one_model_share_its_download_and_both_serve
         assert [outcome.status for outcome in outcomes] == ["loaded", "loaded"]
         assert outcomes[0].pid != outcomes[1].pid
     assert len(hub.seen("/cdn/", "GET")) == 1
+
+
+@pytest.mark.parametrize(
+    ("about", "fault", "category"),
+    [
+        ({"private": True}, {}, "model_not_found"),
+        ({"gated": True}, {}, "hub_gated"),
+        ({}, {"status": 401, "path": "/api/models"}, "hub_unauthorized"),
+        ({}, {"status": 429, "path": "/api/models", "retry_after_s": 60}, "hub_rate_limited"),
+        ({}, {"status": 500, "path": "/api/models"}, "hub_unreachable"),
+        ({}, {"reset_after": 0, "path": "/cdn/"}, "hub_unreachable"),
+        ({}, {"hang": True, "path": "/cdn/"}, None),
+        ({}, {"flip_at": 9, "path": "/cdn/"}, "hub_corrupt"),
+    ],
+)
+def test_a_download_that_fails_ends_in_idle_and_costs_no_settings(
+    orch: Orchestrator,
+    repo: Repo,
+    hub: Hub,
+    models: dict[str, Content],
+    about: dict[str, Any],
+    fault: dict[str, Any],
+    category: str | None,
+) -> None:
+    """Whatever the Hub does: its own category, nothing left behind, and the way back is open."""
+    orch.load(NAME, llama_extra_args=["--seed", "7"])
+    hub.add(Repo(OTHER, {"other-F16.gguf": models["tiny-F16.gguf"]}, **about))
+    if fault:
+        hub.fail(**fault)
+    with pytest.raises(OrchestratorError) as caught:
+        orch.load(OTHER, stall_timeout_s=2, llama_extra_args=["--seed", "8"])
+    given_up = {"hub_unreachable", "stalled"}  # the last try, or the clock: whichever is first
+    assert caught.value.problem.category in ({category} if category else given_up)
+    assert (orch.status().state, orch.status().loaded) == (State.IDLE, None)
+    hub.clear()
+    back = orch.load(NAME)
+    assert (back.status, back.llama_extra_args) == ("loaded", ["--seed", "7"])
