@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.context import Policy
+from orchestrator.messages import Exit as ServerExit
 from orchestrator.messages import (
     Exited,
     Fence,
@@ -16,7 +17,6 @@ from orchestrator.messages import (
     SetTimer,
     TimerFired,
 )
-from orchestrator.messages import Exit as ServerExit
 from orchestrator.tokens import Generation, Ticket
 from tests.core.test_machine import A, B, H, I, K, Run
 
@@ -31,6 +31,11 @@ def healthy(policy: Policy | None = None, **options: Any) -> Run:
 
 def idle_timers(run: Run) -> list[SetTimer]:
     return [c for c in run.commands if isinstance(c, SetTimer) and c.kind == "idle"]
+
+
+def idle_at(run: Run) -> float | None:
+    assert run.ctx.running is not None
+    return run.ctx.running.idle_at
 
 
 def expire(run: Run, generation: int = 1) -> Run:
@@ -49,8 +54,7 @@ def test_a_model_nobody_has_used_yet_gets_its_whole_time() -> None:
     run.settle()
     assert run.state is H
     assert idle_timers(run) == [SetTimer(Generation(1), "idle", TTL_S)]
-    assert run.ctx.running is not None
-    assert run.ctx.running.idle_at == 1060.0
+    assert idle_at(run) == 1060.0
 
 
 def test_a_server_nobody_uses_is_stopped_and_the_slot_is_verified() -> None:
@@ -66,15 +70,14 @@ def test_a_lease_keeps_the_server_and_the_time_begins_when_the_last_is_given_bac
     """A long answer is use for as long as it lasts."""
     run = healthy()
     first, second = run.lease(), run.lease()
-    assert run.ctx.running is not None
-    assert run.ctx.running.idle_at is None
+    assert idle_at(run) is None
     assert expire(run).commands == (Fence(Generation(1), "idle_expired"),)
     release(run, first)
     assert (run.state, idle_timers(run)) == (H, [])
     run.now = 500.0
     release(run, second)
     assert idle_timers(run) == [SetTimer(Generation(1), "idle", TTL_S)]
-    assert run.ctx.running.idle_at == 560.0
+    assert idle_at(run) == 560.0
     assert expire(run).state is K
 
 
