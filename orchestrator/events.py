@@ -94,6 +94,10 @@ class EventLog:
             self._wakers[id(waker)] = waker
         return stop
 
+    def wake(self) -> None:
+        """Let the readers look: something else that they wait for has changed."""
+        self._tell()
+
     def _tell(self) -> None:
         with self._changed:
             self._changed.notify_all()

@@ -47,7 +47,7 @@ from orchestrator.messages import (
     UnloadRequested,
 )
 from orchestrator.models import given_projector, is_local, locate
-from orchestrator.owner import Call, Owner, unsettled
+from orchestrator.owner import Call, Observer, Owner, unsettled
 from orchestrator.plan import Plan, checked_seconds, plan_load
 from orchestrator.prefetch import Prefetches, download_key
 from orchestrator.recovery import RestartPolicy
@@ -123,6 +123,7 @@ class _Base:
         self._is_closed = False
         self._life = threading.Lock()  # starting and closing, nothing else
         self._tickets = itertools.count(1)
+        self._observers: list[Observer] = []
 
     # -------------------------------------------------------------------------------- life
 
@@ -159,6 +160,7 @@ class _Base:
                     hub=self._hub,
                 ),
                 policy=self._policy,
+                observers=self._observers,
                 tickets=self._tickets,
             )
         except BaseException:
@@ -208,6 +210,18 @@ class _Base:
         if owner is None:
             return LoadProgress(None, None, None, None)
         return views.progress(owner.snapshot, owner.effects.progress())
+
+    def observe(self, observer: Observer) -> None:
+        """Have `observer` called after every step from now on, with what it did.
+
+        It runs on the owner's thread: it must be quick, and must not call the orchestrator back.
+        """
+        self._observers.append(observer)
+
+    @property
+    def lease_count(self) -> int:
+        """How many leases are held right now."""
+        return len(self._owner.snapshot.ctx.leases) if self._owner else 0
 
     @property
     def last_event_id(self) -> int:
@@ -575,16 +589,28 @@ class AsyncOrchestrator(_Base):
                 await asyncio.sleep(_LOG_EVERY_S)
             position, new = owner.effects.log_since(position)
 
+    async def settled(
+        self, generation: int, timeout_s: float | None = None
+    ) -> LoadOutcome | Problem | None:
+        """Wait for what becomes of a load that was submitted; None when it is still in flight.
+
+        Args:
+            timeout_s: Seconds; None waits as long as it takes.
+
+        Raises:
+            KeyError: as `outcome`.
+        """
+        owner = await self._started()
+        with contextlib.suppress(TimeoutError), _changes(owner.events) as changed:
+            async with asyncio.timeout(timeout_s):
+                while self.outcome(generation) is None:
+                    await changed.wait()
+                    changed.clear()
+        return self.outcome(generation)
+
     async def _follow(self, position: int) -> AsyncGenerator[Event, None]:
         log = (await self._started()).events
-        loop, changed = asyncio.get_running_loop(), asyncio.Event()
-
-        def wake() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has been closed under us
-                loop.call_soon_threadsafe(changed.set)
-
-        stop = log.subscribe(wake)
-        try:
+        with _changes(log) as changed:
             while True:
                 for event in log.since(position):
                     position = event.id
@@ -594,8 +620,6 @@ class AsyncOrchestrator(_Base):
                 if log.last_id <= position:
                     await changed.wait()
                 changed.clear()
-        finally:
-            stop()
 
     async def _started(self) -> Owner:
         """Start in another thread: to claim a slot may mean to end what a dead owner left in it."""
@@ -664,6 +688,22 @@ def _restart_policy(restart: object) -> RestartPolicy | None:
 def _unload_outcome(answer: Answer) -> UnloadOutcome:
     changed = cast("Unloaded", answer).changed
     return UnloadOutcome("unloaded" if changed else "not_loaded")
+
+
+@contextlib.contextmanager
+def _changes(log: EventLog) -> Iterator[asyncio.Event]:
+    """Have an event set in this loop whenever something happens; who waits for it clears it."""
+    loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+    def wake() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has been closed under us
+            loop.call_soon_threadsafe(changed.set)
+
+    stop = log.subscribe(wake)
+    try:
+        yield changed
+    finally:
+        stop()
 
 
 def _follow(log: EventLog, position: int) -> Iterator[Event]:

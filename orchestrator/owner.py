@@ -81,6 +81,25 @@ class Snapshot:
     story: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One step, for whoever counts.
+
+    Attributes:
+        outcomes: What became of the loads that are settled by it.
+        already: Answers to loads that found their model running.
+    """
+
+    fact: Fact
+    before: Snapshot
+    after: Snapshot
+    outcomes: tuple[Loaded | Problem, ...]
+    already: tuple[Loaded, ...]
+
+
+Observer = Callable[[Seen], None]
+
+
 @dataclass(slots=True, eq=False)
 class Call:
     """One call on the orchestrator, from any thread.
@@ -103,6 +122,7 @@ class Owner:
         policy: Fixed decisions of the embedding backend.
         clock: Monotonic seconds; tests use a virtual one.
         machine: The interpreter of the table.
+        observers: Told of every step, on the owner's thread; they must be quick.
         tickets: Numbers the calls; a facade whose calls begin before the owner does has its own.
         jitter: Which part of the wait for a restart is waited, 0.5 to 1.
     """
@@ -114,6 +134,7 @@ class Owner:
         policy: Policy | None = None,
         clock: Clock = time.monotonic,
         machine: Lifecycle | None = None,
+        observers: Sequence[Observer] = (),
         tickets: Iterator[int] | None = None,
         jitter: Callable[[], float] = lambda: random.uniform(0.5, 1.0),  # noqa: S311
     ) -> None:
@@ -121,12 +142,13 @@ class Owner:
         self._jitter = jitter
         self.events = EventLog()
         self._machine = machine or lifecycle()
+        self._observers = observers
         self._inbox: queue.SimpleQueue[Fact | None] = queue.SimpleQueue()
         self._tickets = tickets or itertools.count(1)
         self._calls: dict[Ticket, Call] = {}
         self._tokens: dict[Generation, CancelToken] = {}
         self._timers: dict[tuple[Timer, Generation], float] = {}  # few: the least is looked for
-        self.outcomes: OrderedDict[Generation, Answer] = OrderedDict()
+        self.outcomes: OrderedDict[Generation, Loaded | Problem] = OrderedDict()
         self.has_ended = False
         now = clock()
         self.snapshot = Snapshot(State.IDLE, Context(policy or Policy()), time.time(), now)
@@ -215,10 +237,11 @@ class Owner:
             before = self.snapshot
             state, ctx, commands = self._machine.step(before.state, before.ctx, fact)
             shown = self._shown(fact, state, ctx)
-            self._note_outcomes(fact, shown, commands)
+            outcomes = self._note_outcomes(fact, shown, commands)
             self.snapshot = shown
             if state is not before.state:
                 self._tell(fact, before, shown)
+            self._observe(fact, before, shown, outcomes, commands)
             for command in commands:
                 self._carry_out_safely(command, lock)
         except Exception as error:  # noqa: BLE001 (the owner outlives a fact it cannot digest)
@@ -268,12 +291,15 @@ class Owner:
         story = (*before.story, line)[-_STORY_LINES:]
         return Snapshot(state, ctx, time.time(), self.clock(), story)
 
-    def _note_outcomes(self, fact: Fact, shown: Snapshot, commands: Sequence[Command]) -> None:
+    def _note_outcomes(
+        self, fact: Fact, shown: Snapshot, commands: Sequence[Command]
+    ) -> tuple[Loaded | Problem, ...]:
         """Keep what became of every load this step settles: of the load, not of one of its callers.
 
         Before the snapshot shows it settled, so that a load is unsettled or has an outcome.
         """
         before, after = self.snapshot.ctx, shown.ctx
+        noted: list[Loaded | Problem] = []
         said = [command.answer for command in commands if isinstance(command, Settle)]
         said += [waiter.answer for waiter in before.waiters]
         for generation in sorted(unsettled(before) - unsettled(after)):
@@ -283,8 +309,32 @@ class Owner:
             answer = next(own, None) or _unheard(generation, fact, after)
             outcome = answer.told(shown.story) if isinstance(answer, Problem) else answer
             self.outcomes[generation] = outcome
+            noted.append(outcome)
             while len(self.outcomes) > _OUTCOMES_KEPT:
                 self.outcomes.popitem(last=False)
+        return tuple(noted)
+
+    def _observe(
+        self,
+        fact: Fact,
+        before: Snapshot,
+        after: Snapshot,
+        outcomes: tuple[Loaded | Problem, ...],
+        commands: Sequence[Command],
+    ) -> None:
+        """Tell the observers; one that fails costs the others nothing."""
+        if outcomes:
+            self.events.wake()
+        if not self._observers:
+            return
+        answers = (command.answer for command in commands if isinstance(command, Settle))
+        already = tuple(a for a in answers if isinstance(a, Loaded) and a.already)
+        seen = Seen(fact, before, after, outcomes, already)
+        for observer in tuple(self._observers):
+            try:
+                observer(seen)
+            except Exception:  # noqa: BLE001 (somebody else's code on the owner's thread)
+                _say("exception", "observer.failed", trigger=fact.trigger)
 
     def _tell(self, fact: Fact, before: Snapshot, shown: Snapshot) -> None:
         """One event and one line of the log for each transition."""
@@ -411,7 +461,7 @@ def unsettled(ctx: Context) -> set[Generation]:
     return {job.generation for job in ctx.wanted} | {Generation(g) for g in failed if g}
 
 
-def _unheard(generation: Generation, fact: Fact, ctx: Context) -> Answer:
+def _unheard(generation: Generation, fact: Fact, ctx: Context) -> Loaded | Problem:
     """Return what became of a load whose last caller has gone: nobody was told, but may ask."""
     running, error = ctx.running, ctx.last_error
     if running is not None and isinstance(fact, Promoted):

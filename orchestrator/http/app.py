@@ -22,6 +22,8 @@ from orchestrator.errors import NotLoaded, Problem
 from orchestrator.http import schemas
 from orchestrator.http.bodies import json_body, known, refuse, while_connected
 from orchestrator.http.keys import RequireKey
+from orchestrator.http.metrics import MEDIA_TYPE as MEDIA_TYPE_METRICS
+from orchestrator.http.metrics import Metrics
 from orchestrator.http.passthrough import Below, PassThrough
 from orchestrator.http.problems import MEDIA_TYPE, Json, ProblemRoute, install
 from orchestrator.orchestrator import AsyncOrchestrator
@@ -32,6 +34,7 @@ from orchestrator.views import LoadOutcome
 
 PREFIX: Final = "/api/inference"
 _PROGRESS_EVERY_S: Final = 0.25
+_MAX_WAIT_S: Final = 300.0
 _PROBLEM: Final[dict[int | str, dict[str, Any]]] = {
     "default": {
         "description": "A problem document",
@@ -65,17 +68,17 @@ def create_app(
     served = AsyncOrchestrator(**orchestrator_options) if orch is None else orch
 
     passed_on = PassThrough(served)
+    metrics = Metrics(served, lambda: passed_on.held)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with served:
-            yield
+        yield
         await passed_on.close()
 
     app = FastAPI(title="llama-orchestrator", version=orchestrator.__version__, lifespan=lifespan)
     install(app)
     app.include_router(router(served))
-    app.include_router(_health(served))
+    app.include_router(_health(served, metrics))
     app.add_middleware(Below, prefix="/v1/", app_below=passed_on)
     if keys := tuple(api_keys):
         app.add_middleware(RequireKey, keys=keys)
@@ -85,10 +88,21 @@ def create_app(
 def router(orch: AsyncOrchestrator) -> APIRouter:
     """Return the routes of an orchestrator, to be included in an app that exists already.
 
-    The app starts and closes the orchestrator (`async with orch:` in its lifespan).
+    They bring a lifespan that starts the orchestrator and closes it, which FastAPI joins to the
+    app's own.
     """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with orch:
+            yield
+
     routes = APIRouter(
-        prefix=PREFIX, route_class=ProblemRoute, responses=_PROBLEM, tags=["inference"]
+        prefix=PREFIX,
+        route_class=ProblemRoute,
+        responses=_PROBLEM,
+        tags=["inference"],
+        lifespan=lifespan,
     )
     _add_loads(routes, orch)
     _add_requests(routes, orch)
@@ -120,9 +134,17 @@ def _add_loads(routes: APIRouter, orch: AsyncOrchestrator) -> None:
         "/loads/{generation}",
         responses={200: {"model": schemas.LoadState}},
     )
-    async def load_state(generation: int) -> Response:
+    async def load_state(
+        generation: int,
+        wait_s: Annotated[float, Query(ge=0, le=_MAX_WAIT_S, allow_inf_nan=False)] = 0.0,
+    ) -> Response:
+        """Say what became of a load. With `wait_s` the answer waits for that for so long, which
+        follows a long load through proxies that cut a silent request.
+        """
         try:
             outcome = orch.outcome(generation)
+            if outcome is None and wait_s:
+                outcome = await orch.settled(generation, wait_s)
         except KeyError:
             raise HTTPException(404, f"no load has generation {generation}") from None
         members: dict[str, Any] = {"generation": generation}
@@ -242,7 +264,7 @@ def _add_streams(routes: APIRouter, orch: AsyncOrchestrator) -> None:
                 await asyncio.gather(coming, return_exceptions=True)
 
 
-def _health(orch: AsyncOrchestrator) -> APIRouter:
+def _health(orch: AsyncOrchestrator, metrics: Metrics) -> APIRouter:
     routes = APIRouter(route_class=ProblemRoute, responses=_PROBLEM, tags=["health"])
 
     @routes.get("/healthz", responses={200: {"model": schemas.HealthAnswer}})
@@ -255,6 +277,10 @@ def _health(orch: AsyncOrchestrator) -> APIRouter:
         if state is not State.HEALTHY:
             raise NotLoaded.because(f"no model is Healthy: the state is {state}")
         return Json({"status": "ready"})
+
+    @routes.get("/metrics", response_class=Response, responses=_sends("text/plain"))
+    async def prometheus() -> Response:
+        return Response(metrics.render(), media_type=MEDIA_TYPE_METRICS)
 
     return routes
 

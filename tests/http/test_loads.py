@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from tests.http.conftest import PREFIX, Gate, Serve, is_held, problem, until
+from tests.process.support import Background
 
 LOAD = PREFIX + "/load"
 LOAD_KEYS = {
@@ -97,6 +98,38 @@ def test_a_load_need_not_be_waited_for(serve: Serve, gate: Gate, tiny_model: str
         assert (ended["state"], ended["outcome"]["category"]) == ("Idle", "cancelled")
         assert problem(client.get(PREFIX + "/loads/3")) == (404, "not_found")
         assert problem(client.get(PREFIX + "/loads/first")) == (422, "malformed")
+
+
+def test_a_long_load_is_followed_through_a_proxy_that_cuts_silent_requests(
+    serve: Serve, gate: Gate, tiny_model: str
+) -> None:
+    """B64: each answer comes in the time that was asked for, the last when the load is settled."""
+    with serve(gate.binary) as client:
+        accepted = client.post(LOAD + "?wait=false", json={"model_path": tiny_model})
+        where = accepted.headers["location"]
+        still = client.get(where, params={"wait_s": 0.05}).json()
+        assert "outcome" not in still
+        waiting = Background(client.get, where, params={"wait_s": 60})
+        gate.open()
+        told = waiting.result().json()
+        assert (told["state"], told["outcome"]["status"]) == ("Healthy", "loaded")
+        assert client.get(where, params={"wait_s": 60}).json() == told
+        assert problem(client.get(PREFIX + "/loads/99?wait_s=60")) == (404, "not_found")
+        assert problem(client.get(where + "?wait_s=nan")) == (422, "malformed")
+
+
+def test_who_waits_for_a_load_hears_also_when_it_fails_or_never_begins(
+    serve: Serve, gate: Gate, tiny_model: str, other_model: str
+) -> None:
+    """A queued load that times out makes no transition; who waits for it is woken all the same."""
+    with serve(gate.binary) as client:
+        client.post(LOAD + "?wait=false", json={"model_path": tiny_model})
+        until(client, is_held)
+        queued = {"model_path": other_model, "on_busy": "queue", "deadline_s": 0.2}
+        where = client.post(LOAD + "?wait=false", json=queued).headers["location"]
+        told = client.get(where, params={"wait_s": 60}).json()
+        assert (told["state"], told["outcome"]["category"]) == ("Idle", "deadline")
+        gate.open()
 
 
 def test_everything_that_reads_answers_while_a_load_runs(

@@ -19,6 +19,7 @@ import fastapi
 import httpx
 import openai
 import pytest
+from openai.types.chat import ChatCompletion
 from starlette.routing import Route
 
 from orchestrator import AsyncOrchestrator
@@ -82,7 +83,7 @@ def test_tools_arrive_through_the_openai_client(serve: Serve, tiny_model: str) -
 
         def prompt_tokens(**fields: Any) -> int:
             wanted: Any = {"model": "x", "messages": HELLO, "max_tokens": 1, **fields}
-            usage = ai.chat.completions.create(**wanted).usage
+            usage = cast("ChatCompletion", ai.chat.completions.create(**wanted)).usage
             assert usage is not None
             return usage.prompt_tokens
 

@@ -18,6 +18,7 @@ from orchestrator import AsyncOrchestrator, LoadRequest
 from orchestrator.http import bodies, create_app, router, schemas
 from orchestrator.views import LoadOutcome, LoadProgress, Status
 from tests.http.conftest import PREFIX, Serve, problem, serving
+from tests.process.support import is_running
 
 JSON = {"Content-Type": "application/json"}
 LOAD = PREFIX + "/load"
@@ -275,6 +276,7 @@ def test_openapi_tells_the_whole_contract(idle: httpx.Client) -> None:
         (PREFIX + "/loads/{generation}", "get"),
         ("/healthz", "get"),
         ("/readyz", "get"),
+        ("/metrics", "get"),
     }
     load = document["paths"][LOAD]["post"]
     body = load["requestBody"]["content"]["application/json"]["schema"]
@@ -299,6 +301,26 @@ def test_the_router_brings_its_problems_into_another_app(state_dir: Path) -> Non
         assert problem(answer) == (404, "model_not_found")
         client.post("/ai" + PREFIX + "/unload")
         assert client.get("/nowhere").headers["content-type"] == "application/json"
+
+
+def test_the_router_starts_and_closes_the_orchestrator(state_dir: Path, tiny_model: str) -> None:
+    """A backend that only includes it can lose no server, whether it has a lifespan or not."""
+    ended: list[str] = []
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: fastapi.FastAPI) -> AsyncIterator[None]:
+        yield
+        ended.append("its own")
+
+    orch = AsyncOrchestrator(llama_server="embedded", state_dir=state_dir)
+    app = fastapi.FastAPI(lifespan=lifespan)
+    app.include_router(router(orch))
+    with serving(app) as client:
+        pid = client.post(LOAD, json={"model_path": tiny_model}).json()["pid"]
+        assert is_running(pid)
+    assert not is_running(pid)
+    assert ended == ["its own"]
+    assert orch.status().loaded is None
 
 
 def test_a_closed_orchestrator_answers_503(state_dir: Path) -> None:

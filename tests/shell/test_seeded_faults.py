@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -234,13 +234,13 @@ class TellsTheLastAnswer(Owner):
         super()._accept(command)
         self._of = {**getattr(self, "_of", {}), command.ticket: command.generation}
 
-    def _note_outcomes(self, fact: Fact, shown: Snapshot, commands: Any) -> None:
-        pass
+    def _note_outcomes(self, fact: Fact, shown: Snapshot, commands: Any) -> tuple[Any, ...]:
+        return ()
 
     def _settle(self, command: Settle) -> None:
         super()._settle(command)
         if (generation := getattr(self, "_of", {}).get(command.ticket)) is not None:
-            self.outcomes[generation] = command.answer
+            self.outcomes[generation] = cast("Any", command.answer)
 
 
 # ------------------------------------------------------------------------------- commands, and time

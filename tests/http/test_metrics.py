@@ -1,0 +1,114 @@
+"""What a scrape gets, counted on real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from orchestrator.states import State
+from tests.http.conftest import PREFIX, Gate, Serve, is_held, until
+from tests.process.support import Background
+
+LOAD = PREFIX + "/load"
+Key = tuple[str, tuple[tuple[str, str], ...]]
+
+
+def scrape(client: httpx.Client) -> dict[Key, float]:
+    answer = client.get("/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    return {
+        (sample.name.removeprefix("llama_orchestrator_"), tuple(sorted(sample.labels.items()))): (
+            sample.value
+        )
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+def value(found: dict[Key, float], name: str, **labels: Any) -> float:
+    return found.get((name, tuple(sorted(labels.items()))), 0.0)
+
+
+def test_loads_reloads_and_exits_are_counted_by_what_became_of_them(
+    serve: Serve, tiny_model: str
+) -> None:
+    """Each load once, whoever asked for it; each server's end once, and whose doing it was."""
+    with serve() as client:
+        body = {"model_path": tiny_model}
+        assert client.post(LOAD, json=body).json()["status"] == "loaded"
+        assert client.post(LOAD, json=body).json()["status"] == "already_loaded"
+        client.post(LOAD, json={**body, "max_seq_length": 512})
+        bogus = {**body, "llama_extra_args": ["--bogus"]}
+        assert client.post(LOAD, json=bogus).status_code == 424
+        pid = client.post(LOAD, json=body).json()["pid"]
+        os.kill(pid, signal.SIGKILL)
+        until(client, lambda status: status["last_exit"] and status["state"] == "Idle")
+        found = scrape(client)
+    assert value(found, "loads_total", outcome="loaded") == 3
+    assert value(found, "loads_total", outcome="already_loaded") == 1
+    assert value(found, "loads_total", outcome="server_start_failed") == 1
+    assert value(found, "reloads_total", field="max_seq_length") == 1
+    assert value(found, "server_exits_total", how="stopped") == 2
+    assert value(found, "server_exits_total", how="exit") == 1  # it refused the flag
+    assert value(found, "server_exits_total", how="signal") == 1
+    assert value(found, "generation") == 4
+    for phase, times in (("spawn", 4), ("health", 4), ("download", 4)):
+        assert value(found, "phase_seconds_count", phase=phase) == times, phase
+        assert value(found, "phase_seconds_sum", phase=phase) > 0
+    assert value(found, "phase_seconds_bucket", phase="health", le="+Inf") == 4
+
+
+def test_the_state_and_the_time_in_it_are_told(serve: Serve, tiny_model: str) -> None:
+    """One state is 1; the seconds of all of them together are the time that has passed."""
+    with serve() as client:
+        before = scrape(client)
+        assert [value(before, "state", state=state) for state in State] == [1, 0, 0, 0, 0, 0]
+        client.post(LOAD, json={"model_path": tiny_model})
+        first, second = scrape(client), scrape(client)
+        assert [value(first, "state", state=state) for state in State] == [0, 0, 0, 0, 0, 1]
+    spent = [
+        [value(found, "state_seconds_total", state=state) for state in State]
+        for found in (first, second)
+    ]
+    assert min(spent[0]) > 0
+    assert spent[1][:5] == spent[0][:5]
+    assert spent[1][5] > spent[0][5]
+
+
+def test_what_is_held_and_what_is_leased_is_told(serve: Serve, gate: Gate, tiny_model: str) -> None:
+    with serve(gate.binary) as client:
+        long = {
+            "model_path": tiny_model,
+            "max_seq_length": 100_000,
+        }  # no buffer takes such a stream
+        client.post(LOAD + "?wait=false", json=long)
+        until(client, is_held)
+        held = Background(client.get, "/v1/models")
+        until(client, lambda _: value(scrape(client), "held_requests") == 1)
+        assert value(scrape(client), "leases") == 0
+        gate.open()
+        held.result()
+        endless = {"prompt": "a", "max_tokens": 1_000_000, "stream": True, "ignore_eos": True}
+        with client.stream("POST", "/v1/completions", json=endless) as stream:
+            next(stream.iter_raw())
+            found = scrape(client)
+            assert (value(found, "leases"), value(found, "held_requests")) == (1, 0)
+        until(client, lambda _: value(scrape(client), "leases") == 0)
+
+
+def test_a_scrape_or_a_look_is_no_use_of_a_model(serve: Serve, tiny_model: str) -> None:
+    """B66: a metrics scrape keeps the server awake."""
+    with serve(idle_ttl_s=0.3) as client:
+        client.post(LOAD, json={"model_path": tiny_model})
+
+        def is_idle(status: dict[str, Any]) -> bool:
+            for path in ("/metrics", "/readyz", "/healthz", PREFIX + "/load-progress"):
+                client.get(path)
+            return bool(status["state"] == "Idle")
+
+        assert "idle_expired" in " ".join(until(client, is_idle)["story"])
