@@ -117,6 +117,9 @@ def already_loaded_and_status(server: str, model: str, figures: Figures) -> None
         orch.load(model, max_seq_length=512)
         again = [milliseconds(lambda: orch.load(model, max_seq_length=512)) for _ in range(200)]
         figures.add("already_loaded, median", statistics.median(again), "ms", "< 5")
+        settings: dict[str, Any] = {"cache_type_kv": "q8_0", "n_parallel": 2}
+        planned = [milliseconds(lambda: orch.plan(model, **settings)) for _ in range(200)]
+        figures.add("plan() of a reload, median", statistics.median(planned), "ms", "< 1")
         rounds = 5000
         spent = milliseconds(lambda: [orch.status() for _ in range(rounds)])
         figures.add("status()", spent * 1000 / rounds, "us", "< 50")
