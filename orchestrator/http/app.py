@@ -22,7 +22,10 @@ import orchestrator
 from orchestrator.errors import NotLoaded, Problem
 from orchestrator.http import schemas
 from orchestrator.http.bodies import json_body, known, refuse, while_connected
-from orchestrator.http.keys import RequireKey
+from orchestrator.http.headers import AnswerHeaders
+from orchestrator.http.keys import OPEN_PATHS, RequireKey
+from orchestrator.http.limits import MAX_BODY_BYTES, LimitBody
+from orchestrator.http.origins import RefuseForeign, checked_hosts
 from orchestrator.http.passthrough import PassThrough
 from orchestrator.http.problems import MEDIA_TYPE, Json, ProblemRoute, install
 from orchestrator.orchestrator import AsyncOrchestrator
@@ -45,6 +48,8 @@ def create_app(
     orch: AsyncOrchestrator | None = None,
     *,
     api_keys: Iterable[str] = (),
+    allowed_hosts: Iterable[str] = (),
+    max_body_bytes: int = MAX_BODY_BYTES,
     **orchestrator_options: Any,
 ) -> FastAPI:
     """Return an app whose lifespan starts the orchestrator and closes it.
@@ -52,6 +57,9 @@ def create_app(
     Args:
         orch: The orchestrator to serve; None makes one of `orchestrator_options`.
         api_keys: When given, every request but the health routes needs one as a Bearer token.
+        allowed_hosts: Names by which the service may be called, beside `localhost` and its
+            addresses. Others are refused, as are requests of web pages of another origin.
+        max_body_bytes: The most that a request may send.
         **orchestrator_options: As for `AsyncOrchestrator`.
 
     Raises:
@@ -63,8 +71,9 @@ def create_app(
     """
     if orch is not None and orchestrator_options:
         raise TypeError("give an orchestrator or the options for one, not both")
+    keys = tuple(api_keys)
     served = AsyncOrchestrator(**orchestrator_options) if orch is None else orch
-
+    hosts = checked_hosts(allowed_hosts)
     passed_on = PassThrough(served)
 
     @contextlib.asynccontextmanager
@@ -78,8 +87,11 @@ def create_app(
     app.include_router(router(served))
     app.include_router(_health(served))
     app.router.routes.append(Route("/v1/{path:path}", passed_on))  # any method
-    if keys := tuple(api_keys):
+    app.add_middleware(LimitBody, max_bytes=max_body_bytes)
+    if keys:
         app.add_middleware(RequireKey, keys=keys)
+    app.add_middleware(RefuseForeign, allowed_hosts=hosts)
+    app.add_middleware(AnswerHeaders, fleeting=(PREFIX, "/metrics", *OPEN_PATHS))
     return app
 
 

@@ -24,6 +24,7 @@ from orchestrator.errors import OrchestratorError, Problem
 
 MEDIA_TYPE: Final = "application/problem+json"
 _CATEGORIES: Final = {
+    400: "bad_request",
     401: "unauthorized",
     404: "not_found",
     405: "method_not_allowed",
@@ -47,14 +48,14 @@ def respond(members: Mapping[str, Any], headers: Mapping[str, str] | None = None
     return Json(dict(members), members["status"], told, MEDIA_TYPE)
 
 
-def http_problem(status: int, detail: str) -> dict[str, Any]:
+def http_problem(status: int, detail: str, *, category: str | None = None) -> dict[str, Any]:
     """Return the document of a failure that is HTTP's own and has no exception in the tree."""
     return {
         "type": "about:blank",
         "title": HTTPStatus(status).phrase,
         "status": status,
         "detail": detail,
-        "category": _CATEGORIES.get(status, "http_error"),
+        "category": category or _CATEGORIES.get(status, "http_error"),
     }
 
 
