@@ -44,6 +44,7 @@ from orchestrator.messages import (
 )
 from orchestrator.ports import LogPosition, SlotLock
 from orchestrator.process import ServerProcess, Warden, check_server_env, child_environment
+from orchestrator.roots import ModelRoots
 from orchestrator.slot import Slot
 from orchestrator.tokens import CancelToken
 
@@ -74,6 +75,7 @@ class ProcessEffects:
         kill_grace_s: Seconds between SIGTERM and SIGKILL.
         server_env: Variables the server gets beside the allow-list.
         hub: Where models that are not here come from.
+        roots: Folders that local models are confined to.
 
     Raises:
         InvalidRequest: a variable cannot be given (field `server_env`).
@@ -87,8 +89,10 @@ class ProcessEffects:
         kill_grace_s: float,
         server_env: Mapping[str, str],
         hub: Hub,
+        roots: ModelRoots | None = None,
     ) -> None:
         check_server_env(server_env)
+        self._roots = roots
         self._hub = hub
         self._slot = slot
         self._post = post
@@ -205,9 +209,9 @@ class ProcessEffects:
         request = command.target.request
         try:
             if command.target.model.hub is None:
-                files = models.locate(request)
+                files = models.locate(request, self._roots)
             else:
-                projector = models.given_projector(request)
+                projector = models.given_projector(request, self._roots)
                 files = self._hub.fetch(request, token, progress)
                 files = replace(files, projector=projector or files.projector)
         except OrchestratorError as error:

@@ -14,7 +14,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
@@ -52,6 +52,7 @@ from orchestrator.plan import Plan, checked_seconds, plan_load
 from orchestrator.prefetch import Prefetches, download_key
 from orchestrator.recovery import RestartPolicy
 from orchestrator.request import LoadRequest, ModelFiles, Target
+from orchestrator.roots import Folder, model_roots
 from orchestrator.servers import ask_catalogue, find_server
 from orchestrator.slot import Slot, cache_dir
 from orchestrator.states import State
@@ -82,6 +83,8 @@ class _Base:
         restart: `never`, or `on-crash`: a healthy server that ends by itself is started again,
             with the waits of `RestartPolicy` (which may be given instead).
         server_env: Variables the server gets beside the allow-listed ones.
+        models_dir: One or several folders that local models are confined to; names that are not
+            absolute are looked for in them. Empty = anywhere.
 
     Raises:
         InvalidRequest: a setting is not usable; names the field.
@@ -98,6 +101,7 @@ class _Base:
         abandoned_load: Literal["cancel", "continue"] = "cancel",
         restart: Literal["never", "on-crash"] | RestartPolicy = "never",
         server_env: Mapping[str, str] | None = None,
+        models_dir: Folder | Iterable[Folder] = (),
     ) -> None:
         if abandoned_load not in ("cancel", "continue"):
             raise InvalidRequest.because(
@@ -111,6 +115,7 @@ class _Base:
         drain_s = checked_seconds("drain_timeout_s", drain_timeout_s)
         self._policy = Policy(drain_s, abandoned_load, _restart_policy(restart))
         self._server_env = dict(server_env or {})
+        self._roots = model_roots(models_dir)
         self._hub = Hub(self._cache / "hub")
         self._prefetches = Prefetches(self._hub)
         self._owner: Owner | None = None
@@ -152,6 +157,7 @@ class _Base:
                     kill_grace_s=self._kill_grace_s,
                     server_env=self._server_env,
                     hub=self._hub,
+                    roots=self._roots,
                 ),
                 policy=self._policy,
                 tickets=self._tickets,
@@ -259,6 +265,8 @@ class _Base:
 
     def _target(self, request: LoadRequest) -> Target:
         _refuse_unsupported(request)
+        if self._roots is not None:
+            self._roots.check_args(request.llama_extra_args or ())
         target = Target(request, self._model(request), find_server(self._llama_server))
         if target.speculative_type is not None:
             server = replace(target.server, catalogue=ask_catalogue(target.server, self._cache))
@@ -268,14 +276,14 @@ class _Base:
 
     def _model(self, request: LoadRequest) -> ModelFiles:
         """Return the files of a model, or where it comes from if it is not here yet."""
-        if not is_local(request.model_path) and is_hub(request.model_path):
-            projector = given_projector(request)
+        if not is_local(request.model_path, self._roots) and is_hub(request.model_path):
+            projector = given_projector(request, self._roots)
             model = self._hub.look_up(request)
             return replace(model, projector=projector) if projector is not None else model
         if request.revision is not None:
             message = f"revision is of a Hub model, and {request.model_path} is not one"
             raise InvalidRequest.because(message, field="revision")
-        return locate(request)
+        return locate(request, self._roots)
 
     @property
     def _cache(self) -> Path:
