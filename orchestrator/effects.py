@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import queue
+import secrets
 import subprocess
 import threading
 import time
@@ -76,6 +77,7 @@ class ProcessEffects:
         server_env: Variables the server gets beside the allow-list.
         hub: Where models that are not here come from.
         roots: Folders that local models are confined to.
+        protect_server: Every server gets a key of its own.
 
     Raises:
         InvalidRequest: a variable cannot be given (field `server_env`).
@@ -90,8 +92,10 @@ class ProcessEffects:
         server_env: Mapping[str, str],
         hub: Hub,
         roots: ModelRoots | None = None,
+        protect_server: bool = False,
     ) -> None:
         check_server_env(server_env)
+        self._is_protected = protect_server
         self._roots = roots
         self._hub = hub
         self._slot = slot
@@ -165,7 +169,8 @@ class ProcessEffects:
         self._watch_over()
         try:
             argv = build_argv(command.target, template_file=self._write_template(command))
-            environment = child_environment(self._env, self._slot)
+            key = secrets.token_urlsafe(32) if self._is_protected else None
+            environment = child_environment(self._env, self._slot, key)
             self._warden.spawn(command.generation, argv, environment, lock.fd, self._spawned)
         except OrchestratorError as error:
             self._remove_template()

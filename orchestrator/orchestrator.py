@@ -88,6 +88,8 @@ class _Base:
         server_env: Variables the server gets beside the allow-listed ones.
         models_dir: One or several folders that local models are confined to; names that are not
             absolute are looked for in them. Empty = anywhere.
+        protect_server: Give every server a random key, so that nobody but `lease()` and the
+            pass-through can use it: `base_url` alone is not enough any more.
 
     Raises:
         InvalidRequest: a setting is not usable; names the field.
@@ -107,6 +109,7 @@ class _Base:
         idle_ttl_s: float | None = None,
         server_env: Mapping[str, str] | None = None,
         models_dir: Folder | Iterable[Folder] = (),
+        protect_server: bool = False,
     ) -> None:
         _check_choice("abandoned_load", abandoned_load, "cancel", "continue")
         _check_choice("drain_policy", drain_policy, "wait", "cut")
@@ -121,6 +124,7 @@ class _Base:
         self._policy = Policy(drain_s, abandoned_load, _restart_policy(restart), idle_ttl_s)
         self._server_env = dict(server_env or {})
         self._roots = model_roots(models_dir)
+        self._is_protected = protect_server
         self._hub = Hub(self._cache / "hub")
         self._prefetches = Prefetches(self._hub)
         self._owner: Owner | None = None
@@ -163,6 +167,7 @@ class _Base:
                     server_env=self._server_env,
                     hub=self._hub,
                     roots=self._roots,
+                    protect_server=self._is_protected,
                 ),
                 policy=self._policy,
                 tickets=self._tickets,

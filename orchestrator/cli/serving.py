@@ -174,7 +174,7 @@ def _setup(
     try:
         hosts = checked_hosts((host, *allowed_hosts))
         given = {name: value for name, value in for_orchestrator.items() if value is not None}
-        orch = AsyncOrchestrator(**given)
+        orch = AsyncOrchestrator(protect_server=bool(keys), **given)
     except InvalidRequest as error:
         raise click.UsageError(error.message) from error
     with _listen(host, port, as_json) as listener:

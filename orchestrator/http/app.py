@@ -60,7 +60,8 @@ def create_app(
         allowed_hosts: Names by which the service may be called, beside `localhost` and its
             addresses. Others are refused, as are requests of web pages of another origin.
         max_body_bytes: The most that a request may send.
-        **orchestrator_options: As for `AsyncOrchestrator`.
+        **orchestrator_options: As for `AsyncOrchestrator`; with keys, `protect_server` is on, so
+            that nobody gets round them by the server's own port.
 
     Raises:
         TypeError: both an orchestrator and options for one.
@@ -72,7 +73,8 @@ def create_app(
     if orch is not None and orchestrator_options:
         raise TypeError("give an orchestrator or the options for one, not both")
     keys = tuple(api_keys)
-    served = AsyncOrchestrator(**orchestrator_options) if orch is None else orch
+    options = {"protect_server": bool(keys), **orchestrator_options}
+    served = AsyncOrchestrator(**options) if orch is None else orch
     hosts = checked_hosts(allowed_hosts)
     passed_on = PassThrough(served)
 

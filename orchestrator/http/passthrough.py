@@ -165,7 +165,7 @@ class _Exchange:
         if target is None:
             await self._answer(http_problem(404, "there is nothing there"))
             return
-        headers = _without(_OURS, self._scope["headers"])
+        headers = _for_server(self._scope["headers"], server)
         has_body = any(
             name in {b"content-length", b"transfer-encoding"} for name, _ in self._scope["headers"]
         )
@@ -221,6 +221,14 @@ def _target(scope: Scope) -> str | None:
         return None
     query = scope["query_string"].decode("latin-1")
     return f"{path}?{query}" if query else path
+
+
+def _for_server(given: Iterable[Header], server: LeasedServer) -> list[Header]:
+    """Return what the server is told: its own key, if it has one, instead of this API's."""
+    headers = _without(_OURS, given)
+    if server.api_key is not None:
+        headers.append((b"authorization", f"Bearer {server.api_key}".encode()))
+    return headers
 
 
 def _without(dropped: frozenset[str], headers: Iterable[tuple[bytes, bytes]]) -> list[Header]:

@@ -24,7 +24,6 @@ from orchestrator.errors import InvalidRequest, ModelNotFound, OrchestratorError
 from orchestrator.models import is_local, locate
 from orchestrator.request import LoadRequest, ModelFiles
 from orchestrator.roots import ModelRoots, model_roots
-from orchestrator.tiny_model import write_tiny_model
 from tests.hub.conftest import split_gguf
 from tests.process.support import Make
 
@@ -480,8 +479,3 @@ def test_every_flag_of_the_real_server_that_takes_a_file_is_known(llama_server: 
         except RefusedArgument:
             continue
         assert flag in known, flag
-
-
-def test_the_tiny_model_is_no_link(tmp_path: Path) -> None:
-    """What the other tests rest on."""
-    assert write_tiny_model(tmp_path / "x.gguf") == Path(os.path.realpath(tmp_path / "x.gguf"))
