@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from orchestrator import gguf_file, variants
+from orchestrator import gguf_file, paths, variants
 from orchestrator.errors import InvalidModel, ModelNotFound
 from orchestrator.request import FileIdentity, LoadRequest, ModelFiles
 from orchestrator.roots import ModelRoots
@@ -101,6 +101,7 @@ def _path(text: str, field: str, roots: ModelRoots | None) -> Path:
     try:
         path = Path(text).expanduser() if roots is None else Path(roots.resolve(text, field))
         path.exists()
+        paths.sent_as(path, text)
     except (OSError, RuntimeError) as error:  # too long, not ours to see; no such user
         why = getattr(error, "strerror", None) or str(error)
         message = f"{field} {text[:200]} cannot be looked up ({why}): check the path"

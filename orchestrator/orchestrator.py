@@ -20,7 +20,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final, Literal, Self, TypeVar, cast
 
-from orchestrator import views
+from orchestrator import paths, views
 from orchestrator.argv import build_argv
 from orchestrator.context import Context, Policy
 from orchestrator.download import Hub, is_hub
@@ -125,6 +125,7 @@ class _Base:
         self._server_env = dict(server_env or {})
         self._roots = model_roots(models_dir)
         self._is_protected = protect_server
+        paths.kept_in(self._cache.parent, "<state>")
         self._hub = Hub(self._cache / "hub")
         self._prefetches = Prefetches(self._hub)
         self._owner: Owner | None = None

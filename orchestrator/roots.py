@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 
-from orchestrator import server_args
+from orchestrator import paths, server_args
 from orchestrator.errors import InvalidRequest, RefusedArgument
 
 Folder = str | os.PathLike[str]
@@ -35,6 +35,8 @@ class ModelRoots:
                 )
         self._roots = tuple(dict.fromkeys(map(os.path.realpath, named)))
         self._called = (*self._roots, *named)
+        for folder in self._called:
+            paths.kept_in(folder, "<models>")
 
     def resolve(self, text: str, field: str) -> str:
         """Return where a name leads, links resolved; there need not be anything.

@@ -30,6 +30,7 @@ from orchestrator.http.passthrough import PassThrough
 from orchestrator.http.problems import MEDIA_TYPE, Json, ProblemRoute, install
 from orchestrator.orchestrator import AsyncOrchestrator
 from orchestrator.output import MAX_LINES
+from orchestrator.paths import shown, shown_members
 from orchestrator.request import LoadRequest
 from orchestrator.states import State
 from orchestrator.views import LoadOutcome
@@ -209,7 +210,7 @@ def _add_views(routes: APIRouter, orch: AsyncOrchestrator) -> None:
         lines: Annotated[int, Query(ge=1, le=MAX_LINES)] = 200, *, follow: bool = False
     ) -> Response:
         if follow:
-            coming = (line + "\n" async for line in orch.follow_logs(lines))
+            coming = (shown(line) + "\n" async for line in orch.follow_logs(lines))
             return StreamingResponse(coming, media_type="text/plain; charset=utf-8")
         return Json({"lines": list(orch.logs(lines))})
 
@@ -246,7 +247,8 @@ def _add_streams(routes: APIRouter, orch: AsyncOrchestrator) -> None:
                         if (event := coming.result()) is None:
                             return
                         after = event.id
-                        yield ServerSentEvent(id=str(after), event=event.kind, data=event.data)
+                        told = shown_members(event.data)
+                        yield ServerSentEvent(id=str(after), event=event.kind, data=told)
                         coming = asyncio.ensure_future(anext(happened, None))
                     elif (step := orch.progress()) != shown and step.bytes_done is not None:
                         # a step has the number of the event before it: to resume there is enough

@@ -21,6 +21,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from orchestrator.errors import OrchestratorError, Problem
+from orchestrator.paths import shown_members
 
 MEDIA_TYPE: Final = "application/problem+json"
 _CATEGORIES: Final = {
@@ -34,10 +35,14 @@ _log = structlog.get_logger("orchestrator.http")
 
 
 class Json(JSONResponse):
-    """JSON in plain ASCII: a file name that was never UTF-8 must not cost the answer."""
+    """JSON in plain ASCII: a file name that was never UTF-8 must not cost the answer.
+
+    This is where what the library says leaves for strangers: paths stay here.
+    """
 
     def render(self, content: Any) -> bytes:
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+        told = shown_members(content)
+        return json.dumps(told, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
 def respond(members: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:

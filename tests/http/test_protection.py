@@ -31,7 +31,7 @@ def test_with_a_key_nobody_gets_round_it_by_the_servers_port(serve: Serve, tiny_
 def test_who_says_so_keeps_the_port_open_behind_a_key(serve: Serve, tiny_model: str) -> None:
     """And without a key it is open, as the contract has it for local clients."""
     for options in ({"api_keys": ["k"], "protect_server": False}, {}):
-        with serve(**options) as client:  # type: ignore[arg-type]
+        with serve(**options) as client:
             client.headers["Authorization"] = "Bearer k"
             loaded = client.post(PREFIX + "/load", json={"model_path": tiny_model}).json()
             there = loaded["base_url"] + "/v1/models"
