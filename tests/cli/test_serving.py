@@ -222,6 +222,20 @@ def test_models_are_confined_to_the_folders_that_are_named(
     assert ask(url).json()["loaded"]["pid"] == outcome["pid"]
 
 
+def test_a_model_that_idles_is_unloaded_unless_it_is_pinned(
+    start: Start, here: tuple[str, ...], tiny_model: str, state_dir: Path
+) -> None:
+    running = start("run", tiny_model, *here, "--idle-ttl", "0.05", "--restore-previous")
+    running.line_with("Healthy")
+    running.line_with("Idle")
+    assert servers_of(state_dir) == set()
+    assert running.signal(signal.SIGTERM) == 0
+    pinned = start("run", tiny_model, *here, "--idle-ttl", "0.05", "--pinned", "--json")
+    ready = pinned.json_line()
+    assert ask(ready["url"]).json()["loaded"]["pid"] == ready["outcome"]["pid"]
+    assert pinned.signal(signal.SIGTERM) == 0
+
+
 def test_log_lines_are_json_when_asked_for(
     start: Start, here: tuple[str, ...], tiny_model: str
 ) -> None:
