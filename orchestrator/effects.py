@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import queue
+import secrets
 import subprocess
 import threading
 import time
@@ -44,6 +45,7 @@ from orchestrator.messages import (
 )
 from orchestrator.ports import LogPosition, SlotLock
 from orchestrator.process import ServerProcess, Warden, check_server_env, child_environment
+from orchestrator.roots import ModelRoots
 from orchestrator.slot import Slot
 from orchestrator.tokens import CancelToken
 
@@ -74,6 +76,8 @@ class ProcessEffects:
         kill_grace_s: Seconds between SIGTERM and SIGKILL.
         server_env: Variables the server gets beside the allow-list.
         hub: Where models that are not here come from.
+        roots: Folders that local models are confined to.
+        protect_server: Every server gets a key of its own.
 
     Raises:
         InvalidRequest: a variable cannot be given (field `server_env`).
@@ -87,8 +91,12 @@ class ProcessEffects:
         kill_grace_s: float,
         server_env: Mapping[str, str],
         hub: Hub,
+        roots: ModelRoots | None = None,
+        protect_server: bool = False,
     ) -> None:
         check_server_env(server_env)
+        self._is_protected = protect_server
+        self._roots = roots
         self._hub = hub
         self._slot = slot
         self._post = post
@@ -161,7 +169,8 @@ class ProcessEffects:
         self._watch_over()
         try:
             argv = build_argv(command.target, template_file=self._write_template(command))
-            environment = child_environment(self._env, self._slot)
+            key = secrets.token_urlsafe(32) if self._is_protected else None
+            environment = child_environment(self._env, self._slot, key)
             self._warden.spawn(command.generation, argv, environment, lock.fd, self._spawned)
         except OrchestratorError as error:
             self._remove_template()
@@ -205,9 +214,9 @@ class ProcessEffects:
         request = command.target.request
         try:
             if command.target.model.hub is None:
-                files = models.locate(request)
+                files = models.locate(request, self._roots)
             else:
-                projector = models.given_projector(request)
+                projector = models.given_projector(request, self._roots)
                 files = self._hub.fetch(request, token, progress)
                 files = replace(files, projector=projector or files.projector)
         except OrchestratorError as error:

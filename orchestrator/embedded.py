@@ -445,6 +445,7 @@ def _serve(given: list[tuple[Flag, Any]]) -> int:
 def _params(params: Any, given: list[tuple[Flag, Any]]) -> Any:
     """Fill `params` with llama-server's defaults where they differ, then with the flags."""
     params.n_parallel, params.port = -1, 8080
+    params.ui, params.cors_origins = False, "localhost"
     params.api_keys = _words(os.environ.get("LLAMA_API_KEY", ""))
     for flag, value in given:
         if isinstance(flag.into, str):

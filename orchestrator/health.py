@@ -30,6 +30,13 @@ _LOOK_UP_S: Final = 0.03  # a look at the process table costs 3 to 8 ms
 _LOOK_UP_MOST_S: Final = 0.5
 _MAX_ANSWER: Final = 1 << 20
 _HOST: Final = "127.0.0.1"
+_UNPROTECTED: Final = Problem(
+    "server_start_failed",
+    "this llama-server answers without the key it was given: use a newer one, or protect_server="
+    "False",
+    field="llama_server",
+    reason="unprotected",
+)
 
 
 @dataclass(slots=True)
@@ -196,8 +203,13 @@ class _Visit:
     waker: Waker
     token: CancelToken
 
-    def facts(self, port: int) -> ServerFacts | None:
-        """Ask /health and, once it is 200, /props. None: not ready yet."""
+    def facts(self, port: int) -> ServerFacts | Problem | None:
+        """Ask /health and, once it is 200, /props. None: not ready yet.
+
+        A server that has a key must also refuse who does not: one that knows nothing of keys would
+        be open to everybody without a word.
+        """
+        key = self.server.api_key
         try:
             with socket.socket() as connection:
                 connection.setblocking(False)
@@ -208,14 +220,21 @@ class _Visit:
                 status, _ = self._ask(connection, "/health", _ANSWER_S)
                 if status != 200:
                     return None
-                status, body = self._ask(connection, "/props", _PROPS_S)
+                status, body = self._ask(connection, "/props", _PROPS_S, key)
+                keyless = 401 if key is None else self._ask(connection, "/slots", _PROPS_S)[0]
         except OSError:
             return None
-        return _facts(f"http://{_HOST}:{port}", body if status == 200 else b"")
+        if keyless not in {401, 403}:
+            return _UNPROTECTED if keyless else None
+        found = _facts(f"http://{_HOST}:{port}", body if status == 200 else b"")
+        return replace(found, api_key=key)
 
-    def _ask(self, connection: socket.socket, path: str, timeout_s: float) -> tuple[int, bytes]:
+    def _ask(
+        self, connection: socket.socket, path: str, timeout_s: float, key: str | None = None
+    ) -> tuple[int, bytes]:
         """GET a path and return (status, body); (0, b"") when there is no answer to wait for."""
-        request = f"GET {path} HTTP/1.1\r\nHost: {_HOST}\r\nAccept: */*\r\n\r\n"
+        shown = "" if key is None else f"Authorization: Bearer {key}\r\n"
+        request = f"GET {path} HTTP/1.1\r\nHost: {_HOST}\r\n{shown}Accept: */*\r\n\r\n"
         connection.send(request.encode())
         ends = time.monotonic() + timeout_s
         data = b""

@@ -7,7 +7,7 @@ step, because only the operating system can answer for it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from orchestrator.errors import Problem
@@ -39,11 +39,12 @@ class Exit(Named):
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
-    """What a healthy server says of itself."""
+    """What a healthy server says of itself, and the key it wants to hear."""
 
     base_url: str
     context_length: int | None = None
     is_vision: bool = False
+    api_key: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

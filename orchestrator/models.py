@@ -12,9 +12,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from orchestrator import gguf_file, variants
+from orchestrator import gguf_file, paths, variants
 from orchestrator.errors import InvalidModel, ModelNotFound
 from orchestrator.request import FileIdentity, LoadRequest, ModelFiles
+from orchestrator.roots import ModelRoots
 
 _MAX_DEPTH: Final = 4
 _MAX_ENTRIES: Final = 20_000
@@ -32,23 +33,28 @@ def _as_named(path: str) -> FileIdentity:
     return FileIdentity(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
-def is_local(model_path: str) -> bool:
+def is_local(model_path: str, roots: ModelRoots | None = None) -> bool:
     """Is something there on this machine, be it a model or not?
 
     Raises:
         ModelNotFound: it cannot be looked up (field `model_path`).
+        InvalidRequest: it is outside of the allowed folders.
     """
-    return _path(model_path, "model_path").exists()
+    return _path(model_path, "model_path", roots).exists()
 
 
-def locate(request: LoadRequest) -> ModelFiles:
+def locate(request: LoadRequest, roots: ModelRoots | None = None) -> ModelFiles:
     """Return the files this request would load, checked to be whole GGUF files.
+
+    Args:
+        roots: Folders that every file has to be in, and that names are read from; None = anywhere.
 
     Raises:
         ModelNotFound: nothing is there (field `model_path`, `gguf_variant` or `mmproj_path`).
         InvalidModel: empty, truncated or not a GGUF.
+        InvalidRequest: outside of the allowed folders.
     """
-    path = _path(request.model_path, "model_path")
+    path = _path(request.model_path, "model_path", roots)
     variant = None
     if path.is_dir():
         chosen = variants.choose(_listing(path), request.gguf_variant, where=str(path))
@@ -64,20 +70,20 @@ def locate(request: LoadRequest) -> ModelFiles:
         first = path
     else:
         raise _not_found(request.model_path)
-    parts = _parts(first)
+    parts = _parts(first, roots)
     weights = tuple(_checked(part, "model_path", is_part=len(parts) > 1) for part in parts)
-    return ModelFiles(weights, given_projector(request), variant)
+    return ModelFiles(weights, given_projector(request, roots), variant)
 
 
-def given_projector(request: LoadRequest) -> FileIdentity | None:
+def given_projector(request: LoadRequest, roots: ModelRoots | None = None) -> FileIdentity | None:
     """Return the projector that the request names; it is always a local file.
 
     Raises:
-        ModelNotFound, InvalidModel: as `locate` (field `mmproj_path`).
+        ModelNotFound, InvalidModel, InvalidRequest: as `locate` (field `mmproj_path`).
     """
     if request.mmproj_path is None:
         return None
-    file = _path(request.mmproj_path, "mmproj_path")
+    file = _path(request.mmproj_path, "mmproj_path", roots)
     if not file.is_file():
         raise ModelNotFound.because(f"mmproj_path {file} is not a file", field="mmproj_path")
     return _checked(file, "mmproj_path")
@@ -90,11 +96,12 @@ def _not_found(name: str) -> ModelNotFound:
     )
 
 
-def _path(text: str, field: str) -> Path:
+def _path(text: str, field: str, roots: ModelRoots | None) -> Path:
     """Return the path, or say that there can be nothing there."""
     try:
-        path = Path(text).expanduser()
+        path = Path(text).expanduser() if roots is None else Path(roots.resolve(text, field))
         path.exists()
+        paths.sent_as(path, text)
     except (OSError, RuntimeError) as error:  # too long, not ours to see; no such user
         why = getattr(error, "strerror", None) or str(error)
         message = f"{field} {text[:200]} cannot be looked up ({why}): check the path"
@@ -116,17 +123,21 @@ def _checked(path: Path, field: str, *, is_part: bool = False) -> FileIdentity:
     return file
 
 
-def _parts(first: Path) -> tuple[Path, ...]:
+def _parts(first: Path, roots: ModelRoots | None) -> tuple[Path, ...]:
     """Return every part of a split model, in order; a whole model is its only part.
 
     Only their folder is resolved: llama.cpp finds the parts by the name of the first, and a Hub
     cache links names to blobs without one.
     """
     names = tuple(variants.parts_of(first.name))
-    if names == (first.name,):
-        return (first,)
-    folder = Path(os.path.realpath(first.parent))
+    is_whole = names == (first.name,)
+    folder = first.parent if is_whole else Path(os.path.realpath(first.parent))
     parts = tuple(folder / name for name in names)
+    if roots is not None:
+        for part in parts:
+            roots.check(part, "model_path")
+    if is_whole:
+        return parts
     if missing := list(islice((p.name for p in parts if not p.is_file()), _MAX_MISSING)):
         raise ModelNotFound.because(
             f"{first} is split and {', '.join(missing)} is missing beside it", field="model_path"

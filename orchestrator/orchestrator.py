@@ -14,13 +14,13 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Final, Literal, Self, TypeVar, cast
 
-from orchestrator import views
+from orchestrator import paths, views
 from orchestrator.argv import build_argv
 from orchestrator.context import Context, Policy
 from orchestrator.download import Hub, is_hub
@@ -52,6 +52,7 @@ from orchestrator.plan import Plan, checked_seconds, plan_load
 from orchestrator.prefetch import Prefetches, download_key
 from orchestrator.recovery import RestartPolicy
 from orchestrator.request import LoadRequest, ModelFiles, Target
+from orchestrator.roots import Folder, model_roots
 from orchestrator.servers import ask_catalogue, find_server
 from orchestrator.slot import Slot, cache_dir
 from orchestrator.states import State
@@ -85,6 +86,10 @@ class _Base:
         idle_ttl_s: Seconds without use after which a model is unloaded; None = never. A request's
             own `idle_ttl_s` wins, and a `pinned` model stays.
         server_env: Variables the server gets beside the allow-listed ones.
+        models_dir: One or several folders that local models are confined to; names that are not
+            absolute are looked for in them. Empty = anywhere.
+        protect_server: Give every server a random key, so that nobody but `lease()` and the
+            pass-through can use it: `base_url` alone is not enough any more.
 
     Raises:
         InvalidRequest: a setting is not usable; names the field.
@@ -103,6 +108,8 @@ class _Base:
         restart: Literal["never", "on-crash"] | RestartPolicy = "never",
         idle_ttl_s: float | None = None,
         server_env: Mapping[str, str] | None = None,
+        models_dir: Folder | Iterable[Folder] = (),
+        protect_server: bool = False,
     ) -> None:
         _check_choice("abandoned_load", abandoned_load, "cancel", "continue")
         _check_choice("drain_policy", drain_policy, "wait", "cut")
@@ -116,6 +123,9 @@ class _Base:
             idle_ttl_s = checked_seconds("idle_ttl_s", idle_ttl_s, zero=False)
         self._policy = Policy(drain_s, abandoned_load, _restart_policy(restart), idle_ttl_s)
         self._server_env = dict(server_env or {})
+        self._roots = model_roots(models_dir)
+        self._is_protected = protect_server
+        paths.kept_in(self._cache.parent, "<state>")
         self._hub = Hub(self._cache / "hub")
         self._prefetches = Prefetches(self._hub)
         self._owner: Owner | None = None
@@ -158,6 +168,8 @@ class _Base:
                     kill_grace_s=self._kill_grace_s,
                     server_env=self._server_env,
                     hub=self._hub,
+                    roots=self._roots,
+                    protect_server=self._is_protected,
                 ),
                 policy=self._policy,
                 observers=self._observers,
@@ -277,6 +289,8 @@ class _Base:
         return Ticket(next(self._tickets))
 
     def _target(self, request: LoadRequest) -> Target:
+        if self._roots is not None:
+            self._roots.check_args(request.llama_extra_args or ())
         target = Target(request, self._model(request), find_server(self._llama_server))
         if target.speculative_type is not None:
             server = replace(target.server, catalogue=ask_catalogue(target.server, self._cache))
@@ -286,14 +300,14 @@ class _Base:
 
     def _model(self, request: LoadRequest) -> ModelFiles:
         """Return the files of a model, or where it comes from if it is not here yet."""
-        if not is_local(request.model_path) and is_hub(request.model_path):
-            projector = given_projector(request)
+        if not is_local(request.model_path, self._roots) and is_hub(request.model_path):
+            projector = given_projector(request, self._roots)
             model = self._hub.look_up(request)
             return replace(model, projector=projector) if projector is not None else model
         if request.revision is not None:
             message = f"revision is of a Hub model, and {request.model_path} is not one"
             raise InvalidRequest.because(message, field="revision")
-        return locate(request)
+        return locate(request, self._roots)
 
     @property
     def _cache(self) -> Path:

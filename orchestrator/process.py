@@ -53,6 +53,14 @@ _NEVER_NAMED: Final = {
     "HUGGING_FACE_HUB_TOKEN": "the server never downloads",
 }
 
+_API_KEY: Final = "LLAMA_API_KEY"
+_HARDENED: Final = {  # by the names of several builds; one that does not know a name ignores it
+    "LLAMA_ARG_UI": "0",
+    "LLAMA_ARG_WEBUI": "0",
+    "LLAMA_ARG_NO_WEBUI": "1",
+    "LLAMA_ARG_CORS_ORIGINS": "localhost",
+}
+
 _READ_BYTES: Final = 1 << 16
 _VERIFY_EVERY_S: Final = 0.02
 _POLL_EXIT_S: Final = 0.02
@@ -69,10 +77,18 @@ def inherited_environment() -> dict[str, str]:
     }
 
 
-def child_environment(extra: Mapping[str, str], slot: Slot) -> dict[str, str]:
-    """Return the server's whole environment: an allow-list, what the caller names, our token."""
+def child_environment(
+    extra: Mapping[str, str], slot: Slot, api_key: str | None = None
+) -> dict[str, str]:
+    """Return the server's whole environment: an allow-list, what the caller names, our token.
+
+    Args:
+        api_key: What the server is to ask everybody for. Here, because anybody can read a command
+            line, and a file would have to be removed again; an environment is its owner's.
+    """
     name, _, value = slot.token.partition("=")
-    return {**inherited_environment(), **extra, name: value}
+    protection = {} if api_key is None else {**_HARDENED, _API_KEY: api_key}
+    return {**inherited_environment(), **extra, **protection, name: value}
 
 
 def check_server_env(extra: Mapping[Any, Any]) -> None:
@@ -95,7 +111,11 @@ def check_server_env(extra: Mapping[Any, Any]) -> None:
 
 @dataclass(slots=True, eq=False)
 class ServerProcess:
-    """One server, from spawn until its slot is verified empty. Only the warden changes it."""
+    """One server, from spawn until its slot is verified empty. Only the warden changes it.
+
+    Attributes:
+        api_key: What it asks everybody for, but for /health.
+    """
 
     generation: Generation
     process: ProcessId
@@ -106,6 +126,7 @@ class ServerProcess:
     stdout_fd: int | None = None
     exit: Exit | None = None
     is_reaped: bool = False
+    api_key: str | None = field(default=None, repr=False)
     listeners: list[Callable[[], None]] = field(default_factory=list)
 
     @property
@@ -206,6 +227,7 @@ class Warden(threading.Thread):
         family = partial(self._family, process.pid)
         server = ServerProcess(generation, process, Pin.of(process), popen, OutputRing(), family)
         server.output = OutputRing(server.tell)
+        server.api_key = environment.get(_API_KEY)
         if popen.stdout is not None:
             server.stdout_fd = popen.stdout.fileno()
             os.set_blocking(server.stdout_fd, False)

@@ -8,7 +8,7 @@ refused in every spelling that somebody could mean it by.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
@@ -88,6 +88,20 @@ _DRAFT_MODEL: Final = {
     *("-md", "--model-draft", "--spec-draft-model"),
     *("-hfd", "-hfrd", "--hf-repo-draft", "--spec-draft-hf"),
 }
+
+# What extra args may not do where models are confined to folders: to name a file outside, and to
+# reach out: to other machines, to programs, or to files that are written.
+FILES: Final = (
+    "-md --model-draft --spec-draft-model -mv --model-vocoder --lora --lora-scaled "
+    "--control-vector --control-vector-scaled --grammar-file -jf --json-schema-file "
+    "--chat-template-file -lcs --lookup-cache-static --tts-speaker-file -f --file -bf "
+    "--binary-file -sysf --system-prompt-file --in-file --context-file --image --audio --video"
+)
+REACHING: Final = (
+    "-hfd -hfrd --hf-repo-draft --spec-draft-hf --rpc --server-base --video-ffmpeg-dir "
+    "-lcd --lookup-cache-dynamic --prompt-cache -o --output --output-file --logits-output-dir"
+)
+_FILES, _REACHING = frozenset(FILES.split()), frozenset(REACHING.split())
 
 MAX_TOKENS: Final = 256
 MAX_BYTES: Final = 32 * 1024
@@ -172,6 +186,30 @@ def is_encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def named_paths(args: Iterable[str]) -> Iterator[tuple[str, str | None]]:
+    """Yield (flag, path) for every file that these name; None for a flag that reaches further.
+
+    A value that looks like a path is one, whatever the flag: the next llama-server has flags that
+    are in no table of today. Several files are separated by commas, and may have a scale.
+    """
+    flag, is_file = "", False
+    for token in args:
+        value = token
+        if not is_file and (name := flag_of(token)) is not None:
+            flag, is_file = name, name in _FILES
+            if name in _REACHING:
+                yield name, None
+            _, has_value, value = token.partition("=")
+            if not has_value:
+                continue
+        if is_file:  # whatever it looks like
+            paths = {value, *value.split(",")}
+            yield from ((flag, path) for path in sorted(paths | {p.split(":")[0] for p in paths}))
+        elif value.lstrip().startswith(("/", "~", "./", "../")):
+            yield flag, value
+        is_file = False
 
 
 def strip_shadowed(args: tuple[str, ...], groups: Iterable[str]) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from typing import Final
 
 import structlog
 
-from orchestrator import forks, proctable
+from orchestrator import forks, paths, proctable
 from orchestrator.catalogue import Catalogue, FlagHelp, parse_help
 from orchestrator.errors import ServerUnavailable
 from orchestrator.models import identity_of
@@ -68,7 +68,10 @@ def find_server(llama_server: str | os.PathLike[str]) -> ServerBinary:
 def _external(choice: str, origin: str) -> ServerBinary:
     try:
         path = Path(choice).expanduser()
-        problem = "is not a path" if not choice or "\0" in choice else _problem_of(path)
+        problem: str | None = "is not a path"
+        if choice and "\0" not in choice:
+            paths.kept_in(path, path.name)
+            problem = _problem_of(path)
         if problem is None:
             absolute = os.path.abspath(path)
             return ServerBinary("external", (absolute,), identity_of(absolute))
@@ -117,6 +120,9 @@ def _embedded() -> ServerBinary:
             field="llama_server",
         )
     script = str(Path(__file__).with_name("embedded.py"))
+    for path in (python, script):
+        paths.kept_in(path, Path(path).name)
+    paths.kept_in(spec.origin, "xllamacpp")
     # -P: this folder must not come before the standard library (it has an `http` of its own)
     return ServerBinary("embedded", (python, "-P", script), identity_of(spec.origin))
 

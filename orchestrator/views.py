@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from orchestrator.context import Context, Job
@@ -190,11 +190,16 @@ class PrefetchOutcome(Named):
 
 @dataclass(frozen=True, slots=True)
 class LeasedServer(Named):
-    """A server that no swap ends while the lease is held."""
+    """A server that no swap ends while the lease is held.
+
+    Attributes:
+        api_key: What a protected server wants as a Bearer token; None if it takes everybody.
+    """
 
     base_url: str
     pid: int
     generation: Generation
+    api_key: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +239,8 @@ def prefetch_outcome(request: LoadRequest, files: ModelFiles) -> PrefetchOutcome
 
 
 def leased_server(answer: LeaseGranted) -> LeasedServer:
-    return LeasedServer(answer.server.base_url, answer.child.pid, answer.child.generation)
+    server, child = answer.server, answer.child
+    return LeasedServer(server.base_url, child.pid, child.generation, server.api_key)
 
 
 def status(

@@ -126,7 +126,7 @@ def remote_options() -> options.Decorator:
     """`--url`, the key and `--json`."""
     return options.together(
         click.option("--url", default=options.DEFAULT_URL, show_default=True),
-        click.option("--api-key-file", metavar="F", help="The key the orchestrator wants."),
+        options.key_option("The key the orchestrator wants"),
         options.json_option(),
     )
 
@@ -137,11 +137,9 @@ def _remote(url: str, api_key_file: str | None, as_json: bool) -> Remote:
 
 @click.command(cls=options.ModelCommand)
 @options.model_options()
+@options.start_options()
+@options.idle_ttl_option("Unload it after this long without use.")
 @click.option("--force-reload", is_flag=True, help="Reload even when nothing differs.")
-@click.option(
-    "--restore-previous", is_flag=True, help="If it does not start, bring back what runs now."
-)
-@click.option("--prefetch", is_flag=True, help="Download first, while what runs keeps serving.")
 @click.option("--on-busy", type=click.Choice(["supersede", "queue", "reject"]))
 @click.option("--load-request-id", metavar="ID", help="A handle for `cancel`.")
 @click.option("--clear-args", is_flag=True, help="Do not inherit earlier llama-server flags.")

@@ -1,8 +1,7 @@
 """Options the commands share, and what tells our own from llama-server's.
 
 A command that takes a model passes every flag it does not know on to llama-server, in order and
-unread. So click never sees those: its prefix rules would take `-mg 0` for `-m g`. Options that are
-planned but not there yet are refused here, because they are ours and not llama-server's.
+unread. So click never sees those: its prefix rules would take `-mg 0` for `-m g`.
 """
 
 from __future__ import annotations
@@ -22,16 +21,7 @@ from orchestrator.request import LoadRequest
 
 DEFAULT_PORT: Final = 8642
 DEFAULT_URL: Final = f"http://127.0.0.1:{DEFAULT_PORT}"
-NOT_YET: Final = frozenset(
-    [
-        "--idle-ttl",
-        "--models-dir",
-        "--allowed-host",
-        "--prefetch",
-        "--restore-previous",
-        "--pinned",
-    ]
-)
+API_KEY_VARIABLE: Final = "LLAMA_ORCHESTRATOR_API_KEY"
 _FLAGS: Final = "llama_server_flags"
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -68,9 +58,6 @@ def split(args: Sequence[str], takes_value: Mapping[str, bool]) -> tuple[list[st
 
     Args:
         takes_value: Every spelling of our options, and whether a value follows it.
-
-    Raises:
-        click.UsageError: an option that this version does not have yet.
     """
     ours: list[str] = []
     theirs: list[str] = []
@@ -88,8 +75,6 @@ def split(args: Sequence[str], takes_value: Mapping[str, bool]) -> tuple[list[st
             ours.append(token)
             if takes_value[name] and not has_value and tokens:
                 ours.append(tokens.popleft())
-        elif name.replace("_", "-") in NOT_YET:
-            raise click.UsageError(f"{name} is not available in this version.")
         elif theirs or token.startswith("-"):
             theirs.append(token)
         else:
@@ -166,6 +151,31 @@ def model_options() -> Decorator:
     )
 
 
+def start_options() -> Decorator:
+    """Of a command that loads, beside what makes one load differ from another."""
+    option = click.option
+    return together(
+        option("--prefetch", is_flag=True, help="Download first, while what runs keeps serving."),
+        option(
+            "--restore-previous",
+            is_flag=True,
+            help="If it does not start, bring back what runs now.",
+        ),
+        option("--pinned", is_flag=True, help="Never unload it for being idle."),
+    )
+
+
+def idle_ttl_option(help_: str) -> Decorator:
+    return together(
+        click.option(
+            *("--idle-ttl", "idle_ttl_s"),
+            type=click.FloatRange(0, min_open=True),
+            metavar="S",
+            help=help_,
+        )
+    )
+
+
 def load_request(
     model: str | None,
     model_option: str | None,
@@ -205,15 +215,30 @@ def load_request(
         raise click.UsageError(error.message) from error
 
 
+def key_option(help_: str) -> Decorator:
+    """A key is in a file or in the environment, because anybody can read a command line."""
+    return together(
+        click.option(
+            "--api-key-file", metavar="F", help=f"{help_}; default: ${API_KEY_VARIABLE}, if set."
+        )
+    )
+
+
 def keys_in(path: str | None) -> tuple[str, ...]:
-    """Return the API keys of a file, one a line as llama-server has it."""
-    if path is None:
+    """Return the API keys of a file, one a line as llama-server has it; without a file, the one of
+    the environment; () when there is none.
+    """
+    if path is not None:
+        where, text = f"--api-key-file {path}", _read(path, "--api-key-file")
+    elif text := os.environ.get(API_KEY_VARIABLE, ""):
+        where = API_KEY_VARIABLE
+    else:
         return ()
-    keys = tuple(line.strip() for line in _read(path, "--api-key-file").splitlines())
+    keys = tuple(line.strip() for line in text.splitlines())
     if not (keys := tuple(filter(None, keys))):
-        raise click.UsageError(f"--api-key-file {path} holds no key.")
+        raise click.UsageError(f"{where} holds no key.")
     if not all(key.isascii() and key.isprintable() for key in keys):
-        raise click.UsageError(f"--api-key-file {path}: a key may only have printable ASCII.")
+        raise click.UsageError(f"{where}: a key may only have printable ASCII.")
     return keys
 
 

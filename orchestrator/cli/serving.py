@@ -44,6 +44,7 @@ class Setup:
     orch: AsyncOrchestrator
     listener: socket.socket
     api_keys: tuple[str, ...]
+    allowed_hosts: frozenset[str]
     as_json: bool
 
     @property
@@ -92,7 +93,20 @@ def serving_options() -> options.Decorator:
             show_default=True,
             help="What to do about a server that ends by itself.",
         ),
-        option("--api-key-file", metavar="F", help="Keys, one a line; requests need one."),
+        options.key_option("Keys, one a line; requests need one"),
+        option(
+            *("--allowed-host", "allowed_hosts"),
+            multiple=True,
+            metavar="H",
+            help="A name the service goes by beside localhost and its addresses; repeatable.",
+        ),
+        option(
+            *("--models-dir", "models_dir"),
+            multiple=True,
+            metavar="DIR",
+            help="Local models must be inside, and are named from here; repeatable.",
+        ),
+        options.idle_ttl_option("Unload a model after this long without use."),
         option(
             "--log-format",
             type=click.Choice(["console", "json"]),
@@ -114,6 +128,7 @@ def serve(*, log_format: logs.Format, **given: Any) -> int:
 
 @click.command(cls=options.ModelCommand)
 @options.model_options()
+@options.start_options()
 @serving_options()
 def run(*, log_format: logs.Format, **given: Any) -> int:
     """Load a model and serve it, until Ctrl-C.
@@ -143,13 +158,19 @@ def _new_event_loop() -> asyncio.AbstractEventLoop:
 
 _SETUP_NAMES: Final = (
     *("llama_server", "host", "port", "slot", "state_dir", "drain_timeout_s", "kill_grace_s"),
-    *("restart", "api_key_file", "as_json"),
+    *("restart", "api_key_file", "allowed_hosts", "models_dir", "idle_ttl_s", "as_json"),
 )
 
 
 @contextlib.contextmanager
 def _setup(
-    *, host: str, port: int, api_key_file: str | None, as_json: bool, **for_orchestrator: Any
+    *,
+    host: str,
+    port: int,
+    api_key_file: str | None,
+    allowed_hosts: tuple[str, ...],
+    as_json: bool,
+    **for_orchestrator: Any,
 ) -> Iterator[Setup]:
     """Check everything that can be checked before anything is started.
 
@@ -160,15 +181,20 @@ def _setup(
     keys = options.keys_in(api_key_file)
     if not keys and not options.is_loopback(host):
         raise click.UsageError(
-            f"--host {host} can be reached from other machines: give --api-key-file too."
+            f"--host {host} can be reached from other machines: give --api-key-file too, or set "
+            f"{options.API_KEY_VARIABLE}."
         )
+    from orchestrator.http.origins import checked_hosts
+
     try:
-        orch = AsyncOrchestrator(**for_orchestrator)
+        hosts = checked_hosts((host, *allowed_hosts))
+        given = {name: value for name, value in for_orchestrator.items() if value is not None}
+        orch = AsyncOrchestrator(protect_server=bool(keys), **given)
     except InvalidRequest as error:
         raise click.UsageError(error.message) from error
     with _listen(host, port, as_json) as listener:
         try:
-            yield Setup(orch, listener, keys, as_json)
+            yield Setup(orch, listener, keys, hosts, as_json)
         except InvalidRequest as error:
             if error.field == "slot":  # its name is looked at when it is claimed
                 raise click.UsageError(error.message) from error
@@ -263,7 +289,8 @@ def _http_server(setup: Setup) -> uvicorn.Server:
 
     return Server(
         uvicorn.Config(
-            create_app(setup.orch, api_keys=setup.api_keys),
+            create_app(setup.orch, api_keys=setup.api_keys, allowed_hosts=setup.allowed_hosts),
+            server_header=False,
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=_OPEN_REQUESTS_S,

@@ -21,13 +21,17 @@ import orchestrator
 from orchestrator.errors import NotLoaded, Problem
 from orchestrator.http import schemas
 from orchestrator.http.bodies import json_body, known, refuse, while_connected
-from orchestrator.http.keys import RequireKey
+from orchestrator.http.headers import AnswerHeaders
+from orchestrator.http.keys import OPEN_PATHS, RequireKey
+from orchestrator.http.limits import MAX_BODY_BYTES, LimitBody
 from orchestrator.http.metrics import MEDIA_TYPE as MEDIA_TYPE_METRICS
 from orchestrator.http.metrics import Metrics
+from orchestrator.http.origins import RefuseForeign, checked_hosts
 from orchestrator.http.passthrough import Below, PassThrough
 from orchestrator.http.problems import MEDIA_TYPE, Json, ProblemRoute, install
 from orchestrator.orchestrator import AsyncOrchestrator
 from orchestrator.output import MAX_LINES
+from orchestrator.paths import shown, shown_members
 from orchestrator.request import LoadRequest
 from orchestrator.states import State
 from orchestrator.views import LoadOutcome
@@ -47,6 +51,8 @@ def create_app(
     orch: AsyncOrchestrator | None = None,
     *,
     api_keys: Iterable[str] = (),
+    allowed_hosts: Iterable[str] = (),
+    max_body_bytes: int = MAX_BODY_BYTES,
     **orchestrator_options: Any,
 ) -> FastAPI:
     """Return an app whose lifespan starts the orchestrator and closes it.
@@ -54,7 +60,11 @@ def create_app(
     Args:
         orch: The orchestrator to serve; None makes one of `orchestrator_options`.
         api_keys: When given, every request but the health routes needs one as a Bearer token.
-        **orchestrator_options: As for `AsyncOrchestrator`.
+        allowed_hosts: Names by which the service may be called, beside `localhost` and its
+            addresses. Others are refused, as are requests of web pages of another origin.
+        max_body_bytes: The most that a request may send.
+        **orchestrator_options: As for `AsyncOrchestrator`; with keys, `protect_server` is on, so
+            that nobody gets round them by the server's own port.
 
     Raises:
         TypeError: both an orchestrator and options for one.
@@ -65,8 +75,10 @@ def create_app(
     """
     if orch is not None and orchestrator_options:
         raise TypeError("give an orchestrator or the options for one, not both")
-    served = AsyncOrchestrator(**orchestrator_options) if orch is None else orch
-
+    keys = tuple(api_keys)
+    options = {"protect_server": bool(keys), **orchestrator_options}
+    served = AsyncOrchestrator(**options) if orch is None else orch
+    hosts = checked_hosts(allowed_hosts)
     passed_on = PassThrough(served)
     metrics = Metrics(served, lambda: passed_on.held)
 
@@ -80,8 +92,11 @@ def create_app(
     app.include_router(router(served))
     app.include_router(_health(served, metrics))
     app.add_middleware(Below, prefix="/v1/", app_below=passed_on)
-    if keys := tuple(api_keys):
+    app.add_middleware(LimitBody, max_bytes=max_body_bytes)
+    if keys:
         app.add_middleware(RequireKey, keys=keys)
+    app.add_middleware(RefuseForeign, allowed_hosts=hosts)
+    app.add_middleware(AnswerHeaders, fleeting=(PREFIX, "/metrics", *OPEN_PATHS))
     return app
 
 
@@ -216,7 +231,7 @@ def _add_views(routes: APIRouter, orch: AsyncOrchestrator) -> None:
         lines: Annotated[int, Query(ge=1, le=MAX_LINES)] = 200, *, follow: bool = False
     ) -> Response:
         if follow:
-            coming = (line + "\n" async for line in orch.follow_logs(lines))
+            coming = (shown(line) + "\n" async for line in orch.follow_logs(lines))
             return StreamingResponse(coming, media_type="text/plain; charset=utf-8")
         return Json({"lines": list(orch.logs(lines))})
 
@@ -253,7 +268,8 @@ def _add_streams(routes: APIRouter, orch: AsyncOrchestrator) -> None:
                         if (event := coming.result()) is None:
                             return
                         after = event.id
-                        yield ServerSentEvent(id=str(after), event=event.kind, data=event.data)
+                        told = shown_members(event.data)
+                        yield ServerSentEvent(id=str(after), event=event.kind, data=told)
                         coming = asyncio.ensure_future(anext(happened, None))
                     elif (step := orch.progress()) != shown and step.bytes_done is not None:
                         # a step has the number of the event before it: to resume there is enough

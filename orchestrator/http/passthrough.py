@@ -146,7 +146,7 @@ class PassThrough:
                 return await session.request(
                     method,
                     URL(server.base_url + target, encoded=True),
-                    headers=_headers_for(headers),
+                    headers=_headers_for(headers, server),
                     data=body,
                     allow_redirects=False,
                 )
@@ -297,10 +297,15 @@ def _target(scope: Scope) -> str | None:
     return f"{path}?{query}" if query else path
 
 
-def _headers_for(headers: Iterable[Header]) -> CIMultiDict[str]:
-    """Return what the server gets to see of the client's headers."""
+def _headers_for(headers: Iterable[Header], server: LeasedServer) -> CIMultiDict[str]:
+    """Return what the server gets to see of the client's headers: its own key, if it has one,
+    instead of this API's.
+    """
     given = _without(_HOP_BY_HOP | _OURS, headers)
-    return CIMultiDict((name.decode("latin-1"), value.decode("latin-1")) for name, value in given)
+    shown = CIMultiDict((name.decode("latin-1"), value.decode("latin-1")) for name, value in given)
+    if server.api_key is not None:
+        shown["Authorization"] = f"Bearer {server.api_key}"
+    return shown
 
 
 def _without(dropped: frozenset[bytes], headers: Iterable[Header]) -> list[Header]:

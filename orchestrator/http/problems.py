@@ -21,9 +21,11 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from orchestrator.errors import OrchestratorError, Problem
+from orchestrator.paths import shown_members
 
 MEDIA_TYPE: Final = "application/problem+json"
 _CATEGORIES: Final = {
+    400: "bad_request",
     401: "unauthorized",
     404: "not_found",
     405: "method_not_allowed",
@@ -33,10 +35,14 @@ _log = structlog.get_logger("orchestrator.http")
 
 
 class Json(JSONResponse):
-    """JSON in plain ASCII: a file name that was never UTF-8 must not cost the answer."""
+    """JSON in plain ASCII: a file name that was never UTF-8 must not cost the answer.
+
+    This is where what the library says leaves for strangers: paths stay here.
+    """
 
     def render(self, content: Any) -> bytes:
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+        told = shown_members(content)
+        return json.dumps(told, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
 def respond(members: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
@@ -47,14 +53,14 @@ def respond(members: Mapping[str, Any], headers: Mapping[str, str] | None = None
     return Json(dict(members), members["status"], told, MEDIA_TYPE)
 
 
-def http_problem(status: int, detail: str) -> dict[str, Any]:
+def http_problem(status: int, detail: str, *, category: str | None = None) -> dict[str, Any]:
     """Return the document of a failure that is HTTP's own and has no exception in the tree."""
     return {
         "type": "about:blank",
         "title": HTTPStatus(status).phrase,
         "status": status,
         "detail": detail,
-        "category": _CATEGORIES.get(status, "http_error"),
+        "category": category or _CATEGORIES.get(status, "http_error"),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -11,8 +12,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.cli.conftest import Cli, Start
+from tests.cli import conftest
+from tests.cli.conftest import Cli, Start, environment
 from tests.conftest import servers_of
+
+KEY = {"LLAMA_ORCHESTRATOR_API_KEY": "s3cret key"}
 
 STATUS = "/api/inference/status"
 
@@ -157,15 +161,79 @@ def test_a_key_file_guards_the_api(
     assert json.loads(asked.stdout)["state"] == "Idle"
 
 
-def test_with_a_key_another_host_may_be_served(
+def test_a_key_may_come_from_the_environment(
+    cli: Cli, start: Start, here: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On both sides; a file is the better word. Never in an argument, where anybody can read it."""
+    monkeypatch.setattr(conftest, "environment", lambda: environment() | KEY)
+    running = start("serve", *here, "--json", "--host", "0.0.0.0")
+    port = running.json_line()["url"].rpartition(":")[2]
+    url = f"http://127.0.0.1:{port}"
+    assert ask(url).status_code == 401
+    assert ask(url, key=KEY["LLAMA_ORCHESTRATOR_API_KEY"]).status_code == 200
+    monkeypatch.undo()
+    assert json.loads(cli("status", "--url", url, "--json", **KEY).stdout)["state"] == "Idle"
+    assert cli("status", "--url", url).returncode == 1
+    other = tmp_path / "other"
+    other.write_text("wrong")
+    asked = cli("status", "--url", url, "--api-key-file", str(other), "--json", **KEY)
+    assert json.loads(asked.stdout)["category"] == "unauthorized"
+    assert running.signal(signal.SIGTERM) == 0
+
+
+def test_where_another_machine_can_come_from_names_have_to_be_allowed(
     start: Start, here: tuple[str, ...], tmp_path: Path
 ) -> None:
+    """Addresses cannot be rebound: those of this machine need no option."""
     keys = tmp_path / "keys"
     keys.write_text("first")
-    running = start("serve", *here, "--host", "0.0.0.0", "--json", "--api-key-file", str(keys))
-    port = int(running.json_line()["url"].rpartition(":")[2])
-    with socket.create_connection(("127.0.0.1", port), timeout=20):
-        pass
+    place = ("--host", "0.0.0.0", "--allowed-host", "Box.Example", "--allowed-host", "box")
+    running = start("serve", *here, "--json", "--api-key-file", str(keys), *place)
+    shown = running.json_line()["url"]
+    port = int(shown.rpartition(":")[2])
+    answers = {}
+    for host in ("127.0.0.1", "localhost", "0.0.0.0", "box.example:1", "BOX", "evil.example"):
+        headers = {"Host": host, "Authorization": "Bearer first"}
+        answer = httpx.get(f"http://127.0.0.1:{port}{STATUS}", headers=headers, trust_env=False)
+        answers[host] = answer.status_code
+        assert "Server" not in answer.headers
+    assert answers.pop("evil.example") == 403
+    assert set(answers.values()) == {200}
+
+
+def test_models_are_confined_to_the_folders_that_are_named(
+    cli: Cli, start: Start, here: tuple[str, ...], tiny_model: str, tmp_path: Path
+) -> None:
+    """Relative names are of the folders, not of where the command was started."""
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    for folder in (inside, outside):
+        folder.mkdir()
+        shutil.copy(tiny_model, folder / f"{folder.name}.gguf")
+    running = start("run", "inside.gguf", *here, "--json", "--models-dir", str(inside))
+    url = running.json_line()["url"]
+    outcome = ask(url).json()["loaded"]
+    assert outcome["model_path"] == "inside.gguf"
+    for refused in (outside / "outside.gguf", outside / "gone.gguf", "../outside/outside.gguf"):
+        done = cli("load", str(refused), "--url", url, "--json")
+        problem = json.loads(done.stdout)
+        assert (problem["category"], problem["field"]) == ("invalid_request", "model_path")
+    again = cli("load", str(inside / "inside.gguf"), "--url", url, "--json")
+    assert json.loads(again.stdout)["status"] == "already_loaded"
+    assert ask(url).json()["loaded"]["pid"] == outcome["pid"]
+
+
+def test_a_model_that_idles_is_unloaded_unless_it_is_pinned(
+    start: Start, here: tuple[str, ...], tiny_model: str, state_dir: Path
+) -> None:
+    running = start("run", tiny_model, *here, "--idle-ttl", "0.05", "--restore-previous")
+    running.line_with("Healthy")
+    running.line_with("Idle")
+    assert servers_of(state_dir) == set()
+    assert running.signal(signal.SIGTERM) == 0
+    pinned = start("run", tiny_model, *here, "--idle-ttl", "0.05", "--pinned", "--json")
+    ready = pinned.json_line()
+    assert ask(ready["url"]).json()["loaded"]["pid"] == ready["outcome"]["pid"]
+    assert pinned.signal(signal.SIGTERM) == 0
 
 
 def test_log_lines_are_json_when_asked_for(

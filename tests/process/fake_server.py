@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         crash_signal: int  # 0: exit with `crash_code`
         crash_code: int
         flood_for_ever: bool
+        knows_keys: bool  # false: it answers everybody, as old builds do
         close_output: bool  # lets go of its pipe
         # the end
         ignore_term: int  # so many SIGTERMs have no effect; negative: none has
@@ -184,13 +185,18 @@ class Server:
         with_fd = _socket.socket(fileno=connection)
         try:
             while (request := with_fd.recv(65536)) != b"":
-                self.reply(with_fd, request.split(b" ", 2)[1].decode())
+                path = request.split(b" ", 2)[1].decode()
+                self.reply(with_fd, path, is_allowed=path == "/health" or self.has_key(request))
         except OSError:
             pass
         finally:
             with_fd.close()
 
-    def reply(self, connection: _socket.socket, path: str) -> None:
+    def has_key(self, request: bytes) -> bool:
+        key = os.environ.get("LLAMA_API_KEY") if self.plan.get("knows_keys", True) else None
+        return key is None or f"Authorization: Bearer {key}\r\n".encode() in request
+
+    def reply(self, connection: _socket.socket, path: str, *, is_allowed: bool) -> None:
         delay = self.plan.get("answer_after_s", 0.0)
         if delay < 0:
             return
@@ -198,6 +204,8 @@ class Server:
         status, body = "200 OK", '{"status":"ok"}'
         if not self.is_ready():
             status, body = "503 Service Unavailable", '{"error":{"message":"Loading model"}}'
+        elif not is_allowed:
+            status, body = "401 Unauthorized", '{"error":{"message":"Invalid API Key"}}'
         elif path == "/props":
             body = '{"default_generation_settings":{"n_ctx":4096},"modalities":{"vision":false}}'
         head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\n"

@@ -123,9 +123,9 @@ def test_a_model_that_is_damaged_during_the_load_is_refused_too(
     locate = models.locate
     orch.load(model_a)
 
-    def late(request: Any) -> Any:
+    def late(*args: Any) -> Any:
         truncated(Path(model_b))
-        return locate(request)
+        return locate(*args)
 
     monkeypatch.setattr(models, "locate", late)
     with pytest.raises(InvalidModel):

@@ -156,9 +156,9 @@ def test_a_cancel_in_every_state_leaves_nothing(
     gates = {state: threading.Event() for state in (State.DOWNLOADING, State.SPAWNING)}
     locate, spawn = models.locate, Warden.spawn
 
-    def gated_locate(request: Any) -> Any:
+    def gated_locate(*args: Any) -> Any:
         gates[State.DOWNLOADING].wait(30)
-        return locate(request)
+        return locate(*args)
 
     def gated_spawn(*args: Any) -> None:
         gates[State.SPAWNING].wait(30)

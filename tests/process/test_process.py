@@ -678,9 +678,9 @@ def test_a_cancel_while_the_model_is_looked_up_starts_nothing(
     """Downloading: the look-up ends by itself, and what it found is not wanted."""
     gate, locate = threading.Event(), models.locate
 
-    def gated(request: Any) -> Any:
+    def gated(*args: Any) -> Any:
         gate.wait(30)
-        return locate(request)
+        return locate(*args)
 
     monkeypatch.setattr(models, "locate", gated)
     loading = Background(orch.load, model_a, load_request_id="a")

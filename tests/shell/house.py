@@ -99,7 +99,7 @@ class House:
     def let_look_ups_go(self, model: str) -> None:
         self._gates.pop(model).set()
 
-    def _locate(self, request: LoadRequest) -> ModelFiles:
+    def _locate(self, request: LoadRequest, _: object) -> ModelFiles:
         self.may_block("locate")
         model = request.model_path
         if (gate := self._gates.get(model)) is not None:

@@ -1,0 +1,349 @@
+"""Whose requests are answered: over real sockets, byte by byte, and from within the process."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.errors import InvalidRequest
+from orchestrator.http import create_app, origins
+from tests.http.conftest import DEADLINE_S, PREFIX, problem, serving
+
+STATUS = PREFIX + "/status"
+LOAD = PREFIX + "/load"
+Headers = list[tuple[str, str]]
+Ask = Callable[..., tuple[int, str, http.client.HTTPMessage]]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    app = create_app(
+        llama_server="embedded",
+        state_dir=tmp_path_factory.mktemp("origins"),
+        allowed_hosts=["Box.Example", "2001:db8::1"],
+    )
+    with serving(app) as client:
+        yield client
+
+
+@pytest.fixture
+def ask(served: httpx.Client) -> Ask:
+    """Send exactly these headers; return status, category and headers."""
+
+    def send(
+        headers: Headers, method: str = "GET", path: str = STATUS, body: bytes = b""
+    ) -> tuple[int, str, http.client.HTTPMessage]:
+        address = served.base_url.host, served.base_url.port
+        connection = http.client.HTTPConnection(*address, timeout=DEADLINE_S)
+        connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+        for name, value in headers:
+            connection.putheader(name, value)
+        connection.endheaders(body)
+        answer = connection.getresponse()
+        data = answer.read()
+        connection.close()
+        is_json = "json" in answer.headers.get("Content-Type", "")  # not where h11 is first
+        members = json.loads(data) if is_json else {}
+        return answer.status, members.get("category", ""), answer.headers
+
+    return send
+
+
+def at(client: httpx.Client) -> str:
+    """What a program calls it."""
+    return f"{client.base_url.host}:{client.base_url.port}"
+
+
+# ------------------------------------------------------------------------------------------- Host
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("localhost", "LOCALHOST:1", "localhost.", "localhost.:80", "localhost:"),
+        *("127.0.0.1", "127.0.0.1:65535", "127.8.7.6", "[::1]", "[::1]:8642"),
+        *("[0:0:0:0:0:0:0:1]", "[::ffff:127.0.0.1]"),
+        *("box.example", "BOX.example:9", "box.example.", "[2001:DB8:0::1]"),
+    ],
+)
+def test_this_machines_own_names_and_the_allowed_ones_are_answered(ask: Ask, host: str) -> None:
+    assert ask([("Host", host)])[0] == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("evil.example", "evil.example:8642", "localhost.evil.example", "127.0.0.1.evil.example"),
+        *("notlocalhost", "sub.box.example", "box.example.evil", "testserver", "test", "127.1"),
+        *("10.0.0.1", "[2001:db8::2]", "0.0.0.0", "169.254.169.254", "2130706433"),
+    ],
+)
+def test_a_rebound_name_is_refused_before_anything_happens(ask: Ask, host: str) -> None:
+    """DNS rebinding (CVE-2024-28224 in a peer): the page's own name, resolved to this machine."""
+    for path in (STATUS, "/v1/models", "/openapi.json", "/healthz", "/nowhere"):
+        assert ask([("Host", host)], path=path)[:2] == (403, "forbidden_host")
+    sent = [("Host", host), ("Origin", f"http://{host}"), ("Content-Type", "application/json")]
+    body = b'{"model_path": "x"}'
+    sent.append(("Content-Length", str(len(body))))
+    assert ask(sent, "POST", LOAD, body)[:2] == (403, "forbidden_host")
+    assert ask([("Host", "localhost")])[0] == 200
+
+
+def test_a_refusal_says_what_would_allow_it(served: httpx.Client) -> None:
+    answer = served.get(STATUS, headers={"Host": "evil.example:1"})
+    assert problem(answer) == (403, "forbidden_host")
+    assert "--allowed-host evil.example" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    "hosts",
+    [
+        *([], ["localhost", "localhost"], ["localhost", "evil.example"], [""], [":80"]),
+        *(["local host"], ["a/b"], ["a,b"], ["a@localhost"], ["[::1"], ["::1"], ["[1:2]"]),
+        *(["localhost:0"], ["localhost:65536"], ["localhost:-1"], ["localhost:1:2"], ["."]),
+        *(["localhost:\N{SUPERSCRIPT TWO}"], ["b\xfccher.example"], ["-"], ["a..b/"]),
+    ],
+)
+def test_no_host_or_more_than_one_or_none_at_all_is_400(ask: Ask, hosts: list[str]) -> None:
+    """RFC 9112 section 3.2; two of them are how one is smuggled past a proxy."""
+    assert ask([("Host", host) for host in hosts])[0] == 400
+
+
+@pytest.mark.parametrize("forged", ["testclient", "testserver", "127.0.0.1"])
+def test_forwarded_headers_do_not_make_anybody_ours(ask: Ask, forged: str) -> None:
+    """A page can send them, and uvicorn believes them of the client's address."""
+    headers = [("X-Forwarded-For", forged), ("X-Forwarded-Host", "localhost")]
+    headers.append(("Forwarded", f"for={forged};host=localhost"))
+    assert ask([("Host", "testserver"), *headers])[:2] == (403, "forbidden_host")
+
+
+@pytest.mark.parametrize(
+    ("arrived", "host", "is_ours"),
+    [
+        (("192.168.1.5", 80), "192.168.1.5", True),
+        (("172.17.0.2", 80), "192.168.1.5:8642", True),  # forwarded to a container
+        (("172.17.0.2", 80), "localhost", True),
+        (("172.17.0.2", 80), "box", False),
+        (("::1", 80), "192.168.1.5", False),
+        (None, "192.168.1.5", True),  # a UNIX socket: no page can reach it
+        (None, "box", False),
+        (("testserver", 80), "testserver", True),
+        (("TestServer", 80), "testserver", True),
+        (("testserver", 80), "test", False),
+        (("evil.example", 80), "evil.example", False),  # a server that copies the Host header
+    ],
+)
+def test_an_address_cannot_be_rebound_where_it_can_be_reached(
+    arrived: tuple[str, int] | None, host: str, is_ours: bool
+) -> None:
+    found = origins.authority(host)
+    assert found is not None
+    guard = origins.RefuseForeign(lambda *_: None)  # type: ignore[arg-type]
+    assert guard._is_ours(found, arrived) is is_ours
+
+
+# ----------------------------------------------------------------------------------------- Origin
+
+
+def test_a_page_of_our_own_may_do_everything(served: httpx.Client, ask: Ask) -> None:
+    host = ("Host", at(served))
+    own = [host, ("Origin", f"http://{at(served)}"), ("Sec-Fetch-Site", "same-origin")]
+    assert ask(own)[0] == 200
+    body = b'{"generation": 9}'
+    posted = [*own, ("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+    assert ask(posted, "POST", PREFIX + "/cancel", body)[0] == 200
+    usual = [("Host", "box.example"), ("Origin", "https://box.example")]  # behind TLS
+    assert ask(usual)[0] == 200
+    assert ask([("Host", "box.example:443"), ("Origin", "https://BOX.example")])[0] == 200
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *("null", "", "http://evil.example", "https://evil.example", "http://localhost:{port}"),
+        *("http://127.0.0.1", "http://127.0.0.1:1", "https://127.0.0.1", "ftp://127.0.0.1:{port}"),
+        *("http://127.0.0.1:{port}.evil.example", "http://x@127.0.0.1:{port}", "127.0.0.1:{port}"),
+        *("chrome-extension://abc", "file://", "http://127.0.0.1:{port}/", "http://[::1]:{port}"),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "DELETE"])
+def test_a_page_of_another_origin_is_refused(
+    served: httpx.Client, ask: Ask, origin: str, method: str
+) -> None:
+    """CSRF: whatever it sends, and whether or not a browser would ask first."""
+    given = origin.format(port=served.base_url.port)
+    for path in (LOAD, "/v1/chat/completions", "/healthz"):
+        status, category, headers = ask([("Host", at(served)), ("Origin", given)], method, path)
+        assert (status, category) == (403, "forbidden_origin")
+        assert not [name for name in headers if name.lower().startswith("access-control")]
+
+
+def test_two_origins_are_none_of_ours(served: httpx.Client, ask: Ask) -> None:
+    own = ("Origin", f"http://{at(served)}")
+    assert ask([("Host", at(served)), own, own])[:2] == (403, "forbidden_origin")
+
+
+def test_a_preflight_is_refused_and_nothing_is_ever_shared(served: httpx.Client, ask: Ask) -> None:
+    asked = [("Access-Control-Request-Method", "POST"), ("Access-Control-Request-Headers", "x")]
+    foreign = [("Host", at(served)), ("Origin", "http://localhost:5173"), *asked]
+    assert ask(foreign, "OPTIONS", LOAD)[0] == 403
+    own = [("Host", at(served)), ("Origin", f"http://{at(served)}"), *asked]
+    for method, path in (("OPTIONS", LOAD), ("GET", STATUS), ("GET", "/healthz")):
+        headers = ask(own, method, path)[2]
+        assert not [name for name in headers if name.lower().startswith("access-control")]
+
+
+@pytest.mark.parametrize(
+    ("site", "mode", "dest", "method", "is_answered"),
+    [
+        ("same-origin", "cors", "empty", "POST", True),
+        ("none", "navigate", "document", "GET", True),
+        ("cross-site", "navigate", "document", "GET", True),  # a link to the panel
+        ("same-site", "navigate", "document", "GET", True),
+        ("cross-site", "navigate", "document", "POST", False),
+        ("cross-site", "navigate", "iframe", "GET", False),
+        ("cross-site", "no-cors", "image", "GET", False),
+        ("same-site", "no-cors", "script", "GET", False),  # another port of this machine
+        ("cross-site", "cors", "empty", "GET", False),
+        ("nonsense", "", "", "GET", False),
+    ],
+)
+def test_what_a_browser_says_of_the_page_is_heard(
+    served: httpx.Client, ask: Ask, site: str, mode: str, dest: str, method: str, is_answered: bool
+) -> None:
+    """Some cross-site requests carry no Origin; a followed link is no page's request."""
+    said = [("Sec-Fetch-Site", site), ("Sec-Fetch-Mode", mode), ("Sec-Fetch-Dest", dest)]
+    status, category, _ = ask([("Host", at(served)), *said], method)
+    assert (category != "forbidden_origin") == is_answered
+    assert (status == 403) == (not is_answered)
+
+
+def test_programs_say_nothing_and_are_answered(served: httpx.Client) -> None:
+    """curl and the SDKs send neither Origin nor Sec-Fetch headers."""
+    assert served.get(STATUS).status_code == 200
+    assert problem(served.get("/v1/models")) == (503, "not_loaded")
+
+
+def test_a_websocket_is_refused_too(served: httpx.Client, ask: Ask) -> None:
+    """A browser asks nobody before it opens one."""
+    upgrade = [("Connection", "Upgrade"), ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")]
+    upgrade.append(("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="))
+    foreign = [("Host", at(served)), ("Origin", "http://evil.example"), *upgrade]
+    assert ask(foreign, "GET", "/v1/realtime")[0] == 403
+    rebound = [("Host", "evil.example"), ("Origin", "http://evil.example"), *upgrade]
+    assert ask(rebound, "GET", "/v1/realtime")[0] == 403
+
+
+async def _unreachable(*_: object) -> None:
+    raise AssertionError("it was let in")
+
+
+def _refused(kind: str, headers: list[tuple[bytes, bytes]]) -> Any:
+    """What the guard itself says, whatever HTTP server is in front of it."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": kind, "path": "/", "headers": headers, "server": ("127.0.0.1", 80)}
+    guard = origins.RefuseForeign(_unreachable)
+    asyncio.run(guard(scope, _unreachable, send))  # type: ignore[arg-type]
+    return sent[0]
+
+
+def test_servers_that_look_less_closely_than_ours_change_nothing() -> None:
+    """h11 refuses these itself and has no WebSockets without a library; others do not, or have."""
+    for headers in ([], [(b"host", b"localhost")] * 2):
+        assert _refused("http", headers)["status"] == 400
+    foreign = [(b"host", b"localhost"), (b"origin", b"http://evil.example")]
+    assert _refused("http", foreign)["status"] == 403
+    assert _refused("websocket", foreign) == {"type": "websocket.close", "code": 1008}
+
+
+# ----------------------------------------------------------------------------- within the process
+
+
+def test_a_test_client_needs_nothing_special(state_dir: Path) -> None:
+    """It has no socket: it says where it believes to be, and calls us so."""
+    with TestClient(create_app(llama_server="embedded", state_dir=state_dir)) as client:
+        assert client.get(STATUS).json()["state"] == "Idle"
+        assert client.post(PREFIX + "/cancel", json={"generation": 1}).status_code == 200
+        for host in ("evil.example", "test"):
+            answer = client.get(STATUS, headers={"Host": host})
+            assert answer.json()["category"] == "forbidden_host"
+        assert client.get(STATUS, headers={"Origin": "http://testserver"}).status_code == 200
+        foreign = client.get(STATUS, headers={"Origin": "http://evil.example"})
+        assert foreign.json()["category"] == "forbidden_origin"
+
+
+@pytest.mark.parametrize("base_url", ["http://test", "http://testserver", "http://127.0.0.1:1"])
+def test_an_asgi_transport_needs_nothing_special(state_dir: Path, base_url: str) -> None:
+    async def main() -> None:
+        app = create_app(llama_server="embedded", state_dir=state_dir)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url=base_url) as client:
+            assert (await client.get("/healthz")).status_code == 200
+            rebound = await client.get("/healthz", headers={"Host": "evil.example"})
+            assert problem(rebound) == (403, "forbidden_host")
+
+    asyncio.run(main())
+
+
+# ------------------------------------------------------------------------------------ the setting
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("", " ", "*", "*.example", "http://box", "box:80", "box:", "a b", "a/b", "[::1", "a,b"),
+        *("x@box", "box\n", "b\xfccher", None, 3, ".", ":80"),
+    ],
+)
+def test_an_allowed_host_is_one_name_or_address(host: object) -> None:
+    """A pattern that matches nothing, or everything, must not pass for protection."""
+    hosts: Any = [host]
+    if host == "box\n":
+        assert create_app(allowed_hosts=hosts)  # white space around a name is no part of it
+        return
+    with pytest.raises(InvalidRequest) as refused:
+        create_app(allowed_hosts=hosts)
+    assert refused.value.field == "allowed_hosts"
+
+
+def test_allowed_hosts_mean_the_same_in_every_spelling() -> None:
+    given = ("Box.Example.", "::1", "[2001:DB8::0:1]", "10.0.0.1")
+    assert origins.checked_hosts(given) == {"box.example", "::1", "2001:db8::1", "10.0.0.1"}
+    assert origins.checked_hosts("box") == {"box"}
+
+
+@given(
+    st.text(max_size=40) | st.from_regex(r"\[?[0-9a-z:.%]{0,20}\]?(:[0-9]{0,6})?", fullmatch=True)
+)
+def test_any_text_is_a_host_or_is_none(text: str) -> None:
+    """What is taken for one has no character that means something in a URL, and comes back."""
+    found = origins.authority(text)
+    if found is None:
+        return
+    assert not set(found.name) & set("/@?#\\ \t\r\n,;")
+    again = f"[{found.name}]" if ":" in found.name else found.name
+    assert origins.authority(again) == found._replace(port=None)
+    assert found.port is None or 0 < found.port < 65536
+
+
+def test_nobody_can_open_a_raw_connection_without_a_host(served: httpx.Client) -> None:
+    """HTTP/1.0 knows none; a page cannot send it, and neither do clients of today."""
+    address = str(served.base_url.host), int(served.base_url.port or 0)
+    with socket.create_connection(address, timeout=DEADLINE_S) as raw:
+        raw.sendall(f"GET {STATUS} HTTP/1.0\r\n\r\n".encode())
+        assert raw.recv(65536).split(b"\r\n")[0].split()[1] == b"400"

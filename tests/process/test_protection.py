@@ -1,0 +1,168 @@
+"""A server with a key of its own: nobody gets at it beside us, and nobody gets to see the key.
+
+The key is known by looking where only its owner may: the environment of the process.
+"""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from orchestrator import Orchestrator
+from orchestrator.errors import ServerStartFailed
+from orchestrator.redaction import HIDDEN
+from orchestrator.views import LeasedServer
+from tests.process.support import Fake, Make
+
+CHAT = b'{"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}'
+
+
+def key_of(pid: int) -> str:
+    return psutil.Process(pid).environ()["LLAMA_API_KEY"]
+
+
+def ask(base_url: str, path: str, key: str | None = None, **headers: str) -> tuple[int, str | None]:
+    """Return the status and which origin may read the answer."""
+    connection = http.client.HTTPConnection(base_url.removeprefix("http://"), timeout=20)
+    if key is not None:
+        headers["Authorization"] = f"Bearer {key}"
+    method, body = ("POST", CHAT) if "chat" in path else ("GET", None)
+    connection.request(method, path, body, headers)
+    answer = connection.getresponse()
+    answer.read()
+    connection.close()
+    return answer.status, answer.headers.get("Access-Control-Allow-Origin")
+
+
+@pytest.mark.parametrize("kind", ["embedded", pytest.param("external", marks=pytest.mark.external)])
+def test_a_protected_server_answers_nobody_but_who_holds_a_lease(
+    kind: str, tiny_model: str, state_dir: Path, request: pytest.FixtureRequest
+) -> None:
+    """Another program of this machine, and any page in a browser, can reach the port."""
+    binary = kind if kind == "embedded" else request.getfixturevalue("llama_server")
+    with Orchestrator(llama_server=binary, state_dir=state_dir, protect_server=True) as orch:
+        outcome = orch.load(tiny_model, max_seq_length=512)
+        assert outcome.context_length == 512  # read with the key
+        url = outcome.base_url
+        for path in ("/v1/chat/completions", "/slots", "/props", "/v1/models", "/metrics"):
+            assert ask(url, path)[0] == 401
+            assert ask(url, path, "x" * 43)[0] == 401
+        assert ask(url, "/health")[0] == 200
+        with orch.lease() as server:
+            assert server.api_key == key_of(server.pid)
+            assert ask(url, "/v1/chat/completions", server.api_key)[0] == 200
+        first = server.api_key
+        orch.load(tiny_model, force_reload=True)
+        with orch.lease() as server:
+            assert server.api_key != first
+            assert ask(server.base_url, "/props", server.api_key)[0] == 200
+            assert ask(server.base_url, "/props", first)[0] == 401
+
+
+@pytest.mark.parametrize("kind", ["embedded", pytest.param("external", marks=pytest.mark.external)])
+def test_a_protected_server_has_no_web_ui_and_shares_nothing_with_the_web(
+    kind: str, tiny_model: str, state_dir: Path, request: pytest.FixtureRequest
+) -> None:
+    """llama-server by default lets any page read its answers, with credentials."""
+    binary = kind if kind == "embedded" else request.getfixturevalue("llama_server")
+    with Orchestrator(llama_server=binary, state_dir=state_dir, protect_server=True) as orch:
+        orch.load(tiny_model)
+        with orch.lease() as server:
+            key = server.api_key
+            assert ask(server.base_url, "/", key)[0] == 404
+            evil = ask(server.base_url, "/props", key, Origin="http://evil.example")
+            assert evil == (200, None)
+
+
+def test_without_protection_the_address_is_enough(tiny_model: str, state_dir: Path) -> None:
+    """The contract for plain local use: any client, with nothing but `base_url`."""
+    with Orchestrator(llama_server="embedded", state_dir=state_dir) as orch:
+        outcome = orch.load(tiny_model)
+        assert ask(outcome.base_url, "/v1/chat/completions")[0] == 200
+        assert "LLAMA_API_KEY" not in psutil.Process(outcome.pid).environ()
+        with orch.lease() as server:
+            assert server.api_key is None
+
+
+def test_a_server_that_knows_nothing_of_keys_is_not_called_protected(
+    make: Make, fake: Fake, model_a: str
+) -> None:
+    """It would be open to everybody, and nobody would be told."""
+    orch = make(protect_server=True)
+    fake.behave(knows_keys=False)
+    with pytest.raises(ServerStartFailed, match="answers without the key") as refused:
+        orch.load(model_a)
+    assert refused.value.reason == "unprotected"
+    assert fake.living() == set()
+    fake.behave()
+    assert orch.load(model_a).status == "loaded"
+
+
+def test_the_key_is_nowhere_to_be_seen(
+    make: Make,
+    fake: Fake,
+    model_a: str,
+    state_dir: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Not in argv, status, events, plan, logs, errors or files; nor in what the server prints."""
+    caplog.set_level(logging.DEBUG)
+    orch = make(protect_server=True)
+    outcome = orch.load(model_a)
+    with orch.lease() as server:
+        key = server.api_key
+        shown = [repr(server), str(server)]
+    assert key is not None
+    assert len(key) >= 32
+    assert fake.wait_for("start")["env"]["LLAMA_API_KEY"] == key
+    shown += [str(psutil.Process(outcome.pid).cmdline()), repr(outcome), str(outcome.as_dict())]
+    shown += [str(orch.plan(model_a, n_parallel=2).as_dict()), str(orch.status().as_dict())]
+    os.kill(outcome.pid, 9)
+    for event in orch.events(after=0):
+        shown.append(repr(event))
+        if event.kind == "transition" and event.data["trigger"] == "exited":
+            break
+    shown += [str(orch.status().as_dict()), *orch.logs(), caplog.text, *capfd.readouterr()]
+    shown += [path.read_text("latin-1") for path in state_dir.rglob("*") if path.is_file()]
+    assert not [text for text in shown if key in text]
+
+
+def test_a_server_that_prints_its_environment_tells_no_key(
+    make: Make, fake: Fake, model_a: str
+) -> None:
+    orch = make(protect_server=True, llama_server=fake.wrapper('env; "$SERVER" "$@"; exit $?'))
+    orch.load(model_a)
+    with orch.lease() as server:
+        key = server.api_key
+    lines = [line for line in orch.logs() if "LLAMA_API_KEY" in line]
+    assert lines == [f"LLAMA_API_KEY={HIDDEN}"]
+    assert str(key) not in "".join(orch.logs())
+
+
+def test_a_key_is_given_to_nobody_who_did_not_ask_for_protection(
+    make: Make, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does one of the host's environment become the server's."""
+    for name in ("LLAMA_API_KEY", "LLAMA_ARG_CORS_ORIGINS", "LLAMA_ARG_UI"):
+        monkeypatch.setenv(name, "of the host")
+    make().load(model_a)
+    env = fake.wait_for("start")["env"]
+    assert not [name for name in env if name.startswith("LLAMA_A")]
+    make(protect_server=True, slot="protected").load(model_a)
+    (_, second) = [note for note in fake.notes() if note["event"] == "start"]
+    ours = {name: value for name, value in second["env"].items() if name.startswith("LLAMA_A")}
+    assert "of the host" not in ours.values()
+    assert ours["LLAMA_ARG_CORS_ORIGINS"] == "localhost"
+
+
+def test_a_lease_can_be_made_without_a_key() -> None:
+    """Who stands in for us in a test knows none."""
+    values: dict[str, Any] = {"base_url": "http://x", "pid": 1, "generation": 1}
+    assert LeasedServer(**values).api_key is None
