@@ -15,6 +15,7 @@ from typing import Final
 from orchestrator import gguf_file, variants
 from orchestrator.errors import InvalidModel, ModelNotFound
 from orchestrator.request import FileIdentity, LoadRequest, ModelFiles
+from orchestrator.variants import Variant
 
 _MAX_DEPTH: Final = 4
 _MAX_ENTRIES: Final = 20_000
@@ -67,6 +68,26 @@ def locate(request: LoadRequest) -> ModelFiles:
     parts = _parts(first)
     weights = tuple(_checked(part, "model_path", is_part=len(parts) > 1) for part in parts)
     return ModelFiles(weights, given_projector(request), variant)
+
+
+def variants_of(request: LoadRequest) -> list[Variant]:
+    """Return what a local file or folder could be loaded as.
+
+    Raises:
+        ModelNotFound, InvalidModel: as `locate`.
+    """
+    path = _path(request.model_path, "model_path")
+    if not path.is_dir():
+        return [Variant(None, locate(request).size_bytes, is_default=True)]
+    found, default = variants.every(_listing(path), where=str(path))
+    return [
+        Variant(
+            chosen.variant,
+            sum(identity_of(path / name).size_bytes for name in chosen.weights),
+            is_default=chosen is default,
+        )
+        for chosen in found
+    ]
 
 
 def given_projector(request: LoadRequest) -> FileIdentity | None:

@@ -22,7 +22,7 @@ from typing import Final, TypeVar
 
 import structlog
 
-from orchestrator.context import Context, Policy
+from orchestrator.context import Context, Job, Policy
 from orchestrator.errors import OrchestratorError, Problem
 from orchestrator.events import EventLog
 from orchestrator.machine import Lifecycle, lifecycle
@@ -49,6 +49,7 @@ from orchestrator.messages import (
     SlotEvidence,
     Spawn,
     TimerFired,
+    Timings,
     Withdrawn,
     failure_of,
 )
@@ -61,6 +62,12 @@ _T = TypeVar("_T")
 
 _STORY_LINES: Final = 32
 _OUTCOMES_KEPT: Final = 256
+_TIMED: Final = {
+    State.KILLING: "kill",
+    State.DOWNLOADING: "download",
+    State.SPAWNING: "spawn",
+    State.WAITING_HEALTH: "health",
+}
 _say = partial(say, structlog.get_logger("orchestrator.owner"))
 
 
@@ -79,6 +86,23 @@ class Snapshot:
     since: float
     entered_at: float
     story: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRecord:
+    """What is remembered of a load from its acceptance on, for display.
+
+    Attributes:
+        job: As it was when it was last wanted.
+        accepted_at: Unix seconds.
+        timings: Seconds in each phase; `total` counts up to the answer.
+        answer: What became of it; None while it is in flight.
+    """
+
+    job: Job
+    accepted_at: float
+    timings: Timings
+    answer: Answer | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -128,6 +152,7 @@ class Owner:
         self._timers: list[tuple[float, int, TimerFired]] = []
         self._timer_numbers = itertools.count()
         self.outcomes: OrderedDict[Generation, Answer] = OrderedDict()
+        self.records: dict[Generation, LoadRecord] = {}
         self.has_ended = False
         now = clock()
         self.snapshot = Snapshot(State.IDLE, Context(policy or Policy()), time.time(), now)
@@ -274,6 +299,7 @@ class Owner:
 
         Before the snapshot shows it settled, so that a load is unsettled or has an outcome.
         """
+        self._note_jobs(shown)
         before, after = self.snapshot.ctx, shown.ctx
         said = [command.answer for command in commands if isinstance(command, Settle)]
         said += [waiter.answer for waiter in before.waiters]
@@ -284,8 +310,29 @@ class Owner:
             answer = next(own, None) or _unheard(generation, fact, after)
             outcome = answer.told(shown.story) if isinstance(answer, Problem) else answer
             self.outcomes[generation] = outcome
+            known = self.records[generation]
+            timings = replace(known.timings, total=self.clock() - known.job.accepted_at)
+            if isinstance(answer, Loaded) and answer.generation == generation:
+                timings = answer.timings  # as its callers were told
+            self.records[generation] = replace(known, timings=timings, answer=outcome)
             while len(self.outcomes) > _OUTCOMES_KEPT:
-                self.outcomes.popitem(last=False)
+                forgotten, _ = self.outcomes.popitem(last=False)
+                del self.records[forgotten]
+
+    def _note_jobs(self, shown: Snapshot) -> None:
+        """Keep what every load in flight is, and book the phase in which one ends."""
+        before, records = self.snapshot, self.records
+        if shown.ctx.job is before.ctx.job and shown.ctx.queue is before.ctx.queue:
+            return
+        wanted = {job.generation: job for job in shown.ctx.wanted}
+        for generation, job in wanted.items():
+            known = records.get(generation)
+            accepted_at = known.accepted_at if known else time.time()
+            records[generation] = LoadRecord(job, accepted_at, job.timings)
+        last = before.ctx.job
+        if last is not None and last.token is None and last.generation not in wanted:
+            timings = last.spent(_TIMED[before.state], self.clock())
+            records[last.generation] = replace(records[last.generation], timings=timings)
 
     def _tell(self, fact: Fact, before: Snapshot, shown: Snapshot) -> None:
         """One event and one line of the log for each transition."""
