@@ -20,7 +20,7 @@ from starlette.routing import Route
 
 import orchestrator
 from orchestrator.errors import NotLoaded
-from orchestrator.http import schemas
+from orchestrator.http import pages, schemas
 from orchestrator.http.bodies import json_body, known, refuse, while_connected
 from orchestrator.http.keys import RequireKey
 from orchestrator.http.passthrough import PassThrough
@@ -76,6 +76,7 @@ def create_app(
     install(app)
     app.include_router(router(served))
     app.include_router(_health(served))
+    app.router.routes.extend(pages.routes())
     app.router.routes.append(Route("/v1/{path:path}", passed_on))  # any method
     if keys := tuple(api_keys):
         app.add_middleware(RequireKey, keys=keys)
