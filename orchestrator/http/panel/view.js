@@ -29,7 +29,7 @@ export function show(now) {
   put($("notes"), ...notes(now).map((text) => el("li", {}, text)));
   if (!loading) progress({ phase: null });
   else if ($("progress").hidden) progress({ phase: loading.phase, bytes_done: null });
-  showError(error);
+  showError(error && { ...error, story: now.story });
   tick();
 }
 
