@@ -67,7 +67,7 @@ class Panel:
         if where.scheme != "data":
             self.hosts.add(where.netloc)
         if where.path.endswith("/load") and request.method == "POST":
-            self.sent.append(request.post_data_json)
+            self.sent.append(request.post_data_json or {})
 
     def open(self) -> Panel:
         self.page.goto(self.base_url)

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
-from orchestrator import tiny_model
+from orchestrator import RestartPolicy
 from orchestrator.http import create_app
+from orchestrator.tiny_model import write_tiny_model
 from tests.browser.conftest import DESKTOP, PHONE, Open, Start
 from tests.conftest import servers_of
 from tests.http.conftest import PREFIX, Gate, is_held, serving, until
@@ -154,7 +156,7 @@ def test_the_variants_of_a_folder_are_offered_with_their_sizes(
 ) -> None:
     (tmp_path / "models").mkdir()
     for seed, label in enumerate(("Q4_K_M", "Q8_0")):
-        tiny_model.write_tiny_model(tmp_path / "models" / f"tiny-{label}.gguf", seed=seed)
+        write_tiny_model(tmp_path / "models" / f"tiny-{label}.gguf", seed=seed)
     client = start()
     shown = panel(client).is_live()
     shown.page.fill("#model_path", str(tmp_path / "models"))
@@ -207,7 +209,7 @@ def test_a_load_is_cancelled_while_it_downloads(
     start: Start, panel: Open, hub: Hub, tmp_path: Path
 ) -> None:
     """With the bytes that are there, and what is still to come, shown meanwhile."""
-    big = tiny_model.write_tiny_model(tmp_path / "big.gguf", padding_bytes=6 << 20)
+    big = write_tiny_model(tmp_path / "big.gguf", padding_bytes=6 << 20)
     hub.add(Repo("org/Tiny-GGUF", {"tiny-Q8_0.gguf": big, "mmproj-F16.gguf": b"no model"}))
     hub.fail(bytes_per_s=1 << 20, path="/cdn/")
     client = start()
@@ -226,6 +228,45 @@ def test_a_load_is_cancelled_while_it_downloads(
     shown.shows("Idle")
     expect(shown.page.locator("#sent")).to_have_text("Generation 1 was cancelled.")
     assert loads(client)[0]["outcome"]["category"] == "cancelled"
+
+
+def test_a_model_is_downloaded_while_another_runs_until_that_is_cancelled(
+    start: Start, panel: Open, hub: Hub, tmp_path: Path, tiny_model: str
+) -> None:
+    """A load that prefetches has no generation yet: leaving it is what cancels it."""
+    big = write_tiny_model(tmp_path / "big.gguf", padding_bytes=6 << 20)
+    hub.add(Repo("org/Tiny-GGUF", {"tiny-Q8_0.gguf": big}))
+    hub.fail(bytes_per_s=1 << 20, path="/cdn/")
+    client = start()
+    pid = client.post(PREFIX + "/load", json={"model_path": tiny_model}).json()["pid"]
+    shown = panel(client).is_live()
+    shown.page.get_by_text("More").click()
+    shown.page.get_by_label("Download first").check()
+    shown.apply(model_path="org/Tiny-GGUF")
+    expect(shown.page.locator("#notes")).to_contain_text("Prefetching org/Tiny-GGUF")
+    shown.shows("Healthy")
+    shown.page.click("#cancel")
+    expect(shown.page.locator("#sent")).to_have_text("The download was given up.")
+    status = until(client, lambda s: not s["prefetching"])
+    assert status["loaded"]["pid"] == pid
+    expect(shown.page.locator("#notes")).to_be_empty()
+    expect(shown.page.locator("#cancel")).to_be_hidden()
+
+
+def test_a_server_that_ended_by_itself_is_told_with_what_is_done_about_it(
+    start: Start, panel: Open, tiny_model: str
+) -> None:
+    client = start(restart=RestartPolicy(backoff_s=1.0, limit=1, cool_down_s=60))
+    loaded = client.post(PREFIX + "/load", json={"model_path": tiny_model}).json()
+    shown = panel(client).is_live()
+    shown.shows("Healthy")
+    psutil.Process(loaded["pid"]).kill()
+    notes = shown.page.locator("#notes")
+    expect(notes).to_contain_text("ended by itself (1 in a row) and starts again in")
+    shown.shows("Healthy")
+    expect(notes).to_be_empty()
+    psutil.Process(client.get(PREFIX + "/status").json()["loaded"]["pid"]).kill()
+    expect(notes).to_contain_text("cools down for")
 
 
 def test_the_last_loads_are_told_with_what_became_of_them(

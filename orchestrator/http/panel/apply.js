@@ -11,6 +11,7 @@ let timer = 0;
 let planning = new AbortController();
 let sending = Promise.resolve(); // one after the other: the last click must be the last to arrive
 let waiting = new AbortController(); // a prefetch is answered when it has ended
+let prefetches = 0;
 const mine = new Set(); // generations asked for here, without an outcome so far
 let status = null;
 
@@ -86,6 +87,7 @@ async function submit(body) {
 /** A load that downloads first has no generation until then: it is waited for. */
 async function afterPrefetch(body) {
   waiting = new AbortController();
+  prefetches += 1;
   say($("sent"), "Downloading first; closing this page would end that.");
   try {
     const outcome = await post("load", body, waiting.signal);
@@ -94,8 +96,12 @@ async function afterPrefetch(body) {
     const { name, problem } = /** @type {any} */ (error);
     if (name === "AbortError" || QUIET.has(problem.category)) say($("sent"), "The download was given up.");
     else refused(problem);
+  } finally {
+    prefetches -= 1;
   }
 }
+
+export const isPrefetching = () => prefetches > 0;
 
 /** End what was asked for here and is still downloading. */
 export const endPrefetch = () => waiting.abort();

@@ -1,7 +1,7 @@
 /** Wires the panel: events make it ask what is true now, and everything shown comes from the answer. */
 
 import { dropKey, gate, get, hasKey, keepKey, post } from "./api.js";
-import { apply, endPrefetch, noteStatus, planSoon, settle } from "./apply.js";
+import { apply, endPrefetch, isPrefetching, noteStatus, planSoon, settle } from "./apply.js";
 import * as diagram from "./diagram.js";
 import { $, say } from "./dom.js";
 import { fill, offer, watch } from "./form.js";
@@ -39,7 +39,7 @@ function refresh() {
 
 function show(now, loads) {
   status = now;
-  view.show(now);
+  view.show(now, isPrefetching());
   history.show(loads);
   settle(loads);
   fill(now.loaded);
@@ -104,12 +104,14 @@ $("key").addEventListener("submit", (event) => {
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
   apply();
+  refresh();
 });
 $("match").addEventListener("click", () => {
   fill(status?.loaded, { force: true });
   planSoon();
 });
 $("cancel").addEventListener("click", async () => {
+  endPrefetch();
   if (status?.loading) await post("cancel", { generation: status.loading.generation }).catch(() => {});
   refresh();
 });

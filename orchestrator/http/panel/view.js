@@ -12,8 +12,8 @@ let since = 0; // by this page's clock
 let samples = [];
 let errorShown = "";
 
-/** @param {any} now a status */
-export function show(now) {
+/** @param {any} now a status @param {boolean} isPrefetching something asked for here */
+export function show(now, isPrefetching) {
   status = now;
   since = Date.now() - now.uptime_s * 1000;
   const { state, loaded, loading, last_error: error } = now;
@@ -23,7 +23,7 @@ export function show(now) {
   const about = loading ?? loaded;
   document.title = about ? `${state} · ${named(about)}` : `${state} · llama-orchestrator`;
   say($("model"), about ? named(about) : "Nothing is loaded.");
-  $("cancel").hidden = !loading;
+  $("cancel").hidden = !loading && !isPrefetching;
   $("unload").hidden = !loaded && !loading;
   put($("facts"), ...facts(loaded));
   put($("notes"), ...notes(now).map((text) => el("li", {}, text)));
@@ -47,8 +47,8 @@ function facts(loaded) {
     ["Vision", loaded.is_vision && "yes"],
     ["Revision", loaded.revision?.slice(0, 12)],
     ["Clients", `${location.origin}/v1`],
-    ["Server", `${loaded.base_url} (pid ${loaded.pid})`],
-    ["Loaded in", `${seconds(loaded.timings_s.total)} (generation ${loaded.generation})`],
+    ["Server", loaded.base_url],
+    ["Process", `${loaded.pid} (generation ${loaded.generation}, loaded in ${seconds(loaded.timings_s.total)})`],
   ];
   return rows.filter(([, text]) => text).map(([name, text]) => el("div", {}, el("dt", {}, name), el("dd", {}, text)));
 }
@@ -89,7 +89,7 @@ export function progress(step) {
     parts.push(bytes(step.bytes_done) + (step.bytes_total ? ` of ${bytes(step.bytes_total)}` : ""));
     const rate = ((samples.at(-1).done - samples[0].done) / (samples.at(-1).at - samples[0].at)) * 1000;
     if (rate > 0) parts.push(`${bytes(rate)}/s`);
-    if (rate > 0 && step.bytes_total) parts.push(`${seconds((step.bytes_total - step.bytes_done) / rate)} left`);
+    if (rate > 0 && step.bytes_total) parts.push(`${seconds(Math.ceil((step.bytes_total - step.bytes_done) / rate))} left`);
   }
   say($("progress-text"), parts.join(" · "));
 }
