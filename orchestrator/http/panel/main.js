@@ -11,8 +11,7 @@ import { eventParser, follow } from "./stream.js";
 import * as view from "./view.js";
 
 const ROWS = 12;
-const MOVING_MS = 1000; // between two looks at what no event tells of
-const RESTING_MS = 15000;
+const RESTING_S = 15; // between two looks at what no event tells of, when nothing moves
 
 let lastEvent = "0"; // what happened before this page came is of interest, too
 let status = null;
@@ -55,11 +54,16 @@ function announce(now) {
   lastRest = rests;
 }
 
-const isMoving = () => status && (status.loading || status.recovery || status.prefetching.length);
+const isMoving = () => isPrefetching() || status?.loading || status?.recovery || status?.prefetching.length;
+let rested = 0;
 
-async function look() {
-  if (!document.hidden && status) refresh();
-  setTimeout(look, isMoving() ? MOVING_MS : RESTING_MS);
+/** Once a second. */
+function look() {
+  view.tick();
+  rested = isMoving() ? RESTING_S : rested + 1;
+  if (document.hidden || !status || rested < RESTING_S) return;
+  rested = 0;
+  refresh();
 }
 
 const events = follow("events", {
@@ -124,5 +128,4 @@ $("follow").addEventListener("change", log.toggle);
 watch(planSoon);
 log.toggle();
 planSoon();
-setInterval(view.tick, 1000);
-look();
+setInterval(look, 1000);
