@@ -133,6 +133,8 @@ def join_loading(s: Step) -> None:
 def answer_already_loaded(s: Step) -> None:
     fact = cast("LoadRequested", s.fact)
     running = cast("Running", s.ctx.running)
+    running = replace(running, target=running.target.kept_as(fact.target.request))
+    s.put(running=running)
     _note_load(s, fact)
     s.emit(
         Accept(fact.ticket, running.generation, joined=False),
@@ -141,8 +143,10 @@ def answer_already_loaded(s: Step) -> None:
 
 
 def answer_next_already_loaded(s: Step) -> None:
-    running = cast("Running", s.ctx.running)
     first, *rest = s.ctx.queue
+    running = cast("Running", s.ctx.running)
+    running = replace(running, target=running.target.kept_as(first.target.request))
+    s.put(running=running)
     for caller in first.callers:
         s.settle((caller,), running.loaded(already=True, joined=caller.joined))
     s.put(queue=tuple(rest))
@@ -510,6 +514,17 @@ def revoke_leases(s: Step) -> None:
     s.put(leases=frozenset())
 
 
+def await_idle(s: Step) -> None:
+    """From now on nobody uses the server: it has its whole time before it is stopped for that."""
+    running = cast("Running", s.ctx.running)
+    request = running.target.request
+    ttl_s = s.ctx.policy.idle_ttl_s if request.idle_ttl_s is None else request.idle_ttl_s
+    is_idle = ttl_s is not None and not request.pinned and not s.ctx.leases
+    s.put(running=replace(running, idle_at=s.fact.at + cast("float", ttl_s) if is_idle else None))
+    if is_idle:
+        s.emit(SetTimer(running.generation, "idle", cast("float", ttl_s)))
+
+
 # ---------------------------------------------------------------------- shared, not named in rows
 
 _NOT_LOADED = Problem("not_loaded", "no model is loaded: load one first")
@@ -540,10 +555,11 @@ def _note_unload(s: Step) -> None:
 
 def _join(s: Step, job: Job) -> None:
     fact = cast("LoadRequested", s.fact)
-    joined = replace(job, callers=(*job.callers, _caller(fact, joined=True)))
+    target = job.target.kept_as(fact.target.request)
     if fact.target.request.force_reload and job is not s.ctx.job:
-        request = replace(job.target.request, force_reload=True)  # what runs then will not do
-        joined = replace(joined, target=replace(job.target, request=request))
+        request = replace(target.request, force_reload=True)  # what runs then will not do
+        target = replace(target, request=request)
+    joined = replace(job, target=target, callers=(*job.callers, _caller(fact, joined=True)))
     _note_load(s, fact)
     s.put(
         job=joined if s.ctx.job is job else s.ctx.job,
@@ -654,8 +670,8 @@ def _promote_next(s: Step) -> None:
 
 
 def _grant(s: Step, ticket: Ticket) -> None:
-    running = cast("Running", s.ctx.running)
-    s.put(leases=s.ctx.leases | {ticket})
+    running = replace(cast("Running", s.ctx.running), idle_at=None)
+    s.put(leases=s.ctx.leases | {ticket}, running=running)
     s.emit(Settle(ticket, LeaseGranted(ticket, running.child, running.server)))
 
 

@@ -26,11 +26,13 @@ class Policy:
         drain_timeout_s: How long a swap or unload waits for leases to be given back.
         abandoned_load: What becomes of a load whose last caller went away.
         restart: How a server that ended by itself is started again; None = it is not.
+        idle_ttl_s: A server is stopped after this long without use; None = never.
     """
 
     drain_timeout_s: float = 30.0
     abandoned_load: Literal["cancel", "continue"] = "cancel"
     restart: RestartPolicy | None = None
+    idle_ttl_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,12 @@ class EffectInFlight:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """What a Healthy server was started with: committed, and compared with later requests."""
+    """What a Healthy server was started with: committed, and compared with later requests.
+
+    Attributes:
+        idle_at: When it is stopped if nobody uses it before, monotonic seconds; None = never, or
+            it is in use.
+    """
 
     generation: Generation
     target: Target
@@ -97,6 +104,7 @@ class Running:
     timings: Timings
     reload_reasons: tuple[ReloadReason, ...]
     at: float
+    idle_at: float | None = None
 
     def loaded(self, *, already: bool = False, joined: bool = False) -> Loaded:
         """The answer to a load that this is the outcome of."""

@@ -175,6 +175,19 @@ def is_draining_this(ctx: Context, fact: TimerFired) -> bool:
     )
 
 
+def is_idle(ctx: Context, fact: TimerFired) -> bool:
+    """Nobody uses the server this timer was set for, nobody wants another, and it may be stopped
+    for that.
+    """
+    return (
+        ctx.running is not None
+        and ctx.running.generation == fact.generation
+        and ctx.running.idle_at is not None
+        and not ctx.leases
+        and not ctx.wanted
+    )
+
+
 def is_job(ctx: Context, fact: TimerFired) -> bool:
     return ctx.job is not None and ctx.job.token is None and ctx.job.generation == fact.generation
 

@@ -15,7 +15,7 @@ from orchestrator.named import Named
 from orchestrator.request import ModelFiles, ReloadReason, Target
 from orchestrator.tokens import CancelReason, Generation, Ticket
 
-Timer = Literal["drain", "deadline", "restart"]
+Timer = Literal["drain", "deadline", "restart", "idle"]
 
 # --------------------------------------------------------------------------------------- values
 
@@ -219,8 +219,8 @@ class Promoted:
 
 @dataclass(frozen=True, slots=True)
 class TimerFired:
-    """A deadline of generation's load, the drain of its server, or the wait for a restart after it
-    is over.
+    """A deadline of generation's load, the drain of its server, its time without use, or the wait
+    for a restart after it is over.
     """
 
     generation: Generation
@@ -340,7 +340,9 @@ class SetToken:
 
 @dataclass(frozen=True, slots=True)
 class SetTimer:
-    """Wait; a `restart` waits for somewhere between half of it and all of it."""
+    """Wait; a `restart` waits for somewhere between half of it and all of it. A timer of the same
+    kind and generation that runs already is set anew.
+    """
 
     generation: Generation
     kind: Timer

@@ -84,9 +84,12 @@ class _Base:
         state_dir: Folder of the slots; default: this user's state directory.
         kill_grace_s: Seconds between SIGTERM and SIGKILL; 0 = SIGKILL at once.
         drain_timeout_s: Seconds a swap or an unload waits for leases to be given back.
+        drain_policy: `wait` for them so long, or `cut` what uses the server at once.
         abandoned_load: `cancel` or `continue` a load whose last caller has gone away.
         restart: `never`, or `on-crash`: a healthy server that ends by itself is started again,
             with the waits of `RestartPolicy` (which may be given instead).
+        idle_ttl_s: Seconds without use after which a model is unloaded; None = never. A request's
+            own `idle_ttl_s` wins, and a `pinned` model stays.
         server_env: Variables the server gets beside the allow-listed ones.
 
     Raises:
@@ -101,21 +104,23 @@ class _Base:
         state_dir: str | os.PathLike[str] | None = None,
         kill_grace_s: float = 5.0,
         drain_timeout_s: float = 30.0,
+        drain_policy: Literal["wait", "cut"] = "wait",
         abandoned_load: Literal["cancel", "continue"] = "cancel",
         restart: Literal["never", "on-crash"] | RestartPolicy = "never",
+        idle_ttl_s: float | None = None,
         server_env: Mapping[str, str] | None = None,
     ) -> None:
-        if abandoned_load not in ("cancel", "continue"):
-            raise InvalidRequest.because(
-                f"abandoned_load is {abandoned_load!r}: use cancel or continue",
-                field="abandoned_load",
-            )
+        _check_choice("abandoned_load", abandoned_load, "cancel", "continue")
+        _check_choice("drain_policy", drain_policy, "wait", "cut")
         self._llama_server = os.fspath(llama_server)
         self._slot_name = slot
         self._state_dir = state_dir
         self._kill_grace_s = checked_seconds("kill_grace_s", kill_grace_s)
         drain_s = checked_seconds("drain_timeout_s", drain_timeout_s)
-        self._policy = Policy(drain_s, abandoned_load, _restart_policy(restart))
+        drain_s = drain_s if drain_policy == "wait" else 0.0
+        if idle_ttl_s is not None:
+            idle_ttl_s = checked_seconds("idle_ttl_s", idle_ttl_s, zero=False)
+        self._policy = Policy(drain_s, abandoned_load, _restart_policy(restart), idle_ttl_s)
         self._server_env = dict(server_env or {})
         self._hub = Hub(self._cache / "hub")
         self._prefetches = Prefetches(self._hub)
@@ -289,7 +294,6 @@ class _Base:
         return Ticket(next(self._tickets))
 
     def _target(self, request: LoadRequest) -> Target:
-        _refuse_unsupported(request)
         target = Target(request, self._model(request), find_server(self._llama_server))
         if target.speculative_type is not None:
             server = replace(target.server, catalogue=ask_catalogue(target.server, self._cache))
@@ -689,6 +693,12 @@ def _submitted(request: LoadRequest | str, changes: dict[str, Any]) -> LoadReque
     return wanted
 
 
+def _check_choice(field: str, value: object, *choices: str) -> None:
+    if value not in choices:
+        message = f"{field} is {value!r}: use {' or '.join(choices)}"
+        raise InvalidRequest.because(message, field=field)
+
+
 def _restart_policy(restart: object) -> RestartPolicy | None:
     """Return the policy a caller means, checked.
 
@@ -707,14 +717,6 @@ def _restart_policy(restart: object) -> RestartPolicy | None:
         message = f"restart.limit is {policy.limit!r}: use a whole number from 1"
         raise InvalidRequest.because(message, field="restart.limit")
     return policy
-
-
-def _refuse_unsupported(request: LoadRequest) -> None:
-    """A setting this version cannot honour is refused, never silently dropped."""
-    if request.idle_ttl_s is not None:
-        raise InvalidRequest.because(
-            "idle_ttl_s is not supported by this version: leave it out", field="idle_ttl_s"
-        )
 
 
 def _unload_outcome(answer: Answer) -> UnloadOutcome:

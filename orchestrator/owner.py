@@ -7,7 +7,6 @@ it by hand. Every call is answered exactly once; nothing a caller reads can gate
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import queue
 import random
@@ -48,6 +47,7 @@ from orchestrator.messages import (
     SetToken,
     SlotEvidence,
     Spawn,
+    Timer,
     TimerFired,
     Timings,
     Withdrawn,
@@ -149,8 +149,7 @@ class Owner:
         self._tickets = tickets or itertools.count(1)
         self._calls: dict[Ticket, Call] = {}
         self._tokens: dict[Generation, CancelToken] = {}
-        self._timers: list[tuple[float, int, TimerFired]] = []
-        self._timer_numbers = itertools.count()
+        self._timers: dict[tuple[Timer, Generation], float] = {}  # few: the least is looked for
         self.outcomes: OrderedDict[Generation, Answer] = OrderedDict()
         self.records: dict[Generation, LoadRecord] = {}
         self.has_ended = False
@@ -379,9 +378,7 @@ class Owner:
                 after_s = command.after_s
                 if command.kind == "restart":
                     after_s *= self._jitter()
-                due = self.clock() + after_s
-                fired = TimerFired(command.generation, due, command.kind)
-                heapq.heappush(self._timers, (due, next(self._timer_numbers), fired))
+                self._timers[command.kind, command.generation] = self.clock() + after_s
             case Accept():
                 self._accept(command)
             case Settle():
@@ -437,12 +434,16 @@ class Owner:
     # ------------------------------------------------------------------------------------- timers
 
     def _until_next_timer(self) -> float | None:
-        return max(0.0, self._timers[0][0] - self.clock()) if self._timers else None
+        return max(0.0, min(self._timers.values()) - self.clock()) if self._timers else None
 
     def _due_timer(self) -> Fact | None:
-        if self._timers and self._timers[0][0] <= self.clock():
-            return heapq.heappop(self._timers)[2]
-        return None
+        if not self._timers:
+            return None
+        (kind, generation), due = min(self._timers.items(), key=lambda timer: timer[1])
+        if due > self.clock():
+            return None
+        del self._timers[kind, generation]
+        return TimerFired(generation, due, kind)
 
 
 def _generation(ctx: Context) -> Generation:

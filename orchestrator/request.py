@@ -266,6 +266,13 @@ class Target:
         kept = server_args.strip_shadowed(inherited, groups)
         return replace(self, request=replace(self.request, llama_extra_args=kept))
 
+    def kept_as(self, request: LoadRequest) -> Target:
+        """Return this target, kept loaded for as long as the newest request for it says."""
+        ttl_s, pinned = request.idle_ttl_s, request.pinned
+        if (ttl_s, pinned) == (self.request.idle_ttl_s, self.request.pinned):
+            return self
+        return replace(self, request=replace(self.request, idle_ttl_s=ttl_s, pinned=pinned))
+
     def asked(self) -> dict[str, object]:
         """What of a Hub model can be compared before it has been looked up: what was asked for."""
         hub, request = self.model.hub, self.request

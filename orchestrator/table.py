@@ -22,6 +22,11 @@ exist, and its callers hear why when the slot is verified empty. Two kinds of lo
 make a failure good, by the same way as any other: what ran before comes back for a failed load
 that said `restore_previous` (it takes the place of the next load in the queue, and the callers hear
 of both), and a server that ended by itself is started again when `restart_due`.
+
+A server nobody uses is stopped when `idle_expired`. Its timer is set anew whenever it becomes idle:
+by the commit, by the last lease that is given back, by a load that finds it running. A lease and
+the end of that time meet here, in one order or the other: a request is granted a server that stays,
+or none.
 """
 
 from __future__ import annotations
@@ -69,7 +74,7 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("load", ALL,    "rejects_when_busy",               STAY, "refuse_busy"),
     _row("load", ALL,    "queues_when_busy",                STAY, "enqueue"),
     _row("load", (K, D, S, W), "same_as_loading",           STAY, "supersede_queue join_loading"),
-    _row("load", H,      "same_as_running child_is_alive",  STAY, "supersede_queue answer_already_loaded"),
+    _row("load", H,      "same_as_running child_is_alive",  STAY, "supersede_queue answer_already_loaded await_idle"),
     _row("load", ALL,    "a_newer_load_came_first",         STAY, "refuse_superseded"),
     _row("load", (I, K), "is_cooling_down same_as_failing", STAY, "refuse_cooling_down"),
     _row("load", (I, H), "",                                K, "supersede_all enqueue take_next begin_kill"),
@@ -91,6 +96,7 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("withdraw", K,   "abandons_job",                   STAY, "forget_ticket cancel_job take_next"),
     _row("withdraw", DSW, "abandons_job",                   STAY, "forget_ticket cancel_job"),
     _row("withdraw", K,   "gives_back_the_last_lease",      STAY, "forget_ticket kill_when_drained"),
+    _row("withdraw", H,   "gives_back_the_last_lease",      STAY, "forget_ticket await_idle"),
     _row("withdraw", ALL, "",                               STAY, "forget_ticket"),
 
     _row("deadline_expired", K,   "is_job",                 STAY, "time_out_job take_next"),
@@ -111,6 +117,7 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("lease", ALL,   "is_cooling_down",                 STAY, "refuse_cooling_down"),
     _row("lease", ALL,   "",                                STAY, "refuse_lease"),
     _row("release", K,   "gives_back_the_last_lease",       STAY, "drop_lease kill_when_drained"),
+    _row("release", H,   "gives_back_the_last_lease",       STAY, "drop_lease await_idle"),
     _row("release", ALL, "",                                STAY, "drop_lease"),
     _row("drain_expired", K,   "is_draining_this",          STAY, "revoke_leases kill_when_drained"),
     _row("drain_expired", ALL, "",                          STAY, "fence"),
@@ -142,16 +149,18 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("spawn_failed", ALL, "",                           STAY, "fence"),
 
     # ---- WaitingHealth: our own child answers, or it does not ------------------------------------
-    _row("ready", W,   "is_current token_is_unset child_is_alive", H, "commit grant_waiting_leases"),
+    _row("ready", W,   "is_current token_is_unset child_is_alive", H, "commit grant_waiting_leases await_idle"),
     _row("ready", W,   "is_current",                        K, "end_effect fail_job_exited take_next begin_kill"),
     _row("ready", ALL, "",                                  STAY, "fence"),
     _row("not_ready", W,   "is_current",                    K, "end_effect fail_job take_next begin_kill"),
     _row("not_ready", ALL, "",                              STAY, "fence"),
 
     # ---- Healthy: until something else is wanted, or the server ends by itself --------------------
-    _row("promote", H,   "next_is_running child_is_alive",  STAY, "answer_next_already_loaded"),
+    _row("promote", H,   "next_is_running child_is_alive",  STAY, "answer_next_already_loaded await_idle"),
     _row("promote", H,   "next_is_waiting",                 K, "take_next begin_kill"),
     _row("promote", ALL, "",                                STAY, "fence"),
+    _row("idle_expired", H,   "is_idle",                    K, "begin_kill"),
+    _row("idle_expired", ALL, "",                           STAY, "fence"),
     _row("exited", H,    "is_child",                        K, "record_exit lose_server revoke_leases take_next begin_kill"),
     _row("exited", I,    "is_child",                        K, "record_exit begin_kill"),
     _row("exited", K,    "is_child",                        STAY, "record_exit revoke_leases kill_when_drained"),

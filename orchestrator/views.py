@@ -108,6 +108,8 @@ class Status(Named):
         uptime_s: Seconds in the present state.
         occupied_by: Pid of a process that would not die and keeps the slot occupied.
         recovery: What is done about a server that ended by itself.
+        idle_unload_in_s: Until the model is unloaded for being idle, seconds; None while it is in
+            use, or if it stays.
         story: The last transitions, oldest first.
         prefetching: Downloads that are no load's own.
     """
@@ -124,6 +126,7 @@ class Status(Named):
     recovery: RecoveryStatus | None
     story: tuple[str, ...]
     prefetching: tuple[Prefetching, ...] = ()
+    idle_unload_in_s: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -139,6 +142,7 @@ class Status(Named):
             "recovery": asdict(self.recovery) if self.recovery else None,
             "story": list(self.story),
             "prefetching": [asdict(one) for one in self.prefetching],
+            "idle_unload_in_s": self.idle_unload_in_s,
         }
 
 
@@ -340,6 +344,7 @@ def status(
             Prefetching(r.model_path, r.gguf_variant, p.bytes_done, p.bytes_total)
             for r, p in under_way
         ),
+        idle_unload_in_s=_idle_in_s(ctx, now) if healthy else None,
     )
 
 
@@ -382,8 +387,17 @@ def _recovery(ctx: Context, now: float) -> RecoveryStatus | None:
     known = ctx.recovery
     if known is None or (known.phase == "cooling_down" and now >= known.until):
         return None
-    left_s = 0.0 if known.phase == "trying" else round(max(0.0, known.until - now), 3)
+    left_s = 0.0 if known.phase == "trying" else _left_s(known.until, now)
     return RecoveryStatus(known.target.request.model_path, known.phase, known.failures, left_s)
+
+
+def _idle_in_s(ctx: Context, now: float) -> float | None:
+    at = ctx.running.idle_at if ctx.running else None
+    return None if at is None else _left_s(at, now)
+
+
+def _left_s(at: float, now: float) -> float:
+    return round(max(0.0, at - now), 3)
 
 
 def _loading(state: State, ctx: Context) -> Loading | None:

@@ -16,14 +16,13 @@ from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, R
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel
 from starlette.responses import StreamingResponse
-from starlette.routing import Route
 
 import orchestrator
 from orchestrator.errors import NotLoaded
 from orchestrator.http import pages, schemas
 from orchestrator.http.bodies import json_body, known, refuse, while_connected
 from orchestrator.http.keys import RequireKey
-from orchestrator.http.passthrough import PassThrough
+from orchestrator.http.passthrough import Below, PassThrough
 from orchestrator.http.problems import MEDIA_TYPE, Json, ProblemRoute, install
 from orchestrator.orchestrator import AsyncOrchestrator
 from orchestrator.output import MAX_LINES
@@ -77,7 +76,7 @@ def create_app(
     app.include_router(router(served))
     app.include_router(_health(served))
     app.router.routes.extend(pages.routes())
-    app.router.routes.append(Route("/v1/{path:path}", passed_on))  # any method
+    app.add_middleware(Below, prefix="/v1/", app_below=passed_on)
     if keys := tuple(api_keys):
         app.add_middleware(RequireKey, keys=keys)
     return app

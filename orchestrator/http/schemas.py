@@ -237,6 +237,7 @@ class StatusAnswer(_Answer):
     recovery: Recovery | None
     story: list[str]
     prefetching: list[Prefetching]
+    idle_unload_in_s: float | None
 
 
 class ProgressAnswer(_Answer):

@@ -117,6 +117,16 @@ def inv_healthy_at_rest_is_alive(world: World) -> str | None:
     return None
 
 
+def inv_nothing_idles_for_ever(world: World) -> str | None:
+    """Quiescent Healthy: it is used, pinned, or there is no time after which it is stopped."""
+    ctx = world.ctx
+    if world.is_quiescent and world.state is State.HEALTHY and ctx.policy.idle_ttl_s is not None:
+        is_pinned = ctx.running is not None and ctx.running.target.request.pinned
+        if not is_pinned and not ctx.leases:
+            return "nobody uses the server, and nothing will stop it"
+    return None
+
+
 # ------------------------------------------------------------------------------ at every step
 
 
@@ -192,6 +202,14 @@ def inv_a_timer_means_its_own(edge: Edge) -> str | None:
     if fact.kind == "restart":
         due = ctx.recovery.generation if ctx.recovery and ctx.recovery.phase == "waiting" else None
         is_due = fact.generation == due
+    elif fact.kind == "idle":
+        running = ctx.running
+        is_due = (
+            running is not None
+            and running.generation == fact.generation
+            and edge.before.state is State.HEALTHY
+            and not (ctx.wanted or ctx.leases or running.target.request.pinned)
+        )
     elif fact.kind == "deadline":
         is_due = fact.generation in {job.generation for job in ctx.wanted}
         if fact.generation in {job.generation for job in edge.after.ctx.wanted}:
@@ -244,6 +262,7 @@ WORLD_INVARIANTS: tuple[Callable[[World], str | None], ...] = (
     inv_at_rest_is_settled,
     inv_idle_at_rest_is_empty,
     inv_healthy_at_rest_is_alive,
+    inv_nothing_idles_for_ever,
     *WORLD_PROMISES,
 )
 STEP_INVARIANTS: tuple[Callable[[Edge], str | None], ...] = (

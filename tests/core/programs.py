@@ -87,7 +87,7 @@ def _parse_action(text: str, index: int, earlier: list[Action]) -> Action:
 
 def _request(words: list[str]) -> LoadRequest:
     name, *options = words
-    known = re.compile(r"slow|queue|reject|force|restore|deadline|id=(\S+)")
+    known = re.compile(r"slow|queue|reject|force|restore|deadline|pinned|id=(\S+)")
     values: dict[str, str | bool | float] = {"model_path": name}
     for option in options:
         found = known.fullmatch(option)
@@ -99,6 +99,8 @@ def _request(words: list[str]) -> LoadRequest:
             values["force_reload"] = True
         elif option == "restore":
             values["restore_previous"] = True
+        elif option == "pinned":
+            values["pinned"] = True
         elif option == "deadline":
             values["deadline_s"] = 1.0
         elif found.group(1):

@@ -27,6 +27,8 @@ from tests.core.world import NO_FAULTS, Faults
 
 CONTINUE = Policy(abandoned_load="continue")
 RESTART = Policy(restart=RestartPolicy(limit=1))
+IDLE = Policy(idle_ttl_s=1.0)
+IDLE_RESTART = Policy(idle_ttl_s=1.0, restart=RestartPolicy(limit=1))
 RESTART_CONTINUE = Policy(abandoned_load="continue", restart=RestartPolicy(limit=2))
 
 PROGRAMS: dict[str, dict[str, Any]] = {
@@ -90,6 +92,14 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "load A; withdraw | load A; withdraw ": {"policy": RESTART},
     "load A id=x | cancel x | load B queue": {"warm": "A", "policy": RESTART},
     "shutdown | lease": {"warm": "A", "policy": RESTART},
+    # a server nobody uses
+    "load A | load A": {"policy": IDLE},
+    "lease; release | load A; load B": {"warm": "A", "policy": IDLE},
+    "lease; withdraw | load B queue": {"warm": "A", "policy": IDLE},
+    "load A pinned | load A | unload": {"policy": IDLE},
+    "load A queue | load B force; cancel": {"warm": "A", "policy": IDLE},
+    "lease | load A force": {"warm": "A", "policy": IDLE_RESTART},
+    "load B restore | shutdown ": {"warm": "A", "policy": IDLE},
     # nothing goes wrong but the order: longer programs
     "load A force | load B queue; cancel | load A queue | load A force": {
         "warm": "A",

@@ -92,7 +92,7 @@ class Noticed(NamedTuple):
 
 
 class Timer(NamedTuple):
-    kind: Literal["drain", "deadline", "restart"]
+    kind: Literal["drain", "deadline", "restart", "idle"]
     generation: Generation
 
 

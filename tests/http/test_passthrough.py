@@ -8,6 +8,8 @@ import http.server
 import json
 import os
 import signal
+import socket
+import struct
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -60,6 +62,99 @@ def test_the_openai_client_works_unchanged_also_across_a_swap(
             pieces = [chunk.choices[0].delta.content for chunk in stream if chunk.choices]
             assert len([piece for piece in pieces if piece]) >= 2, "in pieces, as they come"
             assert Path(ai.models.list().data[0].id).name in other_model
+
+
+def test_tools_arrive_through_the_openai_client(serve: Serve, tiny_model: str) -> None:
+    """What the tools are is read from the prompt that the server made of them, and a result goes
+    back. (A model of noise calls none itself.)
+    """
+    template = "{% for t in tools %}{{ t | tojson }}{% endfor %}{% for m in messages %}"
+    template += "{{ m.content }}{{ m.tool_call_id }}{% endfor %}"
+    tool = {"type": "function", "function": {"name": "pick", "parameters": {"type": "object"}}}
+    call = {"id": "call-1", "type": "function", "function": {"name": "pick", "arguments": "{}"}}
+    answered = [
+        *HELLO,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call-1", "content": "2"},
+    ]
+    with serve() as client, client_of(client) as ai:
+        client.post(LOAD, json={"model_path": tiny_model, "chat_template_override": template})
+
+        def prompt_tokens(**fields: Any) -> int:
+            wanted: Any = {"model": "x", "messages": HELLO, "max_tokens": 1, **fields}
+            usage = ai.chat.completions.create(**wanted).usage
+            assert usage is not None
+            return usage.prompt_tokens
+
+        bare, with_tool = prompt_tokens(), prompt_tokens(tools=[tool])
+        assert with_tool >= bare + len("pick")
+        assert prompt_tokens(tools=[tool], messages=answered) > with_tool
+        wanted: Any = {"model": "x", "messages": HELLO, "tools": [tool], "max_tokens": 4}
+        assert list(ai.chat.completions.create(**wanted, stream=True))
+
+
+def test_streams_one_after_the_other_leave_no_dead_connection_behind(
+    serve: Serve, tiny_model: str
+) -> None:
+    """llama-server closes a connection after a stream, whatever its headers said; what comes next
+    must not be sent into it. (It was, and was answered with 503.)
+    """
+    short = {"prompt": "a", "max_tokens": 1}
+    with serve() as client:
+        client.post(LOAD, json={"model_path": tiny_model})
+        for number in range(40):
+            body = {**short, "stream": number % 2 == 0}
+            assert client.post("/v1/completions", json=body).status_code == 200
+            odd = (
+                json.dumps(body).replace("stream", "str\\u0065am").encode()
+            )  # told apart by nobody
+            headers = {"Content-Type": "application/json"}
+            answer = client.post("/v1/completions", content=odd, headers=headers)
+            assert answer.status_code == 200
+
+
+@pytest.mark.external
+def test_no_request_fails_while_models_are_swapped_fifty_times(
+    serve: Serve, llama_server: str, tiny_model: str, other_model: str
+) -> None:
+    """Four clients never pause; each answer is whole, each stream ends as a stream ends."""
+    ended = threading.Event()
+    answered = [0, 0, 0, 0]
+
+    def ask(client: httpx.Client, number: int) -> None:
+        while not ended.is_set():
+            body = {"prompt": "a", "max_tokens": 8, "stream": number % 2 == 0}
+            answer = client.post("/v1/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            if body["stream"]:
+                assert answer.text.endswith("data: [DONE]\n\n")
+            else:
+                assert answer.json()["usage"]["completion_tokens"] == 8
+            answered[number] += 1
+
+    with serve(llama_server) as client, contextlib.ExitStack() as stack:
+        first = client.post(LOAD, json={"model_path": tiny_model}).json()
+        asked = [
+            Background(
+                ask,
+                stack.enter_context(httpx.Client(base_url=client.base_url, timeout=DEADLINE_S)),
+                number,
+            )
+            for number in range(4)
+        ]
+        try:
+            pids = {first["pid"]}
+            for number in range(50):
+                model = (other_model, tiny_model)[number % 2]
+                swapped = client.post(LOAD, json={"model_path": model})
+                assert swapped.status_code == 200, swapped.text
+                pids.add(swapped.json()["pid"])
+        finally:
+            ended.set()
+        for one in asked:
+            one.result()
+        assert len(pids) == 51
+        assert min(answered) > 0
 
 
 def test_a_request_is_held_while_a_load_is_in_flight(
@@ -271,6 +366,39 @@ def test_nothing_beside_v1_can_be_reached(
     assert client.send(request).status_code == 404
 
 
+def test_a_kept_connection_that_was_given_up_costs_nobody_an_answer(
+    through: Callable[..., httpx.Client],
+) -> None:
+    """A server may let go of an idle connection in the moment it is used again."""
+    answers = 0
+
+    def answer_once(listener: socket.socket) -> None:
+        nonlocal answers
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+                answers += 1
+                if connection.recv(65536):  # the next request comes, and is not read
+                    connection.setsockopt(
+                        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+                    )
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer_once, args=(listener,))
+        thread.start()
+        client = through(Lender(f"http://127.0.0.1:{listener.getsockname()[1]}"))
+        assert [client.get("/v1/x").status_code for _ in range(3)] == [200, 200, 200]
+        assert answers == 3
+        client.close()
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(DEADLINE_S)
+
+
 def test_waiting_is_bounded_in_time_and_in_number(through: Callable[..., httpx.Client]) -> None:
     """503 with Retry-After, never a queue without an end."""
     client = through(Lender(None), held_s=0.2)
@@ -288,7 +416,14 @@ def test_a_server_that_cannot_be_reached_is_said_so(through: Callable[..., httpx
     assert answer.headers["Retry-After"]
 
 
-def test_an_app_of_our_own_passes_on_below_v1_only() -> None:
-    app = create_app(llama_server="embedded")
-    paths = [route.path for route in app.router.routes if isinstance(route, Route)]
-    assert "/v1/{path:path}" in paths
+def test_an_app_of_our_own_passes_on_below_v1_only(serve: Serve) -> None:
+    """Also below a path of another app, where a backend may have mounted it."""
+    with serve() as client:
+        assert problem(client.get("/v1/models")) == (503, "not_loaded")
+        assert problem(client.get("/v1")) == (404, "not_found")
+        assert problem(client.get("/v2/models")) == (404, "not_found")
+    outer = fastapi.FastAPI()
+    outer.mount("/llama", create_app(llama_server="embedded"))
+    with serving(outer) as client:
+        assert problem(client.get("/llama/v1/models")) == (503, "not_loaded")
+        assert problem(client.get("/llama/nothing")) == (404, "not_found")

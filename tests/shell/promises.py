@@ -118,7 +118,7 @@ def promise_timers_are_kept(done: Done) -> str | None:
     for command in done.stepped.commands:
         if isinstance(command, SetTimer):
             due = done.stage.clock() + command.after_s
-            if (due, command.kind) not in {(at, t.kind) for at, _, t in done.stage.owner._timers}:
+            if done.stage.owner._timers.get((command.kind, command.generation)) != due:
                 return f"the {command.kind} timer of load {command.generation} is not set"
     return None
 

@@ -200,8 +200,8 @@ class Stage:
             text = f"the look-up of call {caller.ticket} ends"
             yield Move("system", text, partial(self._end_look_up, caller))
         if self.owner._timers:
-            due = self.owner._timers[0][2]
-            text = f"the {due.kind} timer of load {due.generation} fires"
+            kind, generation = min(self.owner._timers, key=self.owner._timers.__getitem__)
+            text = f"the {kind} timer of load {generation} fires"
             yield Move("clock", text, self._fire_timer)
 
     def _ends_of(self, gate: Gate) -> Iterator[Move]:
@@ -333,7 +333,7 @@ class Stage:
     # --------------------------------------------------------------------------------- the owner
 
     def _fire_timer(self) -> None:
-        self.clock.now = max(self.clock.now, self.owner._timers[0][0])
+        self.clock.now = max(self.clock.now, min(self.owner._timers.values()))
         fact = self.owner._due_timer()
         assert fact is not None
         self._pump(fact)
@@ -410,7 +410,7 @@ class Stage:
             tuple(self.progress),
             tuple((c.status, c.ticket, c.generation, c.is_told) for c in callers),
             tuple(caller.ticket for caller in self.looking),
-            tuple((due, fired) for due, _, fired in sorted(owner._timers)),
+            frozenset(owner._timers.items()),
             frozenset((g, token.is_set()) for g, token in owner._tokens.items()),
             tuple((g, isinstance(answer, Loaded)) for g, answer in owner.outcomes.items()),
             frozenset(owner._calls),

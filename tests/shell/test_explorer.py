@@ -20,6 +20,7 @@ from tests.shell.scene import ALL_MISHAPS, USUAL_MISHAPS, Scene
 
 CONTINUE = Policy(abandoned_load="continue")
 RESTART = Policy(restart=RestartPolicy(limit=1))
+IDLE = Policy(idle_ttl_s=1.0)
 
 SCENES = (
     # who supersedes, joins, queues, rejects
@@ -61,6 +62,9 @@ SCENES = (
     Scene("load A", policy=RESTART, mishaps=3),
     Scene("lease; withdraw | unload", warm="A", policy=RESTART, mishaps=2),
     Scene("load A | shutdown", warm="A", policy=RESTART, mishaps=2, pairs=0),
+    # a server nobody uses
+    Scene("lease; release | load B", warm="A", policy=IDLE, mishaps=2),
+    Scene("lease; withdraw | load A", policy=IDLE, pairs=2),
     # a slot that is not as empty as it seemed
     Scene("load A | unload", kinds=frozenset({"stray", "kill", "spawn"}), mishaps=3),
 )

@@ -1,0 +1,85 @@
+"""Idle unload on real processes, under constant use, and while nobody looks."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from orchestrator import InvalidRequest, NotLoaded, Orchestrator, State
+from tests.process.support import Make, is_running, until
+
+TTL_S = 0.25
+
+
+def test_a_model_is_unloaded_after_its_time_and_nothing_is_left(make: Make, model_a: str) -> None:
+    """The process is gone, not only the word `loaded`; a look at the status is no use."""
+    orch = make(idle_ttl_s=TTL_S)
+    loaded = orch.load(model_a)
+    assert (orch.status().idle_unload_in_s or 0) > 0
+    until(lambda: orch.status().state is State.IDLE, "it was idle for long enough")
+    assert not is_running(loaded.pid)
+    assert orch.status().loaded is None
+    assert "idle_expired" in "".join(orch.status().story)
+    with pytest.raises(NotLoaded), orch.lease():
+        pass
+
+
+def test_a_lease_holds_the_model_beyond_its_time(make: Make, model_a: str) -> None:
+    """The end of the time meets a held lease, and passes by; then a whole time begins."""
+    orch = make(idle_ttl_s=TTL_S)
+    loaded = orch.load(model_a)
+    expired = threading.Event()
+    with orch.lease():
+        assert orch.status().idle_unload_in_s is None
+        threading.Timer(3 * TTL_S, expired.set).start()
+        assert expired.wait(10)
+        assert orch.status().state is State.HEALTHY
+        assert is_running(loaded.pid)
+    left_s = until(lambda: orch.status().idle_unload_in_s, "the lease is given back")
+    assert 0 < left_s <= TTL_S
+    until(lambda: orch.status().state is State.IDLE, "nobody uses it any more")
+
+
+def test_a_pinned_model_stays_until_it_is_loaded_without_the_pin(make: Make, model_a: str) -> None:
+    """`pinned` is the newest request's to say, also of a model that runs already."""
+    orch = make(idle_ttl_s=TTL_S)
+    first = orch.load(model_a, pinned=True)
+    assert orch.status().idle_unload_in_s is None
+    again = orch.load(model_a)
+    assert (again.status, again.pid) == ("already_loaded", first.pid)
+    until(lambda: orch.status().state is State.IDLE, "it is not pinned any more")
+
+
+@pytest.mark.external
+def test_no_request_meets_a_dying_server(
+    llama_server: str, state_dir: Path, tiny_model: str
+) -> None:
+    """B27, B63: leases are taken right when the time ends, over and over, on the real server: each
+    gets a server that lives until it is given back, or hears that there is none.
+    """
+    granted = refused = 0
+    with Orchestrator(llama_server=llama_server, state_dir=state_dir) as orch:
+        for number in range(30):
+            ttl_s = 0.004 + 0.0002 * number
+            orch.load(tiny_model, idle_ttl_s=ttl_s)
+            while True:
+                try:
+                    with orch.lease() as server:
+                        granted += 1
+                        assert is_running(server.pid)
+                except NotLoaded:
+                    refused += 1
+                    break
+                threading.Event().wait(ttl_s)  # wake with the timer: whoever is first is right
+    assert refused == 30
+    assert granted > 0
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), "soon", True])
+def test_a_time_that_is_none_is_refused(make: Make, value: object) -> None:
+    """Zero is no wish to unload at once: it is more often a wish for never, so it is asked back."""
+    with pytest.raises(InvalidRequest) as caught:
+        make(idle_ttl_s=value)
+    assert caught.value.field == "idle_ttl_s"
