@@ -14,13 +14,14 @@ APT = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
   apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q $(1); \
   else echo "missing: $(1). As root: apt-get install $(1)" >&2; false; fi
 
-.PHONY: help demo test lint format diagrams bench llama-server clean
+.PHONY: help demo test lint format diagrams screenshot bench llama-server chromium clean
 
 help:
 	@echo "make demo          the main job on a tiny model, end to end"
 	@echo "make test          every test; builds a real llama-server once (about 6 minutes)"
 	@echo "make lint          ruff and mypy --strict"
 	@echo "make diagrams      write diagrams/ from the transition table"
+	@echo "make screenshot    write docs/panel.png"
 	@echo "make bench         what the orchestrator costs on top of the bare process"
 	@echo "make llama-server  build the real llama-server that the tests use"
 
@@ -34,14 +35,19 @@ $(VENV)/.ready: pyproject.toml
 demo: $(VENV)/.ready
 	$(BIN)/llama-orchestrator demo
 
-# Only a machine without a C++ compiler (and without root to install one) goes without the tests
-# against the real llama-server, and says so. CI never does.
+# Only a machine without a C++ compiler or Chromium (and without root to install them) goes without
+# the tests that need them, and says so. CI never does.
 test: $(VENV)/.ready
-	@if $(MAKE) --no-print-directory llama-server; then \
-	  LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m pytest $(ARGS); \
-	elif [ -n "$$CI" ]; then exit 1; \
-	else echo "NO REAL llama-server: the tests marked external are left out" >&2; \
-	  $(BIN)/python -m pytest -m "not external" $(ARGS); fi
+	@only=""; \
+	$(MAKE) --no-print-directory llama-server || { [ -z "$$CI" ] || exit 1; only="not external"; \
+	  echo "NO REAL llama-server: the tests marked external are left out" >&2; }; \
+	$(MAKE) --no-print-directory chromium || { [ -z "$$CI" ] || exit 1; \
+	  only="$${only:+$$only and }not browser"; \
+	  echo "NO CHROMIUM: the tests marked browser are left out" >&2; }; \
+	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m pytest -m "$$only" $(ARGS)
+
+chromium:
+	@command -v chromium >/dev/null || { $(call APT,chromium); }
 
 llama-server: $(VENV)/.ready
 	@if [ ! -x "$(SERVER)" ]; then \
@@ -66,6 +72,9 @@ format: $(VENV)/.ready
 
 diagrams: $(VENV)/.ready
 	$(BIN)/python -m orchestrator.diagram diagrams
+
+screenshot: $(VENV)/.ready chromium
+	$(BIN)/python -m tests.browser.screenshot docs/panel.png
 
 bench: $(VENV)/.ready llama-server
 	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m tests.bench.bench $(ARGS)

@@ -51,13 +51,17 @@ if TYPE_CHECKING:
     from orchestrator.recovery import RestartPolicy
     from orchestrator.request import LoadRequest, ReloadReason
     from orchestrator.states import State
+    from orchestrator.variants import Variant
     from orchestrator.views import (
         LeasedServer,
         LoadOutcome,
         LoadProgress,
+        Options,
+        PastLoad,
         PrefetchOutcome,
         Status,
         UnloadOutcome,
+        Variants,
     )
 
 __version__ = "0.1.0"
@@ -76,7 +80,11 @@ _HOMES = {
     "recovery": "RestartPolicy",
     "request": "LoadRequest ReloadReason",
     "states": "State",
-    "views": "LeasedServer LoadOutcome LoadProgress PrefetchOutcome Status UnloadOutcome",
+    "variants": "Variant",
+    "views": (
+        "LeasedServer LoadOutcome LoadProgress Options PastLoad PrefetchOutcome Status "
+        "UnloadOutcome Variants"
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
@@ -104,8 +112,10 @@ __all__ = [
     "MalformedRequest",
     "ModelNotFound",
     "NotLoaded",
+    "Options",
     "Orchestrator",
     "OrchestratorError",
+    "PastLoad",
     "Plan",
     "PrefetchOutcome",
     "Problem",
@@ -127,6 +137,8 @@ __all__ = [
     "Unavailable",
     "UnloadOutcome",
     "UnsupportedPlatform",
+    "Variant",
+    "Variants",
     "WrongProcess",
     "__version__",
 ]

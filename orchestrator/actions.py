@@ -659,8 +659,7 @@ def _plan_restart(s: Step, recovery: Recovery) -> None:
 def _next_phase(s: Step, ended: str) -> Job:
     """Book the phase that has just ended and return the load in flight."""
     job = cast("Job", s.ctx.job)
-    spent = (getattr(job.timings, ended) or 0.0) + s.fact.at - job.phase_at
-    job = replace(job, phase_at=s.fact.at, timings=replace(job.timings, **{ended: spent}))
+    job = replace(job, phase_at=s.fact.at, timings=job.spent(ended, s.fact.at))
     s.put(job=job)
     return job
 

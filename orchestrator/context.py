@@ -6,7 +6,7 @@ the operating system knows better arrives as evidence on the fact itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from orchestrator.errors import Problem
@@ -73,6 +73,11 @@ class Job:
     token: CancelReason | None = None
     attempts: int = 0
     after: Problem | None = None
+
+    def spent(self, phase: str, at: float) -> Timings:
+        """Return the timings with the present phase booked up to `at`."""
+        so_far = (getattr(self.timings, phase) or 0.0) + at - self.phase_at
+        return replace(self.timings, **{phase: so_far})
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,7 @@ _FIRST_LANE: Final = 46
 _SPREAD: Final = 17
 _GATE_LEFT: Final = 96
 
-_STYLE: Final = """
+STYLE: Final = """
     svg { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #8c959f;
           --box: #f6f8fa; --rim: #b7bfc8; --lit: #0969da; --paper: #ffffff; --gate: #8250df; }
     @media (prefers-color-scheme: dark) {
@@ -140,7 +140,7 @@ def svg(current: State | None = None) -> str:
             'aria-labelledby="title">'
         ),
         f'  <title id="title">Lifecycle of a llama-server: {", ".join(_ORDER)}</title>',
-        f"  <style>{_STYLE}  </style>",
+        f"  <style>{STYLE}  </style>",
         (
             '  <defs><marker id="tip" viewBox="0 0 10 10" refX="8.5" refY="5" markerWidth="7" '
             'markerHeight="7" orient="auto-start-reverse"><path d="M0 0 L10 5 L0 10 z"/></marker>'

@@ -35,9 +35,13 @@ from orchestrator.models import identity_of
 from orchestrator.notes import write_note
 from orchestrator.request import FileIdentity, HubModel, LoadRequest, ModelFiles
 from orchestrator.tokens import CancelToken
+from orchestrator.variants import Variant
 
 FRESHNESS_S: Final = 2.0
 """How long the Hub may take to say that a cached revision is the newest."""
+
+LISTING_S: Final = 20.0
+"""How long the Hub may take to say what is in a repo, when nothing but that is asked."""
 
 _MAX_BYTES: Final = 1 << 50
 _FALLS_BACK: Final = frozenset({"hub_unreachable", "hub_rate_limited", "hub_error"})
@@ -55,7 +59,7 @@ class Wanted:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (*self.chosen.weights, *filter(None, (self.chosen.projector,)))
+        return _names(self.chosen)
 
     def size_and_etag(self, name: str) -> tuple[int, str]:
         return self.listed.get(name) or self.repo.size_and_etag(self.commit, name)
@@ -137,6 +141,40 @@ class Hub:
             found = self._verified(known, files, request, token, progress)
             return replace(found, hub=found.hub and replace(found.hub, note=note))
 
+    def variants(self, request: LoadRequest, token: CancelToken) -> list[Variant]:
+        """Return what a load of this repo could choose from. Blocks, `LISTING_S` at most.
+
+        Offline, and when the Hub cannot be asked: what of it is whole in the cache.
+
+        Raises:
+            Cancelled: the token was set.
+            ModelNotFound, HubError: as `fetch`.
+        """
+        repo, _ = _reference(request)
+        try:
+            if hub_cache.is_offline():
+                raise _not_cached(repo, None, request)
+            with FetchProcess(request, repo, token, FetchProgress()) as fetcher:
+                cached, commit, listed = self._noted(fetcher.listing(LISTING_S), repo)
+        except OrchestratorError as error:
+            known = hub_cache.find(repo)
+            at = known.commit(request.revision) if known else None
+            names = known.names(at) if known and at else []
+            if not known or not at or not names or error.problem.category not in _FALLS_BACK:
+                raise
+            cached, commit = known, at
+            listed = {name: known.size_and_etag(at, name) for name in names}
+        found, default = variants.every(listed, where=repo)
+        return [
+            Variant(
+                chosen.variant,
+                sum(listed[name][0] for name in _names(chosen)),
+                is_default=chosen is default,
+                is_cached=_identities(Wanted(cached, commit, chosen, listed)) is not None,
+            )
+            for chosen in found
+        ]
+
     def _fetched(
         self,
         request: LoadRequest,
@@ -177,7 +215,14 @@ class Hub:
     def _of_listing(
         self, listing: dict[str, Any], repo: str, variant: str | None, request: LoadRequest
     ) -> Wanted:
-        """Believe nothing of a listing that could lead out of the cache."""
+        """Choose from a listing."""
+        cached, commit, listed = self._noted(listing, repo)
+        return Wanted(cached, commit, _choose(listed, variant, request), listed)
+
+    def _noted(
+        self, listing: dict[str, Any], repo: str
+    ) -> tuple[CachedRepo, str, dict[str, tuple[int, str]]]:
+        """Write a listing down; believe nothing of it that could lead out of the cache."""
         commit, name = listing["commit"], str(listing["repo"])
         if not hub_cache.is_commit(commit):
             raise HubUnreachable.because("the Hub's answer makes no sense (no commit): try again")
@@ -191,9 +236,8 @@ class Hub:
         }
         if (cached := hub_cache.find(repo)) is None:
             cached = hub_cache.place(name if name.lower() == repo.lower() else repo)
-        chosen = _choose(listed, variant, request)
         write_note(self._listing_file(repo, commit), {"files": listed})
-        return Wanted(cached, commit, chosen, listed)
+        return cached, commit, listed
 
     def _order(self, wanted: Wanted, request: LoadRequest) -> dict[str, Any]:
         """Say what to fetch: what has not been hashed by anybody yet is to be verified."""
@@ -253,6 +297,11 @@ class Hub:
 def is_hub(model_path: str) -> bool:
     """Could this be a repo on the Hub?"""
     return variants.split_reference(model_path) is not None
+
+
+def _names(chosen: variants.Chosen) -> tuple[str, ...]:
+    """Every file of a variant, the projector last."""
+    return (*chosen.weights, *filter(None, (chosen.projector,)))
 
 
 def _reference(request: LoadRequest) -> tuple[str, str | None]:

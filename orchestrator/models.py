@@ -16,6 +16,7 @@ from orchestrator import gguf_file, paths, variants
 from orchestrator.errors import InvalidModel, ModelNotFound
 from orchestrator.request import FileIdentity, LoadRequest, ModelFiles
 from orchestrator.roots import ModelRoots
+from orchestrator.variants import Variant
 
 _MAX_DEPTH: Final = 4
 _MAX_ENTRIES: Final = 20_000
@@ -73,6 +74,34 @@ def locate(request: LoadRequest, roots: ModelRoots | None = None) -> ModelFiles:
     parts = _parts(first, roots)
     weights = tuple(_checked(part, "model_path", is_part=len(parts) > 1) for part in parts)
     return ModelFiles(weights, given_projector(request, roots), variant)
+
+
+def variants_of(request: LoadRequest, roots: ModelRoots | None = None) -> list[Variant]:
+    """Return what a local file or folder could be loaded as.
+
+    Raises:
+        ModelNotFound, InvalidModel: as `locate`.
+    """
+    path = _path(request.model_path, "model_path", roots)
+    if not path.is_dir():
+        return [Variant(None, locate(request, roots).size_bytes, is_default=True)]
+    found, default = variants.every(_listing(path), where=str(path))
+    return [
+        Variant(
+            chosen.variant,
+            sum(_size(path / name) for name in chosen.weights),
+            is_default=chosen is default,
+        )
+        for chosen in found
+    ]
+
+
+def _size(path: Path) -> int:
+    """Return the bytes of a file; 0 of a link that leads nowhere, which a load would say."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def given_projector(request: LoadRequest, roots: ModelRoots | None = None) -> FileIdentity | None:

@@ -33,6 +33,7 @@ from orchestrator.errors import (
     WrongProcess,
 )
 from orchestrator.events import Event, EventLog
+from orchestrator.listing import Listings
 from orchestrator.messages import (
     Answer,
     CancelAnswer,
@@ -47,23 +48,29 @@ from orchestrator.messages import (
     UnloadRequested,
 )
 from orchestrator.models import given_projector, is_local, locate
-from orchestrator.owner import Call, Observer, Owner, unsettled
+from orchestrator.owner import Call, Owner
 from orchestrator.plan import Plan, checked_seconds, plan_load
 from orchestrator.prefetch import Prefetches, download_key
 from orchestrator.recovery import RestartPolicy
 from orchestrator.request import LoadRequest, ModelFiles, Target
 from orchestrator.roots import Folder, model_roots
+from orchestrator.server_args import CACHE_TYPES, accepted_modes
 from orchestrator.servers import ask_catalogue, find_server
 from orchestrator.slot import Slot, cache_dir
+from orchestrator.snapshot import Observer
 from orchestrator.states import State
 from orchestrator.tokens import Generation, Ticket
+from orchestrator.variants import Variant
 from orchestrator.views import (
     LeasedServer,
     LoadOutcome,
     LoadProgress,
+    Options,
+    PastLoad,
     PrefetchOutcome,
     Status,
     UnloadOutcome,
+    Variants,
 )
 
 _T = TypeVar("_T")
@@ -128,6 +135,7 @@ class _Base:
         paths.kept_in(self._cache.parent, "<state>")
         self._hub = Hub(self._cache / "hub")
         self._prefetches = Prefetches(self._hub)
+        self._listings = Listings(self._hub, self._roots)
         self._owner: Owner | None = None
         self._pid = 0
         self._is_closed = False
@@ -195,6 +203,7 @@ class _Base:
         with self._life:
             self._is_closed, owner = True, self._owner
             self._prefetches.close()
+            self._listings.close()
             if owner is None or owner.has_ended:
                 return
             call = owner.call()
@@ -267,16 +276,36 @@ class _Base:
         """
         if self._is_untouched:
             raise KeyError(generation)
+        return views.outcome(self._start().history.records[Generation(generation)].answer)
+
+    def past_load(self, generation: int) -> PastLoad:
+        """Return one load, ended or in flight; raises KeyError as `outcome`."""
+        if self._is_untouched:
+            raise KeyError(generation)
         owner = self._start()
-        ctx = owner.snapshot.ctx
-        answer = owner.outcomes.get(Generation(generation))
-        if isinstance(answer, Loaded):
-            return views.load_outcome(answer)
-        if isinstance(answer, Problem):
-            return answer
-        if generation in unsettled(ctx):
-            return None
-        raise KeyError(generation)
+        snapshot = owner.snapshot  # first: a load that it shows has a record
+        return views.past_load(owner.history.records[Generation(generation)], snapshot)
+
+    def history(self, limit: int = 20) -> list[PastLoad]:
+        """Return the last loads, newest first, those in flight among them."""
+        owner = self._owner
+        if owner is None:
+            return []
+        snapshot, records = (
+            owner.snapshot,
+            tuple(owner.history.records.values()),
+        )  # copied in one go
+        newest = sorted(records, key=lambda r: r.job.generation, reverse=True)[: max(0, limit)]
+        return [views.past_load(record, snapshot) for record in newest]
+
+    def options(self) -> Options:
+        """Return the values that settings may have. Asks the server binary, once.
+
+        Raises:
+            ServerUnavailable: there is none.
+        """
+        catalogue = ask_catalogue(find_server(self._llama_server), self._cache)
+        return Options(list(CACHE_TYPES), accepted_modes(catalogue))
 
     @property
     def _is_untouched(self) -> bool:
@@ -361,6 +390,11 @@ class _Base:
         call.settled.add_done_callback(
             lambda settled: fetching.cancel() if settled.cancelled() else None
         )
+
+    def _begin_listing(self, request: LoadRequest) -> Future[list[Variant]]:
+        if self._is_closed:
+            raise ShuttingDown.because("this orchestrator has been closed: make a new one")
+        return self._listings.begin(request)
 
     def _begin_prefetch(self, request: LoadRequest) -> Future[ModelFiles]:
         if self._is_closed:
@@ -479,6 +513,22 @@ class Orchestrator(_Base):
             fetching.cancel()
             raise
 
+    def variants(self, request: LoadRequest | str, **fields: Any) -> Variants:
+        """Return what a model on disk or on the Hub could be loaded as, with sizes.
+
+        Of the request only the model, its revision and the token count. The Hub is given 20 s.
+
+        Raises:
+            OrchestratorError: as `load` would for such a model; HubError among them.
+        """
+        wanted = _request(request, fields)
+        looking = self._begin_listing(wanted)
+        try:
+            return Variants(wanted.model_path, looking.result())
+        except BaseException:
+            looking.cancel()
+            raise
+
     def unload(self, model_path: str | None = None) -> UnloadOutcome:
         """Stop the server, ending any load in flight; returns when the slot is verified empty."""
         return _unload_outcome(_result(self._ask_unload(model_path)))
@@ -557,6 +607,12 @@ class AsyncOrchestrator(_Base):
         wanted = _request(request, fields)
         fetching = await asyncio.to_thread(self._begin_prefetch, wanted)
         return views.prefetch_outcome(wanted, await asyncio.wrap_future(fetching))
+
+    async def variants(self, request: LoadRequest | str, **fields: Any) -> Variants:
+        """As `Orchestrator.variants`; a cancelled `await` ends the listing."""
+        wanted = _request(request, fields)
+        found = await asyncio.wrap_future(self._begin_listing(wanted))
+        return Variants(wanted.model_path, found)
 
     async def unload(self, model_path: str | None = None) -> UnloadOutcome:
         """As `Orchestrator.unload`."""

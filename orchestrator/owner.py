@@ -12,7 +12,6 @@ import queue
 import random
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ import structlog
 from orchestrator.context import Context, Policy
 from orchestrator.errors import OrchestratorError, Problem
 from orchestrator.events import EventLog
+from orchestrator.history import History
 from orchestrator.machine import Lifecycle, lifecycle
 from orchestrator.messages import (
     Accept,
@@ -53,6 +53,7 @@ from orchestrator.messages import (
     failure_of,
 )
 from orchestrator.ports import Clock, Effects, SlotLock
+from orchestrator.snapshot import Observer, Seen, Snapshot
 from orchestrator.states import State
 from orchestrator.telling import say
 from orchestrator.tokens import CancelToken, Generation, Ticket
@@ -60,44 +61,7 @@ from orchestrator.tokens import CancelToken, Generation, Ticket
 _T = TypeVar("_T")
 
 _STORY_LINES: Final = 32
-_OUTCOMES_KEPT: Final = 256
 _say = partial(say, structlog.get_logger("orchestrator.owner"))
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What was true after a step; replaced as a whole, so reading it needs no lock.
-
-    Attributes:
-        since: When the state was entered, Unix seconds (for display only).
-        entered_at: The same on the monotonic clock.
-        story: The last transitions, oldest first.
-    """
-
-    state: State
-    ctx: Context
-    since: float
-    entered_at: float
-    story: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """One step, for whoever counts.
-
-    Attributes:
-        outcomes: What became of the loads that are settled by it.
-        already: Answers to loads that found their model running.
-    """
-
-    fact: Fact
-    before: Snapshot
-    after: Snapshot
-    outcomes: tuple[Loaded | Problem, ...]
-    already: tuple[Loaded, ...]
-
-
-Observer = Callable[[Seen], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -148,7 +112,7 @@ class Owner:
         self._calls: dict[Ticket, Call] = {}
         self._tokens: dict[Generation, CancelToken] = {}
         self._timers: dict[tuple[Timer, Generation], float] = {}  # few: the least is looked for
-        self.outcomes: OrderedDict[Generation, Loaded | Problem] = OrderedDict()
+        self.history = History(clock)
         self.has_ended = False
         now = clock()
         self.snapshot = Snapshot(State.IDLE, Context(policy or Policy()), time.time(), now)
@@ -237,7 +201,7 @@ class Owner:
             before = self.snapshot
             state, ctx, commands = self._machine.step(before.state, before.ctx, fact)
             shown = self._shown(fact, state, ctx)
-            outcomes = self._note_outcomes(fact, shown, commands)
+            outcomes = self.history.note(before, fact, shown, commands)
             self.snapshot = shown
             if state is not before.state:
                 self._tell(fact, before, shown)
@@ -290,29 +254,6 @@ class Owner:
         line = f"{before.state} -> {state} on {fact.trigger} (generation {generation})"
         story = (*before.story, line)[-_STORY_LINES:]
         return Snapshot(state, ctx, time.time(), self.clock(), story)
-
-    def _note_outcomes(
-        self, fact: Fact, shown: Snapshot, commands: Sequence[Command]
-    ) -> tuple[Loaded | Problem, ...]:
-        """Keep what became of every load this step settles: of the load, not of one of its callers.
-
-        Before the snapshot shows it settled, so that a load is unsettled or has an outcome.
-        """
-        before, after = self.snapshot.ctx, shown.ctx
-        noted: list[Loaded | Problem] = []
-        said = [command.answer for command in commands if isinstance(command, Settle)]
-        said += [waiter.answer for waiter in before.waiters]
-        for generation in sorted(unsettled(before) - unsettled(after)):
-            own = (
-                a for a in said if isinstance(a, Loaded | Problem) and a.generation == generation
-            )
-            answer = next(own, None) or _unheard(generation, fact, after)
-            outcome = answer.told(shown.story) if isinstance(answer, Problem) else answer
-            self.outcomes[generation] = outcome
-            noted.append(outcome)
-            while len(self.outcomes) > _OUTCOMES_KEPT:
-                self.outcomes.popitem(last=False)
-        return tuple(noted)
 
     def _observe(
         self,
@@ -452,28 +393,6 @@ class Owner:
 def _generation(ctx: Context) -> Generation:
     """The load a transition is about: the one in flight, else the last one."""
     return ctx.job.generation if ctx.job else ctx.generation
-
-
-def unsettled(ctx: Context) -> set[Generation]:
-    """Loads in flight, and those that have failed and whose callers hear so in the end."""
-    failed = [w.answer.generation for w in ctx.waiters if isinstance(w.answer, Problem)]
-    failed += [c.failure.generation for job in ctx.wanted for c in job.callers if c.failure]
-    return {job.generation for job in ctx.wanted} | {Generation(g) for g in failed if g}
-
-
-def _unheard(generation: Generation, fact: Fact, ctx: Context) -> Loaded | Problem:
-    """Return what became of a load whose last caller has gone: nobody was told, but may ask."""
-    running, error = ctx.running, ctx.last_error
-    if running is not None and isinstance(fact, Promoted):
-        return replace(running.loaded(), already=True)
-    if running is not None and running.generation == generation:
-        return running.loaded()
-    if error is not None and error.generation == generation:
-        return error
-    back = error.restored if error is not None else None
-    if back is not None and back.generation == generation and back.problem is not None:
-        return back.problem
-    return Problem("cancelled", "its last caller has gone away", generation=generation)
 
 
 def _resolve(future: Future[_T], value: _T) -> None:

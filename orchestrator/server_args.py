@@ -313,7 +313,7 @@ def speculative_flags(
         return flags
     raise InvalidRequest.because(
         f"speculative_type {mode!r} is not supported by this llama-server; it accepts "
-        f"{', '.join(_accepted(catalogue))}",
+        f"{', '.join(accepted_modes(catalogue))}",
         field="speculative_type",
     )
 
@@ -336,9 +336,8 @@ def _is_supported(flags: tuple[str, ...], catalogue: Catalogue) -> bool:
     return catalogue.has(*names) and known
 
 
-def _accepted(catalogue: Catalogue | None) -> list[str]:
-    if catalogue is None:
-        return ["off"]
-    listed = catalogue.get("--spec-type")
-    modes = dict.fromkeys(("default", *(listed.choices if listed else ())))
-    return ["off", *(mode for mode in modes if mode != "none" and _flags_of(mode, catalogue))]
+def accepted_modes(catalogue: Catalogue | None) -> list[str]:
+    """Return every `speculative_type` that the binary can do, `off` first."""
+    listed = catalogue.get("--spec-type") if catalogue is not None else None
+    modes = dict.fromkeys((*SPECULATIVE, *(listed.choices if listed else ())))
+    return [OFF, *(mode for mode in modes if mode != "none" and _flags_of(mode, catalogue))]

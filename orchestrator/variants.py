@@ -16,6 +16,7 @@ from itertools import islice
 from typing import Final
 
 from orchestrator.errors import ModelNotFound
+from orchestrator.named import Named
 
 PREFERENCE: Final[tuple[str, ...]] = (
     *("UD-Q4_K_XL", "UD-Q4_K_L", "UD-Q5_K_XL", "UD-Q3_K_XL", "UD-Q6_K_XL", "UD-Q6_K_S"),
@@ -64,6 +65,23 @@ class Chosen:
     weights: tuple[str, ...]
     projector: str | None
     variant: str
+
+
+@dataclass(frozen=True, slots=True)
+class Variant(Named):
+    """One that could be loaded.
+
+    Attributes:
+        gguf_variant: What means it in a load request; None of a file that is named itself.
+        size_bytes: Of all its parts, and of the projector a load would take with it.
+        is_default: What a load without a variant takes.
+        is_cached: Is all of it on this machine?
+    """
+
+    gguf_variant: str | None
+    size_bytes: int
+    is_default: bool
+    is_cached: bool = True
 
 
 @dataclass(slots=True, eq=False)
@@ -119,6 +137,27 @@ def choose(names: Iterable[str], variant: str | None, *, where: str) -> Chosen:
         )
     weights = tuple(model.parts.values())
     return Chosen(weights, _projector(model, models, projectors), _variant(model, index))
+
+
+def every(names: Iterable[str], *, where: str) -> tuple[list[Chosen], Chosen | None]:
+    """Return every variant that is whole, the preferred one first, and which one `choose` picks
+    by itself: None when parts of that one are missing.
+
+    Raises:
+        ModelNotFound: no model at all, or no whole one (field `model_path`).
+    """
+    names = tuple(names)
+    models, projectors, _ = _sort_out(names)
+    index = _index(models)
+    models.sort(key=lambda m: _RANK.get(m.label, len(_RANK)))
+    found = [
+        Chosen(tuple(m.parts.values()), _projector(m, models, projectors), _variant(m, index))
+        for m in models
+        if m.is_whole
+    ]
+    if not found:
+        choose(names, None, where=where)  # says what is missing
+    return found, found[0] if models[0].is_whole else None
 
 
 def matches(name: str, label: str) -> bool:

@@ -14,13 +14,15 @@ from typing import Any, Literal
 from orchestrator.context import Context, Job
 from orchestrator.errors import Problem
 from orchestrator.fetch_process import FetchProgress
-from orchestrator.messages import Exit, LeaseGranted, Loaded, Timings
+from orchestrator.history import LoadRecord
+from orchestrator.messages import Answer, Exit, LeaseGranted, Loaded, Timings
 from orchestrator.named import Named
-from orchestrator.owner import Snapshot
 from orchestrator.ports import Progress as PhaseProgress
 from orchestrator.request import LoadRequest, ModelFiles, ReloadReason, Target
+from orchestrator.snapshot import Snapshot
 from orchestrator.states import PHASES, State
 from orchestrator.tokens import Generation
+from orchestrator.variants import Variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +191,59 @@ class PrefetchOutcome(Named):
 
 
 @dataclass(frozen=True, slots=True)
+class PastLoad(Named):
+    """One of the last loads, or one that is in flight.
+
+    Attributes:
+        state: Where it is, or where it ended: Healthy or Idle.
+        accepted_at: Unix seconds.
+        took_s: Seconds until it had its outcome; None while it has none.
+        timings_s: Seconds in each phase that has ended.
+        outcome: What the load answered, or its problem.
+    """
+
+    generation: Generation
+    state: State
+    model_path: str
+    gguf_variant: str | None
+    accepted_at: float
+    took_s: float | None
+    timings_s: Timings
+    outcome: LoadOutcome | Problem | None
+
+    def as_dict(self) -> dict[str, Any]:
+        members = {name: getattr(self, name) for name in self.__slots__}
+        members |= {"state": self.state.value, "timings_s": asdict(self.timings_s)}
+        if self.outcome is None:
+            del members["outcome"]
+        else:
+            members["outcome"] = self.outcome.as_dict()
+        return members
+
+
+@dataclass(frozen=True, slots=True)
+class Variants(Named):
+    """What a model could be loaded as; the preferred one first."""
+
+    model_path: str
+    variants: list[Variant]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Options(Named):
+    """The values that settings may have with this server binary."""
+
+    cache_type_kv: list[str]
+    speculative_type: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
 class LeasedServer(Named):
     """A server that no swap ends while the lease is held.
 
@@ -224,6 +279,38 @@ def load_outcome(answer: Loaded) -> LoadOutcome:
         reload_reasons=list(answer.reload_reasons),
         timings_s=answer.timings,
         **_settings(answer.target),
+    )
+
+
+def outcome(answer: Answer | None) -> LoadOutcome | Problem | None:
+    """What became of a load."""
+    if isinstance(answer, Loaded):
+        return load_outcome(answer)
+    return answer if isinstance(answer, Problem) else None
+
+
+def where(generation: int, became: LoadOutcome | Problem | None, snapshot: Snapshot) -> State:
+    """Where a load is, or where it ended."""
+    match became:
+        case LoadOutcome():
+            return State.HEALTHY
+        case Problem():
+            return State.IDLE
+    job = snapshot.ctx.job
+    return snapshot.state if job and job.generation == generation else State.IDLE
+
+
+def past_load(record: LoadRecord, snapshot: Snapshot) -> PastLoad:
+    target, became = record.job.target, outcome(record.answer)
+    return PastLoad(
+        generation=record.job.generation,
+        state=where(record.job.generation, became, snapshot),
+        model_path=target.request.model_path,
+        gguf_variant=target.model.variant,
+        accepted_at=round(record.accepted_at, 3),
+        took_s=None if became is None else record.timings.total,
+        timings_s=record.timings,
+        outcome=became,
     )
 
 

@@ -18,8 +18,8 @@ from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 
 import orchestrator
-from orchestrator.errors import NotLoaded, Problem
-from orchestrator.http import schemas
+from orchestrator.errors import NotLoaded
+from orchestrator.http import pages, schemas
 from orchestrator.http.bodies import json_body, known, refuse, while_connected
 from orchestrator.http.headers import AnswerHeaders
 from orchestrator.http.keys import OPEN_PATHS, RequireKey
@@ -34,7 +34,6 @@ from orchestrator.output import MAX_LINES
 from orchestrator.paths import shown, shown_members
 from orchestrator.request import LoadRequest
 from orchestrator.states import State
-from orchestrator.views import LoadOutcome
 
 PREFIX: Final = "/api/inference"
 _PROGRESS_EVERY_S: Final = 0.25
@@ -91,6 +90,7 @@ def create_app(
     install(app)
     app.include_router(router(served))
     app.include_router(_health(served, metrics))
+    app.router.routes.extend(pages.routes())
     app.add_middleware(Below, prefix="/v1/", app_below=passed_on)
     app.add_middleware(LimitBody, max_bytes=max_body_bytes)
     if keys:
@@ -157,22 +157,17 @@ def _add_loads(routes: APIRouter, orch: AsyncOrchestrator) -> None:
         follows a long load through proxies that cut a silent request.
         """
         try:
-            outcome = orch.outcome(generation)
-            if outcome is None and wait_s:
-                outcome = await orch.settled(generation, wait_s)
+            found = orch.past_load(generation).as_dict()
+            if "outcome" not in found and wait_s:
+                await orch.settled(generation, wait_s)
+                found = orch.past_load(generation).as_dict()
         except KeyError:
             raise HTTPException(404, f"no load has generation {generation}") from None
-        members: dict[str, Any] = {"generation": generation}
-        match outcome:
-            case None:
-                now = orch.status()
-                is_queued = now.loading is not None and now.loading.generation != generation
-                members["state"] = State.IDLE if is_queued else now.state
-            case LoadOutcome():
-                members |= {"state": State.HEALTHY, "outcome": outcome.as_dict()}
-            case Problem():
-                members |= {"state": State.IDLE, "outcome": outcome.as_dict()}
-        return Json(members)
+        return Json({name: found[name] for name in schemas.LoadState.model_fields if name in found})
+
+    @routes.get("/loads", responses={200: {"model": schemas.LoadsAnswer}})
+    async def loads(limit: Annotated[int, Query(ge=1, le=256)] = 20) -> Response:
+        return Json({"loads": [load.as_dict() for load in orch.history(limit)]})
 
 
 def _add_requests(routes: APIRouter, orch: AsyncOrchestrator) -> None:
@@ -214,6 +209,16 @@ def _add_requests(routes: APIRouter, orch: AsyncOrchestrator) -> None:
         wanted = LoadRequest.from_dict(await json_body(request))
         return Json((await asyncio.to_thread(orch.plan, wanted)).as_dict())
 
+    @routes.post(
+        "/variants",
+        openapi_extra=_takes(schemas.VariantsBody),
+        responses={200: {"model": schemas.VariantsAnswer}},
+    )
+    async def variants(request: Request) -> Response:
+        body = known(await json_body(request), schemas.VariantsBody)
+        wanted = LoadRequest.from_dict(body)
+        return Json((await while_connected(request, orch.variants(wanted))).as_dict())
+
 
 def _add_views(routes: APIRouter, orch: AsyncOrchestrator) -> None:
     """What only reads: answered in microseconds, also while a load runs."""
@@ -234,6 +239,10 @@ def _add_views(routes: APIRouter, orch: AsyncOrchestrator) -> None:
             coming = (shown(line) + "\n" async for line in orch.follow_logs(lines))
             return StreamingResponse(coming, media_type="text/plain; charset=utf-8")
         return Json({"lines": list(orch.logs(lines))})
+
+    @routes.get("/options", responses={200: {"model": schemas.OptionsAnswer}})
+    async def options() -> Response:
+        return Json((await asyncio.to_thread(orch.options)).as_dict())
 
     @routes.get("/diagram.svg", response_class=Response, responses=_sends("image/svg+xml"))
     async def diagram_svg() -> Response:

@@ -1,7 +1,7 @@
 """The API key: every request carries it as a Bearer token, or is answered with 401.
 
-Compared in constant time, against every key. Only the two health routes need none: probes carry
-no secrets and learn nothing from them.
+Compared in constant time, against every key. Only the two health routes need none (probes carry
+no secrets and learn nothing from them), and the panel's own files, which ask for the key.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Final
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from orchestrator.http import pages
 from orchestrator.http.problems import http_problem, respond
 
-OPEN_PATHS: Final = frozenset({"/healthz", "/readyz"})
+OPEN_PATHS: Final = frozenset({"/healthz", "/readyz", *pages.PATHS})
 
 
 class RequireKey:

@@ -17,7 +17,7 @@ import orchestrator
 from orchestrator.errors import Problem
 from orchestrator.messages import Emptied, Exited, Loaded
 from orchestrator.orchestrator import AsyncOrchestrator
-from orchestrator.owner import Seen
+from orchestrator.snapshot import Seen
 from orchestrator.states import State
 
 MEDIA_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"

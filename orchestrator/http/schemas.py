@@ -42,6 +42,12 @@ class LoadBody(_Body):
     deadline_s: float | None = None
 
 
+class VariantsBody(_Body):
+    model_path: str = Field(description="as of a load: file, folder, or owner/name")
+    revision: str | None = None
+    hf_token: str | None = Field(None, json_schema_extra={"writeOnly": True})
+
+
 class UnloadBody(_Body):
     model_path: str | None = Field(None, description="unload only this model; null = whatever runs")
 
@@ -130,6 +136,45 @@ class LoadState(_Answer):
     generation: int
     state: str
     outcome: LoadAnswer | ProblemAnswer | None = None
+
+
+class PastLoad(LoadState):
+    """Times in seconds, `accepted_at` since 1970; `took_s` is null while it is in flight."""
+
+    model_path: str
+    gguf_variant: str | None
+    accepted_at: float
+    took_s: float | None
+    timings_s: Timings
+
+
+class LoadsAnswer(_Answer):
+    """Newest first."""
+
+    loads: list[PastLoad]
+
+
+class Variant(_Answer):
+    """`size_bytes` counts all its parts; `is_default` is what a load without a variant takes."""
+
+    gguf_variant: str | None
+    size_bytes: int
+    is_default: bool
+    is_cached: bool
+
+
+class VariantsAnswer(_Answer):
+    """The preferred one first."""
+
+    model_path: str
+    variants: list[Variant]
+
+
+class OptionsAnswer(_Answer):
+    """What this server binary accepts."""
+
+    cache_type_kv: list[str]
+    speculative_type: list[str]
 
 
 class UnloadAnswer(_Answer):

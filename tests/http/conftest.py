@@ -31,11 +31,11 @@ Serve = Callable[..., AbstractContextManager[httpx.Client]]
 
 
 @contextlib.contextmanager
-def serving(app: fastapi.FastAPI) -> Iterator[httpx.Client]:
+def serving(app: fastapi.FastAPI, port: int = 0) -> Iterator[httpx.Client]:
     """Serve an app on loopback; its lifespan has ended when this returns."""
     config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.create_server(("127.0.0.1", port)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         base_url = f"http://127.0.0.1:{listener.getsockname()[1]}"

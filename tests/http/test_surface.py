@@ -271,6 +271,8 @@ def test_openapi_tells_the_whole_contract(idle: httpx.Client) -> None:
     routes = {(path, method) for path, methods in document["paths"].items() for method in methods}
     assert routes == {
         *((PREFIX + path, "post") for path in ("/load", "/unload", "/cancel", "/plan")),
+        (PREFIX + "/variants", "post"),
+        *((PREFIX + path, "get") for path in ("/loads", "/options")),
         *((PREFIX + path, "get") for path in ("/status", "/load-progress", "/events", "/logs")),
         *((PREFIX + path, "get") for path in ("/diagram.svg", "/diagram.mmd")),
         (PREFIX + "/loads/{generation}", "get"),

@@ -21,8 +21,9 @@ from orchestrator.errors import ModelNotFound
 from orchestrator.events import EventLog
 from orchestrator.messages import CancelRequested, Fact, Withdrawn
 from orchestrator.orchestrator import AsyncOrchestrator, Orchestrator
-from orchestrator.owner import Owner, Snapshot
+from orchestrator.owner import Owner
 from orchestrator.request import FileIdentity, LoadRequest, ModelFiles, ServerBinary
+from orchestrator.snapshot import Snapshot
 from orchestrator.tokens import Ticket
 from tests.core.world import files
 from tests.shell.gates import ALL_KINDS, GatedEffects, OperatingSystem, VirtualClock

@@ -131,7 +131,7 @@ def promise_the_outcome_is_the_loads(done: Done) -> str | None:
     )
     unsettled = {job.generation for job in ctx.wanted} | {c.generation for c in waiting}
     for number in map(Generation, range(1, ctx.generation + 1)):
-        outcome = owner.outcomes.get(number)
+        outcome = owner.history.outcomes.get(number)
         if number in unsettled and outcome is not None:
             return f"load {number} is in flight, and its outcome is {outcome}"
         if number not in unsettled and outcome is None:

@@ -30,8 +30,8 @@ from orchestrator.messages import (
     Spawn,
     UnloadRequested,
 )
-from orchestrator.owner import Snapshot
 from orchestrator.request import Target
+from orchestrator.snapshot import Snapshot
 from orchestrator.states import State
 from orchestrator.tokens import CancelToken, Generation, Ticket
 from tests.core.invariants import Edge, Process, Violation, check_edge, check_world
@@ -412,7 +412,7 @@ class Stage:
             tuple(caller.ticket for caller in self.looking),
             frozenset(owner._timers.items()),
             frozenset((g, token.is_set()) for g, token in owner._tokens.items()),
-            tuple((g, isinstance(answer, Loaded)) for g, answer in owner.outcomes.items()),
+            tuple((g, isinstance(answer, Loaded)) for g, answer in owner.history.outcomes.items()),
             frozenset(owner._calls),
             frozenset(self.ledger.cancelled_ids),
             self.clock.now,

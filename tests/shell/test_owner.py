@@ -134,9 +134,9 @@ def test_outcomes_are_kept_of_the_last_256_loads(hand: Hand) -> None:
     hand.effects.open()
     for number in range(258):
         hand.load(f"M{number}")
-    assert len(hand.owner.outcomes) == 256
-    assert min(hand.owner.outcomes) == 3
-    assert all(isinstance(outcome, Loaded) for outcome in hand.owner.outcomes.values())
+    assert len(hand.owner.history.outcomes) == 256
+    assert min(hand.owner.history.outcomes) == 3
+    assert all(isinstance(outcome, Loaded) for outcome in hand.owner.history.outcomes.values())
 
 
 def test_a_call_that_was_withdrawn_leaves_nothing_behind(hand: Hand) -> None:
@@ -307,7 +307,7 @@ def test_a_load_nobody_waits_for_goes_on_where_the_policy_says_so() -> None:
         probe = hand.effects.wait_for("probe")
         probe.succeed() if is_ready else probe.fail()
         hand.turn()
-        outcome = hand.owner.outcomes[Generation(1)]
+        outcome = hand.owner.history.outcomes[Generation(1)]
         if is_ready:
             assert isinstance(outcome, Loaded)
             assert hand.state is State.HEALTHY

@@ -31,8 +31,9 @@ from orchestrator.messages import (
     SlotEvidence,
     Spawn,
 )
-from orchestrator.owner import Call, Owner, Snapshot
+from orchestrator.owner import Call, Owner
 from orchestrator.ports import SlotLock
+from orchestrator.snapshot import Snapshot
 from orchestrator.states import State
 from orchestrator.table import TABLE, Row
 from orchestrator.tokens import CancelToken, Generation
@@ -203,7 +204,7 @@ class PublishesLast(Owner):
             before = self.snapshot
             state, ctx, commands = self._machine.step(before.state, before.ctx, fact)
             shown = self._shown(fact, state, ctx)
-            self._note_outcomes(fact, shown, commands)
+            self.history.note(before, fact, shown, commands)
             for command in commands:
                 self._carry_out_safely(command, lock)
             self.snapshot = shown
@@ -234,13 +235,11 @@ class TellsTheLastAnswer(Owner):
         super()._accept(command)
         self._of = {**getattr(self, "_of", {}), command.ticket: command.generation}
 
-    def _note_outcomes(self, fact: Fact, shown: Snapshot, commands: Any) -> tuple[Any, ...]:
-        return ()
-
     def _settle(self, command: Settle) -> None:
         super()._settle(command)
         if (generation := getattr(self, "_of", {}).get(command.ticket)) is not None:
-            self.outcomes[generation] = cast("Any", command.answer)
+            records, answer = self.history.records, cast("Any", command.answer)
+            records[generation] = replace(records[generation], answer=answer)
 
 
 # ------------------------------------------------------------------------------- commands, and time

@@ -1,0 +1,137 @@
+/** Apply: what it would do and why, said beforehand; and what became of what was asked for. */
+
+import { get, post } from "./api.js";
+import { $, bytes, el, named, put, say, seconds, value } from "./dom.js";
+import { chosenVariant, focusField, read, showFieldError } from "./form.js";
+
+const PLAN_AFTER_MS = 300;
+const QUIET = new Set(["superseded", "cancelled"]);
+
+let timer = 0;
+let planning = new AbortController();
+let sending = Promise.resolve(); // one after the other: the last click must be the last to arrive
+let waiting = new AbortController(); // a prefetch is answered when it has ended
+let prefetches = 0;
+const mine = new Set(); // generations asked for here, without an outcome so far
+let status = null;
+
+/** Say what Apply would do, when nobody has typed for a moment. */
+export function planSoon() {
+  clearTimeout(timer);
+  timer = setTimeout(plan, PLAN_AFTER_MS);
+}
+
+async function plan() {
+  planning.abort();
+  planning = new AbortController();
+  try {
+    const { hf_token: _, ...body } = read();
+    if (!body.model_path) return showPlan(el("p", {}, "Name a model, and Apply loads it."));
+    const found = await post("plan", body, planning.signal);
+    showFieldError(null);
+    showPlan(...sentences(found, body), found.argv);
+  } catch (error) {
+    const { name, message, problem } = /** @type {any} */ (error);
+    if (name === "AbortError") return;
+    const told = problem ?? { field: "llama_extra_args", detail: message };
+    showFieldError(told);
+    showPlan(el("p", { class: "wrong" }, told.detail));
+  }
+}
+
+function sentences(found, body) {
+  const [loading, variant] = [status?.loading, chosenVariant()];
+  const needs = variant && !variant.is_cached ? `, after a download of ${bytes(variant.size_bytes)}` : "";
+  const over = loading && body.on_busy === "supersede" ? el("p", {}, `It supersedes generation ${loading.generation}.`) : null;
+  if (found.action === "none") return [el("p", {}, loading ? "Nothing new: this is on its way." : "Nothing to do: this runs already.")];
+  if (found.action === "load") return [el("p", {}, el("strong", {}, "Load"), ` ${named(body)}${needs}.`), over];
+  const reasons = found.reload_reasons.map((one) =>
+    el("li", {}, el("code", {}, one.field), ` ${value(one.running)} → ${value(one.requested)}`),
+  );
+  return [el("p", {}, el("strong", {}, "Reload"), needs, reasons.length ? ":" : "."), el("ul", {}, ...reasons), over];
+}
+
+function showPlan(...parts) {
+  const argv = Array.isArray(parts.at(-1)) ? parts.pop() : null;
+  put($("plan"), ...parts);
+  $("argv-box").hidden = !argv;
+  say($("argv"), argv ? argv.join(" ") : "");
+}
+
+/** Ask for what the form means now. Every click is a load of its own. */
+export function apply() {
+  let body;
+  try {
+    body = read();
+  } catch (error) {
+    return refused({ field: "llama_extra_args", detail: /** @type {any} */ (error).message });
+  }
+  body.load_request_id = `panel-${[...crypto.getRandomValues(new Uint32Array(4))].map((n) => n.toString(36)).join("")}`;
+  if (body.on_busy === "supersede") waiting.abort();
+  if (body.prefetch) return void afterPrefetch(body);
+  sending = sending.then(() => submit(body));
+}
+
+async function submit(body) {
+  try {
+    const { generation } = await post("load?wait=false", body);
+    mine.add(generation);
+    say($("sent"), `Asked for: generation ${generation}.`);
+    showFieldError(null);
+    settle((await get("loads?limit=50")).loads);
+  } catch (error) {
+    refused(/** @type {any} */ (error).problem);
+  }
+}
+
+/** A load that downloads first has no generation until then: it is waited for. */
+async function afterPrefetch(body) {
+  waiting = new AbortController();
+  prefetches += 1;
+  say($("sent"), "Downloading first; closing this page would end that.");
+  try {
+    const outcome = await post("load", body, waiting.signal);
+    say($("sent"), told(outcome.generation, outcome));
+  } catch (error) {
+    const { name, problem } = /** @type {any} */ (error);
+    if (name === "AbortError" || QUIET.has(problem.category)) say($("sent"), "The download was given up.");
+    else refused(problem);
+  } finally {
+    prefetches -= 1;
+  }
+}
+
+export const isPrefetching = () => prefetches > 0;
+
+/** End what was asked for here and is still downloading. */
+export const endPrefetch = () => waiting.abort();
+
+function refused(problem) {
+  say($("sent"), "");
+  showFieldError(problem);
+  showPlan(el("p", { class: "wrong", role: "alert" }, problem.detail));
+  if (problem.field) focusField(problem.field);
+}
+
+/** Tell what became of the loads asked for here. */
+export function settle(loads) {
+  for (const { generation, outcome } of [...loads].reverse()) {
+    if (!outcome || !mine.delete(generation)) continue;
+    say($("sent"), told(generation, outcome));
+  }
+}
+
+function told(generation, outcome) {
+  if (outcome.category === "superseded") return `Generation ${generation} gave way to a newer load.`;
+  if (outcome.category === "cancelled") return `Generation ${generation} was cancelled.`;
+  if (outcome.category) return `Generation ${generation} failed.`;
+  return `Generation ${generation} is Healthy (loaded in ${seconds(outcome.timings_s.total)}).`;
+}
+
+/** Take note of what is true now; the plan depends on it. */
+export function noteStatus(now) {
+  const key = (of) => JSON.stringify([of?.state, of?.loaded?.generation, of?.loading?.generation]);
+  const isNew = key(now) !== key(status);
+  status = now;
+  if (isNew) planSoon();
+}

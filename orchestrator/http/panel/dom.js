@@ -1,0 +1,59 @@
+/** The few things every module needs of the document, and how values are written. Text only. */
+
+/** @param {string} id @returns {any} */
+export const $ = (id) => document.getElementById(id);
+
+/**
+ * Make an element. Data gets in as text, never as markup.
+ * @param {string} tag
+ * @param {Record<string, any>} [props] properties; `class` and what has a "-" are attributes
+ * @param {...(Node|string|null|undefined|false)} children
+ */
+export function el(tag, props = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(props)) {
+    if (name === "class" || name.includes("-") || name === "role") node.setAttribute(name, value);
+    else /** @type {any} */ (node)[name] = value;
+  }
+  node.append(...children.filter((child) => child !== null && child !== undefined && child !== false));
+  return node;
+}
+
+/** Replace the children of a node. */
+export const put = (node, ...children) => node.replaceChildren(...children.flat().filter(Boolean));
+
+/** Show text, and touch the document only when it changed: live regions stay quiet. */
+export function say(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+/** @param {number} n bytes */
+export function bytes(n) {
+  const units = ["B", "KB", "MB", "GB", "TB"];
+  let at = 0;
+  for (; n >= 1000 && at < units.length - 1; at += 1) n /= 1000;
+  return `${n < 10 && at ? n.toFixed(1) : Math.round(n)} ${units[at]}`;
+}
+
+/** @param {number} s seconds */
+export function seconds(s) {
+  if (s < 0.9995) return `${Math.round(s * 1000)} ms`;
+  if (s < 9.95 && !Number.isInteger(s)) return `${s.toFixed(1)} s`;
+  if (s < 60) return `${Math.round(s)} s`;
+  if (s < 3600) return `${Math.floor(s / 60)} min ${Math.round(s % 60)} s`;
+  return `${Math.floor(s / 3600)} h ${Math.round((s % 3600) / 60)} min`;
+}
+
+/** A model with its variant, as one name. */
+export const named = (of) => {
+  const path = of.model_path.replace(/^.*\/(?=[^/]+\/[^/]+$)/, "…/");
+  const shown = of.model_path.startsWith("/") ? path : of.model_path;
+  return of.gguf_variant ? `${shown} · ${of.gguf_variant}` : shown;
+};
+
+/** A value of a setting, as a person reads it. */
+export function value(of) {
+  if (of === null || of === undefined || of === "") return "default";
+  if (Array.isArray(of)) return of.length ? of.map((one) => (typeof one === "object" ? JSON.stringify(one) : one)).join(" ") : "none";
+  return typeof of === "object" ? JSON.stringify(of) : String(of);
+}

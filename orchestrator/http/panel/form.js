@@ -1,0 +1,157 @@
+/** The form: what it asks for, what runs put back into it, which variants there are, what is wrong. */
+
+import { post } from "./api.js";
+import { join, split } from "./args.js";
+import { $, bytes, el, put, say } from "./dom.js";
+
+const TEXTS = ["gguf_variant", "revision", "hf_token", "cache_type_kv", "speculative_type", "mmproj_path"];
+const NUMBERS = ["max_seq_length", "n_parallel", "idle_ttl_s", "deadline_s"];
+const FLAGS = ["prefetch", "restore_previous", "pinned", "force_reload"];
+const MODES = { off: "Off", default: "On" };
+
+const form = $("form");
+const extra = $("extra-text");
+let isTouched = false;
+let running = null; // the args of what runs
+let variants = [];
+let listing = new AbortController();
+
+/** The load request that the form means. @throws {Error} the extra arguments cannot be read */
+export function read() {
+  const body = { model_path: $("model_path").value.trim(), on_busy: $("on_busy").value };
+  for (const name of TEXTS) if ($(name).value.trim()) body[name] = $(name).value.trim();
+  for (const name of NUMBERS) {
+    const text = $(name).value.trim();
+    if (text) body[name] = Number.isNaN(Number(text)) ? text : Number(text); // the backend says what is wrong
+  }
+  for (const name of FLAGS) if ($(name).checked) body[name] = true;
+  if ($("chat_template_override").value.trim()) body.chat_template_override = $("chat_template_override").value;
+  if (form.elements.extra.value === "clear") body.llama_extra_args = [];
+  if (form.elements.extra.value === "set") body.llama_extra_args = split(extra.value);
+  return body;
+}
+
+/** Put the settings of what runs into the form, unless somebody has begun to write there. */
+export function fill(loaded, { force = false } = {}) {
+  running = loaded?.llama_extra_args ?? null;
+  $("match").hidden = !loaded;
+  showExtra();
+  if (!loaded || (isTouched && !force)) return;
+  isTouched = false;
+  form.reset();
+  extra.value = "";
+  $("model_path").value = loaded.model_path;
+  $("max_seq_length").value = loaded.requested_context_length;
+  choose($("gguf_variant"), loaded.gguf_variant ?? "");
+  choose($("cache_type_kv"), loaded.cache_type_kv ?? "");
+  choose($("speculative_type"), loaded.speculative_type, `${loaded.speculative_type} (manual)`);
+  showExtra();
+  listVariants();
+}
+
+/** Offer what the server binary accepts. */
+export function offer(options) {
+  for (const name of ["cache_type_kv", "speculative_type"]) {
+    const kept = $(name).value;
+    const first = name === "cache_type_kv" ? [el("option", { value: "" }, "Default")] : [];
+    put($(name), first, options[name].map((one) => el("option", { value: one }, MODES[one] ?? one)));
+    choose($(name), kept, `${kept} (manual)`);
+  }
+}
+
+/** Select a value; one that is not offered is offered from now on, as itself. */
+function choose(select, wanted, label = wanted) {
+  if (![...select.options].some((option) => option.value === wanted)) select.append(el("option", { value: wanted }, label));
+  select.value = wanted;
+}
+
+/** The variant that a load would take, as far as it is known. */
+export const chosenVariant = () =>
+  variants.find((one) => ($("gguf_variant").value ? one.gguf_variant === $("gguf_variant").value : one.is_default));
+
+/** Ask what the model could be loaded as. */
+export async function listVariants() {
+  const [model_path, hint, select] = [$("model_path").value.trim(), $("gguf_variant-hint"), $("gguf_variant")];
+  listing.abort();
+  listing = new AbortController();
+  variants = [];
+  const kept = select.value;
+  const shown = () => {
+    const standard = variants.find((one) => one.is_default)?.gguf_variant;
+    const rows = variants.filter((one) => one.gguf_variant).map((one) => el("option", { value: one.gguf_variant }, described(one)));
+    put(select, el("option", { value: "" }, standard ? `Auto (${standard})` : "Auto"), rows);
+    const isListed = variants.some((one) => one.gguf_variant === kept);
+    if (isListed || (kept && !variants.length)) choose(select, kept);
+  };
+  if (!model_path) return say(hint, "");
+  say(hint, "Looking for variants …");
+  const body = { model_path };
+  for (const name of ["revision", "hf_token"]) if ($(name).value.trim()) body[name] = $(name).value.trim();
+  try {
+    variants = (await post("variants", body, listing.signal)).variants;
+    const [first] = variants;
+    const isOne = variants.length === 1;
+    say(hint, isOne ? `One: ${bytes(first.size_bytes)}${first.is_cached ? ", on disk" : ""}.` : `${variants.length} variants.`);
+  } catch (error) {
+    if (/** @type {any} */ (error).name === "AbortError") return;
+    say(hint, `No list of variants: ${/** @type {any} */ (error).message}`);
+  }
+  shown();
+  form.dispatchEvent(new Event("listed"));
+}
+
+const described = (one) => `${one.gguf_variant} · ${bytes(one.size_bytes)}${one.is_cached ? " · on disk" : ""}`;
+
+/** Inherit, none and set look different and say what they mean. */
+function showExtra() {
+  const choice = form.elements.extra.value;
+  extra.hidden = choice !== "set";
+  if (choice === "set" && !extra.value && running?.length) extra.value = join(running);
+  const now = running?.length ? ` Now: ${join(running)}` : "";
+  const hints = {
+    inherit: `As in the last successful load of this model.${now}`,
+    clear: "No extra arguments, whatever the last load had.",
+    set: "Exactly these, quoted as in a shell; blank = none.",
+  };
+  say($("extra-hint"), hints[choice]);
+}
+
+/** Is there such a field here? */
+export const fieldBox = (name) => form.querySelector(`[data-field="${CSS.escape(name ?? "")}"]`);
+export const fieldLabel = (name) => fieldBox(name)?.querySelector("label, legend")?.textContent.trim();
+
+/** Put the cursor where something is to be changed. */
+export function focusField(name) {
+  const box = fieldBox(name);
+  const fold = box?.closest("details");
+  if (fold) fold.open = true;
+  const isSet = name === "llama_extra_args" && !extra.hidden;
+  (isSet ? extra : box?.querySelector("input:checked, input:not([type=radio]), select, textarea"))?.focus();
+}
+
+/** Say beside a field what is wrong with it; null = nothing is. */
+export function showFieldError(problem) {
+  for (const old of form.querySelectorAll("[aria-invalid]")) {
+    old.removeAttribute("aria-invalid");
+    old.removeAttribute("aria-errormessage");
+  }
+  form.querySelector("#field-error")?.remove();
+  const box = problem && fieldBox(problem.field);
+  if (!box) return;
+  box.append(el("p", { id: "field-error", class: "wrong" }, problem.detail));
+  const control = extra.hidden || !box.contains(extra) ? box.querySelector("input, select, textarea") : extra;
+  if (control.type === "radio") return;
+  control.setAttribute("aria-invalid", "true");
+  control.setAttribute("aria-errormessage", "field-error");
+}
+
+/** @param {() => void} onChange called when the form means something else */
+export function watch(onChange) {
+  form.addEventListener("input", () => {
+    isTouched = true;
+    showExtra();
+    onChange();
+  });
+  for (const name of ["model_path", "revision", "hf_token"]) $(name).addEventListener("change", () => listVariants());
+  form.addEventListener("listed", onChange);
+}

@@ -1,0 +1,131 @@
+/** Wires the panel: events make it ask what is true now, and everything shown comes from the answer. */
+
+import { dropKey, gate, get, hasKey, keepKey, post } from "./api.js";
+import { apply, endPrefetch, isPrefetching, noteStatus, planSoon, settle } from "./apply.js";
+import * as diagram from "./diagram.js";
+import { $, say } from "./dom.js";
+import { fill, offer, watch } from "./form.js";
+import * as history from "./history.js";
+import * as log from "./log.js";
+import { eventParser, follow } from "./stream.js";
+import * as view from "./view.js";
+
+const ROWS = 12;
+const RESTING_S = 15; // between two looks at what no event tells of, when nothing moves
+
+let lastEvent = "0"; // what happened before this page came is of interest, too
+let status = null;
+let asking = null;
+let askAgain = false;
+let lastRest = "";
+
+/** Ask what is true now; when something happens meanwhile, once more. */
+function refresh() {
+  if (asking) return void (askAgain = true);
+  asking = (async () => {
+    try {
+      const [now, past] = [await get("status"), await get(`loads?limit=${ROWS}`)];
+      show(now, past.loads);
+    } catch {
+      // the event stream says that the backend is away, and asks again when it is back
+    } finally {
+      asking = null;
+      if (askAgain) refresh();
+      askAgain = false;
+    }
+  })();
+}
+
+function show(now, loads) {
+  status = now;
+  view.show(now, isPrefetching());
+  history.show(loads);
+  settle(loads);
+  fill(now.loaded);
+  noteStatus(now);
+  if (!now.loading) diagram.light(now.state);
+  announce(now);
+}
+
+/** For whoever does not see it: where the machine rests. */
+function announce(now) {
+  const rests = now.state === "Healthy" ? `Healthy: ${now.loaded?.model_path}` : now.state;
+  if (!now.loading && rests !== lastRest) say($("announce"), rests);
+  lastRest = rests;
+}
+
+const isMoving = () => isPrefetching() || status?.loading || status?.recovery || status?.prefetching.length;
+let rested = 0;
+
+/** Once a second. */
+function look() {
+  view.tick();
+  rested = isMoving() ? RESTING_S : rested + 1;
+  if (document.hidden || !status || rested < RESTING_S) return;
+  rested = 0;
+  refresh();
+}
+
+const events = follow("events", {
+  headers: () => ({ "Last-Event-ID": lastEvent }),
+  onOpen: async () => {
+    say($("link"), "live");
+    $("link").className = "link live";
+    $("key").hidden = true;
+    refresh();
+    if (!$("diagram").firstChild) await diagram.draw().catch(() => {});
+    get("options").then(offer, () => {}); // without a server binary, the plan says so
+    log.retry();
+  },
+  onText: eventParser(({ id, kind, data }) => {
+    if (id) lastEvent = id;
+    if (kind === "progress") return view.progress(data);
+    diagram.step(data);
+    refresh();
+  }),
+  onLost: (why) => {
+    say($("link"), why === "locked" ? "locked" : "reconnecting …");
+    $("link").className = `link ${why}`;
+  },
+});
+
+gate.onLocked = () => {
+  if (!$("key").hidden) return;
+  $("key").hidden = false;
+  say($("key-error"), hasKey() ? "That key was not accepted." : "");
+  dropKey();
+  $("api-key").focus();
+};
+
+$("key").addEventListener("submit", (event) => {
+  event.preventDefault();
+  keepKey($("api-key").value);
+  $("api-key").value = "";
+  $("key").hidden = true;
+  events.retry();
+});
+
+$("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  apply();
+  refresh();
+});
+$("match").addEventListener("click", () => {
+  fill(status?.loaded, { force: true });
+  planSoon();
+});
+$("cancel").addEventListener("click", async () => {
+  endPrefetch();
+  if (status?.loading) await post("cancel", { generation: status.loading.generation }).catch(() => {});
+  refresh();
+});
+$("unload").addEventListener("click", async () => {
+  endPrefetch();
+  await post("unload", {}).catch(() => {});
+  refresh();
+});
+$("follow").addEventListener("change", log.toggle);
+watch(planSoon);
+log.toggle();
+planSoon();
+setInterval(look, 1000);

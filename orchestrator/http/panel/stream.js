@@ -1,0 +1,97 @@
+/** Streams that come back by themselves: after a restart of the backend, a pause, a lost network. */
+
+import { request } from "./api.js";
+
+const FIRST_WAIT_MS = 250;
+const LONGEST_WAIT_MS = 8000;
+const SILENCE_MS = 45000; // the event stream says something every 15 s
+
+/**
+ * Read a stream of text for ever. While the page is hidden it is given up: a browser allows only six
+ * connections to one host, and other tabs want some.
+ * @param {string} path
+ * @param {object} told
+ * @param {() => Record<string, string>} [told.headers] asked before every connection
+ * @param {() => void} told.onOpen
+ * @param {(text: string) => void} told.onText
+ * @param {(why: "lost"|"locked", waitMs: number) => void} told.onLost
+ * @param {boolean} [told.mayBeSilent]
+ * @returns {{stop: () => void, retry: () => void}}
+ */
+export function follow(path, told) {
+  let stopped = false;
+  let wake = () => {};
+  let current = new AbortController();
+  const retry = () => wake();
+  const onVisible = () => (document.hidden ? current.abort() : retry());
+  document.addEventListener("visibilitychange", onVisible);
+  window.addEventListener("online", retry);
+
+  async function once() {
+    current = new AbortController();
+    const { signal } = current;
+    const answer = await request(path, { headers: told.headers?.() ?? {}, signal });
+    told.onOpen();
+    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+    let timer;
+    for (;;) {
+      if (!told.mayBeSilent) timer = setTimeout(() => current.abort(), SILENCE_MS);
+      const { value, done } = await reader.read();
+      clearTimeout(timer);
+      if (done) return;
+      told.onText(value);
+    }
+  }
+
+  (async () => {
+    let failures = 0;
+    while (!stopped) {
+      if (document.hidden) await new Promise((resolve) => (wake = resolve));
+      let locked = false;
+      const at = Date.now();
+      try {
+        await once();
+      } catch (error) {
+        locked = /** @type {any} */ (error).problem?.status === 401;
+      }
+      if (stopped) return;
+      failures = Date.now() - at > LONGEST_WAIT_MS ? 0 : failures + 1;
+      const waitMs = Math.min(FIRST_WAIT_MS * 2 ** failures, LONGEST_WAIT_MS) * (0.75 + Math.random() / 4);
+      told.onLost(locked ? "locked" : "lost", waitMs);
+      await new Promise((resolve) => {
+        wake = () => resolve(undefined);
+        if (!locked) setTimeout(wake, waitMs);
+      });
+    }
+  })();
+
+  const stop = () => {
+    stopped = true;
+    document.removeEventListener("visibilitychange", onVisible);
+    window.removeEventListener("online", retry);
+    current.abort();
+    retry();
+  };
+  return { stop, retry };
+}
+
+/**
+ * Take server-sent events apart.
+ * @param {(event: {id: string, kind: string, data: any}) => void} onEvent
+ * @returns {(text: string) => void}
+ */
+export function eventParser(onEvent) {
+  let rest = "";
+  return (text) => {
+    const blocks = (rest + text.replaceAll("\r", "")).split("\n\n");
+    rest = blocks.pop() ?? "";
+    for (const block of blocks) {
+      const members = { id: "", event: "message", data: "" };
+      for (const line of block.split("\n")) {
+        const colon = line.indexOf(":");
+        if (colon > 0) members[line.slice(0, colon)] = line.slice(colon + 1).trimStart();
+      }
+      if (members.data) onEvent({ id: members.id, kind: members.event, data: JSON.parse(members.data) });
+    }
+  };
+}

@@ -1,0 +1,50 @@
+"""What was true after a step, and what one step did: frozen values that any thread may read.
+
+The owner replaces its snapshot as a whole, so a reader needs no lock and never sees half a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from orchestrator.context import Context
+from orchestrator.errors import Problem
+from orchestrator.messages import Fact, Loaded
+from orchestrator.states import State
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What was true after a step; replaced as a whole, so reading it needs no lock.
+
+    Attributes:
+        since: When the state was entered, Unix seconds (for display only).
+        entered_at: The same on the monotonic clock.
+        story: The last transitions, oldest first.
+    """
+
+    state: State
+    ctx: Context
+    since: float
+    entered_at: float
+    story: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One step, for whoever counts.
+
+    Attributes:
+        outcomes: What became of the loads that are settled by it.
+        already: Answers to loads that found their model running.
+    """
+
+    fact: Fact
+    before: Snapshot
+    after: Snapshot
+    outcomes: tuple[Loaded | Problem, ...]
+    already: tuple[Loaded, ...]
+
+
+Observer = Callable[[Seen], None]

@@ -1,0 +1,53 @@
+"""Writes the README's picture of the panel: a tiny model, Healthy, after a few loads.
+
+`make screenshot`. Everything in the picture happens for real, in a folder of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from playwright.sync_api import expect, sync_playwright
+
+from orchestrator import tiny_model
+from orchestrator.http import create_app
+from tests.browser.conftest import DESKTOP, FLAGS
+from tests.http.conftest import PREFIX, serving
+
+LOADS = (
+    {"model_path": "models", "gguf_variant": "Q8_0"},
+    {"model_path": "models", "llama_extra_args": ["--top-n", "20"]},
+    {"model_path": "models", "llama_extra_args": ["--top-k", "20"], "cache_type_kv": "q8_0"},
+)
+
+
+def main(picture: Path) -> None:
+    picture = picture.absolute()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        Path("models").mkdir()
+        for seed, label in enumerate(("Q4_K_M", "Q8_0")):
+            tiny_model.write_tiny_model(f"models/Tiny-Llama-{label}.gguf", seed=seed)
+        app = create_app(llama_server="embedded", state_dir=Path(folder, "state"))
+        with serving(app) as client, sync_playwright() as playwright:
+            for body in LOADS:
+                client.post(PREFIX + "/load", json=body)
+            browser = playwright.chromium.launch(
+                executable_path=shutil.which("chromium"), args=FLAGS
+            )
+            width, height = DESKTOP
+            page = browser.new_page(viewport={"width": width, "height": height + 40})
+            page.goto(str(client.base_url))
+            expect(page.locator("#diagram .traced")).to_have_count(5)
+            page.fill("#max_seq_length", "1024")
+            expect(page.locator("#plan")).to_contain_text("max_seq_length")
+            page.screenshot(path=picture, animations="disabled")
+            browser.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
