@@ -85,7 +85,10 @@ def variants_of(request: LoadRequest, roots: ModelRoots | None = None) -> list[V
     path = _path(request.model_path, "model_path", roots)
     if not path.is_dir():
         return [Variant(None, locate(request, roots).size_bytes, is_default=True)]
-    found, default = variants.every(_listing(path), where=str(path))
+    names = _listing(path)
+    if roots is not None:  # not even the size of what is outside is told
+        names = [name for name in names if roots.holds(path / name)]
+    found, default = variants.every(names, where=str(path))
     return [
         Variant(
             chosen.variant,

@@ -56,8 +56,12 @@ class ModelRoots:
         Raises:
             InvalidRequest: field as given.
         """
-        if not _is_below(os.path.realpath(path), self._roots):
+        if not self.holds(path):
             raise _outside(field)
+
+    def holds(self, path: Folder) -> bool:
+        """Does this path lead inside?"""
+        return _is_below(os.path.realpath(path), self._roots)
 
     def check_args(self, args: Iterable[str]) -> None:
         """Refuse extra args that name files outside, or that reach further than any folder.

@@ -21,7 +21,7 @@ from orchestrator.errors import NotLoaded
 from orchestrator.http import openapi, pages, schemas
 from orchestrator.http.bodies import json_body, known, refuse, while_connected
 from orchestrator.http.headers import AnswerHeaders
-from orchestrator.http.keys import OPEN_PATHS, RequireKey
+from orchestrator.http.keys import PROBED_PATHS, RequireKey
 from orchestrator.http.limits import MAX_BODY_BYTES, LimitBody
 from orchestrator.http.metrics import MEDIA_TYPE as MEDIA_TYPE_METRICS
 from orchestrator.http.metrics import Metrics
@@ -91,7 +91,7 @@ def create_app(
     if keys:
         app.add_middleware(RequireKey, keys=keys)
     app.add_middleware(RefuseForeign, allowed_hosts=hosts)
-    app.add_middleware(AnswerHeaders, fleeting=(PREFIX, "/metrics", *OPEN_PATHS))
+    app.add_middleware(AnswerHeaders, fleeting=(PREFIX, "/metrics", *PROBED_PATHS))
     return app
 
 

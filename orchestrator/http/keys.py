@@ -16,7 +16,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from orchestrator.http import pages
 from orchestrator.http.problems import http_problem, respond
 
-OPEN_PATHS: Final = frozenset({"/healthz", "/readyz", *pages.PATHS})
+PROBED_PATHS: Final = ("/healthz", "/readyz")
+OPEN_PATHS: Final = frozenset({*PROBED_PATHS, *pages.PATHS})
 
 
 class RequireKey:

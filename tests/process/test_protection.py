@@ -9,13 +9,14 @@ import http.client
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
 
 from orchestrator import Orchestrator
 from orchestrator.errors import ServerStartFailed
+from orchestrator.owner import Owner
 from orchestrator.redaction import HIDDEN
 from orchestrator.views import LeasedServer
 from tests.process.support import Fake, Make
@@ -118,7 +119,7 @@ def test_the_key_is_nowhere_to_be_seen(
     outcome = orch.load(model_a)
     with orch.lease() as server:
         key = server.api_key
-        shown = [repr(server), str(server)]
+        shown = [repr(server), str(server), repr(cast("Owner", orch._owner).snapshot)]
     assert key is not None
     assert len(key) >= 32
     assert fake.wait_for("start")["env"]["LLAMA_API_KEY"] == key

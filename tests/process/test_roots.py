@@ -178,6 +178,9 @@ def test_nothing_is_looked_at_that_is_outside_by_its_name(
             ask()
     with pytest.raises(InvalidRequest, match="mmproj_path is outside"):
         models.given_projector(request, tree.roots)
+    for path in ("/etc/passwd", f"{tree.one}/../outside/x", "x"):
+        with pytest.raises(RefusedArgument):
+            tree.roots.check_args(["--grammar-file", path])
 
 
 def test_a_home_is_inside_only_when_it_is_allowed(
@@ -265,6 +268,23 @@ def test_links_out_of_a_folder_are_not_followed_wherever_they_are(
         found(roots, good, mmproj_path="x.gguf")
     assert refused.value.field == "mmproj_path"
     assert found(roots, good).weights[0].path == good
+
+
+def test_a_listing_shows_nothing_that_is_outside(
+    tmp_path: Path, place: Callable[[str], str]
+) -> None:
+    """Not even that it is there: its size would tell."""
+    roots_dir = tmp_path / "models"
+    good = place("models/good-Q8_0.gguf")
+    (roots_dir / "x-Q4_K_M.gguf").symlink_to(place("secret/x.gguf"))
+    (roots_dir / "y-Q5_K_M.gguf").symlink_to(tmp_path / "secret" / "none.gguf")
+    listed = models.variants_of(LoadRequest(model_path="."), ModelRoots([roots_dir]))
+    assert [(one.gguf_variant, one.size_bytes) for one in listed] == [
+        ("Q8_0", Path(good).stat().st_size)
+    ]
+    for name in ("x-Q4_K_M.gguf", "../secret"):
+        with pytest.raises(InvalidRequest, match="outside of the allowed"):
+            models.variants_of(LoadRequest(model_path=name), ModelRoots([roots_dir]))
 
 
 def test_every_part_of_a_split_model_has_to_be_inside(
