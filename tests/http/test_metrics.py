@@ -95,7 +95,8 @@ def test_what_is_held_and_what_is_leased_is_told(serve: Serve, gate: Gate, tmp_p
         held.result()
         endless = {"prompt": "a", "max_tokens": 1_000_000, "stream": True, "ignore_eos": True}
         with client.stream("POST", "/v1/completions", json=endless) as stream:
-            next(stream.iter_raw())
+            pieces = stream.iter_raw()  # kept: with it the stream would be closed
+            next(pieces)
             found = scrape(client)
             assert (value(found, "leases"), value(found, "held_requests")) == (1, 0)
         until(client, lambda _: value(scrape(client), "leases") == 0)
