@@ -373,7 +373,6 @@ class Owner:
             if isinstance(answer, Problem) and not call.accepted.done():
                 _resolve(call.accepted, answer)
             _resolve(call.settled, answer)
-        _say("debug", "call.settled", ticket=command.ticket, answer=type(answer).__name__)
 
     # ------------------------------------------------------------------------------------- timers
 
