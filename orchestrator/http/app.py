@@ -14,21 +14,21 @@ from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 
 import orchestrator
 from orchestrator.errors import NotLoaded
-from orchestrator.http import pages, schemas
+from orchestrator.http import openapi, pages, schemas
 from orchestrator.http.bodies import json_body, known, refuse, while_connected
 from orchestrator.http.headers import AnswerHeaders
 from orchestrator.http.keys import PROBED_PATHS, RequireKey
 from orchestrator.http.limits import MAX_BODY_BYTES, LimitBody
 from orchestrator.http.metrics import MEDIA_TYPE as MEDIA_TYPE_METRICS
 from orchestrator.http.metrics import Metrics
+from orchestrator.http.openapi import answers, problems, sends, takes
 from orchestrator.http.origins import RefuseForeign, checked_hosts
 from orchestrator.http.passthrough import Below, PassThrough
-from orchestrator.http.problems import MEDIA_TYPE, Json, ProblemRoute, install
+from orchestrator.http.problems import Json, ProblemRoute, install
 from orchestrator.orchestrator import AsyncOrchestrator
 from orchestrator.output import MAX_LINES
 from orchestrator.paths import shown
@@ -38,12 +38,6 @@ from orchestrator.states import State
 PREFIX: Final = "/api/inference"
 _PROGRESS_EVERY_S: Final = 0.25
 _MAX_WAIT_S: Final = 300.0
-_PROBLEM: Final[dict[int | str, dict[str, Any]]] = {
-    "default": {
-        "description": "A problem document",
-        "content": {MEDIA_TYPE: {"schema": schemas.ProblemAnswer.model_json_schema()}},
-    }
-}
 
 
 def create_app(
@@ -91,6 +85,7 @@ def create_app(
     app.include_router(router(served))
     app.include_router(_health(served, metrics))
     app.router.routes.extend(pages.routes())
+    openapi.describe(app, wants_key=bool(keys))
     app.add_middleware(Below, prefix="/v1/", app_below=passed_on)
     app.add_middleware(LimitBody, max_bytes=max_body_bytes)
     if keys:
@@ -115,7 +110,6 @@ def router(orch: AsyncOrchestrator) -> APIRouter:
     routes = APIRouter(
         prefix=PREFIX,
         route_class=ProblemRoute,
-        responses=_PROBLEM,
         tags=["inference"],
         lifespan=lifespan,
     )
@@ -131,10 +125,11 @@ def _add_loads(routes: APIRouter, orch: AsyncOrchestrator) -> None:
 
     @routes.post(
         "/load",
-        openapi_extra=_takes(schemas.LoadBody),
+        openapi_extra=takes(schemas.LoadBody),
         responses={
             200: {"model": schemas.LoadAnswer, "description": "Settled: the model is Healthy"},
             202: {"model": schemas.AcceptedAnswer, "description": "Accepted (`wait=false`)"},
+            **problems(*openapi.LOAD),
         },
     )
     async def load(request: Request, *, wait: bool = True) -> Response:
@@ -147,7 +142,7 @@ def _add_loads(routes: APIRouter, orch: AsyncOrchestrator) -> None:
 
     @routes.get(
         "/loads/{generation}",
-        responses={200: {"model": schemas.LoadState}},
+        responses=answers(schemas.LoadState, 404, *openapi.READ),
     )
     async def load_state(
         generation: int,
@@ -165,7 +160,7 @@ def _add_loads(routes: APIRouter, orch: AsyncOrchestrator) -> None:
             raise HTTPException(404, f"no load has generation {generation}") from None
         return Json({name: found[name] for name in schemas.LoadState.model_fields if name in found})
 
-    @routes.get("/loads", responses={200: {"model": schemas.LoadsAnswer}})
+    @routes.get("/loads", responses=answers(schemas.LoadsAnswer, *openapi.READ))
     async def loads(limit: Annotated[int, Query(ge=1, le=256)] = 20) -> Response:
         return Json({"loads": [load.as_dict() for load in orch.history(limit)]})
 
@@ -175,8 +170,8 @@ def _add_requests(routes: APIRouter, orch: AsyncOrchestrator) -> None:
 
     @routes.post(
         "/unload",
-        openapi_extra=_takes(schemas.UnloadBody, required=False),
-        responses={200: {"model": schemas.UnloadAnswer}},
+        openapi_extra=takes(schemas.UnloadBody, required=False),
+        responses=answers(schemas.UnloadAnswer, *openapi.ASK),
     )
     async def unload(request: Request) -> Response:
         body = known(await json_body(request, required=False), schemas.UnloadBody)
@@ -187,8 +182,8 @@ def _add_requests(routes: APIRouter, orch: AsyncOrchestrator) -> None:
 
     @routes.post(
         "/cancel",
-        openapi_extra=_takes(schemas.CancelBody),
-        responses={200: {"model": schemas.CancelAnswer}},
+        openapi_extra=takes(schemas.CancelBody),
+        responses=answers(schemas.CancelAnswer, *openapi.ASK),
     )
     async def cancel(request: Request) -> Response:
         body = known(await json_body(request), schemas.CancelBody)
@@ -202,8 +197,8 @@ def _add_requests(routes: APIRouter, orch: AsyncOrchestrator) -> None:
 
     @routes.post(
         "/plan",
-        openapi_extra=_takes(schemas.LoadBody),
-        responses={200: {"model": schemas.PlanAnswer}},
+        openapi_extra=takes(schemas.LoadBody),
+        responses=answers(schemas.PlanAnswer, *openapi.PLAN),
     )
     async def plan(request: Request) -> Response:
         wanted = LoadRequest.from_dict(await json_body(request))
@@ -211,8 +206,8 @@ def _add_requests(routes: APIRouter, orch: AsyncOrchestrator) -> None:
 
     @routes.post(
         "/variants",
-        openapi_extra=_takes(schemas.VariantsBody),
-        responses={200: {"model": schemas.VariantsAnswer}},
+        openapi_extra=takes(schemas.VariantsBody),
+        responses=answers(schemas.VariantsAnswer, *openapi.VARIANTS),
     )
     async def variants(request: Request) -> Response:
         body = known(await json_body(request), schemas.VariantsBody)
@@ -223,15 +218,18 @@ def _add_requests(routes: APIRouter, orch: AsyncOrchestrator) -> None:
 def _add_views(routes: APIRouter, orch: AsyncOrchestrator) -> None:
     """What only reads: answered in microseconds, also while a load runs."""
 
-    @routes.get("/status", responses={200: {"model": schemas.StatusAnswer}})
+    @routes.get("/status", responses=answers(schemas.StatusAnswer, *openapi.LOOK))
     async def status() -> Response:
         return Json(orch.status().as_dict())
 
-    @routes.get("/load-progress", responses={200: {"model": schemas.ProgressAnswer}})
+    @routes.get(
+        "/load-progress",
+        responses=answers(schemas.ProgressAnswer, *openapi.LOOK),
+    )
     async def load_progress() -> Response:
         return Json(orch.progress().as_dict())
 
-    @routes.get("/logs", responses={200: {"model": schemas.LogsAnswer}})
+    @routes.get("/logs", responses=answers(schemas.LogsAnswer, *openapi.READ))
     async def logs(
         lines: Annotated[int, Query(ge=1, le=MAX_LINES)] = 200, *, follow: bool = False
     ) -> Response:
@@ -240,17 +238,28 @@ def _add_views(routes: APIRouter, orch: AsyncOrchestrator) -> None:
             return StreamingResponse(coming, media_type="text/plain; charset=utf-8")
         return Json({"lines": list(orch.logs(lines))})
 
-    @routes.get("/options", responses={200: {"model": schemas.OptionsAnswer}})
+    @routes.get(
+        "/options",
+        responses=answers(schemas.OptionsAnswer, 424, *openapi.READ),
+    )
     async def options() -> Response:
         return Json((await asyncio.to_thread(orch.options)).as_dict())
 
-    @routes.get("/diagram.svg", response_class=Response, responses=_sends("image/svg+xml"))
+    @routes.get(
+        "/diagram.svg",
+        response_class=Response,
+        responses=sends("image/svg+xml"),
+    )
     async def diagram_svg() -> Response:
         from orchestrator import diagram
 
         return Response(diagram.svg(orch.status().state), media_type="image/svg+xml")
 
-    @routes.get("/diagram.mmd", response_class=Response, responses=_sends("text/plain"))
+    @routes.get(
+        "/diagram.mmd",
+        response_class=Response,
+        responses=sends("text/plain"),
+    )
     async def diagram_mmd() -> Response:
         from orchestrator import diagram
 
@@ -265,7 +274,12 @@ def _add_streams(routes: APIRouter, orch: AsyncOrchestrator) -> None:
             return newest
         return last_event_id if last_event_id <= newest else 0  # of an earlier orchestrator
 
-    @routes.get("/events", dependencies=[Depends(orch.start)], response_class=EventSourceResponse)
+    @routes.get(
+        "/events",
+        dependencies=[Depends(orch.start)],
+        response_class=EventSourceResponse,
+        responses=problems(*openapi.READ, 409),
+    )
     async def events(after: int = Depends(position)) -> AsyncIterator[ServerSentEvent]:
         async with contextlib.aclosing(orch.events(after)) as happened:
             shown = None
@@ -289,30 +303,25 @@ def _add_streams(routes: APIRouter, orch: AsyncOrchestrator) -> None:
 
 
 def _health(orch: AsyncOrchestrator, metrics: Metrics) -> APIRouter:
-    routes = APIRouter(route_class=ProblemRoute, responses=_PROBLEM, tags=["health"])
+    routes = APIRouter(route_class=ProblemRoute, tags=["health"])
 
-    @routes.get("/healthz", responses={200: {"model": schemas.HealthAnswer}})
+    @routes.get("/healthz", responses=answers(schemas.HealthAnswer))
     async def healthz() -> Response:
         return Json({"status": "alive"})
 
-    @routes.get("/readyz", responses={200: {"model": schemas.HealthAnswer}})
+    @routes.get("/readyz", responses=answers(schemas.HealthAnswer, 503))
     async def readyz() -> Response:
         state = orch.status().state
         if state is not State.HEALTHY:
             raise NotLoaded.because(f"no model is Healthy: the state is {state}")
         return Json({"status": "ready"})
 
-    @routes.get("/metrics", response_class=Response, responses=_sends("text/plain"))
+    @routes.get(
+        "/metrics",
+        response_class=Response,
+        responses=sends("text/plain"),
+    )
     async def prometheus() -> Response:
         return Response(metrics.render(), media_type=MEDIA_TYPE_METRICS)
 
     return routes
-
-
-def _takes(model: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
-    content = {"application/json": {"schema": model.model_json_schema()}}
-    return {"requestBody": {"required": required, "content": content}}
-
-
-def _sends(media_type: str) -> dict[int | str, dict[str, Any]]:
-    return {200: {"content": {media_type: {"schema": {"type": "string"}}}}}

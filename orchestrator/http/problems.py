@@ -24,13 +24,17 @@ from orchestrator.errors import OrchestratorError, Problem
 from orchestrator.paths import shown_members
 
 MEDIA_TYPE: Final = "application/problem+json"
-_CATEGORIES: Final = {
-    400: "bad_request",
-    401: "unauthorized",
-    404: "not_found",
-    405: "method_not_allowed",
-    413: "too_large",
+CATEGORIES: Final[Mapping[int, tuple[str, ...]]] = {
+    400: ("bad_request",),
+    401: ("unauthorized",),
+    403: ("forbidden_host", "forbidden_origin"),
+    404: ("not_found",),
+    405: ("method_not_allowed",),
+    413: ("too_large",),
+    500: ("internal",),
 }
+"""Of failures that are HTTP's own; where there are several, whoever refuses says which."""
+
 _log = structlog.get_logger("orchestrator.http")
 
 
@@ -60,7 +64,7 @@ def http_problem(status: int, detail: str, *, category: str | None = None) -> di
         "title": HTTPStatus(status).phrase,
         "status": status,
         "detail": detail,
-        "category": category or _CATEGORIES.get(status, "http_error"),
+        "category": category or CATEGORIES.get(status, ("http_error",))[0],
     }
 
 

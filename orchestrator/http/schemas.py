@@ -6,9 +6,33 @@ instead of coercing; answers are the views' own `as_dict`. A test compares the n
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+
+def _example(**members: Any) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": [members]})
+
+
+_LOADED: Final = {
+    "status": "loaded",
+    "generation": 7,
+    "joined": False,
+    "model_path": "unsloth/Qwen3-0.6B-GGUF",
+    "gguf_variant": "Q4_K_M",
+    "revision": "50968a4468ef4233ed78cd7c3de230dd1d61a56b",
+    "pid": 4242,
+    "base_url": "http://127.0.0.1:36017",
+    "context_length": 8192,
+    "requested_context_length": 8192,
+    "cache_type_kv": "q8_0",
+    "speculative_type": "off",
+    "llama_extra_args": ["--top-k", "20"],
+    "is_vision": False,
+    "reload_reasons": [{"field": "max_seq_length", "running": 4096, "requested": 8192}],
+    "timings_s": {"kill": 0.004, "download": 0.011, "spawn": 0.002, "health": 1.9, "total": 1.917},
+}
 
 
 class _Body(BaseModel):
@@ -17,6 +41,14 @@ class _Body(BaseModel):
 
 class LoadBody(_Body):
     """What to load, and how. Unknown fields are refused."""
+
+    model_config = _example(
+        model_path="unsloth/Qwen3-0.6B-GGUF",
+        gguf_variant="Q4_K_M",
+        max_seq_length=8192,
+        cache_type_kv="q8_0",
+        llama_extra_args=["--top-k", "20"],
+    )
 
     model_path: str = Field(description="a .gguf file, a folder with one, or owner/name[:VARIANT]")
     gguf_variant: str | None = Field(None, description="quant label, or a path inside the repo")
@@ -55,6 +87,8 @@ class UnloadBody(_Body):
 class CancelBody(_Body):
     """Exactly one of the two."""
 
+    model_config = _example(load_request_id="apply-17")
+
     load_request_id: str | None = None
     generation: int | None = None
 
@@ -80,6 +114,8 @@ class Timings(_Answer):
 
 
 class LoadAnswer(_Answer):
+    model_config = _example(**_LOADED)
+
     status: Literal["loaded", "already_loaded"]
     generation: int
     joined: bool
@@ -105,6 +141,15 @@ class AcceptedAnswer(_Answer):
 
 class ProblemAnswer(_Answer):
     """RFC 9457; members without a value are left out."""
+
+    model_config = _example(
+        type="about:blank",
+        title="A llama-server flag is refused",
+        status=400,
+        detail="--port is refused: the orchestrator owns the server's address",
+        category="refused_argument",
+        field="llama_extra_args",
+    )
 
     type: str
     title: str
@@ -186,6 +231,12 @@ class CancelAnswer(_Answer):
 
 
 class PlanAnswer(_Answer):
+    model_config = _example(
+        action="reload",
+        reload_reasons=_LOADED["reload_reasons"],
+        argv=["llama-server", "-m", "model.gguf", "--host", "127.0.0.1", "--port", "0"],
+    )
+
     action: Literal["none", "load", "reload"]
     reload_reasons: list[ReloadReason]
     argv: list[str]
@@ -241,6 +292,10 @@ class StatusAnswer(_Answer):
 
 
 class ProgressAnswer(_Answer):
+    model_config = _example(
+        phase="downloading", bytes_done=268435456, bytes_total=396705472, fraction=0.68
+    )
+
     phase: Literal["killing", "downloading", "spawning", "loading", "ready"] | None
     bytes_done: int | None
     bytes_total: int | None

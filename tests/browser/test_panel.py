@@ -116,7 +116,7 @@ def test_a_manual_drafting_mode_survives_the_round_trip(
     expect(mode.locator("option:checked")).to_have_text("ngram-simple,ngram-mod (manual)")
     shown.plan_says("Nothing to do: this runs already.")
     shown.page.click("#apply")
-    expect(shown.page.locator("#sent")).to_contain_text("generation 1")
+    expect(shown.page.locator("#sent")).to_have_text("Generation 1 runs already.")
     assert client.get(PREFIX + "/status").json()["loaded"]["pid"] == first["pid"]
     shown.apply(max_seq_length="512")
     until(client, lambda s: s["loaded"] and s["loaded"]["requested_context_length"] == 512)

@@ -199,6 +199,7 @@ def test_the_options_are_what_loads_accept(serve: Serve, tiny_model: str) -> Non
         options = client.get(PREFIX + "/options").json()
         assert options["speculative_type"][:2] == ["off", "default"]
         assert {"ngram-mod", "ngram-simple"} < {*options["speculative_type"]}
+        assert "none" not in options["speculative_type"], "off is called off"
         assert "q8_0" in options["cache_type_kv"]
         for name, values in options.items():
             for value in values:

@@ -7,10 +7,11 @@ import dataclasses
 import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fastapi
 import httpx
+import pydantic
 import pytest
 
 import orchestrator.http
@@ -22,6 +23,11 @@ from tests.process.support import is_running
 
 JSON = {"Content-Type": "application/json"}
 LOAD = PREFIX + "/load"
+WITH_EXAMPLES = [
+    model
+    for model in vars(schemas).values()
+    if "json_schema_extra" in getattr(model, "model_config", {})
+]
 
 
 @pytest.fixture
@@ -279,11 +285,46 @@ def test_openapi_tells_the_whole_contract(idle: httpx.Client) -> None:
         ("/healthz", "get"),
         ("/readyz", "get"),
         ("/metrics", "get"),
+        ("/v1/{path}", "get"),
+        ("/v1/{path}", "post"),
     }
     load = document["paths"][LOAD]["post"]
     body = load["requestBody"]["content"]["application/json"]["schema"]
     assert "max_seq_length" in body["properties"]
-    assert {"200", "202", "default"} <= load["responses"].keys()
+    documented = {
+        "200",
+        "202",
+        "400",
+        "404",
+        "409",
+        "413",
+        "422",
+        "424",
+        "502",
+        "503",
+        "504",
+        "507",
+    }
+    assert documented <= load["responses"].keys()
+    assert "superseded" in load["responses"]["409"]["description"]
+    for status in documented - {"200", "202"}:
+        assert list(load["responses"][status]["content"]) == ["application/problem+json"]
+
+
+@pytest.mark.parametrize("model", WITH_EXAMPLES)
+def test_every_example_is_one(model: type[pydantic.BaseModel]) -> None:
+    """People copy examples before they read anything else."""
+    (example,) = cast("Any", model.model_config["json_schema_extra"])["examples"]
+    model.model_validate(example)
+    if model is schemas.LoadBody:
+        assert LoadRequest.from_dict(example).gguf_variant == "Q4_K_M"
+
+
+def test_the_document_says_when_a_key_is_wanted() -> None:
+    """A generated client has to know."""
+    wanted = create_app(llama_server="embedded", api_keys=["k"]).openapi()
+    assert wanted["security"] == [{"key": []}]
+    assert "security" not in create_app(llama_server="embedded").openapi()
 
 
 def test_the_router_brings_its_problems_into_another_app(state_dir: Path) -> None:

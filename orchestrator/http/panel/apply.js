@@ -75,9 +75,10 @@ export function apply() {
 async function submit(body) {
   try {
     const { generation } = await post("load?wait=false", body);
+    showFieldError(null);
+    if (status?.loaded?.generation === generation) return say($("sent"), `Generation ${generation} runs already.`);
     mine.add(generation);
     say($("sent"), `Asked for: generation ${generation}.`);
-    showFieldError(null);
     settle((await get("loads?limit=50")).loads);
   } catch (error) {
     refused(/** @type {any} */ (error).problem);

@@ -44,12 +44,11 @@ export function seconds(s) {
   return `${Math.floor(s / 3600)} h ${Math.round((s % 3600) / 60)} min`;
 }
 
-/** A model with its variant, as one name. */
-export const named = (of) => {
-  const path = of.model_path.replace(/^.*\/(?=[^/]+\/[^/]+$)/, "…/");
-  const shown = of.model_path.startsWith("/") ? path : of.model_path;
-  return of.gguf_variant ? `${shown} · ${of.gguf_variant}` : shown;
-};
+/** A model with its variant, as one name; of a path only its end. */
+export function named({ model_path: path, gguf_variant: variant }, whole = false) {
+  const shown = path.startsWith("/") && !whole ? path.replace(/^.*\/(?=[^/])/, "…/") : path;
+  return variant ? `${shown} · ${variant}` : shown;
+}
 
 /** A value of a setting, as a person reads it. */
 export function value(of) {

@@ -22,7 +22,7 @@ export function show(now, isPrefetching) {
   $("dot").className = `dot ${isFailed ? "failed" : state.toLowerCase()}`;
   const about = loading ?? loaded;
   document.title = about ? `${state} · ${named(about)}` : `${state} · llama-orchestrator`;
-  say($("model"), about ? named(about) : "Nothing is loaded.");
+  say($("model"), about ? named(about, true) : "Nothing is loaded.");
   $("cancel").hidden = !loading && !isPrefetching;
   $("unload").hidden = !loaded && !loading;
   put($("facts"), ...facts(loaded));
@@ -48,7 +48,8 @@ function facts(loaded) {
     ["Revision", loaded.revision?.slice(0, 12)],
     ["Clients", `${location.origin}/v1`],
     ["Server", loaded.base_url],
-    ["Process", `${loaded.pid} (generation ${loaded.generation}, loaded in ${seconds(loaded.timings_s.total)})`],
+    ["Process", `pid ${loaded.pid}`],
+    ["Loaded in", `${seconds(loaded.timings_s.total)} (generation ${loaded.generation})`],
   ];
   return rows.filter(([, text]) => text).map(([name, text]) => el("div", {}, el("dt", {}, name), el("dd", {}, text)));
 }
