@@ -133,6 +133,11 @@ class LoadAnswer(_Answer):
     is_vision: bool
     reload_reasons: list[ReloadReason]
     timings_s: Timings
+    chat_template_override: str | None = None
+    mmproj_path: str | None = None
+    n_parallel: int | None = None
+    idle_ttl_s: float | None = None
+    pinned: bool = False
 
 
 class AcceptedAnswer(_Answer):

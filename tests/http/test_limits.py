@@ -8,6 +8,7 @@ import http.client
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import fastapi
@@ -209,8 +210,10 @@ def test_answers_say_what_browsers_may_do_with_them(
         assert "Cache-Control" not in passed.headers
 
 
-def test_a_foreign_host_and_a_wrong_key_are_answered_alike_in_their_headers() -> None:
-    app = create_app(llama_server="embedded", api_keys=["k"])
+def test_a_foreign_host_and_a_wrong_key_are_answered_alike_in_their_headers(
+    state_dir: Path,
+) -> None:
+    app = create_app(llama_server="embedded", state_dir=state_dir, api_keys=["k"])
     with serving(app) as client:
         for headers in ({"Host": "evil.example"}, {"Origin": "null"}, {}):
             answer = client.get("/nowhere", headers=headers)

@@ -19,6 +19,7 @@ import fastapi
 import httpx
 import openai
 import pytest
+from fastapi.testclient import TestClient
 from openai.types.chat import ChatCompletion
 from starlette.routing import Route
 
@@ -417,14 +418,15 @@ def test_a_server_that_cannot_be_reached_is_said_so(through: Callable[..., httpx
     assert answer.headers["Retry-After"]
 
 
-def test_an_app_of_our_own_passes_on_below_v1_only(serve: Serve) -> None:
+def test_an_app_of_our_own_passes_on_below_v1_only(serve: Serve, tmp_path: Path) -> None:
     """Also below a path of another app, where a backend may have mounted it."""
     with serve() as client:
         assert problem(client.get("/v1/models")) == (503, "not_loaded")
         assert problem(client.get("/v1")) == (404, "not_found")
         assert problem(client.get("/v2/models")) == (404, "not_found")
     outer = fastapi.FastAPI()
-    outer.mount("/llama", create_app(llama_server="embedded"))
-    with serving(outer) as client:
+    inner = create_app(llama_server="embedded", state_dir=tmp_path / "inner")
+    outer.mount("/llama", inner)
+    with TestClient(inner), serving(outer) as client:  # a mounted app's lifespan is not run
         assert problem(client.get("/llama/v1/models")) == (503, "not_loaded")
         assert problem(client.get("/llama/nothing")) == (404, "not_found")
