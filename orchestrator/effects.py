@@ -6,6 +6,7 @@ and probes on one worker thread; since at most one effect is in flight, one work
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import secrets
@@ -271,4 +272,5 @@ class ProcessEffects:
         return str(path)
 
     def _remove_template(self) -> None:
-        self._template_path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk gone read-only: nobody reads it again
+            self._template_path.unlink()

@@ -31,7 +31,7 @@ from orchestrator.http.passthrough import Below, PassThrough
 from orchestrator.http.problems import Json, ProblemRoute, install
 from orchestrator.orchestrator import AsyncOrchestrator
 from orchestrator.output import MAX_LINES
-from orchestrator.paths import shown, shown_members
+from orchestrator.paths import shown
 from orchestrator.request import LoadRequest
 from orchestrator.states import State
 
@@ -291,8 +291,7 @@ def _add_streams(routes: APIRouter, orch: AsyncOrchestrator) -> None:
                         if (event := coming.result()) is None:
                             return
                         after = event.id
-                        told = shown_members(event.data)
-                        yield ServerSentEvent(id=str(after), event=event.kind, data=told)
+                        yield ServerSentEvent(id=str(after), event=event.kind, data=event.data)
                         coming = asyncio.ensure_future(anext(happened, None))
                     elif (step := orch.progress()) != shown and step.bytes_done is not None:
                         # a step has the number of the event before it: to resume there is enough
