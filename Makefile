@@ -78,6 +78,9 @@ screenshot: $(VENV)/.ready chromium
 
 bench: $(VENV)/.ready llama-server
 	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m tests.bench.bench $(ARGS)
+	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m tests.bench.passthrough_bench
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]'
+	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m tests.bench.scale_bench --plots docs
 	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m tests.bench.hub_bench
 
 clean:
