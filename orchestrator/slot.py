@@ -30,7 +30,7 @@ try:
 except ImportError:  # Windows: no inherited locks, and so no slot that could be verified
     fcntl = None  # type: ignore[assignment]
 
-TOKEN_NAME: Final = "LLAMA_ORCHESTRATOR_SLOT"  # noqa: S105 (a name, not a secret)
+TOKEN_NAME: Final = "LLAMA_ORCHESTRATOR_SLOT_TOKEN"  # noqa: S105 (a name, not a secret)
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RECORD_VERSION: Final = 1
 _VERIFY_EVERY_S: Final = 0.02
