@@ -37,9 +37,9 @@ class Setting(click.Option):
 
     def __init__(self, param_decls: Sequence[str] | None = None, **attributes: Any) -> None:
         super().__init__(param_decls, **attributes)
-        self.key = max(self.opts, key=len).lstrip("-").replace("-", "_")
-        self.variable = PREFIX + self.key.upper()
-        self.envvar = self.variable
+        self.key: str = max(self.opts, key=len).lstrip("-").replace("-", "_")
+        self.variable: str = PREFIX + self.key.upper()
+        self.envvar: str | Sequence[str] | None = self.variable
 
     def get_error_hint(self, ctx: click.Context | None) -> str:
         """Name what holds the wrong value: the flag, or the variable."""
