@@ -69,9 +69,11 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What `release` installs, because an editable install hides the package from pyright.
+# The paths say which Python has the libraries, and where the package is: pyright does not follow an
+# editable install.
 types: $(VENV)/.ready
-	$(BIN)/basedpyright --verifytypes orchestrator --ignoreexternal
+	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH="$(CURDIR)" \
+	  basedpyright --verifytypes orchestrator --ignoreexternal
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
@@ -92,6 +94,12 @@ bench: $(VENV)/.ready llama-server
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]'
 	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m tests.bench.scale_bench --plots docs
 	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m tests.bench.hub_bench
+
+release: $(VENV)/.ready
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m tests.release dist
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
