@@ -337,7 +337,7 @@ def test_an_answer_without_a_body_keeps_its_head(
 def test_a_client_that_waits_to_be_told_to_go_on_is_told(
     through: Callable[..., httpx.Client], echo: str
 ) -> None:
-    """`Expect: 100-continue`, as curl sends it with a larger body, concerns this connection only."""
+    """`Expect: 100-continue`, as curl sends it with a large body, concerns one connection only."""
     client = through(Lender(echo))
     seen = client.post("/v1/x", content=b"x" * 2048, headers={"Expect": "100-continue"}).json()
     assert bytes.fromhex(seen["body"]) == b"x" * 2048
