@@ -83,7 +83,8 @@ class Facade:
         models_dir: One or several folders that local models are confined to; names that are not
             absolute are looked for in them. Empty = anywhere.
         protect_server: Give every server a random key, so that nobody but `lease()` and the
-            pass-through can use it: `base_url` alone is not enough any more.
+            pass-through can use it: `base_url` alone is not enough any more. Keys instead of True
+            are taken by every server beside its own, for local clients that are given one.
 
     Raises:
         InvalidRequest: a setting is not usable; names the field.
@@ -103,7 +104,7 @@ class Facade:
         idle_ttl_s: float | None = None,
         server_env: Mapping[str, str] | None = None,
         models_dir: Folder | Iterable[Folder] = (),
-        protect_server: bool = False,
+        protect_server: bool | Iterable[str] = False,
     ) -> None:
         _check_choice("abandoned_load", abandoned_load, "cancel", "continue")
         _check_choice("drain_policy", drain_policy, "wait", "cut")
@@ -118,7 +119,7 @@ class Facade:
         self._policy = Policy(drain_s, abandoned_load, _restart_policy(restart), idle_ttl_s)
         self._server_env = dict(server_env or {})
         self._roots = model_roots(models_dir)
-        self._is_protected = protect_server
+        self._server_keys = _server_keys(protect_server)
         paths.kept_in(self._cache.parent, "<state>")
         self._hub = Hub(self._cache / "hub")
         self._prefetches = Prefetches(self._hub)
@@ -164,7 +165,7 @@ class Facade:
                     server_env=self._server_env,
                     hub=self._hub,
                     roots=self._roots,
-                    protect_server=self._is_protected,
+                    server_keys=self._server_keys,
                 ),
                 policy=self._policy,
                 observers=self._observers,
@@ -438,6 +439,25 @@ def request_of(request: LoadRequest | str, changes: dict[str, Any]) -> LoadReque
         kept = {f.name: getattr(request, f.name) for f in fields(request)}
         return LoadRequest.from_dict({**kept, **changes}) if changes else request
     return LoadRequest.from_dict({"model_path": request, **changes})
+
+
+def _server_keys(protect_server: object) -> tuple[str, ...] | None:
+    """Return the keys that open a server beside its own; None = it needs no key.
+
+    Raises:
+        InvalidRequest: not a key that can be given to a server (field `protect_server`).
+    """
+    if isinstance(protect_server, bool):
+        return () if protect_server else None
+    keys = (protect_server,) if isinstance(protect_server, str) else protect_server
+    given = tuple(keys) if isinstance(keys, Iterable) else (None,)
+    for key in given:
+        if not isinstance(key, str) or not key.isprintable() or not key.isascii() or "," in key:
+            message = "protect_server is True, False, or keys of printable ASCII without a comma"
+            raise InvalidRequest.because(message, field="protect_server")
+        if not key.strip():
+            raise InvalidRequest.because("an API key must not be empty", field="protect_server")
+    return given
 
 
 def _check_choice(field: str, value: object, *choices: str) -> None:

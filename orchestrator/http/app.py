@@ -21,7 +21,7 @@ from orchestrator.errors import NotLoaded
 from orchestrator.http import openapi, pages, schemas
 from orchestrator.http.bodies import json_body, known, refuse, while_connected
 from orchestrator.http.headers import AnswerHeaders
-from orchestrator.http.keys import PROBED_PATHS, RequireKey
+from orchestrator.http.keys import PROBED_PATHS, RequireKey, shareable
 from orchestrator.http.limits import MAX_BODY_BYTES, LimitBody
 from orchestrator.http.metrics import MEDIA_TYPE as MEDIA_TYPE_METRICS
 from orchestrator.http.metrics import Metrics
@@ -57,7 +57,7 @@ def create_app(
             addresses. Others are refused, as are requests of web pages of another origin.
         max_body_bytes: The most that a request may send.
         **orchestrator_options: As for `AsyncOrchestrator`; with keys, `protect_server` is on, so
-            that nobody gets round them by the server's own port.
+            that nobody gets round them by the server's own port, which takes the same keys.
 
     Raises:
         TypeError: both an orchestrator and options for one.
@@ -69,7 +69,7 @@ def create_app(
     if orch is not None and orchestrator_options:
         raise TypeError("give an orchestrator or the options for one, not both")
     keys = tuple(api_keys)
-    options = {"protect_server": bool(keys), **orchestrator_options}
+    options = {"protect_server": shareable(keys), **orchestrator_options}
     served = AsyncOrchestrator(**options) if orch is None else orch
     hosts = checked_hosts(allowed_hosts)
     passed_on = PassThrough(served)
