@@ -27,7 +27,7 @@ from orchestrator.http.metrics import MEDIA_TYPE as MEDIA_TYPE_METRICS
 from orchestrator.http.metrics import Metrics
 from orchestrator.http.openapi import answers, problems, sends, takes
 from orchestrator.http.origins import RefuseForeign, checked_hosts
-from orchestrator.http.passthrough import Below, PassThrough
+from orchestrator.http.passthrough import HELD_S, MAX_HELD, Below, PassThrough
 from orchestrator.http.problems import Json, ProblemRoute, install
 from orchestrator.orchestrator import AsyncOrchestrator
 from orchestrator.output import MAX_LINES
@@ -46,6 +46,8 @@ def create_app(
     api_keys: Iterable[str] = (),
     allowed_hosts: Iterable[str] = (),
     max_body_bytes: int = MAX_BODY_BYTES,
+    held_s: float = HELD_S,
+    max_held: int = MAX_HELD,
     **orchestrator_options: Any,
 ) -> FastAPI:
     """Return an app whose lifespan starts the orchestrator and closes it.
@@ -56,6 +58,8 @@ def create_app(
         allowed_hosts: Names by which the service may be called, beside `localhost` and its
             addresses. Others are refused, as are requests of web pages of another origin.
         max_body_bytes: The most that a request may send.
+        held_s: Seconds that a request below `/v1` waits for a load in flight.
+        max_held: How many requests may wait so.
         **orchestrator_options: As for `AsyncOrchestrator`; with keys, `protect_server` is on, so
             that nobody gets round them by the server's own port, which takes the same keys.
 
@@ -72,7 +76,7 @@ def create_app(
     options = {"protect_server": shareable(keys), **orchestrator_options}
     served = AsyncOrchestrator(**options) if orch is None else orch
     hosts = checked_hosts(allowed_hosts)
-    passed_on = PassThrough(served)
+    passed_on = PassThrough(served, held_s=held_s, max_held=max_held)
     metrics = Metrics(served, lambda: passed_on.held)
 
     @contextlib.asynccontextmanager
