@@ -23,7 +23,6 @@ RESTART_CONTINUE = Policy(abandoned_load="continue", restart=RestartPolicy(limit
 PROGRAMS: dict[str, dict[str, Any]] = {
     # who supersedes, joins, queues, rejects
     "load A | load B | unload": {},
-    "load A | load B | load C | unload": {"faults": Faults(download=False, health=False)},
     "load A | load B queue; cancel | load A queue": {},
     "load A force | load B queue | load A queue": {"warm": "A"},
     "load A | load B reject | unload B": {},
@@ -44,7 +43,6 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "lease; release; lease | load B; load C": {"warm": "A"},
     "lease; release | load B | shutdown": {"warm": "A"},
     "lease; release | unload A; load B": {"warm": "A"},
-    "lease; release | load A; withdraw | load B queue | shutdown": {},
     # the end
     "load A | load B | shutdown": {},
     "load A | load B queue | shutdown": {},
@@ -89,12 +87,36 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "load A queue | load B force; cancel": {"warm": "A", "policy": IDLE},
     "lease | load A force": {"warm": "A", "policy": IDLE_RESTART},
     "load B restore | shutdown ": {"warm": "A", "policy": IDLE},
+}
+
+DEEP: dict[str, dict[str, Any]] = {
+    # four clients: every pair of the above meets two more
+    "load A | load B | load C | unload": {},
+    "load A | load B queue | load C queue | load A queue": {},
+    "load A id=x | load B id=x queue | cancel x | unload B": {},
+    "load A; withdraw | load A; withdraw | load B; withdraw | lease; release": {
+        "faults": Faults(health=False)
+    },
+    "lease; release | load A; withdraw | load B queue | shutdown": {},
+    "lease; release | lease; withdraw | load B | load A queue": {"warm": "A"},
+    "load A slow | load B slow | load A | unload A": {},
+    "load A deadline | load B queue deadline | lease; release | unload": {},
+    "load B restore | load C restore queue | load A | unload B": {"warm": "A"},
+    "load B restore deadline | lease; release | load A queue | shutdown": {"warm": "A"},
+    "load A | load B queue | lease; release | unload": {"warm": "A", "policy": RESTART},
+    "lease; release | load A | load B queue | unload": {"warm": "A", "policy": IDLE_RESTART},
+    "load A | load B; cancel | lease; withdraw | load A queue": {"policy": CONTINUE},
     # nothing goes wrong but the order: longer programs
     "load A force | load B queue; cancel | load A queue | load A force": {
         "warm": "A",
         "faults": NO_FAULTS,
     },
+    "lease; release | load A; load B | load C queue; cancel | unload; load A": {
+        "warm": "A",
+        "faults": NO_FAULTS,
+    },
 }
+"""Four clients, for nightly runs: hundreds of thousands of worlds each."""
 
 
 @cache

@@ -19,7 +19,7 @@ from orchestrator.messages import Post
 from orchestrator.states import State
 from orchestrator.table import TABLE, Row
 from tests.core.checker import Report, TracedLifecycle, explore
-from tests.core.explorations import PROGRAMS, RESTART, explored
+from tests.core.explorations import DEEP, PROGRAMS, RESTART, explored
 from tests.core.invariants import INVARIANTS
 from tests.core.world import Faults
 
@@ -33,6 +33,17 @@ def test_the_shipped_table_keeps_every_invariant(program: str) -> None:
     assert report.counterexample is None, report.counterexample
     assert report.worlds > 1
     assert report.edges > report.worlds / 2
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("program", DEEP)
+def test_four_clients_break_no_invariant(program: str) -> None:
+    """Some races need a third party to open the window and a fourth to fall through it."""
+    report = explore(program, **DEEP[program])
+    print(f"\n{report}")
+    assert report.counterexample is None, report.counterexample
+    assert report.worlds > 1000
 
 
 @pytest.mark.timeout(240)

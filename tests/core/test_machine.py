@@ -777,6 +777,40 @@ def test_an_early_cancel_is_remembered_for_sixty_seconds() -> None:
         assert run.category(run.load(A, load_request_id="x")) == category
 
 
+def test_the_sixty_seconds_are_counted_from_the_cancel() -> None:
+    """Monotonic clocks begin anywhere: a host that is up for days remembers a cancel as well."""
+    run = Run()
+    run.now = 1e6
+    run.cancel("x")
+    run.now += 1.0
+    assert run.category(run.load(A, load_request_id="x")) == "cancelled"
+
+
+def test_a_cancel_of_another_generation_touches_nothing() -> None:
+    """It names a load that has ended: the one in flight, and who joined it, go on."""
+    run = healthy()
+    first, second = run.load(B), run.load(B)
+    run.load(C, on_busy="queue")
+    before = run.ctx
+    for generation in (1, 7):
+        cancel = run.cancel(generation=generation)
+        assert run.answers[cancel] == CancelAnswer(cancelled=False)
+        assert (run.state, run.ctx) == (K, before)
+    run.settle()
+    assert [run.category(ticket) for ticket in (first, second)] == ["loaded", "loaded"]
+
+
+def test_a_cancel_by_generation_ends_a_queued_load_for_everybody() -> None:
+    """Both callers hear it, and the load before it goes on."""
+    run, first = in_flight(D)
+    waiting = [run.load(B, on_busy="queue") for _ in range(2)]
+    cancel = run.cancel(generation=2)
+    assert [run.category(ticket) for ticket in waiting] == ["cancelled", "cancelled"]
+    assert run.answers[cancel] == CancelAnswer(cancelled=True)
+    assert run.ctx.queue == ()
+    assert run.settle().category(first) == "loaded"
+
+
 def test_at_most_256_early_cancels_are_remembered() -> None:
     """The oldest is forgotten first; a flood of names costs bounded memory."""
     assert MAX_REMEMBERED_IDS == 256
@@ -918,6 +952,30 @@ def test_a_drain_has_an_end() -> None:
     run.do(TimerFired(Generation(1), 30.0, "drain"))
     assert run.began(Kill) == [Kill(Generation(1), Child(Generation(1), 41))]
     assert run.ctx.leases == frozenset()
+
+
+@pytest.mark.parametrize("what", ["killing already", "another server's", "nothing was there"])
+def test_a_drain_timer_that_is_late_changes_nothing(what: str) -> None:
+    """A timer cannot be called back: what it was for may be over when it fires."""
+    run = healthy()
+    if what == "nothing was there":
+        run.unload()
+        run.emptied()
+        run.unload()
+        assert (run.state, run.ctx.child) == (K, None)
+    elif what == "another server's":
+        run.load(B)
+        run.go(H)
+        run.lease()
+        run.unload()
+        assert (run.state, run.ctx.effect) == (K, None)
+    else:
+        run.unload()
+        assert run.began(Kill)
+    before = run.ctx
+    run.do(TimerFired(Generation(1), 30.0, "drain"))
+    assert (run.state, run.ctx) == (K, before)
+    assert run.commands == (Fence(Generation(1), "drain_expired"),)
 
 
 def test_a_lease_whose_holder_went_away_does_not_hold_up_the_drain() -> None:
