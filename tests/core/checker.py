@@ -342,9 +342,10 @@ class _Exploration:
                 if not open_[world]:
                     ends.append(world)
         if open_:
-            world = next(iter(open_))
-            arrival = self._reached[world]
-            assert arrival is not None
+            arrivals = (arrival for world in open_ if (arrival := self._reached[world]) is not None)
+            first = next(iter(open_))
+            nothing = _Arrival(first, Move("system", "nothing comes of it", first, None), "")
+            arrival = next(arrivals, nothing)
             violation = Violation("quiescence_is_certain", "from here it may go round for ever")
             raise _BrokenError(violation, arrival)
 

@@ -57,6 +57,8 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "load B slow | load A; unload A": {"warm": "A"},
     "load A slow | load B | unload A": {"warm": "A"},
     "load A slow | unload A": {},
+    "load A slow | load A": {},
+    "load A slow | unload; load A": {},
     "load A slow | load A | load B queue": {},
     # a slot that is not as empty as it seemed
     "load A | unload": {"faults": Faults(strays=4)},

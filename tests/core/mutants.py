@@ -106,7 +106,7 @@ def mutants_of(index: int) -> Iterator[Mutant]:
         left = (*row.actions[:i], *row.actions[i + 1 :])
         yield mutant(f"without {action}", replace(row, actions=left))
     for dest in (None, *State):
-        if dest is not row.dest:
+        if dest is not row.dest and row.sources != (dest,):  # from a state to itself is to stay
             yield mutant(f"to {dest or 'where it was'}", replace(row, dest=dest))
     if (below := _next_of_its_trigger(index)) is not None:
         table = list(TABLE)
@@ -135,7 +135,7 @@ def kill(mutant: Mutant, *, is_thorough: bool) -> Death | None:
     """
     small, large = _size_order()
     return (
-        _killed_by_checker(mutant, small, most=None if is_thorough else 4)
+        _killed_by_checker(mutant, small, most=None if is_thorough else 8)
         or _killed_by_scenario(mutant)
         or (_killed_by_checker(mutant, large, most=None if is_thorough else 2))
     )
