@@ -14,11 +14,14 @@ APT = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
   apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q $(1); \
   else echo "missing: $(1). As root: apt-get install $(1)" >&2; false; fi
 
-.PHONY: help demo test lint types format diagrams schema release screenshot bench llama-server chromium clean
+.PHONY: help demo test check-deep mutants lint types format diagrams schema release screenshot bench \
+  llama-server chromium clean
 
 help:
 	@echo "make demo          the main job on a tiny model, end to end"
 	@echo "make test          every test; builds a real llama-server once (about 6 minutes)"
+	@echo "make check-deep    what takes too long for every change: for nightly runs"
+	@echo "make mutants       change every line of the pure modules: the tests must notice"
 	@echo "make lint          ruff and mypy --strict"
 	@echo "make types         is the public API typed in full, as its users see it"
 	@echo "make diagrams      write diagrams/ from the transition table"
@@ -41,13 +44,20 @@ demo: $(VENV)/.ready
 # Only a machine without a C++ compiler or Chromium (and without root to install them) goes without
 # the tests that need them, and says so. CI never does.
 test: $(VENV)/.ready
-	@only=""; \
-	$(MAKE) --no-print-directory llama-server || { [ -z "$$CI" ] || exit 1; only="not external"; \
+	@only="not deep"; \
+	$(MAKE) --no-print-directory llama-server || { [ -z "$$CI" ] || exit 1; only="$$only and not external"; \
 	  echo "NO REAL llama-server: the tests marked external are left out" >&2; }; \
 	$(MAKE) --no-print-directory chromium || { [ -z "$$CI" ] || exit 1; \
-	  only="$${only:+$$only and }not browser"; \
+	  only="$$only and not browser"; \
 	  echo "NO CHROMIUM: the tests marked browser are left out" >&2; }; \
 	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m pytest -m "$$only" $(ARGS)
+
+check-deep: $(VENV)/.ready
+	$(BIN)/python -m pytest -m deep -s $(ARGS)
+
+mutants: $(VENV)/.ready
+	$(BIN)/mutmut run $(ARGS)
+	$(BIN)/mutmut results
 
 chromium:
 	@command -v chromium >/dev/null || { $(call APT,chromium); }
