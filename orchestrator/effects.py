@@ -202,7 +202,7 @@ class ProcessEffects:
             effect, carry_out = job
             try:
                 carry_out()
-            except Exception as error:  # noqa: BLE001 (an effect always reports)
+            except BaseException as error:  # noqa: BLE001 (it always reports, also if told to exit)
                 _log.exception("effect.failed", effect=type(effect).__name__)
                 problem = Problem("internal", f"{type(error).__name__}: {error}")
                 self._post(failure_of(effect, problem, time.monotonic()))
