@@ -14,11 +14,13 @@ APT = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
   apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q $(1); \
   else echo "missing: $(1). As root: apt-get install $(1)" >&2; false; fi
 
-.PHONY: help demo test lint format diagrams screenshot bench llama-server chromium clean
+.PHONY: help demo test check-deep soak lint format diagrams screenshot bench llama-server chromium clean
 
 help:
 	@echo "make demo          the main job on a tiny model, end to end"
 	@echo "make test          every test; builds a real llama-server once (about 6 minutes)"
+	@echo "make check-deep    what takes minutes: larger explorations, longer histories, the soak"
+	@echo "make soak          5,000 random operations on real processes, with faults, and the figures"
 	@echo "make lint          ruff and mypy --strict"
 	@echo "make diagrams      write diagrams/ from the transition table"
 	@echo "make screenshot    write docs/panel.png"
@@ -38,13 +40,19 @@ demo: $(VENV)/.ready
 # Only a machine without a C++ compiler or Chromium (and without root to install them) goes without
 # the tests that need them, and says so. CI never does.
 test: $(VENV)/.ready
-	@only=""; \
-	$(MAKE) --no-print-directory llama-server || { [ -z "$$CI" ] || exit 1; only="not external"; \
+	@only="not deep"; \
+	$(MAKE) --no-print-directory llama-server || { [ -z "$$CI" ] || exit 1; only="$$only and not external"; \
 	  echo "NO REAL llama-server: the tests marked external are left out" >&2; }; \
 	$(MAKE) --no-print-directory chromium || { [ -z "$$CI" ] || exit 1; \
-	  only="$${only:+$$only and }not browser"; \
+	  only="$$only and not browser"; \
 	  echo "NO CHROMIUM: the tests marked browser are left out" >&2; }; \
 	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m pytest -m "$$only" $(ARGS)
+
+check-deep: $(VENV)/.ready llama-server
+	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m pytest -m deep $(ARGS)
+
+soak: $(VENV)/.ready
+	$(BIN)/python -m pytest -s -m deep tests/process/test_soak.py $(ARGS)
 
 chromium:
 	@command -v chromium >/dev/null || { $(call APT,chromium); }
