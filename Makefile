@@ -14,12 +14,13 @@ APT = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
   apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q $(1); \
   else echo "missing: $(1). As root: apt-get install $(1)" >&2; false; fi
 
-.PHONY: help demo test lint format diagrams screenshot bench llama-server chromium clean
+.PHONY: help demo test lint format docs diagrams screenshot bench llama-server chromium clean
 
 help:
 	@echo "make demo          the main job on a tiny model, end to end"
 	@echo "make test          every test; builds a real llama-server once (about 6 minutes)"
 	@echo "make lint          ruff and mypy --strict"
+	@echo "make docs          the site, in build/site"
 	@echo "make diagrams      write diagrams/ from the transition table"
 	@echo "make screenshot    write docs/panel.png"
 	@echo "make bench         what the orchestrator costs on top of the bare process"
@@ -69,6 +70,10 @@ lint: $(VENV)/.ready
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.ready
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 diagrams: $(VENV)/.ready
 	$(BIN)/python -m orchestrator.diagram diagrams
