@@ -203,14 +203,15 @@ def _members(schema: Mapping[str, Any]) -> str:
     required = schema.get("required", ())
     rows = [
         (
-            _code(name) + ("" if name in required else " (may be left out)"),
+            _code(name),
+            "yes" if name in required else "",
             *_value(member),
             member.get("description", ""),
         )
         for name, member in schema.get("properties", {}).items()
     ]
     about = schema.get("description", "")
-    return f"{about}\n\n" + (_table(["member", "type", "default", ""], rows) if rows else "")
+    return f"{about}\n\n" + (_table(["member", "required", "type", "default", ""], rows) if rows else "")
 
 
 def _value(schema: Mapping[str, Any]) -> tuple[str, str]:
@@ -259,12 +260,14 @@ def _metrics() -> str:
     registry = Metrics(AsyncOrchestrator())._registry  # noqa: SLF001 (the page is about what is in it)
     labels = _labels_in_http_page()
     rows = sorted(
-        (_code(family.name), family.type, labels[family.name], family.documentation)
+        (_code(name), family.type, labels[name], family.documentation)
         for family in registry.collect()
+        for name in (family.name.removeprefix("llama_orchestrator_"),)
     )
     return (
-        "# Metrics\n\n`GET /metrics`, for Prometheus. A counter is told with `_total` after its "
-        "name, a histogram as `_bucket`, `_sum` and `_count`.\n\n"
+        "# Metrics\n\n`GET /metrics`, for Prometheus. All names begin with `llama_orchestrator_`; a "
+        "counter is told with `_total` after its name, a histogram as `_bucket`, `_sum` and "
+        "`_count`.\n\n"
         + _table(["name", "type", "labels", "what"], rows)
     )
 
@@ -277,7 +280,7 @@ def _labels_in_http_page() -> dict[str, str]:
     table = (_ROOT / "docs" / "http.md").read_text().partition("## Metrics")[2]
     for names, labels in re.findall(r"^\|([^|]*`[^|]*)\|([^|]*)\|", table, re.MULTILINE):
         for name in re.findall(r"`(\w+)`", names):
-            found["llama_orchestrator_" + name.removesuffix("_total")] = labels.strip()
+            found[name.removesuffix("_total")] = labels.strip()
     return found
 
 
@@ -339,7 +342,7 @@ def _errors() -> str:
     return "\n\n".join(
         [
             "# Errors",
-            "```text\n" + tree.partition("\n\n")[2] + "\n```",
+            "```text\n" + tree.split("\n\n")[1] + "\n```",
             "## By category",
             _table(["category", "status", "title", "class"], [*own, *of_http]),
             "Those without a class are HTTP's own.",
@@ -349,7 +352,7 @@ def _errors() -> str:
                 "(one of several wordings each; words in braces are filled in)."
             ),
             _table(["reason", "field", "advice"], reasons),
-            "## Problem",
+            "## As data",
             "::: orchestrator.errors.Problem",
             "::: orchestrator.errors.Restored",
             "::: orchestrator.errors.OrchestratorError",
