@@ -322,6 +322,28 @@ def test_method_query_and_bytes_arrive_as_they_were_sent(
     assert lender.given_back.wait(DEADLINE_S)
 
 
+def test_an_answer_without_a_body_keeps_its_head(
+    through: Callable[..., httpx.Client], echo: str
+) -> None:
+    """HEAD: the length that is told is that of another answer, and the connection goes on."""
+    client = through(Lender(echo))
+    for _ in range(2):
+        answer = client.head("/v1/x")
+        assert (answer.status_code, answer.content) == (207, b"")
+        assert int(answer.headers["content-length"]) > 0
+        assert client.get("/v1/x").status_code == 207
+
+
+def test_a_client_that_waits_to_be_told_to_go_on_is_told(
+    through: Callable[..., httpx.Client], echo: str
+) -> None:
+    """`Expect: 100-continue`, as curl sends it with a large body, concerns one connection only."""
+    client = through(Lender(echo))
+    seen = client.post("/v1/x", content=b"x" * 2048, headers={"Expect": "100-continue"}).json()
+    assert bytes.fromhex(seen["body"]) == b"x" * 2048
+    assert "expect" not in seen["headers"]
+
+
 def test_a_multipart_body_and_one_of_unknown_length_arrive(
     through: Callable[..., httpx.Client], echo: str
 ) -> None:
