@@ -123,7 +123,7 @@ def _api() -> str:
         ),
         "## Options of both facades",
         (
-            "::: orchestrator.orchestrator._Base\n    options:\n      members: false\n"
+            "::: orchestrator.facade.Facade\n    options:\n      members: false\n"
             "      show_root_heading: false\n      show_root_toc_entry: false"
         ),
         *(f"::: orchestrator.{name}" for name in [*first, *others]),
@@ -211,7 +211,9 @@ def _members(schema: Mapping[str, Any]) -> str:
         for name, member in schema.get("properties", {}).items()
     ]
     about = schema.get("description", "")
-    return f"{about}\n\n" + (_table(["member", "required", "type", "default", ""], rows) if rows else "")
+    return f"{about}\n\n" + (
+        _table(["member", "required", "type", "default", ""], rows) if rows else ""
+    )
 
 
 def _value(schema: Mapping[str, Any]) -> tuple[str, str]:
@@ -267,8 +269,7 @@ def _metrics() -> str:
     return (
         "# Metrics\n\n`GET /metrics`, for Prometheus. All names begin with `llama_orchestrator_`; a "
         "counter is told with `_total` after its name, a histogram as `_bucket`, `_sum` and "
-        "`_count`.\n\n"
-        + _table(["name", "type", "labels", "what"], rows)
+        "`_count`.\n\n" + _table(["name", "type", "labels", "what"], rows)
     )
 
 
