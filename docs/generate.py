@@ -22,6 +22,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from prometheus_client.parser import text_string_to_metric_families
 
 import orchestrator
 from orchestrator import diagram, failures
@@ -118,8 +119,8 @@ def _api() -> str:
     parts = [
         "# Python",
         (
-            "What `from orchestrator import ...` has; `orchestrator.http` is at the end. Errors are on "
-            "[their own page](errors.md)."
+            "What `from orchestrator import ...` has; `orchestrator.http` is at the end. Errors "
+            "are on [their own page](errors.md)."
         ),
         "## Options of both facades",
         (
@@ -153,8 +154,8 @@ def _http() -> str:
         "# HTTP",
         (
             "The routes of the running program, as its OpenAPI document has them "
-            "([openapi.json](openapi.json), also at `/openapi.json` and `/docs` of the program). How "
-            "they are meant is in [HTTP](../http.md)."
+            "([openapi.json](openapi.json), also at `/openapi.json` and `/docs` of the program). "
+            "How they are meant is in [HTTP](../http.md)."
         ),
         _table(
             ["route", "what"],
@@ -191,11 +192,11 @@ def _operation(path: str, method: str, operation: Mapping[str, Any]) -> str:
         (media, content), *_ = body["content"].items()
         needed = "" if body.get("required") else ", optional"
         parts.append(f"Body (`{media}`{needed}):\n\n{_members(content.get('schema', {}))}")
-    rows = []
+    statuses = []
     for status, answer in operation["responses"].items():
         shapes = [_type(c["schema"]) for c in answer.get("content", {}).values() if "schema" in c]
-        rows.append((status, answer["description"], ", ".join(shapes)))
-    parts.append(_table(["status", "meaning", "answer"], rows))
+        statuses.append((status, answer["description"], ", ".join(shapes)))
+    parts.append(_table(["status", "meaning", "answer"], statuses))
     return "\n\n".join(parts)
 
 
@@ -259,23 +260,24 @@ def _help(command: click.Command, name: str, parent: click.Context | None = None
 
 
 def _metrics() -> str:
-    registry = Metrics(AsyncOrchestrator())._registry  # noqa: SLF001 (the page is about what is in it)
+    text = Metrics(AsyncOrchestrator()).render().decode()
     labels = _labels_in_http_page()
     rows = sorted(
         (_code(name), family.type, labels[name], family.documentation)
-        for family in registry.collect()
+        for family in text_string_to_metric_families(text)
         for name in (family.name.removeprefix("llama_orchestrator_"),)
+        if name in labels  # not what the client adds of its own, `_created`
     )
     return (
-        "# Metrics\n\n`GET /metrics`, for Prometheus. All names begin with `llama_orchestrator_`; a "
-        "counter is told with `_total` after its name, a histogram as `_bucket`, `_sum` and "
+        "# Metrics\n\n`GET /metrics`, for Prometheus. All names begin with `llama_orchestrator_`; "
+        "a counter is told with `_total` after its name, a histogram as `_bucket`, `_sum` and "
         "`_count`.\n\n" + _table(["name", "type", "labels", "what"], rows)
     )
 
 
 def _labels_in_http_page() -> dict[str, str]:
-    """The registry does not say which labels a metric without samples has; docs/http.md does, and
-    a test compares both.
+    """A metric without samples does not say which labels it has; docs/http.md does, and a test
+    compares both.
     """
     found = {}
     table = (_ROOT / "docs" / "http.md").read_text().partition("## Metrics")[2]
@@ -293,9 +295,9 @@ def _events() -> str:
             "## Of the stream",
             (
                 "`events()` and `GET /api/inference/events`. Over HTTP there are also events named "
-                "`progress`, whose data are those of `progress()`; they have the number of the event "
-                "before them, because there is no need to resume at one. Which transitions there are "
-                "is in [the table](../diagrams/lifecycle.md)."
+                "`progress`, whose data are those of `progress()`; they have the number of the "
+                "event before them, because there is no need to resume at one. Which transitions "
+                "there are is in [the table](../diagrams/lifecycle.md)."
             ),
             (
                 "::: orchestrator.events.Event\n    options:\n      members: false\n"
@@ -349,8 +351,8 @@ def _errors() -> str:
             "Those without a class are HTTP's own.",
             "## Why a server did not start",
             (
-                "`reason` of `server_start_failed`, the field to change, and what the message advises "
-                "(one of several wordings each; words in braces are filled in)."
+                "`reason` of `server_start_failed`, the field to change, and what the message "
+                "advises (one of several wordings each; words in braces are filled in)."
             ),
             _table(["reason", "field", "advice"], reasons),
             "## As data",
