@@ -7,11 +7,11 @@ behind than the slot's folder, which the first start would make too.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Final
+from typing import Any, Final
 
 import click
 
-from orchestrator.cli import logs, options
+from orchestrator.cli import config, logs, options
 from orchestrator.cli.checks import CHECKS, Check, Wanted
 from orchestrator.cli.output import say, say_json
 
@@ -20,26 +20,25 @@ _MARKS: Final = {"ok": ("✓", "green"), "note": ("·", "yellow"), "problem": ("
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--llama-server", default="auto", metavar="auto|embedded|PATH", show_default=True)
-@click.option("--slot", default="default", metavar="NAME", show_default=True)
-@click.option("--state-dir", metavar="DIR")
-@click.option("--port", type=click.IntRange(1, 65535), default=options.DEFAULT_PORT)
+@config.config_option(is_flag=False, flag_value="")
+@click.option("--schema", is_flag=True, help="Print the JSON schema of the file, and end.")
+@config.serving_options()
 @options.json_option()
-def doctor(
-    *,
-    as_json: bool,
-    model: str | None,
-    llama_server: str,
-    slot: str,
-    state_dir: str | None,
-    port: int,
-) -> int:
-    """Check this machine and say what to fix.
+@click.pass_context
+def doctor(ctx: click.Context, /, *, as_json: bool, schema: bool, **given: Any) -> int:
+    """Check this machine for what `serve` would be, and say what to fix.
 
     With MODEL (a file, a folder, or owner/name[:VARIANT] on the Hub) also whether that fits.
+    With --config (FILE or not), say first where every setting comes from.
     """
+    if schema:
+        say_json(config.schema(ctx.command))
+        return 0
     logs.configure("warning", "console")
-    wanted = Wanted(llama_server, slot, state_dir, port, model)
+    wanted = Wanted(**{name: given[name] for name in Wanted.__slots__})
+    explained = config.explain(ctx) if config.is_named(ctx) else None
+    if explained is not None and not as_json:
+        _show_settings(explained)
     found = []
     for check in CHECKS:
         for result in check(wanted):
@@ -48,12 +47,25 @@ def doctor(
                 _show(result)
     problems = sum(result.verdict == "problem" for result in found)
     if as_json:
-        say_json({"ok": not problems, "checks": [asdict(result) for result in found]})
+        members = {} if explained is None else {"config": explained}
+        say_json({"ok": not problems, **members, "checks": [asdict(one) for one in found]})
     elif problems:
         say((f"\n{problems} to fix", "bold red"))
     else:
         say(("\nready", "bold green"), ("  try: llama-orchestrator demo", "dim"))
     return 1 if problems else 0
+
+
+def _show_settings(explained: dict[str, Any]) -> None:
+    say(("config  ", "bold"), explained["file"] or f"no file at {config.default_file()}")
+    for one in explained["settings"]:
+        value = ", ".join(one["value"]) if isinstance(one["value"], tuple) else one["value"]
+        text = str(value) if value not in (None, "") else "-"
+        source = f"{one['source']} {one['origin'] or ''}"
+        say(f"  {one['name']:<15}{text:<22} ", (source.rstrip(), "dim"))
+    for name in explained["unknown_variables"]:
+        say(("· ", "yellow"), f"{name} is no setting and has no effect")
+    say()
 
 
 def _show(check: Check) -> None:
