@@ -53,7 +53,7 @@ check-deep: $(VENV)/.ready
 
 mutants: $(VENV)/.ready
 	$(BIN)/mutmut run $(ARGS)
-	$(BIN)/mutmut results
+	$(BIN)/python -m tests.mutation_report --all
 
 chromium:
 	@command -v chromium >/dev/null || { $(call APT,chromium); }
