@@ -961,7 +961,7 @@ def test_every_caller_that_is_cancelled_hears_of_which_load() -> None:
     assert run.category(joined) == "loaded"
 
 
-def test_at_most_256_early_cancels_are_remembered() -> None:
+def test_only_so_many_early_cancels_are_remembered() -> None:
     """The oldest is forgotten first; a flood of names costs bounded memory."""
     assert MAX_REMEMBERED_IDS == 256
     run = Run()
