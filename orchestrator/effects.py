@@ -6,6 +6,7 @@ and probes on one worker thread; since at most one effect is in flight, one work
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import secrets
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -47,9 +49,10 @@ from orchestrator.ports import LogPosition, SlotLock
 from orchestrator.process import ServerProcess, Warden, check_server_env, child_environment
 from orchestrator.roots import ModelRoots
 from orchestrator.slot import Slot
+from orchestrator.telling import say
 from orchestrator.tokens import CancelToken
 
-_log = structlog.get_logger("orchestrator.effects")
+_say = partial(say, structlog.get_logger("orchestrator.effects"))
 
 Post = Callable[[Fact], None]
 _Job = tuple[Effect, Callable[[], None]]
@@ -77,7 +80,8 @@ class ProcessEffects:
         server_env: Variables the server gets beside the allow-list.
         hub: Where models that are not here come from.
         roots: Folders that local models are confined to.
-        protect_server: Every server gets a key of its own.
+        server_keys: Every server gets a key of its own, and takes these beside it; None = it has
+            none and takes everybody.
 
     Raises:
         InvalidRequest: a variable cannot be given (field `server_env`).
@@ -92,10 +96,10 @@ class ProcessEffects:
         server_env: Mapping[str, str],
         hub: Hub,
         roots: ModelRoots | None = None,
-        protect_server: bool = False,
+        server_keys: tuple[str, ...] | None = None,
     ) -> None:
         check_server_env(server_env)
-        self._is_protected = protect_server
+        self._server_keys = server_keys
         self._roots = roots
         self._hub = hub
         self._slot = slot
@@ -113,7 +117,7 @@ class ProcessEffects:
         )
         ended, evidence = slot.reap()
         if ended:
-            _log.warning("slot.reaped", pids=sorted(ended), is_empty=evidence.is_empty)
+            _say("warning", "slot.reaped", pids=sorted(ended), is_empty=evidence.is_empty)
         self._watch_over()
         self._warden.start()
         self._worker.start()
@@ -169,8 +173,9 @@ class ProcessEffects:
         self._watch_over()
         try:
             argv = build_argv(command.target, template_file=self._write_template(command))
-            key = secrets.token_urlsafe(32) if self._is_protected else None
-            environment = child_environment(self._env, self._slot, key)
+            shared = self._server_keys
+            keys = None if shared is None else (secrets.token_urlsafe(32), *shared)
+            environment = child_environment(self._env, self._slot, keys)
             self._warden.spawn(command.generation, argv, environment, lock.fd, self._spawned)
         except OrchestratorError as error:
             self._remove_template()
@@ -189,11 +194,11 @@ class ProcessEffects:
         if self._guardian is not None:
             if self._guardian.poll() is None:
                 return
-            _log.warning("guardian.ended", returncode=self._guardian.returncode)
+            _say("warning", "guardian.ended", returncode=self._guardian.returncode)
         try:
             self._guardian = guardian.start(self._slot)
         except OSError as error:
-            _log.error("guardian.unavailable", error=str(error))
+            _say("error", "guardian.unavailable", error=str(error))
 
     # ------------------------------------------------------------------------- the worker's thread
 
@@ -202,8 +207,8 @@ class ProcessEffects:
             effect, carry_out = job
             try:
                 carry_out()
-            except Exception as error:  # noqa: BLE001 (an effect always reports)
-                _log.exception("effect.failed", effect=type(effect).__name__)
+            except BaseException as error:  # noqa: BLE001 (it always reports, also if told to exit)
+                _say("exception", "effect.failed", effect=type(effect).__name__)
                 problem = Problem("internal", f"{type(error).__name__}: {error}")
                 self._post(failure_of(effect, problem, time.monotonic()))
 
@@ -271,4 +276,5 @@ class ProcessEffects:
         return str(path)
 
     def _remove_template(self) -> None:
-        self._template_path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk gone read-only: nobody reads it again
+            self._template_path.unlink()

@@ -104,7 +104,7 @@ class Owner:
     ) -> None:
         self.clock = clock
         self._jitter = jitter
-        self.events = EventLog()
+        self.events: EventLog = EventLog()
         self._machine = machine or lifecycle()
         self._observers = observers
         self._inbox: queue.SimpleQueue[Fact | None] = queue.SimpleQueue()
@@ -112,11 +112,13 @@ class Owner:
         self._calls: dict[Ticket, Call] = {}
         self._tokens: dict[Generation, CancelToken] = {}
         self._timers: dict[tuple[Timer, Generation], float] = {}  # few: the least is looked for
-        self.history = History(clock)
-        self.has_ended = False
+        self.history: History = History(clock)
+        self.has_ended: bool = False
         now = clock()
-        self.snapshot = Snapshot(State.IDLE, Context(policy or Policy()), time.time(), now)
-        self.effects = effects(self.post)
+        self.snapshot: Snapshot = Snapshot(
+            State.IDLE, Context(policy or Policy()), time.time(), now
+        )
+        self.effects: Effects = effects(self.post)
         self._thread: threading.Thread | None = None
 
     # ---------------------------------------------------------------------------- from any thread
@@ -208,7 +210,7 @@ class Owner:
             self._observe(fact, before, shown, outcomes, commands)
             for command in commands:
                 self._carry_out_safely(command, lock)
-        except Exception as error:  # noqa: BLE001 (the owner outlives a fact it cannot digest)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (it outlives what it cannot digest)
             _say("exception", "owner.failed", trigger=getattr(fact, "trigger", type(fact).__name__))
             if (ticket := getattr(fact, "ticket", None)) is not None:
                 problem = Problem("internal", f"{type(error).__name__}: {error}")
@@ -274,7 +276,7 @@ class Owner:
         for observer in tuple(self._observers):
             try:
                 observer(seen)
-            except Exception:  # noqa: BLE001 (somebody else's code on the owner's thread)
+            except (Exception, SystemExit):  # noqa: BLE001 (somebody else's code on our thread)
                 _say("exception", "observer.failed", trigger=fact.trigger)
 
     def _tell(self, fact: Fact, before: Snapshot, shown: Snapshot) -> None:
@@ -373,7 +375,6 @@ class Owner:
             if isinstance(answer, Problem) and not call.accepted.done():
                 _resolve(call.accepted, answer)
             _resolve(call.settled, answer)
-        _say("debug", "call.settled", ticket=command.ticket, answer=type(answer).__name__)
 
     # ------------------------------------------------------------------------------------- timers
 
