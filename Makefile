@@ -62,7 +62,7 @@ soak: $(VENV)/.ready
 
 mutants: $(VENV)/.ready
 	$(BIN)/mutmut run $(ARGS)
-	$(BIN)/mutmut results
+	$(BIN)/python -m tests.mutation_report --all
 
 chromium:
 	@command -v chromium >/dev/null || { $(call APT,chromium); }
