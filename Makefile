@@ -14,17 +14,22 @@ APT = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
   apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q $(1); \
   else echo "missing: $(1). As root: apt-get install $(1)" >&2; false; fi
 
-.PHONY: help demo test check-deep soak lint format diagrams screenshot bench llama-server chromium clean
+.PHONY: help demo test check-deep soak mutants lint types format diagrams schema release screenshot bench \
+  llama-server chromium clean
 
 help:
 	@echo "make demo          the main job on a tiny model, end to end"
 	@echo "make test          every test; builds a real llama-server once (about 6 minutes)"
-	@echo "make check-deep    what takes minutes: larger explorations, longer histories, the soak"
+	@echo "make check-deep    what takes too long for every change: for nightly runs"
 	@echo "make soak          5,000 random operations on real processes, with faults, and the figures"
+	@echo "make mutants       change every line of the pure modules: the tests must notice"
 	@echo "make lint          ruff and mypy --strict"
+	@echo "make types         is the public API typed in full, as its users see it"
 	@echo "make diagrams      write diagrams/ from the transition table"
+	@echo "make schema        write docs/config.schema.json from the options"
 	@echo "make screenshot    write docs/panel.png"
 	@echo "make bench         what the orchestrator costs on top of the bare process"
+	@echo "make release       build what is published into dist/, install it elsewhere and run it"
 	@echo "make llama-server  build the real llama-server that the tests use"
 
 $(VENV)/.ready: pyproject.toml
@@ -49,10 +54,14 @@ test: $(VENV)/.ready
 	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m pytest -m "$$only" $(ARGS)
 
 check-deep: $(VENV)/.ready llama-server
-	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m pytest -m deep $(ARGS)
+	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m pytest -m deep -s $(ARGS)
 
 soak: $(VENV)/.ready
 	$(BIN)/python -m pytest -s -m deep tests/process/test_soak.py $(ARGS)
+
+mutants: $(VENV)/.ready
+	$(BIN)/mutmut run $(ARGS)
+	$(BIN)/mutmut results
 
 chromium:
 	@command -v chromium >/dev/null || { $(call APT,chromium); }
@@ -74,6 +83,12 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The paths say which Python has the libraries, and where the package is: pyright does not follow an
+# editable install.
+types: $(VENV)/.ready
+	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH="$(CURDIR)" \
+	  basedpyright --verifytypes orchestrator --ignoreexternal
+
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -81,12 +96,24 @@ format: $(VENV)/.ready
 diagrams: $(VENV)/.ready
 	$(BIN)/python -m orchestrator.diagram diagrams
 
+schema: $(VENV)/.ready
+	$(BIN)/llama-orchestrator doctor --schema > docs/config.schema.json
+
 screenshot: $(VENV)/.ready chromium
 	$(BIN)/python -m tests.browser.screenshot docs/panel.png
 
 bench: $(VENV)/.ready llama-server
 	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m tests.bench.bench $(ARGS)
+	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m tests.bench.passthrough_bench
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]'
+	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m tests.bench.scale_bench --plots docs
 	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m tests.bench.hub_bench
+
+release: $(VENV)/.ready
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m tests.release dist
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

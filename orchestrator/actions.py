@@ -61,7 +61,7 @@ class Step:
     commands: list[Command] = field(default_factory=list)
 
     def put(self, **changes: Any) -> None:
-        self.ctx = replace(self.ctx, **changes)
+        self.ctx = self.ctx.having(**changes)
 
     def emit(self, *commands: Command) -> None:
         self.commands.extend(commands)
@@ -519,10 +519,11 @@ def await_idle(s: Step) -> None:
     running = cast("Running", s.ctx.running)
     request = running.target.request
     ttl_s = s.ctx.policy.idle_ttl_s if request.idle_ttl_s is None else request.idle_ttl_s
-    is_idle = ttl_s is not None and not request.pinned and not s.ctx.leases
-    s.put(running=replace(running, idle_at=s.fact.at + cast("float", ttl_s) if is_idle else None))
-    if is_idle:
-        s.emit(SetTimer(running.generation, "idle", cast("float", ttl_s)))
+    if ttl_s is None or request.pinned or s.ctx.leases:
+        _stop_at(s, None)
+    else:
+        _stop_at(s, s.fact.at + ttl_s)
+        s.emit(SetTimer(running.generation, "idle", ttl_s))
 
 
 # ---------------------------------------------------------------------- shared, not named in rows
@@ -670,9 +671,16 @@ def _promote_next(s: Step) -> None:
 
 
 def _grant(s: Step, ticket: Ticket) -> None:
-    running = replace(cast("Running", s.ctx.running), idle_at=None)
-    s.put(leases=s.ctx.leases | {ticket}, running=running)
+    _stop_at(s, None)
+    running = cast("Running", s.ctx.running)
+    s.put(leases=s.ctx.leases | {ticket})
     s.emit(Settle(ticket, LeaseGranted(ticket, running.child, running.server)))
+
+
+def _stop_at(s: Step, at: float | None) -> None:
+    running = cast("Running", s.ctx.running)
+    if running.idle_at != at:
+        s.put(running=replace(running, idle_at=at))
 
 
 def _reasons(s: Step, job: Job) -> tuple[ReloadReason, ...]:

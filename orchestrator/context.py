@@ -6,8 +6,9 @@ the operating system knows better arrives as evidence on the fact itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
+from typing import Any, Final, Literal
 
 from orchestrator.errors import Problem
 from orchestrator.messages import Answer, Child, Exit, Loaded, ServerFacts, Timings
@@ -168,7 +169,19 @@ class Context:
     last_error: Problem | None = None
     last_exit: Exit | None = None
 
+    def having(self, **changes: Any) -> Context:
+        """As `dataclasses.replace`, at a third of its cost: every request of a model comes by."""
+        values = list(_values(self))
+        for name, value in changes.items():
+            values[_PLACES[name]] = value
+        return Context(*values)
+
     @property
     def wanted(self) -> tuple[Job, ...]:
         """Every load that somebody still wants, oldest first."""
         return tuple(job for job in (self.job, *self.queue) if job and job.token is None)
+
+
+_NAMES: Final = tuple(f.name for f in fields(Context))
+_PLACES: Final = {name: place for place, name in enumerate(_NAMES)}
+_values = attrgetter(*_NAMES)

@@ -265,7 +265,8 @@ class Hub:
         return self._records / f"{_key(repo.lower(), commit)}.json"
 
     def _listing(self, repo: str, commit: str) -> dict[str, tuple[int, str]]:
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        damaged = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+        with contextlib.suppress(OSError, *damaged):
             text = self._listing_file(repo, commit).read_text(encoding="utf-8")
             files = json.loads(text)["files"]
             return {str(name): (int(size), str(etag)) for name, (size, etag) in files.items()}

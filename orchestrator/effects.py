@@ -6,6 +6,7 @@ and probes on one worker thread; since at most one effect is in flight, one work
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import secrets
@@ -79,7 +80,8 @@ class ProcessEffects:
         server_env: Variables the server gets beside the allow-list.
         hub: Where models that are not here come from.
         roots: Folders that local models are confined to.
-        protect_server: Every server gets a key of its own.
+        server_keys: Every server gets a key of its own, and takes these beside it; None = it has
+            none and takes everybody.
 
     Raises:
         InvalidRequest: a variable cannot be given (field `server_env`).
@@ -94,10 +96,10 @@ class ProcessEffects:
         server_env: Mapping[str, str],
         hub: Hub,
         roots: ModelRoots | None = None,
-        protect_server: bool = False,
+        server_keys: tuple[str, ...] | None = None,
     ) -> None:
         check_server_env(server_env)
-        self._is_protected = protect_server
+        self._server_keys = server_keys
         self._roots = roots
         self._hub = hub
         self._slot = slot
@@ -171,8 +173,9 @@ class ProcessEffects:
         self._watch_over()
         try:
             argv = build_argv(command.target, template_file=self._write_template(command))
-            key = secrets.token_urlsafe(32) if self._is_protected else None
-            environment = child_environment(self._env, self._slot, key)
+            shared = self._server_keys
+            keys = None if shared is None else (secrets.token_urlsafe(32), *shared)
+            environment = child_environment(self._env, self._slot, keys)
             self._warden.spawn(command.generation, argv, environment, lock.fd, self._spawned)
         except OrchestratorError as error:
             self._remove_template()
@@ -273,4 +276,5 @@ class ProcessEffects:
         return str(path)
 
     def _remove_template(self) -> None:
-        self._template_path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a disk gone read-only: nobody reads it again
+            self._template_path.unlink()

@@ -40,6 +40,9 @@ from orchestrator.waker import Waker
 REAP_S: Final = 0.3
 """How long a killed child is waited for."""
 
+MAX_MESSAGE_BYTES: Final = 1 << 26
+"""The longest line that is read from it; a listing of 100,000 files has about 2^24."""
+
 _say = partial(say, structlog.get_logger("orchestrator.download"))
 
 
@@ -146,7 +149,9 @@ class FetchProcess:
         for message in self._messages(within_s):
             if "listing" in message:
                 self._moved_at = time.monotonic()
-                found: dict[str, Any] = message["listing"]
+                found = message["listing"]
+                if not isinstance(found, dict):
+                    raise _not_understood("a listing that is none")
                 return found
         raise self._ended()
 
@@ -174,10 +179,13 @@ class FetchProcess:
         ends_at = time.monotonic() + self._within_s
         while True:
             for message in self._lines():
-                if (failure := message.get("error")) is not None:
-                    text = self._without_token(failure["message"])
-                    raise Problem(**{**failure, "message": text}).error()
-                self._note(message)
+                try:
+                    failure = self._failure_in(message)
+                    self._note(message)
+                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    raise _not_understood(f"{type(error).__name__}: {error}") from error
+                if failure is not None:
+                    raise failure.error()
                 yield message
             if not self._wait(ends_at):
                 return
@@ -195,8 +203,11 @@ class FetchProcess:
                 raise self._too_late(is_stalled=stalls_at < ends_at)
             return True
         data = os.read(stdout.fileno(), 1 << 16)
-        self._buffer += data
+        self._take(data)
         return bool(data)
+
+    def _take(self, data: bytes) -> None:
+        self._buffer += data
 
     def _too_late(self, *, is_stalled: bool) -> OrchestratorError:
         why = f" ({self._progress.note})" if self._progress.note else ""
@@ -211,11 +222,29 @@ class FetchProcess:
         return Stalled.because(message, field="stall_timeout_s", reason="download")
 
     def _lines(self) -> Iterator[dict[str, Any]]:
+        """Yield what is a message; what a library of its own prints is passed over."""
         end = self._buffer.rfind(b"\n") + 1
         lines = bytes(self._buffer[:end]).splitlines()
         del self._buffer[:end]
+        if len(self._buffer) > MAX_MESSAGE_BYTES:
+            raise _not_understood(f"a line without end, of {len(self._buffer)} bytes so far")
         for line in lines:
-            yield json.loads(line)
+            try:
+                message = json.loads(line)
+            except (ValueError, RecursionError):
+                message = None
+            if isinstance(message, dict):
+                yield message
+            else:
+                shown = self._without_token(line[:200].decode("utf-8", "replace"))
+                _say("warning", "download.noise", line=shown)
+
+    def _failure_in(self, message: dict[str, Any]) -> Problem | None:
+        failure = message.get("error")
+        if failure is None:
+            return None
+        text = self._without_token(failure["message"])
+        return Problem(**{**failure, "message": text})
 
     def _note(self, message: dict[str, Any]) -> None:
         progress = self._progress
@@ -252,3 +281,7 @@ class FetchProcess:
         lines = text.splitlines() or ["it printed nothing"]
         message = f"the download ended by itself ({self._process.returncode}): {lines[-1]}"
         return HubError.because(message, log_tail=tuple(lines[-20:]))
+
+
+def _not_understood(what: str) -> HubError:
+    return HubError.because(f"the process that downloads says what nobody understands: {what}")

@@ -53,7 +53,7 @@ class Failed(Exception):
     ) -> None:
         super().__init__(message)
         self.passes = passes
-        self.members = {"category": category, "message": message, **members}
+        self.members: dict[str, Any] = {"category": category, "message": message, **members}
 
 
 def tell(**message: Any) -> None:
@@ -583,7 +583,7 @@ class Check:
         self.restart()
 
     def restart(self) -> None:
-        self.size = 0
+        self.size: int = 0
         self._hash: Any = hashlib.sha256()
         if len(self._etag) == 40:
             self._hash = hashlib.sha1(b"blob %d\0" % self._announced, usedforsecurity=False)

@@ -25,6 +25,7 @@ _MAX_ITEMS: Final = 1 << 24
 _MAX_TEXT: Final = 65536
 _ALIGNMENT: Final = 32
 _CHUNK: Final = 1 << 20
+_WANTED: Final = (b"general.alignment", b"general.architecture")
 
 # tensor type -> (values in a block, bytes of a block)
 BLOCKS: Final[dict[int, tuple[int, int]]] = {
@@ -128,16 +129,17 @@ class _Reader:
         tensors, pairs = self._count("<Q"), self._count("<Q")
         metadata: dict[bytes, object] = {}
         for _ in range(pairs):
-            key = self._text()
-            metadata[key] = self._value(self._number("<I"))
+            key, value = self._text(), self._value(self._number("<I"))
+            if key in _WANTED:
+                metadata[key] = value
         ends = [self._tensor_end() for _ in range(tensors)]
-        alignment = metadata.get(b"general.alignment")
+        alignment = metadata.get(_WANTED[0])
         step = alignment if isinstance(alignment, int) and alignment > 0 else _ALIGNMENT
         data_starts = -(-self._position // step) * step
         missing = data_starts + max(ends, default=0) - self._size
         if tensors and missing > 0:
             raise _Broken(f"truncated, {missing} of its bytes are missing")
-        name = metadata.get(b"general.architecture")
+        name = metadata.get(_WANTED[1])
         return GgufInfo(
             name.decode("utf-8", "replace") if isinstance(name, bytes) else None, tensors
         )

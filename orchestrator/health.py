@@ -9,6 +9,7 @@ adapts.
 from __future__ import annotations
 
 import json
+import re
 import select
 import socket
 import time
@@ -30,6 +31,9 @@ _LOOK_UP_S: Final = 0.03  # a look at the process table costs 3 to 8 ms
 _LOOK_UP_MOST_S: Final = 0.5
 _MAX_ANSWER: Final = 1 << 20
 _HOST: Final = "127.0.0.1"
+_STATUS: Final = re.compile(rb"HTTP/\S*\s+(\d{3})(?!\S)")
+_LENGTH: Final = re.compile(rb"\s*content-length\s*:\s*(\d{1,15})\s*", re.IGNORECASE)
+_PORTS: Final = range(1, 65536)
 _UNPROTECTED: Final = Problem(
     "server_start_failed",
     "this llama-server answers without the key it was given: use a newer one, or protect_server="
@@ -174,7 +178,7 @@ class _Finder:
         """Return the port, from what the child announces or else from its open sockets."""
         for url in self.server.output.announced if self.found is None else ():
             port = int(url.rpartition(":")[2])
-            if url not in self.refused and self._is_ours(port):
+            if url not in self.refused and port in _PORTS and self._is_ours(port):
                 self.found = port
                 break
             self.refused.add(url)
@@ -262,24 +266,23 @@ def _facts(base_url: str, props: bytes) -> ServerFacts:
         members = json.loads(props)
         context = members["default_generation_settings"]["n_ctx"]
         vision = bool(members.get("modalities", {}).get("vision", False))
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return ServerFacts(base_url)
-    return ServerFacts(base_url, context if isinstance(context, int) else None, vision)
+    return ServerFacts(base_url, context if type(context) is int else None, vision)
 
 
 def _whole_answer(data: bytes, *, ended: bool) -> tuple[int, bytes] | None:
     """Return (status, body) once all of it is there."""
     head, found, body = data.partition(b"\r\n\r\n")
-    words = head.split(None, 2)
-    if not found or len(words) < 2 or not words[0].startswith(b"HTTP/") or not words[1].isdigit():
+    status = _STATUS.match(head)
+    if not found or status is None:
         return None
     length = None
     for line in head.split(b"\r\n")[1:]:
-        name, _, value = line.partition(b":")
-        if name.strip().lower() == b"content-length" and value.strip().isdigit():
-            length = int(value)
+        if (stated := _LENGTH.fullmatch(line)) is not None:
+            length = int(stated[1])
     if length is None and not ended:
         return None
     if length is not None and len(body) < length:
         return None
-    return int(words[1]), body if length is None else body[:length]
+    return int(status[1]), body if length is None else body[:length]

@@ -62,6 +62,9 @@ class History:
         self, before: Snapshot, fact: Fact, shown: Snapshot, commands: Sequence[Command]
     ) -> tuple[Loaded | Problem, ...]:
         """Keep what a step did to the loads, and return what became of those it settles."""
+        old, new = before.ctx, shown.ctx
+        if old.job is new.job and old.queue is new.queue and old.waiters is new.waiters:
+            return ()  # as in every step of a lease
         self._note_jobs(before, shown)
         settled = sorted(unsettled(before.ctx) - unsettled(shown.ctx))
         if not settled:
@@ -89,8 +92,6 @@ class History:
 
     def _note_jobs(self, before: Snapshot, shown: Snapshot) -> None:
         """Keep what every load in flight is, and book the phase in which one ends."""
-        if shown.ctx.job is before.ctx.job and shown.ctx.queue is before.ctx.queue:
-            return
         wanted = {job.generation: job for job in shown.ctx.wanted}
         for generation, job in wanted.items():
             known = self.records.get(generation)

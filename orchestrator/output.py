@@ -37,8 +37,8 @@ class OutputRing:
     """The last lines of one server."""
 
     def __init__(self, notify: Callable[[], None] = lambda: None) -> None:
-        self.bytes_seen = 0
-        self.lines_seen = 0
+        self.bytes_seen: int = 0
+        self.lines_seen: int = 0
         self.announced: tuple[str, ...] = ()
         self._notify = notify
         self._lines: deque[bytes] = deque(maxlen=MAX_LINES)  # cleaned when somebody asks

@@ -104,7 +104,7 @@ class Owner:
     ) -> None:
         self.clock = clock
         self._jitter = jitter
-        self.events = EventLog()
+        self.events: EventLog = EventLog()
         self._machine = machine or lifecycle()
         self._observers = observers
         self._inbox: queue.SimpleQueue[Fact | None] = queue.SimpleQueue()
@@ -112,11 +112,13 @@ class Owner:
         self._calls: dict[Ticket, Call] = {}
         self._tokens: dict[Generation, CancelToken] = {}
         self._timers: dict[tuple[Timer, Generation], float] = {}  # few: the least is looked for
-        self.history = History(clock)
-        self.has_ended = False
+        self.history: History = History(clock)
+        self.has_ended: bool = False
         now = clock()
-        self.snapshot = Snapshot(State.IDLE, Context(policy or Policy()), time.time(), now)
-        self.effects = effects(self.post)
+        self.snapshot: Snapshot = Snapshot(
+            State.IDLE, Context(policy or Policy()), time.time(), now
+        )
+        self.effects: Effects = effects(self.post)
         self._thread: threading.Thread | None = None
 
     # ---------------------------------------------------------------------------- from any thread
@@ -373,7 +375,6 @@ class Owner:
             if isinstance(answer, Problem) and not call.accepted.done():
                 _resolve(call.accepted, answer)
             _resolve(call.settled, answer)
-        _say("debug", "call.settled", ticket=command.ticket, answer=type(answer).__name__)
 
     # ------------------------------------------------------------------------------------- timers
 

@@ -18,7 +18,7 @@ from orchestrator.machine import step
 from orchestrator.messages import Accept, Loaded, LoadRequested, Settle
 from orchestrator.named import Named
 from orchestrator.redaction import redact
-from orchestrator.request import ReloadReason, Target, differences
+from orchestrator.request import MAX_SECONDS, ReloadReason, Target, differences
 from orchestrator.states import State
 from orchestrator.tokens import Ticket
 
@@ -29,7 +29,6 @@ and more, and ends in 16 ms at the second. An idle one with a keep-alive connect
 FIRST_PROBE_S: Final = 0.0015
 LONGEST_PROBE_S: Final = 0.25
 _PROBE_GROWTH: Final = 1.3
-_MAX_SECONDS: Final = 30 * 24 * 3600.0
 _GONE_BASE_S: Final = 5.0
 _GONE_PER_GIB_S: Final = 0.25  # measured: 0.064 s a GiB after SIGKILL; four times that
 
@@ -141,8 +140,8 @@ def checked_seconds(field: str, value: object, *, zero: bool = True) -> float:
         InvalidRequest: not a number, negative, or more than a clock can wait (field as given).
     """
     good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not 0 <= value <= _MAX_SECONDS or (value == 0 and not zero):  # type: ignore[operator]
+    if not good or not 0 <= value <= MAX_SECONDS or (value == 0 and not zero):  # type: ignore[operator]
         least = "0" if zero else "more than 0"
-        message = f"{field} is no time to wait: use {least} to {_MAX_SECONDS:.0f} seconds"
+        message = f"{field} is no time to wait: use {least} to {MAX_SECONDS:.0f} seconds"
         raise InvalidRequest.because(message, field=field)
     return float(value)  # type: ignore[arg-type]

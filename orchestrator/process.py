@@ -16,7 +16,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -78,16 +78,17 @@ def inherited_environment() -> dict[str, str]:
 
 
 def child_environment(
-    extra: Mapping[str, str], slot: Slot, api_key: str | None = None
+    extra: Mapping[str, str], slot: Slot, api_keys: Sequence[str] | None = None
 ) -> dict[str, str]:
     """Return the server's whole environment: an allow-list, what the caller names, our token.
 
     Args:
-        api_key: What the server is to ask everybody for. Here, because anybody can read a command
-            line, and a file would have to be removed again; an environment is its owner's.
+        api_keys: Any of these the server is to ask everybody for; the first is its own. Here,
+            because anybody can read a command line, and a file would have to be removed again; an
+            environment is its owner's.
     """
     name, _, value = slot.token.partition("=")
-    protection = {} if api_key is None else {**_HARDENED, _API_KEY: api_key}
+    protection = {} if api_keys is None else {**_HARDENED, _API_KEY: ",".join(api_keys)}
     return {**inherited_environment(), **extra, **protection, name: value}
 
 
@@ -227,7 +228,7 @@ class Warden(threading.Thread):
         family = partial(self._family, process.pid)
         server = ServerProcess(generation, process, Pin.of(process), popen, OutputRing(), family)
         server.output = OutputRing(server.tell)
-        server.api_key = environment.get(_API_KEY)
+        server.api_key = environment.get(_API_KEY, "").partition(",")[0] or None
         if popen.stdout is not None:
             server.stdout_fd = popen.stdout.fileno()
             os.set_blocking(server.stdout_fd, False)

@@ -92,7 +92,7 @@ class Pin:
     __slots__ = ("_fd", "process")
 
     def __init__(self, process: ProcessId, fd: int | None) -> None:
-        self.process = process
+        self.process: ProcessId = process
         self._fd = fd
 
     @classmethod

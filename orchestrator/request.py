@@ -23,7 +23,7 @@ OnBusy = Literal["supersede", "queue", "reject"]
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _MAX_CONTEXT: Final = 1 << 30
-_MAX_SECONDS: Final = 30 * 24 * 3600.0
+MAX_SECONDS: Final = 30 * 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -412,9 +412,9 @@ def _parallel(field: str, value: object) -> int | None:
 def _seconds(field: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _malformed(field, "a number of seconds", value)
-    if not 0 < value <= _MAX_SECONDS:  # false for NaN too, and safe for a huge int
+    if not 0 < value <= MAX_SECONDS:  # false for NaN too, and safe for a huge int
         raise InvalidRequest.because(
-            f"{field} is {_number(value)}: use more than 0 to {_MAX_SECONDS:.0f} seconds",
+            f"{field} is {_number(value)}: use more than 0 to {MAX_SECONDS:.0f} seconds",
             field=field,
         )
     return float(value)

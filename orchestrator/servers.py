@@ -150,7 +150,7 @@ def _known(command: tuple[str, ...], identity: FileIdentity, cache: str) -> Cata
             FlagHelp(tuple(f["names"]), f["takes_value"], tuple(f["choices"]), f["is_removed"])
             for f in members["flags"]
         )
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
     return _answers.setdefault(identity, Catalogue(flags))
 

@@ -30,7 +30,7 @@ try:
 except ImportError:  # Windows: no inherited locks, and so no slot that could be verified
     fcntl = None  # type: ignore[assignment]
 
-TOKEN_NAME: Final = "LLAMA_ORCHESTRATOR_SLOT"  # noqa: S105 (a name, not a secret)
+TOKEN_NAME: Final = "LLAMA_ORCHESTRATOR_SLOT_TOKEN"  # noqa: S105 (a name, not a secret)
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RECORD_VERSION: Final = 1
 _VERIFY_EVERY_S: Final = 0.02
@@ -77,13 +77,13 @@ class Slot:
             )
         root = default_state_dir() if state_dir is None else _given(state_dir)
         self.name = name
-        self.directory = _prepare(root, create_parents=state_dir is None) / name
+        self.directory: Path = _prepare(root, create_parents=state_dir is None) / name
         _make_private(self.directory)
-        self.lock_path = self.directory / "server.lock"
-        self.record_path = self.directory / "server.json"
-        self.owner_path = self.directory / "owner.lock"
+        self.lock_path: Path = self.directory / "server.lock"
+        self.record_path: Path = self.directory / "server.json"
+        self.owner_path: Path = self.directory / "owner.lock"
         place = self.directory.stat()  # the same path in a container is another slot
-        self.token = f"{TOKEN_NAME}={self.directory}:{place.st_dev:x}:{place.st_ino:x}"
+        self.token: str = f"{TOKEN_NAME}={self.directory}:{place.st_dev:x}:{place.st_ino:x}"
         self._owner_fd: int | None = None
         self._owner_pid = 0
         self._known: set[ProcessId] = set()

@@ -37,7 +37,7 @@ class CancelToken:
     __slots__ = ("_callbacks", "_guard", "_reason", "generation")
 
     def __init__(self, generation: Generation) -> None:
-        self.generation = generation
+        self.generation: Generation = generation
         self._reason: CancelReason | None = None
         self._callbacks: list[Callable[[], None]] = []
         self._guard = threading.Lock()

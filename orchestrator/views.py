@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from orchestrator.context import Context, Job
 from orchestrator.errors import Problem
@@ -23,6 +23,9 @@ from orchestrator.snapshot import Snapshot
 from orchestrator.states import PHASES, State
 from orchestrator.tokens import Generation
 from orchestrator.variants import Variant
+
+_AS_ASKED: Final = ("chat_template_override", "mmproj_path", "n_parallel", "idle_ttl_s", "pinned")
+_ONLY_IF_SET: Final = frozenset({"revision", "note", *_AS_ASKED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,8 @@ class LoadOutcome(Named):
         note: What is worth knowing, e.g. that the Hub could not be asked for a newer revision.
         llama_extra_args: The effective ones; they may be posted back and mean the same.
         timings_s: Seconds in `kill`, `download`, `spawn`, `health`, and in `total`.
+        chat_template_override, mmproj_path, n_parallel, idle_ttl_s, pinned: As asked for; left out
+            of `as_dict` where they were not.
     """
 
     status: Literal["loaded", "already_loaded"]
@@ -58,12 +63,18 @@ class LoadOutcome(Named):
     is_vision: bool
     reload_reasons: list[ReloadReason]
     timings_s: Timings
+    chat_template_override: str | None = None
+    mmproj_path: str | None = None
+    n_parallel: int | None = None
+    idle_ttl_s: float | None = None
+    pinned: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        members = {name: getattr(self, name) for name in self.__slots__}
-        for name in ("revision", "note"):  # of Hub models
-            if members[name] is None:
-                del members[name]
+        members = {
+            name: value
+            for name in self.__slots__
+            if (value := getattr(self, name)) or name not in _ONLY_IF_SET
+        }
         members["reload_reasons"] = [reason.as_dict() for reason in self.reload_reasons]
         members["timings_s"] = asdict(self.timings_s)
         return members
@@ -380,6 +391,7 @@ def _settings(target: Target) -> dict[str, Any]:
         "cache_type_kv": target.request.cache_type_kv,
         "speculative_type": target.drafting,
         "llama_extra_args": list(target.extra_args),
+        **{name: getattr(target.request, name) for name in _AS_ASKED},
     }
 
 

@@ -30,3 +30,11 @@ def test_every_file_a_page_links_to_or_names_exists(page: Path) -> None:
     assert not [link for link in linked if not (page.parent / link).exists()]
     named = re.findall(r"`((?:orchestrator|tests|docs|diagrams)/[\w./-]+)`", text)
     assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_every_known_bug_is_answered_once_by_a_test() -> None:
+    """67 bugs that real systems shipped: each has a rule and a test."""
+    text = (ROOT / "docs" / "assurance.md").read_text()
+    rows = re.findall(r"^\| (B\d\d) \|(.*)\|$", text, re.MULTILINE)
+    assert [number for number, _ in rows] == [f"B{number:02d}" for number in range(1, 68)]
+    assert not [number for number, row in rows if not re.search(r"`test_\w+`", row)]

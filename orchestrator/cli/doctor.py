@@ -18,12 +18,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import click
 
 from orchestrator import proctable
-from orchestrator.cli import logs, options
+from orchestrator.cli import config, logs, options
 from orchestrator.cli.output import say, say_json
 from orchestrator.errors import OrchestratorError, SlotOwned
 from orchestrator.servers import find_server
@@ -56,15 +56,24 @@ class Wanted:
 
 
 @click.command()
-@click.option("--llama-server", default="auto", metavar="auto|embedded|PATH", show_default=True)
-@click.option("--slot", default="default", metavar="NAME", show_default=True)
-@click.option("--state-dir", metavar="DIR")
-@click.option("--port", type=click.IntRange(1, 65535), default=options.DEFAULT_PORT)
+@config.config_option(is_flag=False, flag_value="")
+@click.option("--schema", is_flag=True, help="Print the JSON schema of the file, and end.")
+@config.serving_options()
 @options.json_option()
-def doctor(*, as_json: bool, llama_server: str, slot: str, state_dir: str | None, port: int) -> int:
-    """Check this machine and say what to fix."""
+@click.pass_context
+def doctor(ctx: click.Context, /, *, as_json: bool, schema: bool, **given: Any) -> int:
+    """Check this machine for what `serve` would be, and say what to fix.
+
+    With --config (FILE or not), say first where every setting comes from.
+    """
+    if schema:
+        say_json(config.schema(ctx.command))
+        return 0
     logs.configure("warning", "console")
-    wanted = Wanted(llama_server, slot, state_dir, port)
+    wanted = Wanted(**{name: given[name] for name in Wanted.__slots__})
+    explained = config.explain(ctx) if config.is_named(ctx) else None
+    if explained is not None and not as_json:
+        _show_settings(explained)
     found = []
     for check in _CHECKS:
         for result in check(wanted):
@@ -73,12 +82,25 @@ def doctor(*, as_json: bool, llama_server: str, slot: str, state_dir: str | None
                 _show(result)
     problems = sum(result.verdict == "problem" for result in found)
     if as_json:
-        say_json({"ok": not problems, "checks": [asdict(result) for result in found]})
+        members = {} if explained is None else {"config": explained}
+        say_json({"ok": not problems, **members, "checks": [asdict(one) for one in found]})
     elif problems:
         say((f"\n{problems} to fix", "bold red"))
     else:
         say(("\nready", "bold green"), ("  try: llama-orchestrator demo", "dim"))
     return 1 if problems else 0
+
+
+def _show_settings(explained: dict[str, Any]) -> None:
+    say(("config  ", "bold"), explained["file"] or f"no file at {config.default_file()}")
+    for one in explained["settings"]:
+        value = ", ".join(one["value"]) if isinstance(one["value"], tuple) else one["value"]
+        text = str(value) if value not in (None, "") else "-"
+        source = f"{one['source']} {one['origin'] or ''}"
+        say(f"  {one['name']:<15}{text:<22} ", (source.rstrip(), "dim"))
+    for name in explained["unknown_variables"]:
+        say(("· ", "yellow"), f"{name} is no setting and has no effect")
+    say()
 
 
 def _show(check: Check) -> None:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import click
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.request import LoadRequest
+from orchestrator.request import MAX_SECONDS, LoadRequest
 
 DEFAULT_PORT: Final = 8642
 DEFAULT_URL: Final = f"http://127.0.0.1:{DEFAULT_PORT}"
@@ -165,13 +165,14 @@ def start_options() -> Decorator:
     )
 
 
-def idle_ttl_option(help_: str) -> Decorator:
+def idle_ttl_option(help_: str, **attributes: Any) -> Decorator:
     return together(
         click.option(
             *("--idle-ttl", "idle_ttl_s"),
-            type=click.FloatRange(0, min_open=True),
+            type=click.FloatRange(0, MAX_SECONDS, min_open=True),
             metavar="S",
             help=help_,
+            **attributes,
         )
     )
 
@@ -215,11 +216,16 @@ def load_request(
         raise click.UsageError(error.message) from error
 
 
-def key_option(help_: str) -> Decorator:
+def key_option(help_: str, **attributes: Any) -> Decorator:
     """A key is in a file or in the environment, because anybody can read a command line."""
     return together(
         click.option(
-            "--api-key-file", metavar="F", help=f"{help_}; default: ${API_KEY_VARIABLE}, if set."
+            "--api-key-file",
+            type=click.Path(),
+            envvar=f"{API_KEY_VARIABLE}_FILE",
+            metavar="F",
+            help=f"{help_}; default: ${API_KEY_VARIABLE}, if set.",
+            **attributes,
         )
     )
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from orchestrator.cli import INTERRUPTED, client, logs, options
+from orchestrator.cli import INTERRUPTED, client, config, logs, options
 from orchestrator.cli.bars import download_bars
 from orchestrator.cli.output import Failure, say, say_json, settings_line, state_line
 from orchestrator.errors import InvalidRequest, OrchestratorError, Superseded
@@ -53,72 +53,10 @@ class Setup:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serving_options() -> options.Decorator:
-    """The common options of `serve` and `run`."""
-    option = click.option
-    return options.together(
-        option("--llama-server", default="auto", metavar="auto|embedded|PATH", show_default=True),
-        option("--host", default="127.0.0.1", show_default=True, help="Where the API listens."),
-        option(
-            "--port",
-            type=click.IntRange(0, 65535),
-            default=options.DEFAULT_PORT,
-            show_default=True,
-            help="0 = any free one.",
-        ),
-        option("--slot", default="default", metavar="NAME", show_default=True),
-        option("--state-dir", metavar="DIR", help="Folder of the slots."),
-        option(
-            "--drain-timeout",
-            "drain_timeout_s",
-            type=float,
-            default=30.0,
-            metavar="S",
-            show_default=True,
-            help="Seconds a swap waits for leases.",
-        ),
-        option(
-            "--kill-grace",
-            "kill_grace_s",
-            type=float,
-            default=5.0,
-            metavar="S",
-            show_default=True,
-            help="Seconds between SIGTERM and SIGKILL; 0 = SIGKILL at once.",
-        ),
-        option(
-            "--restart",
-            type=click.Choice(["never", "on-crash"]),
-            default="never",
-            show_default=True,
-            help="What to do about a server that ends by itself.",
-        ),
-        options.key_option("Keys, one a line; requests need one"),
-        option(
-            *("--allowed-host", "allowed_hosts"),
-            multiple=True,
-            metavar="H",
-            help="A name the service goes by beside localhost and its addresses; repeatable.",
-        ),
-        option(
-            *("--models-dir", "models_dir"),
-            multiple=True,
-            metavar="DIR",
-            help="Local models must be inside, and are named from here; repeatable.",
-        ),
-        options.idle_ttl_option("Unload a model after this long without use."),
-        option(
-            "--log-format",
-            type=click.Choice(["console", "json"]),
-            default="console",
-            help="Of the log lines on stderr.",
-        ),
-        options.json_option(),
-    )
-
-
 @click.command()
-@serving_options()
+@config.config_option()
+@config.serving_options()
+@options.json_option()
 def serve(*, log_format: logs.Format, **given: Any) -> int:
     """Serve the API with nothing loaded."""
     logs.configure("info", log_format)
@@ -129,14 +67,17 @@ def serve(*, log_format: logs.Format, **given: Any) -> int:
 @click.command(cls=options.ModelCommand)
 @options.model_options()
 @options.start_options()
-@serving_options()
+@config.config_option()
+@config.serving_options()
+@options.json_option()
 def run(*, log_format: logs.Format, **given: Any) -> int:
     """Load a model and serve it, until Ctrl-C.
 
     Flags that are not listed here go to llama-server, e.g. --top-k 20 --seed 42.
     """
     logs.configure("warning", log_format)
-    ours = {name: given.pop(name) for name in _SETUP_NAMES}
+    settings = {str(setting.name) for setting in config.settings_of(run).values()} - {"log_format"}
+    ours = {name: given.pop(name) for name in (*settings, "as_json")}
     request = options.load_request(**given)
     with _setup(**ours) as setup:
         return _run(_host(setup, request))
@@ -154,12 +95,6 @@ def _new_event_loop() -> asyncio.AbstractEventLoop:
     except ImportError:  # it knows no Windows
         return asyncio.new_event_loop()
     return uvloop.new_event_loop()
-
-
-_SETUP_NAMES: Final = (
-    *("llama_server", "host", "port", "slot", "state_dir", "drain_timeout_s", "kill_grace_s"),
-    *("restart", "api_key_file", "allowed_hosts", "models_dir", "idle_ttl_s", "as_json"),
-)
 
 
 @contextlib.contextmanager
@@ -184,12 +119,13 @@ def _setup(
             f"--host {host} can be reached from other machines: give --api-key-file too, or set "
             f"{options.API_KEY_VARIABLE}."
         )
+    from orchestrator.http.keys import shareable
     from orchestrator.http.origins import checked_hosts
 
     try:
         hosts = checked_hosts((host, *allowed_hosts))
         given = {name: value for name, value in for_orchestrator.items() if value is not None}
-        orch = AsyncOrchestrator(protect_server=bool(keys), **given)
+        orch = AsyncOrchestrator(protect_server=shareable(keys), **given)
     except InvalidRequest as error:
         raise click.UsageError(error.message) from error
     with _listen(host, port, as_json) as listener:

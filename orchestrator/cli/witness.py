@@ -29,8 +29,8 @@ class Witness:
     """
 
     def __init__(self, token: str) -> None:
-        self.looks = 0
-        self.most = 0
+        self.looks: int = 0
+        self.most: int = 0
         self.pids: set[int] = set()
         self._token = token
         self._strangers: set[int] = set()

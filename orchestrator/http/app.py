@@ -21,17 +21,17 @@ from orchestrator.errors import NotLoaded
 from orchestrator.http import openapi, pages, schemas
 from orchestrator.http.bodies import json_body, known, refuse, while_connected
 from orchestrator.http.headers import AnswerHeaders
-from orchestrator.http.keys import PROBED_PATHS, RequireKey
+from orchestrator.http.keys import PROBED_PATHS, RequireKey, shareable
 from orchestrator.http.limits import MAX_BODY_BYTES, LimitBody
 from orchestrator.http.metrics import MEDIA_TYPE as MEDIA_TYPE_METRICS
 from orchestrator.http.metrics import Metrics
 from orchestrator.http.openapi import answers, problems, sends, takes
 from orchestrator.http.origins import RefuseForeign, checked_hosts
-from orchestrator.http.passthrough import Below, PassThrough
+from orchestrator.http.passthrough import HELD_S, MAX_HELD, Below, PassThrough
 from orchestrator.http.problems import Json, ProblemRoute, install
 from orchestrator.orchestrator import AsyncOrchestrator
 from orchestrator.output import MAX_LINES
-from orchestrator.paths import shown, shown_members
+from orchestrator.paths import shown
 from orchestrator.request import LoadRequest
 from orchestrator.states import State
 
@@ -46,6 +46,8 @@ def create_app(
     api_keys: Iterable[str] = (),
     allowed_hosts: Iterable[str] = (),
     max_body_bytes: int = MAX_BODY_BYTES,
+    held_s: float = HELD_S,
+    max_held: int = MAX_HELD,
     **orchestrator_options: Any,
 ) -> FastAPI:
     """Return an app whose lifespan starts the orchestrator and closes it.
@@ -56,8 +58,10 @@ def create_app(
         allowed_hosts: Names by which the service may be called, beside `localhost` and its
             addresses. Others are refused, as are requests of web pages of another origin.
         max_body_bytes: The most that a request may send.
+        held_s: Seconds that a request below `/v1` waits for a load in flight.
+        max_held: How many requests may wait so.
         **orchestrator_options: As for `AsyncOrchestrator`; with keys, `protect_server` is on, so
-            that nobody gets round them by the server's own port.
+            that nobody gets round them by the server's own port, which takes the same keys.
 
     Raises:
         TypeError: both an orchestrator and options for one.
@@ -69,10 +73,10 @@ def create_app(
     if orch is not None and orchestrator_options:
         raise TypeError("give an orchestrator or the options for one, not both")
     keys = tuple(api_keys)
-    options = {"protect_server": bool(keys), **orchestrator_options}
+    options = {"protect_server": shareable(keys), **orchestrator_options}
     served = AsyncOrchestrator(**options) if orch is None else orch
     hosts = checked_hosts(allowed_hosts)
-    passed_on = PassThrough(served)
+    passed_on = PassThrough(served, held_s=held_s, max_held=max_held)
     metrics = Metrics(served, lambda: passed_on.held)
 
     @contextlib.asynccontextmanager
@@ -291,8 +295,7 @@ def _add_streams(routes: APIRouter, orch: AsyncOrchestrator) -> None:
                         if (event := coming.result()) is None:
                             return
                         after = event.id
-                        told = shown_members(event.data)
-                        yield ServerSentEvent(id=str(after), event=event.kind, data=told)
+                        yield ServerSentEvent(id=str(after), event=event.kind, data=event.data)
                         coming = asyncio.ensure_future(anext(happened, None))
                     elif (step := orch.progress()) != shown and step.bytes_done is not None:
                         # a step has the number of the event before it: to resume there is enough

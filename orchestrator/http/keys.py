@@ -7,7 +7,7 @@ no secrets and learn nothing from them), and the panel's own files, which ask fo
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from starlette.datastructures import Headers
@@ -18,6 +18,13 @@ from orchestrator.http.problems import http_problem, respond
 
 PROBED_PATHS: Final = ("/healthz", "/readyz")
 OPEN_PATHS: Final = frozenset({*PROBED_PATHS, *pages.PATHS})
+
+
+def shareable(keys: Sequence[str]) -> Sequence[str] | bool:
+    """Return `protect_server` for an API with these keys: a server takes those it can be given
+    (llama-server reads them from a list with commas), and is protected whatever they are.
+    """
+    return [key for key in keys if "," not in key and key.isascii()] or bool(keys)
 
 
 class RequireKey:

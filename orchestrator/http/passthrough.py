@@ -62,7 +62,7 @@ class PassThrough:
         self._orch = orch
         self._held_s = held_s
         self._max_held = max_held
-        self.held = 0
+        self.held: int = 0
         self._kept: tuple[Generation, aiohttp.ClientSession] | None = None
         self._fresh: aiohttp.ClientSession | None = None
 

@@ -6,7 +6,7 @@ instead of coercing; answers are the views' own `as_dict`. A test compares the n
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -36,13 +36,13 @@ _LOADED: Final = {
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", protected_namespaces=())
 
 
 class LoadBody(_Body):
     """What to load, and how. Unknown fields are refused."""
 
-    model_config = _example(
+    model_config: ClassVar[ConfigDict] = _example(
         model_path="unsloth/Qwen3-0.6B-GGUF",
         gguf_variant="Q4_K_M",
         max_seq_length=8192,
@@ -87,14 +87,14 @@ class UnloadBody(_Body):
 class CancelBody(_Body):
     """Exactly one of the two."""
 
-    model_config = _example(load_request_id="apply-17")
+    model_config: ClassVar[ConfigDict] = _example(load_request_id="apply-17")
 
     load_request_id: str | None = None
     generation: int | None = None
 
 
 class _Answer(BaseModel):
-    model_config = ConfigDict(protected_namespaces=())
+    model_config: ClassVar[ConfigDict] = ConfigDict(protected_namespaces=())
 
 
 class ReloadReason(_Answer):
@@ -114,7 +114,7 @@ class Timings(_Answer):
 
 
 class LoadAnswer(_Answer):
-    model_config = _example(**_LOADED)
+    model_config: ClassVar[ConfigDict] = _example(**_LOADED)
 
     status: Literal["loaded", "already_loaded"]
     generation: int
@@ -133,6 +133,11 @@ class LoadAnswer(_Answer):
     is_vision: bool
     reload_reasons: list[ReloadReason]
     timings_s: Timings
+    chat_template_override: str | None = None
+    mmproj_path: str | None = None
+    n_parallel: int | None = None
+    idle_ttl_s: float | None = None
+    pinned: bool = False
 
 
 class AcceptedAnswer(_Answer):
@@ -142,7 +147,7 @@ class AcceptedAnswer(_Answer):
 class ProblemAnswer(_Answer):
     """RFC 9457; members without a value are left out."""
 
-    model_config = _example(
+    model_config: ClassVar[ConfigDict] = _example(
         type="about:blank",
         title="A llama-server flag is refused",
         status=400,
@@ -231,7 +236,7 @@ class CancelAnswer(_Answer):
 
 
 class PlanAnswer(_Answer):
-    model_config = _example(
+    model_config: ClassVar[ConfigDict] = _example(
         action="reload",
         reload_reasons=_LOADED["reload_reasons"],
         argv=["llama-server", "-m", "model.gguf", "--host", "127.0.0.1", "--port", "0"],
@@ -292,7 +297,7 @@ class StatusAnswer(_Answer):
 
 
 class ProgressAnswer(_Answer):
-    model_config = _example(
+    model_config: ClassVar[ConfigDict] = _example(
         phase="downloading", bytes_done=268435456, bytes_total=396705472, fraction=0.68
     )
 

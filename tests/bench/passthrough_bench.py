@@ -8,6 +8,7 @@ table; `--json FILE` writes the figures.
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import selectors
@@ -15,7 +16,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,12 +152,15 @@ class Host:
         self.url = json.loads(self.process.stdout.readline())["url"]
         self.direct = self._loaded()
 
-    def _loaded(self) -> str:
-        import urllib.request
-
+    def asked(self, path: str, body: bytes | None = None) -> Any:
+        """Ask this host, whatever proxy there is."""
+        headers = {"Content-Type": "application/json"} if body else {}
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        return opener.open(urllib.request.Request(self.url + path, body, headers))
+
+    def _loaded(self) -> str:
         while True:
-            with opener.open(self.url + "/api/inference/status") as answer:
+            with self.asked("/api/inference/status") as answer:
                 loaded = json.load(answer)["loaded"]
             if loaded:
                 return str(loaded["base_url"])
@@ -166,6 +172,34 @@ class Host:
     def close(self) -> None:
         self.process.terminate()
         self.process.wait()
+
+
+def status_while_swapping(host: Host, models: list[str], figures: dict[str, float]) -> None:
+    """Ask for the status without pause while models are swapped, for three seconds."""
+    ended = threading.Event()
+
+    def swap() -> None:
+        number = 0
+        while not ended.is_set():
+            number += 1
+            body = {"model_path": models[number % 2], "llama_extra_args": ["-t", "1"]}
+            with host.asked("/api/inference/load", json.dumps(body).encode()) as answer:
+                answer.read()
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    took, until = [], time.perf_counter() + 3.0
+    connection = http.client.HTTPConnection(urlsplit(host.url).netloc)
+    while time.perf_counter() < until:
+        started = time.perf_counter()
+        connection.request("GET", "/api/inference/status")
+        connection.getresponse().read()
+        took.append(time.perf_counter() - started)
+    ended.set()
+    thread.join()
+    for at, name in ((0.5, "p50"), (0.99, "p99")):
+        figures[f"status while models are swapped, {name} ms"] = quantile(took, at)
+        print(f"{'status during swaps':<28} {name + ' ms':<18} {'':>10} {quantile(took, at):10.3f}")
 
 
 def quantile(values: list[float], at: float) -> float:
@@ -200,8 +234,8 @@ def main() -> None:
     server = os.environ["LLAMA_SERVER_PATH"]
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        model = write_tiny_model(Path(folder) / "model.gguf")
-        host = Host(server, str(model), folder)
+        models = [str(write_tiny_model(Path(folder) / f"{n}.gguf", seed=n)) for n in range(2)]
+        host = Host(server, models[0], folder)
         try:
             print(f"{'':<28} {'':<18} {'direct':>10} {'through':>10}")
             kinds = {"1 token": SHORT} if options.short else {"1 token": SHORT, STREAMED: STREAM}
@@ -215,6 +249,7 @@ def main() -> None:
                             samples[way].add(drive(way, body, connections, options.seconds, host))
                     name = f"{kind}, {connections} connection{'s' * (connections > 1)}"
                     compare(name, samples[host.direct], samples[host.url], figures)
+            status_while_swapping(host, models, figures)
         finally:
             host.close()
     if options.json:

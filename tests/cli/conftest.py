@@ -25,10 +25,11 @@ Start = Callable[..., "Running"]
 
 
 def environment() -> dict[str, str]:
-    """Where the package is found, a width, and nothing that chooses a server."""
+    """Where the package is found, a width, and nothing that chooses a server or a setting."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_")}
     root = str(Path(orchestrator.__file__).parents[1])
-    return clean | {"PYTHONPATH": root, "COLUMNS": "100", "PYTHONWARNINGS": "error"}
+    clean |= {"PYTHONPATH": root, "COLUMNS": "100", "PYTHONWARNINGS": "error"}
+    return clean | {"XDG_CONFIG_HOME": "/nonexistent"}
 
 
 class Running:

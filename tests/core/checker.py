@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from orchestrator import actions, guards
@@ -71,6 +71,17 @@ class Fired(NamedTuple):
     state: State
 
 
+class Taken(NamedTuple):
+    """A step that was taken first in `world`, by which row, and what came of it."""
+
+    world: World
+    core: Core
+    fact: Fact
+    row: int
+    after: Core
+    commands: tuple[Command, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """What an exploration saw."""
@@ -81,14 +92,14 @@ class Report:
     seconds: float
     counterexample: Counterexample | None
     rows_fired: frozenset[Fired]
-    steps: tuple[tuple[Core, Fact], ...] = ()
+    steps: tuple[Taken, ...] = field(default=(), repr=False)
 
     def __str__(self) -> str:
         found = self.counterexample
         return (
             f"{self.program}: {self.worlds} worlds, {self.edges} edges, {self.seconds:.2f} s, "
             f"{len({fired.row for fired in self.rows_fired})} rows"
-            + (f"\n{found.story}" if found else "")
+            + (f"\n{found}" if found else "")
         )
 
 
@@ -99,23 +110,22 @@ def explore(
     faults: Faults = ALL_FAULTS,
     policy: Policy = CANCEL_ABANDONED,
     warm: str | None = None,
+    start: World | None = None,
     without: frozenset[str] = frozenset(),
     max_worlds: int = 2_000_000,
-    keep_steps: bool = False,
 ) -> Report:
     """Explore a program (see `programs`) to the end, or to the first broken invariant.
 
     Args:
         warm: A model that is Healthy at the start; None starts in Idle with nothing.
+        start: A world of this program to begin in.
         without: Names of invariants to leave out, to see what a fault leads to.
         max_worlds: Raise an error beyond this; nothing is ever cut off in silence.
-        keep_steps: Report every step that was taken, too.
     """
     scenario = Scenario(parse(program), faults, policy)
     exploration = _Exploration(program, scenario, lifecycle or TracedLifecycle(), without)
     with _without_garbage_collection():
-        report = exploration.run(warm, max_worlds)
-    return replace(report, steps=exploration.steps) if keep_steps else report
+        return exploration.run(warm, start, max_worlds)
 
 
 @contextmanager
@@ -154,7 +164,8 @@ class _Exploration:
         self._lifecycle = lifecycle
         self._without = without
         self._cores: dict[tuple[State, Context], Core] = {}
-        self._steps: dict[tuple[Core, Fact], tuple[Core, tuple[Command, ...]]] = {}
+        self._steps: dict[tuple[Core, Fact], tuple[int, Core, tuple[Command, ...]]] = {}
+        self._where: dict[tuple[Core, Fact], World] = {}
         self._rows: set[Fired] = set()
         self._reached: dict[World, _Arrival | None] = {}
         self._own_edges: dict[World, list[World]] = {}
@@ -162,11 +173,13 @@ class _Exploration:
         self._probed: set[Core] = set()
         self._harmless: set[tuple[object, ...]] = set()
 
-    def run(self, warm: str | None, max_worlds: int) -> Report:
+    def run(self, warm: str | None, start: World | None, max_worlds: int) -> Report:
         started = time.perf_counter()
         found = None
         try:
-            self._explore(self._first_world(warm), max_worlds)
+            first = start or self._first_world(warm)
+            self._cores[first.core.state, first.core.ctx] = first.core
+            self._explore(first, max_worlds)
             self._check_for_circles()
         except _BrokenError as broken:
             found = self._tell(broken)
@@ -177,11 +190,11 @@ class _Exploration:
             time.perf_counter() - started,
             found,
             frozenset(self._rows),
+            tuple(
+                Taken(world, core, fact, *self._steps[core, fact])
+                for (core, fact), world in self._where.items()
+            ),
         )
-
-    @property
-    def steps(self) -> tuple[tuple[Core, Fact], ...]:
-        return tuple(self._steps)
 
     def _first_world(self, warm: str | None) -> World:
         core = self._core(State.IDLE, Context(policy=self._scenario.policy))
@@ -243,6 +256,7 @@ class _Exploration:
             return
         try:
             core, commands = self._step(world.core, move.fact)
+            self._where.setdefault((world.core, move.fact), world)
         except Exception as error:
             violation = Violation("step_raised", f"{type(error).__name__}: {error}")
             raise _BrokenError(violation, _Arrival(world, move, "")) from error
@@ -268,10 +282,11 @@ class _Exploration:
         known = self._steps.get((core, fact))
         if known is None:
             stepped = self._lifecycle.step(core.state, core.ctx, fact)
-            self._rows.add(Fired(getattr(self._lifecycle, "fired", -1), core.state))
-            known = self._core(stepped.state, stepped.ctx), stepped.commands
+            row = getattr(self._lifecycle, "fired", -1)
+            self._rows.add(Fired(row, core.state))
+            known = row, self._core(stepped.state, stepped.ctx), stepped.commands
             self._steps[core, fact] = known
-        return known
+        return known[1:]
 
     def _core(self, state: State, ctx: Context) -> Core:
         """Return the one object for this state and context, without what no guard reads."""
@@ -327,9 +342,10 @@ class _Exploration:
                 if not open_[world]:
                     ends.append(world)
         if open_:
-            world = next(iter(open_))
-            arrival = self._reached[world]
-            assert arrival is not None
+            arrivals = (arrival for world in open_ if (arrival := self._reached[world]) is not None)
+            first = next(iter(open_))
+            nothing = _Arrival(first, Move("system", "nothing comes of it", first, None), "")
+            arrival = next(arrivals, nothing)
             violation = Violation("quiescence_is_certain", "from here it may go round for ever")
             raise _BrokenError(violation, arrival)
 
@@ -351,6 +367,6 @@ class _Exploration:
         known = self._steps.get((before.core, move.fact))
         if known is None:
             return Told(move.who, move.text, before.core.state, before.core.state, ())
-        core, commands = known
+        _, core, commands = known
         outcome = tuple(filter(None, (*map(describe, commands), note)))
         return Told(move.who, move.text, before.core.state, core.state, outcome)

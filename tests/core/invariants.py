@@ -72,10 +72,12 @@ def inv_no_server_is_forgotten(world: World) -> str | None:
 
 
 def inv_settled_holds_no_load(world: World) -> str | None:
-    """Idle and Healthy have no load in flight; Healthy knows which server it means."""
+    """Idle and Healthy have no load in flight; Healthy knows which server it means, Idle none."""
     ctx = world.ctx
     if world.state in SETTLED and ctx.job is not None:
         return f"{world.state} with load {ctx.job.generation} still in flight"
+    if world.state is State.IDLE and ctx.running is not None:
+        return f"Idle with server {ctx.running.child.pid} still running"
     if world.state is State.IDLE and ctx.queue:
         return f"Idle with load {ctx.queue[0].generation} still in the queue"
     if world.state is State.HEALTHY and (ctx.running is None or ctx.running.child != ctx.child):

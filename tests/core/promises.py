@@ -160,7 +160,8 @@ def inv_the_same_is_shared(edge: Edge) -> str | None:
     runs is already loaded.
     """
     fact, ctx = edge.fact, edge.before.ctx
-    if not isinstance(fact, LoadRequested) or _is_turned_away(edge, fact):
+    ended = {"cancelled", "shutting_down"}  # others judge that
+    if not isinstance(fact, LoadRequested) or category(answers(edge).get(fact.ticket)) in ended:
         return None
     request = fact.target.request
     candidates = ctx.wanted[-1:]

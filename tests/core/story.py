@@ -47,6 +47,10 @@ class Counterexample:
     message: str
     steps: tuple[Told, ...]
 
+    def __str__(self) -> str:
+        """The story, and the same as a diagram to be pasted where Mermaid is drawn."""
+        return f"{self.story}\n\n{self.mermaid()}"
+
     @property
     def story(self) -> str:
         lines = [f"{self.invariant}: {self.message}"]

@@ -139,9 +139,9 @@ def test_a_mode_is_the_first_flags_that_the_binary_supports(
 @pytest.mark.parametrize(
     ("mode", "binary", "accepted"),
     [
-        ("default", "old", "off, ngram-simple, ngram-mod, draft-mtp"),
+        ("default", "old", "off, ngram-mod, ngram-simple, draft-mtp"),
         ("ngram-mod", "half", "off, default, ngram-simple, draft-mtp"),
-        ("bogus", "11434", "off, default, ngram-simple, ngram-mod, draft-mtp"),
+        ("bogus", "11434", "off, default, ngram-mod, ngram-simple, draft-mtp"),
         *[(mode, "no drafting", "off") for mode in ("default", "ngram-mod", "ngram-simple", "x")],
     ],
 )

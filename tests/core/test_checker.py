@@ -9,108 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
 
 from orchestrator import actions, guards
 from orchestrator.actions import Step
-from orchestrator.context import Policy
 from orchestrator.messages import Post
-from orchestrator.recovery import RestartPolicy
 from orchestrator.states import State
 from orchestrator.table import TABLE, Row
 from tests.core.checker import Report, TracedLifecycle, explore
+from tests.core.explorations import DEEP, PROGRAMS, RESTART, explored
 from tests.core.invariants import INVARIANTS
-from tests.core.world import NO_FAULTS, Faults
-
-CONTINUE = Policy(abandoned_load="continue")
-RESTART = Policy(restart=RestartPolicy(limit=1))
-IDLE = Policy(idle_ttl_s=1.0)
-IDLE_RESTART = Policy(idle_ttl_s=1.0, restart=RestartPolicy(limit=1))
-RESTART_CONTINUE = Policy(abandoned_load="continue", restart=RestartPolicy(limit=2))
-
-PROGRAMS: dict[str, dict[str, Any]] = {
-    # who supersedes, joins, queues, rejects
-    "load A | load B | unload": {},
-    "load A | load B | load C | unload": {"faults": Faults(download=False, health=False)},
-    "load A | load B queue; cancel | load A queue": {},
-    "load A force | load B queue | load A queue": {"warm": "A"},
-    "load A | load B reject | unload B": {},
-    "load A force | load A": {"warm": "A"},
-    "load A force | load B queue | unload A": {"warm": "A"},
-    # cancel and withdraw
-    "load A id=x | cancel x": {},
-    "load A id=x | load A id=y | cancel x": {},
-    "load A id=x | load B queue id=x | cancel x": {},
-    "load A; cancel | load B": {},
-    "load A; withdraw | load A; withdraw": {},
-    "load A; withdraw | load B": {"policy": CONTINUE},
-    "load A; withdraw | load B queue; cancel | unload": {},
-    # leases and drains
-    "lease; release | load A | load B": {},
-    "lease; withdraw | load A | unload": {},
-    "lease; withdraw | load B; cancel": {"warm": "A"},
-    "lease; release; lease | load B; load C": {"warm": "A"},
-    "lease; release | load B | shutdown": {"warm": "A"},
-    "lease; release | unload A; load B": {"warm": "A"},
-    "lease; release | load A; withdraw | load B queue | shutdown": {},
-    # the end
-    "load A | load B | shutdown": {},
-    "load A | load B queue | shutdown": {},
-    "load B | shutdown; unload": {"warm": "A"},
-    "load A | shutdown; load B | lease": {},
-    "unload | shutdown; load B | lease": {"warm": "A"},
-    # time
-    "load A deadline | load B queue deadline": {},
-    "load B deadline | lease; release": {"warm": "A"},
-    # calls that arrive in another order than they were made
-    "load A slow | load B slow | unload": {},
-    "load B slow | load A; unload A": {"warm": "A"},
-    "load A slow | load B | unload A": {"warm": "A"},
-    "load A slow | unload A": {},
-    "load A slow | load A | load B queue": {},
-    # a slot that is not as empty as it seemed
-    "load A | unload": {"faults": Faults(strays=4)},
-    # what ran before comes back
-    "load B restore": {"warm": "A"},
-    "load B restore | load C": {"warm": "A"},
-    "load B restore | load A": {"warm": "A"},
-    "load B restore id=x | cancel x | unload": {"warm": "A"},
-    "load B restore; cancel | load C restore queue": {"warm": "A"},
-    "load B restore; withdraw | lease; release": {"warm": "A"},
-    "load B restore deadline | unload A": {"warm": "A"},
-    "load B restore | shutdown": {"warm": "A"},
-    "load B restore | load C reject": {"warm": "A", "policy": CONTINUE},
-    # a server that ended by itself is started again
-    "load A": {"policy": RESTART_CONTINUE},
-    "unload | load A": {"warm": "A", "policy": RESTART},
-    "unload A | lease; withdraw": {"warm": "A", "policy": RESTART},
-    "lease; release | lease": {"warm": "A", "policy": RESTART},
-    "load B restore | load A force": {"warm": "A", "policy": RESTART},
-    "load A; withdraw | load A; withdraw ": {"policy": RESTART},
-    "load A id=x | cancel x | load B queue": {"warm": "A", "policy": RESTART},
-    "shutdown | lease": {"warm": "A", "policy": RESTART},
-    # a server nobody uses
-    "load A | load A": {"policy": IDLE},
-    "lease; release | load A; load B": {"warm": "A", "policy": IDLE},
-    "lease; withdraw | load B queue": {"warm": "A", "policy": IDLE},
-    "load A pinned | load A | unload": {"policy": IDLE},
-    "load A queue | load B force; cancel": {"warm": "A", "policy": IDLE},
-    "lease | load A force": {"warm": "A", "policy": IDLE_RESTART},
-    "load B restore | shutdown ": {"warm": "A", "policy": IDLE},
-    # nothing goes wrong but the order: longer programs
-    "load A force | load B queue; cancel | load A queue | load A force": {
-        "warm": "A",
-        "faults": NO_FAULTS,
-    },
-}
-
-
-@cache
-def explored(program: str) -> Report:
-    return explore(program, **PROGRAMS[program])
+from tests.core.world import Faults
 
 
 @pytest.mark.timeout(120)
@@ -119,9 +30,20 @@ def test_the_shipped_table_keeps_every_invariant(program: str) -> None:
     """Every known bug of this class is an order of events nobody had tried: here all are tried."""
     report = explored(program)
     print(f"\n{report}")
-    assert report.counterexample is None, report.counterexample.story
+    assert report.counterexample is None, report.counterexample
     assert report.worlds > 1
     assert report.edges > report.worlds / 2
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("program", DEEP)
+def test_four_clients_break_no_invariant(program: str) -> None:
+    """Some races need a third party to open the window and a fourth to fall through it."""
+    report = explore(program, **DEEP[program])
+    print(f"\n{report}")
+    assert report.counterexample is None, report.counterexample
+    assert report.worlds > 1000
 
 
 @pytest.mark.timeout(240)

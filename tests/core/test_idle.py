@@ -16,6 +16,7 @@ from orchestrator.messages import (
     LeaseReleased,
     SetTimer,
     TimerFired,
+    Withdrawn,
 )
 from orchestrator.tokens import Generation, Ticket
 from tests.core.test_machine import A, B, H, I, K, Run
@@ -180,3 +181,13 @@ def test_a_server_that_ends_by_itself_is_not_taken_for_idle() -> None:
     assert expire(run).state is I
     assert run.ctx.last_error is not None
     assert run.ctx.last_error.category == "server_exited"
+
+
+@pytest.mark.parametrize("fact", [LeaseReleased, Withdrawn])
+def test_who_leaves_without_having_used_the_server_does_not_prolong_its_life(fact: Any) -> None:
+    """A lease is given back once, but said twice; a caller goes away after its answer."""
+    run = healthy()
+    run.now += 10.0
+    run.do(fact(Ticket(1), run.now))
+    assert idle_timers(run) == []
+    assert idle_at(run) == TTL_S

@@ -177,9 +177,11 @@ class Run:
     def go(self, state: State) -> Self:
         """Let the load in flight get this far."""
         ends = {K: self.emptied, D: self.fetched, S: self.spawned, W: self.ready}
-        while self.state is not state:
+        for _ in range(40):
+            if self.state is state:
+                return self
             ends[self.state]()
-        return self
+        raise AssertionError(f"it does not get to {state}")
 
     def settle(self) -> Self:
         """Let every effect succeed, and what was posted arrive, until the machine rests."""
@@ -337,6 +339,26 @@ def test_an_older_call_does_not_win_over_a_newer_one_that_was_already_loaded() -
     assert (run.category(older), run.state) == ("superseded", H)
 
 
+def test_an_older_call_for_what_runs_is_already_loaded() -> None:
+    """It has what it wants: that the newer call wanted the same is no reason to refuse it."""
+    run = Run()
+    older = run.ticket()
+    newer = run.load(A)
+    run.settle().load(A, ticket=older)
+    assert [run.category(t) for t in (newer, older)] == ["loaded", "already"]
+
+
+def test_of_several_reasons_to_refuse_a_load_the_end_comes_first() -> None:
+    """Who hears `cancelled` may ask again; who hears `shutting_down` need not."""
+    run = healthy()
+    older = run.ticket()
+    run.cancel("x")
+    run.unload()
+    run.shutdown()
+    run.load(B, ticket=older, load_request_id="x")
+    assert run.category(older) == "shutting_down"
+
+
 def test_an_older_call_that_joins_leaves_newer_loads_in_the_queue() -> None:
     """Joining ends the queue only as far as it is older."""
     run = Run()
@@ -350,6 +372,30 @@ def test_an_older_call_that_joins_leaves_newer_loads_in_the_queue() -> None:
 
 
 # -------------------------------------------------------------------------------- queue, reject
+
+
+def test_the_queue_goes_on_behind_a_load_that_found_its_model_running() -> None:
+    """Whoever waits behind it is promoted too, and later loads find a queue as before."""
+    run = healthy(A)
+    first = run.load(B)
+    loads = [run.load(A, on_busy="queue"), run.load(A, on_busy="queue", force_reload=True)]
+    loads += [run.load(C, on_busy="queue")]
+    run.settle()
+    assert [run.category(t) for t in (first, *loads)] == ["loaded"] * 4
+    late = run.load(C, on_busy="queue")
+    assert run.category(late) == "already"
+
+
+def test_a_queued_load_that_is_too_late_leaves_the_others_in_the_queue() -> None:
+    """A deadline is of one load."""
+    run, first = in_flight(D)
+    late = run.load(B, on_busy="queue", deadline_s=5)
+    other = run.load(C, on_busy="queue")
+    run.do(TimerFired(Generation(2), 5.0, "deadline"))
+    assert run.category(late) == "deadline"
+    assert [job.generation for job in run.ctx.queue] == [3]
+    run.settle()
+    assert [run.category(t) for t in (first, other)] == ["loaded", "loaded"]
 
 
 @pytest.mark.parametrize("state", BUSY_STATES)
@@ -775,6 +821,94 @@ def test_an_early_cancel_is_remembered_for_sixty_seconds() -> None:
         assert run.category(run.load(A, load_request_id="x")) == category
 
 
+def test_the_sixty_seconds_are_counted_from_the_cancel() -> None:
+    """Monotonic clocks begin anywhere: a host that is up for days remembers a cancel as well."""
+    run = Run()
+    run.now = 1e6
+    run.cancel("x")
+    run.now += 1.0
+    assert run.category(run.load(A, load_request_id="x")) == "cancelled"
+
+
+def test_a_cancelled_download_leaves_nothing_to_be_killed() -> None:
+    """The slot was verified empty before it; whoever cancels need not wait for another look."""
+    run, ticket = in_flight(D)
+    run.cancel(generation=1)
+    run.fetched()
+    assert (run.state, run.began(Kill)) == (I, [])
+    assert run.category(ticket) == "cancelled"
+
+
+def test_a_cancel_of_another_generation_touches_nothing() -> None:
+    """It names a load that has ended: the one in flight, and who joined it, go on."""
+    run = healthy()
+    first, second = run.load(B), run.load(B)
+    run.load(C, on_busy="queue")
+    before = run.ctx
+    for generation in (1, 7):
+        cancel = run.cancel(generation=generation)
+        assert run.answers[cancel] == CancelAnswer(cancelled=False)
+        assert (run.state, run.ctx) == (K, before)
+    run.settle()
+    assert [run.category(ticket) for ticket in (first, second)] == ["loaded", "loaded"]
+
+
+def test_a_cancel_by_generation_ends_a_queued_load_for_everybody() -> None:
+    """Both callers hear it, and the load before it goes on."""
+    run, first = in_flight(D)
+    waiting = [run.load(B, on_busy="queue") for _ in range(2)]
+    cancel = run.cancel(generation=2)
+    assert [run.category(ticket) for ticket in waiting] == ["cancelled", "cancelled"]
+    assert run.answers[cancel] == CancelAnswer(cancelled=True)
+    assert run.ctx.queue == ()
+    assert run.settle().category(first) == "loaded"
+
+
+@pytest.mark.parametrize("began", [0.0, 1e6])
+def test_a_second_early_cancel_forgets_only_what_is_over(began: float) -> None:
+    """Each flood of cancels cleans up behind itself; what still counts is kept."""
+    run = Run()
+    run.now = began
+    run.cancel("x")
+    run.now += EARLY_CANCEL_S
+    run.cancel("y")
+    assert run.category(run.load(A, load_request_id="x")) == "cancelled"
+    run.now += 0.5
+    run.cancel("z")
+    assert [name for name, _ in run.ctx.cancelled_ids] == ["y", "z"]
+
+
+@pytest.mark.parametrize("by", ["cancel", "unload", "shutdown", "deadline"])
+@pytest.mark.parametrize("state", BUSY_STATES)
+def test_the_last_error_says_how_a_load_was_ended(state: State, by: str) -> None:
+    """Status is read by those who did not call: they see that it was ended, and which load."""
+    run, ticket = in_flight(state)
+    if by == "cancel":
+        run.cancel(generation=1)
+    elif by == "deadline":
+        run.do(TimerFired(Generation(1), run.now, "deadline"))
+    else:
+        run.shutdown() if by == "shutdown" else run.unload()
+    told, shown = run.settle().answers[ticket], run.ctx.last_error
+    assert isinstance(told, Problem)
+    assert shown == told
+    assert told.generation == 1
+
+
+def test_every_caller_that_is_cancelled_hears_of_which_load() -> None:
+    """One id may be that of several calls: each hears of its own."""
+    run, first = in_flight(D, load_request_id="x")
+    second = run.load(B, on_busy="queue", load_request_id="x")
+    joined = run.load(B, on_busy="queue")
+    run.cancel("x")
+    run.settle()
+    for ticket, generation in ((first, 1), (second, 2)):
+        told = run.answers[ticket]
+        assert isinstance(told, Problem)
+        assert (told.category, told.generation) == ("cancelled", generation)
+    assert run.category(joined) == "loaded"
+
+
 def test_at_most_256_early_cancels_are_remembered() -> None:
     """The oldest is forgotten first; a flood of names costs bounded memory."""
     assert MAX_REMEMBERED_IDS == 256
@@ -918,6 +1052,30 @@ def test_a_drain_has_an_end() -> None:
     assert run.ctx.leases == frozenset()
 
 
+@pytest.mark.parametrize("what", ["killing already", "another server's", "nothing was there"])
+def test_a_drain_timer_that_is_late_changes_nothing(what: str) -> None:
+    """A timer cannot be called back: what it was for may be over when it fires."""
+    run = healthy()
+    if what == "nothing was there":
+        run.unload()
+        run.emptied()
+        run.unload()
+        assert (run.state, run.ctx.child) == (K, None)
+    elif what == "another server's":
+        run.load(B)
+        run.go(H)
+        run.lease()
+        run.unload()
+        assert (run.state, run.ctx.effect) == (K, None)
+    else:
+        run.unload()
+        assert run.began(Kill)
+    before = run.ctx
+    run.do(TimerFired(Generation(1), 30.0, "drain"))
+    assert (run.state, run.ctx) == (K, before)
+    assert run.commands == (Fence(Generation(1), "drain_expired"),)
+
+
 def test_a_lease_whose_holder_went_away_does_not_hold_up_the_drain() -> None:
     """The grant and the caller's leaving crossed each other; nobody will release it."""
     run = healthy()
@@ -941,12 +1099,31 @@ def test_no_lease_is_granted_on_a_server_that_is_being_stopped() -> None:
     assert answer.child.pid == 42
 
 
+def test_who_no_longer_waits_for_a_lease_is_given_none() -> None:
+    """A lease nobody holds is given back by nobody, and the next swap would wait for it."""
+    run, _ = in_flight(D)
+    gone, stays = run.lease(), run.lease()
+    run.withdraw(gone)
+    run.settle()
+    assert run.ctx.leases == {stays}
+    assert gone not in run.answers
+
+
 def test_a_lease_waits_for_a_load_and_hears_when_it_fails() -> None:
     """B27: the waiter was never woken."""
     run, _ = in_flight(D)
     lease = run.lease()
     run.fail()
     assert run.category(lease) == "not_loaded"
+
+
+def test_a_lease_that_waits_hears_when_the_load_is_ended() -> None:
+    """B27 once more: an unload or a cancel ends the wait, too."""
+    for end in (Run.unload, lambda run: run.cancel(generation=1)):
+        run, _ = in_flight(S)
+        lease = run.lease()
+        end(run)
+        assert run.settle().category(lease) == "not_loaded"
 
 
 # ------------------------------------------------------------------------------------ shut down

@@ -310,6 +310,18 @@ def test_restarts_back_off_up_to_a_ceiling_and_end_in_a_cool_down() -> None:
     assert run.settle().category(again) == "loaded"
 
 
+def test_in_a_cool_down_too_an_older_call_is_superseded() -> None:
+    """It would be told to change what fails, though a newer call has decided already."""
+    run = healthy(replace(RULES, limit=1))
+    run.crash_and_come_back()
+    older = run.ticket()
+    assert run.category(run.load(A)) == "already"
+    run.crash()
+    run.emptied()
+    run.load(A, ticket=older)
+    assert run.category(older) == "superseded"
+
+
 @pytest.mark.parametrize("options", [{"max_seq_length": 512}, {"force_reload": True}])
 def test_a_cool_down_refuses_only_what_failed(options: dict[str, Any]) -> None:
     """B49: no dead end. Other settings may do better, and force is force."""

@@ -18,7 +18,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from orchestrator import AsyncOrchestrator
-from orchestrator.http import PassThrough, create_app
+from orchestrator.http import PassThrough
 from orchestrator.http.limits import MAX_BODY_BYTES, LimitBody
 from orchestrator.tokens import Generation
 from orchestrator.views import LeasedServer
@@ -209,9 +209,8 @@ def test_answers_say_what_browsers_may_do_with_them(
         assert "Cache-Control" not in passed.headers
 
 
-def test_a_foreign_host_and_a_wrong_key_are_answered_alike_in_their_headers() -> None:
-    app = create_app(llama_server="embedded", api_keys=["k"])
-    with serving(app) as client:
+def test_a_foreign_host_and_a_wrong_key_are_answered_alike_in_their_headers(serve: Serve) -> None:
+    with serve(api_keys=["k"]) as client:
         for headers in ({"Host": "evil.example"}, {"Origin": "null"}, {}):
             answer = client.get("/nowhere", headers=headers)
             assert answer.status_code in {401, 403}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from orchestrator.states import State
+from orchestrator.tiny_model import write_tiny_model
 from tests.http.conftest import PREFIX, Gate, Serve, is_held, until
 from tests.process.support import Background
 
@@ -80,13 +82,11 @@ def test_the_state_and_the_time_in_it_are_told(serve: Serve, tiny_model: str) ->
     assert spent[1][5] > spent[0][5]
 
 
-def test_what_is_held_and_what_is_leased_is_told(serve: Serve, gate: Gate, tiny_model: str) -> None:
+def test_what_is_held_and_what_is_leased_is_told(serve: Serve, gate: Gate, tmp_path: Path) -> None:
+    """A stream that no buffer between here and there can take whole is a use to its end."""
+    model = write_tiny_model(tmp_path / "long.gguf", context_length=1 << 17)
     with serve(gate.binary) as client:
-        long = {
-            "model_path": tiny_model,
-            "max_seq_length": 100_000,
-        }  # no buffer takes such a stream
-        client.post(LOAD + "?wait=false", json=long)
+        client.post(LOAD + "?wait=false", json={"model_path": str(model)})
         until(client, is_held)
         held = Background(client.get, "/v1/models")
         until(client, lambda _: value(scrape(client), "held_requests") == 1)
@@ -95,7 +95,8 @@ def test_what_is_held_and_what_is_leased_is_told(serve: Serve, gate: Gate, tiny_
         held.result()
         endless = {"prompt": "a", "max_tokens": 1_000_000, "stream": True, "ignore_eos": True}
         with client.stream("POST", "/v1/completions", json=endless) as stream:
-            next(stream.iter_raw())
+            pieces = stream.iter_raw()  # kept: with it the stream would be closed
+            next(pieces)
             found = scrape(client)
             assert (value(found, "leases"), value(found, "held_requests")) == (1, 0)
         until(client, lambda _: value(scrape(client), "leases") == 0)

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi.testclient import TestClient
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import InvalidRequest
@@ -330,6 +330,7 @@ def test_allowed_hosts_mean_the_same_in_every_spelling() -> None:
 @given(
     st.text(max_size=40) | st.from_regex(r"\[?[0-9a-z:.%]{0,20}\]?(:[0-9]{0,6})?", fullmatch=True)
 )
+@settings(deadline=None)
 def test_any_text_is_a_host_or_is_none(text: str) -> None:
     """What is taken for one has no character that means something in a URL, and comes back."""
     found = origins.authority(text)

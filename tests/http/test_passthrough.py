@@ -19,6 +19,7 @@ import fastapi
 import httpx
 import openai
 import pytest
+from fastapi.testclient import TestClient
 from openai.types.chat import ChatCompletion
 from starlette.routing import Route
 
@@ -321,6 +322,28 @@ def test_method_query_and_bytes_arrive_as_they_were_sent(
     assert lender.given_back.wait(DEADLINE_S)
 
 
+def test_an_answer_without_a_body_keeps_its_head(
+    through: Callable[..., httpx.Client], echo: str
+) -> None:
+    """HEAD: the length that is told is that of another answer, and the connection goes on."""
+    client = through(Lender(echo))
+    for _ in range(2):
+        answer = client.head("/v1/x")
+        assert (answer.status_code, answer.content) == (207, b"")
+        assert int(answer.headers["content-length"]) > 0
+        assert client.get("/v1/x").status_code == 207
+
+
+def test_a_client_that_waits_to_be_told_to_go_on_is_told(
+    through: Callable[..., httpx.Client], echo: str
+) -> None:
+    """`Expect: 100-continue`, as curl sends it with a large body, concerns one connection only."""
+    client = through(Lender(echo))
+    seen = client.post("/v1/x", content=b"x" * 2048, headers={"Expect": "100-continue"}).json()
+    assert bytes.fromhex(seen["body"]) == b"x" * 2048
+    assert "expect" not in seen["headers"]
+
+
 def test_a_multipart_body_and_one_of_unknown_length_arrive(
     through: Callable[..., httpx.Client], echo: str
 ) -> None:
@@ -417,14 +440,15 @@ def test_a_server_that_cannot_be_reached_is_said_so(through: Callable[..., httpx
     assert answer.headers["Retry-After"]
 
 
-def test_an_app_of_our_own_passes_on_below_v1_only(serve: Serve) -> None:
+def test_an_app_of_our_own_passes_on_below_v1_only(serve: Serve, tmp_path: Path) -> None:
     """Also below a path of another app, where a backend may have mounted it."""
     with serve() as client:
         assert problem(client.get("/v1/models")) == (503, "not_loaded")
         assert problem(client.get("/v1")) == (404, "not_found")
         assert problem(client.get("/v2/models")) == (404, "not_found")
     outer = fastapi.FastAPI()
-    outer.mount("/llama", create_app(llama_server="embedded"))
-    with serving(outer) as client:
+    inner = create_app(llama_server="embedded", state_dir=tmp_path / "inner")
+    outer.mount("/llama", inner)
+    with TestClient(inner), serving(outer) as client:  # a mounted app's lifespan is not run
         assert problem(client.get("/llama/v1/models")) == (503, "not_loaded")
         assert problem(client.get("/llama/nothing")) == (404, "not_found")

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import orchestrator
@@ -131,6 +131,17 @@ def test_what_streams_says_no_more(house: House, serve: Serve, gate: Gate) -> No
         assert str(house.disk) not in "".join(events)
 
 
+def test_the_state_folder_has_no_place_in_a_problem(
+    told: Any, house: House, state_dir: Path
+) -> None:
+    (state_dir / "default" / "chat-template.jinja").mkdir()
+    body = {"model_path": str(house.link), "chat_template_override": "{{ x }}"}
+    problem = told("POST", LOAD, **body)
+    assert "<state>/default/chat-template.jinja" in problem["detail"]
+    assert told("GET", PREFIX + "/status")["last_error"]["detail"] == problem["detail"]
+    (state_dir / "default" / "chat-template.jinja").rmdir()
+
+
 def test_settings_come_back_as_they_were_sent(told: Any, house: House) -> None:
     """They may be posted back: a file in the home of this user stays that file."""
     grammar = house.home / "g.gbnf"
@@ -177,6 +188,7 @@ WORDS = {
 
 
 @given(st.lists(st.sampled_from(list(WORDS))), st.sampled_from([" ", ": ", ", ", "'", "(", "="]))
+@settings(deadline=None)
 def test_only_whole_paths_are_renamed_and_only_once(words: list[str], between: str) -> None:
     """A name within a longer name is another name, and a name may look like a path."""
     paths.kept_in("/kept", "<kept>")

@@ -16,12 +16,17 @@ def test_with_a_key_nobody_gets_round_it_by_the_servers_port(serve: Serve, tiny_
         client.headers["Authorization"] = "Bearer s3cret"
         loaded = client.post(PREFIX + "/load", json={"model_path": tiny_model}).json()
         there = loaded["base_url"] + "/v1/chat/completions"
-        for headers in ({}, {"Authorization": "Bearer s3cret"}):
+        for headers, status in (
+            ({}, 401),
+            ({"Authorization": "Bearer s3cre"}, 401),
+            ({"Authorization": "Bearer s3cret"}, 200),  # a local client that was given the key
+        ):
             direct = httpx.post(there, json=CHAT, headers=headers, trust_env=False, timeout=20)
-            assert direct.status_code == 401
+            assert direct.status_code == status
         passed = client.post("/v1/chat/completions", json=CHAT)
         assert passed.json()["usage"]["completion_tokens"] == 2
-        key = psutil.Process(loaded["pid"]).environ()["LLAMA_API_KEY"]
+        key = psutil.Process(loaded["pid"]).environ()["LLAMA_API_KEY"].partition(",")[0]
+        assert len(key) == 43, "a key of its own beside those of the API"
         for path in ("/status", "/logs", "/loads/1"):
             assert key not in client.get(PREFIX + path).text
         client.post(PREFIX + "/load", json={"model_path": tiny_model, "force_reload": True})

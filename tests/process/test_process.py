@@ -83,7 +83,7 @@ def test_a_server_gets_an_allow_list_of_the_environment(
     assert {name: env[name] for name in allowed} == allowed
     assert env["PATH"] == os.environ["PATH"]
     assert env["NAMED"] == "by the caller"
-    assert env["LLAMA_ORCHESTRATOR_SLOT"].startswith(str(state_dir / "default"))
+    assert env["LLAMA_ORCHESTRATOR_SLOT_TOKEN"].startswith(str(state_dir / "default"))
 
 
 def test_a_server_gets_no_descriptor_but_its_pipe_and_the_lock(

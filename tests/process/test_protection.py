@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from orchestrator import Orchestrator
-from orchestrator.errors import ServerStartFailed
+from orchestrator.errors import InvalidRequest, ServerStartFailed
 from orchestrator.owner import Owner
 from orchestrator.redaction import HIDDEN
 from orchestrator.views import LeasedServer
@@ -64,6 +64,27 @@ def test_a_protected_server_answers_nobody_but_who_holds_a_lease(
             assert server.api_key != first
             assert ask(server.base_url, "/props", server.api_key)[0] == 200
             assert ask(server.base_url, "/props", first)[0] == 401
+
+
+@pytest.mark.parametrize("kind", ["embedded", pytest.param("external", marks=pytest.mark.external)])
+def test_local_clients_that_are_given_a_key_use_the_servers_own_address(
+    kind: str, tiny_model: str, state_dir: Path, request: pytest.FixtureRequest
+) -> None:
+    """`base_url` works for those, and the server's own key is still nobody else's."""
+    binary = kind if kind == "embedded" else request.getfixturevalue("llama_server")
+    shared = ["first-key", "second-key"]
+    with Orchestrator(llama_server=binary, state_dir=state_dir, protect_server=shared) as orch:
+        url = orch.load(tiny_model).base_url
+        assert [ask(url, "/v1/models", key)[0] for key in (*shared, "first")] == [200, 200, 401]
+        with orch.lease() as server:
+            assert server.api_key not in (None, *shared)
+
+
+@pytest.mark.parametrize("given", [["a,b"], [""], [None], 7, ["\n"], ["é"]])
+def test_a_key_that_no_server_could_be_given_is_refused(given: Any, state_dir: Path) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        Orchestrator(state_dir=state_dir, protect_server=given)
+    assert caught.value.field == "protect_server"
 
 
 @pytest.mark.parametrize("kind", ["embedded", pytest.param("external", marks=pytest.mark.external)])

@@ -110,7 +110,9 @@ PATHS = st.builds(lambda start, parts: start + "/".join(parts), STARTS, st.lists
 @example("sub/back/secret.gguf")
 @example("round/../../outside")
 @example("{one}-and-more/a.gguf")
-@settings(max_examples=1500, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_whatever_the_name_it_leads_inside_or_nowhere(tree: Tree, text: str) -> None:
     """CVE-2024-37032 and CVE-2024-5182 in peers. And what is outside changes no answer."""
     for name in ("called", "one", "two", "outside"):
@@ -405,6 +407,7 @@ def test_scales_and_lists_are_understood(tree: Tree) -> None:
     assert not _refuses(tree.roots, "--lora-scaled", f"{a}:0.5,{b}:1")
     assert _refuses(tree.roots, "--lora-scaled", f"{a}:0.5,/etc/passwd:1")
     assert _refuses(tree.roots, "--control-vector-scaled", f"/etc/passwd:{a}")
+    assert _refuses(tree.roots, "--lora-scaled", f"{tree.one}/out.gguf:0.5")  # a link, and no link
 
 
 @pytest.mark.parametrize("flag", server_args.REACHING.split())
@@ -431,6 +434,7 @@ def test_a_flag_of_tomorrow_names_no_file_outside_either(tree: Tree) -> None:
     st.sampled_from(server_args.FILES.split()),
     st.sampled_from(["/etc/passwd", "{in},/etc/passwd", "{out}", "x"]),
 )
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_nothing_before_a_flag_hides_it(
     tree: Tree, before: list[str], flag: str, value: str
 ) -> None:

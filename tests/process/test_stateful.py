@@ -216,7 +216,7 @@ class Calls(RuleBasedStateMachine):
     def unload_what_is_not_there(self, model: str) -> None:
         believed = self.believed
         if believed.is_at_rest and believed.running not in ("unknown", None):
-            if model == believed.running[0]:  # type: ignore[index]
+            if model == believed.running[0]:
                 return
             answer = self.orch.unload(str(self.home / model))
             assert answer.status == "not_loaded"

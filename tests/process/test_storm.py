@@ -149,7 +149,7 @@ def test_the_lock_of_the_fake_server_sees_a_descendant(fake: Fake) -> None:
 
 def test_the_monitor_sees_two_and_not_one_after_the_other(state_dir: Path, tmp_path: Path) -> None:
     """By what is alive at one moment, not by intervals that somebody estimated."""
-    token = {"LLAMA_ORCHESTRATOR_SLOT": f"{state_dir}/s:0:0"}
+    token = {"LLAMA_ORCHESTRATOR_SLOT_TOKEN": f"{state_dir}/s:0:0"}
     command = [sys.executable, "-ISc", "print(flush=True); input()"]
 
     def start() -> subprocess.Popen[str]:

@@ -132,7 +132,7 @@ class _Exploration:
 
     def _play(self, run: _Run) -> BrokenError | None:
         logged().clear()
-        stage = Stage(self._scene, run.choose)
+        stage = (self._scene.stage or Stage)(self._scene, run.choose)
         try:
             for _ in range(_MOVES):
                 stage.is_checking = run.is_new
@@ -149,6 +149,7 @@ class _Exploration:
             return broken
         finally:
             self._moves += len(stage.told)
+            stage.close()
 
     def _arrive(self, stage: Stage) -> None:
         key = stage.key()
@@ -193,7 +194,7 @@ class _Exploration:
             return 0
 
         logged().clear()
-        stage = Stage(self._scene, choose)
+        stage = (self._scene.stage or Stage)(self._scene, choose)
         stage.is_checking = True
         try:
             for _ in range(_MOVES):
@@ -205,6 +206,8 @@ class _Exploration:
                 stage.do(wanted[choose([move.label for move in wanted])])
         except BrokenError as broken:
             return stage, broken
+        finally:
+            stage.close()
         return stage, None
 
     def _tell(self, violation: Violation, labels: list[str]) -> Counterexample:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator import orchestrator as facades
+from orchestrator import facade as facades
 from orchestrator.errors import ModelNotFound
 from orchestrator.events import EventLog
 from orchestrator.messages import CancelRequested, Fact, Withdrawn

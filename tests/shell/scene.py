@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from orchestrator import actions, guards
 from orchestrator.context import Context, Policy
@@ -15,6 +15,9 @@ from orchestrator.owner import Owner
 from orchestrator.states import State
 from orchestrator.table import TABLE, Row
 from tests.core.programs import Action, parse
+
+if TYPE_CHECKING:
+    from tests.shell.stage import Stage
 
 Mishap = Literal["kill", "download", "spawn", "probe", "crash", "stray", "look-up"]
 
@@ -65,6 +68,7 @@ class Scene:
         pairs: How often a fact may arrive while another is still unread in the inbox.
         owner: The owner under test; a seeded fault is a subclass.
         machine: The machine it steps; a seeded fault is another table, guard or action.
+        stage: Where it is played; None calls the owner itself, without a facade.
     """
 
     program: str
@@ -75,6 +79,7 @@ class Scene:
     policy: Policy = field(default_factory=Policy)
     owner: type[Owner] = Owner
     machine: RecordedLifecycle = SHIPPED
+    stage: type[Stage] | None = None
 
     def simpler(self) -> Iterator[Scene]:
         """Scenes with one thing less in them, to find a shorter story in."""

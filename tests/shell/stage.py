@@ -30,6 +30,7 @@ from orchestrator.messages import (
     Spawn,
     UnloadRequested,
 )
+from orchestrator.owner import Call, Owner
 from orchestrator.request import Target
 from orchestrator.snapshot import Snapshot
 from orchestrator.states import State
@@ -117,13 +118,7 @@ class Stage:
         self.choose = choose
         self.clock = VirtualClock()
         self.machine = scene.machine
-        self.owner = scene.owner(
-            self._make_effects,
-            policy=scene.policy,
-            clock=self.clock,
-            machine=self.machine,
-            jitter=lambda: 1.0,
-        )
+        self.owner = self._make_owner()
         self.effects = cast("GatedEffects", self.owner.effects)
         self.inbox = Inbox()
         self.owner._inbox = cast("Any", self.inbox)
@@ -141,6 +136,15 @@ class Stage:
         if scene.warm is not None:
             self._warm_up(scene.warm)
         self.mishaps, self.pairs = scene.mishaps, scene.pairs
+
+    def _make_owner(self) -> Owner:
+        return self.scene.owner(
+            self._make_effects,
+            policy=self.scene.policy,
+            clock=self.clock,
+            machine=self.machine,
+            jitter=lambda: 1.0,
+        )
 
     def _make_effects(self, post: Callable[[Fact], None]) -> GatedEffects:
         return GatedEffects(
@@ -163,6 +167,9 @@ class Stage:
                 self.effects.parked[0].succeed()
         assert self.owner.snapshot.state is State.HEALTHY, self.owner.snapshot
         self.told.clear()
+
+    def close(self) -> None:
+        """Leave the stage, wherever it has got to."""
 
     # -------------------------------------------------------------------------- what may happen
 
@@ -278,7 +285,9 @@ class Stage:
                 self._ask(caller, about)
 
     def _open(self, caller: Caller) -> None:
-        call = self.owner.call()
+        self._note_call(caller, self.owner.call())
+
+    def _note_call(self, caller: Caller, call: Call) -> None:
         self.ledger.opened(caller, call)
         call.settled.add_done_callback(
             lambda done: None if done.cancelled() else self.heard.append(self.owner.snapshot)

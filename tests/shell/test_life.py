@@ -65,7 +65,7 @@ def test_a_slot_that_could_not_be_claimed_may_be_free_later(
         raise SlotOwned.because("somebody else has it")
 
     with monkeypatch.context() as broken:
-        broken.setattr("orchestrator.orchestrator.ProcessEffects", owned)
+        broken.setattr("orchestrator.facade.ProcessEffects", owned)
         with pytest.raises(SlotOwned):
             orch.start()
     assert (house.claims, house.releases) == (1, 1)

@@ -87,7 +87,8 @@ def program(dice: random.Random) -> str:
     """What the clients do, as `tests.core.programs` writes it."""
 
     def client() -> str:
-        calls, has_lease = [], False
+        calls: list[str] = []
+        has_lease = False
         for _ in range(CALLS):
             model, option = dice.choice("AABC"), dice.choice(LOADS)
             choices = [f"load {model} {option}".strip()] * 5 + ["unload", f"unload {model}"]

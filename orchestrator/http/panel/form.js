@@ -7,6 +7,7 @@ import { $, bytes, el, put, say } from "./dom.js";
 const TEXTS = ["gguf_variant", "revision", "hf_token", "cache_type_kv", "speculative_type", "mmproj_path"];
 const NUMBERS = ["max_seq_length", "n_parallel", "idle_ttl_s", "deadline_s"];
 const FLAGS = ["prefetch", "restore_previous", "pinned", "force_reload"];
+const KEPT = ["chat_template_override", "mmproj_path", "n_parallel", "idle_ttl_s"]; // said only if set
 const MODES = { off: "Off", default: "On" };
 
 const form = $("form");
@@ -45,6 +46,8 @@ export function fill(loaded, { force = false } = {}) {
   choose($("gguf_variant"), loaded.gguf_variant ?? "");
   choose($("cache_type_kv"), loaded.cache_type_kv ?? "");
   choose($("speculative_type"), loaded.speculative_type, `${loaded.speculative_type} (manual)`);
+  for (const name of KEPT) $(name).value = loaded[name] ?? "";
+  $("pinned").checked = loaded.pinned ?? false;
   showExtra();
   listVariants();
 }

@@ -1,0 +1,495 @@
+"""What both facades share: construction, the owner's life, looking up and asking, and reading.
+
+A call takes its place in the order of calls, looks up what it names and posts one fact; nothing
+here decides, and what only reads takes no lock. How a call waits for its answer is the facade's.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+from orchestrator import paths, views
+from orchestrator.argv import build_argv
+from orchestrator.context import Context, Policy
+from orchestrator.download import Hub, is_hub
+from orchestrator.effects import ProcessEffects
+from orchestrator.errors import (
+    InvalidRequest,
+    OrchestratorError,
+    Problem,
+    ShuttingDown,
+    WrongProcess,
+)
+from orchestrator.listing import Listings
+from orchestrator.messages import (
+    CancelAnswer,
+    CancelRequested,
+    LeaseReleased,
+    LeaseRequested,
+    LoadRequested,
+    ShutdownRequested,
+    UnloadRequested,
+)
+from orchestrator.models import given_projector, is_local, locate
+from orchestrator.owner import Call, Owner
+from orchestrator.plan import Plan, checked_seconds, plan_load
+from orchestrator.prefetch import Prefetches, download_key
+from orchestrator.recovery import RestartPolicy
+from orchestrator.request import LoadRequest, ModelFiles, Target
+from orchestrator.roots import Folder, model_roots
+from orchestrator.server_args import CACHE_TYPES, accepted_modes
+from orchestrator.servers import ask_catalogue, find_server
+from orchestrator.slot import Slot, cache_dir
+from orchestrator.snapshot import Observer
+from orchestrator.states import State
+from orchestrator.tokens import Generation, Ticket
+from orchestrator.variants import Variant
+from orchestrator.views import (
+    LoadOutcome,
+    LoadProgress,
+    Options,
+    PastLoad,
+    Status,
+)
+
+_T = TypeVar("_T")
+
+
+class Facade:
+    """What both facades share: construction, the owner's life, and everything that only reads.
+
+    Args:
+        llama_server: A path, `"auto"` (LLAMA_SERVER_PATH, PATH, embedded) or `"embedded"`.
+        slot: Name of the process slot; one orchestrator per slot, one server per orchestrator.
+        state_dir: Folder of the slots; default: this user's state directory.
+        kill_grace_s: Seconds between SIGTERM and SIGKILL; 0 = SIGKILL at once.
+        drain_timeout_s: Seconds a swap or an unload waits for leases to be given back.
+        drain_policy: `wait` for them so long, or `cut` what uses the server at once.
+        abandoned_load: `cancel` or `continue` a load whose last caller has gone away.
+        restart: `never`, or `on-crash`: a healthy server that ends by itself is started again,
+            with the waits of `RestartPolicy` (which may be given instead).
+        idle_ttl_s: Seconds without use after which a model is unloaded; None = never. A request's
+            own `idle_ttl_s` wins, and a `pinned` model stays.
+        server_env: Variables the server gets beside the allow-listed ones.
+        models_dir: One or several folders that local models are confined to; names that are not
+            absolute are looked for in them. Empty = anywhere.
+        protect_server: Give every server a random key, so that nobody but `lease()` and the
+            pass-through can use it: `base_url` alone is not enough any more. Keys instead of True
+            are taken by every server beside its own, for local clients that are given one.
+
+    Raises:
+        InvalidRequest: a setting is not usable; names the field.
+    """
+
+    def __init__(
+        self,
+        *,
+        llama_server: str | os.PathLike[str] = "auto",
+        slot: str = "default",
+        state_dir: str | os.PathLike[str] | None = None,
+        kill_grace_s: float = 5.0,
+        drain_timeout_s: float = 30.0,
+        drain_policy: Literal["wait", "cut"] = "wait",
+        abandoned_load: Literal["cancel", "continue"] = "cancel",
+        restart: Literal["never", "on-crash"] | RestartPolicy = "never",
+        idle_ttl_s: float | None = None,
+        server_env: Mapping[str, str] | None = None,
+        models_dir: Folder | Iterable[Folder] = (),
+        protect_server: bool | Iterable[str] = False,
+    ) -> None:
+        _check_choice("abandoned_load", abandoned_load, "cancel", "continue")
+        _check_choice("drain_policy", drain_policy, "wait", "cut")
+        self._llama_server = os.fspath(llama_server)
+        self._slot_name = slot
+        self._state_dir = state_dir
+        self._kill_grace_s = checked_seconds("kill_grace_s", kill_grace_s)
+        drain_s = checked_seconds("drain_timeout_s", drain_timeout_s)
+        drain_s = drain_s if drain_policy == "wait" else 0.0
+        if idle_ttl_s is not None:
+            idle_ttl_s = checked_seconds("idle_ttl_s", idle_ttl_s, zero=False)
+        self._policy = Policy(drain_s, abandoned_load, _restart_policy(restart), idle_ttl_s)
+        self._server_env = dict(server_env or {})
+        self._roots = model_roots(models_dir)
+        self._server_keys = _server_keys(protect_server)
+        paths.kept_in(self._cache.parent, "<state>")
+        self._hub = Hub(self._cache / "hub")
+        self._prefetches = Prefetches(self._hub)
+        self._listings = Listings(self._hub, self._roots)
+        self._owner: Owner | None = None
+        self._pid = 0
+        self._is_closed = False
+        self._life = threading.Lock()  # starting and closing, nothing else
+        self._tickets = itertools.count(1)
+        self._observers: list[Observer] = []
+
+    # -------------------------------------------------------------------------------- life
+
+    def _start(self) -> Owner:
+        """Claim the slot and start the owner, once; later calls return it."""
+        owner = self._owner
+        if owner is None:
+            with self._life:
+                if self._owner is None:
+                    self._claim()
+                owner = cast("Owner", self._owner)
+        if self._pid != os.getpid():
+            raise WrongProcess.because(
+                f"this orchestrator belongs to process {self._pid}: make one in this process, "
+                "with a slot of its own",
+                field="slot",
+            )
+        if self._is_closed:
+            raise ShuttingDown.because("this orchestrator has been closed: make a new one")
+        return owner
+
+    def _claim(self) -> None:
+        if self._is_closed:
+            raise ShuttingDown.because("this orchestrator has been closed: make a new one")
+        slot = Slot(self._slot_name, self._state_dir)
+        slot.claim()
+        try:
+            owner = Owner(
+                lambda post: ProcessEffects(
+                    slot,
+                    post,
+                    kill_grace_s=self._kill_grace_s,
+                    server_env=self._server_env,
+                    hub=self._hub,
+                    roots=self._roots,
+                    server_keys=self._server_keys,
+                ),
+                policy=self._policy,
+                observers=self._observers,
+                tickets=self._tickets,
+            )
+        except BaseException:
+            slot.release()
+            raise
+        owner.start(slot.name)
+        self._intake = ThreadPoolExecutor(4, thread_name_prefix=f"llama-intake-{slot.name}")
+        self._pid = os.getpid()
+        self._owner = owner  # last: who sees it needs no lock and uses all of the above
+        atexit.register(self._close)
+
+    def _close(self) -> None:
+        """End everything: cancel loads, stop the server, give the slot back. Idempotent.
+
+        Raises:
+            SlotOccupied: something of the slot would not die; the slot is given up all the same.
+        """
+        if self._owner is not None and self._pid != os.getpid():
+            return  # a fork may have copied the lock while it was held
+        with self._life:
+            self._is_closed, owner = True, self._owner
+            self._prefetches.close()
+            self._listings.close()
+            if owner is None or owner.has_ended:
+                return
+            call = owner.call()
+            owner.ask(call, ShutdownRequested(call.ticket, owner.clock()))
+            answer = wait_for(call.settled, call)  # who interrupts this may close again
+            owner.stop()
+            self._intake.shutdown(wait=False)
+            atexit.unregister(self._close)
+        if isinstance(answer, Problem):
+            raise answer.error()
+
+    # ----------------------------------------------------------------------- only reading
+
+    def status(self) -> Status:
+        """Return what is true right now. Never blocks; a decision belongs into a request."""
+        owner = self._owner
+        under_way = self._prefetches.under_way()
+        if owner is None:
+            return views.not_started(under_way)
+        return views.status(owner.snapshot, owner.clock(), under_way)
+
+    def progress(self) -> LoadProgress:
+        """Return how far the load in flight is."""
+        owner = self._owner
+        if owner is None:
+            return LoadProgress(None, None, None, None)
+        return views.progress(owner.snapshot, owner.effects.progress())
+
+    def observe(self, observer: Observer) -> None:
+        """Have `observer` called after every step from now on, with what it did.
+
+        It runs on the owner's thread: it must be quick, and must not call the orchestrator back.
+        """
+        self._observers.append(observer)
+
+    @property
+    def lease_count(self) -> int:
+        """How many leases are held right now."""
+        return len(self._owner.snapshot.ctx.leases) if self._owner else 0
+
+    @property
+    def last_event_id(self) -> int:
+        """Number of the newest event; 0 when nothing has happened yet."""
+        return self._owner.events.last_id if self._owner else 0
+
+    def logs(self, lines: int = 200) -> tuple[str, ...]:
+        """Return the last lines the present (or last) server printed, oldest first."""
+        return self._owner.effects.log_tail(lines) if self._owner else ()
+
+    def plan(self, request: LoadRequest | str, **fields: Any) -> Plan:
+        """Return what `load` would do with this request now, and why, without doing it.
+
+        Looks the model and the server up on disk before it returns, also in `AsyncOrchestrator`;
+        where a slow disk must not hold the event loop up, call it by `asyncio.to_thread`.
+
+        Raises:
+            OrchestratorError: as `load` would at once: a setting, the model or the server.
+        """
+        target, owner = self._target(request_of(request, fields)), self._owner
+        if owner is None and not self._is_closed:
+            return plan_load(State.IDLE, Context(self._policy), target)
+        snapshot, now = self._start().snapshot, time.monotonic()
+        return plan_load(snapshot.state, snapshot.ctx, target, at=now)
+
+    def outcome(self, generation: int) -> LoadOutcome | Problem | None:
+        """Return what became of a load; None while it is in flight.
+
+        Raises:
+            KeyError: no such generation, or so old that it has been forgotten.
+        """
+        if self._is_untouched:
+            raise KeyError(generation)
+        return views.outcome(self._start().history.records[Generation(generation)].answer)
+
+    def past_load(self, generation: int) -> PastLoad:
+        """Return one load, ended or in flight; raises KeyError as `outcome`."""
+        if self._is_untouched:
+            raise KeyError(generation)
+        owner = self._start()
+        snapshot = owner.snapshot  # first: a load that it shows has a record
+        return views.past_load(owner.history.records[Generation(generation)], snapshot)
+
+    def history(self, limit: int = 20) -> list[PastLoad]:
+        """Return the last loads, newest first, those in flight among them."""
+        owner = self._owner
+        if owner is None:
+            return []
+        snapshot, records = (
+            owner.snapshot,
+            tuple(owner.history.records.values()),
+        )  # copied in one go
+        newest = sorted(records, key=lambda r: r.job.generation, reverse=True)[: max(0, limit)]
+        return [views.past_load(record, snapshot) for record in newest]
+
+    def options(self) -> Options:
+        """Return the values that settings may have. Asks the server binary, once.
+
+        Raises:
+            ServerUnavailable: there is none.
+        """
+        catalogue = ask_catalogue(find_server(self._llama_server), self._cache)
+        return Options(list(CACHE_TYPES), accepted_modes(catalogue))
+
+    @property
+    def _is_untouched(self) -> bool:
+        """Nobody has used it yet: there is nothing to read, and reading claims no slot."""
+        return self._owner is None and not self._is_closed
+
+    # ------------------------------------------------------------------------------ asking
+
+    def _ticket(self) -> Ticket:
+        return Ticket(next(self._tickets))
+
+    def _target(self, request: LoadRequest) -> Target:
+        if self._roots is not None:
+            self._roots.check_args(request.llama_extra_args or ())
+        target = Target(request, self._model(request), find_server(self._llama_server))
+        if target.speculative_type is not None:
+            server = replace(target.server, catalogue=ask_catalogue(target.server, self._cache))
+            target = replace(target, server=server)
+            build_argv(target, template_file=None)  # refuses what this binary cannot do
+        return target
+
+    def _model(self, request: LoadRequest) -> ModelFiles:
+        """Return the files of a model, or where it comes from if it is not here yet."""
+        if not is_local(request.model_path, self._roots) and is_hub(request.model_path):
+            projector = given_projector(request, self._roots)
+            model = self._hub.look_up(request)
+            return replace(model, projector=projector) if projector is not None else model
+        if request.revision is not None:
+            message = f"revision is of a Hub model, and {request.model_path} is not one"
+            raise InvalidRequest.because(message, field="revision")
+        return locate(request, self._roots)
+
+    @property
+    def _cache(self) -> Path:
+        """What is worth keeping about this machine, whatever the slot."""
+        return cache_dir(self._state_dir)
+
+    def _ask_load(self, call: Call, request: LoadRequest) -> None:
+        """Look up what the request names and post it; a refusal is an answer to the call.
+
+        Looked up before anything is stopped: a load that cannot succeed costs nobody anything.
+        """
+        owner = cast("Owner", self._owner)
+        try:
+            target = self._target(request)
+        except OrchestratorError as error:
+            owner.refuse(call, error.problem)
+        except BaseException as error:
+            owner.refuse(call, Problem("internal", repr(error)))
+            raise
+        else:
+            if request.on_busy == "supersede":
+                self._supersede_prefetches(request)
+            if request.prefetch and not target.model.is_on_disk:
+                self._prefetch_first(call, request)
+            else:
+                owner.ask(call, LoadRequested(call.ticket, target, owner.clock()))
+
+    def _supersede_prefetches(self, newer: LoadRequest) -> None:
+        """Loads that still download give way like those that are further on."""
+        message = f"superseded by a newer load of {newer.model_path}"
+        self._prefetches.end(
+            lambda other: other.is_load and download_key(other.request) != download_key(newer),
+            Problem("superseded", message),
+        )
+
+    def _prefetch_first(self, call: Call, request: LoadRequest) -> None:
+        """Post the load when its model is on disk; what runs is left alone until then."""
+        owner = cast("Owner", self._owner)
+        fetching = self._prefetches.begin(request, is_load=True)
+
+        def go_on(found: Future[ModelFiles]) -> None:
+            if found.cancelled():
+                return
+            error = found.exception()
+            if isinstance(error, OrchestratorError):
+                owner.refuse(call, error.problem)
+            else:
+                self._ask_load(call, replace(request, prefetch=False))
+
+        fetching.add_done_callback(go_on)
+        call.settled.add_done_callback(
+            lambda settled: fetching.cancel() if settled.cancelled() else None
+        )
+
+    def _begin_listing(self, request: LoadRequest) -> Future[list[Variant]]:
+        if self._is_closed:
+            raise ShuttingDown.because("this orchestrator has been closed: make a new one")
+        return self._listings.begin(request)
+
+    def _begin_prefetch(self, request: LoadRequest) -> Future[ModelFiles]:
+        if self._is_closed:
+            raise ShuttingDown.because("this orchestrator has been closed: make a new one")
+        model = self._model(request)
+        if model.hub is not None:
+            return self._prefetches.begin(request, is_load=False)
+        here: Future[ModelFiles] = Future()
+        here.set_result(model)
+        return here
+
+    def _ask_unload(self, model_path: str | None, ticket: Ticket | None = None) -> Call:
+        owner = self._start()
+        call = owner.call(ticket)
+        model = model_path.strip() if model_path is not None else None
+        self._prefetches.end(
+            lambda other: (
+                other.is_load and (not model or model.lower() == other.request.model_path.lower())
+            ),
+            Problem("cancelled", "ended by an unload"),
+        )
+        owner.ask(call, UnloadRequested(call.ticket, model or None, owner.clock()))
+        return call
+
+    def _ask_cancel(self, request_id: str | None, generation: int | None) -> Call:
+        if (request_id is None) == (generation is None):
+            raise InvalidRequest.because(
+                "give exactly one of load_request_id and generation", field="load_request_id"
+            )
+        owner = self._start()
+        call = owner.call()
+        if request_id is not None and self._prefetches.end(
+            lambda other: other.request.load_request_id == request_id,
+            Problem("cancelled", "cancelled by the caller"),
+        ):
+            owner.answer(call, CancelAnswer(cancelled=True))
+            return call
+        owner.ask(call, CancelRequested(call.ticket, request_id, generation, owner.clock()))
+        return call
+
+    def _ask_lease(self) -> Call:
+        owner = self._start()
+        call = owner.call()
+        owner.ask(call, LeaseRequested(call.ticket, owner.clock()))
+        return call
+
+    def _end_lease(self, call: Call) -> None:
+        owner = cast("Owner", self._owner)
+        owner.post(LeaseReleased(call.ticket, owner.clock()))
+
+
+def request_of(request: LoadRequest | str, changes: dict[str, Any]) -> LoadRequest:
+    if isinstance(request, LoadRequest):
+        kept = {f.name: getattr(request, f.name) for f in fields(request)}
+        return LoadRequest.from_dict({**kept, **changes}) if changes else request
+    return LoadRequest.from_dict({"model_path": request, **changes})
+
+
+def _server_keys(protect_server: object) -> tuple[str, ...] | None:
+    """Return the keys that open a server beside its own; None = it needs no key.
+
+    Raises:
+        InvalidRequest: not a key that can be given to a server (field `protect_server`).
+    """
+    if isinstance(protect_server, bool):
+        return () if protect_server else None
+    keys = (protect_server,) if isinstance(protect_server, str) else protect_server
+    given = tuple(keys) if isinstance(keys, Iterable) else (None,)
+    for key in given:
+        if not isinstance(key, str) or not key.isprintable() or not key.isascii() or "," in key:
+            message = "protect_server is True, False, or keys of printable ASCII without a comma"
+            raise InvalidRequest.because(message, field="protect_server")
+        if not key.strip():
+            raise InvalidRequest.because("an API key must not be empty", field="protect_server")
+    return given
+
+
+def _check_choice(field: str, value: object, *choices: str) -> None:
+    if value not in choices:
+        message = f"{field} is {value!r}: use {' or '.join(choices)}"
+        raise InvalidRequest.because(message, field=field)
+
+
+def _restart_policy(restart: object) -> RestartPolicy | None:
+    """Return the policy a caller means, checked.
+
+    Raises:
+        InvalidRequest: names the field.
+    """
+    if restart == "never":
+        return None
+    policy = RestartPolicy() if restart == "on-crash" else restart
+    if not isinstance(policy, RestartPolicy):
+        message = f"restart is {restart!r}: use never, on-crash or a RestartPolicy"
+        raise InvalidRequest.because(message, field="restart")
+    for name in ("backoff_s", "backoff_max_s", "cool_down_s", "stable_after_s"):
+        checked_seconds(f"restart.{name}", policy[name])
+    if not isinstance(policy.limit, int) or isinstance(policy.limit, bool) or policy.limit < 1:
+        message = f"restart.limit is {policy.limit!r}: use a whole number from 1"
+        raise InvalidRequest.because(message, field="restart.limit")
+    return policy
+
+
+def wait_for(future: Future[_T], call: Call) -> _T:
+    """Wait for what a call is told; an interrupted wait withdraws the caller."""
+    try:
+        return future.result()
+    except BaseException:
+        call.settled.cancel()
+        raise

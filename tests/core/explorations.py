@@ -1,0 +1,126 @@
+"""What Layer A explores: programs, and what may go wrong in them.
+
+`explored` takes each of them once, whoever asks: the checker's own tests, and those that look at
+the steps it took.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from orchestrator.context import Policy
+from orchestrator.recovery import RestartPolicy
+from tests.core.checker import Report, explore
+from tests.core.world import NO_FAULTS, Faults
+
+CONTINUE = Policy(abandoned_load="continue")
+RESTART = Policy(restart=RestartPolicy(limit=1))
+IDLE = Policy(idle_ttl_s=1.0)
+IDLE_RESTART = Policy(idle_ttl_s=1.0, restart=RestartPolicy(limit=1))
+RESTART_CONTINUE = Policy(abandoned_load="continue", restart=RestartPolicy(limit=2))
+
+PROGRAMS: dict[str, dict[str, Any]] = {
+    # who supersedes, joins, queues, rejects
+    "load A | load B | unload": {},
+    "load A | load B queue; cancel | load A queue": {},
+    "load A force | load B queue | load A queue": {"warm": "A"},
+    "load A | load B reject | unload B": {},
+    "load A force | load A": {"warm": "A"},
+    "load A force | load B queue | unload A": {"warm": "A"},
+    # cancel and withdraw
+    "load A id=x | cancel x": {},
+    "load A id=x | load A id=y | cancel x": {},
+    "load A id=x | load B queue id=x | cancel x": {},
+    "load A; cancel | load B": {},
+    "load A; withdraw | load A; withdraw": {},
+    "load A; withdraw | load B": {"policy": CONTINUE},
+    "load A; withdraw | load B queue; cancel | unload": {},
+    # leases and drains
+    "lease; release | load A | load B": {},
+    "lease; withdraw | load A | unload": {},
+    "lease; withdraw | load B; cancel": {"warm": "A"},
+    "lease; release; lease | load B; load C": {"warm": "A"},
+    "lease; release | load B | shutdown": {"warm": "A"},
+    "lease; release | unload A; load B": {"warm": "A"},
+    # the end
+    "load A | load B | shutdown": {},
+    "load A | load B queue | shutdown": {},
+    "load B | shutdown; unload": {"warm": "A"},
+    "load A | shutdown; load B | lease": {},
+    "unload | shutdown; load B | lease": {"warm": "A"},
+    # time
+    "load A deadline | load B queue deadline": {},
+    "load B deadline | lease; release": {"warm": "A"},
+    # calls that arrive in another order than they were made
+    "load A slow | load B slow | unload": {},
+    "load B slow | load A; unload A": {"warm": "A"},
+    "load A slow | load B | unload A": {"warm": "A"},
+    "load A slow | unload A": {},
+    "load A slow | load A": {},
+    "load A slow | unload; load A": {},
+    "load A slow | load A | load B queue": {},
+    # a slot that is not as empty as it seemed
+    "load A | unload": {"faults": Faults(strays=4)},
+    # what ran before comes back
+    "load B restore": {"warm": "A"},
+    "load B restore | load C": {"warm": "A"},
+    "load B restore | load A": {"warm": "A"},
+    "load B restore id=x | cancel x | unload": {"warm": "A"},
+    "load B restore; cancel | load C restore queue": {"warm": "A"},
+    "load B restore; withdraw | lease; release": {"warm": "A"},
+    "load B restore deadline | unload A": {"warm": "A"},
+    "load B restore | shutdown": {"warm": "A"},
+    "load B restore | load C reject": {"warm": "A", "policy": CONTINUE},
+    # a server that ended by itself is started again
+    "load A": {"policy": RESTART_CONTINUE},
+    "unload | load A": {"warm": "A", "policy": RESTART},
+    "unload A | lease; withdraw": {"warm": "A", "policy": RESTART},
+    "lease; release | lease": {"warm": "A", "policy": RESTART},
+    "load B restore | load A force": {"warm": "A", "policy": RESTART},
+    "load A; withdraw | load A; withdraw ": {"policy": RESTART},
+    "load A id=x | cancel x | load B queue": {"warm": "A", "policy": RESTART},
+    "shutdown | lease": {"warm": "A", "policy": RESTART},
+    # a server nobody uses
+    "load A | load A": {"policy": IDLE},
+    "lease; release | load A; load B": {"warm": "A", "policy": IDLE},
+    "lease; withdraw | load B queue": {"warm": "A", "policy": IDLE},
+    "load A pinned | load A | unload": {"policy": IDLE},
+    "load A queue | load B force; cancel": {"warm": "A", "policy": IDLE},
+    "lease | load A force": {"warm": "A", "policy": IDLE_RESTART},
+    "load B restore | shutdown ": {"warm": "A", "policy": IDLE},
+}
+
+DEEP: dict[str, dict[str, Any]] = {
+    # four clients: every pair of the above meets two more
+    "load A | load B | load C | unload": {},
+    "load A | load B queue | load C queue | load A queue": {},
+    "load A id=x | load B id=x queue | cancel x | unload B": {},
+    "load A; withdraw | load A; withdraw | load B; withdraw | lease; release": {
+        "faults": Faults(health=False)
+    },
+    "lease; release | load A; withdraw | load B queue | shutdown": {},
+    "lease; release | lease; withdraw | load B | load A queue": {"warm": "A"},
+    "load A slow | load B slow | load A | unload A": {},
+    "load A deadline | load B queue deadline | lease; release | unload": {},
+    "load B restore | load C restore queue | load A | unload B": {"warm": "A"},
+    "load B restore deadline | lease; release | load A queue | shutdown": {"warm": "A"},
+    "load A | load B queue | lease; release | unload": {"warm": "A", "policy": RESTART},
+    "lease; release | load A | load B queue | unload": {"warm": "A", "policy": IDLE_RESTART},
+    "load A | load B; cancel | lease; withdraw | load A queue": {"policy": CONTINUE},
+    # nothing goes wrong but the order: longer programs
+    "load A force | load B queue; cancel | load A queue | load A force": {
+        "warm": "A",
+        "faults": NO_FAULTS,
+    },
+    "lease; release | load A; load B | load C queue; cancel | unload; load A": {
+        "warm": "A",
+        "faults": NO_FAULTS,
+    },
+}
+"""Four clients, for nightly runs: hundreds of thousands of worlds each."""
+
+
+@cache
+def explored(program: str) -> Report:
+    return explore(program, **PROGRAMS[program])

@@ -1,0 +1,248 @@
+"""Every mutant of the table, and what kills one.
+
+A mutant differs from the shipped table in one thing: a row, a guard or an action is missing, a
+guard says the opposite, a destination is another, or two rows of one trigger have changed places.
+It is killed by a counterexample of the checker (an invariant broken, a fact without a row, an error
+in an action), or else by one of the sentences about the machine (`test_machine.py` and the like).
+
+The checker is only sent where the mutant can be told from the shipped table at all: to programs in
+which one of the steps they took has another outcome.
+"""
+
+from __future__ import annotations
+
+import heapq
+import inspect
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from operator import itemgetter
+from types import ModuleType
+from typing import Any, NamedTuple
+from unittest import mock
+
+from orchestrator import guards, machine
+from orchestrator.machine import Lifecycle
+from orchestrator.states import State
+from orchestrator.table import TABLE, Row
+from tests.core import test_idle, test_machine, test_recovery
+from tests.core.checker import Taken, TracedLifecycle, explore
+from tests.core.explorations import PROGRAMS, explored
+from tests.core.programs import parse
+from tests.core.world import World
+
+SCENARIOS = (test_machine, test_recovery, test_idle)
+
+_NOT = "not "
+_LETTERS = {
+    State.IDLE: "I",
+    State.KILLING: "K",
+    State.DOWNLOADING: "D",
+    State.SPAWNING: "S",
+    State.WAITING_HEALTH: "W",
+    State.HEALTHY: "H",
+}
+
+
+def _negated(name: str) -> Callable[..., bool]:
+    guard = getattr(guards, name)
+    return lambda ctx, fact: not guard(ctx, fact)
+
+
+_NEGATED = {_NOT + name: _negated(name) for row in TABLE for name in row.guards}
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """A table that is wrong in one row.
+
+    Attributes:
+        name: Says where and how, whatever else is changed in the table.
+        row: Which row.
+        touches: The shipped rows whose steps may have become others.
+    """
+
+    name: str
+    row: int
+    touches: frozenset[int]
+    table: tuple[Row, ...]
+
+    def lifecycle(self) -> Lifecycle:
+        return TracedLifecycle(self.table, guard_names=_NEGATED)
+
+
+class Death(NamedTuple):
+    """By what a mutant was killed: `checker` or `scenario`, and which."""
+
+    by: str
+    how: str
+
+
+def name_of(row: Row) -> str:
+    """A row's own name, that of no other row, whatever rows are added around it."""
+    sources = "".join(_LETTERS[source] for source in row.sources)
+    return f"{row.trigger} in {sources}{' if ' if row.guards else ''}{' '.join(row.guards)}"
+
+
+def mutants_of(index: int) -> Iterator[Mutant]:
+    """Every mutant of one row of the table."""
+    row, name = TABLE[index], name_of(TABLE[index])
+    behind = frozenset(i for i in range(index, len(TABLE)) if TABLE[i].trigger == row.trigger)
+
+    def mutant(what: str, *rows: Row, touches: frozenset[int] = frozenset({index})) -> Mutant:
+        table = (*TABLE[:index], *rows, *TABLE[index + 1 :])
+        return Mutant(f"{name}: {what}", index, touches, table)
+
+    yield mutant("deleted")
+    for i, guard in enumerate(row.guards):
+        before, after = row.guards[:i], row.guards[i + 1 :]
+        without = replace(row, guards=(*before, *after))
+        yield mutant(f"without {guard}", without, touches=behind)
+        negated = replace(row, guards=(*before, _NOT + guard, *after))
+        yield mutant(f"not {guard}", negated, touches=behind)
+    for i, action in enumerate(row.actions):
+        left = (*row.actions[:i], *row.actions[i + 1 :])
+        yield mutant(f"without {action}", replace(row, actions=left))
+    for dest in (None, *State):
+        if dest is not row.dest and row.sources != (dest,):  # from a state to itself is to stay
+            yield mutant(f"to {dest or 'where it was'}", replace(row, dest=dest))
+    if (below := _next_of_its_trigger(index)) is not None:
+        table = list(TABLE)
+        table[index], table[below] = table[below], table[index]
+        what = f"{name}: behind [{name_of(TABLE[below])}]"
+        yield Mutant(what, index, behind, tuple(table))
+
+
+def _next_of_its_trigger(index: int) -> int | None:
+    """The next row that may fire for the same fact in the same state."""
+    row = TABLE[index]
+    for below in range(index + 1, len(TABLE)):
+        if TABLE[below].trigger == row.trigger and set(TABLE[below].sources) & set(row.sources):
+            return below
+    return None
+
+
+# ------------------------------------------------------------------------------------- the hunt
+
+
+def kill(mutant: Mutant, *, is_thorough: bool) -> Death | None:
+    """Return what kills a mutant, or None.
+
+    Args:
+        is_thorough: Give nothing up before every program in which it differs was explored.
+    """
+    small, large = _size_order()
+    return (
+        _killed_by_checker(mutant, small, most=None if is_thorough else 8)
+        or _killed_by_scenario(mutant)
+        or (_killed_by_checker(mutant, large, most=None if is_thorough else 2))
+    )
+
+
+def _killed_by_checker(mutant: Mutant, programs: Sequence[str], most: int | None) -> Death | None:
+    """Explore from the first step that this mutant takes otherwise: what led to it is as ever."""
+    lifecycle, explored_already = mutant.lifecycle(), 0
+    for program in programs:
+        start = _first_difference(lifecycle, mutant, program)
+        if start is None:
+            continue
+        bound = 3 * explored(program).worlds + 1000
+        try:
+            report = explore(
+                program, lifecycle=lifecycle, start=start, max_worlds=bound, **PROGRAMS[program]
+            )
+        except MemoryError:
+            return Death("checker", f"worlds without end in {program}")
+        if report.counterexample is not None:
+            return Death("checker", report.counterexample.invariant)
+        explored_already += 1
+        if most is not None and explored_already >= most:
+            break
+    return None
+
+
+def _first_difference(lifecycle: Lifecycle, mutant: Mutant, program: str) -> World | None:
+    """Return where a program takes the first step that this mutant takes otherwise."""
+    by_row = _steps(program)
+    steps = heapq.merge(*(by_row.get(row, ()) for row in mutant.touches), key=itemgetter(0))
+    for _, taken in steps:
+        try:
+            state, ctx, commands = lifecycle.step(taken.core.state, taken.core.ctx, taken.fact)
+        except Exception:  # noqa: BLE001 (a mutant may break in any way)
+            return taken.world
+        ctx = replace(ctx, last_error=None, last_exit=None)
+        if (state, ctx, commands) != (taken.after.state, taken.after.ctx, taken.commands):
+            return taken.world
+    return None
+
+
+@cache
+def _steps(program: str) -> dict[int, list[tuple[int, Taken]]]:
+    """The steps a program takes, by the row that fires, numbered."""
+    found: dict[int, list[tuple[int, Taken]]] = defaultdict(list)
+    for at, taken in enumerate(explored(program).steps):
+        found[taken.row].append((at, taken))
+    return found
+
+
+@cache
+def _size_order() -> tuple[list[str], list[str]]:
+    """Programs with few interleavings, and the others, each the smaller first."""
+
+    def size(program: str) -> tuple[int, int]:
+        clients = parse(program)
+        return sum(map(len, clients)), len(clients)
+
+    ordered = sorted(PROGRAMS, key=size)
+    return [p for p in ordered if size(p)[0] <= 3], [p for p in ordered if size(p)[0] > 3]
+
+
+# ------------------------------------------------------------------------------------ scenarios
+
+
+def _killed_by_scenario(mutant: Mutant) -> Death | None:
+    lifecycle = mutant.lifecycle()
+    with mock.patch.object(machine, "lifecycle", return_value=lifecycle):
+        for name, scenario in scenarios():
+            try:
+                scenario()
+            except Exception:  # noqa: BLE001 (a mutant may break in any way)
+                return Death("scenario", name)
+    return None
+
+
+@cache
+def scenarios() -> tuple[tuple[str, Callable[[], object]], ...]:
+    """Every test of those modules that takes no fixture and no random values, ready to be run."""
+    return tuple(
+        (name, case)
+        for module in SCENARIOS
+        for name, test in vars(module).items()
+        if name.startswith("test_") and inspect.isfunction(test) and _is_of(module, test)
+        for case in _cases(test)
+    )
+
+
+def _is_of(module: ModuleType, test: Callable[..., object]) -> bool:
+    return test.__module__ == module.__name__ and not hasattr(test, "hypothesis")
+
+
+def _cases(test: Callable[..., object]) -> Iterator[Callable[[], object]]:
+    """One call for each combination of parameters."""
+    marks = [mark for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize"]
+    choices: list[list[dict[str, Any]]] = []
+    for mark in marks:
+        names, values = mark.args
+        names = names.replace(" ", "").split(",") if isinstance(names, str) else list(names)
+        choices.append([dict(zip(names, _values(v, len(names)), strict=True)) for v in values])
+    for combination in itertools.product(*choices):
+        arguments = {name: value for some in combination for name, value in some.items()}
+        assert set(arguments) == set(inspect.signature(test).parameters), test
+        yield partial(test, **arguments)
+
+
+def _values(given: Any, count: int) -> Sequence[Any]:
+    given = getattr(given, "values", given) if not isinstance(given, dict) else given
+    return [given] if count == 1 else given

@@ -1,0 +1,42 @@
+"""Layer C: whatever is changed in the table, something objects; or the reason why nothing can.
+
+`pytest -s` prints what killed the mutants of each row.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from orchestrator.table import TABLE
+from tests.core.mutants import kill, mutants_of, name_of, scenarios
+
+SURVIVORS: dict[str, str] = {}
+"""Mutants that do what the shipped table does, each with the reason."""
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("index", range(len(TABLE)), ids=lambda index: name_of(TABLE[index]))
+def test_every_mutant_of_a_row_is_killed_or_is_no_mutant(index: int) -> None:
+    """A row nobody would miss, or could be another, is a row whose reason no test knows."""
+    deaths = {mutant.name: kill(mutant, is_thorough=False) for mutant in mutants_of(index)}
+    print(f"\n{len(deaths)}:", *Counter(death and death.by for death in deaths.values()).items())
+    survivors = {name for name, death in deaths.items() if death is None}
+    listed = {name for name in deaths if name in SURVIVORS}
+    assert survivors - listed == set(), "not killed"
+    assert listed - survivors == set(), "listed as equivalent, and killed"
+
+
+def test_every_survivor_that_is_listed_is_a_mutant() -> None:
+    """A list that outlives the table it speaks of excuses what it was not made for."""
+    names = [mutant.name for index in range(len(TABLE)) for mutant in mutants_of(index)]
+    assert len(set(names)) == len(names) > 1000
+    assert set(SURVIVORS) <= set(names)
+
+
+def test_the_scenarios_hold_for_the_shipped_table() -> None:
+    """What fails anyway would kill every mutant."""
+    assert len(scenarios()) > 150
+    for _, scenario in scenarios():
+        scenario()

@@ -1,0 +1,337 @@
+"""Whatever is read from outside: a value, or an error of ours; never another, and never for ever.
+
+Files somebody else may have written, a child that prints what it likes, a server that answers what
+it likes. The help, settings, redaction and HTTP have such tests of their own, beside what they say
+of values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from orchestrator import events, failures, gguf_file, health, servers
+from orchestrator.catalogue import Catalogue
+from orchestrator.cli.options import split
+from orchestrator.download import Hub
+from orchestrator.errors import InvalidModel, OrchestratorError, Problem
+from orchestrator.events import EventLog
+from orchestrator.fetch_process import MAX_MESSAGE_BYTES, FetchProcess, FetchProgress
+from orchestrator.messages import ServerFacts
+from orchestrator.output import MAX_LINE_BYTES, MAX_LINES, OutputRing
+from orchestrator.request import FileIdentity, LoadRequest
+from orchestrator.slot import Record, Slot
+from orchestrator.tokens import CancelToken, Generation
+
+repeatable = settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=100,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+JSON = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=12,
+)
+DEEP = "[" * 100_000
+
+
+def shaped(*names: str) -> st.SearchStrategy[Any]:
+    """Objects with members that are looked for, of any kind."""
+    return st.dictionaries(st.sampled_from(names), JSON)
+
+
+def encoded(values: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
+    return values.map(json.dumps).map(str.encode)
+
+
+# ------------------------------------------------------------------------------ the slot's record
+
+
+@repeatable
+@given(
+    st.binary(max_size=200)
+    | encoded(JSON)
+    | encoded(
+        st.fixed_dictionaries(
+            {},
+            optional={
+                "version": st.integers(0, 3) | JSON,
+                "host": shaped("pid", "start_ticks", "boot_id") | JSON,
+                "server": shaped("pid", "start_ticks", "boot_id") | JSON,
+            },
+        )
+    )
+)
+@example(DEEP.encode())
+@example(b'{"version": 1, "host": {"pid": 1' + b"0" * 5000 + b"}}")
+def test_any_record_of_a_slot_is_one_or_none(tmp_path: Path, content: bytes) -> None:
+    """What is in it is ended by its pid: a record that is not whole must name nobody."""
+    slot = Slot("fuzzed", tmp_path)
+    slot.record_path.parent.mkdir(parents=True, exist_ok=True)
+    slot.record_path.write_bytes(content)
+    record = slot.recall()
+    assert record is None or isinstance(record, Record)
+    if record is not None:
+        assert record.server is None or 1 < record.server.pid < 1 << 31
+
+
+@repeatable
+@given(encoded(JSON | shaped("files")) | st.binary(max_size=100))
+@example(DEEP.encode())
+@example(b'{"files": {"a": [Infinity, ""]}}')
+def test_any_note_of_a_listing_is_one_or_is_asked_for_again(tmp_path: Path, content: bytes) -> None:
+    """What was known of a repo is worth a request, and never a load."""
+    hub = Hub(tmp_path)
+    note = hub._listing_file("owner/name", "c")
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_bytes(content)
+    assert isinstance(hub._listing("owner/name", "c"), dict)
+
+
+@repeatable
+@given(encoded(JSON | shaped("flags")) | st.binary(max_size=100))
+@example(DEEP.encode())
+def test_any_note_of_a_help_is_a_catalogue_or_asked_for_again(
+    tmp_path: Path, content: bytes
+) -> None:
+    """A note that was cut short must not switch every flag of the server off."""
+    identity = FileIdentity(f"/llama{hash(content)}", 1, 1, 1, 1)
+    note = servers._file_of((identity.path,), identity, str(tmp_path))
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_bytes(content)
+    known = servers._known((identity.path,), identity, str(tmp_path))
+    assert known is None or isinstance(known, Catalogue)
+
+
+# ------------------------------------------------------------------------- the child that fetches
+
+
+class Heard(FetchProcess):
+    """A child that is not there, and what it would have said."""
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        request = LoadRequest(model_path="owner/name")
+        super().__init__(request, "owner/name", CancelToken(Generation(1)), FetchProgress())
+        self._pieces = list(pieces)
+        self._process = SimpleNamespace(  # type: ignore[assignment]
+            stdin=io.BytesIO(), wait=lambda _: 0, returncode=0
+        )
+        self._errors = io.BytesIO(b"its last words")  # type: ignore[assignment]
+        self.most_kept = 0
+
+    def _wait(self, ends_at: float) -> bool:
+        if not self._pieces:
+            return False
+        self._take(self._pieces.pop(0))
+        self.most_kept = max(self.most_kept, len(self._buffer))
+        return True
+
+
+MESSAGES = shaped(
+    "error", "listing", "verified", "done", "file", "all", "seen", "waiting", "message", "category"
+) | st.fixed_dictionaries({"error": shaped("message", "category", "field", "reason") | JSON})
+PIECES = st.lists(
+    st.binary(max_size=40)
+    | encoded(MESSAGES).map(lambda line: line + b"\n")
+    | encoded(JSON).map(lambda line: line + b"\n"),
+    max_size=8,
+)
+
+
+@repeatable
+@given(PIECES)
+@example([DEEP.encode() + b"\n"])
+@example([b"a warning of some library\n", b'{"listing": {"files": []}}\n'])
+def test_whatever_the_fetcher_says_is_understood_or_is_an_error_of_ours(
+    pieces: list[bytes],
+) -> None:
+    """A library that prints, a child that is killed in the middle of a line: the load hears why."""
+    with contextlib.suppress(OrchestratorError):
+        assert isinstance(Heard(pieces).listing(1.0), dict)
+    with contextlib.suppress(OrchestratorError):
+        Heard(pieces).fetch({"files": [{"name": "a", "size": 1}]}, lambda _: None)
+
+
+def test_what_a_library_prints_in_the_fetcher_is_passed_over() -> None:
+    """The download goes on: noise is no reason to lose it."""
+    pieces = [b"Warning: this is fine\n\xff\n[1]\n", b'{"listing": {"commit": "c"}}\n']
+    assert Heard(pieces).listing(1.0) == {"commit": "c"}
+
+
+def test_a_line_of_the_fetcher_without_an_end_is_given_up() -> None:
+    """A child gone mad must not take the host's memory with it."""
+    heard = Heard([b"x" * (MAX_MESSAGE_BYTES // 2)] * 8)
+    with pytest.raises(OrchestratorError, match="without end"):
+        heard.listing(1.0)
+    assert heard.most_kept <= 2 * MAX_MESSAGE_BYTES
+
+
+# --------------------------------------------------------------------------- the server's answers
+
+
+@repeatable
+@given(st.binary(max_size=100), st.booleans())
+@example(b"HTTP/1.1 " + b"2" * 5000 + b"\r\n\r\n", True)
+@example(b"HTTP/1.1 200 OK\r\nContent-Length: " + b"1" * 5000 + b"\r\n\r\n", True)
+@example(b"HTTP/1.1 200\r\ncontent-length:0\r\n\r\n", False)
+def test_any_bytes_are_an_answer_or_none_yet(data: bytes, ended: bool) -> None:
+    """The probe reads what a process prints on a socket: it may be anything."""
+    for answer in (data, b"HTTP/1.1 200 OK\r\n" + data, b"HTTP/1.1 200 OK\r\n\r\n" + data):
+        found = health._whole_answer(answer, ended=ended)
+        assert found is None or (isinstance(found[0], int) and isinstance(found[1], bytes))
+
+
+@repeatable
+@given(
+    st.binary(max_size=60)
+    | encoded(JSON)
+    | encoded(shaped("default_generation_settings", "modalities", "vision", "n_ctx"))
+    | encoded(
+        st.fixed_dictionaries(
+            {"default_generation_settings": shaped("n_ctx")},
+            optional={"modalities": shaped("vision") | JSON},
+        )
+    )
+)
+@example(b'{"default_generation_settings": {"n_ctx": 8}, "modalities": null}')
+@example(DEEP.encode())
+def test_any_properties_of_a_server_are_facts(props: bytes) -> None:
+    """A server that is ready is not given up because of how it describes itself."""
+    facts = health._facts("http://127.0.0.1:1", props)
+    assert isinstance(facts, ServerFacts)
+    assert facts.context_length is None or type(facts.context_length) is int
+    assert type(facts.is_vision) is bool
+
+
+# ------------------------------------------------------------------------ what the server prints
+
+
+@repeatable
+@given(st.lists(st.binary(max_size=300) | st.just(b"\n" * 300), max_size=12))
+def test_output_is_kept_within_bounds_and_lines_are_counted(pieces: list[bytes]) -> None:
+    """A server may print for weeks."""
+    ring = OutputRing()
+    for piece in pieces:
+        ring.feed(piece)
+    ring.close()
+    data = b"".join(pieces)
+    assert ring.bytes_seen == len(data)
+    assert ring.lines_seen == data.count(b"\n") + bool(data.rpartition(b"\n")[2])
+    total, lines = ring.since(0)
+    assert total == ring.lines_seen
+    assert len(lines) == min(total, MAX_LINES)
+    assert ring.tail(len(lines)) == lines
+
+
+def test_a_flood_of_output_costs_no_more_than_the_ring() -> None:
+    """Without line ends, and with nothing else."""
+    ring = OutputRing()
+    for _ in range(64):
+        ring.feed(b"x" * 65536)
+    assert len(ring._partial) <= MAX_LINE_BYTES
+    for number in range(4000):
+        ring.feed(b"listening on http://127.0.0.1:%d\n" % number)
+    assert len(ring._lines) == MAX_LINES
+    assert len(ring.announced) <= 16
+
+
+@repeatable
+@given(
+    st.none() | st.integers(-70, 300),
+    st.lists(st.text(max_size=60) | st.sampled_from(("error: x", "main: exiting", "{0}%s"))).map(
+        tuple
+    ),
+    st.lists(st.text(max_size=12)).map(tuple),
+)
+def test_any_end_of_a_server_has_a_reason(
+    returncode: int | None, lines: tuple[str, ...], extra_args: tuple[str, ...]
+) -> None:
+    """Whatever it printed last, in whatever language, the caller hears one sentence."""
+    problem = failures.explain(returncode, lines, extra_args)
+    assert isinstance(problem, Problem)
+    assert problem.message
+    assert len(problem.message) < 2000
+
+
+# ---------------------------------------------------------------------------------- model files
+
+NUMBERS = st.integers(0, 20) | st.sampled_from((1 << 24, 1 << 31, (1 << 63) - 1, (1 << 64) - 1))
+PARTS = st.lists(
+    NUMBERS.map(lambda n: struct.pack("<Q", n))
+    | st.integers(0, 14).map(lambda n: struct.pack("<I", n))
+    | st.sampled_from((b"general.alignment", b"general.architecture", b"llama"))
+    | st.binary(max_size=12),
+    max_size=30,
+).map(b"".join)
+
+
+@repeatable
+@given(st.sampled_from((b"GGUF\x03\0\0\0", b"GGUF\x02\0\0\0", b"GGUF", b"")), PARTS)
+def test_any_model_file_is_inspected_or_refused(tmp_path: Path, head: bytes, rest: bytes) -> None:
+    """A file from the internet is read before the running model is given up for it."""
+    path = tmp_path / "fuzzed.gguf"
+    path.write_bytes(head + rest)
+    identity = FileIdentity(str(path), 1, 1, len(head + rest), hash(rest))
+    gguf_file.inspect.cache_clear()
+    with contextlib.suppress(InvalidModel):
+        assert gguf_file.inspect(identity).tensors >= 0
+
+
+# ------------------------------------------------------------------------------- command lines
+
+
+@repeatable
+@given(
+    st.lists(
+        st.sampled_from(("--", "-", "--port", "--port=1", "-m", "--json", "model", "--top-k", "5"))
+        | st.text(max_size=6)
+    )
+)
+def test_every_word_of_a_command_line_goes_to_one_side_in_order(words: list[str]) -> None:
+    """None is lost, none is given to both, and only the first `--` is taken out."""
+    ours, theirs = split(words, {"--port": True, "-m": True, "--json": False})
+    left = list(words)
+    if "--" in words and len(ours) + len(theirs) < len(words):
+        left.remove("--")
+    assert sorted(ours + theirs) == sorted(left)
+    for side in (ours, theirs):
+        rest = iter(left)
+        assert all(word in rest for word in side)
+
+
+# -------------------------------------------------------------------------------------- events
+
+
+@repeatable
+@given(st.lists(st.sampled_from(("append", "read", "follow", "leave")), max_size=60))
+def test_readers_come_and_go_and_each_sees_every_event_once(actions: list[str]) -> None:
+    """A reader that left is not kept, and one that stays misses nothing."""
+    log, positions, leaving, seen = EventLog(), [0], [], [0]
+    for action in actions:
+        if action == "append":
+            log.append("transition", {})
+        elif action == "follow":
+            leaving.append(log.subscribe(lambda: None))
+            positions.append(log.last_id)
+            seen.append(log.last_id)
+        elif action == "leave" and leaving:
+            leaving.pop()()
+        for reader in range(len(positions)):
+            batch = log.since(positions[reader])
+            assert [e.id for e in batch] == list(range(positions[reader] + 1, log.last_id + 1))
+            positions[reader] = log.last_id
+    assert len(log._wakers) == len(leaving)
+    assert len(log._events) <= events.KEPT

@@ -1,0 +1,484 @@
+"""The stage behind a facade: clients are tasks of one event loop, or threads, and go one at a time.
+
+A task goes from one `await` to the next, a thread from one wait to the next, and a look-up takes
+until somebody lets it end; which of them goes on, and what ends meanwhile, is a move like any
+other. So every order in which callbacks, cancelled tasks, interrupted threads, completions and the
+owner can meet is explored, on the real facades.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from asyncio import events as running
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, Final, cast
+from unittest import mock
+
+from orchestrator import orchestrator as facades
+from orchestrator.errors import OrchestratorError
+from orchestrator.messages import LeaseGranted
+from orchestrator.orchestrator import AsyncOrchestrator, Orchestrator
+from orchestrator.owner import Call, Owner
+from orchestrator.request import LoadRequest, ModelFiles
+from orchestrator.tokens import Ticket
+from tests.core.invariants import Violation
+from tests.core.programs import Action
+from tests.core.world import files, target
+from tests.shell.ledger import Caller
+from tests.shell.scene import Scene
+from tests.shell.stage import BrokenError, Choose, Move, Stage
+
+_PATIENCE_S: Final = 20.0
+
+
+class FacadeStage(Stage):
+    """A stage whose clients call a facade; its owner is still pumped by hand."""
+
+    facade: type[AsyncOrchestrator | Orchestrator]
+
+    def _make_owner(self) -> Owner:
+        """Start a facade whose owner is the stage's, and nothing else runs by itself."""
+        slot = SimpleNamespace(name="stage", claim=lambda: None, release=lambda: None)
+        self._patches = contextlib.ExitStack()
+        replaced = {
+            "Slot": lambda *_: slot,
+            "ProcessEffects": lambda _, post, **__: self._make_effects(post),
+            "Owner": self._own,
+            "ThreadPoolExecutor": lambda *_, **__: self,
+            "atexit": SimpleNamespace(register=lambda _: None),
+            "locate": lambda request, _: self._locate(request),
+            "find_server": lambda _: target(LoadRequest(model_path="A")).server,
+            **self._replaced(),
+        }
+        for name, value in replaced.items():
+            self._patches.enter_context(mock.patch.object(facades, name, value))
+        self.orch: Any = self.facade(llama_server="/llama")
+        owner: Owner = self.orch._start()
+        return owner
+
+    def _own(self, make: Callable[..., Any], **settings: Any) -> Owner:
+        """The owner under test, that knows whose calls it opens and has no thread."""
+        made = self.scene.owner(
+            make,
+            policy=self.scene.policy,
+            clock=self.clock,
+            machine=self.machine,
+            jitter=lambda: 1.0,
+            tickets=settings["tickets"],
+        )
+        open_call = made.call
+
+        def call(ticket: Ticket | None = None) -> Call:
+            opened = open_call(ticket)
+            if (caller := self._who()) is not None:
+                self._note_call(caller, opened)
+            return opened
+
+        vars(made).update(call=call, start=lambda _: None)
+        return made
+
+    def _replaced(self) -> dict[str, object]:
+        return {}
+
+    def _who(self) -> Caller | None:
+        """Whose code runs now."""
+        raise NotImplementedError
+
+    def _locate(self, request: LoadRequest) -> ModelFiles:
+        return files(request.model_path)
+
+    def close(self) -> None:
+        self._patches.close()
+
+    # --------------------------------------------------------------------------- what they heard
+
+    def check_rest(self) -> None:
+        super().check_rest()
+        if self.is_quiescent:
+            for caller in self.ledger.callers:
+                if (message := self._misled(caller)) is not None:
+                    raise BrokenError(Violation("promise_callers_hear_their_answer", message))
+
+    def _misled(self, caller: Caller) -> str | None:
+        """What a caller has been told by the facade is what its call was answered."""
+        has_ended, heard = self._heard(caller)
+        name, answer = caller.action.text, caller.answer
+        if caller.call is None:
+            return None
+        if not has_ended:
+            is_holding = isinstance(answer, LeaseGranted) and not self._was_ended(caller)
+            return None if is_holding else f"{name} goes on, though it was answered {answer}"
+        if isinstance(heard, asyncio.CancelledError | KeyboardInterrupt):
+            return None if self._was_ended(caller) else f"{name} was ended by nobody"
+        if isinstance(heard, OrchestratorError):
+            heard = heard.problem
+            return None if heard == answer else f"{name} raises {heard}, and was answered {answer}"
+        if isinstance(heard, BaseException):
+            return f"{name} raises {heard!r}"
+        return f"{name} returns, and was told to go" if answer == "gone" else None
+
+    def _heard(self, caller: Caller) -> tuple[bool, object]:
+        """Whether a caller's code has ended, and with what."""
+        raise NotImplementedError
+
+    def _was_ended(self, caller: Caller) -> bool:
+        """Whether the caller was to go away."""
+        raise NotImplementedError
+
+
+# ----------------------------------------------------------------------------------- event loop
+
+
+class SteppedLoop(asyncio.BaseEventLoop):
+    """An event loop that runs one callback when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures: list[dict[str, Any]] = []
+        self.set_exception_handler(lambda _, context: self.failures.append(context))
+        self.set_task_factory(
+            lambda loop, coroutine, **settings: asyncio.tasks._PyTask(  # type: ignore[attr-defined]
+                coroutine, loop=loop, **settings
+            )
+        )
+
+    @property
+    def ready(self) -> list[asyncio.Handle]:
+        handles = cast("Any", self)._ready
+        while handles and handles[0].cancelled():
+            handles.popleft()
+        return list(handles)
+
+    def step(self) -> None:
+        handle = cast("Any", self)._ready.popleft()
+        running._set_running_loop(self)
+        try:
+            handle._run()
+        finally:
+            running._set_running_loop(None)
+
+    def _write_to_self(self) -> None:
+        """Nobody sleeps, so nobody has to be woken."""
+
+
+class LoopStage(FacadeStage):
+    """Clients are tasks of one loop; look-ups are jobs of its threads."""
+
+    facade = AsyncOrchestrator
+
+    def __init__(self, scene: Scene, choose: Choose) -> None:
+        self.loop = SteppedLoop()
+        self.jobs: list[tuple[Future[object], Callable[[], object], Caller | None]] = []
+        self.tasks: dict[int, asyncio.Task[object]] = {}
+        self.ended: set[int] = set()
+        self.given_back: dict[int, asyncio.Event] = {}
+        super().__init__(scene, choose)
+
+    def submit(self, work: Callable[..., object], *args: object) -> Future[object]:
+        """Take the place of the threads that look models up."""
+        done: Future[object] = Future()
+        self.jobs.append((done, partial(work, *args), self._who()))
+        return done
+
+    def _who(self) -> Caller | None:
+        if running._get_running_loop() is None:
+            return None
+        task = asyncio.current_task(self.loop)
+        index = next((i for i, known in self.tasks.items() if known is task), None)
+        return None if index is None else self.ledger.callers[index]
+
+    # --------------------------------------------------------------------------------- moves
+
+    def _own_moves(self) -> Iterator[Move]:
+        yield from super()._own_moves()
+        for job in self.jobs:
+            about = f" of call {job[2].ticket}" if job[2] else ""
+            yield Move("threads", f"the look-up{about} ends", partial(self._do_job, job))
+        if ready := self.loop.ready:
+            yield Move("loop", f"runs {self._named(ready[0])}", self.loop.step)
+
+    def _do_job(self, job: tuple[Future[object], Callable[[], object], Caller | None]) -> None:
+        self.jobs.remove(job)
+        done, work, _ = job
+        if done.set_running_or_notify_cancel():
+            done.set_result(work())
+
+    def _named(self, handle: asyncio.Handle) -> str:
+        callback = cast("Any", handle)._callback
+        task = getattr(callback, "__self__", None)
+        index = next((i for i, known in self.tasks.items() if known is task), None)
+        if index is not None:
+            return f"{self.scene.actions[index].text} (task {index})"
+        while isinstance(callback, partial):
+            callback = callback.func
+        return str(getattr(callback, "__qualname__", callback))
+
+    def _client_moves(self, number: int, action: Action) -> Iterator[Move]:
+        is_possible = True
+        if action.verb == "withdraw":
+            is_possible = action.refers in self.tasks
+        elif action.verb == "release":
+            is_possible = isinstance(self.ledger.callers[action.refers].answer, LeaseGranted)
+        if is_possible:
+            act = partial(self._act, number, action)
+            yield Move(f"client {number + 1}", action.text, act, is_own=False)
+
+    def _act(self, number: int, action: Action) -> None:
+        self.progress[number] += 1
+        if action.verb == "withdraw":
+            if self.tasks[action.refers].cancel():
+                self.ended.add(action.refers)
+        elif action.verb == "release":
+            self.given_back[action.refers].set()
+        else:
+            self.tasks[action.index] = self.loop.create_task(self._calling(action))
+
+    async def _calling(self, action: Action) -> object:
+        orch = self.orch
+        match action.verb:
+            case "load":
+                return await orch.load(action.request)
+            case "unload":
+                return await orch.unload(action.model)
+            case "cancel":
+                return await orch.cancel(action.request_id)
+            case _:
+                given_back = self.given_back[action.index] = asyncio.Event()
+                async with orch.lease() as server:
+                    await given_back.wait()
+                return server
+
+    # ------------------------------------------------------------------------------- looking
+
+    @property
+    def is_quiescent(self) -> bool:
+        return super().is_quiescent and not self.jobs and not self.loop.ready
+
+    def check_rest(self) -> None:
+        if self.loop.failures:
+            what = str(self.loop.failures[0])
+            raise BrokenError(Violation("promise_the_loop_has_nothing_to_complain_of", what))
+        super().check_rest()
+
+    def key(self) -> tuple[object, ...]:
+        return (
+            *super().key(),
+            tuple((i, *_position(task)) for i, task in self.tasks.items()),
+            tuple(self._named(handle) for handle in self.loop.ready),
+            tuple((job[2] and job[2].ticket, job[0].cancelled()) for job in self.jobs),
+            frozenset(self.ended),
+            frozenset(i for i, event in self.given_back.items() if event.is_set()),
+        )
+
+    def _heard(self, caller: Caller) -> tuple[bool, object]:
+        task = self.tasks.get(caller.action.index)
+        if task is None or not task.done():
+            return False, None
+        if task.cancelled():
+            return True, asyncio.CancelledError()
+        return True, task.exception() or task.result()
+
+    def _was_ended(self, caller: Caller) -> bool:
+        return caller.action.index in self.ended
+
+    def close(self) -> None:
+        """Nothing of this loop is told any more, and nobody is to complain of that."""
+        for task in self.tasks.values():
+            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            if task.done() and not task.cancelled():
+                task.exception()
+            task.get_coro().close()
+        self.loop.close()
+        super().close()
+
+
+def _position(task: asyncio.Task[object]) -> tuple[object, ...]:
+    """Where a task is: every frame it waits in, and whether it is to be cancelled."""
+    frames, at = [], cast("Any", task.get_coro())
+    while at is not None:
+        frame = getattr(at, "cr_frame", None) or getattr(at, "ag_frame", None)
+        if frame is not None:
+            frames.append((frame.f_code.co_name, frame.f_lasti))
+        at = getattr(at, "cr_await", None) or getattr(at, "ag_await", None)
+    waits_for = cast("Any", task)._fut_waiter
+    waits = waits_for is not None and not waits_for.done()
+    return (tuple(frames), waits, task.cancelling(), task.done() and task.cancelled())
+
+
+# -------------------------------------------------------------------------------------- threads
+
+
+class _OverError(BaseException):
+    """The stage is left: whoever still waits goes home."""
+
+
+class Puppet:
+    """A thread that runs only while somebody waits for it to pause.
+
+    Attributes:
+        waits_for: What it waits for, in words; empty while it runs, and at its end.
+        is_ready: Whether it could go on by itself.
+    """
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._work = work
+        self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
+        self._raises: BaseException | None = None
+        self.waits_for = "its turn"
+        self.is_ready: Callable[[], bool] = lambda: True
+        self.has_ended = False
+        self.heard: object = None
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        assert self._go.acquire(timeout=_PATIENCE_S)
+        try:
+            if self._raises is None:
+                self.heard = self._work()
+        except BaseException as error:  # noqa: BLE001 (whatever a caller may hear)
+            self.heard = error
+        self.waits_for, self.has_ended = "", True
+        self._paused.release()
+
+    def go(self, raises: BaseException | None = None) -> None:
+        """Let it run to its next pause, or have what it waits for raise."""
+        self._raises = raises
+        self._go.release()
+        assert self._paused.acquire(timeout=_PATIENCE_S), f"{self.waits_for} blocks"
+
+    def pause(self, waits_for: str, is_ready: Callable[[], bool]) -> None:
+        """From its own thread: let the others go on."""
+        self.waits_for, self.is_ready = waits_for, is_ready
+        self._paused.release()
+        assert self._go.acquire(timeout=_PATIENCE_S)
+        if (error := self._raises) is not None:
+            self._raises = None
+            raise error
+
+
+class _Wait:
+    """A future as a puppet waits for it."""
+
+    def __init__(self, puppet: Puppet, future: Future[Any]) -> None:
+        self._puppet, self._future = puppet, future
+
+    def result(self) -> object:
+        self._puppet.pause("its answer", self._future.done)
+        return self._future.result(0)
+
+
+class ThreadStage(FacadeStage):
+    """Clients are threads; a caller that goes away is interrupted where it waits."""
+
+    facade = Orchestrator
+
+    def __init__(self, scene: Scene, choose: Choose) -> None:
+        self.puppets: dict[int, Puppet] = {}
+        self.ended: set[int] = set()
+        self.given_back: set[int] = set()
+        super().__init__(scene, choose)
+
+    def _replaced(self) -> dict[str, object]:
+        wait = facades._wait
+
+        def waiting(future: Future[Any], call: Call) -> object:
+            puppet = self._puppet()
+            return wait(cast("Any", _Wait(puppet, future)), call) if puppet else wait(future, call)
+
+        return {"_wait": waiting}
+
+    def _puppet(self) -> Puppet | None:
+        me = threading.current_thread()
+        return next((p for p in self.puppets.values() if p.thread is me), None)
+
+    def _who(self) -> Caller | None:
+        me = self._puppet()
+        index = next((i for i, puppet in self.puppets.items() if puppet is me), None)
+        return None if index is None else self.ledger.callers[index]
+
+    def _locate(self, request: LoadRequest) -> ModelFiles:
+        if (puppet := self._puppet()) is not None:
+            puppet.pause("its look-up", lambda: True)
+        return super()._locate(request)
+
+    # --------------------------------------------------------------------------------- moves
+
+    def _own_moves(self) -> Iterator[Move]:
+        yield from super()._own_moves()
+        for index, puppet in self.puppets.items():
+            if not puppet.has_ended and puppet.is_ready():
+                text = f"{self.scene.actions[index].text} goes on from {puppet.waits_for}"
+                yield Move(f"thread {index}", text, puppet.go)
+
+    def _client_moves(self, number: int, action: Action) -> Iterator[Move]:
+        is_possible = True
+        if action.verb == "withdraw":
+            puppet = self.puppets.get(action.refers)
+            is_possible = puppet is not None and self.ledger.callers[action.refers].call is not None
+        elif action.verb == "release":
+            is_possible = isinstance(self.ledger.callers[action.refers].answer, LeaseGranted)
+        if is_possible:
+            act = partial(self._act, number, action)
+            yield Move(f"client {number + 1}", action.text, act, is_own=False)
+
+    def _act(self, number: int, action: Action) -> None:
+        self.progress[number] += 1
+        if action.verb == "withdraw":
+            puppet = self.puppets[action.refers]
+            if not puppet.has_ended:
+                self.ended.add(action.refers)
+                puppet.go(KeyboardInterrupt())
+        elif action.verb == "release":
+            self.given_back.add(action.refers)
+        else:
+            self.puppets[action.index] = Puppet(partial(self._calling, action))
+
+    def _calling(self, action: Action) -> object:
+        orch = self.orch
+        match action.verb:
+            case "load":
+                return orch.load(action.request)
+            case "unload":
+                return orch.unload(action.model)
+            case "cancel":
+                return orch.cancel(action.request_id)
+            case _:
+                with orch.lease() as server:
+                    is_over = partial(self.given_back.__contains__, action.index)
+                    self.puppets[action.index].pause("the end of its use", is_over)
+                return server
+
+    # ------------------------------------------------------------------------------- looking
+
+    @property
+    def is_quiescent(self) -> bool:
+        moving = any(not p.has_ended and p.is_ready() for p in self.puppets.values())
+        return super().is_quiescent and not moving
+
+    def key(self) -> tuple[object, ...]:
+        return (
+            *super().key(),
+            tuple((i, p.waits_for) for i, p in self.puppets.items()),
+            frozenset(self.ended),
+            frozenset(self.given_back),
+        )
+
+    def _heard(self, caller: Caller) -> tuple[bool, object]:
+        puppet = self.puppets.get(caller.action.index)
+        return (False, None) if puppet is None else (puppet.has_ended, puppet.heard)
+
+    def _was_ended(self, caller: Caller) -> bool:
+        return caller.action.index in self.ended
+
+    def close(self) -> None:
+        for puppet in self.puppets.values():
+            while not puppet.has_ended:
+                puppet.go(_OverError())
+            puppet.thread.join(_PATIENCE_S)
+        super().close()
