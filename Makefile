@@ -14,8 +14,8 @@ APT = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
   apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q $(1); \
   else echo "missing: $(1). As root: apt-get install $(1)" >&2; false; fi
 
-.PHONY: help demo test check-deep soak mutants lint types format diagrams schema release screenshot bench \
-  llama-server chromium clean
+.PHONY: help demo test check-deep soak mutants lint types format diagrams schema release screenshot \
+  bench llama-server chromium clean
 
 help:
 	@echo "make demo          the main job on a tiny model, end to end"
