@@ -33,7 +33,7 @@ from tests.process.test_storm import BEHAVIOURS
 
 THREADS: Final = 16
 _MEAN_PAUSE_S: Final = 0.6  # so that some loads come to their end
-_SABOTAGE_EVERY_S: Final = 0.3
+_SABOTAGE_EVERY_S: Final = 0.1
 _GOOD: Final = ("plain.gguf", "late.gguf")
 _DEAD_ENDS: Final = {"hanging.gguf", "deaf.gguf"}
 _MODELS: Final = BEHAVIOURS | {"flooding.gguf": {"flood_bytes": 200_000}}

@@ -30,6 +30,8 @@ POLICY: Final = Policy(
     restart=RestartPolicy(backoff_s=60.0, backoff_max_s=3600.0, limit=3, cool_down_s=7200.0),
     idle_ttl_s=3 * 3600.0,
 )
+OTHERS: Final = 0.12
+"""How often somebody calls or something goes wrong while there is something to wait for."""
 LOADS: Final = ("", "", "slow", "queue", "reject", "force", "restore", "deadline", "pinned")
 
 
@@ -62,7 +64,10 @@ class History:
         found = [move for move in stage.moves() if move.is_own or not only_own]
         if not found:
             return False
-        move = self.dice.choice(found)
+        own = [move for move in found if move.is_own]
+        others = [move for move in found if not move.is_own]
+        rarely = others and (not own or self.dice.random() < OTHERS)
+        move = self.dice.choice(others if rarely else own)
         if move.who == "clock":
             self.fired |= {kind for kind, _ in stage.owner._timers if f"the {kind}" in move.text}
         elif not stage.inbox.facts:
