@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,6 +35,7 @@ from orchestrator.hub_cache import CachedRepo
 from orchestrator.models import identity_of
 from orchestrator.notes import write_note
 from orchestrator.request import FileIdentity, HubModel, LoadRequest, ModelFiles
+from orchestrator.telling import say
 from orchestrator.tokens import CancelToken
 from orchestrator.variants import Variant
 
@@ -45,7 +47,7 @@ LISTING_S: Final = 20.0
 
 _MAX_BYTES: Final = 1 << 50
 _FALLS_BACK: Final = frozenset({"hub_unreachable", "hub_rate_limited", "hub_error"})
-_log = structlog.get_logger("orchestrator.download")
+_say = partial(say, structlog.get_logger("orchestrator.download"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,7 @@ class Hub:
         except OrchestratorError as error:
             if not files or not known or error.problem.category not in _FALLS_BACK:
                 raise
-            _log.warning("hub.fell_back", repo=repo, reason=error.message)
+            _say("warning", "hub.fell_back", repo=repo, reason=error.message)
             note = f"the cached revision is used: {error.message}"
             found = self._verified(known, files, request, token, progress)
             return replace(found, hub=found.hub and replace(found.hub, note=note))

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -48,9 +49,10 @@ from orchestrator.ports import LogPosition, SlotLock
 from orchestrator.process import ServerProcess, Warden, check_server_env, child_environment
 from orchestrator.roots import ModelRoots
 from orchestrator.slot import Slot
+from orchestrator.telling import say
 from orchestrator.tokens import CancelToken
 
-_log = structlog.get_logger("orchestrator.effects")
+_say = partial(say, structlog.get_logger("orchestrator.effects"))
 
 Post = Callable[[Fact], None]
 _Job = tuple[Effect, Callable[[], None]]
@@ -115,7 +117,7 @@ class ProcessEffects:
         )
         ended, evidence = slot.reap()
         if ended:
-            _log.warning("slot.reaped", pids=sorted(ended), is_empty=evidence.is_empty)
+            _say("warning", "slot.reaped", pids=sorted(ended), is_empty=evidence.is_empty)
         self._watch_over()
         self._warden.start()
         self._worker.start()
@@ -192,11 +194,11 @@ class ProcessEffects:
         if self._guardian is not None:
             if self._guardian.poll() is None:
                 return
-            _log.warning("guardian.ended", returncode=self._guardian.returncode)
+            _say("warning", "guardian.ended", returncode=self._guardian.returncode)
         try:
             self._guardian = guardian.start(self._slot)
         except OSError as error:
-            _log.error("guardian.unavailable", error=str(error))
+            _say("error", "guardian.unavailable", error=str(error))
 
     # ------------------------------------------------------------------------- the worker's thread
 
@@ -205,8 +207,8 @@ class ProcessEffects:
             effect, carry_out = job
             try:
                 carry_out()
-            except Exception as error:  # noqa: BLE001 (an effect always reports)
-                _log.exception("effect.failed", effect=type(effect).__name__)
+            except BaseException as error:  # noqa: BLE001 (it always reports, also if told to exit)
+                _say("exception", "effect.failed", effect=type(effect).__name__)
                 problem = Problem("internal", f"{type(error).__name__}: {error}")
                 self._post(failure_of(effect, problem, time.monotonic()))
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Self, cast
 
@@ -32,6 +33,7 @@ from orchestrator.errors import (
 )
 from orchestrator.redaction import HIDDEN, redact
 from orchestrator.request import LoadRequest
+from orchestrator.telling import say
 from orchestrator.tokens import CancelToken
 from orchestrator.waker import Waker
 
@@ -41,7 +43,7 @@ REAP_S: Final = 0.3
 MAX_MESSAGE_BYTES: Final = 1 << 26
 """The longest line that is read from it; a listing of 100,000 files has about 2^24."""
 
-_log = structlog.get_logger("orchestrator.download")
+_say = partial(say, structlog.get_logger("orchestrator.download"))
 
 
 @dataclass(slots=True)
@@ -135,7 +137,7 @@ class FetchProcess:
         try:
             self._process.wait(REAP_S)
         except subprocess.TimeoutExpired:
-            _log.warning("download.lingers", pid=self._process.pid)
+            _say("warning", "download.lingers", pid=self._process.pid)
             threading.Thread(target=self._process.wait, daemon=True).start()
 
     def listing(self, within_s: float | None) -> dict[str, Any]:
@@ -235,7 +237,7 @@ class FetchProcess:
                 yield message
             else:
                 shown = self._without_token(line[:200].decode("utf-8", "replace"))
-                _log.warning("download.noise", line=shown)
+                _say("warning", "download.noise", line=shown)
 
     def _failure_in(self, message: dict[str, Any]) -> Problem | None:
         failure = message.get("error")
@@ -249,7 +251,7 @@ class FetchProcess:
         waiting = message.get("waiting")
         note = None if waiting is None else self._without_token(waiting)
         if note is not None and note != progress.note:
-            _log.info("download.waiting", reason=note)
+            _say("info", "download.waiting", reason=note)
         progress.note = note
         if "file" in message:
             name = message["file"]

@@ -210,7 +210,7 @@ class Owner:
             self._observe(fact, before, shown, outcomes, commands)
             for command in commands:
                 self._carry_out_safely(command, lock)
-        except Exception as error:  # noqa: BLE001 (the owner outlives a fact it cannot digest)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (it outlives what it cannot digest)
             _say("exception", "owner.failed", trigger=getattr(fact, "trigger", type(fact).__name__))
             if (ticket := getattr(fact, "ticket", None)) is not None:
                 problem = Problem("internal", f"{type(error).__name__}: {error}")
@@ -276,7 +276,7 @@ class Owner:
         for observer in tuple(self._observers):
             try:
                 observer(seen)
-            except Exception:  # noqa: BLE001 (somebody else's code on the owner's thread)
+            except (Exception, SystemExit):  # noqa: BLE001 (somebody else's code on our thread)
                 _say("exception", "observer.failed", trigger=fact.trigger)
 
     def _tell(self, fact: Fact, before: Snapshot, shown: Snapshot) -> None:

@@ -268,7 +268,7 @@ class Warden(threading.Thread):
         while not self._closing:
             try:
                 self._turn()
-            except Exception as error:  # noqa: BLE001 (this thread must outlive its mistakes)
+            except BaseException as error:  # noqa: BLE001 (this thread must outlive its mistakes)
                 _say("exception", "warden.failed")
                 self._abandon_run(error)
                 time.sleep(_POLL_EXIT_S)
@@ -285,7 +285,7 @@ class Warden(threading.Thread):
         if self._run is not None:
             self._advance(self._run)
 
-    def _abandon_run(self, error: Exception) -> None:
+    def _abandon_run(self, error: BaseException) -> None:
         """A run that cannot go on has failed, and what it held stays on record."""
         run, self._run = self._run, None
         if run is not None:

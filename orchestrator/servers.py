@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Final
 
@@ -31,10 +31,11 @@ from orchestrator.models import identity_of
 from orchestrator.notes import write_note
 from orchestrator.process import inherited_environment
 from orchestrator.request import FileIdentity, ServerBinary
+from orchestrator.telling import say
 
 _ASK_S: Final = 10.0
 _MAX_ANSWER: Final = 1 << 20
-_log = structlog.get_logger("orchestrator.servers")
+_say = partial(say, structlog.get_logger("orchestrator.servers"))
 
 _EMBEDDED_HINT = 'pip install "llama-orchestrator[embedded]"'
 
@@ -158,11 +159,11 @@ def _asked(server: ServerBinary, cache: Path) -> Catalogue | None:
     try:
         returncode, text = _run((*server.command, "--help"))
     except (OSError, ValueError) as error:
-        _log.warning("catalogue.inconclusive", server=server.command[0], error=str(error))
+        _say("warning", "catalogue.inconclusive", server=server.command[0], error=str(error))
         return None
     found = parse_help(text)
     if found is None or returncode != 0:
-        _log.warning("catalogue.inconclusive", server=server.command[0], returncode=returncode)
+        _say("warning", "catalogue.inconclusive", server=server.command[0], returncode=returncode)
         return None
     _answers[server.identity] = found
     write_note(_file_of(server.command, server.identity, str(cache)), asdict(found))

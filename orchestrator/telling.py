@@ -15,6 +15,6 @@ def say(log: Any, level: str, event: str, **fields: object) -> None:
     """Log `event` to a structlog logger, whatever becomes of it."""
     try:
         getattr(log, level)(event, **fields)
-    except Exception:  # noqa: BLE001 (as `logging` does: complain on stderr, if there is one)
+    except (Exception, SystemExit):  # noqa: BLE001 (as `logging`: complain on stderr, if any)
         with contextlib.suppress(Exception):
             traceback.print_exc()

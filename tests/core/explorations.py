@@ -35,6 +35,7 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "load A; cancel | load B": {},
     "load A; withdraw | load A; withdraw": {},
     "load A; withdraw | load B": {"policy": CONTINUE},
+    "load A; withdraw | load B queue": {},
     "load A; withdraw | load B queue; cancel | unload": {},
     # leases and drains
     "lease; release | load A | load B": {},

@@ -16,16 +16,28 @@ SURVIVORS: dict[str, str] = {}
 """Mutants that do what the shipped table does, each with the reason."""
 
 
-@pytest.mark.timeout(240)
-@pytest.mark.parametrize("index", range(len(TABLE)), ids=lambda index: name_of(TABLE[index]))
-def test_every_mutant_of_a_row_is_killed_or_is_no_mutant(index: int) -> None:
-    """A row nobody would miss, or could be another, is a row whose reason no test knows."""
-    deaths = {mutant.name: kill(mutant, is_thorough=False) for mutant in mutants_of(index)}
+def check(index: int, *, is_thorough: bool) -> None:
+    deaths = {mutant.name: kill(mutant, is_thorough=is_thorough) for mutant in mutants_of(index)}
     print(f"\n{len(deaths)}:", *Counter(death and death.by for death in deaths.values()).items())
     survivors = {name for name, death in deaths.items() if death is None}
     listed = {name for name in deaths if name in SURVIVORS}
     assert survivors - listed == set(), "not killed"
     assert listed - survivors == set(), "listed as equivalent, and killed"
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("index", range(len(TABLE)), ids=lambda index: name_of(TABLE[index]))
+def test_every_mutant_of_a_row_is_killed_or_is_no_mutant(index: int) -> None:
+    """A row nobody would miss, or could be another, is a row whose reason no test knows."""
+    check(index, is_thorough=False)
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("index", range(len(TABLE)), ids=lambda index: name_of(TABLE[index]))
+def test_what_is_listed_as_no_mutant_is_killed_by_no_program_at_all(index: int) -> None:
+    """The reason of a survivor is a sentence; here every interleaving is asked."""
+    check(index, is_thorough=True)
 
 
 def test_every_survivor_that_is_listed_is_a_mutant() -> None:

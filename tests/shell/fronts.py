@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any, Final, cast
 from unittest import mock
 
+from orchestrator import facade
 from orchestrator import orchestrator as facades
 from orchestrator.errors import OrchestratorError
 from orchestrator.messages import LeaseGranted
@@ -56,7 +57,9 @@ class FacadeStage(Stage):
             **self._replaced(),
         }
         for name, value in replaced.items():
-            self._patches.enter_context(mock.patch.object(facades, name, value))
+            for module in (facade, facades):
+                if hasattr(module, name):
+                    self._patches.enter_context(mock.patch.object(module, name, value))
         self.orch: Any = self.facade(llama_server="/llama")
         owner: Owner = self.orch._start()
         return owner
@@ -110,6 +113,8 @@ class FacadeStage(Stage):
         name, answer = caller.action.text, caller.answer
         if caller.call is None:
             return None
+        if has_ended and caller.ticket in self.owner.snapshot.ctx.leases:
+            return f"{name} is over, and its lease still counts"
         if not has_ended:
             is_holding = isinstance(answer, LeaseGranted) and not self._was_ended(caller)
             return None if is_holding else f"{name} goes on, though it was answered {answer}"
@@ -385,13 +390,13 @@ class ThreadStage(FacadeStage):
         super().__init__(scene, choose)
 
     def _replaced(self) -> dict[str, object]:
-        wait = facades._wait
+        wait = facade.wait_for
 
         def waiting(future: Future[Any], call: Call) -> object:
             puppet = self._puppet()
             return wait(cast("Any", _Wait(puppet, future)), call) if puppet else wait(future, call)
 
-        return {"_wait": waiting}
+        return {"wait_for": waiting}
 
     def _puppet(self) -> Puppet | None:
         me = threading.current_thread()

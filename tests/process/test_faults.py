@@ -1,0 +1,627 @@
+"""Faults that no other file of tests injects; docs/assurance.md has the table of them all.
+
+On the real llama-server where it can be made to do it, on the fake one where it cannot. What the
+host alone is made to suffer happens in a host of its own, in namespaces where it needs them.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from orchestrator import Orchestrator, State
+from orchestrator.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    ServerStartFailed,
+    Stalled,
+)
+from tests.conftest import servers_of
+from tests.process.support import (
+    Background,
+    Fake,
+    Host,
+    Make,
+    Watch,
+    is_running,
+    kill,
+    nothing_left,
+    until,
+    until_state,
+)
+from tests.process.test_facade_real import stream
+from tests.process.test_parent_death import until_guarded
+
+StartHost = Callable[..., Host]
+
+
+@pytest.fixture
+def real(llama_server: str, state_dir: Path) -> Iterator[Orchestrator]:
+    """An orchestrator over the real llama-server."""
+    with Orchestrator(llama_server=llama_server, state_dir=state_dir) as orch:
+        yield orch
+
+
+def answers(base_url: str) -> bool:
+    with httpx.Client(base_url=base_url, trust_env=False) as server:
+        return server.get("/health").status_code == 200
+
+
+# The server ends
+
+
+@pytest.mark.external
+@pytest.mark.parametrize(
+    "signum",
+    ["SIGSEGV", "SIGABRT", "SIGKILL", "SIGTERM", "SIGILL", "SIGBUS", "SIGFPE", "SIGHUP", "SIGINT"],
+)
+def test_whatever_signal_ends_a_healthy_server_it_is_told_and_loads_again(
+    real: Orchestrator, tiny_model: str, signum: str
+) -> None:
+    """llama-server takes SIGTERM and SIGINT as a wish and exits with 0; the others are crashes."""
+    number = getattr(signal, signum)
+    pid = real.load(tiny_model).pid
+    os.kill(pid, number)
+    until_state(real, State.IDLE)
+    status = real.status()
+    assert status.loaded is None
+    assert status.last_error is not None
+    assert status.last_error.category == "server_exited"
+    assert status.last_exit is not None
+    expected = 0 if signum in ("SIGTERM", "SIGINT") else -number
+    assert (status.last_exit.pid, status.last_exit.returncode) == (pid, expected)
+    again = real.load(tiny_model)
+    assert (again.status, is_running(again.pid)) == ("loaded", True)
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 127, 255])
+def test_whatever_code_a_healthy_server_exits_with_it_is_told(
+    orch: Orchestrator, fake: Fake, model_a: str, code: int
+) -> None:
+    """Also 0: a server that ends of its own accord is as gone as one that crashes."""
+    fake.behave(crash_after_s=0.05, crash_code=code)
+    pid = orch.load(model_a).pid
+    until_state(orch, State.IDLE)
+    status = orch.status()
+    assert status.loaded is None
+    assert status.last_exit is not None
+    assert (status.last_exit.pid, status.last_exit.returncode) == (pid, code)
+
+
+@pytest.mark.external
+def test_a_server_that_the_kernel_kills_is_noticed(real: Orchestrator, tiny_model: str) -> None:
+    """At the end of its CPU time, in the middle of a stream: a SIGKILL that nobody sent, as the
+    out-of-memory killer's is.
+    """
+    outcome = real.load(tiny_model)
+    connection = stream(outcome.base_url)
+    resource.prlimit(outcome.pid, resource.RLIMIT_CPU, (1, 1))
+    until_state(real, State.IDLE)
+    connection.close()
+    last_exit = real.status().last_exit
+    assert last_exit is not None
+    assert (last_exit.pid, last_exit.returncode) == (outcome.pid, -signal.SIGKILL)
+    assert real.load(tiny_model).status == "loaded"
+
+
+@pytest.mark.external
+def test_a_server_that_runs_into_a_memory_limit_fails_alone(
+    llama_server: str, make: Make, fake: Fake, tiny_model: str
+) -> None:
+    """Too little for its libraries, or for its model: an error, and the next load works."""
+    limited = fake.script("limited.sh", f'#!/bin/sh\nulimit -v 40000\nexec "{llama_server}" "$@"\n')
+    orch = make(llama_server=limited)
+    with pytest.raises(ServerStartFailed) as failed:
+        orch.load(tiny_model)
+    assert failed.value.log_tail
+    fake.script("limited.sh", f'#!/bin/sh\nexec "{llama_server}" "$@"\n')
+    assert orch.load(tiny_model).status == "loaded"
+
+
+# Somebody else answers
+
+
+@pytest.mark.external
+def test_a_port_that_is_taken_over_after_a_crash_is_nobodys(
+    real: Orchestrator, tiny_model: str
+) -> None:
+    """A server binds port 0, so nobody can take its port before it; this one takes it after."""
+    before = real.load(tiny_model)
+    port = urlsplit(before.base_url).port
+    kill(before.pid)
+    until_state(real, State.IDLE)
+    with socket.create_server(("127.0.0.1", port or 0), reuse_port=False) as thief:
+        assert real.status().loaded is None
+        after = real.load(tiny_model)
+        assert (after.status, after.base_url != before.base_url) == ("loaded", True)
+        assert answers(after.base_url)
+        thief.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            thief.accept()  # nobody has even asked it
+
+
+# The clock
+
+
+@pytest.mark.parametrize("jump_s", [-10 * 365 * 86400.0, 10 * 365 * 86400.0])
+def test_a_step_of_the_wall_clock_ends_nothing_and_prolongs_nothing(
+    make: Make,
+    fake: Fake,
+    model_a: str,
+    model_b: str,
+    monkeypatch: pytest.MonkeyPatch,
+    jump_s: float,
+) -> None:
+    """NTP, a suspended laptop, a user: stalls, deadlines and idle times are on another clock."""
+    real_time, jumped = time.time, threading.Event()
+    monkeypatch.setattr(time, "time", lambda: real_time() + (jump_s if jumped.is_set() else 0.0))
+    orch = make(kill_grace_s=0.2)
+    fake.behave(by_model={"a.gguf": {"loading_s": 0.6}, "b.gguf": {"hang": True}})
+    loading = Background(orch.load, model_a, deadline_s=20.0, stall_timeout_s=10.0)
+    until_state(orch, State.WAITING_HEALTH)
+    jumped.set()
+    outcome = loading.result()
+    assert 0 <= outcome.timings_s.total < 20
+    assert orch.load(model_a).status == "already_loaded"
+    jumped.clear()
+    loading = Background(orch.load, model_b, stall_timeout_s=0.6)
+    until_state(orch, State.WAITING_HEALTH)
+    begun = time.monotonic()
+    jumped.set()
+    assert isinstance(loading.error(), Stalled)
+    assert time.monotonic() - begun < 10
+    with pytest.raises(DeadlineExceeded):
+        orch.load(model_b, deadline_s=0.3)
+    orch.load(model_a, idle_ttl_s=0.5)
+    jumped.clear()
+    assert orch.status().loaded is not None
+    until_state(orch, State.IDLE)
+    assert orch.status().uptime_s >= 0
+
+
+# The host ends, whatever it is doing
+
+IN_A_STATE = """
+from orchestrator import forks, models, process
+def stop_in(module, name, *, after):
+    wrapped = getattr(module, name)
+    def stopping(*args, **settings):
+        result = wrapped(*args, **settings) if after else None
+        say(state=str(orch.status().state))
+        rest_of_thread.wait()
+        return result
+    setattr(module, name, stopping)
+rest_of_thread = threading.Event()
+orch = make(kill_grace_s=GRACE_S)
+state = STATE
+if state == "Downloading":
+    orch.start()
+    stop_in(models, "locate", after=True)
+if state == "Spawning":
+    orch.start()
+    stop_in(process.forks, "popen", after=True)
+if state in ("Healthy", "Killing"):
+    orch.load(a["model"])
+if state in ("Downloading", "Spawning", "WaitingHealth"):
+    orch.submit(a["model"])
+if state == "Killing":
+    threading.Thread(target=orch.unload, daemon=True).start()
+if state == "Idle":
+    orch.load(a["model"]); orch.unload()
+if state not in ("Downloading", "Spawning"):
+    while str(orch.status().state) != state: time.sleep(0.001)
+    say(state=state)
+try: rest()
+finally: rest_of_thread.set()  # only Ctrl-C comes by here: then all that is under way goes on
+"""
+"""It says so once it is in that state, and stays there."""
+
+
+@pytest.mark.parametrize("signum", ["SIGKILL", "SIGTERM", "SIGINT", "SIGHUP"])
+@pytest.mark.parametrize("state", list(State))
+def test_in_whatever_state_the_backend_is_ended_no_server_outlives_it(
+    host: StartHost,
+    make: Make,
+    fake: Fake,
+    model_a: str,
+    state_dir: Path,
+    state: State,
+    signum: str,
+) -> None:
+    """The server does not help: it ignores SIGTERM wherever it is alive. And the slot is free.
+
+    Only Ctrl-C lets the host end in order, so only then is its grace waited for.
+    """
+    is_deaf = state is not State.IDLE
+    fake.behave(ignore_term=-1 if is_deaf else 0, hang=state is State.WAITING_HEALTH)
+    grace_s = "1.0" if signum == "SIGINT" else "600.0"
+    backend = host(IN_A_STATE.replace("STATE", repr(str(state))).replace("GRACE_S", grace_s))
+    assert backend.hear() == {"state": str(state)}
+    until_guarded(backend)
+    has_server = state not in (State.IDLE, State.DOWNLOADING)
+    if has_server:
+        server = Watch(fake.wait_for("start").pid)
+        assert is_running(server.pid)
+    backend.process.send_signal(getattr(signal, signum))
+    died = time.monotonic()
+    backend.process.wait(30)
+    if has_server:
+        server.seconds_to_exit(died, 10)
+    until(lambda: nothing_left(state_dir, fake), "the rest", 5)
+    fake.behave()
+    assert make().load(model_a).status == "loaded"
+    fake.assert_never_two()
+
+
+# The host is short of something
+
+MANY_FILES = """
+import resource
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+wanted = 10_000
+resource.setrlimit(resource.RLIMIT_NOFILE, (wanted + 200, hard))
+kept = [os.dup(0) for _ in range(wanted)]
+for fd in kept: os.set_inheritable(fd, True)
+first = orch.load(a["model"])
+again = orch.load(a["model"], force_reload=True)
+with orch.lease() as server: leased = server.pid
+say(files=len(os.listdir("/proc/self/fd")) > wanted, pids=[first.pid, again.pid], leased=leased)
+orch.close()
+say(left=str(orch.status().state))
+"""
+
+
+def test_ten_thousand_open_files_are_no_hindrance_and_are_not_inherited(
+    host: StartHost, fake: Fake
+) -> None:
+    """A proxy's worth of connections: beyond 1,024 `select` fails, and a fork copies them all."""
+    backend = host(MANY_FILES)
+    said = backend.hear()
+    assert said["files"] is True
+    assert said["leased"] == said["pids"][1]
+    assert [len(note["fds"]) for note in fake.notes("start")] == [4, 4]
+    assert backend.hear() == {"left": "Idle"}
+    fake.assert_never_two()
+
+
+NO_FILES = """
+import resource
+from orchestrator import OrchestratorError
+def use_up():
+    used = []
+    try:
+        while True: used.append(os.dup(0))
+    except OSError: return used
+def ask(call):
+    try: return call().status
+    except OrchestratorError as error: return error.category
+def give_back(used):
+    for fd in used: os.close(fd)
+load = lambda: orch.load(a["model"], force_reload=True)
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+orch = make(kill_grace_s=0.2)
+load()
+used = use_up()
+said = dict(state=str(orch.status().state), unload=ask(orch.unload))
+give_back(used)
+said["then"] = [ask(orch.unload), ask(load)]
+used = use_up()
+give_back(used[:SPARED])
+said["reload"] = ask(load)
+give_back(used[SPARED:])
+said["at_last"] = [ask(orch.unload), ask(load)]
+say(**said)
+orch.close()
+say(left=str(orch.status().state))
+"""
+
+
+@pytest.mark.parametrize("spared", [0, 2, 4, 6])
+def test_without_any_descriptor_left_nothing_is_lost(
+    host: StartHost, fake: Fake, spared: int
+) -> None:
+    """What cannot be looked at is not known to be dead: errors, then everything as before."""
+    fake.behave(children=["daemon!"])
+    backend = host(NO_FILES.replace("SPARED", str(spared)))
+    said = backend.hear()
+    assert said["state"] == "Healthy"
+    assert said["unload"] in ("unloaded", "slot_occupied")
+    assert said["then"] == ["unloaded", "loaded"]
+    assert said["reload"] in ("loaded", "server_unavailable", "slot_occupied", "state_dir")
+    assert said["at_last"] == ["unloaded", "loaded"]
+    assert backend.hear() == {"left": "Idle"}
+    fake.assert_never_two()
+
+
+def namespaces() -> list[str]:
+    """A command prefix that gives a program mounts of its own; root may, and so may most users."""
+    prefix = ["unshare", "--mount"]
+    if os.geteuid() != 0:
+        prefix += ["--user", "--map-root-user"]
+    subprocess.run([*prefix, "true"], check=True)
+    return prefix
+
+
+NO_PROC = """
+import subprocess
+from orchestrator import OrchestratorError
+def ask(call):
+    try: return call().status
+    except OrchestratorError as error: return error.category
+said = {}
+if BEFORE == "loaded":
+    said["pid"] = orch.load(a["model"]).pid
+subprocess.run(["mount", "-t", "tmpfs", "none", "/proc"], check=True)
+said["load"] = ask(lambda: orch.load(a["model"], force_reload=True))
+said["unload"] = ask(orch.unload)
+said["state"] = str(orch.status().state)
+say(**said)
+subprocess.run(["umount", "/proc"], check=True)
+say(then=[ask(orch.unload), ask(lambda: orch.load(a["model"]))])
+orch.close()
+say(left=str(orch.status().state))
+"""
+
+
+@pytest.mark.parametrize("before", ["nothing", "loaded"])
+def test_without_a_process_table_nothing_is_started_and_nothing_is_lost(
+    fake: Fake, state_dir: Path, model_a: str, before: str
+) -> None:
+    """A jail without /proc: who lives in the slot cannot be known: an error, not a hope."""
+    backend = Host(
+        NO_PROC.replace("BEFORE", repr(before)),
+        server=fake.path,
+        state_dir=state_dir,
+        env=fake.env,
+        model=model_a,
+        inside=tuple(namespaces()),
+    )
+    try:
+        said = backend.hear()
+        if "pid" in said:
+            assert not is_running(said["pid"])
+        assert said["load"] not in ("loaded", "already_loaded", "internal")
+        assert said["state"] == "Idle"
+        assert backend.hear() == {"then": ["unloaded", "loaded"]}
+        assert backend.hear() == {"left": "Idle"}
+        fake.assert_never_two()
+    finally:
+        backend.close()
+
+
+FULL_DISK = """
+from orchestrator import OrchestratorError
+def ask(call):
+    try: return call().status
+    except OrchestratorError as error: return [error.category, error.field]
+def fill():
+    try:
+        with open(a["state_dir"] + "/filler", "wb", buffering=0) as file:
+            while True: file.write(bytes(1024))
+    except OSError: pass
+load = lambda: orch.load(a["model"], chat_template_override="{{ messages }}")
+orch.start()
+fill()
+said = dict(full=[ask(load), ask(lambda: orch.load(a["model"])), str(orch.status().state)])
+os.unlink(a["state_dir"] + "/filler")
+said["free"] = ask(load)
+fill()
+said["full_again"] = [ask(load), ask(orch.unload), ask(orch.unload)]
+os.unlink(a["state_dir"] + "/filler")
+said["free_again"] = ask(load)
+say(**said)
+orch.close()
+say(left=str(orch.status().state))
+"""
+
+
+def test_a_full_disk_under_the_record_starts_nothing_and_loses_nothing(
+    fake: Fake, state_dir: Path, model_a: str
+) -> None:
+    """What cannot be written down is not started; what runs can be ended without writing."""
+    mount = f'mount -t tmpfs -o size=64k none "{state_dir}" && exec "$@"'
+    backend = Host(
+        FULL_DISK,
+        server=fake.path,
+        state_dir=state_dir,
+        env=fake.env,
+        model=model_a,
+        inside=(*namespaces(), "sh", "-c", mount, "sh"),
+    )
+    try:
+        assert backend.hear() == {
+            "full": [["state_dir", "state_dir"], ["state_dir", "state_dir"], "Idle"],
+            "free": "loaded",
+            "full_again": ["already_loaded", "unloaded", "unloaded"],
+            "free_again": "loaded",
+        }
+        assert backend.hear() == {"left": "Idle"}
+        fake.assert_never_two()
+        assert len(fake.notes("start")) == 2
+    finally:
+        backend.close()
+
+
+FULL_LOG = """
+structlog.configure(
+    wrapper_class=structlog.make_filtering_bound_logger(0),
+    logger_factory=structlog.PrintLoggerFactory(open("/dev/full", "w", buffering=1)),
+    cache_logger_on_first_use=False,
+)
+sys.stderr = open("/dev/full", "w")
+from orchestrator import OrchestratorError, models
+first = orch.load(a["model"])
+locate = models.locate
+def failing(*args): raise RuntimeError("of the effect")
+models.locate = failing
+try: failed = orch.load(a["model"], force_reload=True).status
+except OrchestratorError as error: failed = error.category
+models.locate = locate
+guardian = orch._owner.effects._guardian
+guardian.kill()
+guardian.wait()
+again = orch.load(a["model"])
+orch.unload()
+say(first=first.status, failed=failed, again=again.status, state=str(orch.status().state))
+last = orch.load(a["model"])
+say(pid=last.pid)
+sys.stdin.readline()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_log_on_a_full_disk_stops_nothing(host: StartHost, make: Make, fake: Fake) -> None:
+    """Not a load, not an effect that fails, not a new guardian, and not the next start."""
+    backend = host(FULL_LOG)
+    said = backend.hear()
+    assert said == {"first": "loaded", "failed": "internal", "again": "loaded", "state": "Idle"}
+    server = Watch(backend.hear()["pid"])
+    kill(until_guarded(backend))
+    backend.tell()
+    backend.process.wait(30)
+    assert is_running(server.pid)
+    with_full_log = FULL_LOG.partition("from orchestrator import")[0]
+    second = host(with_full_log + 'say(how=orch.load(a["model"]).status)\norch.close()\n')
+    assert second.hear() == {"how": "loaded"}
+    server.seconds_to_exit(time.monotonic(), 5)
+    fake.assert_never_two()
+
+
+# The host's environment, and names
+
+
+@pytest.mark.external
+@pytest.mark.parametrize("server", ["real", "fake"])
+def test_a_host_without_any_environment_loads(
+    llama_server: str, fake: Fake, state_dir: Path, model_a: str, server: str
+) -> None:
+    """No PATH, no HOME, no LANG: as a service manager or `env -i` starts it."""
+    program = 'say(env=dict(os.environ))\nsay(how=orch.load(a["model"]).status)\norch.close()\n'
+    backend = Host(
+        program,
+        server=llama_server if server == "real" else fake.path,
+        state_dir=state_dir,
+        env=fake.env,
+        model=model_a,
+        inside=("/usr/bin/env", "-i"),
+    )
+    try:
+        assert "PATH" not in backend.hear()["env"]
+        assert backend.hear() == {"how": "loaded"}
+        assert backend.process.wait(30) == 0
+    finally:
+        backend.close()
+
+
+AWKWARD = {
+    "spaces": "a  model of mine",
+    "quotes": 'it\'s "quoted" `$HOME` $(touch x) \\ ;&|',
+    "unicode": "модель-模型-🦙-e\u0301",
+    "dash": "--help",
+    "long": "n" * 200,
+}
+UNSPEAKABLE = {
+    "newline": "two\nlines",
+    "escape": "\x1b[31mred",
+    "not-utf-8": os.fsdecode(b"caf\xe9-\xff"),
+}
+
+
+@pytest.mark.external
+@pytest.mark.parametrize("server", ["llama_server", "embedded"])
+@pytest.mark.parametrize("kind", AWKWARD)
+def test_a_path_of_any_text_is_the_path_that_is_loaded(
+    llama_server: str, tmp_path: Path, tiny_model: str, kind: str, server: str
+) -> None:
+    """The state directory too; nothing is split, expanded, or read as a flag."""
+    folder = tmp_path / AWKWARD[kind]
+    state_dir = folder / "state"
+    state_dir.mkdir(parents=True)
+    model = folder / f"{AWKWARD[kind]}.gguf"
+    model.hardlink_to(tiny_model)
+    binary = llama_server if server == "llama_server" else "embedded"
+    template = {"chat_template_override": "{{ messages[0].content }}"}
+    with Orchestrator(llama_server=binary, state_dir=state_dir) as orch:
+        outcome = orch.load(str(model), **template)
+        assert answers(outcome.base_url)
+        assert os.fsencode(model) in Path(f"/proc/{outcome.pid}/cmdline").read_bytes().split(b"\0")
+        assert orch.load(str(model), **template).pid == outcome.pid
+        assert outcome.model_path == str(model)
+    assert not is_running(outcome.pid)
+    assert servers_of(state_dir) == set()
+    assert not list(tmp_path.rglob("x"))
+
+
+@pytest.mark.parametrize("kind", UNSPEAKABLE)
+def test_a_path_that_no_log_and_no_json_can_hold_is_refused(
+    orch: Orchestrator, fake: Fake, tmp_path: Path, model_a: str, kind: str
+) -> None:
+    """Before anything is stopped; a folder of such a name is no state directory less good."""
+    folder = tmp_path / UNSPEAKABLE[kind]
+    (folder / "state").mkdir(parents=True)
+    (folder / "m.gguf").hardlink_to(model_a)
+    pid = orch.load(model_a).pid
+    with pytest.raises(InvalidRequest) as refused:
+        orch.load(str(folder / "m.gguf"))
+    assert refused.value.field == "model_path"
+    assert orch.load(model_a).pid == pid
+    orch.unload()
+    other = Orchestrator(llama_server=fake.path, state_dir=folder / "state", server_env=fake.env)
+    with other:
+        assert is_running(other.load(model_a).pid)
+    assert fake.living() == set()
+
+
+IN_THE_C_LOCALE = """
+from orchestrator import InvalidRequest
+folder = os.path.dirname(a["model"])
+[name] = [name for name in os.listdir(folder) if name.startswith("caf")]
+try: said = orch.load(os.path.join(folder, name)).status
+except InvalidRequest as error: said = error.field
+outcome = orch.load(a["model"])
+say(other=said, how=outcome.status, again=orch.load(a["model"]).status, lines=orch.logs()[:1])
+orch.close()
+say(left=str(orch.status().state))
+"""
+
+
+@pytest.mark.parametrize("locale", ["C", "tlh_QO.KLINGON"])
+def test_in_any_locale_any_output_is_taken(
+    fake: Fake, state_dir: Path, model_a: str, locale: str
+) -> None:
+    """What a server prints is bytes, and a locale that cannot read them is no reason to fail."""
+    words = b"caf\xe9 \xff\xfe mod\xc3\xa8le"
+    wrapper = Path(fake.wrapper('exec "$SERVER" "$@"'))
+    wrapper.write_bytes(
+        wrapper.read_bytes().replace(b"\nSERVER", b"\necho '" + words + b"'\nSERVER")
+    )
+    Path(model_a).with_name("café.gguf").hardlink_to(model_a)
+    backend = Host(
+        IN_THE_C_LOCALE,
+        server=str(wrapper),
+        state_dir=state_dir,
+        env=fake.env,
+        model=model_a,
+        inside=("env", f"LC_ALL={locale}", "PYTHONUTF8=0", "PYTHONCOERCECLOCALE=0"),
+    )
+    try:
+        assert backend.hear() == {
+            "other": "model_path",
+            "how": "loaded",
+            "again": "already_loaded",
+            "lines": [words.decode("utf-8", "replace")],
+        }
+        assert backend.hear() == {"left": "Idle"}
+    finally:
+        backend.close()

@@ -1,0 +1,174 @@
+"""Days of virtual time: restarts, idle times, deadlines and drains, whatever else happens.
+
+The explorer enumerates short schedules; this plays long ones on the same stage, and every step is
+held to the same invariants. Hypothesis draws how the dice fall and for how long they are thrown: it
+shortens a history that fails to its shortest beginning.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import pytest
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+
+from orchestrator.context import Policy
+from orchestrator.recovery import RestartPolicy
+from orchestrator.states import State
+from tests.shell.scene import ALL_MISHAPS, RecordedLifecycle, Scene
+from tests.shell.stage import Stage
+
+DAY_S: Final = 86_400.0
+CLIENTS: Final = 5
+CALLS: Final = 24  # each: with the restarts fewer loads than outcomes are kept
+POLICY: Final = Policy(
+    drain_timeout_s=30.0,
+    restart=RestartPolicy(backoff_s=60.0, backoff_max_s=3600.0, limit=3, cool_down_s=7200.0),
+    idle_ttl_s=3 * 3600.0,
+)
+OTHERS: Final = 0.12
+"""How often somebody calls or something goes wrong while there is something to wait for."""
+LOADS: Final = ("", "", "slow", "queue", "reject", "force", "restore", "deadline", "pinned")
+
+
+@dataclass
+class History:
+    """One long schedule.
+
+    Attributes:
+        seen: Every state it was in.
+        fired: Every kind of timer that fired.
+    """
+
+    stage: Stage
+    dice: random.Random
+    seen: set[State]
+    fired: set[str]
+
+    def play(self, moves: int) -> None:
+        """Let so many things happen, and then all that happens by itself."""
+        for _ in range(moves):
+            self.one_move(only_own=False)
+        for _ in range(5_000):
+            if not self.one_move(only_own=True):
+                break
+        self.stage.check_rest()
+
+    def one_move(self, *, only_own: bool) -> bool:
+        """Something happens, at once or some time later; False when nothing can."""
+        stage = self.stage
+        found = [move for move in stage.moves() if move.is_own or not only_own]
+        if not found:
+            return False
+        own = [move for move in found if move.is_own]
+        others = [move for move in found if not move.is_own]
+        rarely = others and (not own or self.dice.random() < OTHERS)
+        move = self.dice.choice(others if rarely else own)
+        if move.who == "clock":
+            self.fired |= {kind for kind, _ in stage.owner._timers if f"the {kind}" in move.text}
+        elif not stage.inbox.facts:
+            self.let_time_pass()
+        stage.do(move)
+        self.seen.add(stage.owner.snapshot.state)
+        return True
+
+    def let_time_pass(self) -> None:
+        """Up to the next timer: nothing later may come before it."""
+        clock, timers = self.stage.clock, self.stage.owner._timers.values()
+        later = clock.now + self.dice.choice([0.0, 0.1, 10.0, 600.0, 5 * 3600.0])
+        clock.now = max(clock.now, min([later, *timers]))
+
+
+def program(dice: random.Random) -> str:
+    """What the clients do, as `tests.core.programs` writes it."""
+
+    def client() -> str:
+        calls: list[str] = []
+        has_lease = False
+        for _ in range(CALLS):
+            model, option = dice.choice("AABC"), dice.choice(LOADS)
+            choices = [f"load {model} {option}".strip()] * 5 + ["unload", f"unload {model}"]
+            choices += ["lease"] + ["release"] * has_lease * 2
+            choices += ["withdraw"] if calls else []
+            choices += ["cancel"] if any(call.startswith("load") for call in calls) else []
+            calls.append(dice.choice(choices))
+            has_lease = has_lease or calls[-1] == "lease"
+        return "; ".join(calls)
+
+    last = ["shutdown"] if dice.random() < 0.2 else []
+    return " | ".join([*(client() for _ in range(CLIENTS)), *last])
+
+
+def history_of(seed: int, machine: RecordedLifecycle) -> History:
+    dice = random.Random(seed)
+    machine._steps.clear()  # contexts of long histories do not come back
+    scene = Scene(
+        program(dice),
+        mishaps=30,
+        kinds=ALL_MISHAPS,
+        pairs=1 << 30,
+        policy=POLICY,
+        machine=machine,
+    )
+
+    def choose(names: Sequence[str]) -> int:
+        return dice.randrange(len(names))
+
+    stage = Stage(scene, choose)
+    stage.is_checking = True
+    return History(stage, dice, set(), set())
+
+
+QUICK = settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+DEEP = settings(QUICK, max_examples=2_000, derandomize=False)
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        pytest.param(QUICK, id="quick"),
+        pytest.param(DEEP, id="deep", marks=[pytest.mark.deep, pytest.mark.timeout(3600)]),
+    ],
+)
+def test_days_of_calls_crashes_and_timers_keep_every_promise(
+    profile: settings, failures: list[object]
+) -> None:
+    """What no short schedule shows: a timer of yesterday, the fifth restart, a lease for hours."""
+    machine = RecordedLifecycle()
+    seen: set[State] = set()
+    fired: set[str] = set()
+    longest_s = 0.0
+
+    @profile
+    @given(seed=st.integers(0, 1 << 32), moves=st.integers(300, 1_500))
+    def play(seed: int, moves: int) -> None:
+        nonlocal longest_s
+        history = history_of(seed, machine)
+        begun = history.stage.clock.now
+        try:
+            history.play(moves)
+        except BaseException:
+            for told in history.stage.told[-40:]:
+                note(f"{told.who}: {told.text} [{told.before} -> {told.after}]")
+            raise
+        finally:
+            failures.clear()  # planned ones; anything else is a broken promise
+        seen.update(history.seen)
+        fired.update(history.fired)
+        longest_s = max(longest_s, history.stage.clock.now - begun)
+
+    play()
+    assert seen == set(State)
+    assert fired == {"drain", "deadline", "restart", "idle"}
+    assert longest_s > DAY_S
+    print(f"the longest history took {longest_s / DAY_S:.1f} days")
