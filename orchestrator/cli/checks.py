@@ -281,7 +281,8 @@ def _model(wanted: Wanted) -> Iterator[Check]:
 def _fit(model: Variant) -> Check:
     """Say whether a model fits where it has to."""
     size, free = model.size_bytes, _free_bytes(hub_cache.directory())
-    detail = f"{model.gguf_variant or 'it'} has {size / _GIB:,.1f} GiB"
+    shown = f"{size / _GIB:,.1f} GiB" if size >= _GIB else f"{size / (1 << 20):,.1f} MiB"
+    detail = f"{model.gguf_variant or 'it'} has {shown}"
     if not model.is_cached and size > free:
         remedy = "free some, move the cache (HF_HUB_CACHE), or choose a smaller variant"
         return Check("model", "problem", f"{detail}, {free / _GIB:,.1f} GiB of disk free", remedy)
