@@ -14,6 +14,7 @@ from orchestrator.errors import Problem
 from orchestrator.messages import (
     Exit,
     Exited,
+    Kill,
     LeaseGranted,
     LeaseReleased,
     TimerFired,
@@ -138,6 +139,18 @@ def test_a_slot_that_does_not_stay_empty() -> None:
     assert (told(run, ticket).message, told(run, ticket).generation) == (sentence, 1)
 
 
+def test_who_waits_behind_a_load_whose_slot_is_occupied_is_next() -> None:
+    """The third look is the last for this load, and not for those behind it."""
+    run, ticket = in_flight(D)
+    waiting = run.load(B, on_busy="queue")
+    for _ in range(3):
+        run.fetched(HELD)
+        run.emptied()
+    run.fetched(HELD)
+    assert run.settle().category(waiting) == "loaded"
+    assert told(run, ticket).category == "slot_occupied"
+
+
 def test_a_slot_that_fills_again_costs_time_that_is_booked_once() -> None:
     """Each phase is what it took, and together they are no more than the whole."""
     run = Run()
@@ -199,6 +212,43 @@ def test_a_server_that_ends_while_something_else_is_wanted() -> None:
     assert shown.message == "the server ended by itself by signal 11: something else is loaded"
     assert run.ctx.recovery is None
     assert run.settle().state is H
+
+
+def test_nobody_waits_for_the_leases_of_a_server_that_has_ended() -> None:
+    """Its users have noticed; the slot is verified at once, and not after the drain time."""
+    for is_draining in (False, True):
+        run = healthy()
+        run.lease()
+        if is_draining:
+            run.load(B)
+            assert run.state is K
+            assert not run.began(Kill)
+        crash(run)
+        assert run.began(Kill)
+        assert run.ctx.leases == frozenset()
+        assert run.ctx.last_exit is not None
+        assert run.ctx.last_exit.returncode == -11
+
+
+def test_a_late_exit_of_an_earlier_server_cuts_nobody_off() -> None:
+    """Its exit is noticed after another has taken its place, and is being drained."""
+    run = healthy()
+    run.load(B)
+    run.go(H)
+    lease = run.lease()
+    run.load(C)
+    before = run.ctx
+    run.do(Exited(Generation(1), run.now, Exit(41, -15)))
+    assert (run.state, run.ctx) == (K, before)
+    assert run.ctx.leases == {lease}
+
+
+def test_a_lease_that_waits_hears_when_the_slot_cannot_be_emptied() -> None:
+    """There is nothing to wait for any more."""
+    run, _ = in_flight(K)
+    lease = run.lease()
+    run.kill_failed()
+    assert (run.state, run.category(lease)) == (I, "not_loaded")
 
 
 def test_a_planned_restart_and_the_end_of_them() -> None:
