@@ -16,7 +16,6 @@ from orchestrator.messages import (
     Exited,
     Kill,
     LeaseGranted,
-    LeaseReleased,
     TimerFired,
     UnloadRequested,
 )
@@ -31,6 +30,10 @@ def told(run: Run, ticket: int) -> Problem:
     answer = run.answers[ticket]
     assert isinstance(answer, Problem)
     return answer
+
+
+def phase(run: Run) -> str | None:
+    return run.ctx.recovery.phase if run.ctx.recovery else None
 
 
 def crash(run: Run, returncode: int | None = -11) -> None:
@@ -384,15 +387,59 @@ def test_one_of_two_callers_of_a_queued_load_cancels() -> None:
 
 
 def test_a_queued_load_that_finds_its_model_running_decides_how_long_it_stays() -> None:
-    """The newest request for a model says how long it is kept."""
-    run = Run(Policy(idle_ttl_s=60.0))
-    run.load(A)
+    """The newest request for a model says how long it is kept; and the queue goes on as ever."""
+    run, first = in_flight(D)
+    between = run.load(B, on_busy="queue")
+    waiting = run.load(A, on_busy="queue", idle_ttl_s=5.0)
+    run.cancel(generation=2)
     run.settle()
-    lease = run.lease()
-    run.load(B)
-    run.load(A, on_busy="queue", idle_ttl_s=5.0)
-    run.load(A, on_busy="queue", idle_ttl_s=7.0)
-    run.do(LeaseReleased(lease, run.now))
-    run.settle()
+    assert [run.category(t) for t in (first, between, waiting)] == [
+        "loaded",
+        "cancelled",
+        "already",
+    ]
     assert run.ctx.running is not None
-    assert run.ctx.running.target.request.idle_ttl_s == 7.0
+    assert run.ctx.running.target.request.idle_ttl_s == 5.0
+    assert run.category(run.load(A, on_busy="queue")) == "already"
+
+
+@pytest.mark.parametrize("policy", [Policy(), Policy(abandoned_load="continue")])
+def test_a_queued_load_whose_callers_have_gone_ends_unless_the_policy_wants_it(
+    policy: Policy,
+) -> None:
+    """Nobody waits for it; one of two callers is somebody."""
+    run = Run(policy)
+    run.load(A)
+    run.go(D)
+    gone, shared = run.load(B, on_busy="queue"), run.load(C, on_busy="queue")
+    run.load(C, on_busy="queue")
+    run.withdraw(gone)
+    run.withdraw(shared)
+    kept = [job.target.request.model_path for job in run.ctx.queue]
+    assert kept == ([C] if policy.abandoned_load == "cancel" else [B, C])
+
+
+def test_a_restart_under_way_is_not_planned_any_more() -> None:
+    """A plan that is carried out twice would be two loads."""
+    run = Run(Policy(restart=RULES))
+    run.load(A)
+    run.go(H)
+    crash(run)
+    run.emptied()
+    run.unload(C)
+    assert phase(run) == "waiting", "an unload of something else changes no plan"
+    run.do(TimerFired(Generation(1), run.now, "restart"))
+    assert phase(run) == "trying"
+
+
+def test_while_what_ran_before_comes_back_the_failure_is_shown() -> None:
+    """Whoever looks at the status meanwhile sees why a model nobody asked for is loading."""
+    run = healthy()
+    run.load(B, restore_previous=True)
+    run.go(S)
+    run.fail()
+    shown = run.ctx.last_error
+    assert shown is not None
+    assert (shown.category, shown.generation) == ("server_start_failed", 2)
+    assert shown.restored is not None
+    assert shown.restored.generation == 3
