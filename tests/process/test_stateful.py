@@ -2,7 +2,8 @@
 
 What is drawn must not depend on who wins a race, so rules have no preconditions: one that makes no
 sense at the moment does nothing.
-Hypothesis chooses what happens next and shortens what fails. A small reference model knows what may
+Hypothesis chooses what happens next. It does not shorten what fails: a schedule of real processes
+is never the same twice, and a shorter one may pass by luck. A small reference model knows what may
 be true: what was asked for last, what every model does when it is started, who waits, who holds a
 lease. It never looks inside; the process table and a lock held by the servers are the witnesses.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -48,7 +49,7 @@ BEHAVIOURS: dict[str, dict[str, Any]] = {
 STARTS = frozenset({"good", "slow", "stubborn", "deaf", "family"})
 """Behaviours of which a load that nobody disturbs is answered with success."""
 
-DEADLINE_S = 20.0
+DEADLINE_S = 15.0
 IMPATIENT_S = 0.3
 OVERTAKEN = frozenset({"superseded", "cancelled", "busy"})
 """What a load may be told because of other calls."""
@@ -291,7 +292,7 @@ class Calls(RuleBasedStateMachine):
         if believed.running in (None, "unknown"):
             return
         os.kill(believed.pid, signum)
-        until(lambda: self.orch.status().state is State.IDLE, "the crash is noticed")
+        until(lambda: self.orch.status().state is State.IDLE, "the crash is noticed", DEADLINE_S)
         status = self.orch.status()
         assert status.loaded is None
         assert status.last_exit is not None
@@ -333,15 +334,16 @@ class Calls(RuleBasedStateMachine):
             )
 
     def teardown(self) -> None:
-        for lease in self.leases:
-            lease.close()
-        self.orch.close()
-        self.is_over = True
-        self.settle()
-        for pid in self.fake.living():
-            kill(pid)
-            pytest.fail(f"process {pid} was left")
-        assert nothing_left(self.state_dir, self.fake)
+        try:
+            for lease in self.leases:
+                lease.close()
+            self.orch.close()
+            self.is_over = True
+            self.settle()
+            assert nothing_left(self.state_dir, self.fake)
+        finally:
+            for pid in self.fake.living():
+                kill(pid)
 
 
 QUICK = settings(
@@ -350,6 +352,7 @@ QUICK = settings(
     deadline=None,
     derandomize=True,
     database=None,
+    phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
 DEEP = settings(QUICK, max_examples=400, stateful_step_count=50, derandomize=False)
