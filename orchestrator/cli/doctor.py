@@ -21,19 +21,16 @@ _MARKS: Final = {"ok": ("✓", "green"), "note": ("·", "yellow"), "problem": ("
 @click.command()
 @click.argument("model", required=False)
 @config.config_option(is_flag=False, flag_value="")
-@click.option("--schema", is_flag=True, help="Print the JSON schema of the file, and end.")
+@config.schema_option()
 @config.serving_options()
 @options.json_option()
 @click.pass_context
-def doctor(ctx: click.Context, /, *, as_json: bool, schema: bool, **given: Any) -> int:
+def doctor(ctx: click.Context, /, *, as_json: bool, **given: Any) -> int:
     """Check this machine for what `serve` would be, and say what to fix.
 
     With MODEL (a file, a folder, or owner/name[:VARIANT] on the Hub) also whether that fits.
     With --config (FILE or not), say first where every setting comes from.
     """
-    if schema:
-        say_json(config.schema(ctx.command))
-        return 0
     logs.configure("warning", "console")
     wanted = Wanted(**{name: given[name] for name in Wanted.__slots__})
     explained = config.explain(ctx) if config.is_named(ctx) else None

@@ -250,6 +250,7 @@ class _Exploration:
             core, commands = self._step(world.core, fact)
         except Exception:  # noqa: BLE001 (a mutant may break in any way; the move will tell)
             return True
+        self._where.setdefault((world.core, fact), world)
         return core is not world.core or [type(c) for c in commands] != [Fence]
 
     def _apply(self, world: World, move: Move) -> Iterator[tuple[str, World]]:
@@ -259,11 +260,12 @@ class _Exploration:
         try:
             core, commands = self._step(world.core, move.fact)
             self._where.setdefault((world.core, move.fact), world)
+            outcomes = list(self._scenario.carry_out(move.world, move.ends, core, commands))
         except Exception as error:
             violation = Violation("step_raised", f"{type(error).__name__}: {error}")
             raise _BrokenError(violation, _Arrival(world, move, "")) from error
         before = View(self._scenario.actions, move.world)
-        for note, after in self._scenario.carry_out(move.world, move.ends, core, commands):
+        for note, after in outcomes:
             edge = Edge(before, move.fact, View(self._scenario.actions, after), commands)
             broken = check_edge(edge, self._without)
             if broken is None and move.is_own and move.is_good:

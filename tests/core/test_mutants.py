@@ -12,7 +12,49 @@ import pytest
 from orchestrator.table import TABLE
 from tests.core.mutants import kill, mutants_of, name_of, scenarios
 
-SURVIVORS: dict[str, str] = {}
+_EXCLUSIVE_ON_BUSY = "on_busy has one value: only one of the two can hold"
+_LEASE_OR_LOAD = "a ticket is that of a load or of a lease, never of both"
+_JOB_OR_QUEUED = "a generation is in flight or in the queue, never both"
+_LOOKS_FOR_ITSELF = (
+    "kill_when_drained looks for itself: with leases left it does nothing, and without any the "
+    "kill is in flight"
+)
+SURVIVORS: dict[str, str] = {
+    "load in IKDSWH if was_cancelled_early: behind [load in IKDSWH if an_unload_came_after]": (
+        "both rows say the same"
+    ),
+    "load in IKDSWH if rejects_when_busy: behind [load in IKDSWH if queues_when_busy]": (
+        _EXCLUSIVE_ON_BUSY
+    ),
+    "withdraw in K if abandons_job: behind [withdraw in K if gives_back_the_last_lease]": (
+        _LEASE_OR_LOAD
+    ),
+    "withdraw in K if gives_back_the_last_lease: without gives_back_the_last_lease": (
+        _LOOKS_FOR_ITSELF
+    ),
+    "release in K if gives_back_the_last_lease: without gives_back_the_last_lease": (
+        _LOOKS_FOR_ITSELF
+    ),
+    "deadline_expired in K if is_job: behind [deadline_expired in IKDSWH if is_queued_job]": (
+        _JOB_OR_QUEUED
+    ),
+    "deadline_expired in DSW if is_job: behind [deadline_expired in IKDSWH if is_queued_job]": (
+        _JOB_OR_QUEUED
+    ),
+    "lease in IKDSWH if is_shutting_down: behind [lease in H if child_is_alive]": (
+        "after a shutdown nothing becomes Healthy: the second row cannot hold"
+    ),
+    "lease in IKDSWH if load_is_wanted: behind [lease in IKDSWH if restart_is_planned]": (
+        "both rows say the same"
+    ),
+    "lease in IKDSWH if restart_is_planned: behind [lease in IKDSWH if is_cooling_down]": (
+        "a recovery has one phase: only one of the two can hold"
+    ),
+    "fetch_failed in D if is_current next_is_waiting: "
+    "behind [fetch_failed in D if is_current restores_previous]": (
+        "what ran before comes back only where nothing waits: only one of the two can hold"
+    ),
+}
 """Mutants that do what the shipped table does, each with the reason."""
 
 

@@ -14,8 +14,8 @@ from orchestrator.errors import Problem
 from orchestrator.messages import (
     Exit,
     Exited,
+    Kill,
     LeaseGranted,
-    LeaseReleased,
     TimerFired,
     UnloadRequested,
 )
@@ -30,6 +30,10 @@ def told(run: Run, ticket: int) -> Problem:
     answer = run.answers[ticket]
     assert isinstance(answer, Problem)
     return answer
+
+
+def phase(run: Run) -> str | None:
+    return run.ctx.recovery.phase if run.ctx.recovery else None
 
 
 def crash(run: Run, returncode: int | None = -11) -> None:
@@ -138,6 +142,18 @@ def test_a_slot_that_does_not_stay_empty() -> None:
     assert (told(run, ticket).message, told(run, ticket).generation) == (sentence, 1)
 
 
+def test_who_waits_behind_a_load_whose_slot_is_occupied_is_next() -> None:
+    """The third look is the last for this load, and not for those behind it."""
+    run, ticket = in_flight(D)
+    waiting = run.load(B, on_busy="queue")
+    for _ in range(3):
+        run.fetched(HELD)
+        run.emptied()
+    run.fetched(HELD)
+    assert run.settle().category(waiting) == "loaded"
+    assert told(run, ticket).category == "slot_occupied"
+
+
 def test_a_slot_that_fills_again_costs_time_that_is_booked_once() -> None:
     """Each phase is what it took, and together they are no more than the whole."""
     run = Run()
@@ -199,6 +215,43 @@ def test_a_server_that_ends_while_something_else_is_wanted() -> None:
     assert shown.message == "the server ended by itself by signal 11: something else is loaded"
     assert run.ctx.recovery is None
     assert run.settle().state is H
+
+
+def test_nobody_waits_for_the_leases_of_a_server_that_has_ended() -> None:
+    """Its users have noticed; the slot is verified at once, and not after the drain time."""
+    for is_draining in (False, True):
+        run = healthy()
+        run.lease()
+        if is_draining:
+            run.load(B)
+            assert run.state is K
+            assert not run.began(Kill)
+        crash(run)
+        assert run.began(Kill)
+        assert run.ctx.leases == frozenset()
+        assert run.ctx.last_exit is not None
+        assert run.ctx.last_exit.returncode == -11
+
+
+def test_a_late_exit_of_an_earlier_server_cuts_nobody_off() -> None:
+    """Its exit is noticed after another has taken its place, and is being drained."""
+    run = healthy()
+    run.load(B)
+    run.go(H)
+    lease = run.lease()
+    run.load(C)
+    before = run.ctx
+    run.do(Exited(Generation(1), run.now, Exit(41, -15)))
+    assert (run.state, run.ctx) == (K, before)
+    assert run.ctx.leases == {lease}
+
+
+def test_a_lease_that_waits_hears_when_the_slot_cannot_be_emptied() -> None:
+    """There is nothing to wait for any more."""
+    run, _ = in_flight(K)
+    lease = run.lease()
+    run.kill_failed()
+    assert (run.state, run.category(lease)) == (I, "not_loaded")
 
 
 def test_a_planned_restart_and_the_end_of_them() -> None:
@@ -334,15 +387,59 @@ def test_one_of_two_callers_of_a_queued_load_cancels() -> None:
 
 
 def test_a_queued_load_that_finds_its_model_running_decides_how_long_it_stays() -> None:
-    """The newest request for a model says how long it is kept."""
-    run = Run(Policy(idle_ttl_s=60.0))
-    run.load(A)
+    """The newest request for a model says how long it is kept; and the queue goes on as ever."""
+    run, first = in_flight(D)
+    between = run.load(B, on_busy="queue")
+    waiting = run.load(A, on_busy="queue", idle_ttl_s=5.0)
+    run.cancel(generation=2)
     run.settle()
-    lease = run.lease()
-    run.load(B)
-    run.load(A, on_busy="queue", idle_ttl_s=5.0)
-    run.load(A, on_busy="queue", idle_ttl_s=7.0)
-    run.do(LeaseReleased(lease, run.now))
-    run.settle()
+    assert [run.category(t) for t in (first, between, waiting)] == [
+        "loaded",
+        "cancelled",
+        "already",
+    ]
     assert run.ctx.running is not None
-    assert run.ctx.running.target.request.idle_ttl_s == 7.0
+    assert run.ctx.running.target.request.idle_ttl_s == 5.0
+    assert run.category(run.load(A, on_busy="queue")) == "already"
+
+
+@pytest.mark.parametrize("policy", [Policy(), Policy(abandoned_load="continue")])
+def test_a_queued_load_whose_callers_have_gone_ends_unless_the_policy_wants_it(
+    policy: Policy,
+) -> None:
+    """Nobody waits for it; one of two callers is somebody."""
+    run = Run(policy)
+    run.load(A)
+    run.go(D)
+    gone, shared = run.load(B, on_busy="queue"), run.load(C, on_busy="queue")
+    run.load(C, on_busy="queue")
+    run.withdraw(gone)
+    run.withdraw(shared)
+    kept = [job.target.request.model_path for job in run.ctx.queue]
+    assert kept == ([C] if policy.abandoned_load == "cancel" else [B, C])
+
+
+def test_a_restart_under_way_is_not_planned_any_more() -> None:
+    """A plan that is carried out twice would be two loads."""
+    run = Run(Policy(restart=RULES))
+    run.load(A)
+    run.go(H)
+    crash(run)
+    run.emptied()
+    run.unload(C)
+    assert phase(run) == "waiting", "an unload of something else changes no plan"
+    run.do(TimerFired(Generation(1), run.now, "restart"))
+    assert phase(run) == "trying"
+
+
+def test_while_what_ran_before_comes_back_the_failure_is_shown() -> None:
+    """Whoever looks at the status meanwhile sees why a model nobody asked for is loading."""
+    run = healthy()
+    run.load(B, restore_previous=True)
+    run.go(S)
+    run.fail()
+    shown = run.ctx.last_error
+    assert shown is not None
+    assert (shown.category, shown.generation) == ("server_start_failed", 2)
+    assert shown.restored is not None
+    assert shown.restored.generation == 3
