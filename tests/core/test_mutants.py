@@ -85,7 +85,7 @@ def test_what_is_listed_as_no_mutant_is_killed_by_no_program_at_all(index: int) 
 def test_every_survivor_that_is_listed_is_a_mutant() -> None:
     """A list that outlives the table it speaks of excuses what it was not made for."""
     names = [mutant.name for index in range(len(TABLE)) for mutant in mutants_of(index)]
-    assert len(set(names)) == len(names) > 1000
+    assert len(set(names)) == len(names) > 900
     assert set(SURVIVORS) <= set(names)
 
 

@@ -14,12 +14,16 @@ from orchestrator.errors import Problem
 from orchestrator.messages import (
     Exit,
     Exited,
+    Fence,
     Kill,
     LeaseGranted,
+    Promoted,
+    SetTimer,
     TimerFired,
     UnloadRequested,
 )
 from orchestrator.recovery import RestartPolicy
+from orchestrator.states import State
 from orchestrator.tokens import Generation
 from tests.core.test_machine import HELD, A, B, C, D, H, I, K, Run, S, W, healthy, in_flight
 
@@ -401,6 +405,61 @@ def test_a_queued_load_that_finds_its_model_running_decides_how_long_it_stays() 
     assert run.ctx.running is not None
     assert run.ctx.running.target.request.idle_ttl_s == 5.0
     assert run.category(run.load(A, on_busy="queue")) == "already"
+
+
+def test_a_queued_load_that_finds_its_model_running_gives_it_its_whole_time() -> None:
+    """It counts as a use, as any load does that finds its model loaded."""
+    run, _ = in_flight(D)
+    between = run.load(B, on_busy="queue")
+    run.load(A, on_busy="queue", idle_ttl_s=5.0)
+    run.cancel(generation=2)
+    assert run.category(between) == "cancelled"
+    run.go(H)
+    run.now += 10.0
+    run.do(Promoted(Generation(3), run.now))
+    assert SetTimer(Generation(1), "idle", 5.0) in run.commands
+    assert run.ctx.running is not None
+    assert run.ctx.running.idle_at == 15.0
+
+
+def test_a_queued_load_whose_model_has_just_died_is_loaded() -> None:
+    """B30: what ran is asked for its pulse in the step that answers."""
+    run, _ = in_flight(D)
+    run.load(B, on_busy="queue")
+    waiting = run.load(A, on_busy="queue")
+    run.cancel(generation=2)
+    run.go(H)
+    run.do(Promoted(Generation(3), run.now, child_is_alive=False))
+    assert (run.state, run.category(waiting)) == (K, None)
+    assert run.settle().category(waiting) == "loaded"
+
+
+def test_a_promotion_of_nothing_is_fenced() -> None:
+    """What waited was cancelled while its turn was on the way."""
+    for run in (Run(), healthy()):
+        before = run.state, run.ctx
+        run.do(Promoted(Generation(7), run.now))
+        assert (run.state, run.ctx) == before
+        assert run.commands == (Fence(Generation(7), "promote"),)
+
+
+@pytest.mark.parametrize("state", [I, W])
+def test_the_exit_of_a_server_is_noted_wherever_it_is_noticed(state: State) -> None:
+    """How it ended is shown in the status; an exit of something else is nobody's."""
+    if state is W:
+        run, _ = in_flight(W)
+    else:
+        run = healthy()
+        run.unload()
+        run.kill_failed()
+    assert run.state is state
+    before = run.ctx
+    run.do(Exited(Generation(9), run.now, Exit(99, -9)))
+    assert (run.state, run.ctx, len(run.commands)) == (state, before, 1)
+    run.do(Exited(Generation(1), run.now, Exit(41, -9)))
+    assert run.ctx.last_exit == Exit(41, -9)
+    assert run.state is (W if state is W else K), "an occupied slot is looked at again"
+    assert not any(isinstance(command, Fence) for command in run.commands)
 
 
 @pytest.mark.parametrize("policy", [Policy(), Policy(abandoned_load="continue")])
