@@ -7,6 +7,7 @@ it are marked `external` and fail without it; they are never skipped.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -67,6 +68,14 @@ def servers_of(directory: Path) -> set[int]:
         if token.startswith(str(directory.resolve()) + os.sep):
             found.add(pid)
     return found
+
+
+def pytest_configure() -> None:
+    """A shell starts what it runs in the background with SIGINT ignored, and that is inherited: no
+    Ctrl-C of a test would reach anybody.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)
