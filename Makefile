@@ -14,8 +14,8 @@ APT = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
   apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q $(1); \
   else echo "missing: $(1). As root: apt-get install $(1)" >&2; false; fi
 
-.PHONY: help demo test check-deep soak mutants lint types format diagrams schema release screenshot \
-  bench llama-server chromium clean
+.PHONY: help demo test check-deep soak mutants lint types format docs diagrams schema release \
+  screenshot bench llama-server chromium clean
 
 help:
 	@echo "make demo          the main job on a tiny model, end to end"
@@ -24,6 +24,7 @@ help:
 	@echo "make soak          5,000 random operations on real processes, with faults, and the figures"
 	@echo "make mutants       change every line of the pure modules: the tests must notice"
 	@echo "make lint          ruff and mypy --strict"
+	@echo "make docs          the site, in build/site"
 	@echo "make types         is the public API typed in full, as its users see it"
 	@echo "make diagrams      write diagrams/ from the transition table"
 	@echo "make schema        write docs/config.schema.json from the options"
@@ -61,7 +62,7 @@ soak: $(VENV)/.ready
 
 mutants: $(VENV)/.ready
 	$(BIN)/mutmut run $(ARGS)
-	$(BIN)/mutmut results
+	$(BIN)/python -m tests.mutation_report --all
 
 chromium:
 	@command -v chromium >/dev/null || { $(call APT,chromium); }
@@ -92,6 +93,10 @@ types: $(VENV)/.ready
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.ready
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 diagrams: $(VENV)/.ready
 	$(BIN)/python -m orchestrator.diagram diagrams

@@ -19,6 +19,7 @@ import click
 from click.core import ParameterSource
 
 from orchestrator.cli import options
+from orchestrator.cli.output import say_json
 from orchestrator.request import MAX_SECONDS
 
 PREFIX: Final = "LLAMA_ORCHESTRATOR_"
@@ -143,6 +144,26 @@ def config_option(**attributes: Any) -> options.Decorator:
             help="Settings as TOML; default: llama-orchestrator/config.toml in $XDG_CONFIG_HOME or "
             "~/.config, if it is there.",
             **attributes,
+        )
+    )
+
+
+def schema_option() -> options.Decorator:
+    """`--schema`, which ends before any file is read."""
+
+    def show(ctx: click.Context, _: click.Parameter, is_wanted: bool) -> None:
+        if is_wanted and not ctx.resilient_parsing:
+            say_json(schema(ctx.command))
+            ctx.exit()
+
+    return options.together(
+        click.option(
+            "--schema",
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=show,
+            help="Print the JSON schema of the file, and end.",
         )
     )
 

@@ -302,4 +302,6 @@ def _announce(setup: Setup) -> None:
     if setup.as_json:
         say_json({"url": setup.url}, one_line=True)
         return
-    settings_line("API", (setup.url, "bold"), ("  /docs lists the routes; Ctrl-C stops", "dim"))
+    settings_line(
+        "API", (setup.url, "bold"), ("  the panel; /docs lists the routes; Ctrl-C stops", "dim")
+    )

@@ -1,11 +1,10 @@
-"""`demo`, `doctor` and `diagram`, end to end."""
+"""`demo` and `diagram`, end to end."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import signal
-import socket
 import tempfile
 from pathlib import Path
 
@@ -85,61 +84,6 @@ def test_the_demo_says_what_is_missing(cli: Cli) -> None:
     done = cli("demo", "--llama-server", "/nowhere/llama-server", "--json")
     assert done.returncode == 1
     assert json.loads(done.stdout)["category"] == "server_unavailable"
-
-
-def test_the_doctor_finds_a_healthy_machine(cli: Cli, state_dir: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    args = ("doctor", "--llama-server", "embedded", "--state-dir", str(state_dir), "--port", port)
-    done = cli(*args, "--json")
-    assert done.returncode == 0, done.stdout
-    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
-    names = "python platform llama-server embedded slot pidfd flock proc memory disk gpu port"
-    assert {*names.split(), "state dir"} == checks.keys()
-    assert all(check["verdict"] != "problem" for check in checks.values())
-    told = cli(*args)
-    assert told.returncode == 0
-    assert "ready" in told.stdout
-
-
-def test_the_doctor_says_what_to_fix(cli: Cli, tmp_path: Path) -> None:
-    """Every problem has its remedy."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        done = cli(
-            *("doctor", "--llama-server", str(tmp_path), "--json"),
-            *("--state-dir", str(tmp_path / "no" / "parent")),
-            *("--port", str(taken.getsockname()[1])),
-        )
-    assert done.returncode == 1
-    report = json.loads(done.stdout)
-    problems = {c["name"]: c for c in report["checks"] if c["verdict"] == "problem"}
-    assert problems.keys() == {"llama-server", "state dir", "port"}
-    assert all(check["remedy"] for check in problems.values())
-    assert report["ok"] is False
-
-
-def test_the_doctor_runs_the_server_it_finds(cli: Cli, tmp_path: Path) -> None:
-    broken = tmp_path / "llama-server"
-    broken.write_text("#!/bin/sh\nexit 127\n")  # as when a library is missing
-    broken.chmod(0o755)
-    done = cli("doctor", "--llama-server", str(broken), "--state-dir", str(tmp_path / "state"))
-    assert done.returncode == 1
-    assert "does not run" in done.stdout
-
-
-def test_the_doctor_knows_a_running_orchestrator(
-    cli: Cli, start: Start, here: tuple[str, ...], state_dir: Path
-) -> None:
-    """It names who has the slot, and an address in our own use is no problem."""
-    running = start("serve", *here, "--json")
-    port = running.json_line()["url"].rpartition(":")[2]
-    state = ("--state-dir", str(state_dir), "--llama-server", "embedded")
-    done = cli("doctor", *state, "--port", port, "--json")
-    assert done.returncode == 0
-    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
-    assert str(running.process.pid) in checks["slot"]["detail"]
-    assert (checks["slot"]["verdict"], checks["port"]["verdict"]) == ("note", "note")
-    assert running.signal(signal.SIGTERM) == 0
 
 
 def test_the_diagram_comes_in_every_format(cli: Cli) -> None:

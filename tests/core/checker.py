@@ -5,9 +5,11 @@ calls, the completions of its effects, their failures, crashes, timers and late 
 checks every world and every step against `invariants`. Breadth first, so the counterexample it
 finds is a shortest one; it reads as a story and as a Mermaid sequence diagram.
 
-Three checks need more than one world: that nothing goes round in circles for ever (the moves that
+Some checks need more than one world: that nothing goes round in circles for ever (the moves that
 happen by themselves form no cycle, so quiescence is not only reachable but certain), that a load
-can succeed from every place where the machine rests, and that a late completion changes nothing.
+can succeed from every place where the machine rests, that every load in flight does succeed if from
+there on nothing goes wrong (no move in which nothing goes wrong takes it from its callers, and at
+rest all are answered), and that a late completion changes nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from orchestrator.tokens import Ticket
 from tests.core.invariants import Violation, check_edge, check_world
 from tests.core.programs import parse
 from tests.core.scenario import Move, Scenario
-from tests.core.seen import Edge
+from tests.core.seen import Edge, answers
 from tests.core.story import Counterexample, Told, describe
 from tests.core.world import Call, Core, Faults, Status, View, Work, World, load_requested
 
@@ -248,6 +250,7 @@ class _Exploration:
             core, commands = self._step(world.core, fact)
         except Exception:  # noqa: BLE001 (a mutant may break in any way; the move will tell)
             return True
+        self._where.setdefault((world.core, fact), world)
         return core is not world.core or [type(c) for c in commands] != [Fence]
 
     def _apply(self, world: World, move: Move) -> Iterator[tuple[str, World]]:
@@ -257,14 +260,18 @@ class _Exploration:
         try:
             core, commands = self._step(world.core, move.fact)
             self._where.setdefault((world.core, move.fact), world)
+            outcomes = list(self._scenario.carry_out(move.world, move.ends, core, commands))
         except Exception as error:
             violation = Violation("step_raised", f"{type(error).__name__}: {error}")
             raise _BrokenError(violation, _Arrival(world, move, "")) from error
         before = View(self._scenario.actions, move.world)
-        for note, after in self._scenario.carry_out(move.world, move.ends, core, commands):
+        for note, after in outcomes:
             edge = Edge(before, move.fact, View(self._scenario.actions, after), commands)
-            if violation_ := check_edge(edge, self._without):
-                raise _BrokenError(violation_, _Arrival(world, move, note))
+            broken = check_edge(edge, self._without)
+            if broken is None and move.is_own and move.is_good:
+                broken = _fails_by_itself(edge)
+            if broken is not None:
+                raise _BrokenError(broken, _Arrival(world, move, note))
             yield note, after
 
     def _check(self, world: World, arrival: _Arrival) -> None:
@@ -370,3 +377,18 @@ class _Exploration:
         _, core, commands = known
         outcome = tuple(filter(None, (*map(describe, commands), note)))
         return Told(move.who, move.text, before.core.state, core.state, outcome)
+
+
+def _fails_by_itself(edge: Edge) -> Violation | None:
+    """Where nothing goes wrong, who waits for a load goes on waiting, or hears that it holds."""
+    said, left = answers(edge), {c.ticket for job in edge.after.ctx.wanted for c in job.callers}
+    for job in edge.before.ctx.wanted:
+        for caller in job.callers:
+            answer = said.get(caller.ticket)
+            holds = isinstance(answer, Loaded)
+            if caller.failure is None and caller.ticket not in left and not holds:
+                message = (
+                    f"nothing goes wrong, and call {caller.ticket} loses load {job.generation}"
+                )
+                return Violation("a_load_succeeds_if_nothing_fails", message)
+    return None

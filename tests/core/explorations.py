@@ -35,6 +35,7 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "load A; cancel | load B": {},
     "load A; withdraw | load A; withdraw": {},
     "load A; withdraw | load B": {"policy": CONTINUE},
+    "load A; withdraw | load B queue": {},
     "load A; withdraw | load B queue; cancel | unload": {},
     # leases and drains
     "lease; release | load A | load B": {},
@@ -43,6 +44,12 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "lease; release; lease | load B; load C": {"warm": "A"},
     "lease; release | load B | shutdown": {"warm": "A"},
     "lease; release | unload A; load B": {"warm": "A"},
+    "lease | load A": {},
+    "lease | load A | load B queue": {"faults": NO_FAULTS},
+    "lease | load B | shutdown": {"warm": "A", "faults": NO_FAULTS},
+    # between a commit and the promotion of what waits behind it
+    "load A | load B queue; cancel": {"faults": NO_FAULTS},
+    "load A | load B queue | unload": {"faults": NO_FAULTS},
     # the end
     "load A | load B | shutdown": {},
     "load A | load B queue | shutdown": {},

@@ -27,15 +27,16 @@ from orchestrator import guards, machine
 from orchestrator.machine import Lifecycle
 from orchestrator.states import State
 from orchestrator.table import TABLE, Row
-from tests.core import test_idle, test_machine, test_recovery
+from tests.core import test_idle, test_machine, test_recovery, test_told
 from tests.core.checker import Taken, TracedLifecycle, explore
 from tests.core.explorations import PROGRAMS, explored
 from tests.core.programs import parse
 from tests.core.world import World
 
-SCENARIOS = (test_machine, test_recovery, test_idle)
+SCENARIOS = (test_machine, test_recovery, test_idle, test_told)
 
 _NOT = "not "
+_FEW = 8
 _LETTERS = {
     State.IDLE: "I",
     State.KILLING: "K",
@@ -131,19 +132,20 @@ def kill(mutant: Mutant, *, is_thorough: bool) -> Death | None:
     """Return what kills a mutant, or None.
 
     Args:
-        is_thorough: Give nothing up before every program in which it differs was explored.
+        is_thorough: Give nothing up before every program in which it differs was explored; else a
+            few of the small ones have to do, and the scenarios.
     """
     small, large = _size_order()
-    return (
-        _killed_by_checker(mutant, small, most=None if is_thorough else 8)
-        or _killed_by_scenario(mutant)
-        or (_killed_by_checker(mutant, large, most=None if is_thorough else 2))
-    )
+    death = _killed_by_checker(mutant, small, most=None if is_thorough else _FEW)
+    death = death or _killed_by_scenario(mutant)
+    if death is None and is_thorough:
+        death = _killed_by_checker(mutant, large, most=None)
+    return death
 
 
 def _killed_by_checker(mutant: Mutant, programs: Sequence[str], most: int | None) -> Death | None:
     """Explore from the first step that this mutant takes otherwise: what led to it is as ever."""
-    lifecycle, explored_already = mutant.lifecycle(), 0
+    lifecycle, tried = mutant.lifecycle(), 0
     for program in programs:
         start = _first_difference(lifecycle, mutant, program)
         if start is None:
@@ -157,8 +159,8 @@ def _killed_by_checker(mutant: Mutant, programs: Sequence[str], most: int | None
             return Death("checker", f"worlds without end in {program}")
         if report.counterexample is not None:
             return Death("checker", report.counterexample.invariant)
-        explored_already += 1
-        if most is not None and explored_already >= most:
+        tried += 1
+        if tried == most:
             break
     return None
 

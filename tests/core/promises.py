@@ -13,6 +13,7 @@ from orchestrator.messages import (
     Accept,
     CancelAnswer,
     Done,
+    Exited,
     Fence,
     LeaseGranted,
     LeaseRequested,
@@ -20,6 +21,7 @@ from orchestrator.messages import (
     LoadRequested,
     Settle,
     ShutdownRequested,
+    TimerFired,
     Unloaded,
     UnloadRequested,
 )
@@ -260,6 +262,17 @@ def inv_unloaded_is_empty(edge: Edge) -> str | None:
     return None
 
 
+def inv_a_server_is_stopped_for_a_reason(edge: Edge) -> str | None:
+    """It serves until somebody says so, something else is wanted, it ends, or nobody uses it."""
+    fact, is_stopped = edge.fact, edge.before.state is State.HEALTHY is not edge.after.state
+    if not is_stopped or edge.after.ctx.wanted:
+        return None
+    is_said = isinstance(fact, UnloadRequested | ShutdownRequested | Exited)
+    if is_said or (isinstance(fact, TimerFired) and fact.kind == "idle"):
+        return None
+    return f"a healthy server is stopped by {fact.trigger}, and nobody wants another"
+
+
 def inv_restored_is_what_runs(edge: Edge) -> str | None:
     """Who is told that the previous model is back is told so when it is Healthy."""
     for ticket, answer in answers(edge).items():
@@ -341,6 +354,7 @@ STEP_PROMISES: tuple[Callable[[Edge], str | None], ...] = (
     inv_a_cancel_waits_for_no_lease,
     inv_refused_changes_nothing,
     inv_unloaded_is_empty,
+    inv_a_server_is_stopped_for_a_reason,
     inv_restored_is_what_runs,
     inv_what_ran_comes_back,
     inv_nothing_comes_back_after_an_end,

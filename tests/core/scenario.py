@@ -155,7 +155,8 @@ class Scenario:
 
     def _end_download(self, world: World, work: Work) -> Iterator[Move]:
         fetched = Fetched(work.generation, AT, files(work.model), evidence(world))
-        yield Move("system", f"{work.model} is downloaded", world, fetched, work)
+        text = f"{work.model} is downloaded"
+        yield Move("system", text, world, fetched, work, is_good=not world.alive)
         if self.faults.download:
             fact = FetchFailed(work.generation, AT, Problem("hub_unreachable", "the hub is away"))
             yield Move("system", "the download fails", world, fact, work, is_good=False)
@@ -178,7 +179,7 @@ class Scenario:
         if self.faults.health or not is_alive:
             problem = Problem("server_start_failed", "it does not answer")
             fact = NotReady(work.generation, AT, problem)
-            yield Move("system", "the health wait fails", world, fact, work, is_good=not is_alive)
+            yield Move("system", "the health wait fails", world, fact, work, is_good=False)
 
     def _client_moves(self, world: World, number: int, action: Action) -> Iterator[Move]:
         who, mine = f"client {number + 1}", world.calls[action.index]

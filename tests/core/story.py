@@ -100,7 +100,7 @@ def _begins(effect: Effect) -> str:
         case Download(generation, target):
             return f"the download of {target.request.model_path} begins, for load {generation}"
         case Probe(_, child):
-            return f"the health wait for server {child.pid} begins"
+            return f"the health wait for {f'server {child.pid}' if child else 'nothing'} begins"
         case Spawn():
             return ""
 

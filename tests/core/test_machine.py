@@ -58,7 +58,7 @@ from orchestrator.messages import (
     UnloadRequested,
     Withdrawn,
 )
-from orchestrator.request import LoadRequest, ReloadReason
+from orchestrator.request import HubModel, LoadRequest, ReloadReason
 from orchestrator.states import State
 from orchestrator.tokens import CancelReason, Generation, Ticket
 from tests.core.world import files, target
@@ -69,6 +69,13 @@ FREE = SlotEvidence(is_empty=True)
 HELD = SlotEvidence(is_empty=False, reason="the slot's lock is held")
 BUSY_STATES = [K, D, S, W]
 SERVER = ServerFacts("http://127.0.0.1:36017")
+
+
+def _check_sentence(answer: object) -> None:
+    """Whoever hears of a failure, or reads the status, hears a sentence."""
+    if isinstance(answer, Problem):
+        assert answer.message
+        assert "None" not in answer.message
 
 
 class Run:
@@ -89,8 +96,10 @@ class Run:
             if isinstance(command, Settle):
                 assert command.ticket not in self.answers, f"call {command.ticket} answered twice"
                 self.answers[command.ticket] = command.answer
+                _check_sentence(command.answer)
             elif isinstance(command, Accept):
                 self.generations[command.ticket] = command.generation
+        _check_sentence(self.ctx.last_error)
         return self
 
     # --------------------------------------------------------------------------------- callers
@@ -222,6 +231,7 @@ def in_flight(state: State, model: str = A, **options: Any) -> tuple[Run, Ticket
 def test_a_load_walks_through_all_states_and_says_how_long_each_took() -> None:
     """A load passes through Killing even from Idle: the slot is verified before anything starts."""
     run = Run()
+    run.now = 100.0
     ticket = run.load(A)
     assert run.state is K
     assert run.began(Kill) == [Kill(Generation(1), None)]
@@ -241,8 +251,50 @@ def test_a_load_walks_through_all_states_and_says_how_long_each_took() -> None:
 
 def test_a_probe_knows_the_child_and_its_stall_clock() -> None:
     """Two clocks: any progress resets the stall clock, which the request sets."""
-    run, _ = in_flight(W, stall_timeout_s=7)
-    assert run.began(Probe) == [Probe(Generation(1), Child(Generation(1), 41), 7.0, 1)]
+    run, _ = in_flight(W, stall_timeout_s=7, llama_extra_args=["--seed", "1"])
+    child = Child(Generation(1), 41)
+    assert run.began(Probe) == [Probe(Generation(1), child, 7.0, 1, ("--seed", "1"))]
+
+
+def test_what_was_fetched_is_what_is_started_and_what_is_compared_later() -> None:
+    """A Hub model is known in full only when it is here: its files, its variant, its flags."""
+    run = healthy(llama_extra_args=["--seed", "1"])
+    run.load(B)
+    run.go(D)
+    found = replace(files(B), variant="Q8_0", weights=(*files(B).weights, *files(C).weights))
+    run.do(Fetched(run.effect, run.now, found, FREE))
+    (spawn,) = run.began(Spawn)
+    assert spawn.target.model == found
+    run.go(H)
+    assert run.ctx.running is not None
+    assert run.ctx.running.target == spawn.target
+    assert dict(run.ctx.committed_args) == {
+        (files(A).name, None): ("--seed", "1"),
+        (found.name, "Q8_0"): (),
+    }
+
+
+def test_the_flags_a_hub_model_had_last_time_are_known_when_its_variant_is() -> None:
+    """What is not on disk yet inherits nothing; what was found does, before it is started."""
+    run = healthy(llama_extra_args=["--seed", "1"])
+    run.unload()
+    run.settle()
+    wanted = target(LoadRequest(model_path=A))
+    hub = HubModel(repo="A", commit="c")
+    before = replace(wanted, model=replace(wanted.model, weights=(), hub=hub))
+    run.do(LoadRequested(run.ticket(), before, run.now, True))
+    run.go(D)
+    run.do(Fetched(run.effect, run.now, wanted.model, FREE))
+    (spawn,) = run.began(Spawn)
+    assert spawn.target.extra_args == ("--seed", "1")
+
+
+def test_a_source_is_remembered_once_with_its_last_flags() -> None:
+    """What is inherited is what became Healthy last, however often that was."""
+    run = healthy(llama_extra_args=["--seed", "1"])
+    run.load(A, llama_extra_args=["--seed", "2"])
+    run.settle()
+    assert [args for _, args in run.ctx.committed_args] == [("--seed", "2")]
 
 
 @pytest.mark.parametrize("state", BUSY_STATES)
@@ -882,7 +934,7 @@ def test_a_second_early_cancel_forgets_only_what_is_over(began: float) -> None:
 @pytest.mark.parametrize("state", BUSY_STATES)
 def test_the_last_error_says_how_a_load_was_ended(state: State, by: str) -> None:
     """Status is read by those who did not call: they see that it was ended, and which load."""
-    run, ticket = in_flight(state)
+    run, ticket = in_flight(state, deadline_s=5)
     if by == "cancel":
         run.cancel(generation=1)
     elif by == "deadline":
@@ -909,7 +961,7 @@ def test_every_caller_that_is_cancelled_hears_of_which_load() -> None:
     assert run.category(joined) == "loaded"
 
 
-def test_at_most_256_early_cancels_are_remembered() -> None:
+def test_only_so_many_early_cancels_are_remembered() -> None:
     """The oldest is forgotten first; a flood of names costs bounded memory."""
     assert MAX_REMEMBERED_IDS == 256
     run = Run()

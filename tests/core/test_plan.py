@@ -13,6 +13,7 @@ from orchestrator.output import MAX_LINES, OutputRing
 from orchestrator.plan import (
     FIRST_PROBE_S,
     LONGEST_PROBE_S,
+    TERM_AGAIN_S,
     SignalAt,
     checked_seconds,
     gone_within_s,
@@ -20,6 +21,7 @@ from orchestrator.plan import (
     next_probe_s,
 )
 from orchestrator.redaction import redact
+from orchestrator.request import MAX_SECONDS
 
 SECONDS = st.floats(min_value=0.001, max_value=1e6, allow_nan=False)
 
@@ -43,6 +45,18 @@ def test_senseless_grace_is_refused(grace_s: float) -> None:
         kill_plan(grace_s, now=0.0)
 
 
+def test_the_second_term_comes_soon_but_never_after_half_of_the_grace() -> None:
+    """A short grace is split; a long one is not waited for before the second try."""
+    assert [rung.at_s for rung in kill_plan(0.1, now=5.0)] == [5.0, 5.05, 5.1]
+    assert [rung.at_s for rung in kill_plan(10.0, now=5.0)] == [5.0, 5.0 + TERM_AGAIN_S, 15.0]
+
+
+def test_a_server_of_eighty_gib_has_a_quarter_of_a_second_more_for_each() -> None:
+    """Nor is one given up on an hour late."""
+    assert gone_within_s(0) == 5.0
+    assert gone_within_s(80 << 30) == 25.0
+
+
 @given(st.integers(min_value=0, max_value=1 << 50))
 def test_time_to_be_gone_grows_with_memory(resident_bytes: int) -> None:
     """About 0.064 s a GiB were measured; an 86 GB server must not be given up on too early."""
@@ -57,6 +71,29 @@ def test_probe_interval_starts_small_and_never_exceeds_its_bound() -> None:
         assert interval <= longer <= LONGEST_PROBE_S == 0.25
         interval = longer
     assert interval == LONGEST_PROBE_S
+
+
+@pytest.mark.parametrize("value", [0, 0.5, 1, MAX_SECONDS])
+def test_a_setting_in_seconds_may_be_anything_a_clock_can_wait(value: float) -> None:
+    """A month is enough for everybody; beyond that timers overflow."""
+    seconds = checked_seconds("kill_grace_s", value)
+    assert (seconds, type(seconds)) == (value, float)
+    if value:
+        assert checked_seconds("idle_ttl_s", value, zero=False) == value
+
+
+@pytest.mark.parametrize(
+    ("value", "zero", "least"),
+    [(0, False, "more than 0"), (-1, True, "0"), (MAX_SECONDS + 1, True, "0"), (None, True, "0")],
+)
+def test_a_setting_that_is_no_time_is_told_what_would_be(
+    value: object, zero: bool, least: str
+) -> None:
+    """Zero means at once where that makes sense, and nowhere else."""
+    with pytest.raises(InvalidRequest) as raised:
+        checked_seconds("idle_ttl_s", value, zero=zero)
+    sentence = f"idle_ttl_s is no time to wait: use {least} to {MAX_SECONDS:.0f} seconds"
+    assert (raised.value.message, raised.value.field) == (sentence, "idle_ttl_s")
 
 
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "3", None, True])

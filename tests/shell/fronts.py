@@ -113,6 +113,8 @@ class FacadeStage(Stage):
         name, answer = caller.action.text, caller.answer
         if caller.call is None:
             return None
+        if has_ended and caller.ticket in self.owner.snapshot.ctx.leases:
+            return f"{name} is over, and its lease still counts"
         if not has_ended:
             is_holding = isinstance(answer, LeaseGranted) and not self._was_ended(caller)
             return None if is_holding else f"{name} goes on, though it was answered {answer}"

@@ -6,11 +6,21 @@ The scenes of `test_explorer.py` call the owner; here real tasks and real thread
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 
+from orchestrator import orchestrator as facades
+from orchestrator import views
 from orchestrator.context import Policy
+from orchestrator.messages import LeaseGranted
+from orchestrator.orchestrator import AsyncOrchestrator, Orchestrator
+from orchestrator.request import LoadRequest
+from orchestrator.views import LeasedServer, LoadOutcome
 from tests.shell.explorer import explore
 from tests.shell.fronts import FacadeStage, LoopStage, ThreadStage
 from tests.shell.scene import Scene
@@ -19,15 +29,15 @@ CONTINUE = Policy(abandoned_load="continue")
 
 SCENES = (
     Scene("load A; withdraw", mishaps=1, pairs=1),
-    Scene("load A; withdraw | load A", mishaps=0, pairs=1),
+    Scene("load A; withdraw | load A", mishaps=0, pairs=0),
     Scene("load A; withdraw", policy=CONTINUE, mishaps=0, pairs=1),
-    Scene("load A | load B", mishaps=0, pairs=1),
-    Scene("load A id=x; withdraw | cancel x", mishaps=0, pairs=1),
+    Scene("load A | load B", mishaps=0, pairs=0),
+    Scene("load A id=x; withdraw | cancel x", mishaps=0, pairs=0),
     Scene("load A | unload", mishaps=1, pairs=0),
-    Scene("unload; withdraw | load A", mishaps=0, pairs=1),
+    Scene("unload; withdraw | load A", mishaps=0, pairs=0),
     Scene("lease; withdraw", warm="A", mishaps=1, pairs=1),
     Scene("lease; release | load B; withdraw", warm="A", mishaps=0, pairs=0),
-    Scene("lease; withdraw | load A; withdraw", mishaps=0, pairs=1),
+    Scene("lease; withdraw | load A", mishaps=0, pairs=0),
 )
 
 
@@ -40,3 +50,84 @@ def test_whoever_calls_hears_what_the_machine_says(scene: Scene, stage: type[Fac
     print(f"\n{stage.facade.__name__}: {report}")
     assert report.counterexample is None, report.counterexample
     assert report.stages > report.schedules > 1
+
+
+DEEP = (
+    Scene("load A; withdraw | load A; withdraw", mishaps=0, pairs=1),
+    Scene("load A; withdraw | load B", mishaps=1, pairs=1),
+    Scene("load A; withdraw | load B queue; withdraw | unload", mishaps=0, pairs=0),
+    Scene("lease; withdraw | load B; withdraw", warm="A", mishaps=1, pairs=1),
+    Scene("lease; release | lease; withdraw | unload", warm="A", mishaps=0, pairs=0),
+)
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("stage", [LoopStage, ThreadStage], ids=["asyncio", "threads"])
+@pytest.mark.parametrize("scene", DEEP, ids=lambda scene: scene.program)
+def test_whoever_calls_hears_it_in_longer_scenes_too(
+    scene: Scene, stage: type[FacadeStage]
+) -> None:
+    """Two callers that leave, each at any moment, while a third one stops everything."""
+    report = explore(replace(scene, stage=stage), max_schedules=10**7)
+    print(f"\n{stage.facade.__name__}: {report}")
+    assert report.counterexample is None, report.counterexample
+
+
+# --------------------------------------------------------------------------------- seeded faults
+
+
+class KeepsLeases(AsyncOrchestrator):
+    """Gives back only a lease whose grant was heard."""
+
+    @contextlib.asynccontextmanager
+    async def lease(self) -> AsyncIterator[LeasedServer]:
+        await self._started()
+        call = self._ask_lease()
+        granted = await facades._answer(call)
+        try:
+            yield views.leased_server(cast("LeaseGranted", granted))
+        finally:
+            self._end_lease(call)
+
+
+class KeepsLeasesInThreads(Orchestrator):
+    """The same for threads."""
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[LeasedServer]:
+        call = self._ask_lease()
+        granted = facades._result(call)
+        try:
+            yield views.leased_server(cast("LeaseGranted", granted))
+        finally:
+            self._end_lease(call)
+
+
+class Swallows(AsyncOrchestrator):
+    """Takes a cancelled wait for a failed one."""
+
+    async def load(self, request: LoadRequest | str, **fields: Any) -> LoadOutcome:
+        try:
+            return await super().load(request, **fields)
+        except asyncio.CancelledError:
+            return cast("LoadOutcome", None)
+
+
+@pytest.mark.parametrize(
+    ("stage", "facade", "scene"),
+    [
+        (LoopStage, KeepsLeases, "lease; withdraw"),
+        (ThreadStage, KeepsLeasesInThreads, "lease; withdraw"),
+        (LoopStage, Swallows, "load B; withdraw"),
+    ],
+)
+def test_a_facade_that_loses_something_is_found(
+    stage: type[FacadeStage], facade: type[Any], scene: str
+) -> None:
+    """What the exploration is for: a grant or an answer that crosses the caller's leaving."""
+    faulty = type("Faulty", (stage,), {"facade": facade})
+    report = explore(Scene(scene, warm="A", mishaps=0, stage=faulty))
+    print(f"\n{report}")
+    assert report.counterexample is not None
+    assert report.counterexample.invariant == "promise_callers_hear_their_answer"

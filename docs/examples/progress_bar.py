@@ -1,0 +1,38 @@
+"""A bar for a load, whether it downloads or reads from disk.
+
+python progress_bar.py unsloth/Qwen3-0.6B-GGUF:Q4_K_M
+"""
+
+import asyncio
+import logging
+import sys
+
+import structlog
+
+from orchestrator import AsyncOrchestrator, LoadOutcome, OrchestratorError, Problem
+
+WIDTH = 40
+# the library's log lines, which structlog prints unless it is told otherwise, would cut the bar
+structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+
+
+async def load(model: str) -> LoadOutcome:
+    async with AsyncOrchestrator() as orch:
+        generation = await orch.submit(model)  # begins a load, and waits for nothing
+        result: LoadOutcome | Problem | None = None
+        while result is None:
+            result = await orch.settled(generation, timeout_s=0.1)
+            step = orch.progress()
+            done = "#" * round(WIDTH * (step.fraction or 0))
+            print(f"\r{step.phase or '':<12} [{done:<{WIDTH}}]", end="", flush=True)
+        print()
+        if isinstance(result, Problem):
+            raise result.error()
+        return result
+
+
+try:
+    outcome = asyncio.run(load(sys.argv[1]))
+except OrchestratorError as error:
+    sys.exit(f"{error.category}: {error.message}")
+print(f"ready after {outcome.timings_s.total:.1f} s")

@@ -1,0 +1,226 @@
+"""`doctor` on machines with something wrong: each problem is planted, found and explained."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from orchestrator import proctable
+from orchestrator.slot import Slot
+from tests.cli.conftest import Cli, Start
+
+Found = dict[str, dict[str, str | None]]
+Look = Callable[..., Found]
+UNREACHABLE = "http://127.0.0.1:9"  # discard: nothing listens there
+
+
+@pytest.fixture
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return str(free.getsockname()[1])
+
+
+@pytest.fixture
+def look(cli: Cli, state_dir: Path, tmp_path: Path, free_port: str) -> Look:
+    """Run it on the embedded server with folders of this test's own; return the checks by name."""
+
+    def run(*args: str, is_ok: bool = True, **env: str) -> Found:
+        done = cli(
+            *("doctor", "--json", "--state-dir", str(state_dir), "--port", free_port),
+            *("--llama-server", "embedded", *args),  # the last one of an option wins
+            **{"HF_ENDPOINT": UNREACHABLE, "HF_HUB_CACHE": str(tmp_path / "hub"), **env},
+        )
+        assert done.stderr == ""
+        report = json.loads(done.stdout)
+        assert report["ok"] is is_ok, report
+        assert done.returncode == (0 if is_ok else 1)
+        checks: Found = {check["name"]: check for check in report["checks"]}
+        assert all(check["remedy"] for check in checks.values() if check["verdict"] == "problem")
+        return checks
+
+    return run
+
+
+def problems(found: Found) -> set[str]:
+    return {name for name, check in found.items() if check["verdict"] == "problem"}
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_healthy_machine_is_ready(cli: Cli, look: Look, state_dir: Path, free_port: str) -> None:
+    """Nothing is a problem, and every check there is was made."""
+    found = look()
+    names = "python platform llama-server embedded slot pidfd flock proc memory disk gpu port hub"
+    assert found.keys() == {*names.split(), "server flags", "state dir", "model cache"}
+    told = cli(
+        *("doctor", "--llama-server", "embedded", "--state-dir", str(state_dir)),
+        *("--port", free_port),
+        HF_HUB_OFFLINE="1",
+    )
+    assert told.returncode == 0
+    assert "ready" in told.stdout
+
+
+# ------------------------------------------------------------------------ the ten, as planted
+
+
+def test_no_server_is_found(look: Look, tmp_path: Path) -> None:
+    found = look("--llama-server", str(tmp_path / "llama-server"), is_ok=False)
+    assert problems(found) == {"llama-server"}
+    assert "does not exist" in str(found["llama-server"]["detail"])
+    assert "llama-orchestrator[embedded]" in str(found["llama-server"]["remedy"])
+
+
+def test_an_old_server_is_told_by_what_it_lacks(look: Look, tmp_path: Path) -> None:
+    """It runs, so only the first load with such a setting would have failed."""
+    old = script(
+        tmp_path / "llama-server",
+        """case "$1" in
+        --version) echo 'version: 1200 (abcdef)' ;;
+        *) printf '%s\\n' '-m,    --model FNAME   model path' '--host HOST   address' \\
+             '--port PORT   port' '-c,    --ctx-size N   context' '--parallel N   slots' ;;
+        esac""",
+    )
+    found = look("--llama-server", old, is_ok=False)
+    assert problems(found) == {"server flags"}
+    assert "version: 1200" in str(found["llama-server"]["detail"])
+    assert "--chat-template-file" in str(found["server flags"]["detail"])
+    assert "--ctx-size" not in str(found["server flags"]["detail"])
+
+
+def test_a_server_without_permission_to_run_is_found(look: Look, tmp_path: Path) -> None:
+    path = script(tmp_path / "llama-server", "exit 0")
+    os.chmod(path, 0o644)
+    found = look("--llama-server", path, is_ok=False)
+    assert problems(found) == {"llama-server"}
+    assert "chmod +x" in str(found["llama-server"]["detail"])
+
+
+def test_a_state_dir_that_cannot_be_written_is_found(look: Look, tmp_path: Path) -> None:
+    """Whoever runs this, root too, cannot make a folder in a file."""
+    (tmp_path / "file").write_text("")
+    found = look("--state-dir", str(tmp_path / "file"), is_ok=False)
+    assert problems(found) == {"state dir"}
+
+
+def test_no_disk_is_found(look: Look) -> None:
+    """The cache is where models go; /proc is a file system without a free byte."""
+    found = look(HF_HUB_CACHE="/proc/hub", is_ok=False)
+    assert problems(found) == {"model cache"}
+    assert "0.0 GiB free for /proc/hub" in str(found["model cache"]["detail"])
+
+
+def test_a_taken_port_is_found(look: Look) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        found = look("--port", str(taken.getsockname()[1]), is_ok=False)
+    assert problems(found) == {"port"}
+    assert "--port 0" in str(found["port"]["remedy"])
+
+
+def test_an_owned_slot_names_its_owner(
+    look: Look, start: Start, here: tuple[str, ...], state_dir: Path
+) -> None:
+    """No problem, but why the next start would be refused; its port is known as ours, too."""
+    running = start("serve", *here, "--json")
+    port = running.json_line()["url"].rpartition(":")[2]
+    found = look("--port", port)
+    assert str(running.process.pid) in str(found["slot"]["detail"])
+    assert (found["slot"]["verdict"], found["port"]["verdict"]) == ("note", "note")
+    assert running.signal(signal.SIGTERM) == 0
+
+
+def test_a_stale_record_is_told_from_a_server_that_lives(look: Look, state_dir: Path) -> None:
+    """The record of a process that is gone names nobody; of one that lives, what will be ended."""
+    slot = Slot("default", state_dir)
+    with subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True
+    ) as server:
+        identity = proctable.identify(server.pid)
+        assert identity is not None
+        record = {"version": 1, "host": asdict(identity), "server": asdict(identity)}
+        slot.record_path.write_text(json.dumps(record))
+        left = look()["slot"]
+        assert f"a dead owner left [{server.pid}]" in str(left["detail"])
+        server.communicate(b"\n", timeout=10)
+    stale = look()["slot"]
+    assert f"a stale record of process {server.pid}" in str(stale["detail"])
+    assert {left["verdict"], stale["verdict"]} == {"note"}
+    assert slot.record_path.exists()  # it only looks
+
+
+def test_an_unreachable_hub_is_a_note_until_a_model_is_to_come_from_it(look: Look) -> None:
+    assert problems(found := look()) == set()
+    assert found["hub"]["verdict"] == "note"
+    assert UNREACHABLE in str(found["hub"]["detail"])
+    assert look(HF_HUB_OFFLINE="1")["hub"]["remedy"] == "unset it to download"
+    wanted = look("owner/name", is_ok=False)
+    assert problems(wanted) == {"model"}
+    assert "hub_unreachable" in str(wanted["model"]["remedy"])
+
+
+def test_no_gpu_tool_is_a_note(look: Look, tmp_path: Path) -> None:
+    """Models run on the CPU then; with a tool there is nothing to say."""
+    without = look(PATH=str(tmp_path))["gpu"]
+    assert (without["verdict"], "CPU" in str(without["detail"])) == ("note", True)
+    tool = script(tmp_path / "nvidia-smi", "exit 0")
+    found = look(PATH=str(tmp_path))["gpu"]
+    assert (found["verdict"], found["detail"]) == ("ok", f"{tool} is there to ask")
+
+
+def test_a_model_larger_than_the_memory_is_found(
+    look: Look, tiny_model: str, tmp_path: Path
+) -> None:
+    """Eight tebibytes, none of which is on the disk."""
+    assert look(tiny_model)["model"]["verdict"] == "ok"
+    large = tmp_path / "large.gguf"
+    large.write_bytes(Path(tiny_model).read_bytes())
+    os.truncate(large, 8 << 40)
+    (tmp_path / "bin").mkdir()
+    found = look(str(large), is_ok=False, PATH=str(tmp_path / "bin"))
+    assert problems(found) == {"model"}
+    assert "8,192.0 GiB" in str(found["model"]["detail"])
+    assert "of memory available" in str(found["model"]["detail"])
+
+
+# ------------------------------------------------------------------------------------- more
+
+
+def test_the_server_is_run_not_only_looked_at(look: Look, tmp_path: Path) -> None:
+    """As when a library is missing."""
+    found = look("--llama-server", script(tmp_path / "llama-server", "exit 127"), is_ok=False)
+    assert "does not run" in str(found["llama-server"]["detail"])
+
+
+def test_several_problems_are_all_told(cli: Cli, tmp_path: Path) -> None:
+    """In words, with a remedy below each, and how many there are."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = cli(
+            *(
+                "doctor",
+                "--llama-server",
+                str(tmp_path),
+                "--state-dir",
+                str(tmp_path / "no" / "no"),
+            ),
+            *("--port", str(taken.getsockname()[1])),
+            HF_HUB_OFFLINE="1",
+        )
+    assert done.returncode == 1
+    assert "3 to fix" in done.stdout
+    lines = done.stdout.splitlines()
+    marked = [number for number, line in enumerate(lines) if line.startswith("✗")]
+    assert len(marked) == 3
+    assert all("→" in "".join(lines[number + 1 : number + 4]) for number in marked)

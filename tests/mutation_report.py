@@ -1,0 +1,96 @@
+"""`make mutants`, the second half: the score of each module, and every mutant that survived.
+
+A mutant that only names another type in a `cast` is the same program, and is not counted.
+
+Usage: python -m tests.mutation_report [--all]
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+_MUTANTS: Final = Path("mutants")
+_SURVIVED: Final = 0
+_MARK: Final = "__mutmut_"
+
+
+@dataclass(slots=True)
+class Score:
+    """What became of the mutants of one module."""
+
+    module: str
+    killed: int = 0
+    unchecked: int = 0
+    survivors: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        counted = self.killed + len(self.survivors)
+        share = f"{100 * self.killed / counted:.1f} %" if counted else "-"
+        more = f", {self.unchecked} not run" if self.unchecked else ""
+        return f"| {self.module} | {counted} | {self.killed} | {share}{more} |"
+
+
+class _WithoutCasts(ast.NodeTransformer):
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        is_cast = isinstance(node.func, ast.Name) and node.func.id == "cast"
+        return node.args[1] if is_cast and len(node.args) == 2 else node
+
+
+def _functions(source: str) -> dict[str, ast.FunctionDef]:
+    found = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
+    return {function.name: function for function in found}
+
+
+def _body(function: ast.FunctionDef) -> list[str]:
+    return ast.unparse(_WithoutCasts().visit(ast.Module(function.body, []))).splitlines()
+
+
+def _scores() -> Iterator[Score]:
+    for meta in sorted(_MUTANTS.rglob("*.py.meta")):
+        source = meta.with_suffix("")
+        functions = _functions(source.read_text())
+        score = Score(source.relative_to(_MUTANTS).as_posix())
+        for name, code in json.loads(meta.read_text())["exit_code_by_key"].items():
+            if code is None:
+                score.unchecked += 1
+                continue
+            mutant = name.rpartition(".")[2]
+            original = functions[mutant.partition(_MARK)[0] + _MARK + "orig"]
+            before, after = _body(original), _body(functions[mutant])
+            if before == after:
+                continue
+            if code != _SURVIVED:
+                score.killed += 1
+                continue
+            lines = difflib.unified_diff(before, after, lineterm="", n=0)
+            changes = [line for line in lines if not line.startswith(("---", "+++", "@@"))]
+            score.survivors.append("\n".join([mutant, *(f"    {line}" for line in changes)]))
+        if score.killed or score.survivors or score.unchecked:
+            yield score
+
+
+def main() -> None:
+    whole = Score("all")
+    print("| module | mutants | killed | score |\n|---|---|---|---|")
+    for score in (scores := list(_scores())):
+        print(score)
+        whole.killed += score.killed
+        whole.unchecked += score.unchecked
+        whole.survivors += score.survivors
+    print(whole)
+    if "--all" in sys.argv:
+        for score in scores:
+            for survivor in score.survivors:
+                print(f"\n{score.module} {survivor}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The examples of the documentation run as they are, on a tiny model and the embedded server."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+import orchestrator
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "docs" / "examples"
+DEADLINE_S = 120.0
+Example = Callable[..., str]
+
+
+def environment(state_dir: Path, **more: str) -> dict[str, str]:
+    """As a user's, with slots of this test's own and nothing that chooses a server."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_")}
+    return clean | {
+        "LLAMA_ORCHESTRATOR_STATE_DIR": str(state_dir),
+        "PYTHONPATH": str(Path(orchestrator.__file__).parents[1]),
+        "PYTHONWARNINGS": "error",
+        "PYTHONUNBUFFERED": "1",
+        **more,
+    }
+
+
+@pytest.fixture
+def example(state_dir: Path) -> Example:
+    """Run one to its end, and return what it printed; nothing may be left running."""
+
+    def run(name: str, *args: str, returncode: int = 0) -> str:
+        done = subprocess.run(
+            [sys.executable, str(EXAMPLES / name), *args],
+            capture_output=True,
+            text=True,
+            env=environment(state_dir),
+            timeout=DEADLINE_S,
+            check=False,
+        )
+        assert done.returncode == returncode, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return run
+
+
+def started(*command: str, state_dir: Path, says: str, **env: str) -> Iterator[str]:
+    """Start a program that stays, and yield the address it prints; it must end well."""
+    with subprocess.Popen(
+        [sys.executable, "-m", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=EXAMPLES,
+        env=environment(state_dir, **env),
+    ) as process:
+        assert process.stdout is not None
+        printed = []
+        try:
+            for line in process.stdout:
+                printed.append(line)
+                if says in line and (found := re.search(r"http://[\d.]+:\d+", line)):
+                    yield found[0]
+                    break
+            else:
+                pytest.fail("it never said where it serves: " + "".join(printed))
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=DEADLINE_S)
+
+
+@pytest.fixture
+def backend(state_dir: Path, tiny_model: str) -> Iterator[str]:
+    """The FastAPI example, served by uvicorn."""
+    command = ("uvicorn", "fastapi_embed:app", "--port", "0")
+    yield from started(*command, state_dir=state_dir, says="running on", MODEL=tiny_model)
+
+
+@pytest.fixture
+def serving(state_dir: Path) -> Iterator[str]:
+    """`llama-orchestrator serve`."""
+    command = ("orchestrator.cli", "serve", "--port", "0", "--json")
+    yield from started(*command, state_dir=state_dir, says="url")
+
+
+def test_the_fastapi_example_answers_and_shows_its_status(backend: str) -> None:
+    """The model is loaded by the first question, and by no other."""
+    with httpx.Client(base_url=backend, timeout=DEADLINE_S) as client:
+        assert client.get("/api/inference/status").json()["state"] == "Idle"
+        pids = set()
+        for _ in range(2):
+            answer = client.post("/ask", params={"question": "Why is the sky blue?"})
+            assert answer.status_code == 200, answer.text
+            assert len(answer.json()) > 0
+            status = client.get("/api/inference/status").json()
+            assert status["state"] == "Healthy"
+            pids.add(status["loaded"]["pid"])
+        assert len(pids) == 1
+
+
+def test_the_sync_script_loads_asks_reloads_and_unloads(example: Example, tiny_model: str) -> None:
+    printed = example("sync_script.py", tiny_model).splitlines()
+    assert printed[0].startswith("loaded: pid ")
+    assert printed[0].endswith("context 512")
+    assert printed[-2:] == ["reloaded: max_seq_length was 512, is 1024", "unloaded"]
+
+
+def test_the_openai_example_streams_an_answer(example: Example, tiny_model: str) -> None:
+    """The tiny model prints noise, but 64 tokens of it."""
+    assert len(example("openai_client.py", tiny_model, "Why is the sky blue?").strip()) > 30
+
+
+def test_the_progress_bar_ends_ready_or_with_the_reason(
+    example: Example, tiny_model: str, tmp_path: Path
+) -> None:
+    """Also a load that fails comes to its end, and says why."""
+    printed = example("progress_bar.py", tiny_model)
+    assert f"ready        [{'#' * 40}]" in printed
+    assert re.search(r"^ready after \d+\.\d s$", printed, re.MULTILINE)
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(Path(tiny_model).read_bytes()[:10_000])
+    assert "invalid_model: " in example("progress_bar.py", str(broken), returncode=1)
+
+
+def test_the_settings_panel_shows_what_apply_would_do(
+    example: Example, serving: str, tiny_model: str
+) -> None:
+    """Load, nothing, reload with its reason, and a setting that is refused and changes nothing."""
+
+    def apply(*settings: str, returncode: int = 0) -> list[str]:
+        printed = example(
+            "settings_panel.py", serving, tiny_model, *settings, returncode=returncode
+        )
+        return printed.splitlines()
+
+    assert apply("max_seq_length=512") == ["Apply would load", "loaded: context 512"]
+    assert apply("max_seq_length=512") == ["Apply would none", "already_loaded: context 512"]
+    assert apply("max_seq_length=1024") == [
+        "Apply would reload",
+        "  max_seq_length: 512 -> 1024",
+        "loaded: context 1024",
+    ]
+    (refused,) = apply("max_seq_length=1024", "cache_type_kv=q9", returncode=1)
+    assert refused.startswith("cache_type_kv: ")
+    assert apply("max_seq_length=1024")[0] == "Apply would none"
+
+
+def test_the_two_slots_hold_two_models_and_no_third_owner(
+    example: Example, tiny_model: str, other_model: str
+) -> None:
+    printed = example("two_slots.py", tiny_model, other_model).splitlines()
+    addresses = {line.rpartition(" at ")[2] for line in printed[:2]}
+    assert len(addresses) == 2
+    assert printed[2] == "answers: Idle, titles: Healthy"
+    assert printed[3].startswith("slot 'titles' is owned by process ")
+
+
+def test_the_crash_policy_brings_the_server_back(example: Example, tiny_model: str) -> None:
+    """Another process and a newer generation, and the end of the first one is told."""
+    printed = example("crash_policy.py", tiny_model)
+    assert "-> Healthy" in printed
+    assert "the last server ended with -9" in printed
+    found = re.findall(r"generation (\d+) (?:was|is) pid (\d+)", printed)
+    (generation, pid), (next_generation, next_pid) = found
+    assert int(next_generation) > int(generation)
+    assert next_pid != pid
+
+
+def test_every_example_is_tested_and_shown() -> None:
+    """One that no page includes would not be read, and one without a test would rot."""
+    tested = Path(__file__).read_text()
+    pages = "".join(path.read_text() for path in ROOT.glob("docs/**/*.md"))
+    for path in EXAMPLES.iterdir():
+        if path.suffix == ".py":
+            assert path.stem in tested
+            assert f'--8<-- "docs/examples/{path.name}"' in pages
