@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from orchestrator.output import MAX_LINE_BYTES, MAX_LINES, OutputRing
 from orchestrator.redaction import HIDDEN, redact
+from tests.core.labels import label
 
 S = "Xy9zSecretValue42"
 
@@ -92,7 +93,7 @@ def test_where_the_name_says_secret_a_short_one_is_blanked_too(name: str) -> Non
 @pytest.mark.parametrize(
     "cut",
     ["\x1b[0m", "\x1b[38;5;214m", "\x1b]0;title\x07", "\x9b31m", "\x00", "\r", "\x1b(B", "\u200b"],
-    ids=ascii,
+    ids=label,
 )
 def test_a_secret_split_by_what_is_removed_is_whole_again_first(cut: str) -> None:
     """Colours inside a token must not carry it past the patterns."""
@@ -162,7 +163,7 @@ def test_a_useful_line_survives(line: str) -> None:
         (b"caf\xc3\xa9 \xff\xfe \xc3", "caf\u00e9 \ufffd\ufffd \ufffd"),
         ("\u4f60\u597d \U0001f600 \u00e9".encode(), "\u4f60\u597d \U0001f600 \u00e9"),
     ],
-    ids=ascii,
+    ids=label,
 )
 def test_terminal_control_is_removed_and_text_is_kept(raw: bytes, kept: str) -> None:
     """A log line may not move the cursor, retitle the window or reverse what is read."""
@@ -208,7 +209,7 @@ def cpu_s(text: str) -> float:
     return min(took)
 
 
-@pytest.mark.parametrize("piece", PIECES, ids=ascii)
+@pytest.mark.parametrize("piece", PIECES, ids=label)
 def test_no_line_takes_long_to_clean(piece: str) -> None:
     """A status call must not hang because of what a model's metadata says: no pattern is quadratic.
 

@@ -23,6 +23,7 @@ from orchestrator.request import (
     differences,
 )
 from orchestrator.server_args import CACHE_TYPES
+from tests.core.labels import label
 
 SECRET = "hf_doNotShowThisToken"
 FIELDS = {f.name for f in fields(LoadRequest)}
@@ -109,7 +110,7 @@ WRONG_VALUE: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("field", "value"), WRONG_TYPE, ids=repr)
+@pytest.mark.parametrize(("field", "value"), WRONG_TYPE, ids=label)
 def test_a_wrong_type_is_malformed_and_names_its_field(field: str, value: object) -> None:
     """422: the caller's program is wrong; nothing is coerced in silence."""
     with pytest.raises(MalformedRequest) as caught:
@@ -118,7 +119,7 @@ def test_a_wrong_type_is_malformed_and_names_its_field(field: str, value: object
     assert field in str(caught.value)
 
 
-@pytest.mark.parametrize(("field", "value"), WRONG_VALUE, ids=repr)
+@pytest.mark.parametrize(("field", "value"), WRONG_VALUE, ids=label)
 def test_a_value_that_cannot_be_honoured_names_its_field(field: str, value: object) -> None:
     """400: typed, with the field to change, and never a bare exception of a library below."""
     with pytest.raises(InvalidRequest) as caught:

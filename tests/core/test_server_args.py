@@ -36,6 +36,7 @@ from orchestrator.server_args import (
     speculative_flags,
     strip_shadowed,
 )
+from tests.core.labels import label
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=200)
 
@@ -178,7 +179,7 @@ ALLOWED: list[tuple[str, ...]] = [
 ]
 
 
-@pytest.mark.parametrize("args", ALLOWED, ids=" ".join)
+@pytest.mark.parametrize("args", ALLOWED, ids=label)
 def test_an_allowed_flag_is_accepted_as_it_is(args: tuple[str, ...]) -> None:
     """Sampling, threads, offload, cache, drafting, templates: the caller's business."""
     check_extra_args(args)

@@ -71,6 +71,7 @@ from orchestrator.server_args import (
 from orchestrator.slot import Slot
 from orchestrator.states import State
 from orchestrator.tokens import Ticket
+from tests.core.labels import label
 from tests.core.test_server_args import REFUSED_FLAGS, SHADOWS
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=150)
@@ -189,7 +190,7 @@ LONG = MAX_BYTES - 8
         f"-{' ' * LONG}x",
         "\u2003" * (LONG // 3),
     ],
-    ids=lambda token: f"{token[:3]}...{token[-2:]}",
+    ids=lambda token: label(f"{token[:3]}...{token[-2:]}"),
 )
 def test_a_hostile_token_costs_no_time(token: str) -> None:
     """A pattern that backtracks takes seconds for 32 KiB of digits, on the event loop."""
