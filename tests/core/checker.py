@@ -281,7 +281,10 @@ class _Exploration:
         if not view.is_quiescent or world.core.ctx.is_shutting_down or world.core in self._probed:
             return
         self._probed.add(world.core)
-        if (answer := self._load_another(world)) is not None:
+        if (
+            "a_load_can_succeed" not in self._without
+            and (answer := self._load_another(world)) is not None
+        ):
             raise _BrokenError(Violation("a_load_can_succeed", answer), arrival)
 
     def _step(self, core: Core, fact: Fact) -> tuple[Core, tuple[Command, ...]]:

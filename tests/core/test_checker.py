@@ -210,7 +210,13 @@ def test_a_load_that_skips_killing_is_stopped_by_the_evidence_alone() -> None:
         "load B",
         lifecycle=TracedLifecycle(_skips_killing()),
         warm="A",
-        without=frozenset({"inv_nothing_is_on_record_before_a_spawn"}),
+        without=frozenset(
+            {
+                "inv_nothing_is_on_record_before_a_spawn",
+                "inv_settled_holds_no_load",
+                "a_load_can_succeed",
+            }
+        ),
     )
     print(f"\n{report}")
     assert report.worlds > 50
