@@ -71,11 +71,15 @@ def servers_of(directory: Path) -> set[int]:
 
 
 def pytest_configure() -> None:
-    """A shell starts what it runs in the background with SIGINT ignored, and that is inherited: no
-    Ctrl-C of a test would reach anybody.
+    """What a shell starts in the background ignores SIGINT, what `nohup` starts ignores SIGHUP, and
+    that is inherited: no test would reach anybody with these.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for signum, usual in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(signum) is signal.SIG_IGN:
+            signal.signal(signum, usual)
 
 
 @pytest.hookimpl(wrapper=True)
