@@ -37,6 +37,8 @@ def functions_of(thread: threading.Thread) -> list[str]:
     return found
 
 
+# what was raised between an `open` and its `with` leaves the file to the garbage collector
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, MemoryError])
 def test_an_effect_whose_thread_is_to_end_fails_its_load_and_nothing_else(
     make: Make, fake: Fake, model_a: str, error: type[BaseException]
