@@ -132,9 +132,7 @@ def join_loading(s: Step) -> None:
 
 def answer_already_loaded(s: Step) -> None:
     fact = cast("LoadRequested", s.fact)
-    running = cast("Running", s.ctx.running)
-    running = replace(running, target=running.target.kept_as(fact.target.request))
-    s.put(running=running)
+    running = _kept_as(s, fact.target)
     _note_load(s, fact)
     s.emit(
         Accept(fact.ticket, running.generation, joined=False),
@@ -144,9 +142,7 @@ def answer_already_loaded(s: Step) -> None:
 
 def answer_next_already_loaded(s: Step) -> None:
     first, *rest = s.ctx.queue
-    running = cast("Running", s.ctx.running)
-    running = replace(running, target=running.target.kept_as(first.target.request))
-    s.put(running=running)
+    running = _kept_as(s, first.target)
     for caller in first.callers:
         s.settle((caller,), running.loaded(already=True, joined=caller.joined))
     s.put(queue=tuple(rest))
@@ -675,6 +671,14 @@ def _grant(s: Step, ticket: Ticket) -> None:
     running = cast("Running", s.ctx.running)
     s.put(leases=s.ctx.leases | {ticket})
     s.emit(Settle(ticket, LeaseGranted(ticket, running.child, running.server)))
+
+
+def _kept_as(s: Step, wanted: Target) -> Running:
+    """What runs stays for as long as the newest load that finds it running says."""
+    running = cast("Running", s.ctx.running)
+    running = replace(running, target=running.target.kept_as(wanted.request))
+    s.put(running=running)
+    return running
 
 
 def _stop_at(s: Step, at: float | None) -> None:

@@ -64,13 +64,13 @@ class EventLog:
         with self._changed:
             self._last += 1
             self._events.append(Event(self._last, kind, data))
-        self._tell()
+        self.wake()
 
     def close(self) -> None:
         """Nothing more will happen; readers end after what is there."""
         with self._changed:
             self._closed = True
-        self._tell()
+        self.wake()
 
     def since(self, after: int) -> list[Event]:
         """Return what happened after that number, oldest first, as far as it is still kept."""
@@ -95,10 +95,7 @@ class EventLog:
         return stop
 
     def wake(self) -> None:
-        """Let the readers look: something else that they wait for has changed."""
-        self._tell()
-
-    def _tell(self) -> None:
+        """Let the readers look, at events or at something else that they wait for."""
         with self._changed:
             self._changed.notify_all()
             wakers = tuple(self._wakers.values())

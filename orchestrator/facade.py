@@ -264,7 +264,7 @@ class Facade:
         """
         if self._is_untouched:
             raise KeyError(generation)
-        return views.outcome(self._start().history.records[Generation(generation)].answer)
+        return views.outcome(self._start().history.records[Generation(generation)])
 
     def past_load(self, generation: int) -> PastLoad:
         """Return one load, ended or in flight; raises KeyError as `outcome`."""
@@ -279,10 +279,8 @@ class Facade:
         owner = self._owner
         if owner is None:
             return []
-        snapshot, records = (
-            owner.snapshot,
-            tuple(owner.history.records.values()),
-        )  # copied in one go
+        snapshot = owner.snapshot
+        records = tuple(owner.history.records.values())  # copied in one go
         newest = sorted(records, key=lambda r: r.job.generation, reverse=True)[: max(0, limit)]
         return [views.past_load(record, snapshot) for record in newest]
 

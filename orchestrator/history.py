@@ -16,16 +16,10 @@ from orchestrator.errors import Problem
 from orchestrator.messages import Answer, Command, Fact, Loaded, Promoted, Settle, Timings
 from orchestrator.ports import Clock
 from orchestrator.snapshot import Snapshot
-from orchestrator.states import State
+from orchestrator.states import TIMED
 from orchestrator.tokens import Generation
 
 _KEPT: Final = 256
-_TIMED: Final = {
-    State.KILLING: "kill",
-    State.DOWNLOADING: "download",
-    State.SPAWNING: "spawn",
-    State.WAITING_HEALTH: "health",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +94,7 @@ class History:
         last = before.ctx.job
         if last is not None and last.token is None and last.generation not in wanted:
             known = self.records[last.generation]
-            timings = last.spent(_TIMED[before.state], self._clock())
+            timings = last.spent(TIMED[before.state], self._clock())
             self.records[last.generation] = replace(known, timings=timings)
 
 

@@ -40,3 +40,11 @@ PHASES: Final = {
     State.HEALTHY: "ready",
 }
 """The word `progress` uses for a state; Idle has none."""
+
+TIMED: Final = {
+    State.KILLING: "kill",
+    State.DOWNLOADING: "download",
+    State.SPAWNING: "spawn",
+    State.WAITING_HEALTH: "health",
+}
+"""The word for the time spent in a state, in `timings_s` and in metrics."""

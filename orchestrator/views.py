@@ -15,7 +15,7 @@ from orchestrator.context import Context, Job
 from orchestrator.errors import Problem
 from orchestrator.fetch_process import FetchProgress
 from orchestrator.history import LoadRecord
-from orchestrator.messages import Answer, Exit, LeaseGranted, Loaded, Timings
+from orchestrator.messages import Exit, LeaseGranted, Loaded, Timings
 from orchestrator.named import Named
 from orchestrator.ports import Progress as PhaseProgress
 from orchestrator.request import LoadRequest, ModelFiles, ReloadReason, Target
@@ -293,29 +293,20 @@ def load_outcome(answer: Loaded) -> LoadOutcome:
     )
 
 
-def outcome(answer: Answer | None) -> LoadOutcome | Problem | None:
-    """What became of a load."""
-    if isinstance(answer, Loaded):
-        return load_outcome(answer)
-    return answer if isinstance(answer, Problem) else None
-
-
-def where(generation: int, became: LoadOutcome | Problem | None, snapshot: Snapshot) -> State:
-    """Where a load is, or where it ended."""
-    match became:
-        case LoadOutcome():
-            return State.HEALTHY
-        case Problem():
-            return State.IDLE
-    job = snapshot.ctx.job
-    return snapshot.state if job and job.generation == generation else State.IDLE
+def outcome(record: LoadRecord) -> LoadOutcome | Problem | None:
+    """What became of a load; None while it is in flight."""
+    answer = record.answer
+    return load_outcome(answer) if isinstance(answer, Loaded) else answer
 
 
 def past_load(record: LoadRecord, snapshot: Snapshot) -> PastLoad:
-    target, became = record.job.target, outcome(record.answer)
+    target, became, job = record.job.target, outcome(record), snapshot.ctx.job
+    state = State.HEALTHY if isinstance(became, LoadOutcome) else State.IDLE
+    if became is None and job is not None and job.generation == record.job.generation:
+        state = snapshot.state
     return PastLoad(
         generation=record.job.generation,
-        state=where(record.job.generation, became, snapshot),
+        state=state,
         model_path=target.request.model_path,
         gguf_variant=target.model.variant,
         accepted_at=round(record.accepted_at, 3),

@@ -286,7 +286,7 @@ def _add_streams(routes: APIRouter, orch: AsyncOrchestrator) -> None:
     )
     async def events(after: int = Depends(position)) -> AsyncIterator[ServerSentEvent]:
         async with contextlib.aclosing(orch.events(after)) as happened:
-            shown = None
+            told = None
             coming = asyncio.ensure_future(anext(happened, None))
             try:
                 while True:
@@ -297,10 +297,10 @@ def _add_streams(routes: APIRouter, orch: AsyncOrchestrator) -> None:
                         after = event.id
                         yield ServerSentEvent(id=str(after), event=event.kind, data=event.data)
                         coming = asyncio.ensure_future(anext(happened, None))
-                    elif (step := orch.progress()) != shown and step.bytes_done is not None:
+                    elif (step := orch.progress()) != told and step.bytes_done is not None:
                         # a step has the number of the event before it: to resume there is enough
-                        shown, members = step, step.as_dict()
-                        yield ServerSentEvent(id=str(after), event="progress", data=members)
+                        told = step
+                        yield ServerSentEvent(id=str(after), event="progress", data=step.as_dict())
             finally:
                 coming.cancel()
                 await asyncio.gather(coming, return_exceptions=True)

@@ -24,7 +24,8 @@ def shareable(keys: Sequence[str]) -> Sequence[str] | bool:
     """Return `protect_server` for an API with these keys: a server takes those it can be given
     (llama-server reads them from a list with commas), and is protected whatever they are.
     """
-    return [key for key in keys if "," not in key and key.isascii()] or bool(keys)
+    given = [key for key in keys if "," not in key and key.isascii() and key.isprintable()]
+    return given or bool(keys)
 
 
 class RequireKey:

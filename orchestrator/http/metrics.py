@@ -18,7 +18,7 @@ from orchestrator.errors import Problem
 from orchestrator.messages import Emptied, Exited, Loaded
 from orchestrator.orchestrator import AsyncOrchestrator
 from orchestrator.snapshot import Seen
-from orchestrator.states import State
+from orchestrator.states import TIMED, State
 
 MEDIA_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _NAMESPACE: Final = "llama_orchestrator"
@@ -26,12 +26,6 @@ _SECONDS: Final = (
     *(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0),
     *(300.0, 600.0, 1800.0, 3600.0),
 )
-_PHASES: Final = {
-    State.KILLING: "kill",
-    State.DOWNLOADING: "download",
-    State.SPAWNING: "spawn",
-    State.WAITING_HEALTH: "health",
-}
 
 
 class Metrics:
@@ -80,7 +74,7 @@ class Metrics:
             lambda: float(held())
         )
         registry.register(_StateSeconds(self.spent_s))
-        for phase in _PHASES.values():
+        for phase in TIMED.values():
             self._phases.labels(phase)
         for outcome in ("loaded", "already_loaded"):
             self._loads.labels(outcome)
@@ -106,8 +100,8 @@ class Metrics:
             took_s = after.entered_at - before.entered_at
             self._spent[before.state] += took_s
             self._transitions.labels(before.state, after.state, seen.fact.trigger).inc()
-            if before.state in _PHASES:
-                self._phases.labels(_PHASES[before.state]).observe(took_s)
+            if before.state in TIMED:
+                self._phases.labels(TIMED[before.state]).observe(took_s)
         self._see_exit(seen)
         for answer in seen.outcomes:
             self._count(answer)
