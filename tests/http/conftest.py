@@ -11,19 +11,20 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fastapi
 import httpx
 import pytest
 import uvicorn
+from starlette.routing import Route
 
-from orchestrator import embedded
-from orchestrator.http import create_app
+from orchestrator import AsyncOrchestrator, embedded
+from orchestrator.http import PassThrough, create_app
 
 PREFIX = "/api/inference"
 DEADLINE_S = 20.0
@@ -57,6 +58,20 @@ class Gate:
 
     def open(self) -> None:
         self.key.touch()
+
+
+def passing_on(lender: object, **options: Any) -> fastapi.FastAPI:
+    """An app that is nothing but a pass-through to whoever lends a server."""
+    passed_on = PassThrough(cast("AsyncOrchestrator", lender), **options)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: fastapi.FastAPI) -> AsyncIterator[None]:
+        yield
+        await passed_on.close()
+
+    app = fastapi.FastAPI(lifespan=lifespan)
+    app.router.routes.append(Route("/v1/{path:path}", passed_on))
+    return app
 
 
 @pytest.fixture

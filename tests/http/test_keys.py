@@ -39,3 +39,10 @@ def test_every_key_is_compared_in_constant_time(
     asyncio.run(guard({"type": "http", "path": "/x", "headers": headers}, nothing, nothing))
     assert compared == [(shown, b"first"), (shown, b"second")]
     assert bool(let_in) == (shown in {b"first", b"second"})
+
+
+def test_a_server_is_given_the_keys_it_can_read_and_is_protected_all_the_same() -> None:
+    """llama-server reads a list with commas; a key it cannot take opens this API only."""
+    assert keys.shareable(["good", "a,b", "k\t1", "\xe9"]) == ["good"]
+    assert keys.shareable(["a,b"]) is True
+    assert keys.shareable([]) is False

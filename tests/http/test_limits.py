@@ -8,7 +8,7 @@ import http.client
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, cast
+from typing import Any
 
 import fastapi
 import httpx
@@ -17,12 +17,20 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from orchestrator import AsyncOrchestrator
-from orchestrator.http import PassThrough
 from orchestrator.http.limits import MAX_BODY_BYTES, LimitBody
 from orchestrator.tokens import Generation
 from orchestrator.views import LeasedServer
-from tests.http.conftest import DEADLINE_S, PREFIX, Gate, Serve, is_held, problem, serving, until
+from tests.http.conftest import (
+    DEADLINE_S,
+    PREFIX,
+    Gate,
+    Serve,
+    is_held,
+    passing_on,
+    problem,
+    serving,
+    until,
+)
 
 MOST = 100_000
 
@@ -68,15 +76,7 @@ def counting() -> Iterator[tuple[str, list[int]]]:
 def limited(counting: tuple[str, list[int]]) -> Iterator[tuple[httpx.Client, Upstream]]:
     """A pass-through that takes bodies of up to MOST bytes."""
     upstream = Upstream(counting[0])
-    passed_on = PassThrough(cast("AsyncOrchestrator", upstream))
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: fastapi.FastAPI) -> AsyncIterator[None]:
-        yield
-        await passed_on.close()
-
-    app = fastapi.FastAPI(lifespan=lifespan)
-    app.router.routes.append(Route("/v1/{path:path}", passed_on))
+    app = passing_on(upstream)
     app.add_middleware(LimitBody, max_bytes=MOST)
     with serving(app) as client:
         yield client, upstream

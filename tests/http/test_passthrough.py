@@ -21,13 +21,21 @@ import openai
 import pytest
 from fastapi.testclient import TestClient
 from openai.types.chat import ChatCompletion
-from starlette.routing import Route
 
-from orchestrator import AsyncOrchestrator
-from orchestrator.http import PassThrough, create_app
+from orchestrator.http import create_app
 from orchestrator.tokens import Generation
 from orchestrator.views import LeasedServer
-from tests.http.conftest import DEADLINE_S, PREFIX, Gate, Serve, is_held, problem, serving, until
+from tests.http.conftest import (
+    DEADLINE_S,
+    PREFIX,
+    Gate,
+    Serve,
+    is_held,
+    passing_on,
+    problem,
+    serving,
+    until,
+)
 from tests.process.support import Background
 
 LOAD, CHAT = PREFIX + "/load", "/v1/chat/completions"
@@ -292,16 +300,7 @@ def through() -> Iterator[Callable[..., httpx.Client]]:
     with contextlib.ExitStack() as stack:
 
         def start(lender: Lender, **options: Any) -> httpx.Client:
-            passed_on = PassThrough(cast("AsyncOrchestrator", lender), **options)
-
-            @contextlib.asynccontextmanager
-            async def lifespan(_: fastapi.FastAPI) -> AsyncIterator[None]:
-                yield
-                await passed_on.close()
-
-            app = fastapi.FastAPI(lifespan=lifespan)
-            app.router.routes.append(Route("/v1/{path:path}", passed_on))
-            return stack.enter_context(serving(app))
+            return stack.enter_context(serving(passing_on(lender, **options)))
 
         yield start
 

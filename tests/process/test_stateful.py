@@ -291,6 +291,9 @@ class Calls(RuleBasedStateMachine):
         believed = self.believed
         if believed.running in (None, "unknown"):
             return
+        loaded = self.orch.status().loaded
+        assert loaded is not None
+        assert loaded.pid == believed.pid, "a signal must not reach somebody else"
         os.kill(believed.pid, signum)
         until(lambda: self.orch.status().state is State.IDLE, "the crash is noticed", DEADLINE_S)
         status = self.orch.status()
@@ -347,7 +350,7 @@ class Calls(RuleBasedStateMachine):
 
 
 QUICK = settings(
-    max_examples=25,
+    max_examples=80,
     stateful_step_count=20,
     deadline=None,
     derandomize=True,

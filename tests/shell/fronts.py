@@ -95,6 +95,24 @@ class FacadeStage(Stage):
     def _locate(self, request: LoadRequest) -> ModelFiles:
         return files(request.model_path)
 
+    def _client_moves(self, number: int, action: Action) -> Iterator[Move]:
+        is_possible = True
+        if action.verb == "withdraw":
+            is_possible = self._can_withdraw(action.refers)
+        elif action.verb == "release":
+            is_possible = isinstance(self.ledger.callers[action.refers].answer, LeaseGranted)
+        if is_possible:
+            act = partial(self._act, number, action)
+            yield Move(f"client {number + 1}", action.text, act, is_own=False)
+
+    def _can_withdraw(self, index: int) -> bool:
+        """Whether a caller is where it can go away."""
+        raise NotImplementedError
+
+    def _act(self, number: int, action: Action) -> None:
+        """Do the next thing of a client's program."""
+        raise NotImplementedError
+
     def close(self) -> None:
         self._patches.close()
 
@@ -223,15 +241,8 @@ class LoopStage(FacadeStage):
             callback = callback.func
         return str(getattr(callback, "__qualname__", callback))
 
-    def _client_moves(self, number: int, action: Action) -> Iterator[Move]:
-        is_possible = True
-        if action.verb == "withdraw":
-            is_possible = action.refers in self.tasks
-        elif action.verb == "release":
-            is_possible = isinstance(self.ledger.callers[action.refers].answer, LeaseGranted)
-        if is_possible:
-            act = partial(self._act, number, action)
-            yield Move(f"client {number + 1}", action.text, act, is_own=False)
+    def _can_withdraw(self, index: int) -> bool:
+        return index in self.tasks
 
     def _act(self, number: int, action: Action) -> None:
         self.progress[number] += 1
@@ -421,16 +432,8 @@ class ThreadStage(FacadeStage):
                 text = f"{self.scene.actions[index].text} goes on from {puppet.waits_for}"
                 yield Move(f"thread {index}", text, puppet.go)
 
-    def _client_moves(self, number: int, action: Action) -> Iterator[Move]:
-        is_possible = True
-        if action.verb == "withdraw":
-            puppet = self.puppets.get(action.refers)
-            is_possible = puppet is not None and self.ledger.callers[action.refers].call is not None
-        elif action.verb == "release":
-            is_possible = isinstance(self.ledger.callers[action.refers].answer, LeaseGranted)
-        if is_possible:
-            act = partial(self._act, number, action)
-            yield Move(f"client {number + 1}", action.text, act, is_own=False)
+    def _can_withdraw(self, index: int) -> bool:
+        return index in self.puppets and self.ledger.callers[index].call is not None
 
     def _act(self, number: int, action: Action) -> None:
         self.progress[number] += 1
