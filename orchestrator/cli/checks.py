@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Final, Literal
 
 from orchestrator import hub_cache, proctable
-from orchestrator.download import is_hub
 from orchestrator.errors import OrchestratorError, SlotOwned
 from orchestrator.orchestrator import Orchestrator
 from orchestrator.servers import ask_catalogue, find_server
 from orchestrator.slot import Slot, cache_dir
-from orchestrator.variants import Variant
+from orchestrator.variants import Variant, split_reference
 
 _OLDEST: Final = (3, 11)
 _GIB: Final = 1 << 30
@@ -273,9 +272,22 @@ def _model(wanted: Wanted) -> Iterator[Check]:
         return
     finally:
         looking.close()
-    label = wanted.model.rpartition(":")[2].lower() if is_hub(wanted.model) else None
-    named = (one for one in found if one.gguf_variant and one.gguf_variant.lower() == label)
-    yield _fit(next(named, next(one for one in found if one.is_default)))
+    _, label = split_reference(wanted.model) or (None, None)
+    meant = (
+        one
+        for one in found
+        if (one.is_default if label is None else (one.gguf_variant or "").lower() == label.lower())
+    )
+    if (model := next(meant, None)) is not None:
+        yield _fit(model)
+        return
+    whole = ", ".join(str(one.gguf_variant) for one in found)
+    if label is None:
+        detail = f"{wanted.model}: parts of what a load would take are missing"
+        yield Check("model", "problem", detail, f"name one that is whole: {whole}")
+    else:  # a load also takes other names for a variant than the shortest one
+        detail = f"{wanted.model}: {label} is not listed so: whether it fits cannot be told"
+        yield Check("model", "note", detail, f"name it as it is listed: {whole}")
 
 
 def _fit(model: Variant) -> Check:

@@ -17,6 +17,7 @@ import pytest
 from orchestrator import proctable
 from orchestrator.slot import Slot
 from tests.cli.conftest import Cli, Start
+from tests.hub.fake_hub import Hub, Repo
 
 Found = dict[str, dict[str, str | None]]
 Look = Callable[..., Found]
@@ -193,6 +194,33 @@ def test_a_model_larger_than_the_memory_is_found(
     assert problems(found) == {"model"}
     assert "8,192.0 GiB" in str(found["model"]["detail"])
     assert "of memory available" in str(found["model"]["detail"])
+
+
+def test_a_model_whose_parts_are_missing_is_found(
+    look: Look, tiny_model: str, tmp_path: Path
+) -> None:
+    """What a load would take by itself is not whole, though another variant is."""
+    (tmp_path / "models").mkdir()
+    for name in ("m-Q4_K_M-00001-of-00002.gguf", "m-Q8_0.gguf"):
+        (tmp_path / "models" / name).write_bytes(Path(tiny_model).read_bytes())
+    found = look(str(tmp_path / "models"), is_ok=False)
+    assert problems(found) == {"model"}
+    assert "are missing" in str(found["model"]["detail"])
+    assert str(found["model"]["remedy"]).endswith("Q8_0")
+
+
+def test_a_variant_is_judged_itself_and_never_another_in_its_place(
+    look: Look, tiny_model: str
+) -> None:
+    """The preferred one may fit where the one that was named does not."""
+    with Hub() as hub:
+        hub.add(Repo("owner/m-GGUF", {"m-Q4_K_M.gguf": Path(tiny_model), "m-F16.gguf": b"x" * 99}))
+        named = look("owner/m-GGUF:q4_k_m", HF_ENDPOINT=hub.endpoint)["model"]
+        assert (named["verdict"], "Q4_K_M has" in str(named["detail"])) == ("ok", True)
+        assert look("owner/m-GGUF", HF_ENDPOINT=hub.endpoint)["model"] == named
+        unknown = look("owner/m-GGUF:Q9_9", HF_ENDPOINT=hub.endpoint)["model"]
+    assert (unknown["verdict"], "Q9_9" in str(unknown["detail"])) == ("note", True)
+    assert "Q4_K_M, F16" in str(unknown["remedy"])
 
 
 # ------------------------------------------------------------------------------------- more
