@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -84,6 +85,15 @@ def backend(state_dir: Path, tiny_model: str) -> Iterator[str]:
     yield from started(*command, state_dir=state_dir, says="running on", MODEL=tiny_model)
 
 
+@pytest.fixture(params=["flask_embed:app", "django_embed:application"])
+def wsgi_backend(
+    request: pytest.FixtureRequest, state_dir: Path, tiny_model: str
+) -> Iterator[str]:
+    """The examples of the synchronous frameworks, served by gunicorn."""
+    command = ("gunicorn", "--workers=1", "--threads=8", "--bind=127.0.0.1:0", request.param)
+    yield from started(*command, state_dir=state_dir, says="Listening at", MODEL=tiny_model)
+
+
 @pytest.fixture
 def serving(state_dir: Path) -> Iterator[str]:
     """`llama-orchestrator serve`."""
@@ -104,6 +114,34 @@ def test_the_fastapi_example_answers_and_shows_its_status(backend: str) -> None:
             assert status["state"] == "Healthy"
             pids.add(status["loaded"]["pid"])
         assert len(pids) == 1
+
+
+def test_a_worker_with_threads_owns_one_server(wsgi_backend: str) -> None:
+    """All threads ask at once, and the model is loaded once; what cannot be is a problem."""
+    with httpx.Client(base_url=wsgi_backend, timeout=DEADLINE_S) as client:
+        assert client.get("/status").json()["state"] == "Idle"
+        with ThreadPoolExecutor(8) as threads:
+            asked = [
+                threads.submit(client.post, "/ask", json={"question": f"{i}?"}) for i in range(16)
+            ]
+        for answer in asked:
+            assert answer.result().json()["choices"][0]["message"]["content"] != ""
+        status = client.get("/status").json()
+        assert (status["state"], status["loaded"]["generation"]) == ("Healthy", 1)
+
+
+def test_a_backend_without_its_model_answers_with_the_problem(
+    state_dir: Path, tmp_path: Path
+) -> None:
+    """Both frameworks show a page about an exception unless they are told what it means."""
+    for app in ("flask_embed:app", "django_embed:application"):
+        command = ("gunicorn", "--bind=127.0.0.1:0", app)
+        model = str(tmp_path / "missing.gguf")
+        for url in started(*command, state_dir=state_dir, says="Listening at", MODEL=model):
+            answer = httpx.post(url + "/ask", json={"question": "?"}, timeout=DEADLINE_S)
+            assert answer.status_code == 404
+            assert answer.headers["Content-Type"] == "application/problem+json"
+            assert answer.json()["category"] == "model_not_found"
 
 
 def test_the_sync_script_loads_asks_reloads_and_unloads(example: Example, tiny_model: str) -> None:
@@ -176,9 +214,10 @@ def test_the_crash_policy_brings_the_server_back(example: Example, tiny_model: s
 
 def test_every_example_is_tested_and_shown() -> None:
     """One that no page includes would not be read, and one without a test would rot."""
-    tested = Path(__file__).read_text()
+    tests = (Path(__file__), Path(__file__).with_name("test_deployment.py"))
+    tested = "".join(path.read_text() for path in tests)
     pages = "".join(path.read_text() for path in ROOT.glob("docs/**/*.md"))
     for path in EXAMPLES.iterdir():
-        if path.suffix == ".py":
+        if path.is_file():
             assert path.stem in tested
             assert f'--8<-- "docs/examples/{path.name}"' in pages

@@ -130,7 +130,7 @@ QUICK = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
-DEEP = settings(QUICK, max_examples=2_000, derandomize=False)
+DEEP = settings(QUICK, max_examples=1_000, derandomize=False)
 
 
 @pytest.mark.parametrize(
