@@ -174,8 +174,7 @@ def cancel_all(s: Step) -> None:
     """A shutdown ends every load, an unload those it names; their callers hear so when the slot
     is empty.
     """
-    model = getattr(s.fact, "model", None)
-    ended = [job for job in s.ctx.wanted if is_named(job.target, model)]
+    ended = _named(s, s.ctx.wanted)
     if s.ctx.is_shutting_down:
         reason, category, by = CancelReason.SHUTDOWN, "shutting_down", "the shutdown"
     else:
@@ -185,6 +184,14 @@ def cancel_all(s: Step) -> None:
         _wait(s, job.callers, problem)
         if job is s.ctx.job:
             _interrupt(s, reason, problem)
+    s.put(queue=tuple(job for job in s.ctx.queue if job not in ended))
+
+
+def cancel_queued(s: Step) -> None:
+    """Nothing of what waits runs yet: it ends at once."""
+    for job in (ended := _named(s, s.ctx.queue)):
+        problem = Problem("cancelled", "ended by an unload", generation=job.generation)
+        s.settle(job.callers, problem)
     s.put(queue=tuple(job for job in s.ctx.queue if job not in ended))
 
 
@@ -339,6 +346,11 @@ def answer_unchanged(s: Step) -> None:
     """Not that model. A load of it may still be on its way: it was asked for first, and ends."""
     _note_unload(s)
     s.emit(Settle(s.ticket, Unloaded(changed=False)))
+
+
+def answer_unloaded(s: Step) -> None:
+    _note_unload(s)
+    s.emit(Settle(s.ticket, Unloaded()))
 
 
 def latch_shutdown(s: Step) -> None:
@@ -538,6 +550,11 @@ def _note_load(s: Step, fact: LoadRequested) -> None:
     if name is not None:
         others = tuple(known for known in s.ctx.seen_ids if known != name)
         s.put(seen_ids=(*others, name)[-MAX_REMEMBERED_IDS:])
+
+
+def _named(s: Step, jobs: Iterable[Job]) -> list[Job]:
+    model = getattr(s.fact, "model", None)  # a shutdown means any
+    return [job for job in jobs if is_named(job.target, model)]
 
 
 def _note_unload(s: Step) -> None:

@@ -139,6 +139,13 @@ def names_another_model(ctx: Context, fact: UnloadRequested) -> bool:
     return fact.model is not None and not any(is_named(target, fact.model) for target in targets)
 
 
+def names_only_what_waits(ctx: Context, fact: UnloadRequested) -> bool:
+    """What loads or runs is another model and stays: the slot will not be empty for this unload."""
+    if ctx.job is not None:
+        return ctx.job.token is None and not is_named(ctx.job.target, fact.model)
+    return ctx.running is not None and not is_named(ctx.running.target, fact.model)
+
+
 def cancels_job(ctx: Context, fact: CancelRequested) -> bool:
     """It ends the load in flight for everybody who waits for it."""
     return ctx.job is not None and cancels(ctx.job, fact)

@@ -83,6 +83,7 @@ TABLE: Final[tuple[Row, ...]] = (
 
     # ---- an unload, a cancel, a caller that leaves, the end -----------------------------------
     _row("unload", ALL,  "names_another_model",             STAY, "answer_unchanged"),
+    _row("unload", (D, S, W, H), "names_only_what_waits",   STAY, "cancel_queued answer_unloaded"),
     _row("unload", I,    "",                                K, "wait_for_empty begin_kill"),
     _row("unload", H,    "",                                K, "cancel_all take_next wait_for_empty begin_kill"),
     _row("unload", K,    "",                                STAY, "cancel_all take_next wait_for_empty"),

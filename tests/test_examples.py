@@ -86,9 +86,7 @@ def backend(state_dir: Path, tiny_model: str) -> Iterator[str]:
 
 
 @pytest.fixture(params=["flask_embed:app", "django_embed:application"])
-def wsgi_backend(
-    request: pytest.FixtureRequest, state_dir: Path, tiny_model: str
-) -> Iterator[str]:
+def wsgi_backend(request: pytest.FixtureRequest, state_dir: Path, tiny_model: str) -> Iterator[str]:
     """The examples of the synchronous frameworks, served by gunicorn."""
     command = ("gunicorn", "--workers=1", "--threads=8", "--bind=127.0.0.1:0", request.param)
     yield from started(*command, state_dir=state_dir, says="Listening at", MODEL=tiny_model)

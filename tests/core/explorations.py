@@ -28,6 +28,7 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "load A | load B reject | unload B": {},
     "load A force | load A": {"warm": "A"},
     "load A force | load B queue | unload A": {"warm": "A"},
+    "load A | load B queue | unload B": {},
     # cancel and withdraw
     "load A id=x | cancel x": {},
     "load A id=x | load A id=y | cancel x": {},

@@ -253,12 +253,34 @@ def inv_refused_changes_nothing(edge: Edge) -> str | None:
 
 
 def inv_unloaded_is_empty(edge: Edge) -> str | None:
-    """`unloaded` and `done` are said when nothing of the slot is alive."""
-    for settle in edge.commands:
-        if isinstance(settle, Settle) and settle.answer in (Unloaded(), Done()):
-            servers = [p.pid for p in edge.before.alive if p.generation]
-            if servers:
-                return f"call {settle.ticket} is told the slot is empty, but {servers} is alive"
+    """`unloaded` and `done` are said when nothing of the slot is alive; of what waited behind
+    another model, when nothing of it is.
+    """
+    fact = edge.fact
+    for ticket, answer in answers(edge).items():
+        if answer not in (Unloaded(), Done()):
+            continue
+        servers = [process for process in edge.before.alive if process.generation]
+        if isinstance(fact, UnloadRequested) and fact.ticket == ticket and fact.model:
+            servers = [process for process in servers if process.model == fact.model]
+        if servers:
+            alive = [process.pid for process in servers]
+            return f"call {ticket} is told the slot is empty, but {alive} is alive"
+    return None
+
+
+def inv_an_unload_ends_only_what_it_names(edge: Edge) -> str | None:
+    """Another model's load goes on, and another model's server serves on."""
+    fact, running = edge.fact, edge.before.ctx.running
+    if not isinstance(fact, UnloadRequested) or fact.model is None:
+        return None
+    left = {job.generation for job in edge.after.ctx.wanted}
+    for job in edge.before.ctx.wanted:
+        if job.generation not in left and not job.target.is_called(fact.model):
+            return f"load {job.generation} is ended by an unload of {fact.model}"
+    is_stopped = edge.before.state is State.HEALTHY is not edge.after.state
+    if is_stopped and running is not None and not running.target.is_called(fact.model):
+        return f"a healthy server is stopped by an unload of {fact.model}, which it is not"
     return None
 
 
@@ -354,6 +376,7 @@ STEP_PROMISES: tuple[Callable[[Edge], str | None], ...] = (
     inv_a_cancel_waits_for_no_lease,
     inv_refused_changes_nothing,
     inv_unloaded_is_empty,
+    inv_an_unload_ends_only_what_it_names,
     inv_a_server_is_stopped_for_a_reason,
     inv_restored_is_what_runs,
     inv_what_ran_comes_back,

@@ -766,6 +766,33 @@ def test_an_unload_by_name_ends_the_queued_load_of_that_model_only() -> None:
     assert run.answers[unload] == Unloaded()
 
 
+@pytest.mark.parametrize("state", [D, S, W, H])
+def test_an_unload_of_what_only_waits_is_answered_at_once(state: State) -> None:
+    """What loads or serves is another model and stays: the slot may not be empty for years."""
+    run, _ = in_flight(K)
+    queued, other = run.load(B, on_busy="queue"), run.load(C, on_busy="queue")
+    run.go(state)
+    unload = run.unload(B)
+    assert (run.category(queued), run.answers[unload]) == ("cancelled", Unloaded())
+    assert [job.target.request.model_path for job in run.ctx.wanted][-1:] == [C]
+    withdrawn = run.unload(C)
+    assert (run.category(other), run.answers[withdrawn]) == ("cancelled", Unloaded())
+    assert (run.state, run.ctx.queue, run.settle().state) == (state, (), H)
+    assert run.ctx.running is not None
+    assert run.ctx.running.target.is_called(A)
+
+
+def test_an_unload_of_what_waits_behind_an_ending_load_waits_for_its_end() -> None:
+    """Nothing stays: the slot will be empty soon, and that is worth waiting for."""
+    run, _ = in_flight(S)
+    queued = run.load(B)
+    unload = run.unload(B)
+    assert (run.category(queued), run.category(unload)) == (None, None)
+    assert unload not in run.answers
+    run.spawned().emptied()
+    assert (run.state, run.category(queued), run.answers[unload]) == (I, "cancelled", Unloaded())
+
+
 def test_a_load_asked_for_before_an_unload_does_not_start_after_it() -> None:
     """B17: what was on its way when the user said stop is stopped as well."""
     run = Run()

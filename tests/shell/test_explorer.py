@@ -27,6 +27,7 @@ SCENES = (
     Scene("load A | load B | unload"),
     Scene("load A | load B", mishaps=2, pairs=2),
     Scene("load A | load B queue | load A queue", pairs=0),
+    Scene("load A | load B queue | unload B", pairs=0),
     Scene("load A | load B reject"),
     Scene("load A", warm="A", mishaps=3, pairs=2),
     # a cancel, and one that overtakes its load
