@@ -53,7 +53,7 @@ def parse_help(text: str) -> Catalogue | None:
     """Return what a `--help` says, or None when it does not look like one."""
     entries: list[tuple[str, list[str]]] = []
     for line in text.splitlines():
-        if line.startswith("-") and not line.startswith("-----"):
+        if line.startswith("-"):
             entries.append((line, []))
         elif entries and line.startswith(" "):
             entries[-1][1].append(line.strip())

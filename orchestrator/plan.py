@@ -125,7 +125,7 @@ def plan_load(state: State, ctx: Context, target: Target, *, at: float = 0.0) ->
     if not before:
         return Plan("load", [], _shown_argv(effective))
     reasons = newest.reload_reasons or differences(before[-1], effective)
-    return Plan("reload" if reasons else "none", list(reasons), _shown_argv(effective))
+    return Plan("reload", list(reasons), _shown_argv(effective))
 
 
 def _shown_argv(target: Target) -> list[str]:

@@ -163,8 +163,6 @@ def _readings(token: str) -> tuple[str, ...]:
     if (found := _WORD.match(name)) is None:
         return (name,)
     word, head = found[0], found[1]
-    if head.startswith("--"):
-        return word, head
     has_value = len(head) < len(name) and not name[len(head)].isspace() and head not in _LONGER
     shorter = filter(head.startswith, _SHORT) if has_value else ()
     return word, head, f"-{word}", f"-{head}", *shorter
@@ -282,17 +280,15 @@ def manual_mode(extra_args: tuple[str, ...]) -> str:
     Several add up, separated by commas; a draft model alone is `draft`.
     """
     modes: list[str] = []
-    has_draft_model = False
     for token, following in pairwise((*extra_args, "")):
         match flag_of(token):
             case "--spec-default":
                 modes.append("default")
             case "--spec-type":
-                value = token.split("=", 1)[1] if "=" in token else following
+                value = token.partition("=")[2] if "=" in token else following
                 modes += (mode.strip().lower() for mode in value.split(","))
-            case flag:
-                has_draft_model = has_draft_model or flag in _DRAFT_MODEL
     named = [mode for mode in dict.fromkeys(modes) if mode not in {"", "none"}]
+    has_draft_model = any(flag_of(token) in _DRAFT_MODEL for token in extra_args)
     return ",".join(named) or ("draft" if has_draft_model and not modes else OFF)
 
 

@@ -1,6 +1,7 @@
 """`make mutants`, the second half: the score of each module, and every mutant that survived.
 
-A mutant that only names another type in a `cast` is the same program, and is not counted.
+Two kinds are not counted: a mutant that only names another type in a `cast` is the same program,
+and one of a function that only the import calls is switched on after that, too late for any test.
 
 Usage: python -m tests.mutation_report [--all]
 """
@@ -11,7 +12,7 @@ import ast
 import difflib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -53,19 +54,33 @@ def _body(function: ast.FunctionDef) -> list[str]:
     return ast.unparse(_WithoutCasts().visit(ast.Module(function.body, []))).splitlines()
 
 
+def _only_for_import(module: Path) -> set[str]:
+    tree = ast.parse(module.read_text())
+    inside = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    outside = [n for n in tree.body if not isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    return _called(outside) - _called(inside)
+
+
+def _called(nodes: Iterable[ast.AST]) -> set[str]:
+    calls = (n.func for node in nodes for n in ast.walk(node) if isinstance(n, ast.Call))
+    return {name.id for name in calls if isinstance(name, ast.Name)}
+
+
 def _scores() -> Iterator[Score]:
     for meta in sorted(_MUTANTS.rglob("*.py.meta")):
         source = meta.with_suffix("")
         functions = _functions(source.read_text())
         score = Score(source.relative_to(_MUTANTS).as_posix())
+        too_early = {f"x_{name}" for name in _only_for_import(Path(score.module))}
         for name, code in json.loads(meta.read_text())["exit_code_by_key"].items():
             if code is None:
                 score.unchecked += 1
                 continue
             mutant = name.rpartition(".")[2]
-            original = functions[mutant.partition(_MARK)[0] + _MARK + "orig"]
+            function = mutant.partition(_MARK)[0]
+            original = functions[f"{function}{_MARK}orig"]
             before, after = _body(original), _body(functions[mutant])
-            if before == after:
+            if before == after or function in too_early:
                 continue
             if code != _SURVIVED:
                 score.killed += 1

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from orchestrator.catalogue import Catalogue, FlagHelp, parse_help
 from orchestrator.errors import InvalidRequest
-from orchestrator.server_args import speculative_flags
+from orchestrator.server_args import accepted_modes, speculative_flags
 
 HELP = """----- common params -----
 
@@ -125,6 +125,7 @@ OLD_MOD = "--spec-type ngram-mod --spec-ngram-size-n 24 --draft-min 48 --draft-m
         ("ngram-simple", "11434", "--spec-type ngram-simple"),
         ("ngram-simple", "old", "--spec-type ngram-simple"),
         ("draft-mtp", "11434", "--spec-type draft-mtp"),
+        ("ngram-simple,draft-mtp", "11434", "--spec-type ngram-simple,draft-mtp"),
         ("draft-mtp", "lists no types", "--spec-type draft-mtp"),
     ],
 )
@@ -142,6 +143,7 @@ def test_a_mode_is_the_first_flags_that_the_binary_supports(
         ("default", "old", "off, ngram-mod, ngram-simple, draft-mtp"),
         ("ngram-mod", "half", "off, default, ngram-simple, draft-mtp"),
         ("bogus", "11434", "off, default, ngram-mod, ngram-simple, draft-mtp"),
+        ("ngram-simple,bogus", "11434", "off, default, ngram-mod, ngram-simple, draft-mtp"),
         *[(mode, "no drafting", "off") for mode in ("default", "ngram-mod", "ngram-simple", "x")],
     ],
 )
@@ -171,3 +173,12 @@ def test_binary_that_could_not_be_asked_is_not_held_back() -> None:
     """An inconclusive answer switches nothing off."""
     assert speculative_flags("default", (), None) == ("--spec-default",)
     assert speculative_flags("draft-mtp", (), None) == ("--spec-type", "draft-mtp")
+    assert accepted_modes(None) == ["off", "default", "ngram-mod", "ngram-simple"]
+
+
+def test_a_hint_may_fill_the_room_before_the_text_to_the_last_place() -> None:
+    """The text begins in its column; a blank before it is all that tells the two apart."""
+    line = "--model " + "{a,b}".rjust(31) + " the file"
+    assert line[38:41] == "} t"
+    read = parse_help(line)
+    assert read == Catalogue((FlagHelp(("--model",), takes_value=True, choices=("a", "b")),))

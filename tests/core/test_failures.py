@@ -524,3 +524,66 @@ def test_braces_in_the_output_do_not_break_the_sentence() -> None:
 def test_a_line_without_end_makes_no_message_without_end() -> None:
     """The sentence goes into status, logs and a terminal."""
     assert len(explain(1, (f'{BAD}--x": {"y" * 8000}',)).message) < 500
+
+
+ENDED = "llama-server ended {} before it was ready: {}"
+
+
+@pytest.mark.parametrize(
+    ("returncode", "tail", "message"),
+    [
+        (None, (), ENDED.format("with an unknown status", "it printed nothing")),
+        (0, (), ENDED.format("with exit status 0", "it printed nothing")),
+        (1, ("",), ENDED.format("with exit status 1", "")),
+        (128, ("Failed: x",), ENDED.format("with exit status 128", "Failed: x")),
+        (-signal.SIGUSR1, (), ENDED.format("by SIGUSR1", "see its output")),
+        (-63, (), ENDED.format("by signal 63", "see its output")),
+        (-200, (), ENDED.format("by signal 200", "see its output")),
+        (
+            126,
+            (),
+            ENDED.format(
+                "with exit status 126",
+                "the command behind it could not be run: check its script (see llama_server)",
+            ),
+        ),
+        (1, (f'{BAD}-c": stoi',), "-c (not a whole number, or too large): correct its value"),
+        (1, (f'{BAD}-c": stoll',), "-c (not a whole number, or too large): correct its value"),
+        (1, (f'{BAD}--temp": stof',), "--temp (not a number): correct its value"),
+        (1, (f'{BAD}--temp": stod',), "--temp (not a number): correct its value"),
+        (
+            1,
+            ("error loading shared library libfoo.so: no",),
+            (
+                "the shared library libfoo.so is missing or unusable: reinstall llama_server, or "
+                "set LD_LIBRARY_PATH"
+            ),
+        ),
+        (1, (f"{E}{BOUNDS}",), "the model file is damaged or incomplete: download it again"),
+    ],
+)
+def test_the_whole_sentence(returncode: int | None, tail: tuple[str, ...], message: str) -> None:
+    """It is all that a person gets to read, so it is written down here once more."""
+    assert message in explain(returncode, tail).message
+
+
+def test_an_exit_status_is_no_signal_up_to_what_a_shell_makes_of_one() -> None:
+    """129 is the first: a shell's way to say SIGHUP. 128 itself says nothing."""
+    assert explain(128, ()).reason == "exited"
+    assert explain(1, ()).reason == "exited"
+    assert explain(128 + signal.SIGKILL, ()).reason == "killed"
+
+
+def test_what_follows_the_announcement_counts_and_what_is_before_does_not() -> None:
+    """A server may fail after it has listened, and then complaints of its start are old news."""
+    announced = SUCCESS[-1]
+    old, new = f"{E}{BOUNDS}", "error: a new kind of trouble"
+    assert explain(1, (old, announced, new)).reason == "exited"
+    assert new in explain(1, (old, announced, new)).message
+    assert explain(1, (old, announced)).reason == "exited"
+
+
+def test_an_unknown_complaint_is_found_in_any_case() -> None:
+    """Of lines that complain the last is quoted, not the last of all."""
+    for complaint in ("ERROR: it broke", "it FAILED", "an error", "it failed"):
+        assert complaint in explain(3, ("hello", complaint, "bye")).message

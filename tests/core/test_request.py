@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import InvalidRequest, MalformedRequest, OrchestratorError
 from orchestrator.request import (
+    MAX_SECONDS,
     FileIdentity,
     HubModel,
     LoadRequest,
     ModelFiles,
+    ReloadReason,
     ServerBinary,
     Target,
     differences,
@@ -144,8 +146,62 @@ def test_an_unknown_field_is_refused_by_name(name: str) -> None:
 
 def test_a_request_without_a_model_says_so() -> None:
     """The one field without a default."""
-    with pytest.raises(MalformedRequest, match="model_path is required"):
+    with pytest.raises(MalformedRequest, match=r"^model_path is required$") as caught:
         LoadRequest.from_dict({})
+    assert caught.value.field == "model_path"
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ([], "a load request is an object of named fields, not list"),
+        ({7: 1}, "unknown field 'int'; known fields: " + ", ".join(sorted(FIELDS))),
+        ({"model_path": 7}, "model_path must be a string, not int"),
+        ({"pinned": 1}, "pinned must be true or false, not int"),
+        ({"max_seq_length": "8"}, "max_seq_length must be a whole number, not str"),
+        ({"deadline_s": "8"}, "deadline_s must be a number of seconds, not str"),
+        ({"llama_extra_args": "-c"}, "llama_extra_args must be a list of strings, not str"),
+        ({"llama_extra_args": ["-c", 8]}, "llama_extra_args must be a list of strings, not int"),
+        ({"on_busy": 7}, "on_busy must be a string, not int"),
+        (
+            {"on_busy": "x" * 50},
+            f"on_busy is {'x' * 40!r}: use one of supersede, queue, reject",
+        ),
+        (
+            {"speculative_type": "!" * 50},
+            f"speculative_type is {'!' * 40!r}: use default, off, or a type the server lists",
+        ),
+        (
+            {"max_seq_length": 10**18},
+            f"max_seq_length is {10**18}: use 0 to 1073741824",
+        ),
+        (
+            {"max_seq_length": -(10**19)},
+            "max_seq_length is out of range: use 0 to 1073741824",
+        ),
+        ({"n_parallel": 65}, "n_parallel is 65: use 1 to 64"),
+        ({"deadline_s": 0}, "deadline_s is 0: use more than 0 to 2592000 seconds"),
+    ],
+    ids=label,
+)
+def test_a_refusal_is_one_whole_sentence(values: Any, sentence: str) -> None:
+    """It reaches a person as it is: the field, what was given, what to give."""
+    if isinstance(values, dict) and 7 not in values:
+        values = {"model_path": "/m.gguf", **values}
+    with pytest.raises(InvalidRequest) as caught:
+        LoadRequest.from_dict(values)
+    assert str(caught.value) == sentence
+
+
+def test_the_longest_time_itself_may_be_asked_for() -> None:
+    assert request(deadline_s=MAX_SECONDS).deadline_s == MAX_SECONDS
+
+
+def test_an_unknown_name_is_shown_up_to_a_bound() -> None:
+    """Whoever sends a megabyte as a name does not get it back."""
+    with pytest.raises(MalformedRequest) as caught:
+        LoadRequest.from_dict({"x" * 1000: 1})
+    assert caught.value.field == "x" * 64
 
 
 # --------------------------------------------------------------------------------- normal form
@@ -413,6 +469,25 @@ def test_a_hub_model_that_nobody_looked_up_yet_is_compared_by_what_was_asked_for
     assert [r.field for r in differences(nothing, q8)] == ["gguf_variant"]
     branch = target(model=wanted_of_hub(revision="dev"))
     assert [r.field for r in differences(nothing, branch)] == ["revision"]
+    f16 = target(model=wanted_of_hub("f16"), gguf_variant="f16")
+    shown = ReloadReason("gguf_variant", running="Q8_0", requested="F16")
+    assert differences(running, f16) == (shown,)
+    pictures = target(model=wanted_of_hub(), mmproj_path="p.gguf")
+    shown = ReloadReason("mmproj_path", running=None, requested="p.gguf")
+    assert differences(target(model=on_hub()), pictures) == (shown,)
+
+
+def test_a_reason_shows_a_file_as_a_sentence_and_parts_as_a_list() -> None:
+    """It is read by a person, and travels as JSON."""
+    one = "/models/b.gguf (3 bytes, mtime 4, inode 2 of device 1)"
+    whole = target(model=ModelFiles((file("/models/b.gguf"),), None, "Q4_K_M"))
+    parts = target(model=weights({}, {}))
+    (reason,) = differences(whole, parts)
+    assert reason.running == one
+    assert isinstance(reason.requested, list)
+    assert reason.requested == [one.replace("b.gguf", f"a-{i}.gguf") for i in (0, 1)]
+    (reason,) = differences(target(), target(llama_extra_args=["-t", "4"]))
+    assert (reason.running, reason.requested) == ([], ["-t", "4"])
 
 
 def test_what_a_hub_model_inherits_waits_for_the_variant_that_is_found() -> None:

@@ -6,6 +6,7 @@ flag dropped from the library's own table by accident is noticed.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.argv import build_argv
+from orchestrator.catalogue import Catalogue, FlagHelp
 from orchestrator.errors import InvalidRequest, RefusedArgument
 from orchestrator.request import (
     FileIdentity,
+    HubModel,
     LoadRequest,
     ModelFiles,
     ServerBinary,
@@ -441,6 +444,23 @@ def test_a_full_argv_has_one_order_and_the_callers_args_last() -> None:
     assert argv == build_argv(wanted, template_file="/tmp/t.jinja")
 
 
+def test_an_argv_is_for_the_binary_that_will_run_it() -> None:
+    """B43: another build has another name for the same, or none."""
+    flags = ("-m --model", "--spec-type", "--spec-ngram-size-n", "--draft-min", "--draft-max")
+    old = Catalogue(tuple(FlagHelp(tuple(f.split()), takes_value=True) for f in flags))
+    wanted = target(speculative_type="ngram-mod")
+    wanted = replace(wanted, server=replace(wanted.server, catalogue=old))
+    argv = build_argv(wanted, template_file=None)
+    assert argv[9:13] == ("--spec-type", "ngram-mod", "--spec-ngram-size-n", "24")
+
+
+def test_an_argv_names_what_is_still_to_be_downloaded() -> None:
+    """A plan shows the command before there is a file."""
+    hub = ModelFiles((), hub=HubModel("Org/A"))
+    argv = build_argv(replace(target(), model=hub), template_file=None)
+    assert argv[3:5] == ("-m", "</m>")
+
+
 def test_a_vision_model_gets_its_projector_and_no_drafting() -> None:
     """Drafting with images is not supported by the server."""
     argv = build_argv(target(projector=True, speculative_type="default"), template_file=None)
@@ -503,6 +523,8 @@ def test_an_argv_holds_no_secret_and_ends_with_the_callers_args(
         (("-md", "d.gguf"), "draft"),
         (("--spec-type", "draft-eagle3", "-md", "d.gguf"), "draft-eagle3"),
         (("--spec-type",), "off"),
+        (("--spec-type", "a,none,,b,a"), "a,b"),
+        (("--spec-type=a,none,b", "--temp", "1"), "a,b"),
     ],
 )
 def test_a_manual_mode_is_shown_as_itself_and_survives_being_sent_back(

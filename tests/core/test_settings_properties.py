@@ -48,7 +48,7 @@ from orchestrator.messages import (
     Spawn,
     Spawned,
 )
-from orchestrator.plan import plan_load
+from orchestrator.plan import Plan, plan_load
 from orchestrator.process import check_server_env, child_environment
 from orchestrator.request import (
     FileIdentity,
@@ -743,6 +743,21 @@ def test_the_requested_context_is_compared_and_never_the_effective_one(
     assert plan.action == ("none" if asked == running else "reload")
     shown = [(reason.running, reason.requested) for reason in plan.reload_reasons]
     assert shown == ([] if asked == running else [(running, asked)])
+
+
+def test_a_load_that_waits_its_turn_is_compared_with_what_is_there_then() -> None:
+    """Not with what loads now, nor with what runs now."""
+    session = Session()
+    session.ask(target(request(max_seq_length=512)))
+    session.ask(target(request(max_seq_length=1024, on_busy="queue")))
+    wanted = target(request(max_seq_length=2048, on_busy="queue"))
+    plan = plan_load(session.state, session.ctx, wanted)
+    shown = [reason.as_dict() for reason in plan.reload_reasons]
+    assert (plan.action, plan.argv) == ("reload", shown_argv(wanted))
+    assert shown == [{"field": "max_seq_length", "running": 1024, "requested": 2048}]
+    session.ask(wanted)
+    joined = plan_load(session.state, session.ctx, wanted)
+    assert joined == Plan("none", [], plan.argv)
 
 
 # ------------------------------------------------------------------------- what a binary can do

@@ -305,6 +305,7 @@ def test_a_label_matches_at_its_boundaries(name: str, label: str, is_match: bool
         ("F16/BF16/m.gguf", "BF16"),
         ("m.gguf", "m.gguf"),
         ("sub/m.gguf", "m.gguf"),
+        ("sub/sub/m.gguf", "m.gguf"),
         ("SQ4_0.gguf", "SQ4_0.gguf"),
         ("", ""),
     ],
@@ -560,3 +561,9 @@ def test_what_is_taken_for_a_repo_the_client_takes_too(text: str) -> None:
 
     if (found := split_reference(text)) is not None:
         validate_repo_id(found[0])
+
+
+def test_a_name_that_can_be_printed_is_shown_as_it_is() -> None:
+    """It may be posted back, so nothing of it may be escaped that need not be."""
+    assert "it's\\one.gguf" in refused(["it's\\one.gguf", "two.gguf"], "zzz", "gguf_variant")
+    assert "o\\u202ene.gguf" in refused(["o\u202ene.gguf", "two.gguf"], "zzz", "gguf_variant")

@@ -188,6 +188,7 @@ def test_numbers_neither_repeat_nor_skip_whoever_reads_meanwhile(pool: ThreadPoo
     for _ in range(500):
         log.append("transition", {})
     stop()
+    stop()  # once more changes nothing
     log.close()
     for reader in readers:
         assert reader.result(PATIENCE_S) == list(range(1, 501))
