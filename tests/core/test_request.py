@@ -179,6 +179,15 @@ def test_a_request_without_a_model_says_so() -> None:
             {"max_seq_length": -(10**19)},
             "max_seq_length is out of range: use 0 to 1073741824",
         ),
+        (
+            {"cache_type_kv": "x" * 50},
+            f"cache_type_kv is {'x' * 40!r}: use one of {', '.join(CACHE_TYPES)}",
+        ),
+        ({"llama_extra_args": ["\ud800"]}, "llama_extra_args is not valid Unicode text"),
+        (
+            {"llama_extra_args": ["x"] * 257},
+            "llama_extra_args is too long: at most 256 tokens and 32768 bytes",
+        ),
         ({"n_parallel": 65}, "n_parallel is 65: use 1 to 64"),
         ({"deadline_s": 0}, "deadline_s is 0: use more than 0 to 2592000 seconds"),
     ],

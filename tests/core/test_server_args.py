@@ -207,6 +207,8 @@ def test_a_negative_number_is_a_value(value: str) -> None:
         ("--ctx_size", "--ctx-size"),
         ("--ctx_size=a_b", "--ctx-size"),
         (" --jinja ", "--jinja"),
+        ("--x=a=b", "--x"),
+        ("-a_b", "-a_b"),
         ("-1x", "-1x"),
         ("-.", "-."),
         ("-info", "-info"),

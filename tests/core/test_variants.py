@@ -567,3 +567,15 @@ def test_a_name_that_can_be_printed_is_shown_as_it_is() -> None:
     """It may be posted back, so nothing of it may be escaped that need not be."""
     assert "it's\\one.gguf" in refused(["it's\\one.gguf", "two.gguf"], "zzz", "gguf_variant")
     assert "o\\u202ene.gguf" in refused(["o\u202ene.gguf", "two.gguf"], "zzz", "gguf_variant")
+
+
+def test_what_is_set_aside_is_listed_and_hides_nothing() -> None:
+    """A part with a number that cannot be, first in the listing, is no end of the listing."""
+    aside = ["a-00009-of-00003.gguf", "imatrix.gguf"]
+    assert refused(aside, None, "model_path").endswith(f", only {', '.join(aside)}")
+    assert chosen([*aside, "b-Q8_0.gguf"], None).weights == ("b-Q8_0.gguf",)
+
+
+def test_the_projector_beside_a_model_in_folders_is_nearer_than_one_above() -> None:
+    names = ["x/y/m.gguf", "x/y/mmproj.gguf", "x/mmproj-F16.gguf"]
+    assert chosen(names, None).projector == "x/y/mmproj.gguf"
