@@ -464,8 +464,16 @@ def lose_server(s: Step) -> None:
         what = "something else is loaded" if s.ctx.queue else "load the model again"
         s.put(recovery=None, last_error=replace(problem, message=f"{problem.message}: {what}"))
         return
-    now = Recovery(running.target, running.generation, 1, "waiting", at, problem)
-    _plan_restart(s, after_exit(policy, s.ctx.recovery, ran_s=at - running.at, at=at, now=now))
+    recovery = after_exit(
+        policy,
+        s.ctx.recovery,
+        target=running.target,
+        generation=running.generation,
+        ran_s=at - running.at,
+        at=at,
+        problem=problem,
+    )
+    _plan_restart(s, recovery)
 
 
 def enqueue_restart(s: Step) -> None:

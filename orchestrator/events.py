@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Final
 
 from orchestrator.named import Named
@@ -75,7 +76,8 @@ class EventLog:
     def since(self, after: int) -> list[Event]:
         """Return what happened after that number, oldest first, as far as it is still kept."""
         with self._changed:
-            return [event for event in self._events if event.id > after]
+            newest = [*islice(reversed(self._events), max(0, self._last - after))]
+        return newest[::-1]
 
     def wait(self, after: int) -> list[Event]:
         """Block until something happened after that number; [] when the log is closed."""

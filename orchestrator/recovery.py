@@ -66,31 +66,47 @@ def backoff_s(policy: RestartPolicy, failures: int) -> float:
 
 
 def after_exit(
-    policy: RestartPolicy, last: Recovery | None, *, ran_s: float, at: float, now: Recovery
+    policy: RestartPolicy,
+    last: Recovery | None,
+    *,
+    target: Target,
+    generation: Generation,
+    ran_s: float,
+    at: float,
+    problem: Problem,
 ) -> Recovery:
     """Return what is done about a server that was Healthy for `ran_s` seconds and has ended.
 
     Args:
         policy: What the embedding backend decided.
         last: What was being done before; only the same target counts on.
+        target, generation: What ran.
         ran_s: How long it was Healthy.
         at: Monotonic seconds.
-        now: The new failure, counted as the first.
+        problem: How it ended.
     """
-    goes_on = last is not None and ran_s < policy.stable_after_s and last.target == now.target
+    goes_on = last is not None and ran_s < policy.stable_after_s and last.target == target
     before = last.failures if last is not None and goes_on else 0
-    return _decided(policy, replace(now, failures=before + 1), at)
+    return _decided(policy, target, generation, before + 1, problem, at)
 
 
 def after_failed_restart(
     policy: RestartPolicy, last: Recovery, *, at: float, generation: Generation, problem: Problem
 ) -> Recovery:
     """Return what is done about a restart that did not become Healthy."""
-    now = replace(last, generation=generation, failures=last.failures + 1, problem=problem)
-    return _decided(policy, now, at)
+    return _decided(policy, last.target, generation, last.failures + 1, problem, at)
 
 
-def _decided(policy: RestartPolicy, now: Recovery, at: float) -> Recovery:
-    if now.failures > policy.limit:
-        return replace(now, phase="cooling_down", until=at + policy.cool_down_s)
-    return replace(now, phase="waiting", until=at + backoff_s(policy, now.failures))
+def _decided(
+    policy: RestartPolicy,
+    target: Target,
+    generation: Generation,
+    failures: int,
+    problem: Problem,
+    at: float,
+) -> Recovery:
+    if failures > policy.limit:
+        until = at + policy.cool_down_s
+        return Recovery(target, generation, failures, "cooling_down", until, problem)
+    until = at + backoff_s(policy, failures)
+    return Recovery(target, generation, failures, "waiting", until, problem)

@@ -174,7 +174,14 @@ def draw(folder: Path, name: str, title: str, unit: str, series: dict[str, Serie
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     for label, points in series.items():
         axes.plot(list(points), list(points.values()), marker="o", label=label)
-    axes.set(title=title, ylabel=unit, xscale="log", ylim=(0, None))
+    axes.set(title=title, ylabel=unit, xscale="log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    values = [value for points in series.values() for value in points.values()]
+    if max(values) > 10 * min(values):  # what grows with its cause is a straight line here
+        axes.set(yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set(ylim=(0, 1.2 * max(values)))
     axes.grid(alpha=0.3)
     if len(series) > 1:
         axes.legend(frameon=False)

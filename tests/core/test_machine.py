@@ -720,6 +720,16 @@ def test_an_unload_during_a_spawn_reaps_the_late_process() -> None:
     assert run.answers[unload] == Unloaded()
 
 
+def test_a_shutdown_during_a_kill_begins_no_second_one() -> None:
+    """At most one effect is in flight."""
+    run = healthy()
+    run.unload()
+    assert len(run.began(Kill)) == 1
+    run.shutdown()
+    assert run.began(Kill) == []
+    assert run.emptied().state is I
+
+
 def test_an_unload_that_fails_says_so_and_keeps_the_pid() -> None:
     """B06: what will not die keeps the slot occupied, and the next load is refused with that."""
     run = healthy()
@@ -773,7 +783,10 @@ def test_an_unload_of_what_only_waits_is_answered_at_once(state: State) -> None:
     queued, other = run.load(B, on_busy="queue"), run.load(C, on_busy="queue")
     run.go(state)
     unload = run.unload(B)
-    assert (run.category(queued), run.answers[unload]) == ("cancelled", Unloaded())
+    assert run.answers[queued] == Problem(
+        "cancelled", "ended by an unload", generation=Generation(2)
+    )
+    assert run.answers[unload] == Unloaded()
     assert [job.target.request.model_path for job in run.ctx.wanted][-1:] == [C]
     withdrawn = run.unload(C)
     assert (run.category(other), run.answers[withdrawn]) == ("cancelled", Unloaded())
@@ -1248,6 +1261,17 @@ def test_a_server_that_dies_is_no_longer_loaded_and_says_why() -> None:
     assert run.ctx.last_error.log_tail == ("out of memory",)
     assert run.ctx.last_exit == exit_
     assert run.emptied().state is I
+
+
+def test_the_end_of_a_server_that_was_stopped_is_remembered() -> None:
+    """Until another one ends: a load that finds nothing to stop has seen no end."""
+    run = healthy()
+    run.unload()
+    exit_ = Exit(41, -15, ("cleaning up",))
+    run.do(Emptied(run.effect, run.now, exit_))
+    assert run.ctx.last_exit == exit_
+    run.unload()
+    assert run.emptied().ctx.last_exit == exit_
 
 
 def test_the_exit_of_another_process_is_fenced() -> None:

@@ -458,8 +458,15 @@ def test_failures_in_a_row_are_bounded_and_a_stable_server_forgives(held: list[f
     last: Recovery | None = None
     in_a_row = 0
     for ran_s in held:
-        now = Recovery(wanted, Generation(1), 1, "waiting", 0.0, Problem("server_exited", "x"))
-        last = after_exit(RULES, last, ran_s=ran_s, at=0.0, now=now)
+        last = after_exit(
+            RULES,
+            last,
+            target=wanted,
+            generation=Generation(1),
+            ran_s=ran_s,
+            at=0.0,
+            problem=Problem("server_exited", "x"),
+        )
         in_a_row = 1 if ran_s >= RULES.stable_after_s else in_a_row + 1
         assert last.failures == in_a_row
         assert (last.phase == "cooling_down") == (in_a_row > RULES.limit)
