@@ -351,6 +351,8 @@ def inv_restarts_are_bounded(world: World) -> str | None:
         return f"{recovery.failures} failures in a row, and it is {recovery.phase}"
     if recovery.phase == "waiting" and (world.is_quiescent or world.ctx.wanted):
         return "a restart is planned, and nothing will carry it out"
+    if recovery.phase == "trying" and world.state is State.IDLE:
+        return "a restart is under way, and nothing is"
     return None
 
 
