@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 import orchestrator
 from orchestrator.errors import Problem
-from orchestrator.messages import Emptied, Exited, Loaded
+from orchestrator.messages import BecameReady, Emptied, Exited, Loaded, NotReady
 from orchestrator.orchestrator import AsyncOrchestrator
 from orchestrator.snapshot import Seen
 from orchestrator.states import TIMED, State
@@ -40,6 +40,7 @@ class Metrics:
         self._orch = orch
         self._registry = registry = CollectorRegistry()
         self._spent: dict[str, float] = dict.fromkeys(State, 0.0)
+        self._found_dead: int | None = None
         self._gone_by_itself: int | None = None
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -117,13 +118,21 @@ class Metrics:
             self._reasons.labels(reason.field).inc()
 
     def _see_exit(self, seen: Seen) -> None:
-        """A server ends once: by itself, or because it was stopped."""
+        """A server ends once: by itself, or because it was stopped. Who waits for its health may
+        say that it is dead before the exit itself is told.
+        """
         child = seen.before.ctx.child
         if child is None:
             return
         match seen.fact:
+            case (
+                NotReady(generation=seen_by, problem=Problem(category="server_start_failed"))
+                | BecameReady(generation=seen_by, child_is_alive=False)
+            ) if seen_by == child.generation:
+                self._found_dead = child.pid
             case Exited(exit=ended) if ended.pid == child.pid:
-                if seen.before.state is not State.KILLING and self._gone_by_itself != child.pid:
+                is_killed = seen.before.state is State.KILLING and self._found_dead != child.pid
+                if not is_killed and self._gone_by_itself != child.pid:
                     self._gone_by_itself = child.pid
                     self._exits.labels(_how(ended.returncode)).inc()
             case Emptied() if seen.after.ctx.child is None:

@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from orchestrator import AsyncOrchestrator
+from orchestrator.errors import Problem
+from orchestrator.http.metrics import Metrics
+from orchestrator.messages import Emptied, Exit, Exited, Fact, NotReady
+from orchestrator.snapshot import Seen, Snapshot
 from orchestrator.states import State
 from orchestrator.tiny_model import write_tiny_model
+from tests.core.test_machine import Run
 from tests.http.conftest import PREFIX, Gate, Serve, is_held, until
 from tests.process.support import Background
 
@@ -63,6 +70,36 @@ def test_loads_reloads_and_exits_are_counted_by_what_became_of_them(
         assert value(found, "phase_seconds_count", phase=phase) == times, phase
         assert value(found, "phase_seconds_sum", phase=phase) > 0
     assert value(found, "phase_seconds_bucket", phase="health", le="+Inf") == 4
+
+
+@pytest.mark.parametrize("is_told_first", [True, False])
+@pytest.mark.parametrize("found_dead", [True, False])
+def test_who_waits_for_its_health_may_find_a_server_dead_before_its_exit_is_told(
+    is_told_first: bool, found_dead: bool
+) -> None:
+    """Two threads look at the same end, and either may be first; a stall is ended by us."""
+    metrics = Metrics(AsyncOrchestrator())
+    run = Run()
+
+    def do(fact: Fact) -> None:
+        before = Snapshot(run.state, run.ctx, 0.0, 0.0)
+        after = Snapshot(run.do(fact).state, run.ctx, 0.0, 0.0)
+        metrics._see(Seen(fact, before, after, (), ()))
+
+    run.load("A")
+    run.go(State.WAITING_HEALTH)
+    child, at = run.ctx.child, 1.0
+    assert child is not None
+    category = "server_start_failed" if found_dead else "stalled"
+    not_ready = NotReady(child.generation, at, Problem(category, "it failed"))
+    exited = Exited(child.generation, at, Exit(child.pid, 1))
+    by_itself = found_dead or is_told_first
+    for fact in (exited, not_ready) if is_told_first else (not_ready, exited):
+        do(fact)
+    do(Emptied(run.effect, at, Exit(child.pid, 1)))
+    text = metrics.render().decode()
+    assert ('exits_total{how="exit"} 1.0' in text) is by_itself
+    assert ('exits_total{how="stopped"} 1.0' in text) is not by_itself
 
 
 def test_the_state_and_the_time_in_it_are_told(serve: Serve, tiny_model: str) -> None:
