@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from fastapi_offline import FastAPIOffline
 from starlette.responses import StreamingResponse
 
 import orchestrator
@@ -84,7 +85,12 @@ def create_app(
         yield
         await passed_on.close()
 
-    app = FastAPI(title="llama-orchestrator", version=orchestrator.__version__, lifespan=lifespan)
+    app = FastAPIOffline(
+        redoc_url=None,
+        title="llama-orchestrator",
+        version=orchestrator.__version__,
+        lifespan=lifespan,
+    )
     install(app)
     app.include_router(router(served))
     app.include_router(_health(served, metrics))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import psutil
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 
 from orchestrator import RestartPolicy
 from orchestrator.http import create_app
@@ -415,3 +416,27 @@ def test_it_is_accessible_and_fits(
         assert not violations(page)
         wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
         assert page.evaluate(wide) == 0
+
+
+# ------------------------------------------------------------------------------- the list of routes
+
+
+def test_the_list_of_routes_needs_no_other_host_and_can_be_tried(
+    start: Start, chromium: Browser
+) -> None:
+    """A page of this origin may do all that its user may, so no script of somebody else runs in it;
+    and a host without the internet has documentation, too.
+    """
+    client = start()
+    context = chromium.new_context()
+    page = context.new_page()
+    asked: set[str] = set()
+    page.on("request", lambda request: asked.add(urlsplit(request.url).netloc))
+    page.goto(f"{client.base_url}/docs")
+    route = page.locator("#operations-inference-status_api_inference_status_get")
+    route.click()
+    route.get_by_role("button", name="Try it out").click()
+    route.get_by_role("button", name="Execute").click()
+    expect(route.locator(".live-responses-table")).to_contain_text('"state": "Idle"')
+    context.close()
+    assert {host for host in asked if host} == {urlsplit(str(client.base_url)).netloc}
