@@ -6,7 +6,7 @@ what ends (supersede, cancel, fail), then what follows (`take_next`), then the n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -118,8 +118,7 @@ def enqueue(s: Step) -> None:
     s.put(generation=generation, queue=(*s.ctx.queue, job))
     _note_load(s, fact)
     s.emit(Accept(fact.ticket, generation, joined=False))
-    if target.request.deadline_s is not None:
-        s.emit(SetTimer(generation, "deadline", target.request.deadline_s))
+    _set_deadline(s, job)
 
 
 def join_newest(s: Step) -> None:
@@ -204,13 +203,10 @@ def cancel_job(s: Step) -> None:
 
 
 def time_out_job(s: Step) -> None:
+    """A failure like any other, but for its effect, which still has to end."""
     job = cast("Job", s.ctx.job)
-    problem = _deadline(job)
-    if restores_previous(s.ctx, cast("TimerFired", s.fact)):
-        _enqueue_previous(s, job, problem)
-    else:
-        _answer_at_the_end(s, job.callers, problem)
-    _interrupt(s, CancelReason.DEADLINE, problem)
+    _fail(s, job, _deadline(job), _answer_at_the_end)
+    _interrupt(s, CancelReason.DEADLINE, cast("Problem", s.ctx.last_error))
 
 
 def time_out_queued(s: Step) -> None:
@@ -551,6 +547,11 @@ def _caller(fact: LoadRequested, *, joined: bool) -> Caller:
     return Caller(fact.ticket, fact.target.request.load_request_id, joined)
 
 
+def _set_deadline(s: Step, job: Job) -> None:
+    if (deadline_s := job.target.request.deadline_s) is not None:
+        s.emit(SetTimer(job.generation, "deadline", deadline_s))
+
+
 def _note_load(s: Step, fact: LoadRequested) -> None:
     """Every accepted load counts, also one that joins or finds its model loaded."""
     s.put(newest_load=max(s.ctx.newest_load, fact.ticket))
@@ -631,12 +632,18 @@ def _answer_at_the_end(s: Step, callers: tuple[Caller, ...], answer: Answer) -> 
         _wait(s, callers, answer)
 
 
-def _fail(s: Step, job: Job, problem: Problem) -> None:
+def _fail(
+    s: Step,
+    job: Job,
+    problem: Problem,
+    tell: Callable[[Step, tuple[Caller, ...], Answer], None] = _wait,
+) -> None:
+    """The load in flight has failed: what follows, and when its callers hear of it."""
     problem = replace(problem, generation=job.generation)
-    if restores_previous(s.ctx, cast("Completion", s.fact)):
+    if restores_previous(s.ctx, cast("Completion | TimerFired", s.fact)):
         _enqueue_previous(s, job, problem)
         return
-    _wait(s, job.callers, problem)
+    tell(s, job.callers, problem)
     recovery = s.ctx.recovery
     if job.after is not None and recovery is None:
         s.put(last_error=_restored(job.after, problem))
@@ -663,6 +670,7 @@ def _enqueue_own(s: Step, target: Target, callers: tuple[Caller, ...], failure: 
     callers = tuple(replace(c, failure=c.failure or failure) for c in callers)
     job = Job(generation, target, callers, s.fact.at, s.fact.at, after=failure)
     s.put(generation=generation, queue=(*s.ctx.queue, job), last_error=failure)
+    _set_deadline(s, job)
 
 
 def _plan_restart(s: Step, recovery: Recovery) -> None:

@@ -171,6 +171,7 @@ TABLE: Final[tuple[Row, ...]] = (
     # ---- after an exit: the server is started again, by the policy of the orchestrator -----------
     _row("restart_due", I,   "is_due_restart",              K, "enqueue_restart take_next begin_kill"),
     _row("restart_due", K,   "is_due_restart",              STAY, "enqueue_restart take_next"),
+    _row("restart_due", DSW, "is_due_restart",              STAY, "enqueue_restart"),
     _row("restart_due", ALL, "",                            STAY, "fence"),
 )
 # fmt: on

@@ -78,10 +78,13 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "load B restore; cancel | load C restore queue": {"warm": "A"},
     "load B restore; withdraw | lease; release": {"warm": "A"},
     "load B restore deadline | unload A": {"warm": "A"},
+    "load A deadline; load B restore deadline": {},
     "load B restore | shutdown": {"warm": "A"},
     "load B restore | load C reject": {"warm": "A", "policy": CONTINUE},
     # a server that ended by itself is started again
     "load A": {"policy": RESTART_CONTINUE},
+    "load A deadline": {"policy": RESTART_CONTINUE},
+    "load A deadline; load B restore deadline ": {"policy": RESTART},
     "unload | load A": {"warm": "A", "policy": RESTART},
     "unload A | lease; withdraw": {"warm": "A", "policy": RESTART},
     "lease; release | lease": {"warm": "A", "policy": RESTART},

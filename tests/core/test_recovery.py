@@ -125,6 +125,26 @@ def test_a_previous_model_that_does_not_come_back_either_is_reported_too() -> No
     assert run.settle().category(again) == "loaded"
 
 
+def test_what_comes_back_has_the_time_it_was_loaded_with() -> None:
+    """It may warm up for ever, and somebody waits to hear of it: a bound once given holds."""
+    run = healthy(deadline_s=7.0)
+    ticket = run.load(B, restore_previous=True)
+    run.go(W)
+    run.fail()
+    (timer,) = (c for c in run.commands if isinstance(c, SetTimer))
+    assert (timer.generation, timer.kind, timer.after_s) == (3, "deadline", 7.0)
+    run.go(W)
+    run.pass_time(timer)
+    assert run.category(ticket) is None, "its server still has to end"
+    run.fail().emptied()
+    answer = problem(run, ticket)
+    assert (run.state, answer.category) == (I, "server_start_failed")
+    assert answer.restored is not None
+    assert answer.restored.problem is not None
+    assert answer.restored.problem.category == "deadline"
+    assert run.ctx.last_error == answer
+
+
 def test_without_restore_previous_nothing_comes_back() -> None:
     run = healthy()
     ticket = run.load(B)
@@ -348,6 +368,30 @@ def test_a_restart_that_fails_counts_like_a_crash() -> None:
     assert run.ctx.recovery.failures == 2
     assert run.ctx.last_error is not None
     assert run.ctx.last_error.category == "server_start_failed"
+
+
+@pytest.mark.parametrize("state", [K, D, S, W])
+def test_a_restart_that_takes_longer_than_was_granted_counts_as_failed(state: State) -> None:
+    """The next one is planned at once, and not lost when its time comes before the end of this."""
+    run = healthy(RULES, deadline_s=7.0)
+    run.crash()
+    timer = run.timer()
+    run.emptied()
+    run.pass_time(timer)
+    deadline = next(c for c in run.commands if isinstance(c, SetTimer) and c.kind == "deadline")
+    run.go(state)
+    run.pass_time(deadline)
+    assert run.ctx.recovery is not None
+    assert (run.ctx.recovery.phase, run.ctx.recovery.failures) == ("waiting", 2)
+    assert run.ctx.last_error is not None
+    assert run.ctx.last_error.category == "deadline"
+    assert "restart 2 of 3 follows" in run.ctx.last_error.message
+    again = run.timer()
+    assert run.state is state
+    run.pass_time(again)
+    assert len(run.ctx.wanted) == 1
+    run.settle()
+    assert (run.state, run.model()) == (H, A)
 
 
 def test_a_server_that_held_for_a_while_starts_the_count_again() -> None:
