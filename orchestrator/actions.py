@@ -166,7 +166,8 @@ def supersede_all(s: Step) -> None:
     if s.ctx.job is not None and s.ctx.job.token is None:
         problem = _superseded(s, s.ctx.job)
         s.settle(s.ctx.job.callers, problem)
-        _interrupt(s, CancelReason.SUPERSEDED, problem)
+        s.put(last_error=problem)
+        _interrupt(s, CancelReason.SUPERSEDED)
 
 
 def cancel_all(s: Step) -> None:
@@ -182,7 +183,8 @@ def cancel_all(s: Step) -> None:
         problem = Problem(category, f"ended by {by}", generation=job.generation)
         _wait(s, job.callers, problem)
         if job is s.ctx.job:
-            _interrupt(s, reason, problem)
+            s.put(last_error=problem)
+            _interrupt(s, reason)
     s.put(queue=tuple(job for job in s.ctx.queue if job not in ended))
 
 
@@ -198,15 +200,15 @@ def cancel_job(s: Step) -> None:
     job = cast("Job", s.ctx.job)
     problem = Problem("cancelled", "cancelled by the caller", generation=job.generation)
     _answer_at_the_end(s, job.callers, problem)
-    _interrupt(s, CancelReason.USER, problem)
-    s.put(recovery=None)
+    s.put(last_error=problem, recovery=None)
+    _interrupt(s, CancelReason.USER)
 
 
 def time_out_job(s: Step) -> None:
     """A failure like any other, but for its effect, which still has to end."""
     job = cast("Job", s.ctx.job)
     _fail(s, job, _deadline(job), _answer_at_the_end)
-    _interrupt(s, CancelReason.DEADLINE, cast("Problem", s.ctx.last_error))
+    _interrupt(s, CancelReason.DEADLINE)
 
 
 def time_out_queued(s: Step) -> None:
@@ -598,10 +600,10 @@ def _keep_callers(s: Step, keep: Any) -> None:
     s.put(job=kept(s.ctx.job) if s.ctx.job else None, queue=tuple(map(kept, s.ctx.queue)))
 
 
-def _interrupt(s: Step, reason: CancelReason, problem: Problem) -> None:
+def _interrupt(s: Step, reason: CancelReason) -> None:
     """Set the token of the load in flight; its effect still has to end by itself."""
     job = cast("Job", s.ctx.job)
-    s.put(job=replace(job, token=reason, callers=()), last_error=problem)
+    s.put(job=replace(job, token=reason, callers=()))
     s.emit(SetToken(job.generation, reason))
 
 

@@ -107,6 +107,9 @@ DEEP: dict[str, dict[str, Any]] = {
     "load A | load B | load C | unload": {},
     "load A | load B queue | load C queue | load A queue": {},
     "load A id=x | load B id=x queue | cancel x | unload B": {},
+    "load A | load B queue | load C queue | unload B": {},
+    "load B restore | load C queue | unload A | unload C": {"warm": "A"},
+    "load B deadline | unload B | load C queue": {"warm": "A", "policy": RESTART},
     "load A; withdraw | load A; withdraw | load B; withdraw | lease; release": {
         "faults": Faults(health=False)
     },

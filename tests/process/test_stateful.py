@@ -358,7 +358,7 @@ QUICK = settings(
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-DEEP = settings(QUICK, max_examples=200, stateful_step_count=50, derandomize=False)
+DEEP = settings(QUICK, max_examples=400, stateful_step_count=50, derandomize=False)
 
 
 @pytest.mark.parametrize(
