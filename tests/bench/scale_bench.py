@@ -163,7 +163,9 @@ def under_load(server: str, model: str, figures: Figures) -> None:
         figures.add("resident memory meanwhile", me.memory_info().rss / 2**20, "MiB")
 
 
-def draw(folder: Path, name: str, title: str, unit: str, series: dict[str, Series]) -> None:
+def draw(
+    folder: Path, name: str, title: str, of_what: str, unit: str, series: dict[str, Series]
+) -> None:
     """Draw one plot, the same bytes for the same figures."""
     import matplotlib as mpl
 
@@ -174,12 +176,13 @@ def draw(folder: Path, name: str, title: str, unit: str, series: dict[str, Serie
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     for label, points in series.items():
         axes.plot(list(points), list(points.values()), marker="o", label=label)
-    axes.set(title=title, ylabel=unit, xscale="log")
+    axes.set(title=title, ylabel=unit, xscale="log", xlabel=of_what)
     axes.xaxis.set_major_formatter("{x:g}")
     values = [value for points in series.values() for value in points.values()]
     if max(values) > 10 * min(values):  # what grows with its cause is a straight line here
         axes.set(yscale="log")
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     else:
         axes.set(ylim=(0, 1.2 * max(values)))
     axes.grid(alpha=0.3)
@@ -241,15 +244,21 @@ def main() -> None:
         draw(
             chosen.plots,
             "bench-callers",
-            "As callers and readers grow",
+            "Until all are answered, or have the event",
+            "callers at once, or readers",
             "ms",
-            {"identical loads, all answered": joins, "events, all readers": readers},
+            {"identical loads": joins, "one event": readers},
         )
-        draw(chosen.plots, "bench-leases", "One lease while others are held", "µs", {"": leases})
+        draw(chosen.plots, "bench-leases", "One lease", "leases held meanwhile", "µs", {"": leases})
         draw(
-            chosen.plots, "bench-models", "already_loaded, models in the folder", "ms", {"": listed}
+            chosen.plots,
+            "bench-models",
+            "already_loaded",
+            "models in the folder",
+            "ms",
+            {"": listed},
         )
-        draw(chosen.plots, "bench-history", "status() after so many loads", "µs", {"": past})
+        draw(chosen.plots, "bench-history", "status()", "loads before", "µs", {"": past})
     if chosen.json:
         members: dict[str, Any] = {n: {"value": v, "unit": u} for n, v, u, _ in figures.rows}
         chosen.json.write_text(json.dumps(members, indent=2) + "\n")
