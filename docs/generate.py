@@ -34,6 +34,12 @@ from orchestrator.http.problems import CATEGORIES
 from orchestrator.orchestrator import AsyncOrchestrator
 
 _ROOT: Final = Path(__file__).parents[1]
+_FROM_THE_ROOT: Final = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "LICENSE": "license.md",
+}
 _LINK: Final = re.compile(r"(!?)\[([^\]]*)\]\(((?:\.\./)*)([^)#:]+)(#[^)]*)?\)")
 _FOREIGN: Final = re.compile(
     r"<(?:script|img|iframe)[^>]*\ssrc=\"?(?:https?:)?//|"
@@ -58,13 +64,13 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
 
     def on_site(found: re.Match[str]) -> str:
         bang, text, up, target, anchor = found.groups()
-        if page.file.src_uri == "index.md":  # the README, one folder higher than it was
+        if page.file.src_uri in _FROM_THE_ROOT.values():  # one folder higher than it was
             target = target.removeprefix("docs/")
         elif len(up) // 3 <= depth:
             return found[0]
         if target.startswith(("orchestrator/", "tests/")):
             return cast("str", text)
-        target = {"CHANGELOG.md": "changelog.md", "LICENSE": "license.md"}.get(target, target)
+        target = _FROM_THE_ROOT.get(target, target)
         return f"{bang}[{text}]({'../' * depth}{target}{anchor or ''})"
 
     return _LINK.sub(on_site, markdown)
@@ -78,9 +84,9 @@ def on_post_page(output: str, page: Page, **_: object) -> str:
 
 
 def _generated() -> Iterator[tuple[str, str]]:
-    yield "index.md", (_ROOT / "README.md").read_text()
-    yield "changelog.md", (_ROOT / "CHANGELOG.md").read_text()
-    yield "license.md", "# Licence\n\n```text\n" + (_ROOT / "LICENSE").read_text() + "```\n"
+    for source, name in _FROM_THE_ROOT.items():
+        text = (_ROOT / source).read_text()
+        yield name, text if source.endswith(".md") else f"# Licence\n\n```text\n{text}```\n"
     yield "diagrams/lifecycle.svg", diagram.svg()
     yield "diagrams/lifecycle.md", "# The transition table\n\n" + diagram.markdown()
     yield "reference/api.md", _api()
