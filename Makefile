@@ -114,11 +114,17 @@ bench: $(VENV)/.ready llama-server
 	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m tests.bench.scale_bench --plots docs
 	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m tests.bench.hub_bench
 
-release: $(VENV)/.ready
+# The site of this version goes, beside those of others, to the local branch gh-pages: pushing that
+# publishes it.
+release: docs
 	rm -rf build dist
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python -m tests.release dist
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 \
+	  GIT_COMMITTER_NAME="$$(git config user.name || echo release)" \
+	  GIT_COMMITTER_EMAIL="$$(git config user.email || echo release@localhost)" \
+	  mike deploy --update-aliases "$$($(BIN)/python -c 'print(__import__("orchestrator").__version__)')" latest
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
