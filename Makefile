@@ -121,10 +121,12 @@ release: docs
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python -m tests.release dist
-	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 \
+	export PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 \
 	  GIT_COMMITTER_NAME="$$(git config user.name || echo release)" \
-	  GIT_COMMITTER_EMAIL="$$(git config user.email || echo release@localhost)" \
-	  mike deploy --update-aliases "$$($(BIN)/python -c 'print(__import__("orchestrator").__version__)')" latest
+	  GIT_COMMITTER_EMAIL="$$(git config user.email || echo release@localhost)" && \
+	mike deploy --update-aliases \
+	  "$$(python -c 'import orchestrator; print(orchestrator.__version__)')" latest && \
+	mike set-default --allow-undefined latest
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
