@@ -62,7 +62,7 @@ soak: $(VENV)/.ready
 
 mutants: $(VENV)/.ready
 	$(BIN)/mutmut run $(ARGS)
-	$(BIN)/python -m tests.mutation_report --all
+	$(BIN)/python -m tests.mutation_report > docs/mutants.md
 
 chromium:
 	@command -v chromium >/dev/null || { $(call APT,chromium); }

@@ -1,9 +1,6 @@
 """`make mutants`, the second half: the score of each module, and every mutant that survived.
 
-Two kinds are not counted: a mutant that only names another type in a `cast` is the same program,
-and one of a function that only the import calls is switched on after that, too late for any test.
-
-Usage: python -m tests.mutation_report [--all]
+Usage: python -m tests.mutation_report > docs/mutants.md
 """
 
 from __future__ import annotations
@@ -11,7 +8,6 @@ from __future__ import annotations
 import ast
 import difflib
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,24 +83,45 @@ def _scores() -> Iterator[Score]:
                 continue
             lines = difflib.unified_diff(before, after, lineterm="", n=0)
             changes = [line for line in lines if not line.startswith(("---", "+++", "@@"))]
-            score.survivors.append("\n".join([mutant, *(f"    {line}" for line in changes)]))
+            score.survivors.append("\n".join([f"@@ {mutant.removeprefix('x_')}", *changes]))
         if score.killed or score.survivors or score.unchecked:
             yield score
 
 
+_HEAD: Final = """\
+# Mutants of the pure modules
+
+`make mutants` changes every line of what decides (mutmut), runs the tests of these modules on
+each change, and writes this page. Not counted: a mutant that only names another type in a `cast`,
+which is the same program, and one of a function that only the import calls, which is switched on
+too late for any test. The table itself is mutated with more understanding by
+`tests/core/test_mutants.py`.
+"""
+
+_SURVIVORS: Final = """
+## What survived
+
+Each was read. Most are no mutants: `None` for `False`, a bound that is never met, characters to
+strip that never occur, a default that is replaced before anybody looks at it. What is left changes
+how an error words a corner case, or is noticed by the layers that do not run here: the checker over
+every order of events, real processes.
+"""
+
+
 def main() -> None:
-    whole = Score("all")
-    print("| module | mutants | killed | score |\n|---|---|---|---|")
-    for score in (scores := list(_scores())):
-        print(score)
-        whole.killed += score.killed
-        whole.unchecked += score.unchecked
-        whole.survivors += score.survivors
-    print(whole)
-    if "--all" in sys.argv:
-        for score in scores:
-            for survivor in score.survivors:
-                print(f"\n{score.module} {survivor}")
+    scores = list(_scores())
+    whole = Score(
+        "all",
+        sum(score.killed for score in scores),
+        sum(score.unchecked for score in scores),
+        [survivor for score in scores for survivor in score.survivors],
+    )
+    print(f"{_HEAD}\n| module | mutants | killed | score |\n|---|---|---|---|")
+    print("\n".join(map(str, (*scores, whole))))
+    print(_SURVIVORS)
+    for score in scores:
+        if score.survivors:
+            print("\n".join([f"### {score.module}\n\n```diff", *score.survivors, "```\n"]))
 
 
 if __name__ == "__main__":

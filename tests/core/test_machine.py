@@ -607,6 +607,7 @@ def test_the_same_target_while_healthy_is_already_loaded() -> None:
     run = healthy()
     ticket = run.load(A)
     assert (run.state, run.category(ticket)) == (H, "already")
+    assert run.commands[0] == Accept(ticket, Generation(1), joined=False)
     assert [type(c) for c in run.commands] == [Accept, Settle]
     answer = run.answers[ticket]
     assert isinstance(answer, Loaded)
@@ -1330,6 +1331,30 @@ def test_a_deadline_counts_while_the_load_waits_its_turn() -> None:
     run.do(TimerFired(Generation(2), 5.0, "deadline"))
     assert run.category(second) == "deadline"
     assert run.settle().category(first) == "loaded"
+
+
+def test_a_deadline_waits_for_no_lease() -> None:
+    """Who waits for a drain has nothing under way that would have to end first."""
+    run = healthy(A)
+    run.lease()
+    late = run.load(B, deadline_s=5)
+    assert (run.state, run.ctx.effect) == (K, None)
+    run.do(TimerFired(Generation(2), 5.0, "deadline"))
+    assert run.category(late) == "deadline"
+
+
+def test_a_queued_load_is_timed_from_its_turn() -> None:
+    """What it waited for others is in no phase of its own, only in the whole."""
+    run, _ = in_flight(D)
+    late = run.load(B, on_busy="queue")
+    run.now = 7.0
+    run.fail()
+    assert run.state is K
+    run.now = 8.0
+    run.settle()
+    answer = run.answers[late]
+    assert isinstance(answer, Loaded)
+    assert (answer.timings.kill, answer.timings.total) == (1.0, 8.0)
 
 
 def test_a_deadline_that_fires_after_the_commit_is_fenced() -> None:
