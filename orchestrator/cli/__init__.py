@@ -10,7 +10,10 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-_EXTRA: Final = frozenset({"click", "rich", "fastapi", "uvicorn", "starlette", "pydantic"})
+_EXTRA: Final = frozenset(
+    {"click", "rich", "aiohttp", "fastapi", "fastapi_offline", "httptools", "prometheus_client"}
+    | {"pydantic", "starlette", "uvicorn", "uvloop"}
+)
 INTERRUPTED: Final = 130
 
 

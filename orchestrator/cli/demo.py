@@ -90,11 +90,11 @@ class _Demo:
 
     def __init__(self, folder: Path, llama_server: str, *, as_json: bool) -> None:
         self._as_json = as_json
-        self._binary = find_server(llama_server)
-        self._models = [
+        self._models = [  # what this needs brings a server with it, too
             str(write_tiny_model(folder / f"{name}.gguf", seed=seed))
             for seed, name in enumerate(("left", "right"))
         ]
+        self._binary = find_server(llama_server)
         self._orch = Orchestrator(llama_server=llama_server, slot=_SLOT, state_dir=folder)
         self._token = Slot(_SLOT, folder).token
         self._began_at = time.time()
