@@ -1333,6 +1333,25 @@ def test_a_deadline_counts_while_the_load_waits_its_turn() -> None:
     assert run.settle().category(first) == "loaded"
 
 
+def test_a_cancel_of_an_older_id_is_late_however_many_loads_came_since() -> None:
+    """B21: an id that was seen may be used again, and its old cancel must not reach the new load."""
+    run = Run()
+    for model, name in ((A, "x"), (B, "y")):
+        run.load(model, load_request_id=name)
+        run.settle()
+    run.cancel("x")
+    again = run.load(A, load_request_id="x")
+    assert run.settle().category(again) == "loaded"
+
+
+def test_the_status_says_by_what_a_load_was_overtaken() -> None:
+    run, _ = in_flight(W)
+    run.load(B)
+    assert run.ctx.last_error is not None
+    assert run.ctx.last_error.category == "superseded"
+    assert B in run.ctx.last_error.message
+
+
 def test_a_deadline_waits_for_no_lease() -> None:
     """Who waits for a drain has nothing under way that would have to end first."""
     run = healthy(A)
