@@ -1334,7 +1334,7 @@ def test_a_deadline_counts_while_the_load_waits_its_turn() -> None:
 
 
 def test_a_cancel_of_an_older_id_is_late_however_many_loads_came_since() -> None:
-    """B21: an id that was seen may be used again, and its old cancel must not reach the new load."""
+    """B21: an id may be used again, and its old cancel must not reach the new load."""
     run = Run()
     for model, name in ((A, "x"), (B, "y")):
         run.load(model, load_request_id=name)
