@@ -108,11 +108,12 @@ screenshot: $(VENV)/.ready chromium
 	$(BIN)/python -m tests.browser.screenshot docs/panel.png
 
 bench: $(VENV)/.ready llama-server
-	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m tests.bench.bench $(ARGS)
-	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m tests.bench.passthrough_bench
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]'
-	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m tests.bench.scale_bench --plots docs
-	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m tests.bench.hub_bench
+	export LLAMA_SERVER_PATH=$(SERVER) && \
+	$(BIN)/python -m tests.bench.bench --json build/bench.json $(ARGS) && \
+	$(BIN)/python -m tests.bench.passthrough_bench --json build/bench-passthrough.json && \
+	$(BIN)/python -m tests.bench.scale_bench --json build/bench-scale.json --plots docs && \
+	$(BIN)/python -m tests.bench.hub_bench --json build/bench-hub.json
 
 # The site of this version goes, beside those of others, to the local branch gh-pages: pushing that
 # publishes it.

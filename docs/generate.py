@@ -254,6 +254,11 @@ def _command_line() -> str:
             command = cast("click.Command", group.get_command(ctx, name))
             parts += [f"## {name}", _help(command, name, ctx)]
     parts.append("Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.")
+    parts.append(
+        "## Completion\n\nThe shell completes commands and options after this line in `~/.bashrc` "
+        "(`zsh_source` in `~/.zshrc`, or `fish_source`):\n\n```sh\n"
+        'eval "$(_LLAMA_ORCHESTRATOR_COMPLETE=bash_source llama-orchestrator)"\n```'
+    )
     return "\n\n".join(parts) + "\n"
 
 

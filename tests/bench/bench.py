@@ -42,6 +42,15 @@ class Figures:
         self.rows.append((name, value, unit, goal))
         print(f"{name:<58} {value:>10.3f} {unit:<6} {goal}", flush=True)
 
+    def write(self, path: Path | None) -> None:
+        """Write them as JSON, if somebody wants that."""
+        if path is not None:
+            members = {
+                name: {"value": v, "unit": u, "goal": goal} for name, v, u, goal in self.rows
+            }
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(members, indent=2) + "\n")
+
 
 def bare_start(server: str, model: str, context: int) -> tuple[subprocess.Popen[bytes], float]:
     """Spawn, then poll /health every millisecond; return the process and the seconds it took."""
@@ -232,12 +241,7 @@ def main() -> None:
         already_loaded_and_status(server, models[0], figures)
         exits(server, models[0], chosen.rounds // 2, figures)
         cancels(server, models[0], chosen.rounds // 2, figures)
-    if chosen.json:
-        members: dict[str, Any] = {
-            name: {"value": value, "unit": unit, "goal": goal}
-            for name, value, unit, goal in figures.rows
-        }
-        chosen.json.write_text(json.dumps(members, indent=2) + "\n")
+    figures.write(chosen.json)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ download of 200 MB a hundred times at random moments, and completes it in the en
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import random
@@ -26,6 +27,7 @@ import structlog
 
 from orchestrator import Cancelled, Orchestrator
 from orchestrator.tiny_model import write_tiny_model
+from tests.bench.bench import Figures
 
 _SERVE = """
 import sys, threading
@@ -51,37 +53,37 @@ def seconds(do: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def throughput(folder: Path, size: int) -> None:
+def throughput(folder: Path, size: int, figures: Figures) -> None:
     theirs: list[float] = []
     ours: list[float] = []
     waits: list[float] = []
     grown: list[int] = []
     me = psutil.Process()
     for turn in range(ROUNDS):
-        for kind, figures in (("client", theirs), ("ours", ours)):
+        for kind, took in (("client", theirs), ("ours", ours)):
             home = folder / f"hf-{kind}-{turn}"
             os.environ["HF_HOME"] = str(home)
             if kind == "client":
                 command = [sys.executable, "-c", _CLIENT]
-                figures.append(seconds(partial(subprocess.run, command, check=True)))
+                took.append(seconds(partial(subprocess.run, command, check=True)))
             else:
                 with orchestrator(folder / f"state-{turn}") as orch:
                     orch.status()
                     before, done = me.memory_info().rss, threading.Event()
                     watch = threading.Thread(target=_watch, args=(orch, done, waits))
                     watch.start()
-                    figures.append(seconds(partial(orch.prefetch, "org/Big")))
+                    took.append(seconds(partial(orch.prefetch, "org/Big")))
                     done.set()
                     watch.join()
                     grown.append(me.memory_info().rss - before)
             shutil.rmtree(home)
     mib = size / 2**20
     rates = [mib / statistics.median(figures) for figures in (theirs, ours)]
-    print(f"hf_hub_download                {rates[0]:8.0f} MiB/s")
-    print(f"prefetch, hashed               {rates[1]:8.0f} MiB/s")
-    print(f"ratio                          {rates[1] / rates[0]:8.2f} x   >= 1.3")
-    print(f"host memory grows by           {max(grown) / 2**20:8.1f} MiB  < 20")
-    print(f"status() meanwhile, worst      {max(waits) * 1000:8.2f} ms")
+    figures.add("hf_hub_download", rates[0], "MiB/s")
+    figures.add("prefetch, hashed", rates[1], "MiB/s")
+    figures.add("prefetch / hf_hub_download", rates[1] / rates[0], "x", ">= 1.3")
+    figures.add("host memory grows by", max(grown) / 2**20, "MiB", "< 20")
+    figures.add("status() meanwhile, worst", max(waits) * 1000, "ms")
 
 
 def _watch(orch: Orchestrator, done: threading.Event, waits: list[float]) -> None:
@@ -89,7 +91,7 @@ def _watch(orch: Orchestrator, done: threading.Event, waits: list[float]) -> Non
         waits.append(seconds(orch.status))
 
 
-def cancels(folder: Path, file: Path) -> None:
+def cancels(folder: Path, file: Path, figures: Figures) -> None:
     """Every cancel settles, and what is left is continued to the very same bytes."""
     os.environ["HF_HOME"] = str(folder / "hf-cancels")
     chance = random.Random(1)
@@ -115,10 +117,10 @@ def cancels(folder: Path, file: Path) -> None:
         outcome = orch.prefetch("org/Middle")
     same = _sha256(Path(outcome.files[0])) == _sha256(file)
     took.sort()
-    print(f"cancel, median of {CANCELS}          {took[CANCELS // 2] * 1000:8.1f} ms")
-    print(f"cancel, p99                    {took[-2] * 1000:8.1f} ms  < 1000")
-    print(f"cancel, worst                  {took[-1] * 1000:8.1f} ms  < 1000")
-    print(f"the file in the end is         {'the same' if same else 'ANOTHER'}")
+    assert same, "what was completed in the end is another file"
+    figures.add(f"cancel, median of {CANCELS}", took[CANCELS // 2] * 1000, "ms")
+    figures.add("cancel, p99", took[-2] * 1000, "ms", "< 1000")
+    figures.add("cancel, worst", took[-1] * 1000, "ms", "< 1000")
 
 
 def _sha256(path: Path) -> str:
@@ -131,6 +133,9 @@ def orchestrator(state_dir: Path) -> Orchestrator:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    chosen, figures = parser.parse_args(), Figures()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
     for name in ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ[name] = "1"
@@ -144,9 +149,10 @@ def main() -> None:
         ) as hub:
             assert hub.stdout is not None
             os.environ["HF_ENDPOINT"] = hub.stdout.readline().strip()
-            throughput(folder, big.stat().st_size)
-            cancels(folder, middle)
+            throughput(folder, big.stat().st_size, figures)
+            cancels(folder, middle, figures)
             hub.communicate("")
+    figures.write(chosen.json)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import statistics
 import tempfile
@@ -16,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import structlog
@@ -259,9 +257,7 @@ def main() -> None:
             {"": listed},
         )
         draw(chosen.plots, "bench-history", "status()", "loads before", "µs", {"": past})
-    if chosen.json:
-        members: dict[str, Any] = {n: {"value": v, "unit": u} for n, v, u, _ in figures.rows}
-        chosen.json.write_text(json.dumps(members, indent=2) + "\n")
+    figures.write(chosen.json)
 
 
 if __name__ == "__main__":
