@@ -266,3 +266,22 @@ def _post_and_keep_open(
     headers = {"Content-Type": "application/json"}
     connection.request("POST", LOAD, json.dumps(body), headers)
     return connection
+
+
+def test_an_unload_of_a_model_that_waits_its_turn_leaves_the_one_that_loads(
+    serve: Serve, gate: Gate, tiny_model: str, other_model: str
+) -> None:
+    """It is answered now, although the slot will not be empty; the other load is not touched."""
+    with serve(gate.binary) as client:
+        client.post(LOAD + "?wait=false", json={"model_path": tiny_model})
+        until(client, is_held)
+        queued = {"model_path": other_model, "on_busy": "queue"}
+        waiting = Background(client.post, LOAD, json=queued)
+        until(client, lambda status: status["loading"]["queued"] == 1)
+        unloaded = client.post(PREFIX + "/unload", json={"model_path": other_model})
+        assert unloaded.json() == {"status": "unloaded"}
+        assert is_held(client.get(PREFIX + "/status").json())
+        assert problem(waiting.result()) == (409, "cancelled")
+        gate.open()
+        status = until(client, lambda status: status["state"] == "Healthy")
+        assert status["loaded"]["model_path"] == tiny_model
