@@ -124,7 +124,12 @@ class Orchestrator(Facade):
             raise
 
     def unload(self, model_path: str | None = None) -> UnloadOutcome:
-        """Stop the server, ending any load in flight; returns when the slot is verified empty."""
+        """Stop the server, ending any load in flight; returns when the slot is verified empty.
+
+        Args:
+            model_path: End this model and its loads only, by its file, its repo or `repo:VARIANT`;
+                None ends whatever there is.
+        """
         return _unload_outcome(_result(self._ask_unload(model_path)))
 
     def cancel(self, load_request_id: str | None = None, generation: int | None = None) -> bool:

@@ -270,7 +270,9 @@ class LeasedServer(Named):
 
 @dataclass(frozen=True, slots=True)
 class UnloadOutcome(Named):
-    """`unloaded`: the slot is verified empty. `not_loaded`: it named a model that is not there."""
+    """`unloaded`: the slot is verified empty, or what was named only waited in the queue behind
+    another load, which goes on. `not_loaded`: it named a model that is not there.
+    """
 
     status: Literal["unloaded", "not_loaded"]
 
