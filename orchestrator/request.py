@@ -51,7 +51,8 @@ class LoadRequest:
         idle_ttl_s: Unload after this long without use, seconds; None = the orchestrator's.
         pinned: Never unload for being idle.
         stall_timeout_s: Give up after this long without any progress, seconds.
-        deadline_s: Give up after this long in all, seconds; None = never.
+        deadline_s: Give up after this long in all, seconds; None = never. Who joins a load in
+            flight shares its two limits; to wait for less, cancel the wait.
 
     Raises:
         MalformedRequest: a field has the wrong type.
