@@ -214,8 +214,8 @@ def time_out_job(s: Step) -> None:
 def time_out_queued(s: Step) -> None:
     late = cast("TimerFired", s.fact).generation
     job = next(job for job in s.ctx.queue if job.generation == late)
-    s.settle(job.callers, _deadline(job))
     s.put(queue=tuple(other for other in s.ctx.queue if other is not job))
+    _fail(s, job, _deadline(job), Step.settle)
 
 
 def cancel_callers(s: Step) -> None:
@@ -640,9 +640,11 @@ def _fail(
     problem: Problem,
     tell: Callable[[Step, tuple[Caller, ...], Answer], None] = _wait,
 ) -> None:
-    """The load in flight has failed: what follows, and when its callers hear of it."""
+    """A load has failed: what follows, and when its callers hear of it. Only the one in flight may
+    have replaced anything.
+    """
     problem = replace(problem, generation=job.generation)
-    if restores_previous(s.ctx, cast("Completion | TimerFired", s.fact)):
+    if job is s.ctx.job and restores_previous(s.ctx, cast("Completion | TimerFired", s.fact)):
         _enqueue_previous(s, job, problem)
         return
     tell(s, job.callers, problem)

@@ -81,6 +81,7 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "load A deadline; load B restore deadline": {},
     "load B restore | shutdown": {"warm": "A"},
     "load B restore | load C reject": {"warm": "A", "policy": CONTINUE},
+    "load B restore | load C queue deadline": {"warm": "A"},
     # a server that ended by itself is started again
     "load A": {"policy": RESTART_CONTINUE},
     "load A deadline": {"policy": RESTART_CONTINUE},

@@ -329,6 +329,19 @@ def inv_what_ran_comes_back(edge: Edge) -> str | None:
     return None
 
 
+def inv_what_ran_comes_back_for_a_failure_only(edge: Edge) -> str | None:
+    """A load that goes on is not to be replaced by what it replaces."""
+    before, after = edge.before.ctx, edge.after.ctx
+    known = {job.generation for job in (before.job, *before.queue) if job}
+    own = [job for job in (after.job, *after.queue) if job and job.after is not None]
+    if edge.fact.trigger == "restart_due" or all(job.generation in known for job in own):
+        return None
+    goes_on = before.job is not None and before.job.generation in {
+        job.generation for job in after.wanted
+    }
+    return "what ran before comes back, and the load in flight goes on" if goes_on else None
+
+
 def inv_nothing_comes_back_after_an_end(edge: Edge) -> str | None:
     """An unload or a shutdown means nothing runs: nothing is brought back or started again."""
     fact, ctx = edge.fact, edge.after.ctx
@@ -382,6 +395,7 @@ STEP_PROMISES: tuple[Callable[[Edge], str | None], ...] = (
     inv_a_server_is_stopped_for_a_reason,
     inv_restored_is_what_runs,
     inv_what_ran_comes_back,
+    inv_what_ran_comes_back_for_a_failure_only,
     inv_nothing_comes_back_after_an_end,
 )
 

@@ -394,6 +394,26 @@ def test_a_restart_that_takes_longer_than_was_granted_counts_as_failed(state: St
     assert (run.state, run.model()) == (H, A)
 
 
+def test_a_restart_that_never_had_its_turn_within_its_time_counts_too() -> None:
+    """The end of the one before it took longer than all the time this one was granted."""
+    run = healthy(RULES, deadline_s=7.0)
+    run.crash()
+    timer = run.timer()
+    run.emptied()
+    run.pass_time(timer)
+    first = next(c for c in run.commands if isinstance(c, SetTimer))
+    run.go(W)
+    run.pass_time(first)
+    run.pass_time(run.timer())
+    second = next(c for c in run.commands if isinstance(c, SetTimer))
+    run.pass_time(second)
+    assert run.state is W
+    assert run.ctx.queue == ()
+    assert run.ctx.recovery is not None
+    assert (run.ctx.recovery.phase, run.ctx.recovery.failures) == ("waiting", 3)
+    assert run.timer().generation == second.generation
+
+
 def test_a_server_that_held_for_a_while_starts_the_count_again() -> None:
     run = healthy(RULES)
     for held_s, failures in ((1, 1), (1, 2), (60, 1), (1, 2)):
