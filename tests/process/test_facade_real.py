@@ -6,6 +6,7 @@ Needs the binary that LLAMA_SERVER_PATH names; everything is loaded from the tin
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import shutil
@@ -69,15 +70,17 @@ def post(base_url: str, path: str, body: object) -> Any:
         connection.close()
 
 
-def stream(base_url: str) -> http.client.HTTPConnection:
-    """A generation that will go on for a long time; returns after its first token."""
+@contextlib.contextmanager
+def stream(base_url: str) -> Iterator[http.client.HTTPResponse]:
+    """A generation that will go on for a long time, from its first token on."""
     parts = urlsplit(base_url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
     body = {"prompt": "hi", "n_predict": 1_000_000, "stream": True, "ignore_eos": True}
     headers = {"Content-Type": "application/json"}
     connection.request("POST", "/completion", json.dumps(body), headers)
-    assert connection.getresponse().read(6) == b"data: "
-    return connection
+    with contextlib.closing(connection), connection.getresponse() as response:
+        assert response.read(6) == b"data: "
+        yield response
 
 
 def test_a_model_is_loaded_asked_and_unloaded(real: Orchestrator, tiny_model: str) -> None:
@@ -208,11 +211,10 @@ def test_an_unload_with_an_active_stream_does_not_wait_for_its_end(
 ) -> None:
     """The real server ignores the first SIGTERM then, for 20 s and more."""
     outcome = real.load(tiny_model, max_seq_length=100_000)
-    connection = stream(outcome.base_url)
-    watch, begun = Watch(outcome.pid), time.monotonic()
-    real.unload()
-    assert watch.seconds_to_exit(begun) < 3
-    connection.close()
+    with stream(outcome.base_url):
+        watch, begun = Watch(outcome.pid), time.monotonic()
+        real.unload()
+        assert watch.seconds_to_exit(begun) < 3
 
 
 def test_a_crash_is_noticed_and_the_model_loads_again(real: Orchestrator, tiny_model: str) -> None:

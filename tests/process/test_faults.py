@@ -27,6 +27,7 @@ from orchestrator.errors import (
     ServerStartFailed,
     Stalled,
 )
+from orchestrator.tiny_model import write_tiny_model
 from tests.conftest import servers_of
 from tests.process.support import (
     Background,
@@ -100,19 +101,21 @@ def test_whatever_code_a_healthy_server_exits_with_it_is_told(
 
 
 @pytest.mark.external
-def test_a_server_that_the_kernel_kills_is_noticed(real: Orchestrator, tiny_model: str) -> None:
+def test_a_server_that_the_kernel_kills_is_noticed(real: Orchestrator, tmp_path: Path) -> None:
     """At the end of its CPU time, in the middle of a stream: a SIGKILL that nobody sent, as the
     out-of-memory killer's is.
     """
-    outcome = real.load(tiny_model)
-    connection = stream(outcome.base_url)
-    resource.prlimit(outcome.pid, resource.RLIMIT_CPU, (1, 1))
-    until_state(real, State.IDLE)
-    connection.close()
+    model = write_tiny_model(tmp_path / "long.gguf", context_length=1 << 17)  # more than a second's
+    outcome = real.load(str(model), n_parallel=1)
+    with stream(outcome.base_url) as response:
+        resource.prlimit(outcome.pid, resource.RLIMIT_CPU, (1, 1))
+        reading = Background(response.read)  # or it would have nothing to do but to wait for that
+        until_state(real, State.IDLE)
+        assert reading.error() is not None
     last_exit = real.status().last_exit
     assert last_exit is not None
     assert (last_exit.pid, last_exit.returncode) == (outcome.pid, -signal.SIGKILL)
-    assert real.load(tiny_model).status == "loaded"
+    assert real.load(str(model), n_parallel=1).status == "loaded"
 
 
 @pytest.mark.external
