@@ -14,7 +14,7 @@ APT = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
   apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q $(1); \
   else echo "missing: $(1). As root: apt-get install $(1)" >&2; false; fi
 
-.PHONY: help demo test check-deep soak mutants lint types format docs diagrams schema release \
+.PHONY: help demo test check-deep soak mutants lint types format docs-tools docs diagrams schema release \
   screenshot bench llama-server chromium clean
 
 help:
@@ -94,8 +94,10 @@ format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.ready
+docs-tools: $(VENV)/.ready
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[docs]'
+
+docs: docs-tools
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 diagrams: $(VENV)/.ready
@@ -117,7 +119,7 @@ bench: $(VENV)/.ready llama-server
 
 # The site of this version goes, beside those of others, to the local branch gh-pages: pushing that
 # publishes it.
-release: docs
+release: docs-tools
 	rm -rf build dist
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*

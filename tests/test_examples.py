@@ -85,11 +85,19 @@ def backend(state_dir: Path, tiny_model: str) -> Iterator[str]:
     yield from started(*command, state_dir=state_dir, says="running on", MODEL=tiny_model)
 
 
-@pytest.fixture(params=["flask_embed:app", "django_embed:application"])
+WSGI_APPS = ("flask_embed:app", "django_embed:application")
+
+
+def gunicorn(app: str, state_dir: Path, model: str) -> Iterator[str]:
+    """An example of the synchronous frameworks, served as its page says."""
+    command = ("gunicorn", "--workers=1", "--threads=8", "--bind=127.0.0.1:0", app)
+    yield from started(*command, state_dir=state_dir, says="Listening at", MODEL=model)
+
+
+@pytest.fixture(params=WSGI_APPS)
 def wsgi_backend(request: pytest.FixtureRequest, state_dir: Path, tiny_model: str) -> Iterator[str]:
-    """The examples of the synchronous frameworks, served by gunicorn."""
-    command = ("gunicorn", "--workers=1", "--threads=8", "--bind=127.0.0.1:0", request.param)
-    yield from started(*command, state_dir=state_dir, says="Listening at", MODEL=tiny_model)
+    """The examples of the synchronous frameworks, with a model."""
+    yield from gunicorn(request.param, state_dir, tiny_model)
 
 
 @pytest.fixture
@@ -132,10 +140,8 @@ def test_a_backend_without_its_model_answers_with_the_problem(
     state_dir: Path, tmp_path: Path
 ) -> None:
     """Both frameworks show a page about an exception unless they are told what it means."""
-    for app in ("flask_embed:app", "django_embed:application"):
-        command = ("gunicorn", "--bind=127.0.0.1:0", app)
-        model = str(tmp_path / "missing.gguf")
-        for url in started(*command, state_dir=state_dir, says="Listening at", MODEL=model):
+    for app in WSGI_APPS:
+        for url in gunicorn(app, state_dir, str(tmp_path / "missing.gguf")):
             answer = httpx.post(url + "/ask", json={"question": "?"}, timeout=DEADLINE_S)
             assert answer.status_code == 404
             assert answer.headers["Content-Type"] == "application/problem+json"

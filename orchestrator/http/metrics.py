@@ -138,7 +138,7 @@ class Metrics:
             case Emptied() if seen.after.ctx.child is None:
                 if self._gone_by_itself != child.pid:
                     self._exits.labels("stopped").inc()
-                self._gone_by_itself = None
+                self._gone_by_itself = self._found_dead = None  # the pid may be another's now
 
 
 class _StateSeconds(Collector):
