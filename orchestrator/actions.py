@@ -8,11 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from orchestrator.context import Caller, Context, EffectInFlight, Job, Running, Waiter
 from orchestrator.errors import Problem, Restored
-from orchestrator.guards import EARLY_CANCEL_S, cancels, is_meant, is_named, restores_previous
+from orchestrator.guards import (
+    EARLY_CANCEL_S,
+    awaited_by,
+    cancels,
+    fetches_the_same,
+    find,
+    is_meant,
+    is_named,
+    restores_previous,
+)
 from orchestrator.messages import (
     Accept,
     Answer,
@@ -22,6 +31,7 @@ from orchestrator.messages import (
     Child,
     Command,
     Completion,
+    Concluded,
     Done,
     Download,
     Emptied,
@@ -31,16 +41,24 @@ from orchestrator.messages import (
     Fetched,
     Kill,
     LeaseGranted,
+    Loaded,
     LoadRequested,
+    NotReady,
     Post,
+    Prefetched,
+    PrefetchRequested,
     Probe,
     Promoted,
+    Resolve,
+    Resolved,
+    ServerEnded,
     SetTimer,
     Settle,
     SetToken,
     Spawn,
     Spawned,
     TimerFired,
+    Timings,
     Unloaded,
     UnloadRequested,
 )
@@ -59,6 +77,10 @@ class Step:
     ctx: Context
     fact: Fact
     commands: list[Command] = field(default_factory=list)
+    was_due: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.was_due = self.ctx.is_due
 
     def put(self, **changes: Any) -> None:
         self.ctx = self.ctx.having(**changes)
@@ -109,16 +131,43 @@ def refuse_busy(s: Step) -> None:
     s.emit(Settle(s.ticket, problem))
 
 
+def refuse_full(s: Step) -> None:
+    """The queue or the prefetches have their bound, for every caller together."""
+    fact = cast("LoadRequested | PrefetchRequested", s.fact)
+    if isinstance(fact, LoadRequested) and not fact.target.request.prefetch:
+        message, field_ = f"{s.ctx.policy.max_waiting} loads wait already", "on_busy"
+    else:
+        message = f"{s.ctx.policy.max_prefetches} models are being fetched already"
+        field_ = "prefetch"
+    s.emit(Settle(fact.ticket, Problem("busy", f"{message}: try again later", field=field_)))
+
+
 def enqueue(s: Step) -> None:
-    """Accept the load: it gets its generation now and waits its turn."""
+    """Accept the load: it gets its generation now and waits its turn, and for what it awaits."""
     fact = cast("LoadRequested", s.fact)
-    generation = Generation(s.ctx.generation + 1)
-    target = fact.target
-    job = Job(generation, target, (_caller(fact, joined=False),), fact.at, fact.at)
-    s.put(generation=generation, queue=(*s.ctx.queue, job))
+    job = _accepted(s, fact)
+    s.put(queue=(*s.ctx.queue, job))
     _note_load(s, fact)
-    s.emit(Accept(fact.ticket, generation, joined=False))
+    s.emit(Accept(fact.ticket, job.generation, joined=False))
     _set_deadline(s, job)
+    _begin_waiting(s, job)
+
+
+def begin_prefetch(s: Step) -> None:
+    fact = cast("PrefetchRequested", s.fact)
+    job = _accepted(s, fact)
+    s.put(prefetches=(*s.ctx.prefetches, job))
+    _note_id(s, fact)
+    _set_deadline(s, job)
+    s.emit(Download(job.generation, job.target))
+
+
+def join_prefetch(s: Step) -> None:
+    fact = cast("PrefetchRequested", s.fact)
+    job = cast("Job", fetches_the_same(s.ctx, fact.target))
+    joined = replace(job, callers=(*job.callers, _caller(fact, joined=True)))
+    s.put(prefetches=tuple(joined if j is job else j for j in s.ctx.prefetches))
+    _note_id(s, fact)
 
 
 def join_newest(s: Step) -> None:
@@ -144,8 +193,59 @@ def answer_next_already_loaded(s: Step) -> None:
     running = _kept_as(s, first.target)
     for caller in first.callers:
         s.settle((caller,), running.loaded(already=True, joined=caller.joined))
+    _conclude(s, first, running.loaded(already=True))
     s.put(queue=tuple(rest))
     _promote_next(s)
+
+
+# --------------------------------------------------------------------------- loads that await
+
+
+def note_answer(s: Step) -> None:
+    """The Hub has said which files the load is of; now it waits for these, or for its turn."""
+    fact = cast("Resolved | Fetched", s.fact)
+    job = cast("Job", find(s.ctx.queue, fact.generation))
+    target = replace(job.target, model=fact.model)
+    now = replace(job, target=target, awaits=awaited_by(target))
+    s.put(queue=tuple(now if j is job else j for j in s.ctx.queue))
+    _begin_waiting(s, now)
+
+
+def follow_queue(s: Step) -> None:
+    """The queue has changed: the next load may be due by that, and nobody waits for a lease in
+    vain.
+    """
+    if s.ctx.job is None and not s.was_due:
+        _promote_next(s)
+    if not s.ctx.wanted and s.ctx.job is None:
+        _refuse_waiting_leases(s)
+
+
+def fail_awaiting(s: Step) -> None:
+    """What it would have replaced, or what loads meanwhile, goes on."""
+    fact = cast("TimerFired", s.fact)  # or a FetchFailed
+    job = cast("Job", find(s.ctx.queue, fact.generation))
+    _drop(s, (job,))
+    _fail(s, job, s.problem, _end)
+
+
+def answer_prefetched(s: Step) -> None:
+    """The model is on disk: found there by the call, or fetched for it."""
+    fact = cast("PrefetchRequested | Fetched", s.fact)
+    if isinstance(fact, PrefetchRequested):
+        s.emit(Settle(fact.ticket, Prefetched(fact.target.model)))
+        return
+    job = cast("Job", find(s.ctx.prefetches, fact.generation))
+    s.put(prefetches=tuple(j for j in s.ctx.prefetches if j is not job))
+    s.settle(job.callers, Prefetched(fact.model))
+
+
+def fail_prefetch(s: Step) -> None:
+    fact = cast("TimerFired", s.fact)  # or a FetchFailed
+    job = cast("Job", find(s.ctx.prefetches, fact.generation))
+    problem = _deadline(job) if isinstance(s.fact, TimerFired) else s.problem
+    _drop(s, (job,))
+    s.settle(job.callers, problem)
 
 
 # ---------------------------------------------------------------------------------- ending loads
@@ -153,11 +253,10 @@ def answer_next_already_loaded(s: Step) -> None:
 
 def supersede_queue(s: Step) -> None:
     """Older loads in the queue give way; one that was asked for later stays."""
-    newer = tuple(job for job in s.ctx.queue if any(c.ticket > s.ticket for c in job.callers))
-    for job in s.ctx.queue:
-        if job not in newer:
-            s.settle(job.callers, _superseded(s, job))
-    s.put(queue=newer)
+    older = [job for job in s.ctx.queue if all(c.ticket < s.ticket for c in job.callers)]
+    _drop(s, older)
+    for job in older:
+        _end(s, job, _superseded(s, job))
 
 
 def supersede_all(s: Step) -> None:
@@ -165,7 +264,7 @@ def supersede_all(s: Step) -> None:
     supersede_queue(s)
     if s.ctx.job is not None and s.ctx.job.token is None:
         problem = _superseded(s, s.ctx.job)
-        s.settle(s.ctx.job.callers, problem)
+        _end(s, s.ctx.job, problem)
         s.put(last_error=problem)
         _interrupt(s, CancelReason.SUPERSEDED)
 
@@ -181,25 +280,30 @@ def cancel_all(s: Step) -> None:
         reason, category, by = CancelReason.USER, "cancelled", "an unload"
     for job in ended:
         problem = Problem(category, f"ended by {by}", generation=job.generation)
-        _wait(s, job.callers, problem)
+        _end_when_empty(s, job, problem)
         if job is s.ctx.job:
             s.put(last_error=problem)
             _interrupt(s, reason)
-    s.put(queue=tuple(job for job in s.ctx.queue if job not in ended))
+    _drop(s, ended, reason)
+    if s.ctx.is_shutting_down:
+        fetching = s.ctx.prefetches
+        _drop(s, fetching, reason)
+        for job in fetching:
+            s.settle(job.callers, Problem(category, f"ended by {by}"))
 
 
 def cancel_queued(s: Step) -> None:
     """Nothing of what waits runs yet: it ends at once."""
-    for job in (ended := _named(s, s.ctx.queue)):
-        problem = Problem("cancelled", "ended by an unload", generation=job.generation)
-        s.settle(job.callers, problem)
-    s.put(queue=tuple(job for job in s.ctx.queue if job not in ended))
+    ended = _named(s, s.ctx.queue)
+    _drop(s, ended)
+    for job in ended:
+        _end(s, job, Problem("cancelled", "ended by an unload", generation=job.generation))
 
 
 def cancel_job(s: Step) -> None:
     job = cast("Job", s.ctx.job)
-    problem = Problem("cancelled", "cancelled by the caller", generation=job.generation)
-    _answer_at_the_end(s, job.callers, problem)
+    problem = _cancelled(job)
+    _end_at_the_end(s, job, problem)
     s.put(last_error=problem, recovery=None)
     _interrupt(s, CancelReason.USER)
 
@@ -207,15 +311,14 @@ def cancel_job(s: Step) -> None:
 def time_out_job(s: Step) -> None:
     """A failure like any other, but for its effect, which still has to end."""
     job = cast("Job", s.ctx.job)
-    _fail(s, job, _deadline(job), _answer_at_the_end)
+    _fail(s, job, _deadline(job), _end_at_the_end)
     _interrupt(s, CancelReason.DEADLINE)
 
 
 def time_out_queued(s: Step) -> None:
-    late = cast("TimerFired", s.fact).generation
-    job = next(job for job in s.ctx.queue if job.generation == late)
-    s.put(queue=tuple(other for other in s.ctx.queue if other is not job))
-    _fail(s, job, _deadline(job), Step.settle)
+    job = cast("Job", find(s.ctx.queue, cast("TimerFired", s.fact).generation))
+    _drop(s, (job,), CancelReason.DEADLINE)
+    _fail(s, job, _deadline(job), _end)
 
 
 def cancel_callers(s: Step) -> None:
@@ -224,10 +327,14 @@ def cancel_callers(s: Step) -> None:
     One id may be that of several calls, and several calls may have joined one load.
     """
     fact = cast("CancelRequested", s.fact)
-    for job in s.ctx.wanted:
-        problem = Problem("cancelled", "cancelled by the caller", generation=job.generation)
+    for job in (*s.ctx.wanted, *s.ctx.prefetches):
+        problem = _cancelled(job)
         s.settle((caller for caller in job.callers if is_meant(job, caller, fact)), problem)
-    s.put(queue=tuple(job for job in s.ctx.queue if not cancels(job, fact)))
+    ended = [job for job in (*s.ctx.queue, *s.ctx.prefetches) if cancels(job, fact)]
+    for job in ended:
+        if job in s.ctx.queue:
+            _conclude(s, job, _cancelled(job))
+    _drop(s, ended)
     if fact.request_id is not None:
         _keep_callers(s, lambda caller: caller.request_id != fact.request_id)
 
@@ -256,8 +363,14 @@ def forget_ticket(s: Step) -> None:
         lease_waiters=tuple(t for t in s.ctx.lease_waiters if t != gone),
         leases=s.ctx.leases - {gone},
     )
+    abandoned = [job for job in s.ctx.prefetches if not job.callers]
     if s.ctx.policy.abandoned_load == "cancel":
-        s.put(queue=tuple(job for job in s.ctx.queue if job.callers or job.after))
+        for job in s.ctx.queue:
+            if not job.callers and job.after is None:
+                abandoned.append(job)
+                message = "its last caller has gone away"
+                _conclude(s, job, Problem("cancelled", message, generation=job.generation))
+    _drop(s, abandoned)
 
 
 def fail_job(s: Step) -> None:
@@ -288,21 +401,23 @@ def fail_job_slot_occupied(s: Step) -> None:
 def fail_all(s: Step) -> None:
     """The slot could not be emptied: no load can start beside what is still alive."""
     for job in s.ctx.wanted:
-        _wait(s, job.callers, replace(s.problem, generation=job.generation))
-    s.put(job=None, queue=(), running=None, effect=None, recovery=None, last_error=s.problem)
+        _end_when_empty(s, job, replace(s.problem, generation=job.generation))
+    _drop(s, s.ctx.queue)
+    s.put(job=None, running=None, effect=None, recovery=None, last_error=s.problem)
 
 
 # ----------------------------------------------------------------------------- what comes after
 
 
 def take_next(s: Step) -> None:
-    """The oldest load in the queue becomes the one in flight, unless one is wanted already.
+    """The oldest load in the queue becomes the one in flight, unless one is wanted already, or it
+    still awaits something.
 
     What it inherits is decided now, after everything before it has been committed or has failed.
     """
     if s.ctx.job is not None and s.ctx.job.token is None:
         return
-    first, *rest = s.ctx.queue or (None,)
+    first, *rest = s.ctx.queue if s.ctx.is_due else (None, *s.ctx.queue)
     if first is not None:
         target = first.target.inheriting(dict(s.ctx.committed_args))
         first = replace(first, target=target, phase_at=s.fact.at)
@@ -319,7 +434,11 @@ def wait_for_empty(s: Step) -> None:
 
 
 def wait_for_end(s: Step) -> None:
-    _answer_at_the_end(s, (Caller(s.ticket, None, joined=False),), CancelAnswer(cancelled=True))
+    """As `_end_at_the_end`, for the call that has ended it."""
+    if s.ctx.effect is None:
+        answer_cancelled(s)
+    else:
+        s.put(waiters=(*s.ctx.waiters, Waiter(s.ticket, CancelAnswer(cancelled=True))))
 
 
 def wait_for_shutdown(s: Step) -> None:
@@ -327,9 +446,9 @@ def wait_for_shutdown(s: Step) -> None:
 
 
 def answer_waiters(s: Step) -> None:
-    """The slot is verified empty: everybody who waited for that may know."""
-    s.emit(*(Settle(waiter.ticket, waiter.answer) for waiter in s.ctx.waiters))
-    s.put(waiters=())
+    """The slot is verified empty: answer everyone who waited for that."""
+    s.emit(*s.ctx.ending, *(Settle(waiter.ticket, waiter.answer) for waiter in s.ctx.waiters))
+    s.put(waiters=(), ending=())
 
 
 def answer_waiters_occupied(s: Step) -> None:
@@ -337,7 +456,8 @@ def answer_waiters_occupied(s: Step) -> None:
     for waiter in s.ctx.waiters:
         wanted_empty = isinstance(waiter.answer, Unloaded | Done)
         s.emit(Settle(waiter.ticket, s.problem if wanted_empty else waiter.answer))
-    s.put(waiters=())
+    s.emit(*s.ctx.ending)
+    s.put(waiters=(), ending=())
 
 
 def answer_unchanged(s: Step) -> None:
@@ -419,7 +539,12 @@ def count_attempt(s: Step) -> None:
 def forget_child(s: Step) -> None:
     """The exit of everything in the slot is confirmed: the only place where a pid is dropped."""
     exit_ = cast("Emptied", s.fact).exit
-    s.put(child=None, running=None, effect=None, last_exit=exit_ or s.ctx.last_exit)
+    if s.ctx.child is not None and s.ctx.end_is_known != "told":
+        by_itself = s.ctx.end_is_known == "found"
+        how = _how(exit_.returncode if exit_ else None) if by_itself else "stopped"
+        s.emit(ServerEnded(s.ctx.child.pid, how))
+    s.put(child=None, end_is_known=None, running=None, effect=None)
+    s.put(last_exit=exit_ or s.ctx.last_exit)
 
 
 def commit(s: Step) -> None:
@@ -435,6 +560,7 @@ def commit(s: Step) -> None:
     committed = (*others, (job.target.source, job.target.extra_args))[-MAX_REMEMBERED_SOURCES:]
     s.put(job=None, running=running, effect=None, committed_args=committed)
     s.put(previous=None, last_error=job.after)  # what a load made good is still worth knowing
+    _conclude(s, job, running.loaded())
     for caller in job.callers:
         s.settle((caller,), running.loaded(joined=caller.joined))
     _promote_next(s)
@@ -442,6 +568,25 @@ def commit(s: Step) -> None:
 
 def record_exit(s: Step) -> None:
     s.put(last_exit=cast("Exited", s.fact).exit)
+
+
+def tell_exit(s: Step) -> None:
+    """It has ended by itself, and is told once, whoever notices it first."""
+    exit_ = cast("Exited", s.fact).exit
+    if s.ctx.end_is_known != "told":
+        s.emit(ServerEnded(exit_.pid, _how(exit_.returncode)))
+        s.put(end_is_known="told")
+
+
+def note_death(s: Step) -> None:
+    """Whoever waits for its health may see that it is dead before its exit is noticed."""
+    fact = cast("BecameReady | NotReady", s.fact)
+    if isinstance(fact, BecameReady):
+        is_dead = not fact.child_is_alive
+    else:
+        is_dead = fact.problem.category == "server_start_failed"
+    if is_dead and s.ctx.end_is_known is None:
+        s.put(end_is_known="found")
 
 
 def lose_server(s: Step) -> None:
@@ -458,8 +603,8 @@ def lose_server(s: Step) -> None:
         log_tail=exit_.log_tail,
     )
     policy, at = s.ctx.policy.restart, s.fact.at
-    if policy is None or s.ctx.queue:
-        what = "something else is loaded" if s.ctx.queue else "load the model again"
+    if policy is None or s.ctx.is_due:
+        what = "something else is loaded" if s.ctx.is_due else "load the model again"
         s.put(recovery=None, last_error=replace(problem, message=f"{problem.message}: {what}"))
         return
     recovery = after_exit(
@@ -477,7 +622,7 @@ def lose_server(s: Step) -> None:
 def enqueue_restart(s: Step) -> None:
     """Nobody asked for this load; it has a generation like any other."""
     recovery = cast("Recovery", s.ctx.recovery).trying()
-    _enqueue_own(s, recovery.target, (), recovery.problem)
+    _enqueue_own(s, recovery.target, (), recovery.problem, None)
     s.put(recovery=recovery)
 
 
@@ -507,17 +652,15 @@ def refuse_lease(s: Step) -> None:
 
 
 def rest(s: Step) -> None:
-    """Nothing is under way any more: there is nothing to go back to, and no lease to wait for
-    unless a restart is planned.
+    """Nothing is under way in the slot: there is nothing to go back to, and no lease to wait for
+    unless a load awaits its model or a restart is planned.
     """
     recovery = s.ctx.recovery
     if recovery is not None and recovery.phase == "trying":
         recovery = None
     s.put(previous=None, recovery=recovery)
-    if recovery is None or recovery.phase != "waiting":
-        why = _NOT_LOADED if recovery is None else _cooling_down(recovery, s.fact.at)
-        s.emit(*(Settle(ticket, why) for ticket in s.ctx.lease_waiters))
-        s.put(lease_waiters=())
+    if not s.ctx.wanted:
+        _refuse_waiting_leases(s)
 
 
 def drop_lease(s: Step) -> None:
@@ -542,10 +685,52 @@ def await_idle(s: Step) -> None:
 
 # ---------------------------------------------------------------------- shared, not named in rows
 
+
+def _refuse_waiting_leases(s: Step) -> None:
+    """Nothing is on its way, but perhaps a restart."""
+    recovery = s.ctx.recovery
+    if recovery is None or recovery.phase == "cooling_down":
+        why = _NOT_LOADED if recovery is None else _cooling_down(recovery, s.fact.at)
+        s.emit(*(Settle(ticket, why) for ticket in s.ctx.lease_waiters))
+        s.put(lease_waiters=())
+
+
 _NOT_LOADED = Problem("not_loaded", "no model is loaded: load one first")
 
 
-def _caller(fact: LoadRequested, *, joined: bool) -> Caller:
+def _accepted(s: Step, fact: LoadRequested | PrefetchRequested) -> Job:
+    """Give a call its generation; prefetches are counted downwards, so that loads are from 1."""
+    callers = (_caller(fact, joined=False),)
+    if isinstance(fact, PrefetchRequested):
+        generation = Generation(s.ctx.last_prefetch - 1)
+        s.put(last_prefetch=generation)
+        return Job(generation, fact.target, callers, fact.at, fact.at, awaits="files")
+    generation = Generation(s.ctx.generation + 1)
+    s.put(generation=generation)
+    awaits = awaited_by(fact.target)
+    return Job(generation, fact.target, callers, fact.at, fact.at, awaits=awaits)
+
+
+def _begin_waiting(s: Step, job: Job) -> None:
+    """Begin what a load in the queue awaits; the state stays, and so does what runs."""
+    if job.awaits is not None:
+        kind = Resolve if job.awaits == "answer" else Download
+        s.emit(kind(job.generation, job.target))
+
+
+def _drop(s: Step, jobs: Iterable[Job], reason: CancelReason = CancelReason.USER) -> None:
+    """Take loads out of the queue, and prefetches; what was begun for them ends by itself."""
+    gone = {job.generation for job in jobs}
+    for job in (*s.ctx.queue, *s.ctx.prefetches):
+        if job.generation in gone and job.awaits is not None:
+            s.emit(SetToken(job.generation, reason))
+    s.put(
+        queue=tuple(job for job in s.ctx.queue if job.generation not in gone),
+        prefetches=tuple(job for job in s.ctx.prefetches if job.generation not in gone),
+    )
+
+
+def _caller(fact: LoadRequested | PrefetchRequested, *, joined: bool) -> Caller:
     return Caller(fact.ticket, fact.target.request.load_request_id, joined)
 
 
@@ -557,6 +742,10 @@ def _set_deadline(s: Step, job: Job) -> None:
 def _note_load(s: Step, fact: LoadRequested) -> None:
     """Every accepted load counts, also one that joins or finds its model loaded."""
     s.put(newest_load=max(s.ctx.newest_load, fact.ticket))
+    _note_id(s, fact)
+
+
+def _note_id(s: Step, fact: LoadRequested | PrefetchRequested) -> None:
     name = fact.target.request.load_request_id
     if name is not None:
         others = tuple(known for known in s.ctx.seen_ids if known != name)
@@ -597,7 +786,11 @@ def _keep_callers(s: Step, keep: Any) -> None:
     def kept(job: Job) -> Job:
         return replace(job, callers=tuple(caller for caller in job.callers if keep(caller)))
 
-    s.put(job=kept(s.ctx.job) if s.ctx.job else None, queue=tuple(map(kept, s.ctx.queue)))
+    s.put(
+        job=kept(s.ctx.job) if s.ctx.job else None,
+        queue=tuple(map(kept, s.ctx.queue)),
+        prefetches=tuple(map(kept, s.ctx.prefetches)),
+    )
 
 
 def _interrupt(s: Step, reason: CancelReason) -> None:
@@ -624,21 +817,52 @@ def _restored(failure: Problem, problem: Problem | None) -> Problem:
     return replace(failure, restored=replace(restored, problem=problem))
 
 
-def _answer_at_the_end(s: Step, callers: tuple[Caller, ...], answer: Answer) -> None:
-    """Answer when the effect in flight has ended; now, if the old server is only drained: a load
-    that waits for leases has nothing under way that its end would have to wait for.
+def _end(s: Step, job: Job, answer: Loaded | Problem) -> None:
+    """A load has ended, and its callers hear so now."""
+    s.settle(job.callers, answer)
+    _conclude(s, job, answer)
+
+
+def _end_when_empty(s: Step, job: Job, answer: Problem) -> None:
+    """A load has ended, and its callers hear so when the slot is verified empty."""
+    _wait(s, job.callers, answer)
+    s.put(ending=(*s.ctx.ending, *_conclusions(s, job, answer)))
+
+
+def _end_at_the_end(s: Step, job: Job, answer: Problem) -> None:
+    """As `_end_when_empty`; but now, if the old server is only drained: a load that waits for
+    leases has nothing under way that its end would have to wait for.
     """
-    if s.ctx.effect is None:
-        s.settle(callers, answer)
-    else:
-        _wait(s, callers, answer)
+    (_end if s.ctx.effect is None else _end_when_empty)(s, job, answer)
+
+
+def _conclude(s: Step, job: Job, answer: Loaded | Problem) -> None:
+    s.emit(*_conclusions(s, job, answer))
+
+
+def _conclusions(s: Step, job: Job, answer: Loaded | Problem) -> tuple[Concluded, ...]:
+    """What is said of a load that ends, and of the failed one that it was to make good."""
+    own = Concluded(job.generation, job.target, job.accepted_at, _spent(s, job), answer)
+    if job.failed is None or not isinstance(job.failed.answer, Problem):
+        return (own,)
+    problem = answer if isinstance(answer, Problem) else None
+    return own, replace(job.failed, answer=_restored(job.failed.answer, problem))
+
+
+def _spent(s: Step, job: Job) -> Timings:
+    """The timings of a load, the phase in which it ends among them."""
+    current = s.ctx.job
+    if current is None or current.generation != job.generation or job.token is not None:
+        return job.timings
+    kind = s.ctx.effect.kind if s.ctx.effect else "kill"  # none: it waits for leases
+    return job.spent("health" if kind == "probe" else kind, s.fact.at)
 
 
 def _fail(
     s: Step,
     job: Job,
     problem: Problem,
-    tell: Callable[[Step, tuple[Caller, ...], Answer], None] = _wait,
+    tell: Callable[[Step, Job, Problem], None] = _end_when_empty,
 ) -> None:
     """A load has failed: what follows, and when its callers hear of it. Only the one in flight may
     have replaced anything.
@@ -647,7 +871,7 @@ def _fail(
     if job is s.ctx.job and restores_previous(s.ctx, cast("Completion | TimerFired", s.fact)):
         _enqueue_previous(s, job, problem)
         return
-    tell(s, job.callers, problem)
+    tell(s, job, problem)
     recovery = s.ctx.recovery
     if job.after is not None and recovery is None:
         s.put(last_error=_restored(job.after, problem))
@@ -663,17 +887,27 @@ def _fail(
 
 def _enqueue_previous(s: Step, failed: Job, problem: Problem) -> None:
     """What ran before comes back; who asked for what failed hears of both when that is settled."""
-    _enqueue_own(s, cast("Target", s.ctx.previous), failed.callers, problem)
+    target = cast("Target", s.ctx.previous)
+    _enqueue_own(s, target, failed.callers, problem, failed)
     s.put(previous=None)
 
 
-def _enqueue_own(s: Step, target: Target, callers: tuple[Caller, ...], failure: Problem) -> None:
+def _enqueue_own(
+    s: Step, target: Target, callers: tuple[Caller, ...], failure: Problem, failed: Job | None
+) -> None:
+    """It goes before whatever awaits its model."""
     generation = Generation(s.ctx.generation + 1)
     restored = Restored(generation, target.request.model_path, target.model.variant)
     failure = replace(failure, restored=restored)
     callers = tuple(replace(c, failure=c.failure or failure) for c in callers)
-    job = Job(generation, target, callers, s.fact.at, s.fact.at, after=failure)
-    s.put(generation=generation, queue=(*s.ctx.queue, job), last_error=failure)
+    concluded = None
+    if failed is not None:
+        accepted_at, spent = failed.accepted_at, _spent(s, failed)
+        concluded = Concluded(failed.generation, failed.target, accepted_at, spent, failure)
+    job = Job(generation, target, callers, s.fact.at, s.fact.at, after=failure, failed=concluded)
+    queue = s.ctx.queue
+    at = next((i for i, other in enumerate(queue) if other.awaits), len(queue))
+    s.put(generation=generation, queue=(*queue[:at], job, *queue[at:]), last_error=failure)
     _set_deadline(s, job)
 
 
@@ -699,7 +933,7 @@ def _next_phase(s: Step, ended: str) -> Job:
 
 
 def _promote_next(s: Step) -> None:
-    if s.ctx.queue:
+    if s.ctx.is_due:
         s.emit(Post(Promoted(s.ctx.queue[0].generation, s.fact.at)))
 
 
@@ -755,6 +989,10 @@ def _superseded(s: Step, job: Job) -> Problem:
     return Problem("superseded", message, generation=job.generation)
 
 
+def _cancelled(job: Job) -> Problem:
+    return Problem("cancelled", "cancelled by the caller", generation=job.generation)
+
+
 def _deadline(job: Job) -> Problem:
     message = f"not healthy within deadline_s = {job.target.request.deadline_s}"
     return Problem("deadline", message, field="deadline_s", generation=job.generation)
@@ -762,6 +1000,12 @@ def _deadline(job: Job) -> Problem:
 
 def _occupied(reason: str) -> Problem:
     return Problem("slot_occupied", f"the slot is not empty: {reason}; unload to try again")
+
+
+def _how(returncode: int | None) -> Literal["exit", "signal", "unknown"]:
+    if returncode is None:
+        return "unknown"
+    return "signal" if returncode < 0 else "exit"
 
 
 def _how_it_ended(returncode: int) -> str:

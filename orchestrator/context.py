@@ -11,12 +11,21 @@ from operator import attrgetter
 from typing import Any, Final, Literal
 
 from orchestrator.errors import Problem
-from orchestrator.messages import Answer, Child, Exit, Loaded, ServerFacts, Timings
+from orchestrator.messages import (
+    Answer,
+    Child,
+    Concluded,
+    Exit,
+    Loaded,
+    ServerFacts,
+    Timings,
+)
 from orchestrator.recovery import Recovery, RestartPolicy
 from orchestrator.request import ReloadReason, Target
 from orchestrator.tokens import CancelReason, Generation, Ticket
 
 EffectKind = Literal["kill", "download", "spawn", "probe"]
+"""What a state has in flight; what is done for a load that waits is no effect of a state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +37,16 @@ class Policy:
         abandoned_load: What becomes of a load whose last caller went away.
         restart: How a server that ended by itself is started again; None = it is not.
         idle_ttl_s: A server is stopped after this long without use; None = never.
+        max_waiting: How many loads wait in the queue.
+        max_prefetches: How many models are fetched beside what loads or runs.
     """
 
     drain_timeout_s: float = 30.0
     abandoned_load: Literal["cancel", "continue"] = "cancel"
     restart: RestartPolicy | None = None
     idle_ttl_s: float | None = None
+    max_waiting: int = 64
+    max_prefetches: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +74,10 @@ class Job:
         token: Mirror of its cancel token; only the step that cancels it sets both.
         phase_at: When it entered its present phase, monotonic seconds.
         attempts: How often the slot was found occupied again between kill and spawn.
+        awaits: What it waits for in the queue: what the Hub says of its model, or all its files.
         after: The failure it makes good: nobody asked for this load, and it needs no caller.
+        failed: The load that has failed and is concluded with this one, which brings back what
+            ran before.
     """
 
     generation: Generation
@@ -73,7 +89,9 @@ class Job:
     reload_reasons: tuple[ReloadReason, ...] = ()
     token: CancelReason | None = None
     attempts: int = 0
+    awaits: Literal["answer", "files"] | None = None
     after: Problem | None = None
+    failed: Concluded | None = None
 
     def spent(self, phase: str, at: float) -> Timings:
         """Return the timings with the present phase booked up to `at`."""
@@ -136,9 +154,13 @@ class Context:
     Attributes:
         child: The process the slot may hold; forgotten only when the slot is verified empty.
         job: The load in flight. A cancelled one stays until its effect has ended.
-        queue: Accepted loads that come after it, oldest first.
+        queue: Accepted loads that come after it, oldest first. One that awaits something keeps
+            those behind it waiting, and what runs running.
+        prefetches: Downloads that no load follows.
+        end_is_known: The child has ended by itself: found dead (`found`), and told (`told`).
         running: What the child was committed with; kept until it is stopped, for comparison.
         leases: Who keeps the running server from being stopped.
+        ending: Loads that are concluded when the slot is verified empty, as `waiters` are answered.
         newest_load: The latest call whose load was accepted.
         unloads: The latest unload of each model, by the name it was given; None is of any model.
         cancelled_ids: Cancels that came before their load, with the time they were made.
@@ -150,14 +172,18 @@ class Context:
 
     policy: Policy = field(default_factory=Policy)
     generation: Generation = Generation(0)
+    last_prefetch: Generation = Generation(0)
     job: Job | None = None
     queue: tuple[Job, ...] = ()
+    prefetches: tuple[Job, ...] = ()
     effect: EffectInFlight | None = None
     child: Child | None = None
+    end_is_known: Literal["found", "told"] | None = None
     running: Running | None = None
     leases: frozenset[Ticket] = frozenset()
     lease_waiters: tuple[Ticket, ...] = ()
     waiters: tuple[Waiter, ...] = ()
+    ending: tuple[Concluded, ...] = ()
     newest_load: Ticket = Ticket(0)
     unloads: tuple[tuple[str | None, Ticket], ...] = ()
     is_shutting_down: bool = False
@@ -180,6 +206,11 @@ class Context:
     def wanted(self) -> tuple[Job, ...]:
         """Every load that somebody still wants, oldest first."""
         return tuple(job for job in (self.job, *self.queue) if job and job.token is None)
+
+    @property
+    def is_due(self) -> bool:
+        """Does a load wait for its turn, and for nothing else?"""
+        return bool(self.queue) and self.queue[0].awaits is None
 
 
 _NAMES: Final = tuple(f.name for f in fields(Context))

@@ -11,11 +11,12 @@ import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import structlog
 
@@ -42,10 +43,14 @@ from orchestrator.variants import Variant
 FRESHNESS_S: Final = 2.0
 """How long the Hub may take to say that a cached revision is the newest."""
 
+RECENT_S: Final = 60.0
+"""How long a plan may use what the Hub has said."""
+
 LISTING_S: Final = 20.0
 """How long the Hub may take to say what is in a repo, when nothing but that is asked."""
 
 _MAX_BYTES: Final = 1 << 50
+_MAX_ANSWERS: Final = 64
 _FALLS_BACK: Final = frozenset({"hub_unreachable", "hub_rate_limited", "hub_error"})
 _say = partial(say, structlog.get_logger("orchestrator.download"))
 
@@ -76,6 +81,8 @@ class Hub:
 
     def __init__(self, records: Path) -> None:
         self._records = records
+        self._listed: dict[tuple[str, str], dict[str, tuple[int, str]]] = {}
+        self._answers: dict[tuple[str | None, ...], tuple[float, ModelFiles]] = {}
 
     # ----------------------------------------------------------------------- without the network
 
@@ -88,8 +95,9 @@ class Hub:
         repo, variant = _reference(request)
         wanted = self._cached(repo, variant, request)
         if wanted is not None and (files := _on_disk(wanted, request)) is not None:
-            return files
-        return ModelFiles((), None, variant, HubModel(repo, request.revision))
+            is_settled = _needs_no_hub(wanted, request, variant)
+            return replace(files, hub=files.hub and replace(files.hub, is_settled=is_settled))
+        return ModelFiles((), None, variant, HubModel(repo, request.revision, is_settled=False))
 
     def _cached(self, repo: str, variant: str | None, request: LoadRequest) -> Wanted | None:
         """Return what would be used of what is known: by the listing of the commit if there is
@@ -107,41 +115,84 @@ class Hub:
 
     # ---------------------------------------------------------------------------- with the network
 
-    def fetch(
-        self, request: LoadRequest, token: CancelToken, progress: FetchProgress
+    def resolve(
+        self, request: LoadRequest, token: CancelToken, progress: FetchProgress | None = None
     ) -> ModelFiles:
-        """Make the model whole on disk, and return it. Blocks; ends early when the token is set.
+        """Ask the Hub what the model is, and whether it may be had; nothing of it is fetched.
 
-        A whole cached revision is used without any network when it is pinned or offline, and when
-        the Hub cannot be asked; its note says so.
+        Its commit and variant are known then; it has weights if it is whole here. A whole cached
+        revision is taken without any network when it is pinned or offline, and when the Hub cannot
+        be asked; its note says so. Blocks; ends early when the token is set.
 
         Raises:
             Cancelled: the token was set.
             ModelNotFound, HubError, DiskFull, Stalled: see `orchestrator.errors`.
         """
-        if token.is_set():
-            raise Cancelled.because("the download was cancelled")
+        _check_token(token)
         repo, variant = _reference(request)
         known = self._cached(repo, variant, request)
         files = _on_disk(known, request) if known else None
         if known and files and _needs_no_hub(known, request, variant):
-            try:
-                return self._verified(known, files, request, token, progress)
-            except HubCorrupt:
-                if hub_cache.is_offline():
-                    raise
-                files = None  # set aside, and fetched once more
+            return files
         if hub_cache.is_offline():
             raise _not_cached(repo, variant, request)
         try:
-            return self._fetched(request, token, progress, is_patient=files is None)
+            answer = self._asked(request, token, progress, is_patient=files is None)
         except OrchestratorError as error:
-            if not files or not known or error.problem.category not in _FALLS_BACK:
+            answer = _fallen_back(files, error)
+        self._answers[_question(request)] = time.monotonic(), answer
+        for old in list(self._answers)[:-_MAX_ANSWERS]:
+            self._answers.pop(old, None)
+        return answer
+
+    def recent(self, request: LoadRequest) -> ModelFiles | None:
+        """Return what the Hub said of this model within the last minute, for display."""
+        at, answer = self._answers.get(_question(request), (0.0, None))
+        return answer if time.monotonic() - at <= RECENT_S else None
+
+    def fetch(
+        self,
+        request: LoadRequest,
+        token: CancelToken,
+        progress: FetchProgress,
+        resolved: ModelFiles | None = None,
+    ) -> ModelFiles:
+        """Make the model whole on disk, and return it. Blocks; ends early when the token is set.
+
+        Args:
+            resolved: What `resolve` has answered: just that is fetched, and the Hub is not asked
+                again what it is. Without an answer it is asked first.
+
+        Raises:
+            Cancelled: the token was set.
+            ModelNotFound, HubError, DiskFull, Stalled: see `orchestrator.errors`.
+        """
+        _check_token(token)
+        model = resolved
+        if model is None or not (model.is_resolved and model.is_settled):
+            model = self.resolve(request, token, progress)
+        hub = cast("HubModel", model.hub)
+        wanted = self._wanted(hub, model.variant, request)
+        if (files := _on_disk(wanted, request)) is not None:
+            try:
+                found = self._verified(wanted, files, request, token, progress)
+            except HubCorrupt:
+                if hub_cache.is_offline():
+                    raise
+                if not wanted.listed:  # it has been set aside, and nobody has noted what it was
+                    pinned = replace(request, revision=hub.commit)
+                    self._asked(pinned, token, progress, is_patient=True)
+                    wanted = self._wanted(hub, model.variant, request)
+            else:  # as it was answered, with its note
+                return replace(found, hub=hub)
+        try:
+            return self._fetched(wanted, request, token, progress)
+        except OrchestratorError as error:
+            older = self._cached(*_reference(request), request)
+            if older is None or older.commit == wanted.commit:
                 raise
-            _say("warning", "hub.fell_back", repo=repo, reason=error.message)
-            note = f"the cached revision is used: {error.message}"
-            found = self._verified(known, files, request, token, progress)
-            return replace(found, hub=found.hub and replace(found.hub, note=note))
+            found = _fallen_back(_on_disk(older, request), error)
+            return self._verified(older, found, request, token, progress)
 
     def variants(self, request: LoadRequest, token: CancelToken) -> list[Variant]:
         """Return what a load of this repo could choose from. Blocks, `LISTING_S` at most.
@@ -177,19 +228,40 @@ class Hub:
             for chosen in found
         ]
 
-    def _fetched(
+    def _asked(
         self,
         request: LoadRequest,
         token: CancelToken,
-        progress: FetchProgress,
+        progress: FetchProgress | None,
         *,
         is_patient: bool,
     ) -> ModelFiles:
+        """Ask for the list of files, and whether what is missing of the chosen ones may be had."""
         repo, variant = _reference(request)
-        tries = None if is_patient else 1
-        with FetchProcess(request, repo, token, progress, listing_tries=tries) as fetcher:
-            listing = fetcher.listing(None if is_patient else FRESHNESS_S)
-            wanted = self._of_listing(listing, repo, variant, request)
+        tries, within_s = (None, None) if is_patient else (1, FRESHNESS_S)
+        seen = progress or FetchProgress()
+        with FetchProcess(request, repo, token, seen, listing_tries=tries) as fetcher:
+            cached, commit, listed = self._noted(fetcher.listing(within_s), repo)
+            wanted = Wanted(cached, commit, _choose(listed, variant, request), listed)
+            fetcher.check(self._order(wanted, request), within_s)
+        found = _identities(wanted)
+        if found is not None:
+            return _model(wanted, found, request)
+        hub = HubModel(wanted.repo.repo, request.revision, commit)
+        return ModelFiles((), None, wanted.chosen.variant, hub)
+
+    def _wanted(self, hub: HubModel, variant: str | None, request: LoadRequest) -> Wanted:
+        """Return the files of a model that is resolved."""
+        commit = cast("str", hub.commit)
+        cached, listed = hub_cache.place(hub.repo), self._listing(hub.repo, commit)
+        names = listed or dict.fromkeys(cached.names(commit))
+        return Wanted(cached, commit, _choose(names, variant, request), listed)
+
+    def _fetched(
+        self, wanted: Wanted, request: LoadRequest, token: CancelToken, progress: FetchProgress
+    ) -> ModelFiles:
+        repo = wanted.repo.repo
+        with FetchProcess(request, repo, token, progress, lists=False) as fetcher:
             fetcher.fetch(self._order(wanted, request), self._note_verified(wanted))
         found = _identities(wanted)
         if found is None:
@@ -214,13 +286,6 @@ class Hub:
         progress.bytes_done = progress.bytes_total = files.size_bytes
         return files
 
-    def _of_listing(
-        self, listing: dict[str, Any], repo: str, variant: str | None, request: LoadRequest
-    ) -> Wanted:
-        """Choose from a listing."""
-        cached, commit, listed = self._noted(listing, repo)
-        return Wanted(cached, commit, _choose(listed, variant, request), listed)
-
     def _noted(
         self, listing: dict[str, Any], repo: str
     ) -> tuple[CachedRepo, str, dict[str, tuple[int, str]]]:
@@ -238,6 +303,9 @@ class Hub:
         }
         if (cached := hub_cache.find(repo)) is None:
             cached = hub_cache.place(name if name.lower() == repo.lower() else repo)
+        self._listed[repo.lower(), commit] = listed  # also where no note can be written
+        for old in list(self._listed)[:-_MAX_ANSWERS]:
+            self._listed.pop(old, None)
         write_note(self._listing_file(repo, commit), {"files": listed})
         return cached, commit, listed
 
@@ -265,6 +333,8 @@ class Hub:
         return self._records / f"{_key(repo.lower(), commit)}.json"
 
     def _listing(self, repo: str, commit: str) -> dict[str, tuple[int, str]]:
+        if (known := self._listed.get((repo.lower(), commit))) is not None:
+            return known
         damaged = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
         with contextlib.suppress(OSError, *damaged):
             text = self._listing_file(repo, commit).read_text(encoding="utf-8")
@@ -295,6 +365,28 @@ class Hub:
 
 
 # ---------------------------------------------------------------------------------------- helpers
+
+
+def _check_token(token: CancelToken) -> None:
+    if token.is_set():
+        raise Cancelled.because("the download was cancelled")
+
+
+def _question(request: LoadRequest) -> tuple[str | None, ...]:
+    """What the Hub is asked by a request, and by whom."""
+    repo, variant = _reference(request)
+    projector = request.mmproj_path and "given"
+    asked = variant and variant.lower(), request.revision, projector, request.hf_token
+    return (repo.lower(), *asked)
+
+
+def _fallen_back(files: ModelFiles | None, error: OrchestratorError) -> ModelFiles:
+    """Return what is cached, with a note that says why; raise where that is no way out."""
+    if files is None or files.hub is None or error.problem.category not in _FALLS_BACK:
+        raise error
+    _say("warning", "hub.fell_back", repo=files.hub.repo, reason=error.message)
+    note = f"the cached revision is used: {error.message}"
+    return replace(files, hub=replace(files.hub, note=note))
 
 
 def is_hub(model_path: str) -> bool:

@@ -1,28 +1,27 @@
 """The real effects of one owner: the slot's processes, the files, the probes.
 
-Composition only. Spawns happen on the owner's thread, signals and exits on the warden's, look-ups
-and probes on one worker thread; since at most one effect is in flight, one worker is enough.
+Composition only. Spawns happen on the owner's thread, signals and exits on the warden's; questions
+to the Hub, downloads and probes on the process's workers, as many at once as the machine begins.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import secrets
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import structlog
 
-from orchestrator import guardian, models
+from orchestrator import guardian
 from orchestrator.argv import build_argv
-from orchestrator.download import Hub
 from orchestrator.errors import OrchestratorError, Problem, StateDirError
 from orchestrator.fetch_process import FetchProgress
 from orchestrator.health import LoadProgress, wait_ready
@@ -39,6 +38,8 @@ from orchestrator.messages import (
     KillFailed,
     NotReady,
     Probe,
+    Resolve,
+    Resolved,
     SlotEvidence,
     Spawn,
     Spawned,
@@ -47,15 +48,19 @@ from orchestrator.messages import (
 )
 from orchestrator.ports import LogPosition, SlotLock
 from orchestrator.process import ServerProcess, Warden, check_server_env, child_environment
-from orchestrator.roots import ModelRoots
+from orchestrator.request import ModelFiles
 from orchestrator.slot import Slot
+from orchestrator.source import ModelSource
 from orchestrator.telling import say
-from orchestrator.tokens import CancelToken
+from orchestrator.tokens import CancelToken, Generation
+from orchestrator.workers import Workers
 
 _say = partial(say, structlog.get_logger("orchestrator.effects"))
 
 Post = Callable[[Fact], None]
-_Job = tuple[Effect, Callable[[], None]]
+
+_ENDS_WITHIN_S: Final = 5.0
+"""How long a close waits for cancelled work; a child process is killed in a hundredth of that."""
 
 
 @dataclass(slots=True)
@@ -76,12 +81,9 @@ class ProcessEffects:
     Args:
         slot: Claimed; whatever a dead owner left in it is ended before anything else.
         post: Where completions go; callable from any thread.
-        kill_grace_s: Seconds between SIGTERM and SIGKILL.
-        server_env: Variables the server gets beside the allow-list.
-        hub: Where models that are not here come from.
-        roots: Folders that local models are confined to.
-        server_keys: Every server gets a key of its own, and takes these beside it; None = it has
-            none and takes everybody.
+        source: Where models come from.
+        workers: Who does what may block.
+        kill_grace_s, server_env, server_keys: See `parts.ServerSettings`.
 
     Raises:
         InvalidRequest: a variable cannot be given (field `server_env`).
@@ -92,35 +94,29 @@ class ProcessEffects:
         slot: Slot,
         post: Post,
         *,
+        source: ModelSource,
+        workers: Workers,
         kill_grace_s: float,
         server_env: Mapping[str, str],
-        hub: Hub,
-        roots: ModelRoots | None = None,
         server_keys: tuple[str, ...] | None = None,
     ) -> None:
         check_server_env(server_env)
         self._server_keys = server_keys
-        self._roots = roots
-        self._hub = hub
+        self._source = source
         self._slot = slot
         self._post = post
         self._env = server_env
         self._server: ServerProcess | None = None
-        self._progress: LoadProgress | FetchProgress | None = None
+        self._progress: dict[Generation, LoadProgress | FetchProgress] = {}
         self._guardian: subprocess.Popen[bytes] | None = None
-        self._work: queue.SimpleQueue[tuple[Effect, Callable[[], None]] | None] = (
-            queue.SimpleQueue()
-        )
+        self._workers = workers
+        self._under_way: set[Future[None]] = set()
         self._warden = Warden(slot, post, kill_grace_s=kill_grace_s)
-        self._worker = threading.Thread(
-            target=self._run_worker, name=f"llama-effects-{slot.name}", daemon=True
-        )
         ended, evidence = slot.reap()
         if ended:
             _say("warning", "slot.reaped", pids=sorted(ended), is_empty=evidence.is_empty)
         self._watch_over()
         self._warden.start()
-        self._worker.start()
 
     # ------------------------------------------------------------------------ the owner's thread
 
@@ -136,17 +132,20 @@ class ProcessEffects:
         match effect:
             case Kill():
                 self._warden.empty(effect, self._server, self._emptied)
+            case Resolve():
+                asked = self._progress[effect.generation] = FetchProgress()
+                self._begin(effect, partial(self._resolve, effect, token, asked))
             case Download():
-                fetched = self._progress = FetchProgress()
-                self._work.put((effect, lambda: self._download(effect, token, fetched)))
+                fetched = self._progress[effect.generation] = FetchProgress()
+                self._begin(effect, partial(self._download, effect, token, fetched))
             case Spawn():
                 self._spawn(effect, lock)
             case Probe():
-                loaded = self._progress = LoadProgress(effect.size_bytes)
-                self._work.put((effect, lambda: self._probe(effect, token, loaded)))
+                loaded = self._progress[effect.generation] = LoadProgress(effect.size_bytes)
+                self._begin(effect, partial(self._probe, effect, token, loaded))
 
-    def progress(self) -> LoadProgress | FetchProgress | None:
-        return self._progress
+    def progress(self, generation: Generation) -> LoadProgress | FetchProgress | None:
+        return self._progress.get(generation)
 
     def log_since(self, position: LogPosition) -> tuple[LogPosition, tuple[str, ...]]:
         server = self._server
@@ -160,8 +159,7 @@ class ProcessEffects:
         return self._server.output.tail(count) if self._server is not None else ()
 
     def close(self) -> None:
-        self._work.put(None)
-        self._worker.join()
+        wait(tuple(self._under_way), _ENDS_WITHIN_S)
         self._warden.close()
         if self._guardian is not None:
             guardian.stop(self._guardian)
@@ -200,11 +198,10 @@ class ProcessEffects:
         except OSError as error:
             _say("error", "guardian.unavailable", error=str(error))
 
-    # ------------------------------------------------------------------------- the worker's thread
+    # ------------------------------------------------------------------------- the workers' threads
 
-    def _run_worker(self) -> None:
-        while (job := self._work.get()) is not None:
-            effect, carry_out = job
+    def _begin(self, effect: Effect, carry_out: Callable[[], None]) -> None:
+        def report() -> None:
             try:
                 carry_out()
             except BaseException as error:  # noqa: BLE001 (it always reports, also if told to exit)
@@ -212,22 +209,36 @@ class ProcessEffects:
                 problem = Problem("internal", f"{type(error).__name__}: {error}")
                 self._post(failure_of(effect, problem, time.monotonic()))
 
+        done = self._workers.submit(report)
+        self._under_way.add(done)
+        done.add_done_callback(self._under_way.discard)
+
+    def _resolve(self, command: Resolve, token: CancelToken, progress: FetchProgress) -> None:
+        target = command.target
+        self._report_model(
+            command, Resolved, partial(self._source.resolve, target.request, token, progress)
+        )
+
     def _download(self, command: Download, token: CancelToken, progress: FetchProgress) -> None:
-        """Fetch what is missing; look at local files again, which may have been replaced since the
-        load was accepted.
-        """
-        request = command.target.request
+        target = command.target
+        fetch = partial(self._source.fetch, target.request, token, progress, target.model)
+        self._report_model(command, Fetched, fetch)
+
+    def _report_model(
+        self,
+        command: Resolve | Download,
+        found: type[Resolved | Fetched],
+        find: Callable[[], ModelFiles],
+    ) -> None:
+        generation = command.generation
         try:
-            if command.target.model.hub is None:
-                files = models.locate(request, self._roots)
-            else:
-                projector = models.given_projector(request, self._roots)
-                files = self._hub.fetch(request, token, progress)
-                files = replace(files, projector=projector or files.projector)
+            model = find()
         except OrchestratorError as error:
-            self._post(FetchFailed(command.generation, time.monotonic(), error.problem))
+            fact: Fact = FetchFailed(generation, time.monotonic(), error.problem)
         else:
-            self._post(Fetched(command.generation, time.monotonic(), files))
+            fact = found(generation, time.monotonic(), model)
+        self._progress.pop(generation, None)
+        self._post(fact)
 
     def _probe(self, command: Probe, token: CancelToken, progress: LoadProgress) -> None:
         server = self._server
@@ -242,6 +253,7 @@ class ProcessEffects:
             progress=progress,
             extra_args=command.extra_args,
         )
+        self._progress.pop(command.generation, None)
         now = time.monotonic()
         if isinstance(verdict, Problem):
             self._post(NotReady(command.generation, now, verdict))

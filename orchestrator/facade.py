@@ -6,22 +6,18 @@ here decides, and what only reads takes no lock. How a call waits for its answer
 
 from __future__ import annotations
 
-import atexit
 import itertools
 import os
 import threading
-import time
-from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Final, Literal, TypeVar, cast
 
 from orchestrator import paths, views
 from orchestrator.argv import build_argv
 from orchestrator.context import Context, Policy
-from orchestrator.download import Hub, is_hub
-from orchestrator.effects import ProcessEffects
 from orchestrator.errors import (
     InvalidRequest,
     OrchestratorError,
@@ -29,29 +25,29 @@ from orchestrator.errors import (
     ShuttingDown,
     WrongProcess,
 )
+from orchestrator.history import LoadRecord
 from orchestrator.listing import Listings
 from orchestrator.messages import (
-    CancelAnswer,
     CancelRequested,
     LeaseReleased,
     LeaseRequested,
     LoadRequested,
+    Prefetched,
+    PrefetchRequested,
     ShutdownRequested,
     UnloadRequested,
 )
-from orchestrator.models import given_projector, is_local, locate
 from orchestrator.owner import Call, Owner
+from orchestrator.parts import Parts, ServerSettings
 from orchestrator.plan import Plan, checked_seconds, plan_load
-from orchestrator.prefetch import Prefetches, download_key
 from orchestrator.recovery import RestartPolicy
-from orchestrator.request import LoadRequest, ModelFiles, Target
+from orchestrator.request import NO_SERVER, LoadRequest, Target
 from orchestrator.roots import Folder, model_roots
 from orchestrator.server_args import CACHE_TYPES, accepted_modes
-from orchestrator.servers import ask_catalogue, find_server
-from orchestrator.slot import Slot, cache_dir
+from orchestrator.slot import cache_dir
 from orchestrator.snapshot import Observer
 from orchestrator.states import State
-from orchestrator.tokens import Generation, Ticket
+from orchestrator.tokens import CancelToken, Generation, Ticket
 from orchestrator.variants import Variant
 from orchestrator.views import (
     LoadOutcome,
@@ -62,6 +58,7 @@ from orchestrator.views import (
 )
 
 _T = TypeVar("_T")
+_NO_LOAD: Final = Generation(0)
 
 
 class Facade:
@@ -82,6 +79,7 @@ class Facade:
         server_env: Variables the server gets beside the allow-listed ones.
         models_dir: One or several folders that local models are confined to; names that are not
             absolute are looked for in them. Empty = anywhere.
+        parts: What it is made of; None = what runs real servers.
         protect_server: Give every server a random key, so that nobody but `lease()` and the
             pass-through can use it: `base_url` alone is not enough any more. Keys instead of True
             are taken by every server beside its own, for local clients that are given one.
@@ -105,25 +103,25 @@ class Facade:
         server_env: Mapping[str, str] | None = None,
         models_dir: Folder | Iterable[Folder] = (),
         protect_server: bool | Iterable[str] = False,
+        parts: Parts | None = None,
     ) -> None:
         _check_choice("abandoned_load", abandoned_load, "cancel", "continue")
         _check_choice("drain_policy", drain_policy, "wait", "cut")
         self._llama_server = os.fspath(llama_server)
         self._slot_name = slot
         self._state_dir = state_dir
-        self._kill_grace_s = checked_seconds("kill_grace_s", kill_grace_s)
+        self._parts = parts or Parts()
+        grace_s = checked_seconds("kill_grace_s", kill_grace_s)
         drain_s = checked_seconds("drain_timeout_s", drain_timeout_s)
         drain_s = drain_s if drain_policy == "wait" else 0.0
         if idle_ttl_s is not None:
             idle_ttl_s = checked_seconds("idle_ttl_s", idle_ttl_s, zero=False)
         self._policy = Policy(drain_s, abandoned_load, _restart_policy(restart), idle_ttl_s)
-        self._server_env = dict(server_env or {})
-        self._roots = model_roots(models_dir)
-        self._server_keys = _server_keys(protect_server)
+        keys = _server_keys(protect_server)
+        self._servers = ServerSettings(grace_s, dict(server_env or {}), keys)
         paths.kept_in(self._cache.parent, "<state>")
-        self._hub = Hub(self._cache / "hub")
-        self._prefetches = Prefetches(self._hub)
-        self._listings = Listings(self._hub, self._roots)
+        self._source = self._parts.source(self._cache / "hub", model_roots(models_dir))
+        self._listings = Listings(self._source, self._parts.workers)
         self._owner: Owner | None = None
         self._pid = 0
         self._is_closed = False
@@ -154,19 +152,12 @@ class Facade:
     def _claim(self) -> None:
         if self._is_closed:
             raise ShuttingDown.because("this orchestrator has been closed: make a new one")
-        slot = Slot(self._slot_name, self._state_dir)
+        parts = self._parts
+        slot = parts.slot(self._slot_name, self._state_dir)
         slot.claim()
         try:
-            owner = Owner(
-                lambda post: ProcessEffects(
-                    slot,
-                    post,
-                    kill_grace_s=self._kill_grace_s,
-                    server_env=self._server_env,
-                    hub=self._hub,
-                    roots=self._roots,
-                    server_keys=self._server_keys,
-                ),
+            owner = parts.owner(
+                lambda post: parts.effects(slot, post, self._source, self._servers),
                 policy=self._policy,
                 observers=self._observers,
                 tickets=self._tickets,
@@ -175,10 +166,9 @@ class Facade:
             slot.release()
             raise
         owner.start(slot.name)
-        self._intake = ThreadPoolExecutor(4, thread_name_prefix=f"llama-intake-{slot.name}")
         self._pid = os.getpid()
         self._owner = owner  # last: who sees it needs no lock and uses all of the above
-        atexit.register(self._close)
+        parts.at_exit(self._close)
 
     def _close(self) -> None:
         """End everything: cancel loads, stop the server, give the slot back. Idempotent.
@@ -190,16 +180,14 @@ class Facade:
             return  # a fork may have copied the lock while it was held
         with self._life:
             self._is_closed, owner = True, self._owner
-            self._prefetches.close()
             self._listings.close()
             if owner is None or owner.has_ended:
                 return
             call = owner.call()
             owner.ask(call, ShutdownRequested(call.ticket, owner.clock()))
-            answer = wait_for(call.settled, call)  # who interrupts this may close again
+            answer = self._wait(call.settled, call)  # who interrupts this may close again
             owner.stop()
-            self._intake.shutdown(wait=False)
-            atexit.unregister(self._close)
+            self._parts.not_at_exit(self._close)
         if isinstance(answer, Problem):
             raise answer.error()
 
@@ -208,17 +196,16 @@ class Facade:
     def status(self) -> Status:
         """Return what is true right now. Never blocks; a decision belongs into a request."""
         owner = self._owner
-        under_way = self._prefetches.under_way()
         if owner is None:
-            return views.not_started(under_way)
-        return views.status(owner.snapshot, owner.clock(), under_way)
+            return views.not_started()
+        return views.status(owner.snapshot, owner.clock(), owner.effects.progress)
 
     def progress(self) -> LoadProgress:
         """Return how far the load in flight is."""
         owner = self._owner
         if owner is None:
             return LoadProgress(None, None, None, None)
-        return views.progress(owner.snapshot, owner.effects.progress())
+        return views.progress(owner.snapshot, owner.effects.progress)
 
     def observe(self, observer: Observer) -> None:
         """Have `observer` called after every step from now on, with what it did.
@@ -244,16 +231,30 @@ class Facade:
     def plan(self, request: LoadRequest | str, **fields: Any) -> Plan:
         """Return what `load` would do with this request now, and why, without doing it.
 
-        Looks the model and the server up on disk before it returns, also in `AsyncOrchestrator`;
-        where a slow disk must not hold the event loop up, call it by `asyncio.to_thread`.
+        Looks the model and the server up on disk before it returns, also in `AsyncOrchestrator`,
+        and asks the Hub for a model that is not whole in its cache (for one that was asked for
+        within the last minute, not again). Where that must not hold the event loop up, call it by
+        `asyncio.to_thread`.
 
         Raises:
-            OrchestratorError: as `load` would at once: a setting, the model or the server.
+            OrchestratorError: as `load` would before anything is stopped: a setting, the model, the
+                server, the Hub.
         """
-        target, owner = self._target(request_of(request, fields)), self._owner
-        if owner is None and not self._is_closed:
+        wanted = request_of(request, fields)
+        target = self._target(wanted)
+        plan = self._plan(target)
+        model = target.model
+        if plan.action == "none" or model.is_settled or model.is_on_disk:
+            return plan
+        known = self._source.recent(wanted)
+        known = known or self._source.resolve(wanted, CancelToken(_NO_LOAD))
+        return self._plan(replace(target, model=known))
+
+    def _plan(self, target: Target) -> Plan:
+        if self._owner is None and not self._is_closed:
             return plan_load(State.IDLE, Context(self._policy), target)
-        snapshot, now = self._start().snapshot, time.monotonic()
+        owner = self._start()
+        snapshot, now = owner.snapshot, owner.clock()
         return plan_load(snapshot.state, snapshot.ctx, target, at=now)
 
     def outcome(self, generation: int) -> LoadOutcome | Problem | None:
@@ -262,27 +263,33 @@ class Facade:
         Raises:
             KeyError: no such generation, or so old that it has been forgotten.
         """
-        if self._is_untouched:
-            raise KeyError(generation)
-        return views.outcome(self._start().history.records[Generation(generation)])
+        return self.past_load(generation).outcome
 
     def past_load(self, generation: int) -> PastLoad:
         """Return one load, ended or in flight; raises KeyError as `outcome`."""
         if self._is_untouched:
             raise KeyError(generation)
-        owner = self._start()
-        snapshot = owner.snapshot  # first: a load that it shows has a record
-        return views.past_load(owner.history.records[Generation(generation)], snapshot)
+        in_flight, ended = self._loads(self._start())
+        number = Generation(generation)
+        return views.past_load(ended[number]) if number in ended else in_flight[number]
 
     def history(self, limit: int = 20) -> list[PastLoad]:
         """Return the last loads, newest first, those in flight among them."""
-        owner = self._owner
-        if owner is None:
+        if self._owner is None:
             return []
-        snapshot = owner.snapshot
-        records = tuple(owner.history.records.values())  # copied in one go
-        newest = sorted(records, key=lambda r: r.job.generation, reverse=True)[: max(0, limit)]
-        return [views.past_load(record, snapshot) for record in newest]
+        in_flight, ended = self._loads(self._owner)
+        newest = sorted({*in_flight, *ended}, reverse=True)[: max(0, limit)]
+        return [views.past_load(ended[g]) if g in ended else in_flight[g] for g in newest]
+
+    @staticmethod
+    def _loads(
+        owner: Owner,
+    ) -> tuple[dict[Generation, PastLoad], dict[Generation, LoadRecord]]:
+        """Return the loads in flight and those that have ended. In this order: what ends meanwhile
+        is in both, and what has ended counts.
+        """
+        in_flight = views.loads_in_flight(owner.snapshot, owner.clock())
+        return in_flight, dict(owner.history.records)  # copied in one go
 
     def options(self) -> Options:
         """Return the values that settings may have. Asks the server binary, once.
@@ -290,7 +297,7 @@ class Facade:
         Raises:
             ServerUnavailable: there is none.
         """
-        catalogue = ask_catalogue(find_server(self._llama_server), self._cache)
+        catalogue = self._parts.catalogue(self._parts.server(self._llama_server), self._cache)
         return Options(list(CACHE_TYPES), accepted_modes(catalogue))
 
     @property
@@ -304,25 +311,15 @@ class Facade:
         return Ticket(next(self._tickets))
 
     def _target(self, request: LoadRequest) -> Target:
-        if self._roots is not None:
-            self._roots.check_args(request.llama_extra_args or ())
-        target = Target(request, self._model(request), find_server(self._llama_server))
+        self._source.check_args(request.llama_extra_args or ())
+        server = self._parts.server(self._llama_server)
+        target = Target(request, self._source.look_up(request), server)
         if target.speculative_type is not None:
-            server = replace(target.server, catalogue=ask_catalogue(target.server, self._cache))
+            catalogue = self._parts.catalogue(server, self._cache)
+            server = replace(server, catalogue=catalogue)
             target = replace(target, server=server)
             build_argv(target, template_file=None)  # refuses what this binary cannot do
         return target
-
-    def _model(self, request: LoadRequest) -> ModelFiles:
-        """Return the files of a model, or where it comes from if it is not here yet."""
-        if not is_local(request.model_path, self._roots) and is_hub(request.model_path):
-            projector = given_projector(request, self._roots)
-            model = self._hub.look_up(request)
-            return replace(model, projector=projector) if projector is not None else model
-        if request.revision is not None:
-            message = f"revision is of a Hub model, and {request.model_path} is not one"
-            raise InvalidRequest.because(message, field="revision")
-        return locate(request, self._roots)
 
     @property
     def _cache(self) -> Path:
@@ -334,74 +331,47 @@ class Facade:
 
         Looked up before anything is stopped: a load that cannot succeed costs nobody anything.
         """
+        self._ask_about(call, lambda at: LoadRequested(call.ticket, self._target(request), at))
+
+    def _ask_prefetch(self, call: Call, request: LoadRequest) -> None:
+        """As `_ask_load`; what is local is here."""
+
+        def fact_or_answer(at: float) -> PrefetchRequested | Prefetched:
+            model = self._source.look_up(request)
+            if model.hub is None:
+                return Prefetched(model)
+            return PrefetchRequested(call.ticket, Target(request, model, NO_SERVER), at)
+
+        self._ask_about(call, fact_or_answer)
+
+    def _ask_about(
+        self,
+        call: Call,
+        look_up: Callable[[float], LoadRequested | PrefetchRequested | Prefetched],
+    ) -> None:
         owner = cast("Owner", self._owner)
         try:
-            target = self._target(request)
+            found = look_up(owner.clock())
         except OrchestratorError as error:
-            owner.refuse(call, error.problem)
+            owner.answer(call, error.problem)
         except BaseException as error:
-            owner.refuse(call, Problem("internal", repr(error)))
+            owner.answer(call, Problem("internal", repr(error)))
             raise
         else:
-            if request.on_busy == "supersede":
-                self._supersede_prefetches(request)
-            if request.prefetch and not target.model.is_on_disk:
-                self._prefetch_first(call, request)
+            if isinstance(found, Prefetched):
+                owner.answer(call, found)
             else:
-                owner.ask(call, LoadRequested(call.ticket, target, owner.clock()))
-
-    def _supersede_prefetches(self, newer: LoadRequest) -> None:
-        """Loads that still download give way like those that are further on."""
-        message = f"superseded by a newer load of {newer.model_path}"
-        self._prefetches.end(
-            lambda other: other.is_load and download_key(other.request) != download_key(newer),
-            Problem("superseded", message),
-        )
-
-    def _prefetch_first(self, call: Call, request: LoadRequest) -> None:
-        """Post the load when its model is on disk; what runs is left alone until then."""
-        owner = cast("Owner", self._owner)
-        fetching = self._prefetches.begin(request, is_load=True)
-
-        def go_on(found: Future[ModelFiles]) -> None:
-            if found.cancelled():
-                return
-            error = found.exception()
-            if isinstance(error, OrchestratorError):
-                owner.refuse(call, error.problem)
-            else:
-                self._ask_load(call, replace(request, prefetch=False))
-
-        fetching.add_done_callback(go_on)
-        call.settled.add_done_callback(
-            lambda settled: fetching.cancel() if settled.cancelled() else None
-        )
+                owner.ask(call, replace(found, at=owner.clock()))
 
     def _begin_listing(self, request: LoadRequest) -> Future[list[Variant]]:
         if self._is_closed:
             raise ShuttingDown.because("this orchestrator has been closed: make a new one")
         return self._listings.begin(request)
 
-    def _begin_prefetch(self, request: LoadRequest) -> Future[ModelFiles]:
-        if self._is_closed:
-            raise ShuttingDown.because("this orchestrator has been closed: make a new one")
-        model = self._model(request)
-        if model.hub is not None:
-            return self._prefetches.begin(request, is_load=False)
-        here: Future[ModelFiles] = Future()
-        here.set_result(model)
-        return here
-
     def _ask_unload(self, model_path: str | None, ticket: Ticket | None = None) -> Call:
         owner = self._start()
         call = owner.call(ticket)
         model = model_path.strip() if model_path is not None else None
-        self._prefetches.end(
-            lambda other: (
-                other.is_load and (not model or model.lower() == other.request.model_path.lower())
-            ),
-            Problem("cancelled", "ended by an unload"),
-        )
         owner.ask(call, UnloadRequested(call.ticket, model or None, owner.clock()))
         return call
 
@@ -412,14 +382,16 @@ class Facade:
             )
         owner = self._start()
         call = owner.call()
-        if request_id is not None and self._prefetches.end(
-            lambda other: other.request.load_request_id == request_id,
-            Problem("cancelled", "cancelled by the caller"),
-        ):
-            owner.answer(call, CancelAnswer(cancelled=True))
-            return call
         owner.ask(call, CancelRequested(call.ticket, request_id, generation, owner.clock()))
         return call
+
+    def _wait(self, future: Future[_T], call: Call) -> _T:
+        """Wait for what a call is told; an interrupted wait withdraws the caller."""
+        try:
+            return self._parts.wait(future)
+        except BaseException:
+            call.settled.cancel()
+            raise
 
     def _ask_lease(self) -> Call:
         owner = self._start()
@@ -482,12 +454,3 @@ def _restart_policy(restart: object) -> RestartPolicy | None:
         message = f"restart.limit is {policy.limit!r}: use a whole number from 1"
         raise InvalidRequest.because(message, field="restart.limit")
     return policy
-
-
-def wait_for(future: Future[_T], call: Call) -> _T:
-    """Wait for what a call is told; an interrupted wait withdraws the caller."""
-    try:
-        return future.result()
-    except BaseException:
-        call.settled.cancel()
-        raise

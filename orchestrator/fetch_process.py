@@ -76,6 +76,7 @@ class FetchProcess:
         progress: FetchProgress,
         *,
         is_offline: bool = False,
+        lists: bool = True,
         listing_tries: int | None = None,
     ) -> None:
         self._request = request
@@ -88,6 +89,7 @@ class FetchProcess:
             "cache_dir": str(hub_cache.directory()),
             "stall_timeout_s": request.stall_timeout_s,
             "offline": is_offline,
+            "lists": lists,
             "listing_tries": listing_tries,
         }
         self._moved_at = time.monotonic()
@@ -153,6 +155,18 @@ class FetchProcess:
                 if not isinstance(found, dict):
                     raise _not_understood("a listing that is none")
                 return found
+        raise self._ended()
+
+    def check(self, order: dict[str, Any], within_s: float | None) -> None:
+        """Have it said whether what is missing of the files may be had, and has room.
+
+        Raises:
+            HubError, ModelNotFound, DiskFull: it cannot be fetched.
+        """
+        self._say({**order, "only_check": True})
+        for message in self._messages(within_s):
+            if message.get("done") is True:
+                return
         raise self._ended()
 
     def fetch(self, order: dict[str, Any], verified: Callable[[str], None]) -> None:

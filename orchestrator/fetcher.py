@@ -70,11 +70,12 @@ def main() -> int:
     try:
         order = json.loads(sys.stdin.readline())
         hub = None if order["offline"] else Hub(order)
-        if hub is not None:
+        if hub is not None and order["lists"]:
             tell(listing=hub.listing())
-        wanted = sys.stdin.readline()
-        if wanted:
-            Fetch(order, json.loads(wanted), hub).run()
+        while line := sys.stdin.readline():
+            wanted = json.loads(line)
+            fetch = Fetch(order, wanted, hub)
+            fetch.check() if wanted.get("only_check") else fetch.run()
             tell(done=True)
     except Failed as failed:
         tell(error=failed.members)
@@ -156,6 +157,30 @@ class Hub:
         return self._session.stream(
             "GET", url, headers=headers, follow_redirects=True, timeout=self._timeout
         )
+
+    def check_access(self, repo: str, commit: str, name: str) -> None:
+        """Ask whether a file may be had: a repo that is gated lists its files for everybody.
+
+        Raises:
+            Failed: gated, not allowed, gone, not reachable.
+        """
+        url = self._lib.hf_hub_url(repo, name, revision=commit)
+        failures = Failures(self._order, self._order["listing_tries"] or LISTING_TRIES)
+        while True:
+            try:
+                response = self._session.request(
+                    "HEAD",
+                    url,
+                    headers=self._headers,
+                    follow_redirects=False,  # where its bytes are is asked when they are fetched
+                    timeout=self._timeout,
+                )
+                if response.status_code >= 400:
+                    self._raise_for_status(response)
+            except Exception as error:  # noqa: BLE001 (each library's own; sorted by `explain`)
+                failures.note(self.explain(error))
+            else:
+                return
 
     @contextlib.contextmanager
     def body(self, repo: str, commit: str, file: dict[str, Any], start: int) -> Iterator[Any]:
@@ -302,6 +327,15 @@ class Fetch:
         self._guard = threading.Lock()
         self._ended = threading.Event()
 
+    def check(self) -> None:
+        """Say whether what is missing may be had; where nothing is, note what the revision is."""
+        missing = [file for file in self._files if not self._is_there(self._pointer(file), file)]
+        if self._hub is None or not missing:
+            self._note_revision()
+        elif absent := [file for file in missing if self._present(file) < file["size"]]:
+            self._check_disk()
+            self._hub.check_access(self._repo, self._commit, absent[0]["name"])
+
     def run(self) -> None:
         ticker = threading.Thread(target=self._tick, daemon=True)
         ticker.start()
@@ -325,6 +359,9 @@ class Fetch:
         for file in self._files:
             self._complete(file)
             self._count(file, file["size"])
+        self._note_revision()
+
+    def _note_revision(self) -> None:
         if self._revision is not None and self._hub is not None:
             with contextlib.suppress(OSError):  # a cache that may only be read is one, too
                 self._refer(self._root / "refs" / self._revision)
@@ -482,22 +519,31 @@ class Fetch:
 
     def _present(self, file: dict[str, Any]) -> int:
         blob = self._blobs / file["etag"]
-        for path in (self._pointer(file), blob):
-            if path.exists() and path.stat().st_size == file["size"]:
-                return int(file["size"])
+        if any(self._is_there(path, file) for path in (self._pointer(file), blob)):
+            return int(file["size"])
         partial = self._blobs / (file["etag"] + PARTIAL)
         return min(partial.stat().st_size, file["size"]) if partial.exists() else 0
 
+    def _is_there(self, path: Path, file: dict[str, Any]) -> bool:
+        return path.exists() and bool(path.stat().st_size == file["size"])
+
     def _check_disk(self) -> None:
         """Before the first byte: what is missing of all files must fit."""
-        if self._missing() > shutil.disk_usage(self._blobs).free:
+        if self._missing() > self._free():
             raise self._disk_full()
+
+    def _free(self) -> int:
+        """Return the bytes that are free where the cache is, or will be."""
+        folder = self._blobs
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
 
     def _missing(self) -> int:
         return sum({f["etag"]: f["size"] - self._present(f) for f in self._files}.values())
 
     def _disk_full(self) -> Failed:
-        needed, free = self._missing(), shutil.disk_usage(self._blobs).free
+        needed, free = self._missing(), self._free()
         message = (
             f"{self._repo} needs {_bytes(needed)} more and {self._root.parent} has {_bytes(free)} "
             "free: free some, or set HF_HUB_CACHE to another volume"

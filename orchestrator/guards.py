@@ -6,6 +6,9 @@ facts) it may be used with; a test holds the table to it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Literal
+
 from orchestrator.context import Caller, Context, Job, Running
 from orchestrator.messages import (
     BecameReady,
@@ -13,16 +16,20 @@ from orchestrator.messages import (
     Completion,
     Exited,
     Fetched,
+    FetchFailed,
     LeaseReleased,
     LeaseRequested,
     LoadRequested,
+    PrefetchRequested,
     Promoted,
+    Resolved,
     TimerFired,
     UnloadRequested,
     Withdrawn,
 )
 from orchestrator.recovery import Recovery
-from orchestrator.request import Target, differences
+from orchestrator.request import Target, differences, is_same_model
+from orchestrator.tokens import Generation
 
 EARLY_CANCEL_S = 60.0
 """How long a cancel that came before its load is remembered."""
@@ -66,26 +73,54 @@ def may_verify_again(ctx: Context, fact: Fetched) -> bool:
     return ctx.job is not None and ctx.job.attempts < MAX_VERIFICATIONS
 
 
-def next_is_waiting(ctx: Context, fact: Completion | Promoted) -> bool:
-    return bool(ctx.queue)
+def next_is_due(ctx: Context, fact: Completion | Promoted) -> bool:
+    """The next load waits for its turn, and not for its model."""
+    return ctx.is_due
 
 
-def load_is_wanted(ctx: Context, fact: Completion | LeaseRequested) -> bool:
+def job_is_wanted(ctx: Context, fact: Completion) -> bool:
+    return ctx.job is not None and ctx.job.token is None
+
+
+def load_is_wanted(ctx: Context, fact: LeaseRequested) -> bool:
     return bool(ctx.wanted)
+
+
+def is_awaited(ctx: Context, fact: Resolved | Fetched | FetchFailed) -> bool:
+    """A load in the queue waits for just this."""
+    job = find(ctx.queue, fact.generation)
+    if job is None or job.awaits is None:
+        return False
+    return isinstance(fact, FetchFailed) or job.awaits == _AWAITED[type(fact)]
+
+
+def is_prefetch(ctx: Context, fact: Fetched | FetchFailed | TimerFired) -> bool:
+    """It is about a download that no load follows."""
+    return find(ctx.prefetches, fact.generation) is not None
+
+
+_AWAITED = {Resolved: "answer", Fetched: "files"}
 
 
 def is_child(ctx: Context, fact: Exited) -> bool:
     return ctx.child is not None and ctx.child.pid == fact.exit.pid
 
 
+def is_found_dead(ctx: Context, fact: Exited) -> bool:
+    """It was dead before it was killed."""
+    return ctx.end_is_known == "found"
+
+
 # ---------------------------------------------------------------------------------- requests
 
 
-def is_shutting_down(ctx: Context, fact: LoadRequested | LeaseRequested) -> bool:
+def is_shutting_down(
+    ctx: Context, fact: LoadRequested | PrefetchRequested | LeaseRequested
+) -> bool:
     return ctx.is_shutting_down
 
 
-def was_cancelled_early(ctx: Context, fact: LoadRequested) -> bool:
+def was_cancelled_early(ctx: Context, fact: LoadRequested | PrefetchRequested) -> bool:
     """Its cancel overtook it."""
     name = fact.target.request.load_request_id
     return any(name == known and fact.at - at <= EARLY_CANCEL_S for known, at in ctx.cancelled_ids)
@@ -127,6 +162,31 @@ def queues_when_busy(ctx: Context, fact: LoadRequested) -> bool:
     return bool(ctx.wanted) and fact.target.request.on_busy == "queue"
 
 
+def too_many_wait(ctx: Context, fact: LoadRequested) -> bool:
+    return fact.target.request.on_busy == "queue" and len(ctx.queue) >= ctx.policy.max_waiting
+
+
+def too_many_prefetch(ctx: Context, fact: LoadRequested | PrefetchRequested) -> bool:
+    """It would be one more download beside what loads or runs; what it supersedes makes room."""
+    request = fact.target.request
+    stays = () if isinstance(fact, LoadRequested) and request.on_busy == "supersede" else ctx.queue
+    waiting = sum(job.awaits is not None and job.target.request.prefetch for job in stays)
+    is_one_more = isinstance(fact, PrefetchRequested) or (
+        request.prefetch and not (fact.target.model.is_settled and fact.target.model.is_on_disk)
+    )
+    return is_one_more and waiting + len(ctx.prefetches) >= ctx.policy.max_prefetches
+
+
+def asks_first(ctx: Context, fact: LoadRequested) -> bool:
+    """Nothing is stopped for it before the Hub has said that its model may be had."""
+    return awaited_by(fact.target) is not None
+
+
+def same_as_prefetch(ctx: Context, fact: PrefetchRequested) -> bool:
+    """The same model is being fetched already."""
+    return fetches_the_same(ctx, fact.target) is not None
+
+
 def next_is_running(ctx: Context, fact: Promoted) -> bool:
     """The load that waited asks for what is running by now."""
     return bool(ctx.queue) and _is_this(ctx, ctx.running, ctx.queue[0].target)
@@ -152,9 +212,11 @@ def cancels_job(ctx: Context, fact: CancelRequested) -> bool:
 
 
 def cancels_callers(ctx: Context, fact: CancelRequested) -> bool:
-    """It means a queued load, or some of those who joined the load in flight."""
-    return any(cancels(job, fact) for job in ctx.queue) or any(
-        is_meant(job, caller, fact) for job in ctx.wanted for caller in job.callers
+    """It means a queued load or a prefetch, or some of those who joined one."""
+    return any(cancels(job, fact) for job in (*ctx.queue, *ctx.prefetches)) or any(
+        is_meant(job, caller, fact)
+        for job in (*ctx.wanted, *ctx.prefetches)
+        for caller in job.callers
     )
 
 
@@ -183,15 +245,15 @@ def is_draining_this(ctx: Context, fact: TimerFired) -> bool:
 
 
 def is_idle(ctx: Context, fact: TimerFired) -> bool:
-    """Nobody uses the server this timer was set for, nobody wants another, and it may be stopped
-    for that.
+    """Nobody uses the server this timer was set for, no other is due, and it may be stopped for
+    that.
     """
     return (
         ctx.running is not None
         and ctx.running.generation == fact.generation
         and ctx.running.idle_at is not None
         and not ctx.leases
-        and not ctx.wanted
+        and not ctx.is_due
     )
 
 
@@ -200,7 +262,7 @@ def is_job(ctx: Context, fact: TimerFired) -> bool:
 
 
 def is_queued_job(ctx: Context, fact: TimerFired) -> bool:
-    return any(job.generation == fact.generation for job in ctx.queue)
+    return find(ctx.queue, fact.generation) is not None
 
 
 # -------------------------------------------------------------------- making a failure good
@@ -213,7 +275,7 @@ def restores_previous(ctx: Context, fact: Completion | TimerFired) -> bool:
         and ctx.job.token is None
         and ctx.job.target.request.restore_previous
         and ctx.previous is not None
-        and not ctx.queue
+        and not ctx.is_due
     )
 
 
@@ -250,6 +312,22 @@ def _is_this(ctx: Context, known: Running | Recovery | None, wanted: Target) -> 
 
 
 # ------------------------------------------------------------- shared with actions, not guards
+
+
+def find(jobs: Iterable[Job], generation: Generation) -> Job | None:
+    return next((job for job in jobs if job.generation == generation), None)
+
+
+def awaited_by(target: Target) -> Literal["answer", "files"] | None:
+    """What a load has to wait for before it may have its turn."""
+    if not target.model.is_settled:
+        return "answer"
+    return "files" if target.request.prefetch and not target.model.is_on_disk else None
+
+
+def fetches_the_same(ctx: Context, target: Target) -> Job | None:
+    """Return the prefetch of the same files."""
+    return next((job for job in ctx.prefetches if is_same_model(job.target, target)), None)
 
 
 def is_same(ctx: Context, job: Job, target: Target) -> bool:

@@ -7,32 +7,28 @@ and no more.
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Final
 
-from orchestrator import models
-from orchestrator.download import Hub, is_hub
 from orchestrator.errors import Busy, Cancelled, OrchestratorError, Problem, ShuttingDown
 from orchestrator.request import LoadRequest
-from orchestrator.roots import ModelRoots
+from orchestrator.source import ModelSource
 from orchestrator.tokens import CancelReason, CancelToken, Generation
 from orchestrator.variants import Variant
+from orchestrator.workers import Workers
 
 MAX_AT_ONCE: Final = 8
+_ENDS_WITHIN_S: Final = 5.0
 _NONE: Final = Generation(0)  # a listing is no load
 
 
 class Listings:
-    """Every listing of one orchestrator.
+    """Every listing of one orchestrator."""
 
-    Args:
-        roots: Folders that local models have to be in; None = anywhere.
-    """
-
-    def __init__(self, hub: Hub, roots: ModelRoots | None) -> None:
-        self._hub = hub
-        self._roots = roots
-        self._work: dict[Future[list[Variant]], tuple[CancelToken, threading.Thread]] = {}
+    def __init__(self, source: ModelSource, workers: Workers) -> None:
+        self._source = source
+        self._workers = workers
+        self._work: dict[Future[list[Variant]], tuple[CancelToken, Future[None]]] = {}
         self._guard = threading.Lock()  # of the above, and nothing else
 
     def begin(self, request: LoadRequest) -> Future[list[Variant]]:
@@ -43,30 +39,26 @@ class Listings:
         """
         found: Future[list[Variant]] = Future()
         token = CancelToken(_NONE)
-        thread = threading.Thread(
-            target=self._run, args=(request, token, found), name="llama-listing", daemon=True
-        )
         with self._guard:
             if len(self._work) >= MAX_AT_ONCE:
                 raise Busy.because(f"{MAX_AT_ONCE} listings are under way: ask again")
-            self._work[found] = token, thread
-            thread.start()
+            done = self._workers.submit(lambda: self._run(request, token, found))
+            self._work[found] = token, done
         found.add_done_callback(lambda _: token.set(CancelReason.USER))
         return found
 
     def close(self) -> None:
-        """End all; returns when their processes are gone."""
+        """End all; returns when their processes are gone, or after `_ENDS_WITHIN_S`."""
         with self._guard:
             work = tuple(self._work.values())
         for token, _ in work:
             token.set(CancelReason.SHUTDOWN)
-        for _, thread in work:
-            thread.join()
+        wait([done for _, done in work], _ENDS_WITHIN_S)
 
     def _run(self, request: LoadRequest, token: CancelToken, found: Future[list[Variant]]) -> None:
         result: list[Variant] | OrchestratorError
         try:
-            result = self._look(request, token)
+            result = self._source.variants(request, token)
         except Cancelled:
             result = ShuttingDown.because("the orchestrator has been closed")
         except OrchestratorError as error:
@@ -81,8 +73,3 @@ class Listings:
             found.set_exception(result)
         else:
             found.set_result(result)
-
-    def _look(self, request: LoadRequest, token: CancelToken) -> list[Variant]:
-        if not models.is_local(request.model_path, self._roots) and is_hub(request.model_path):
-            return self._hub.variants(request, token)
-        return models.variants_of(request, self._roots)

@@ -68,6 +68,16 @@ class LoadRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefetchRequested:
+    """Make a model whole on disk, and start nothing."""
+
+    trigger: ClassVar[str] = "prefetch"
+    ticket: Ticket
+    target: Target
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class UnloadRequested:
     """`model` limits the unload to that model (compared as text); None means whatever is there."""
 
@@ -143,6 +153,17 @@ class KillFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Resolved:
+    """The Hub has answered: which commit and files the model is, and that it may be had."""
+
+    trigger: ClassVar[str] = "resolved"
+    effect: ClassVar[str] = "resolve"
+    generation: Generation
+    at: float
+    model: ModelFiles
+
+
+@dataclass(frozen=True, slots=True)
 class Fetched:
     trigger: ClassVar[str] = "fetched"
     effect: ClassVar[str] = "download"
@@ -154,6 +175,8 @@ class Fetched:
 
 @dataclass(frozen=True, slots=True)
 class FetchFailed:
+    """The model cannot be had: the Hub says so, or its files do not arrive."""
+
     trigger: ClassVar[str] = "fetch_failed"
     effect: ClassVar[str] = "download"
     generation: Generation
@@ -210,7 +233,7 @@ class Exited:
 
 @dataclass(frozen=True, slots=True)
 class Promoted:
-    """A queued load may start now (posted by the machine to itself after a commit)."""
+    """A queued load may start now (posted by the machine to itself)."""
 
     trigger: ClassVar[str] = "promote"
     generation: Generation
@@ -234,10 +257,19 @@ class TimerFired:
 
 
 Completion = (
-    Emptied | KillFailed | Fetched | FetchFailed | Spawned | SpawnFailed | BecameReady | NotReady
+    Emptied
+    | KillFailed
+    | Resolved
+    | Fetched
+    | FetchFailed
+    | Spawned
+    | SpawnFailed
+    | BecameReady
+    | NotReady
 )
 Request = (
     LoadRequested
+    | PrefetchRequested
     | UnloadRequested
     | CancelRequested
     | Withdrawn
@@ -283,6 +315,13 @@ class Unloaded:
 
 
 @dataclass(frozen=True, slots=True)
+class Prefetched:
+    """The answer to a prefetch: the model is whole on disk."""
+
+    model: ModelFiles
+
+
+@dataclass(frozen=True, slots=True)
 class CancelAnswer:
     cancelled: bool
 
@@ -299,7 +338,7 @@ class Done:
     """The shutdown is complete."""
 
 
-Answer = Loaded | Unloaded | CancelAnswer | LeaseGranted | Done | Problem
+Answer = Loaded | Prefetched | Unloaded | CancelAnswer | LeaseGranted | Done | Problem
 
 # ------------------------------------------------------------------------------------- commands
 
@@ -313,7 +352,17 @@ class Kill:
 
 
 @dataclass(frozen=True, slots=True)
+class Resolve:
+    """Ask the Hub for a load that waits; the state stays as it is."""
+
+    generation: Generation
+    target: Target
+
+
+@dataclass(frozen=True, slots=True)
 class Download:
+    """Make the model whole on disk: as the effect of Downloading, or for a load that waits."""
+
     generation: Generation
     target: Target
 
@@ -368,6 +417,30 @@ class Settle:
 
 
 @dataclass(frozen=True, slots=True)
+class Concluded:
+    """A load has ended, once and for all, and what became of it; callers may have left before.
+
+    Attributes:
+        accepted_at: Monotonic seconds.
+        timings: Seconds in each phase; of a failed load `total` is not counted here.
+    """
+
+    generation: Generation
+    target: Target
+    accepted_at: float
+    timings: Timings
+    answer: Loaded | Problem
+
+
+@dataclass(frozen=True, slots=True)
+class ServerEnded:
+    """A server has ended: `stopped` by us, else by itself: by `exit`, `signal` or `unknown`."""
+
+    pid: int
+    how: Literal["stopped", "exit", "signal", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
 class Post:
     """Put a fact of our own behind what is already in the inbox."""
 
@@ -382,8 +455,8 @@ class Fence:
     trigger: str
 
 
-Effect = Kill | Download | Spawn | Probe
-Command = Effect | SetToken | SetTimer | Accept | Settle | Post | Fence
+Effect = Kill | Resolve | Download | Spawn | Probe
+Command = Effect | SetToken | SetTimer | Accept | Settle | Concluded | ServerEnded | Post | Fence
 
 
 def failure_of(effect: Effect, problem: Problem, at: float) -> Completion:
@@ -392,7 +465,7 @@ def failure_of(effect: Effect, problem: Problem, at: float) -> Completion:
     match effect:
         case Kill():
             return KillFailed(generation, at, problem)
-        case Download():
+        case Resolve() | Download():
             return FetchFailed(generation, at, problem)
         case Spawn():
             return SpawnFailed(generation, at, problem)

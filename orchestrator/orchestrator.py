@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from typing import Any, Final, Self, cast
 
 from orchestrator import views
-from orchestrator.errors import (
-    InvalidRequest,
-    Problem,
-)
+from orchestrator.errors import Problem
 from orchestrator.events import Event, EventLog
-from orchestrator.facade import Facade, request_of, wait_for
+from orchestrator.facade import Facade, request_of
 from orchestrator.messages import (
     Answer,
     CancelAnswer,
     LeaseGranted,
     Loaded,
+    Prefetched,
     Unloaded,
 )
 from orchestrator.owner import Call, Owner
@@ -80,32 +78,26 @@ class Orchestrator(Facade):
         Raises:
             OrchestratorError: see `orchestrator.errors` for the tree.
         """
-        return views.load_outcome(cast("Loaded", _result(self._begin_load(request, fields))))
+        call = self._begin(self._ask_load, request_of(request, fields))
+        return views.load_outcome(cast("Loaded", self._result(call)))
 
     def submit(self, request: LoadRequest | str, **fields: Any) -> Generation:
-        """Begin a load that nobody waits for, and return its generation for `outcome`.
-
-        Raises:
-            InvalidRequest: with `prefetch` there is no generation before the download has ended.
-        """
-        call = self._begin_load(_submitted(request, fields), {})
-        return _accepted(wait_for(call.accepted, call))
+        """Begin a load that nobody waits for, and return its generation for `outcome`."""
+        call = self._begin(self._ask_load, request_of(request, fields))
+        return _accepted(self._wait(call.accepted, call))
 
     def prefetch(self, request: LoadRequest | str, **fields: Any) -> PrefetchOutcome:
         """Make a model whole on disk while another may keep serving; a load then finds it there.
 
-        Who asks for the same shares one download; `cancel` by `load_request_id` ends it.
+        Callers of the same model share one download; `cancel` by `load_request_id` ends it.
 
         Raises:
+            Busy: as many models are being fetched as may be at once.
             OrchestratorError: see `orchestrator.errors`; HubError and DiskFull among them.
         """
         wanted = request_of(request, fields)
-        fetching = self._begin_prefetch(wanted)
-        try:
-            return views.prefetch_outcome(wanted, fetching.result())
-        except BaseException:
-            fetching.cancel()
-            raise
+        call = self._begin(self._ask_prefetch, wanted)
+        return views.prefetch_outcome(wanted, cast("Prefetched", self._result(call)).model)
 
     def variants(self, request: LoadRequest | str, **fields: Any) -> Variants:
         """Return what a model on disk or on the Hub could be loaded as, with sizes.
@@ -130,12 +122,12 @@ class Orchestrator(Facade):
             model_path: End this model and its loads only, by its file, its repo or `repo:VARIANT`;
                 None ends whatever there is.
         """
-        return _unload_outcome(_result(self._ask_unload(model_path)))
+        return _unload_outcome(self._result(self._ask_unload(model_path)))
 
     def cancel(self, load_request_id: str | None = None, generation: int | None = None) -> bool:
         """End one load that is in flight, never a resident model. True when there was one."""
         return cast(
-            "CancelAnswer", _result(self._ask_cancel(load_request_id, generation))
+            "CancelAnswer", self._result(self._ask_cancel(load_request_id, generation))
         ).cancelled
 
     @contextlib.contextmanager
@@ -147,7 +139,7 @@ class Orchestrator(Facade):
         """
         call = self._ask_lease()
         try:
-            yield views.leased_server(cast("LeaseGranted", _result(call)))
+            yield views.leased_server(cast("LeaseGranted", self._result(call)))
         finally:  # also when the wait was interrupted in the moment of the grant
             self._end_lease(call)
 
@@ -156,12 +148,13 @@ class Orchestrator(Facade):
         log = self._start().events
         return _follow(log, log.last_id if after is None else after)
 
-    def _begin_load(self, request: LoadRequest | str, fields: dict[str, Any]) -> Call:
-        owner = self._start()
-        wanted = request_of(request, fields)
-        call = owner.call()
+    def _result(self, call: Call) -> Answer:
+        return _raised(self._wait(call.settled, call))
+
+    def _begin(self, ask: Callable[[Call, LoadRequest], None], wanted: LoadRequest) -> Call:
+        call = self._start().call()
         try:
-            self._ask_load(call, wanted)
+            ask(call, wanted)
         except BaseException:
             call.settled.cancel()
             raise
@@ -178,7 +171,7 @@ class AsyncOrchestrator(Facade):
 
     async def close(self) -> None:
         """Cancel loads, stop the server, wait until the slot is verified empty. Idempotent."""
-        closing = asyncio.get_running_loop().run_in_executor(None, self._close)
+        closing = asyncio.wrap_future(self._parts.workers.submit(self._close))
         await asyncio.shield(closing)
 
     async def __aenter__(self) -> Self:
@@ -189,12 +182,12 @@ class AsyncOrchestrator(Facade):
 
     async def load(self, request: LoadRequest | str, **fields: Any) -> LoadOutcome:
         """As `Orchestrator.load`; a cancelled `await` withdraws only its caller."""
-        call = await self._begin_load(request, fields)
+        call = await self._begin(self._ask_load, request_of(request, fields))
         return views.load_outcome(cast("Loaded", await _answer(call)))
 
     async def submit(self, request: LoadRequest | str, **fields: Any) -> Generation:
         """As `Orchestrator.submit`."""
-        call = await self._begin_load(_submitted(request, fields), {})
+        call = await self._begin(self._ask_load, request_of(request, fields))
         try:
             return _accepted(await asyncio.wrap_future(call.accepted))
         except asyncio.CancelledError:
@@ -204,8 +197,8 @@ class AsyncOrchestrator(Facade):
     async def prefetch(self, request: LoadRequest | str, **fields: Any) -> PrefetchOutcome:
         """As `Orchestrator.prefetch`; a cancelled `await` ends only its own interest."""
         wanted = request_of(request, fields)
-        fetching = await asyncio.to_thread(self._begin_prefetch, wanted)
-        return views.prefetch_outcome(wanted, await asyncio.wrap_future(fetching))
+        call = await self._begin(self._ask_prefetch, wanted)
+        return views.prefetch_outcome(wanted, cast("Prefetched", await _answer(call)).model)
 
     async def variants(self, request: LoadRequest | str, **fields: Any) -> Variants:
         """As `Orchestrator.variants`; a cancelled `await` ends the listing."""
@@ -293,32 +286,20 @@ class AsyncOrchestrator(Facade):
     async def _started(self) -> Owner:
         """Start in another thread: to claim a slot may mean to end what a dead owner left in it."""
         if self._owner is None:
-            await asyncio.get_running_loop().run_in_executor(None, self._start)
+            await asyncio.wrap_future(self._parts.workers.submit(self._start))
         return self._start()
 
-    async def _begin_load(self, request: LoadRequest | str, fields: dict[str, Any]) -> Call:
-        wanted, ticket = request_of(request, fields), self._ticket()
+    async def _begin(self, ask: Callable[[Call, LoadRequest], None], wanted: LoadRequest) -> Call:
+        """Take the call's place in the order of calls, and have its model looked up."""
+        ticket = self._ticket()
         owner = await self._started()
         call = owner.call(ticket)
         try:
-            looking = self._intake.submit(self._ask_load, call, wanted)
-        except RuntimeError:  # closed in this moment
-            owner.refuse(call, Problem("shutting_down", "the orchestrator has been closed"))
-            return call
-        try:
-            await asyncio.wrap_future(looking)
-        except asyncio.CancelledError:
+            await asyncio.wrap_future(self._parts.workers.submit(lambda: ask(call, wanted)))
+        except BaseException:
             call.settled.cancel()
             raise
         return call
-
-
-def _submitted(request: LoadRequest | str, changes: dict[str, Any]) -> LoadRequest:
-    wanted = request_of(request, changes)
-    if wanted.prefetch:
-        message = "prefetch and submit do not go together: prefetch first, then submit the load"
-        raise InvalidRequest.because(message, field="prefetch")
-    return wanted
 
 
 @contextlib.contextmanager
@@ -342,10 +323,6 @@ def _follow(log: EventLog, position: int) -> Iterator[Event]:
         for event in batch:
             position = event.id
             yield event
-
-
-def _result(call: Call) -> Answer:
-    return _raised(wait_for(call.settled, call))
 
 
 async def _answer(call: Call) -> Answer:

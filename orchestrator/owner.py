@@ -23,6 +23,7 @@ import structlog
 from orchestrator.context import Context, Policy
 from orchestrator.errors import OrchestratorError, Problem
 from orchestrator.events import EventLog
+from orchestrator.guards import is_current
 from orchestrator.history import History
 from orchestrator.machine import Lifecycle, lifecycle
 from orchestrator.messages import (
@@ -30,18 +31,21 @@ from orchestrator.messages import (
     Answer,
     BecameReady,
     Command,
+    Concluded,
     Download,
+    Effect,
     Fact,
     Fence,
     Fetched,
     Kill,
     LeaseRequested,
-    Loaded,
     LoadRequested,
     Post,
     Probe,
     Promoted,
     Request,
+    Resolve,
+    ServerEnded,
     SetTimer,
     Settle,
     SetToken,
@@ -53,7 +57,7 @@ from orchestrator.messages import (
     failure_of,
 )
 from orchestrator.ports import Clock, Effects, SlotLock
-from orchestrator.snapshot import Observer, Seen, Snapshot
+from orchestrator.snapshot import Observer, Snapshot, StepReport
 from orchestrator.states import State
 from orchestrator.telling import say
 from orchestrator.tokens import CancelToken, Generation, Ticket
@@ -112,7 +116,7 @@ class Owner:
         self._calls: dict[Ticket, Call] = {}
         self._tokens: dict[Generation, CancelToken] = {}
         self._timers: dict[tuple[Timer, Generation], float] = {}  # few: the least is looked for
-        self.history: History = History(clock)
+        self.history: History = History()
         self.has_ended: bool = False
         now = clock()
         self.snapshot: Snapshot = Snapshot(
@@ -137,12 +141,8 @@ class Owner:
         self.post(fact)
         self._withdraw(call)
 
-    def refuse(self, call: Call, problem: Problem) -> None:
-        """Answer a call that never became a request."""
-        self.answer(call, problem)
-
     def answer(self, call: Call, answer: Answer) -> None:
-        """Answer a call in the machine's place."""
+        """Answer a call that never became a request."""
         self._settle(Settle(call.ticket, answer))
 
     def post(self, fact: Fact) -> None:
@@ -203,11 +203,15 @@ class Owner:
             before = self.snapshot
             state, ctx, commands = self._machine.step(before.state, before.ctx, fact)
             shown = self._shown(fact, state, ctx)
-            outcomes = self.history.note(before, fact, shown, commands)
+            concluded = [c for c in commands if isinstance(c, Concluded)]
+            for ended in concluded:
+                self.history.add(ended, now=self.clock(), story=shown.story)
             self.snapshot = shown
             if state is not before.state:
                 self._tell(fact, before, shown)
-            self._observe(fact, before, shown, outcomes, commands)
+            if concluded:
+                self.events.wake()
+            self._observe(StepReport(fact, before, shown, commands))
             for command in commands:
                 self._carry_out_safely(command, lock)
         except (Exception, SystemExit) as error:  # noqa: BLE001 (it outlives what it cannot digest)
@@ -222,7 +226,7 @@ class Owner:
     def _with_evidence(self, fact: Fact) -> tuple[Fact, SlotLock | None]:
         """Ask the operating system what only it knows, in the same step that uses the answer."""
         match fact:
-            case Fetched():
+            case Fetched() if is_current(self.snapshot.ctx, fact):
                 evidence, lock = self._take_slot()
                 return replace(fact, slot=evidence), lock
             case LoadRequested() | LeaseRequested() | BecameReady() | Promoted():
@@ -257,27 +261,13 @@ class Owner:
         story = (*before.story, line)[-_STORY_LINES:]
         return Snapshot(state, ctx, time.time(), self.clock(), story)
 
-    def _observe(
-        self,
-        fact: Fact,
-        before: Snapshot,
-        after: Snapshot,
-        outcomes: tuple[Loaded | Problem, ...],
-        commands: Sequence[Command],
-    ) -> None:
+    def _observe(self, report: StepReport) -> None:
         """Tell the observers; one that fails costs the others nothing."""
-        if outcomes:
-            self.events.wake()
-        if not self._observers:
-            return
-        answers = (command.answer for command in commands if isinstance(command, Settle))
-        already = tuple(a for a in answers if isinstance(a, Loaded) and a.already)
-        seen = Seen(fact, before, after, outcomes, already)
         for observer in tuple(self._observers):
             try:
-                observer(seen)
+                observer(report)
             except (Exception, SystemExit):  # noqa: BLE001 (somebody else's code on our thread)
-                _say("exception", "observer.failed", trigger=fact.trigger)
+                _say("exception", "observer.failed", trigger=report.fact.trigger)
 
     def _tell(self, fact: Fact, before: Snapshot, shown: Snapshot) -> None:
         """One event and one line of the log for each transition."""
@@ -316,7 +306,7 @@ class Owner:
 
     def _carry_out(self, command: Command, lock: SlotLock | None) -> None:
         match command:
-            case Kill() | Download() | Spawn() | Probe():
+            case Kill() | Resolve() | Download() | Spawn() | Probe():
                 self._start(command, lock)
             case SetToken():
                 self._token(command.generation).set(command.reason)
@@ -331,11 +321,13 @@ class Owner:
                 self._settle(command)
             case Post():
                 self.post(command.fact)
+            case Concluded() | ServerEnded():
+                pass  # said to the history and to who counts, before the snapshot was shown
             case Fence():
                 trigger, generation = command.trigger, command.generation
                 _say("info", "completion.fenced", trigger=trigger, generation=generation)
 
-    def _start(self, effect: Kill | Download | Spawn | Probe, lock: SlotLock | None) -> None:
+    def _start(self, effect: Effect, lock: SlotLock | None) -> None:
         try:
             self.effects.start(effect, self._token(effect.generation), lock)
         except Exception as error:  # noqa: BLE001 (an effect that cannot begin has failed)
@@ -351,7 +343,7 @@ class Owner:
     def _accept(self, command: Accept) -> None:
         self._token(command.generation)
         ctx = self.snapshot.ctx
-        loads = (ctx.job, *ctx.queue, ctx.effect)  # an effect may outlive its load
+        loads = (ctx.job, *ctx.queue, *ctx.prefetches, ctx.effect)  # an effect may outlive its load
         in_use = {load.generation for load in loads if load} | {ctx.generation}
         for ended in self._tokens.keys() - in_use:
             del self._tokens[ended]

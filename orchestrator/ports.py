@@ -9,10 +9,22 @@ from __future__ import annotations
 from typing import Protocol
 
 from orchestrator.messages import Child, Effect, SlotEvidence
-from orchestrator.tokens import CancelToken
+from orchestrator.tokens import CancelToken, Generation
 
 LogPosition = tuple[int, int]
 """A server's generation, and how many of its lines have been seen."""
+
+
+class ClaimedSlot(Protocol):
+    """A process slot that one orchestrator claims for itself."""
+
+    name: str
+
+    def claim(self) -> None:
+        """Become the owner, or raise SlotOwned."""
+
+    def release(self) -> None:
+        """Stop being the owner."""
 
 
 class SlotLock(Protocol):
@@ -41,8 +53,8 @@ class Effects(Protocol):
     def start(self, effect: Effect, token: CancelToken, lock: SlotLock | None) -> None:
         """Begin one effect; a spawn is carried out at once. Owner's thread."""
 
-    def progress(self) -> Progress | None:
-        """What the effect under way has done so far; None when it does not count bytes."""
+    def progress(self, generation: Generation) -> Progress | None:
+        """What is being done for a load so far; None when nothing is, or no bytes are counted."""
 
     def log_since(self, position: LogPosition) -> tuple[LogPosition, tuple[str, ...]]:
         """The lines after a position, of the present or last server, and where they end."""

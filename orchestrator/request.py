@@ -139,12 +139,14 @@ class HubModel:
         repo: `owner/name`; upper and lower case mean the same.
         revision: As it was asked for; None = the default branch.
         commit: What that is, once it is known.
+        is_settled: The Hub has nothing to add: it has answered, or it need not be asked.
         note: What is worth knowing about it, e.g. that the Hub could not be asked.
     """
 
     repo: str
     revision: str | None = None
     commit: str | None = None
+    is_settled: bool = True
     note: str | None = field(default=None, compare=False)
 
 
@@ -152,8 +154,8 @@ class HubModel:
 class ModelFiles:
     """A model on disk: every shard in order, and the projector of a vision model.
 
-    Of a Hub model that has not been looked up yet there are no weights, and the variant is the one
-    that was asked for.
+    Of a Hub model that is not here there are no weights; until the Hub has answered, the variant is
+    the one that was asked for.
     """
 
     weights: tuple[FileIdentity, ...]
@@ -164,6 +166,16 @@ class ModelFiles:
     @property
     def is_on_disk(self) -> bool:
         return bool(self.weights)
+
+    @property
+    def is_resolved(self) -> bool:
+        """Is it known which files it is, be they here or not?"""
+        return self.hub is None or self.hub.commit is not None
+
+    @property
+    def is_settled(self) -> bool:
+        """Is there nothing left that the Hub has to be asked before a server is stopped for it?"""
+        return self.hub is None or self.hub.is_settled
 
     @property
     def name(self) -> str:
@@ -186,6 +198,10 @@ class ServerBinary:
     command: tuple[str, ...]
     identity: FileIdentity
     catalogue: Catalogue | None = field(default=None, compare=False, repr=False)
+
+
+NO_SERVER: Final = ServerBinary("external", (), FileIdentity("", 0, 0, 0, 0))
+"""Of a target that is only fetched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +275,7 @@ class Target:
         Args:
             committed: Extra args of the last load that became Healthy, by source.
         """
-        if self.request.llama_extra_args is not None or not self.model.is_on_disk:
+        if self.request.llama_extra_args is not None or not self.model.is_resolved:
             return self  # what it inherits depends on the variant that is found
         inherited, groups = committed.get(self.source, ()), groups_set_by(self.request)
         if self.request.speculative_type == server_args.manual_mode(inherited):
@@ -274,15 +290,25 @@ class Target:
             return self
         return replace(self, request=replace(self.request, idle_ttl_s=ttl_s, pinned=pinned))
 
-    def asked(self) -> dict[str, object]:
-        """What of a Hub model can be compared before it has been looked up: what was asked for."""
-        hub, request = self.model.hub, self.request
-        variant = request.gguf_variant
+    def asked(self, other: Target) -> dict[str, object]:
+        """What can be compared with a Hub model of which one of the two is not resolved: what was
+        asked for, and what that has turned out to be where the other asks for it by name.
+        """
+        hub, theirs, variant = self.model.hub, other.model.hub, self._asked_variant
+        revision = hub and hub.revision
+        if hub is not None and hub.commit is not None:
+            variant = self.model.variant if other._asked_variant else variant
+            revision = hub.commit if theirs and theirs.revision == hub.commit else revision
         return {
             "gguf_variant": variant and variant.upper(),
-            "revision": hub and hub.revision,
-            "mmproj_path": request.mmproj_path,
+            "revision": revision,
+            "mmproj_path": self.request.mmproj_path,
         }
+
+    @property
+    def _asked_variant(self) -> str | None:
+        _, in_path = variants.split_reference(self.request.model_path) or (None, None)
+        return self.request.gguf_variant or in_path
 
     def identity(self) -> dict[str, object]:
         """Everything "the same" means, by the name a reload reason uses."""
@@ -310,13 +336,22 @@ def groups_set_by(request: LoadRequest) -> frozenset[str]:
 def differences(running: Target, requested: Target) -> tuple[ReloadReason, ...]:
     """Return what keeps `running` from serving `requested`; empty means they are the same."""
     ours, theirs = running.identity(), requested.identity()
-    if running.model.is_on_disk != requested.model.is_on_disk:
-        ours, theirs = ours | running.asked(), theirs | requested.asked()
+    if not (running.model.is_resolved and requested.model.is_resolved):
+        ours, theirs = ours | running.asked(requested), theirs | requested.asked(running)
+    elif running.model.is_on_disk != requested.model.is_on_disk:  # which projector, nobody knows
+        ours["mmproj_path"] = running.request.mmproj_path
+        theirs["mmproj_path"] = requested.request.mmproj_path
     return tuple(
         ReloadReason(name, _shown(ours[name]), _shown(theirs[name]))
         for name in ours
         if ours[name] != theirs[name]
     )
+
+
+def is_same_model(one: Target, other: Target) -> bool:
+    """Would both be made of the same files?"""
+    names = {"model_path", "gguf_variant", "revision", "mmproj_path"}
+    return not any(reason.field in names for reason in differences(one, other))
 
 
 def _shown(value: object) -> object:

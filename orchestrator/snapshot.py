@@ -9,8 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from orchestrator.context import Context
-from orchestrator.errors import Problem
-from orchestrator.messages import Fact, Loaded
+from orchestrator.messages import Command, Fact
 from orchestrator.states import State
 
 
@@ -32,19 +31,13 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """One step, for whoever counts.
-
-    Attributes:
-        outcomes: What became of the loads that are settled by it.
-        already: Answers to loads that found their model running.
-    """
+class StepReport:
+    """One step, for whoever counts: what came in, what was true before and after, what went out."""
 
     fact: Fact
     before: Snapshot
     after: Snapshot
-    outcomes: tuple[Loaded | Problem, ...]
-    already: tuple[Loaded, ...]
+    commands: tuple[Command, ...]
 
 
-Observer = Callable[[Seen], None]
+Observer = Callable[[StepReport], None]

@@ -12,7 +12,8 @@ from enum import StrEnum
 from typing import NewType
 
 Generation = NewType("Generation", int)
-"""Number of an accepted load, from 1; carried by every command and completion."""
+"""Number of an accepted load, from 1, or of a prefetch, from -1 downwards; carried by every command
+and completion."""
 
 Ticket = NewType("Ticket", int)
 """Number of one call on the orchestrator; each is answered exactly once."""

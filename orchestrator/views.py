@@ -7,15 +7,14 @@ Nothing here decides anything.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
 from orchestrator.context import Context, Job
 from orchestrator.errors import Problem
-from orchestrator.fetch_process import FetchProgress
 from orchestrator.history import LoadRecord
-from orchestrator.messages import Exit, LeaseGranted, Loaded, Timings
+from orchestrator.messages import Concluded, Exit, LeaseGranted, Loaded, Timings
 from orchestrator.named import Named
 from orchestrator.ports import Progress as PhaseProgress
 from orchestrator.request import LoadRequest, ModelFiles, ReloadReason, Target
@@ -23,6 +22,9 @@ from orchestrator.snapshot import Snapshot
 from orchestrator.states import PHASES, State
 from orchestrator.tokens import Generation
 from orchestrator.variants import Variant
+
+ProgressOf = Callable[[Generation], PhaseProgress | None]
+"""The bytes of the work that is done for a load; None where nothing is counted."""
 
 _AS_ASKED: Final = ("chat_template_override", "mmproj_path", "n_parallel", "idle_ttl_s", "pinned")
 _ONLY_IF_SET: Final = frozenset({"revision", "note", *_AS_ASKED})
@@ -295,27 +297,48 @@ def load_outcome(answer: Loaded) -> LoadOutcome:
     )
 
 
-def outcome(record: LoadRecord) -> LoadOutcome | Problem | None:
-    """What became of a load; None while it is in flight."""
+def outcome(record: LoadRecord) -> LoadOutcome | Problem:
+    """What became of a load."""
     answer = record.answer
     return load_outcome(answer) if isinstance(answer, Loaded) else answer
 
 
-def past_load(record: LoadRecord, snapshot: Snapshot) -> PastLoad:
-    target, became, job = record.job.target, outcome(record), snapshot.ctx.job
-    state = State.HEALTHY if isinstance(became, LoadOutcome) else State.IDLE
-    if became is None and job is not None and job.generation == record.job.generation:
-        state = snapshot.state
+def past_load(record: LoadRecord) -> PastLoad:
+    became = outcome(record)
     return PastLoad(
-        generation=record.job.generation,
-        state=state,
-        model_path=target.request.model_path,
-        gguf_variant=target.model.variant,
+        generation=record.generation,
+        state=State.HEALTHY if isinstance(became, LoadOutcome) else State.IDLE,
+        model_path=record.target.request.model_path,
+        gguf_variant=record.target.model.variant,
         accepted_at=round(record.accepted_at, 3),
-        took_s=None if became is None else record.timings.total,
+        took_s=record.timings.total,
         timings_s=record.timings,
         outcome=became,
     )
+
+
+def loads_in_flight(snapshot: Snapshot, now: float) -> dict[Generation, PastLoad]:
+    """Return every load that has no outcome yet: wanted, or with an end that is still to be told.
+
+    Args:
+        now: Monotonic seconds.
+    """
+    ctx, job = snapshot.ctx, snapshot.ctx.job
+    failed = (load.failed for load in ctx.wanted if load.failed is not None)
+    loads: tuple[Job | Concluded, ...] = (*ctx.wanted, *ctx.ending, *failed)
+    return {
+        load.generation: PastLoad(
+            generation=load.generation,
+            state=snapshot.state if job and job.generation == load.generation else State.IDLE,
+            model_path=load.target.request.model_path,
+            gguf_variant=load.target.model.variant,
+            accepted_at=round(time.time() - (now - load.accepted_at), 3),
+            took_s=None,
+            timings_s=load.timings,
+            outcome=None,
+        )
+        for load in loads
+    }
 
 
 def prefetch_outcome(request: LoadRequest, files: ModelFiles) -> PrefetchOutcome:
@@ -334,9 +357,7 @@ def leased_server(answer: LeaseGranted) -> LeasedServer:
     return LeasedServer(server.base_url, child.pid, child.generation, server.api_key)
 
 
-def status(
-    snapshot: Snapshot, now: float, under_way: Iterable[tuple[LoadRequest, FetchProgress]] = ()
-) -> Status:
+def status(snapshot: Snapshot, now: float, progress_of: ProgressOf) -> Status:
     ctx = snapshot.ctx
     healthy = snapshot.state is State.HEALTHY
     return Status(
@@ -351,27 +372,39 @@ def status(
         occupied_by=ctx.child.pid if snapshot.state is State.IDLE and ctx.child else None,
         recovery=_recovery(ctx, now) if not healthy else None,
         story=snapshot.story,
-        prefetching=tuple(
-            Prefetching(r.model_path, r.gguf_variant, p.bytes_done, p.bytes_total)
-            for r, p in under_way
-        ),
+        prefetching=tuple(_prefetching(job, progress_of) for job in ctx.prefetches),
         idle_unload_in_s=_idle_in_s(ctx, now) if healthy else None,
     )
 
 
-def not_started(under_way: Iterable[tuple[LoadRequest, FetchProgress]]) -> Status:
+def not_started() -> Status:
     """The status of an orchestrator nobody has used yet."""
-    return status(Snapshot(State.IDLE, Context(), time.time(), 0.0), 0.0, under_way)
+    return status(Snapshot(State.IDLE, Context(), time.time(), 0.0), 0.0, lambda _: None)
 
 
-def progress(snapshot: Snapshot, counted: PhaseProgress | None) -> LoadProgress:
-    phase = PHASES.get(snapshot.state)
-    if snapshot.state is State.HEALTHY and not snapshot.ctx.wanted:
+def _prefetching(job: Job, progress_of: ProgressOf) -> Prefetching:
+    counted, request = progress_of(job.generation), job.target.request
+    done, total = (counted.bytes_done, counted.bytes_total) if counted else (0, None)
+    return Prefetching(request.model_path, job.target.model.variant, done, total)
+
+
+def progress(snapshot: Snapshot, progress_of: ProgressOf) -> LoadProgress:
+    ctx = snapshot.ctx
+    job = ctx.wanted[0] if ctx.wanted else None
+    phase = PHASES.get(snapshot.state) if job is None else _phase(snapshot.state, ctx, job)
+    if snapshot.state is State.HEALTHY and job is None:
         return LoadProgress(phase, None, None, 1.0)
-    if counted is None or snapshot.state not in {State.DOWNLOADING, State.WAITING_HEALTH}:
+    counts = phase in {PHASES[State.DOWNLOADING], PHASES[State.WAITING_HEALTH]}
+    counted = progress_of(job.generation) if job is not None and counts else None
+    if counted is None:
         return LoadProgress(phase, None, None, None)
     done, total = counted.bytes_done, counted.bytes_total
     return LoadProgress(phase, done, total, done / total if total else None)
+
+
+def _phase(state: State, ctx: Context, job: Job) -> str | None:
+    """The word for where a load is; the state may be that of what still runs."""
+    return PHASES[State.DOWNLOADING] if job.awaits else PHASES.get(state)
 
 
 def _settings(target: Target) -> dict[str, Any]:
@@ -420,7 +453,7 @@ def _loading(state: State, ctx: Context) -> Loading | None:
         generation=job.generation,
         model_path=job.target.request.model_path,
         gguf_variant=job.target.model.variant,
-        phase=PHASES.get(state),
+        phase=_phase(state, ctx, job),
         callers=len(job.callers),
         queued=len(ctx.wanted) - 1,
     )

@@ -15,9 +15,9 @@ from prometheus_client.registry import Collector
 
 import orchestrator
 from orchestrator.errors import Problem
-from orchestrator.messages import BecameReady, Emptied, Exited, Loaded, NotReady
+from orchestrator.messages import Concluded, Loaded, LoadRequested, ServerEnded, Settle
 from orchestrator.orchestrator import AsyncOrchestrator
-from orchestrator.snapshot import Seen
+from orchestrator.snapshot import StepReport
 from orchestrator.states import TIMED, State
 
 MEDIA_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -40,8 +40,6 @@ class Metrics:
         self._orch = orch
         self._registry = registry = CollectorRegistry()
         self._spent: dict[str, float] = dict.fromkeys(State, 0.0)
-        self._found_dead: int | None = None
-        self._gone_by_itself: int | None = None
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, namespace=_NAMESPACE, registry=registry)
@@ -94,51 +92,31 @@ class Metrics:
         spent[now.state] += now.uptime_s
         return spent
 
-    def _see(self, seen: Seen) -> None:
+    def _see(self, step: StepReport) -> None:
         """Count one step. On the owner's thread."""
-        before, after = seen.before, seen.after
+        before, after = step.before, step.after
         if before.state is not after.state:
             took_s = after.entered_at - before.entered_at
             self._spent[before.state] += took_s
-            self._transitions.labels(before.state, after.state, seen.fact.trigger).inc()
+            self._transitions.labels(before.state, after.state, step.fact.trigger).inc()
             if before.state in TIMED:
                 self._phases.labels(TIMED[before.state]).observe(took_s)
-        self._see_exit(seen)
-        for answer in seen.outcomes:
-            self._count(answer)
-        if seen.already:
-            self._loads.labels("already_loaded").inc(len(seen.already))
+        for command in step.commands:
+            match command:
+                case Concluded(answer=answer):
+                    self._count(answer)
+                case ServerEnded(how=how):
+                    self._exits.labels(how).inc()
+                case Settle(answer=Loaded(already=True)) if isinstance(step.fact, LoadRequested):
+                    self._loads.labels("already_loaded").inc()
 
     def _count(self, outcome: Loaded | Problem) -> None:
         if isinstance(outcome, Problem):
             self._loads.labels(outcome.category).inc()
             return
-        self._loads.labels("loaded").inc()
+        self._loads.labels("already_loaded" if outcome.already else "loaded").inc()
         for reason in outcome.reload_reasons:
             self._reasons.labels(reason.field).inc()
-
-    def _see_exit(self, seen: Seen) -> None:
-        """A server ends once: by itself, or because it was stopped. Who waits for its health may
-        say that it is dead before the exit itself is told.
-        """
-        child = seen.before.ctx.child
-        if child is None:
-            return
-        match seen.fact:
-            case (
-                NotReady(generation=seen_by, problem=Problem(category="server_start_failed"))
-                | BecameReady(generation=seen_by, child_is_alive=False)
-            ) if seen_by == child.generation:
-                self._found_dead = child.pid
-            case Exited(exit=ended) if ended.pid == child.pid:
-                is_killed = seen.before.state is State.KILLING and self._found_dead != child.pid
-                if not is_killed and self._gone_by_itself != child.pid:
-                    self._gone_by_itself = child.pid
-                    self._exits.labels(_how(ended.returncode)).inc()
-            case Emptied() if seen.after.ctx.child is None:
-                if self._gone_by_itself != child.pid:
-                    self._exits.labels("stopped").inc()
-                self._gone_by_itself = self._found_dead = None  # the pid may be another's now
 
 
 class _StateSeconds(Collector):
@@ -154,10 +132,3 @@ class _StateSeconds(Collector):
         for state, seconds in self._spent_s().items():
             family.add_metric([state], seconds)
         yield family
-
-
-def _how(returncode: int | None) -> str:
-    """Return how a server ended that nobody had stopped."""
-    if returncode is None:
-        return "unknown"
-    return "signal" if returncode < 0 else "exit"

@@ -234,7 +234,7 @@ def test_a_load_is_cancelled_while_it_downloads(
 def test_a_model_is_downloaded_while_another_runs_until_that_is_cancelled(
     start: Start, panel: Open, hub: Hub, tmp_path: Path, tiny_model: str
 ) -> None:
-    """A load that prefetches has no generation yet: leaving it is what cancels it."""
+    """It is a load like any other, shown with its rate, and what runs stays on the page."""
     big = write_tiny_model(tmp_path / "big.gguf", padding_bytes=6 << 20)
     hub.add(Repo("org/Tiny-GGUF", {"tiny-Q8_0.gguf": big}))
     hub.fail(bytes_per_s=1 << 20, path="/cdn/")
@@ -244,11 +244,12 @@ def test_a_model_is_downloaded_while_another_runs_until_that_is_cancelled(
     shown.page.get_by_text("More").click()
     shown.page.get_by_label("Download first").check()
     shown.apply(model_path="org/Tiny-GGUF")
-    expect(shown.page.locator("#notes")).to_contain_text("Prefetching org/Tiny-GGUF")
+    expect(shown.page.locator("#notes")).to_contain_text("org/Tiny-GGUF is being fetched")
+    expect(shown.page.locator("#progress-text")).to_contain_text("Downloading · ")
     shown.shows("Healthy")
     shown.page.click("#cancel")
-    expect(shown.page.locator("#sent")).to_have_text("The download was given up.")
-    status = until(client, lambda s: not s["prefetching"])
+    expect(shown.page.locator("#sent")).to_have_text("Generation 2 was cancelled.")
+    status = until(client, lambda s: not s["loading"])
     assert status["loaded"]["pid"] == pid
     expect(shown.page.locator("#notes")).to_be_empty()
     expect(shown.page.locator("#cancel")).to_be_hidden()

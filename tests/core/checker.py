@@ -206,7 +206,9 @@ class _Exploration:
         world, answer = self._run_happily(setting, setting.start(core), Ticket(0))
         assert isinstance(answer, Loaded), answer
         start = self._scenario.start(world.core)
-        return start._replace(alive=world.alive)
+        return start._replace(
+            alive=world.alive, concluded=world.concluded, told_ended=world.told_ended
+        )
 
     def _explore(self, first: World, max_worlds: int) -> None:
         self._reached[first] = None
@@ -309,7 +311,12 @@ class _Exploration:
     def _load_another(self, world: World) -> str | None:
         """From where the machine rests, a load of something else succeeds if nothing goes wrong."""
         setting = replace(self._scenario, clients=parse("load Another"))
-        fresh = setting.start(world.core)._replace(alive=world.alive, tokens=world.tokens)
+        fresh = setting.start(world.core)._replace(
+            alive=world.alive,
+            tokens=world.tokens,
+            concluded=world.concluded,
+            told_ended=world.told_ended,
+        )
         try:
             _, answer = self._run_happily(setting, fresh, Ticket(1000))
         except Exception as error:  # noqa: BLE001 (a mutant may break in any way)

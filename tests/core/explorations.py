@@ -15,6 +15,7 @@ from tests.core.checker import Report, explore
 from tests.core.world import NO_FAULTS, Faults
 
 CONTINUE = Policy(abandoned_load="continue")
+FULL = Policy(max_waiting=1, max_prefetches=1)
 RESTART = Policy(restart=RestartPolicy(limit=1))
 IDLE = Policy(idle_ttl_s=1.0)
 IDLE_RESTART = Policy(idle_ttl_s=1.0, restart=RestartPolicy(limit=1))
@@ -57,6 +58,27 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "load B | shutdown; unload": {"warm": "A"},
     "load A | shutdown; load B | lease": {},
     "unload | shutdown; load B | lease": {"warm": "A"},
+    # a model of the Hub: asked for, and with `prefetch` fetched, while what runs serves
+    "load o/B | load C": {"warm": "A"},
+    "load o/B prefetch | load A | unload": {"warm": "A"},
+    "load o/B prefetch id=x | cancel x | load A slow": {"warm": "A"},
+    "load A slow | load o/B prefetch": {},
+    "load o/B prefetch; cancel | load C queue": {"warm": "A"},
+    "load o/B prefetch | load o/B queue; withdraw | unload o/B": {},
+    "load o/B prefetch; withdraw | lease; release": {},
+    "load o/B | lease; release | shutdown": {"warm": "A"},
+    "load o/B prefetch deadline | load C restore": {"warm": "A"},
+    "load o/B prefetch queue": {"warm": "A", "policy": RESTART},
+    "load o/B prefetch queue | load C": {"warm": "A", "policy": RESTART, "faults": NO_FAULTS},
+    "load o/B queue | lease; withdraw": {"warm": "A", "policy": IDLE},
+    "prefetch o/B id=x | cancel x | prefetch o/B": {},
+    "prefetch o/B; withdraw | load o/B | shutdown": {"warm": "A"},
+    "prefetch o/B deadline | load o/B prefetch | unload": {},
+    "load o/B prefetch | load A queue | load C queue | prefetch o/C": {
+        "policy": FULL,
+        "faults": NO_FAULTS,
+    },
+    "load o/B | prefetch o/C | load o/D prefetch queue": {"policy": FULL, "faults": NO_FAULTS},
     # time
     "load A deadline | load B queue deadline": {},
     "load B deadline | lease; release": {"warm": "A"},
@@ -123,6 +145,9 @@ DEEP: dict[str, dict[str, Any]] = {
     "load A | load B queue | lease; release | unload": {"warm": "A", "policy": RESTART},
     "lease; release | load A | load B queue | unload": {"warm": "A", "policy": IDLE_RESTART},
     "load A | load B; cancel | lease; withdraw | load A queue": {"policy": CONTINUE},
+    "load o/B prefetch | load C queue; cancel | lease; release | unload": {"warm": "A"},
+    "load o/B prefetch restore | load o/C prefetch queue | load A slow": {"warm": "A"},
+    "prefetch o/B id=x | load o/B id=x prefetch | cancel x | shutdown": {},
     # nothing goes wrong but the order: longer programs
     "load A force | load B queue; cancel | load A queue | load A force": {
         "warm": "A",

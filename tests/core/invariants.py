@@ -14,17 +14,21 @@ from orchestrator.messages import (
     Accept,
     BecameReady,
     Completion,
+    Concluded,
     Download,
     Fence,
     Fetched,
+    Loaded,
     Probe,
+    Resolve,
+    ServerEnded,
     SetToken,
     Spawn,
     TimerFired,
 )
 from orchestrator.states import SETTLED, State
 from tests.core.promises import STEP_PROMISES, WORLD_PROMISES
-from tests.core.seen import Edge, Process, World, has_changed, is_known, pids
+from tests.core.seen import Edge, Process, World, has_changed, is_known, is_owed, pids
 
 __all__ = ["INVARIANTS", "Edge", "Process", "Violation", "World", "check_edge", "check_world"]
 
@@ -78,10 +82,28 @@ def inv_settled_holds_no_load(world: World) -> str | None:
         return f"{world.state} with load {ctx.job.generation} still in flight"
     if world.state is State.IDLE and ctx.running is not None:
         return f"Idle with server {ctx.running.child.pid} still running"
-    if world.state is State.IDLE and ctx.queue:
-        return f"Idle with load {ctx.queue[0].generation} still in the queue"
     if world.state is State.HEALTHY and (ctx.running is None or ctx.running.child != ctx.child):
         return f"Healthy with {ctx.running and ctx.running.child}, but the slot has {ctx.child}"
+    return None
+
+
+def inv_what_waits_is_under_way(world: World) -> str | None:
+    """A load that awaits something, and a prefetch: it is being asked for, or fetched."""
+    for job in (*world.ctx.queue, *world.ctx.prefetches):
+        kind = {"answer": "resolve", "files": "prefetch"}.get(job.awaits or "")
+        if kind is not None and (kind, job.generation) not in world.beside:
+            return f"load {job.generation} awaits its {job.awaits}, and nobody fetches that"
+    return None
+
+
+def inv_at_rest_nothing_waits(world: World) -> str | None:
+    """Quiescent: no load waits for its turn, and every load has been concluded."""
+    if not world.is_quiescent:
+        return None
+    if world.ctx.wanted or world.ctx.prefetches or world.ctx.ending:
+        return "nothing more will happen, and a load is still wanted, or its end is not told"
+    if left := set(world.accepted.values()) - world.concluded:
+        return f"nothing more will happen, and load {min(left)} was never concluded"
     return None
 
 
@@ -150,11 +172,51 @@ def inv_spawning_is_verified(edge: Edge) -> str | None:
 
 def inv_nothing_begins_for_an_ended_load(edge: Edge) -> str | None:
     """A cancel waits for the effect in flight, never for the next one."""
-    begun = [c for c in edge.commands if isinstance(c, Download | Spawn | Probe)]
+    begun = [c for c in edge.commands if isinstance(c, Resolve | Download | Spawn | Probe)]
     for effect in begun:
         if effect.generation in edge.after.tokens:
             kind = type(effect).__name__.lower()
             return f"a {kind} begins for load {effect.generation}, which was ended"
+    return None
+
+
+def inv_nothing_is_stopped_for_a_model_that_may_not_be_had(edge: Edge) -> str | None:
+    """What runs serves until the Hub has said yes, and with `prefetch` until the files are here."""
+    job = edge.after.ctx.job
+    if edge.before.state is not State.HEALTHY or edge.after.state is State.HEALTHY or job is None:
+        return None
+    model, request = job.target.model, job.target.request
+    if not model.is_settled:
+        return f"a healthy server is stopped for {request.model_path}, of which nothing is known"
+    if request.prefetch and not model.is_on_disk:
+        return f"a healthy server is stopped for {request.model_path}, which is not here yet"
+    return None
+
+
+def inv_concluded_once(edge: Edge) -> str | None:
+    """What became of a load is said once; that it is loaded, only if it is Healthy."""
+    ended = [c for c in edge.commands if isinstance(c, Concluded)]
+    for number, command in enumerate(ended):
+        again = [c.generation for c in ended[:number]]
+        if command.generation in edge.before.concluded or command.generation in again:
+            return f"load {command.generation} is concluded again"
+        if isinstance(command.answer, Loaded) and edge.after.state is not State.HEALTHY:
+            return f"load {command.generation} is concluded as loaded in {edge.after.state}"
+    return None
+
+
+def inv_a_server_ends_once(edge: Edge) -> str | None:
+    """That a server has ended is said once, when it is dead, and before its pid is forgotten."""
+    for command in edge.commands:
+        if isinstance(command, ServerEnded):
+            if command.pid in edge.before.told_ended:
+                return f"the end of server {command.pid} is told again"
+            if command.pid in {process.pid for process in edge.before.alive}:
+                return f"server {command.pid} is told to have ended, and is alive"
+    child = edge.before.ctx.child
+    is_forgotten = child is not None and edge.after.ctx.child != child
+    if child is not None and is_forgotten and child.pid not in edge.after.told_ended:
+        return f"server {child.pid} is forgotten, and its end was never told"
     return None
 
 
@@ -186,8 +248,7 @@ def inv_stale_is_fenced(edge: Edge) -> str | None:
     if not isinstance(fact, get_args(Completion)):
         return None
     completion = cast("Completion", fact)
-    owed = {(effect.kind, effect.generation) for effect in edge.before.in_flight}
-    if (completion.effect, completion.generation) in owed:
+    if is_owed(completion, edge.before):
         return None
     if has_changed(edge):
         return f"{fact.trigger} of load {completion.generation} is believed, but it is stale"
@@ -210,11 +271,12 @@ def inv_a_timer_means_its_own(edge: Edge) -> str | None:
             running is not None
             and running.generation == fact.generation
             and edge.before.state is State.HEALTHY
-            and not (ctx.wanted or ctx.leases or running.target.request.pinned)
+            and not (ctx.is_due or ctx.leases or running.target.request.pinned)
         )
     elif fact.kind == "deadline":
-        is_due = fact.generation in {job.generation for job in ctx.wanted}
-        if fact.generation in {job.generation for job in edge.after.ctx.wanted}:
+        is_due = fact.generation in {job.generation for job in (*ctx.wanted, *ctx.prefetches)}
+        after = edge.after.ctx
+        if fact.generation in {job.generation for job in (*after.wanted, *after.prefetches)}:
             return f"load {fact.generation} goes on after its deadline"
     else:
         is_draining = edge.before.state is State.KILLING and not edge.before.in_flight
@@ -266,16 +328,21 @@ WORLD_INVARIANTS: tuple[Callable[[World], str | None], ...] = (
     inv_healthy_at_rest_is_alive,
     inv_nothing_idles_for_ever,
     *WORLD_PROMISES,
+    inv_what_waits_is_under_way,
+    inv_at_rest_nothing_waits,
 )
 STEP_INVARIANTS: tuple[Callable[[Edge], str | None], ...] = (
     inv_spawning_is_verified,
     inv_nothing_begins_for_an_ended_load,
+    inv_nothing_is_stopped_for_a_model_that_may_not_be_had,
     inv_healthy_is_earned,
     inv_stale_is_fenced,
     inv_a_timer_means_its_own,
     inv_generations_grow,
     inv_token_set_once,
     *STEP_PROMISES,
+    inv_concluded_once,
+    inv_a_server_ends_once,
 )
 INVARIANTS = frozenset(inv.__name__ for inv in (*WORLD_INVARIANTS, *STEP_INVARIANTS))
 

@@ -27,13 +27,13 @@ from orchestrator import guards, machine
 from orchestrator.machine import Lifecycle
 from orchestrator.states import State
 from orchestrator.table import TABLE, Row
-from tests.core import test_idle, test_machine, test_recovery, test_told
+from tests.core import test_idle, test_machine, test_recovery, test_told, test_waiting
 from tests.core.checker import Taken, TracedLifecycle, explore
 from tests.core.explorations import PROGRAMS, explored
 from tests.core.programs import parse
 from tests.core.world import World
 
-SCENARIOS = (test_machine, test_recovery, test_idle, test_told)
+SCENARIOS = (test_machine, test_recovery, test_idle, test_told, test_waiting)
 
 _NOT = "not "
 _FEW = 8

@@ -6,7 +6,9 @@ Clients are separated by `|`, what one client does one after the other by `;`:
 
 A client never waits for its answers (except that a lease is released after it was granted), so
 every order of arrival is explored. `slow` is a load whose model takes a while to be looked up: it
-has its place in the order of calls first and arrives later. `cancel x` is by id, `cancel` alone by
+has its place in the order of calls first and arrives later. A model with a `/` in its name is on
+the Hub, which is asked first; a load of it may say `prefetch`, and `prefetch o/A` fetches it and no
+more. `cancel x` is by id, `cancel` alone by
 the generation of the client's last load; `withdraw` means the client's last call.
 """
 
@@ -18,7 +20,7 @@ from typing import Literal
 
 from orchestrator.request import LoadRequest
 
-Verb = Literal["load", "unload", "cancel", "withdraw", "lease", "release", "shutdown"]
+Verb = Literal["load", "prefetch", "unload", "cancel", "withdraw", "lease", "release", "shutdown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ def parse(program: str) -> tuple[tuple[Action, ...], ...]:
 def _parse_action(text: str, index: int, earlier: list[Action]) -> Action:
     verb, *words = text.split()
     match verb:
-        case "load":
+        case "load" | "prefetch":
             request = _request(words)
             return Action(
                 verb,
@@ -87,7 +89,7 @@ def _parse_action(text: str, index: int, earlier: list[Action]) -> Action:
 
 def _request(words: list[str]) -> LoadRequest:
     name, *options = words
-    known = re.compile(r"slow|queue|reject|force|restore|deadline|pinned|id=(\S+)")
+    known = re.compile(r"slow|queue|reject|force|restore|prefetch|deadline|pinned|id=(\S+)")
     values: dict[str, str | bool | float] = {"model_path": name}
     for option in options:
         found = known.fullmatch(option)
@@ -99,6 +101,8 @@ def _request(words: list[str]) -> LoadRequest:
             values["force_reload"] = True
         elif option == "restore":
             values["restore_previous"] = True
+        elif option == "prefetch":
+            values["prefetch"] = True
         elif option == "pinned":
             values["pinned"] = True
         elif option == "deadline":

@@ -39,6 +39,9 @@ def inv_every_load_has_a_caller(world: World) -> str | None:
         for job in world.ctx.wanted:
             if not job.callers and job.after is None:
                 return f"load {job.generation} goes on, and nobody wants it"
+    for job in world.ctx.prefetches:
+        if not job.callers:
+            return f"prefetch {job.generation} goes on, and nobody wants it"
     return None
 
 
@@ -50,7 +53,7 @@ def inv_a_lease_has_a_holder(world: World) -> str | None:
 
 def inv_after_a_shutdown_nothing_is_wanted(world: World) -> str | None:
     """The latch: no load and no lease, from the shutdown on."""
-    if world.was_shut_down and (world.ctx.wanted or world.ctx.leases):
+    if world.was_shut_down and (world.ctx.wanted or world.ctx.prefetches or world.ctx.leases):
         return "after the shutdown a load is wanted or a lease is held"
     return None
 
@@ -188,12 +191,23 @@ def inv_on_busy_is_honoured(edge: Edge) -> str | None:
     wanted, on_busy = edge.before.ctx.wanted, fact.target.request.on_busy
     is_busy = bool(wanted) and bool(differences(wanted[-1].target, fact.target))
     is_told_busy = category(answers(edge).get(fact.ticket)) == "busy"
+    if is_told_busy and _is_full(edge.before, fact):
+        return None
     if is_told_busy != (is_busy and on_busy == "reject"):
         return f"call {fact.ticket} said `{on_busy}` and is {'' if is_told_busy else 'not '}busy"
     left = {job.generation for job in edge.after.ctx.wanted}
     if is_busy and on_busy == "queue" and not left >= {job.generation for job in wanted}:
         return f"call {fact.ticket} said `queue` and ends another load"
     return None
+
+
+def _is_full(world: World, fact: LoadRequested) -> bool:
+    """The queue, or what is fetched beside it, has reached its bound."""
+    ctx, request = world.ctx, fact.target.request
+    waits = request.on_busy == "queue" and len(ctx.queue) >= ctx.policy.max_waiting
+    fetching = [job for job in ctx.queue if job.awaits and job.target.request.prefetch]
+    at_once = len(fetching) + len(ctx.prefetches)
+    return waits or (request.prefetch and at_once >= ctx.policy.max_prefetches)
 
 
 def inv_shutting_down_is_said_after_a_shutdown(edge: Edge) -> str | None:
@@ -287,7 +301,7 @@ def inv_an_unload_ends_only_what_it_names(edge: Edge) -> str | None:
 def inv_a_server_is_stopped_for_a_reason(edge: Edge) -> str | None:
     """It serves until somebody says so, something else is wanted, it ends, or nobody uses it."""
     fact, is_stopped = edge.fact, edge.before.state is State.HEALTHY is not edge.after.state
-    if not is_stopped or edge.after.ctx.wanted:
+    if not is_stopped or edge.after.ctx.job is not None:
         return None
     is_said = isinstance(fact, UnloadRequested | ShutdownRequested | Exited)
     if is_said or (isinstance(fact, TimerFired) and fact.kind == "idle"):
@@ -321,7 +335,7 @@ def inv_what_ran_comes_back(edge: Edge) -> str | None:
     if not gone or not job.target.request.restore_previous or before.previous is None:
         return None
     follows = after.wanted[0] if after.wanted else None
-    if before.queue:
+    if before.is_due:
         is_next = follows is not None and follows.generation == before.queue[0].generation
         return None if is_next else "a queued load is passed over"
     if follows is None or differences(follows.target, before.previous):
@@ -362,7 +376,9 @@ def inv_restarts_are_bounded(world: World) -> str | None:
         return "a restart is planned, and the policy says never"
     if recovery.failures > policy.limit + (recovery.phase == "cooling_down"):
         return f"{recovery.failures} failures in a row, and it is {recovery.phase}"
-    if recovery.phase == "waiting" and (world.is_quiescent or world.ctx.wanted):
+    job = world.ctx.job
+    is_loading = job is not None and job.token is None
+    if recovery.phase == "waiting" and (world.is_quiescent or is_loading):
         return "a restart is planned, and nothing will carry it out"
     if recovery.phase == "trying" and world.state is State.IDLE:
         return "a restart is under way, and nothing is"

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from orchestrator.context import Policy
+from orchestrator.context import EffectInFlight, Policy
 from orchestrator.errors import Problem
 from orchestrator.messages import (
     Accept,
     CancelRequested,
     Child,
     Command,
+    Concluded,
     Download,
     Emptied,
     Fact,
@@ -32,8 +33,12 @@ from orchestrator.messages import (
     LeaseRequested,
     NotReady,
     Post,
+    PrefetchRequested,
     Probe,
     Promoted,
+    Resolve,
+    Resolved,
+    ServerEnded,
     SetTimer,
     Settle,
     SetToken,
@@ -48,7 +53,7 @@ from orchestrator.messages import (
 from orchestrator.states import State
 from orchestrator.tokens import Generation, Ticket
 from tests.core.programs import Action
-from tests.core.seen import Process
+from tests.core.seen import Process, is_owed
 from tests.core.world import (
     AT,
     STRAY,
@@ -58,7 +63,9 @@ from tests.core.world import (
     Noticed,
     Status,
     Timer,
+    View,
     Work,
+    WorkKind,
     World,
     became_ready,
     child_is_alive,
@@ -66,7 +73,9 @@ from tests.core.world import (
     exited,
     files,
     load_requested,
+    resolved,
     stale_completions,
+    target,
 )
 
 
@@ -161,6 +170,21 @@ class Scenario:
             fact = FetchFailed(work.generation, AT, Problem("hub_unreachable", "the hub is away"))
             yield Move("system", "the download fails", world, fact, work, is_good=False)
 
+    def _end_resolve(self, world: World, work: Work) -> Iterator[Move]:
+        fact = Resolved(work.generation, AT, resolved(work.model))
+        yield Move("system", f"the Hub says what {work.model} is", world, fact, work)
+        yield from self._refused(world, work, "the Hub refuses it")
+
+    def _end_prefetch(self, world: World, work: Work) -> Iterator[Move]:
+        fact = Fetched(work.generation, AT, files(work.model))
+        yield Move("system", f"{work.model} is fetched", world, fact, work)
+        yield from self._refused(world, work, "the download fails")
+
+    def _refused(self, world: World, work: Work, text: str) -> Iterator[Move]:
+        if self.faults.download:
+            fact = FetchFailed(work.generation, AT, Problem("hub_unreachable", "the hub is away"))
+            yield Move("system", text, world, fact, work, is_good=False)
+
     def _end_spawn(self, world: World, work: Work) -> Iterator[Move]:
         if work.pid:
             child = Child(work.generation, work.pid)
@@ -211,7 +235,7 @@ class Scenario:
             call = about._replace(status=Status.DONE)
             return _with_call(world, action.refers, call), LeaseReleased(about.ticket, AT)
         is_ended = mine.status is Status.LOOKING_ENDED or (
-            action.verb == "load" and action.request_id in world.cancelled_ids
+            action.verb in _ENDABLE and action.request_id in world.cancelled_ids
         )
         called = Call(Status.ENDED if is_ended else Status.WAITING, ticket)
         world = _with_call(world, action.index, called)
@@ -220,10 +244,15 @@ class Scenario:
                 assert action.request is not None
                 fact = load_requested(ticket, action.request, child_is_alive(world))
                 return world, fact
+            case "prefetch":
+                assert action.request is not None
+                return world, PrefetchRequested(ticket, target(action.request), AT)
             case "lease":
                 return world, LeaseRequested(ticket, AT, child_is_alive(world))
             case "unload":
-                world = self._end(world, lambda a, _: action.model in (None, _model(a)))
+                world = self._end(
+                    world, lambda a, _: a.verb == "load" and action.model in (None, _model(a))
+                )
                 return world, UnloadRequested(ticket, action.model, AT)
             case "shutdown":
                 return self._end(world, lambda _, __: True), ShutdownRequested(ticket, AT)
@@ -240,10 +269,10 @@ class Scenario:
         named = [
             call
             for a, call in zip(self.actions, world.calls, strict=True)
-            if name == a.request_id and a.verb == "load"
+            if name == a.request_id and a.verb in _ENDABLE
         ]
-        if any(call.generation for call in named):
-            return self._end(world, lambda a, call: a.request_id == name and call.generation > 0)
+        if any(map(_is_known, named)):
+            return self._end(world, lambda a, call: a.request_id == name and _is_known(call))
         world = world._replace(cancelled_ids=world.cancelled_ids | {name})
         return self._end(world, lambda a, _: a.request_id == name)
 
@@ -252,7 +281,7 @@ class Scenario:
         to = {Status.WAITING: Status.ENDED, Status.LOOKING: Status.LOOKING_ENDED}
         calls = tuple(
             call._replace(status=to.get(call.status, call.status))
-            if action.verb == "load" and ends(action, call)
+            if action.verb in _ENDABLE and ends(action, call)
             else call
             for action, call in zip(self.actions, world.calls, strict=True)
         )
@@ -276,11 +305,12 @@ class Scenario:
         if not world.lies:
             return
         told = world._replace(lies=world.lies - 1)
+        view = View(self.actions, world)
         for number in range(1, world.core.ctx.generation + 1):
             for fact in stale_completions(
                 Generation(number), evidence(world), child_is_alive(world)
             ):
-                if all((w.kind, w.generation) != (fact.effect, number) for w in world.work):
+                if not is_owed(fact, view):
                     text = f"a late {fact.trigger} of load {number} arrives"
                     yield Move("adversary", text, told, fact, is_own=False)
 
@@ -291,7 +321,7 @@ class Scenario:
     ) -> Iterator[tuple[str, World]]:
         """Return the worlds after a step: more than one where carrying it out may fail."""
         start: Spawn | None = None
-        changes = _Changes(world, ends)
+        changes = _Changes(world, ends, core.ctx.effect)
         for command in commands:
             if isinstance(command, Spawn):
                 start = command
@@ -319,8 +349,11 @@ class Scenario:
 class _Changes:
     """The parts of a world that commands change."""
 
-    def __init__(self, world: World, ends: Work | None) -> None:
+    def __init__(self, world: World, ends: Work | None, effect: EffectInFlight | None) -> None:
         self._world = world
+        self._effect = effect
+        self._concluded = world.concluded
+        self._told_ended = world.told_ended
         self._calls = list(world.calls)
         self._index = {call.ticket: i for i, call in enumerate(world.calls) if call.status}
         self._work = [work for work in world.work if work is not ends]
@@ -329,6 +362,9 @@ class _Changes:
         self._tokens = world.tokens
 
     def carry_out(self, command: Command) -> None:
+        if isinstance(command, Kill | Resolve | Download | Probe):
+            self._work.append(self._begun(command))
+            return
         match command:
             case Settle(ticket, answer):
                 index = self._index[ticket]
@@ -337,19 +373,29 @@ class _Changes:
             case Accept(ticket, generation):
                 index = self._index[ticket]
                 self._calls[index] = self._calls[index]._replace(generation=generation)
-            case Kill(generation):
-                self._work.append(Work("kill", generation))
-            case Download(generation, wanted):
-                model = wanted.request.model_path
-                self._work.append(Work("download", generation, model=model))
-            case Probe(generation, child):
-                self._work.append(Work("probe", generation, child.pid))
+            case Concluded(generation):
+                self._concluded |= {generation}
+            case ServerEnded(pid):
+                self._told_ended |= {pid}
             case SetToken(generation):
                 self._tokens |= {generation}
             case SetTimer(generation, kind):
                 self._timers |= {Timer(kind, generation)}
             case Post(fact):
                 self._noticed |= {Noticed("promote", fact.generation)}
+
+    def _begun(self, command: Kill | Resolve | Download | Probe) -> Work:
+        match command:
+            case Kill(generation):
+                return Work("kill", generation)
+            case Probe(generation, child):
+                return Work("probe", generation, child.pid)
+            case Resolve(generation, wanted):
+                return Work("resolve", generation, model=wanted.request.model_path)
+            case Download(generation, wanted):
+                is_own = self._effect == EffectInFlight("download", generation)
+                kind: WorkKind = "download" if is_own else "prefetch"
+                return Work(kind, generation, model=wanted.request.model_path)
 
     def world(self, core: Core) -> World:
         return self._world._replace(
@@ -359,7 +405,17 @@ class _Changes:
             noticed=self._noticed,
             timers=self._timers,
             tokens=self._tokens,
+            concluded=self._concluded,
+            told_ended=self._told_ended,
         )
+
+
+_ENDABLE = frozenset({"load", "prefetch"})
+
+
+def _is_known(call: Call) -> bool:
+    """Has the machine heard of it? (A prefetch is told no generation.)"""
+    return call.status not in {Status.UNSENT, Status.LOOKING, Status.LOOKING_ENDED}
 
 
 def _next_ticket(world: World) -> Ticket:

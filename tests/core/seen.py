@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 from orchestrator.context import Context, EffectInFlight
 from orchestrator.errors import Problem
-from orchestrator.messages import Accept, Answer, Command, Fact, Settle
+from orchestrator.messages import Accept, Answer, Command, Completion, Fact, Settle
 from orchestrator.request import Target
 from orchestrator.states import State
 from orchestrator.tokens import Generation, Ticket
@@ -41,6 +41,18 @@ class World(Protocol):
     @property
     def in_flight(self) -> tuple[EffectInFlight, ...]:
         """What is really being carried out."""
+
+    @property
+    def beside(self) -> frozenset[tuple[str, Generation]]:
+        """What is being done for loads that wait, and for prefetches: `resolve` or `prefetch`."""
+
+    @property
+    def concluded(self) -> frozenset[Generation]:
+        """Loads of which it has been said what became of them."""
+
+    @property
+    def told_ended(self) -> frozenset[int]:
+        """Servers of which it has been said that they have ended."""
 
     @property
     def tokens(self) -> frozenset[Generation]:
@@ -100,6 +112,18 @@ def answers(edge: Edge) -> dict[Ticket, Answer]:
 
 def category(answer: Answer | None) -> str | None:
     return answer.category if isinstance(answer, Problem) else None
+
+
+def is_owed(completion: Completion, world: World) -> bool:
+    """Is something in flight that may report this?"""
+    generation = completion.generation
+    beside = {"resolved": {"resolve"}, "fetched": {"prefetch"}}.get(completion.trigger, set())
+    if completion.trigger == "fetch_failed":
+        beside = {"resolve", "prefetch"}
+    return any(
+        effect.generation == generation and effect.kind == completion.effect
+        for effect in world.in_flight
+    ) or any((kind, generation) in world.beside for kind in beside)
 
 
 def is_known(accept: Accept, world: World) -> bool:

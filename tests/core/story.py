@@ -10,6 +10,7 @@ from orchestrator.messages import (
     Answer,
     CancelAnswer,
     Command,
+    Concluded,
     Done,
     Download,
     Effect,
@@ -18,7 +19,10 @@ from orchestrator.messages import (
     LeaseGranted,
     Loaded,
     Post,
+    Prefetched,
     Probe,
+    Resolve,
+    ServerEnded,
     SetTimer,
     Settle,
     SetToken,
@@ -89,7 +93,9 @@ def describe(command: Command) -> str:
             return f"load {fact.generation} is promoted"
         case Fence(generation, trigger):
             return f"{trigger} of load {generation} is fenced"
-        case Kill() | Download() | Spawn() | Probe():
+        case Concluded() | ServerEnded():
+            return ""
+        case Kill() | Resolve() | Download() | Spawn() | Probe():
             return _begins(command)
 
 
@@ -97,6 +103,8 @@ def _begins(effect: Effect) -> str:
     match effect:
         case Kill(_, child):
             return f"the kill begins: {f'server {child.pid}' if child else 'nothing on record'}"
+        case Resolve(generation, target):
+            return f"the Hub is asked for {target.request.model_path}, for load {generation}"
         case Download(generation, target):
             return f"the download of {target.request.model_path} begins, for load {generation}"
         case Probe(_, child):
@@ -114,6 +122,8 @@ def _answer(answer: Answer) -> str:
             return "unloaded" if changed else "not that model, unchanged"
         case CancelAnswer(cancelled):
             return "cancelled" if cancelled else "nothing to cancel"
+        case Prefetched():
+            return "it is on disk"
         case LeaseGranted():
             return f"leased server {answer.child.pid}"
         case Done():

@@ -280,7 +280,7 @@ def test_the_flags_a_hub_model_had_last_time_are_known_when_its_variant_is() -> 
     run.unload()
     run.settle()
     wanted = target(LoadRequest(model_path=A))
-    hub = HubModel(repo="A", commit="c")
+    hub = HubModel(repo="A")
     before = replace(wanted, model=replace(wanted.model, weights=(), hub=hub))
     run.do(LoadRequested(run.ticket(), before, run.now, True))
     run.go(D)

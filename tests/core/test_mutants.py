@@ -12,19 +12,31 @@ import pytest
 from orchestrator.table import TABLE
 from tests.core.mutants import kill, mutants_of, name_of, scenarios
 
-_EXCLUSIVE_ON_BUSY = "on_busy has one value: only one of the two can hold"
 _LEASE_OR_LOAD = "a ticket is that of a load or of a lease, never of both"
 _JOB_OR_QUEUED = "a generation is in flight or in the queue, never both"
 _LOOKS_FOR_ITSELF = (
     "kill_when_drained looks for itself: with leases left it does nothing, and without any the "
     "kill is in flight"
 )
+_LOAD_OR_PREFETCH = "a load and a prefetch never have the same generation"
+_JOB_OR_BESIDE = "what is fetched beside the state is not what is in flight"
 SURVIVORS: dict[str, str] = {
-    "load in IKDSWH if was_cancelled_early: behind [load in IKDSWH if an_unload_came_after]": (
+    "load in IKDSWH if too_many_prefetch: behind [load in IKDSWH if too_many_wait]": (
         "both rows say the same"
     ),
-    "load in IKDSWH if rejects_when_busy: behind [load in IKDSWH if queues_when_busy]": (
-        _EXCLUSIVE_ON_BUSY
+    "fetched in IKDSWH if is_awaited: behind [fetched in IKDSWH if is_prefetch]": (
+        _LOAD_OR_PREFETCH
+    ),
+    "fetch_failed in IKDSWH if is_awaited: behind [fetch_failed in IKDSWH if is_prefetch]": (
+        _LOAD_OR_PREFETCH
+    ),
+    "fetched in IKDSWH if is_prefetch: "
+    "behind [fetched in D if is_current token_is_unset slot_is_empty]": _JOB_OR_BESIDE,
+    "fetch_failed in IKDSWH if is_prefetch: behind [fetch_failed in D if is_current next_is_due]": (
+        _JOB_OR_BESIDE
+    ),
+    "load in IKDSWH if was_cancelled_early: behind [load in IKDSWH if an_unload_came_after]": (
+        "both rows say the same"
     ),
     "withdraw in K if abandons_job: behind [withdraw in K if gives_back_the_last_lease]": (
         _LEASE_OR_LOAD
@@ -38,6 +50,8 @@ SURVIVORS: dict[str, str] = {
     "deadline_expired in K if is_job: behind [deadline_expired in IKDSWH if is_queued_job]": (
         _JOB_OR_QUEUED
     ),
+    "deadline_expired in IKDSWH if is_queued_job: "
+    "behind [deadline_expired in IKDSWH if is_prefetch]": _LOAD_OR_PREFETCH,
     "deadline_expired in DSW if is_job: behind [deadline_expired in IKDSWH if is_queued_job]": (
         _JOB_OR_QUEUED
     ),
@@ -50,7 +64,7 @@ SURVIVORS: dict[str, str] = {
     "lease in IKDSWH if restart_is_planned: behind [lease in IKDSWH if is_cooling_down]": (
         "a recovery has one phase: only one of the two can hold"
     ),
-    "fetch_failed in D if is_current next_is_waiting: "
+    "fetch_failed in D if is_current next_is_due: "
     "behind [fetch_failed in D if is_current restores_previous]": (
         "what ran before comes back only where nothing waits: only one of the two can hold"
     ),

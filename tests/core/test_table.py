@@ -32,7 +32,10 @@ from tests.core.checker import explore
 from tests.core.world import Core
 
 TRIGGERS = sorted({row.trigger for row in TABLE})
-HELPERS = {"is_same", "is_named", "cancels", "is_meant"}
+HELPERS = {
+    *("is_same", "is_named", "cancels", "is_meant"),
+    *("awaited_by", "fetches_the_same", "find"),
+}
 """Functions of guards.py that guards and actions share; no row names them."""
 
 CORE = {
@@ -225,11 +228,15 @@ def test_a_row_that_enters_a_state_begins_its_effect(row: Row) -> None:
 
 
 def test_every_completion_is_fenced_everywhere_but_in_its_own_state() -> None:
-    """Rows of a completion that believe it name `is_current`; all others only fence it."""
+    """Rows of a completion that believe it name `is_current`, or what waits for it, which keeps the
+    state; all others only fence it.
+    """
     completions = {cls.trigger for cls in typing.get_args(messages.Completion)}
     for row in (row for row in TABLE if row.trigger in completions):
         if "is_current" in row.guards:
             assert len(row.sources) == 1
+        elif {"is_awaited", "is_prefetch"} & {*row.guards}:
+            assert (row.dest, row.sources) == (None, tuple(State))
         else:
             assert (row.dest, row.actions) == (None, ("fence",))
 

@@ -26,12 +26,20 @@ from orchestrator.messages import (
     KillFailed,
     LoadRequested,
     NotReady,
+    Resolved,
     ServerFacts,
     SlotEvidence,
     Spawned,
     SpawnFailed,
 )
-from orchestrator.request import FileIdentity, LoadRequest, ModelFiles, ServerBinary, Target
+from orchestrator.request import (
+    FileIdentity,
+    HubModel,
+    LoadRequest,
+    ModelFiles,
+    ServerBinary,
+    Target,
+)
 from orchestrator.states import State
 from orchestrator.tokens import Generation, Ticket
 from tests.core.programs import Action
@@ -74,10 +82,14 @@ class Call(NamedTuple):
     generation: Generation = Generation(0)
 
 
-class Work(NamedTuple):
-    """An effect that is being carried out."""
+WorkKind = EffectKind | Literal["resolve", "prefetch"]
+"""What is being done: an effect of a state, or, beside it, for a load that waits."""
 
-    kind: EffectKind
+
+class Work(NamedTuple):
+    """Something that is being carried out."""
+
+    kind: WorkKind
     generation: Generation
     pid: int = 0
     model: str = ""
@@ -107,6 +119,8 @@ class World(NamedTuple):
     noticed: frozenset[Noticed] = frozenset()
     timers: frozenset[Timer] = frozenset()
     tokens: frozenset[Generation] = frozenset()
+    concluded: frozenset[Generation] = frozenset()
+    told_ended: frozenset[int] = frozenset()
     cancelled_ids: frozenset[str] = frozenset()
     strays: int = 0
     lies: int = 0
@@ -161,7 +175,25 @@ class View:
 
     @property
     def in_flight(self) -> tuple[EffectInFlight, ...]:
-        return tuple(effect_in_flight(w.kind, w.generation) for w in self._world.work)
+        return tuple(
+            effect_in_flight(w.kind, w.generation)
+            for w in self._world.work
+            if w.kind != "resolve" and w.kind != "prefetch"
+        )
+
+    @property
+    def beside(self) -> frozenset[tuple[str, Generation]]:
+        return frozenset(
+            (w.kind, w.generation) for w in self._world.work if w.kind in {"resolve", "prefetch"}
+        )
+
+    @property
+    def concluded(self) -> frozenset[Generation]:
+        return self._world.concluded
+
+    @property
+    def told_ended(self) -> frozenset[int]:
+        return self._world.told_ended
 
     @property
     def tokens(self) -> frozenset[Generation]:
@@ -251,6 +283,7 @@ def stale_completions(
     return (
         Emptied(generation, AT),
         KillFailed(generation, AT, problem),
+        Resolved(generation, AT, resolved("o/Stale")),
         Fetched(generation, AT, files("Stale"), slot),
         FetchFailed(generation, AT, problem),
         Spawned(generation, AT, Child(generation, 99)),
@@ -262,14 +295,26 @@ def stale_completions(
 
 @cache
 def files(model: str) -> ModelFiles:
-    return ModelFiles(
-        (FileIdentity(model, device=1, inode=ord(model[0]), size_bytes=1, mtime_ns=1),)
-    )
+    """A model on disk, be it local or the Hub's."""
+    inode = ord(model.rpartition("/")[2][0])
+    weights = (FileIdentity(model, device=1, inode=inode, size_bytes=1, mtime_ns=1),)
+    if "/" in model:
+        return ModelFiles(weights, None, "V", HubModel(model, commit="c" * 40))
+    return ModelFiles(weights)
+
+
+@cache
+def resolved(model: str) -> ModelFiles:
+    """A model of which the Hub has said what it is, and that is not here."""
+    return ModelFiles((), None, "V", HubModel(model, commit="c" * 40))
 
 
 @cache
 def target(request: LoadRequest) -> Target:
+    """What is asked for, as it is looked up: of the Hub's models nothing is here."""
     binary = FileIdentity("/bin/llama-server", 1, 1, 1, 1)
-    return Target(
-        request, files(request.model_path), ServerBinary("external", (binary.path,), binary)
-    )
+    name = request.model_path
+    model = files(name)
+    if "/" in name:
+        model = ModelFiles((), None, None, HubModel(name, is_settled=False))
+    return Target(request, model, ServerBinary("external", (binary.path,), binary))

@@ -15,7 +15,7 @@ from orchestrator import AsyncOrchestrator
 from orchestrator.errors import Problem
 from orchestrator.http.metrics import Metrics
 from orchestrator.messages import Emptied, Exit, Exited, Fact, NotReady
-from orchestrator.snapshot import Seen, Snapshot
+from orchestrator.snapshot import Snapshot, StepReport
 from orchestrator.states import State
 from orchestrator.tiny_model import write_tiny_model
 from tests.core.test_machine import Run
@@ -84,7 +84,7 @@ def test_who_waits_for_its_health_may_find_a_server_dead_before_its_exit_is_told
     def do(fact: Fact) -> None:
         before = Snapshot(run.state, run.ctx, 0.0, 0.0)
         after = Snapshot(run.do(fact).state, run.ctx, 0.0, 0.0)
-        metrics._see(Seen(fact, before, after, (), ()))
+        metrics._see(StepReport(fact, before, after, tuple(run.commands)))
 
     run.load("A")
     run.go(State.WAITING_HEALTH)

@@ -313,7 +313,7 @@ def test_small_models_outside_of_lfs_are_checked_by_gits_hash(
     files = fetch(records, model_path="owner/git")
     assert len(blob_of(files).name) == 40
     assert Path(files.weights[0].path).read_bytes() == content(gguf_files, FILE)
-    assert len(hub.seen("/resolve/")) == 2
+    assert len(hub.seen("/resolve/", "GET")) == 2
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>not a model</html>" * 100])
@@ -495,7 +495,7 @@ def test_a_cancelled_fetch_is_continued_by_the_next(
     two = fetching(model_path=BIG)
     assert_whole(two.files(), big_file)
     assert [request.range for request in hub.seen(server="cdn")] == [f"bytes={3 << 20}-"]
-    assert min(two.bytes_seen[1:]) >= 3 << 20, "what is there counts at once"
+    assert min(filter(None, two.bytes_seen)) >= 3 << 20, "what is there counts at once"
     assert two.progress.bytes_done == two.progress.bytes_total == big_file.stat().st_size
     assert two.bytes_seen == sorted(two.bytes_seen)
 
@@ -1293,6 +1293,7 @@ def test_what_does_not_fit_is_refused_before_the_first_byte(
     assert not hub.seen("/resolve/")
     (small_volume / "filler").unlink()
     partial = next(iter(hub._repos[BIG.lower()].commits.values()))[BIG_FILE].sha256 + PARTIAL
+    (root_of(BIG) / "blobs").mkdir(parents=True)
     (root_of(BIG) / "blobs" / partial).write_bytes(big_file.read_bytes()[: 6 << 20])
     (small_volume / "filler").write_bytes(bytes(3 << 20))
     assert_whole(fetch(records, model_path=BIG), big_file)

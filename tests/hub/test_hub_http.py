@@ -100,9 +100,18 @@ def test_a_failed_download_is_a_problem_document(
     assert answer.json()["field"] in {"model_path", "gguf_variant", "hf_token"}
 
 
-def test_what_cannot_be_answered_at_once_is_refused(client: httpx.Client, repo: Repo) -> None:
-    """`wait=false` answers a generation, and a load that prefetches has none yet."""
+def test_a_load_that_prefetches_is_accepted_at_once_and_can_be_polled(
+    client: httpx.Client, repo: Repo, hub: Hub
+) -> None:
+    """`wait=false` answers its generation; the load is shown as loading while it downloads."""
+    hold = hub.fail(hang=True, path="/cdn/")
     wanted = {"model_path": NAME, "prefetch": True}
-    answer = client.post(PREFIX + "/load?wait=false", json=wanted)
-    assert problem(answer) == (400, "invalid_request")
-    assert answer.json()["field"] == "prefetch"
+    accepted = client.post(PREFIX + "/load?wait=false", json=wanted)
+    assert accepted.status_code == 202
+    hub.wait_for(lambda: hold.held)
+    status = client.get(PREFIX + "/status").json()
+    assert (status["state"], status["loading"]["phase"]) == ("Idle", "downloading")
+    assert "outcome" not in client.get(accepted.headers["Location"]).json()
+    hold.remove()
+    ended = client.get(accepted.headers["Location"], params={"wait_s": 30}).json()
+    assert ended["outcome"]["status"] == "loaded"

@@ -20,10 +20,9 @@ def failures() -> Iterator[list[Entry]]:
 
 
 @pytest.fixture
-def house(monkeypatch: pytest.MonkeyPatch, failures: list[Entry]) -> Iterator[House]:
-    """A facade made in this test has everything under its owner replaced."""
+def house(failures: list[Entry]) -> Iterator[House]:
+    """The orchestrators it makes have everything under their owner replaced."""
     house = House()
-    house.install(monkeypatch)
     yield house
     assert house.os.most_alive <= 1, "two servers were alive at once"
 

@@ -9,7 +9,6 @@ owner can meet is explored, on the real facades.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from asyncio import events as running
 from collections.abc import Callable, Iterator
@@ -17,24 +16,55 @@ from concurrent.futures import Future
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, Final, cast
-from unittest import mock
 
-from orchestrator import facade
-from orchestrator import orchestrator as facades
 from orchestrator.errors import OrchestratorError
-from orchestrator.messages import LeaseGranted
+from orchestrator.messages import Fact, LeaseGranted
 from orchestrator.orchestrator import AsyncOrchestrator, Orchestrator
 from orchestrator.owner import Call, Owner
-from orchestrator.request import LoadRequest, ModelFiles
+from orchestrator.parts import Parts
+from orchestrator.ports import Effects
+from orchestrator.request import LoadRequest, ModelFiles, ServerBinary
 from orchestrator.tokens import Ticket
 from tests.core.invariants import Violation
 from tests.core.programs import Action
-from tests.core.world import files, target
+from tests.core.world import target
 from tests.shell.ledger import Caller
 from tests.shell.scene import Scene
 from tests.shell.stage import BrokenError, Choose, Move, Stage
 
 _PATIENCE_S: Final = 20.0
+
+
+class StageParts(Parts):
+    """What a facade is made of on a stage: its owner is the stage's, and nothing runs by itself."""
+
+    def __init__(self, stage: FacadeStage) -> None:
+        self._stage = stage
+
+    @property
+    def workers(self) -> Any:
+        return self._stage
+
+    def slot(self, *_: object) -> Any:
+        return SimpleNamespace(name="stage", claim=lambda: None, release=lambda: None)
+
+    def source(self, *_: object) -> Any:
+        return SimpleNamespace(look_up=self._stage.look_up, check_args=lambda _: None)
+
+    def server(self, _: str) -> ServerBinary:
+        return target(LoadRequest(model_path="A")).server
+
+    def effects(self, _: object, post: Callable[[Fact], None], *__: object) -> Effects:
+        return self._stage._make_effects(post)
+
+    def owner(self, effects: Any, **settings: Any) -> Owner:
+        return self._stage.own(effects, settings["tickets"])
+
+    def wait(self, future: Future[Any]) -> Any:
+        return self._stage.wait(future)
+
+    def at_exit(self, close: object) -> None:
+        """Nobody closes it."""
 
 
 class FacadeStage(Stage):
@@ -43,28 +73,11 @@ class FacadeStage(Stage):
     facade: type[AsyncOrchestrator | Orchestrator]
 
     def _make_owner(self) -> Owner:
-        """Start a facade whose owner is the stage's, and nothing else runs by itself."""
-        slot = SimpleNamespace(name="stage", claim=lambda: None, release=lambda: None)
-        self._patches = contextlib.ExitStack()
-        replaced = {
-            "Slot": lambda *_: slot,
-            "ProcessEffects": lambda _, post, **__: self._make_effects(post),
-            "Owner": self._own,
-            "ThreadPoolExecutor": lambda *_, **__: self,
-            "atexit": SimpleNamespace(register=lambda _: None),
-            "locate": lambda request, _: self._locate(request),
-            "find_server": lambda _: target(LoadRequest(model_path="A")).server,
-            **self._replaced(),
-        }
-        for name, value in replaced.items():
-            for module in (facade, facades):
-                if hasattr(module, name):
-                    self._patches.enter_context(mock.patch.object(module, name, value))
-        self.orch: Any = self.facade(llama_server="/llama")
+        self.orch: Any = self.facade(llama_server="/llama", parts=StageParts(self))
         owner: Owner = self.orch._start()
         return owner
 
-    def _own(self, make: Callable[..., Any], **settings: Any) -> Owner:
+    def own(self, make: Callable[..., Any], tickets: Iterator[int]) -> Owner:
         """The owner under test, that knows whose calls it opens and has no thread."""
         made = self.scene.owner(
             make,
@@ -72,7 +85,7 @@ class FacadeStage(Stage):
             clock=self.clock,
             machine=self.machine,
             jitter=lambda: 1.0,
-            tickets=settings["tickets"],
+            tickets=tickets,
         )
         open_call = made.call
 
@@ -85,15 +98,15 @@ class FacadeStage(Stage):
         vars(made).update(call=call, start=lambda _: None)
         return made
 
-    def _replaced(self) -> dict[str, object]:
-        return {}
+    def look_up(self, request: LoadRequest) -> ModelFiles:
+        return target(request).model
+
+    def wait(self, future: Future[Any]) -> Any:
+        return future.result()
 
     def _who(self) -> Caller | None:
         """Whose code runs now."""
         raise NotImplementedError
-
-    def _locate(self, request: LoadRequest) -> ModelFiles:
-        return files(request.model_path)
 
     def _client_moves(self, number: int, action: Action) -> Iterator[Move]:
         is_possible = True
@@ -112,9 +125,6 @@ class FacadeStage(Stage):
     def _act(self, number: int, action: Action) -> None:
         """Do the next thing of a client's program."""
         raise NotImplementedError
-
-    def close(self) -> None:
-        self._patches.close()
 
     # --------------------------------------------------------------------------- what they heard
 
@@ -202,10 +212,10 @@ class LoopStage(FacadeStage):
         self.given_back: dict[int, asyncio.Event] = {}
         super().__init__(scene, choose)
 
-    def submit(self, work: Callable[..., object], *args: object) -> Future[object]:
-        """Take the place of the threads that look models up."""
+    def submit(self, work: Callable[[], object]) -> Future[object]:
+        """Take the place of the workers, which look models up."""
         done: Future[object] = Future()
-        self.jobs.append((done, partial(work, *args), self._who()))
+        self.jobs.append((done, work, self._who()))
         return done
 
     def _who(self) -> Caller | None:
@@ -259,6 +269,8 @@ class LoopStage(FacadeStage):
         match action.verb:
             case "load":
                 return await orch.load(action.request)
+            case "prefetch":
+                return await orch.prefetch(action.request)
             case "unload":
                 return await orch.unload(action.model)
             case "cancel":
@@ -378,17 +390,6 @@ class Puppet:
             raise error
 
 
-class _Wait:
-    """A future as a puppet waits for it."""
-
-    def __init__(self, puppet: Puppet, future: Future[Any]) -> None:
-        self._puppet, self._future = puppet, future
-
-    def result(self) -> object:
-        self._puppet.pause("its answer", self._future.done)
-        return self._future.result(0)
-
-
 class ThreadStage(FacadeStage):
     """Clients are threads; a caller that goes away is interrupted where it waits."""
 
@@ -400,14 +401,10 @@ class ThreadStage(FacadeStage):
         self.given_back: set[int] = set()
         super().__init__(scene, choose)
 
-    def _replaced(self) -> dict[str, object]:
-        wait = facade.wait_for
-
-        def waiting(future: Future[Any], call: Call) -> object:
-            puppet = self._puppet()
-            return wait(cast("Any", _Wait(puppet, future)), call) if puppet else wait(future, call)
-
-        return {"wait_for": waiting}
+    def wait(self, future: Future[Any]) -> Any:
+        if (puppet := self._puppet()) is not None:
+            puppet.pause("its answer", future.done)
+        return future.result(0)
 
     def _puppet(self) -> Puppet | None:
         me = threading.current_thread()
@@ -418,10 +415,10 @@ class ThreadStage(FacadeStage):
         index = next((i for i, puppet in self.puppets.items() if puppet is me), None)
         return None if index is None else self.ledger.callers[index]
 
-    def _locate(self, request: LoadRequest) -> ModelFiles:
+    def look_up(self, request: LoadRequest) -> ModelFiles:
         if (puppet := self._puppet()) is not None:
             puppet.pause("its look-up", lambda: True)
-        return super()._locate(request)
+        return super().look_up(request)
 
     # --------------------------------------------------------------------------------- moves
 
@@ -452,6 +449,8 @@ class ThreadStage(FacadeStage):
         match action.verb:
             case "load":
                 return orch.load(action.request)
+            case "prefetch":
+                return orch.prefetch(action.request)
             case "unload":
                 return orch.unload(action.model)
             case "cancel":

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from orchestrator.context import EffectKind
 from orchestrator.errors import Problem
 from orchestrator.messages import (
     BecameReady,
@@ -28,6 +27,8 @@ from orchestrator.messages import (
     Fetched,
     Kill,
     Probe,
+    Resolve,
+    Resolved,
     ServerFacts,
     SlotEvidence,
     Spawn,
@@ -37,18 +38,21 @@ from orchestrator.messages import (
 from orchestrator.ports import Clock, LogPosition, Progress, SlotLock
 from orchestrator.tokens import CancelToken, Generation
 from tests.core.invariants import Process
+from tests.core.world import WorkKind, files, resolved
 
-ALL_KINDS: Final[frozenset[EffectKind]] = frozenset({"kill", "download", "spawn", "probe"})
+ALL_KINDS: Final[frozenset[WorkKind]] = frozenset({"kill", "resolve", "download", "spawn", "probe"})
 SpawnPlan = Literal["lives", "fails", "raises"]
 
 _PATIENCE_S: Final = 20.0
-KINDS: Final[dict[type, EffectKind]] = {
+KINDS: Final[dict[type, WorkKind]] = {
     Kill: "kill",
+    Resolve: "resolve",
     Download: "download",
     Spawn: "spawn",
     Probe: "probe",
 }
-_PROBLEMS: Final[dict[EffectKind, Problem]] = {
+_PROBLEMS: Final[dict[WorkKind, Problem]] = {
+    "resolve": Problem("hub_unreachable", "the hub is away"),
     "kill": Problem("slot_occupied", "it will not die"),
     "download": Problem("hub_unreachable", "the hub is away"),
     "spawn": Problem("server_unavailable", "no such file"),
@@ -134,7 +138,7 @@ class Gate:
     """
 
     effects: GatedEffects
-    kind: EffectKind
+    kind: WorkKind
     effect: Effect
     token: CancelToken
     child: Child | None = None
@@ -162,8 +166,10 @@ class Gate:
                 for exited in tuple(self.effects.exits):  # who reaps has seen it end
                     self.effects.notice_exit(exited)
                 return Emptied(generation, at, exits.get(child.pid) if child else None)
+            case Resolve(generation, target):
+                return Resolved(generation, at, resolved(target.request.model_path))
             case Download(generation, target):
-                return Fetched(generation, at, target.model)
+                return Fetched(generation, at, files(target.request.model_path))
             case Spawn(generation):
                 assert self.child is not None, "nothing was started"
                 return Spawned(generation, at, self.child)
@@ -189,7 +195,7 @@ class GatedEffects:
     post: Callable[[Fact], None]
     clock: Clock = field(default_factory=VirtualClock)
     os: OperatingSystem = field(default_factory=OperatingSystem)
-    open_gates: frozenset[EffectKind] = frozenset()
+    open_gates: frozenset[WorkKind] = frozenset()
     notices_exits: bool = True
     watch: Callable[[Effect, CancelToken], None] = lambda _, __: None
     plan_spawn: Callable[[Spawn], SpawnPlan] = lambda _: "lives"
@@ -218,7 +224,7 @@ class GatedEffects:
         if is_open:
             gate.succeed()
 
-    def progress(self) -> Progress | None:
+    def progress(self, generation: Generation) -> Progress | None:
         return None
 
     def log_since(self, position: LogPosition) -> tuple[LogPosition, tuple[str, ...]]:
@@ -248,7 +254,7 @@ class GatedEffects:
         """Effects under way, oldest first."""
         return [gate for gate in self.gates if gate.fact is None]
 
-    def wait_for(self, kind: EffectKind, generation: int | None = None) -> Gate:
+    def wait_for(self, kind: WorkKind, generation: int | None = None) -> Gate:
         """Return the oldest effect of this kind that is under way; wait for it to be started."""
 
         def found() -> Gate | None:
@@ -262,12 +268,12 @@ class GatedEffects:
         assert gate, f"no {kind} of load {generation} was started; parked: {self.parked}"
         return gate
 
-    def let_through(self, *kinds: EffectKind) -> None:
+    def let_through(self, *kinds: WorkKind) -> None:
         """Let the next effect of each of these kinds end well, in this order."""
         for kind in kinds:
             self.wait_for(kind).succeed()
 
-    def open(self, kinds: Iterable[EffectKind] = ALL_KINDS) -> None:
+    def open(self, kinds: Iterable[WorkKind] = ALL_KINDS) -> None:
         """Let every effect of these kinds end well from now on, and those under way."""
         with self._changed:
             self.open_gates = frozenset(kinds)

@@ -12,18 +12,23 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orchestrator import facade as facades
+from orchestrator import workers
 from orchestrator.errors import ModelNotFound
 from orchestrator.events import EventLog
 from orchestrator.messages import CancelRequested, Fact, Withdrawn
 from orchestrator.orchestrator import AsyncOrchestrator, Orchestrator
 from orchestrator.owner import Owner
+from orchestrator.parts import Parts
+from orchestrator.ports import ClaimedSlot, Effects
 from orchestrator.request import FileIdentity, LoadRequest, ModelFiles, ServerBinary
+from orchestrator.roots import ModelRoots
 from orchestrator.snapshot import Snapshot
+from orchestrator.source import ModelSource
 from orchestrator.tokens import Ticket
 from tests.core.world import files
 from tests.shell.gates import ALL_KINDS, GatedEffects, OperatingSystem, VirtualClock
@@ -32,7 +37,7 @@ PATIENCE_S = 20.0
 
 
 class House:
-    """Replaces what is under `Orchestrator` and `AsyncOrchestrator` while it is installed.
+    """Makes orchestrators with other parts.
 
     Attributes:
         on_loop: What was done in the thread of an event loop and may block it.
@@ -51,41 +56,21 @@ class House:
         self.claims = 0
         self.releases = 0
         self.claim_gate = _open_gate()
+        self.workers: Any = workers.shared()
         self._started = threading.Event()
         self._looked = threading.Condition()
         self._gates: dict[str, threading.Event] = {}
         self._begun: dict[str, threading.Event] = {}
 
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        house = self
+    def sync(self, **settings: Any) -> Orchestrator:
+        return Orchestrator(llama_server="/llama", parts=HouseParts(self), **settings)
 
-        class FakeSlot:
-            def __init__(self, name: str, state_dir: object) -> None:
-                self.name = name
+    def asynchronous(self, **settings: Any) -> AsyncOrchestrator:
+        return AsyncOrchestrator(llama_server="/llama", parts=HouseParts(self), **settings)
 
-            def claim(self) -> None:
-                house.may_block("claim")
-                house.claims += 1
-                assert house.claim_gate.wait(PATIENCE_S)
-
-            def release(self) -> None:
-                house.releases += 1
-
-        def effects(slot: FakeSlot, post: Callable[[Fact], None], **_: object) -> GatedEffects:
-            house.may_block("effects")
-            return GatedEffects(post, house.clock, house.os, house.open_gates)
-
-        def owner(make: Callable[..., GatedEffects], **settings: Any) -> Owner:
-            made = WatchedOwner(make, clock=house.clock, **settings)
-            house.owners.append(made)
-            house._started.set()
-            return made
-
-        monkeypatch.setattr(facades, "Slot", FakeSlot)
-        monkeypatch.setattr(facades, "ProcessEffects", effects)
-        monkeypatch.setattr(facades, "Owner", owner)
-        monkeypatch.setattr(facades, "locate", self._locate)
-        monkeypatch.setattr(facades, "find_server", self._find_server)
+    def adopt(self, owner: WatchedOwner) -> None:
+        self.owners.append(owner)
+        self._started.set()
 
     # ------------------------------------------------------------------------------ looking up
 
@@ -100,8 +85,8 @@ class House:
     def let_look_ups_go(self, model: str) -> None:
         self._gates.pop(model).set()
 
-    def _locate(self, request: LoadRequest, _: object) -> ModelFiles:
-        self.may_block("locate")
+    def look_up(self, request: LoadRequest) -> ModelFiles:
+        self.may_block("look up")
         model = request.model_path
         if (gate := self._gates.get(model)) is not None:
             self._begun[model].set()
@@ -114,10 +99,6 @@ class House:
         if model.startswith("unreadable"):
             raise PermissionError(13, "Permission denied", model)
         return files(model)
-
-    def _find_server(self, _: str) -> ServerBinary:
-        self.may_block("find_server")
-        return ServerBinary("external", ("/llama",), FileIdentity("/llama", 1, 1, 1, 1))
 
     def may_block(self, what: str) -> None:
         try:
@@ -175,6 +156,56 @@ class House:
         self.clock.advance(seconds)
         self.owner.post(Withdrawn(Ticket(0), self.clock()))
         self.catch_up()
+
+
+class HouseParts(Parts):
+    """What the orchestrators of a house are made of."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+
+    @property
+    def workers(self) -> Any:
+        return self._house.workers
+
+    def slot(self, name: str, state_dir: object) -> ClaimedSlot:
+        return HouseSlot(name, self._house)
+
+    def source(self, records: Path, roots: ModelRoots | None) -> ModelSource:
+        return HouseSource(records, roots, self._house)
+
+    def server(self, llama_server: str) -> ServerBinary:
+        self._house.may_block("find the server")
+        return ServerBinary("external", ("/llama",), FileIdentity("/llama", 1, 1, 1, 1))
+
+    def effects(self, _: object, post: Callable[[Fact], None], *__: object) -> Effects:
+        self._house.may_block("effects")
+        return GatedEffects(post, self._house.clock, self._house.os, self._house.open_gates)
+
+    def owner(self, effects: Any, **settings: Any) -> Owner:
+        made = WatchedOwner(effects, clock=self._house.clock, **settings)
+        self._house.adopt(made)
+        return made
+
+
+class HouseSlot:
+    def __init__(self, name: str, house: House) -> None:
+        self.name = name
+        self._house = house
+
+    def claim(self) -> None:
+        self._house.may_block("claim")
+        self._house.claims += 1
+        assert self._house.claim_gate.wait(PATIENCE_S)
+
+    def release(self) -> None:
+        self._house.releases += 1
+
+
+class HouseSource(ModelSource):
+    def __init__(self, records: Path, roots: ModelRoots | None, house: House) -> None:
+        super().__init__(records, roots)
+        self.look_up = house.look_up  # type: ignore[method-assign]
 
 
 class WatchedOwner(Owner):
@@ -250,14 +281,6 @@ def ctrl_c(pool: ThreadPoolExecutor, once: Callable[[], object]) -> Iterator[Non
         interrupting.result(PATIENCE_S)
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def sync_orchestrator(**settings: Any) -> Orchestrator:
-    return Orchestrator(llama_server="/llama", **settings)
-
-
-def async_orchestrator(**settings: Any) -> AsyncOrchestrator:
-    return AsyncOrchestrator(llama_server="/llama", **settings)
 
 
 def _open_gate() -> threading.Event:

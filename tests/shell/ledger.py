@@ -18,6 +18,7 @@ from orchestrator.messages import (
     LeaseGranted,
     LeaseReleased,
     LoadRequested,
+    PrefetchRequested,
     Settle,
     ShutdownRequested,
     UnloadRequested,
@@ -28,6 +29,7 @@ from orchestrator.tokens import Generation, Ticket
 from tests.core.programs import Action
 from tests.core.world import Status
 
+_ENDABLE: Final = frozenset({"load", "prefetch"})
 _ARRIVING: Final = frozenset({Status.LOOKING, Status.LOOKING_ENDED})
 _ENDED: Final = {Status.WAITING: Status.ENDED, Status.LOOKING: Status.LOOKING_ENDED}
 
@@ -44,6 +46,11 @@ class Caller:
     @property
     def ticket(self) -> Ticket:
         return self.call.ticket if self.call else Ticket(0)
+
+    @property
+    def is_known(self) -> bool:
+        """The machine has heard of its load or prefetch."""
+        return self.action.verb in _ENDABLE and self.status > Status.LOOKING_ENDED
 
     @property
     def is_told(self) -> bool:
@@ -107,7 +114,11 @@ class Ledger:
         caller = self.caller(getattr(fact, "ticket", None))
         match fact:
             case UnloadRequested(ticket, model):
-                self._end(lambda c: c.ticket < ticket and model in (None, c.model))
+                self._end(
+                    lambda c: (
+                        c.action.verb == "load" and c.ticket < ticket and model in (None, c.model)
+                    )
+                )
             case ShutdownRequested():
                 self._end(lambda _: True)
             case CancelRequested():
@@ -119,7 +130,7 @@ class Ledger:
             case _:
                 pass
         if caller is not None and caller.status in _ARRIVING:
-            is_cancelled = isinstance(fact, LoadRequested) and (
+            is_cancelled = isinstance(fact, LoadRequested | PrefetchRequested) and (
                 caller.action.request_id in self.cancelled_ids
             )
             is_ended = is_cancelled or caller.status is Status.LOOKING_ENDED
@@ -130,8 +141,8 @@ class Ledger:
         name = fact.request_id
         if name is None:
             self._end(lambda c: c.generation == fact.generation)
-        elif any(c.generation for c in self.callers if c.action.request_id == name):
-            self._end(lambda c: c.action.request_id == name and c.generation > 0)
+        elif any(c.is_known for c in self.callers if c.action.request_id == name):
+            self._end(lambda c: c.action.request_id == name and c.is_known)
         else:
             self.cancelled_ids.add(name)
             self._end(lambda c: c.action.request_id == name)
@@ -139,7 +150,8 @@ class Ledger:
     def _end(self, ends: Callable[[Caller], bool]) -> None:
         """Note which loads must not succeed any more."""
         for caller in self.callers:
-            if caller.call is not None and caller.action.verb == "load" and ends(caller):
+            is_endable = caller.call is not None and caller.action.verb in _ENDABLE
+            if is_endable and ends(caller):
                 caller.status = _ENDED.get(caller.status, caller.status)
 
     # --------------------------------------------------------------------------------- answers

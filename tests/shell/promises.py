@@ -17,7 +17,7 @@ from orchestrator.messages import Accept, Fact, Loaded, SetTimer, Settle
 from orchestrator.tokens import Generation
 from tests.core.invariants import Violation
 from tests.core.world import Status
-from tests.shell.records import logged
+from tests.shell.records import logged, outcomes
 
 if TYPE_CHECKING:
     from tests.shell.stage import Stage
@@ -129,9 +129,11 @@ def promise_the_outcome_is_the_loads(done: Done) -> str | None:
     waiting = (
         c for c in done.stage.ledger.open_calls if c.status in (Status.WAITING, Status.ENDED)
     )
-    unsettled = {job.generation for job in ctx.wanted} | {c.generation for c in waiting}
+    unsettled = {job.generation for job in ctx.wanted} | {c.generation for c in ctx.ending}
+    unsettled |= {job.failed.generation for job in ctx.wanted if job.failed is not None}
+    unsettled |= {c.generation for c in waiting}
     for number in map(Generation, range(1, ctx.generation + 1)):
-        outcome = owner.history.outcomes.get(number)
+        outcome = outcomes(owner).get(number)
         if number in unsettled and outcome is not None:
             return f"load {number} is in flight, and its outcome is {outcome}"
         if number not in unsettled and outcome is None:

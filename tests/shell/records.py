@@ -1,4 +1,4 @@
-"""What was logged, kept instead of printed: the log of the code under test is evidence, not noise.
+"""What was logged, kept instead of printed, and what became of loads: evidence, not noise.
 
 The library only ever asks structlog for a logger; how it is configured is the host's business, and
 here the host is a test.
@@ -11,6 +11,11 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import structlog
+
+from orchestrator.errors import Problem
+from orchestrator.messages import Loaded
+from orchestrator.owner import Owner
+from orchestrator.tokens import Generation
 
 Entry = MutableMapping[str, Any]
 
@@ -41,3 +46,8 @@ def only_failures() -> Iterator[list[Entry]]:
 
 def logged() -> list[Entry]:
     return _entries
+
+
+def outcomes(owner: Owner) -> dict[Generation, Loaded | Problem]:
+    """What became of the loads that have ended, oldest generation first."""
+    return {g: record.answer for g, record in sorted(owner.history.records.items())}

@@ -47,6 +47,11 @@ class RecordedLifecycle(Lifecycle):
             self._last = self._steps[key] = super().step(state, ctx, fact)
         return self._last
 
+    @property
+    def last(self) -> Stepped | None:
+        """The step taken since this was asked for."""
+        return self._last
+
     def take_last(self) -> Stepped | None:
         """Return the step taken since this was asked last, if there was one."""
         last, self._last = self._last, None

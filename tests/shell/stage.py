@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, cast, get_args
 
-from orchestrator.context import Context, EffectInFlight
+from orchestrator.context import Context, EffectInFlight, EffectKind
 from orchestrator.errors import Problem
 from orchestrator.machine import Stepped
 from orchestrator.messages import (
     CancelRequested,
+    Completion,
     Effect,
     Fact,
     LeaseGranted,
@@ -24,8 +25,10 @@ from orchestrator.messages import (
     LeaseRequested,
     Loaded,
     LoadRequested,
+    PrefetchRequested,
     Probe,
     Request,
+    ServerEnded,
     ShutdownRequested,
     Spawn,
     UnloadRequested,
@@ -42,6 +45,7 @@ from tests.core.world import Status, target
 from tests.shell import promises
 from tests.shell.gates import KINDS, Gate, GatedEffects, SpawnPlan, VirtualClock
 from tests.shell.ledger import Caller, Ledger
+from tests.shell.records import outcomes
 from tests.shell.scene import Mishap, Scene
 
 Choose = Callable[[Sequence[str]], int]
@@ -74,6 +78,9 @@ class Instant:
     ctx: Context
     alive: frozenset[Process]
     in_flight: tuple[EffectInFlight, ...]
+    beside: frozenset[tuple[str, Generation]]
+    concluded: frozenset[Generation]
+    told_ended: frozenset[int]
     tokens: frozenset[Generation]
     unanswered: frozenset[Ticket]
     ended: frozenset[Ticket]
@@ -126,6 +133,8 @@ class Stage:
         self.progress = [0] * len(scene.clients)
         self.looking: list[Caller] = []
         self.owed: list[EffectInFlight] = []
+        self.beside: set[tuple[str, Generation]] = set()
+        self.told_ended: set[int] = set()
         self.given: list[tuple[Generation, CancelToken]] = []
         self.heard: list[Snapshot] = []
         self.held: set[Generation] = set()
@@ -222,9 +231,10 @@ class Stage:
             yield fails
             return
         yield Move("system", f"{what} ends well", gate.succeed)
-        if gate.token.is_set() and gate.kind in ("download", "probe"):
+        kind = "download" if gate.kind == "resolve" else gate.kind  # either way it may not be had
+        if gate.token.is_set() and kind in ("download", "probe"):
             yield fails
-        elif gate.kind != "spawn" and self._may(gate.kind):
+        elif kind != "spawn" and self._may(cast("Mishap", kind)):
             yield replace(fails, act=partial(self._mishap, gate.fail), is_own=False)
 
     def _client_moves(self, number: int, action: Action) -> Iterator[Move]:
@@ -301,7 +311,7 @@ class Stage:
         """What a look-up finds missing never becomes a request."""
         assert caller.call is not None
         self.looking.remove(caller)
-        self.owner.refuse(caller.call, Problem("model_not_found", "no such file"))
+        self.owner.answer(caller.call, Problem("model_not_found", "no such file"))
         caller.status = Status.DONE
 
     def _ask(self, caller: Caller, about: Caller | None = None) -> None:
@@ -313,6 +323,9 @@ class Stage:
                 fact = LoadRequested(ticket, target(action.request), now)
             case "unload":
                 fact = UnloadRequested(ticket, action.model, now)
+            case "prefetch":
+                assert action.request is not None
+                fact = PrefetchRequested(ticket, target(action.request), now)
             case "lease":
                 fact = LeaseRequested(ticket, now)
             case "shutdown":
@@ -328,7 +341,13 @@ class Stage:
     def _watch(self, effect: Effect, token: CancelToken) -> None:
         self.heard.append(self.owner.snapshot)
         self.given.append((effect.generation, token))
-        self.owed.append(EffectInFlight(KINDS[type(effect)], effect.generation))
+        kind, generation = KINDS[type(effect)], effect.generation
+        last = self.machine.last
+        ctx = last.ctx if last is not None else self.owner.snapshot.ctx
+        if ctx.effect == EffectInFlight(cast("EffectKind", kind), generation):
+            self.owed.append(EffectInFlight(cast("EffectKind", kind), generation))
+        else:
+            self.beside.add(("resolve" if kind == "resolve" else "prefetch", generation))
 
     def _plan_spawn(self, spawn: Spawn) -> SpawnPlan:
         if not self._may("spawn"):
@@ -353,8 +372,12 @@ class Stage:
     def _pump(self, fact: Fact) -> None:
         self.ledger.hear(fact)
         before, state = self._instant() if self.is_checking else None, self.owner.snapshot.state
-        ended = (getattr(fact, "effect", None), getattr(fact, "generation", None))
-        self.owed = [owed for owed in self.owed if (owed.kind, owed.generation) != ended]
+        if isinstance(fact, get_args(Completion)):
+            ended = EffectInFlight(cast("EffectKind", fact.effect), fact.generation)
+            if ended in self.owed:
+                self.owed.remove(ended)
+            else:
+                self.beside -= {(kind, ended.generation) for kind in ("resolve", "prefetch")}
         self.heard.clear()
         self.machine.take_last()
         self.owner.pump(fact)
@@ -373,6 +396,8 @@ class Stage:
             self.held.add(stepped.ctx.running.generation)
         for command in stepped.commands:
             self.ledger.note(command)
+            if isinstance(command, ServerEnded):
+                self.told_ended.add(command.pid)
 
     # --------------------------------------------------------------------------------- looking
 
@@ -394,6 +419,9 @@ class Stage:
             snapshot.ctx,
             frozenset(self.effects.os.alive.values()),
             tuple(self.owed),
+            frozenset(self.beside),
+            frozenset(self.owner.history.records),
+            frozenset(self.told_ended),
             frozenset(g for g, token in self.owner._tokens.items() if token.is_set()),
             self.ledger.having(Status.WAITING, Status.ENDED),
             self.ledger.having(Status.ENDED, Status.GONE),
@@ -421,7 +449,9 @@ class Stage:
             tuple(caller.ticket for caller in self.looking),
             frozenset(owner._timers.items()),
             frozenset((g, token.is_set()) for g, token in owner._tokens.items()),
-            tuple((g, isinstance(answer, Loaded)) for g, answer in owner.history.outcomes.items()),
+            tuple((g, isinstance(answer, Loaded)) for g, answer in outcomes(owner).items()),
+            frozenset(self.beside),
+            frozenset(self.told_ended),
             frozenset(owner._calls),
             frozenset(self.ledger.cancelled_ids),
             self.clock.now,

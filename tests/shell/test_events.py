@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from orchestrator.events import KEPT, Event, EventLog
-from tests.shell.house import PATIENCE_S, House, async_orchestrator, sync_orchestrator
+from tests.shell.house import PATIENCE_S, House
 from tests.shell.test_facades import run
 
 LOAD = ["Killing", "Downloading", "Spawning", "WaitingHealth", "Healthy"]
 
 
 def test_a_load_is_told_transition_by_transition(house: House) -> None:
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         events = orch.events()
         orch.load("A")
         told = list(islice(events, 5))
@@ -34,14 +34,14 @@ def test_a_load_is_told_transition_by_transition(house: House) -> None:
 
 def test_from_now_on_means_from_the_call_and_not_from_the_first_look(house: House) -> None:
     """Who asks for events and then does something must not miss what comes of it."""
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         orch.load("A")
         events = orch.events()
         orch.unload()
         assert next(events).data["dest"] == "Killing"
 
     async def main() -> None:
-        orch = async_orchestrator()
+        orch = house.asynchronous()
         early = orch.events()
         await orch.load("A")
         assert (await anext(early)).data["dest"] == "Killing"
@@ -56,7 +56,7 @@ def test_from_now_on_means_from_the_call_and_not_from_the_first_look(house: Hous
 
 
 def test_a_reader_resumes_after_the_last_event_it_saw(house: House) -> None:
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         orch.load("A")
         seen = [event.id for event in islice(orch.events(after=0), 3)]
         assert seen == [1, 2, 3]
@@ -64,7 +64,7 @@ def test_a_reader_resumes_after_the_last_event_it_saw(house: House) -> None:
         assert orch.last_event_id == 5
 
     async def main() -> None:
-        async with async_orchestrator() as orch:
+        async with house.asynchronous() as orch:
             await orch.load("A")
             events = orch.events(after=3)
             async with contextlib.aclosing(events):
@@ -76,7 +76,7 @@ def test_a_reader_resumes_after_the_last_event_it_saw(house: House) -> None:
 def test_closing_ends_every_reader_after_what_there_is_to_tell(
     house: House, pool: ThreadPoolExecutor
 ) -> None:
-    orch = sync_orchestrator().start()
+    orch = house.sync().start()
     readers = [pool.submit(lambda: [e.data["dest"] for e in orch.events(after=0)]) for _ in "abc"]
     orch.load("A")
     orch.close()
@@ -84,7 +84,7 @@ def test_closing_ends_every_reader_after_what_there_is_to_tell(
         assert reader.result(PATIENCE_S) == [*LOAD, "Killing", "Idle"]
 
     async def main() -> None:
-        orch = async_orchestrator()
+        orch = house.asynchronous()
 
         async def read() -> list[str]:
             return [event.data["dest"] async for event in orch.events(after=0)]
@@ -100,7 +100,7 @@ def test_closing_ends_every_reader_after_what_there_is_to_tell(
 def test_readers_in_several_loops_and_threads_see_the_same(
     house: House, pool: ThreadPoolExecutor
 ) -> None:
-    orch = async_orchestrator()
+    orch = house.asynchronous()
     begun = threading.Barrier(4)
 
     async def read() -> list[int]:
@@ -125,7 +125,7 @@ def test_readers_in_several_loops_and_threads_see_the_same(
 
 def test_a_reader_that_goes_away_is_not_woken_any_more(house: House) -> None:
     async def main() -> None:
-        async with async_orchestrator() as orch:
+        async with house.asynchronous() as orch:
 
             async def read() -> None:
                 async for _ in orch.events():
@@ -143,7 +143,7 @@ def test_a_reader_that_goes_away_is_not_woken_any_more(house: House) -> None:
 
 def test_a_reader_whose_loop_was_closed_stops_nobody(house: House) -> None:
     """The owner wakes readers from its own thread; a loop that is gone must not end it."""
-    orch = async_orchestrator()
+    orch = house.asynchronous()
     loop = asyncio.new_event_loop()
     events = orch.events()
     reader: Any = loop.create_task(anext(events))

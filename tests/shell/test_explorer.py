@@ -52,6 +52,11 @@ SCENES = (
     Scene("lease | shutdown; load B", warm="A", mishaps=2),
     Scene("unload", warm="A", mishaps=3),
     # time
+    Scene("load o/B prefetch; cancel", warm="A", mishaps=2),
+    Scene("load A slow | load o/B prefetch; withdraw", pairs=0),
+    Scene("load o/B prefetch | unload o/B", warm="A", pairs=0),
+    Scene("prefetch o/B; withdraw | load o/B; cancel", mishaps=0),
+    Scene("prefetch o/B id=x | cancel x | shutdown", pairs=0),
     Scene("load A deadline", mishaps=2),
     Scene("load A deadline | load B queue deadline", mishaps=0),
     # calls that arrive in another order than they were made, or not at all

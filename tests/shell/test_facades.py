@@ -36,9 +36,7 @@ from orchestrator.orchestrator import AsyncOrchestrator, Orchestrator
 from tests.shell.house import (
     PATIENCE_S,
     House,
-    async_orchestrator,
     ctrl_c,
-    sync_orchestrator,
 )
 from tests.shell.records import Entry
 
@@ -62,7 +60,7 @@ def error_of(caller: Future[Any]) -> OrchestratorError:
 
 
 def test_a_load_answers_with_what_runs(house: House) -> None:
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         outcome = orch.load("A", max_seq_length=4096)
         assert (outcome.status, outcome.generation, outcome.joined) == ("loaded", 1, False)
         assert outcome.pid in house.os.alive
@@ -77,7 +75,7 @@ def test_a_load_answers_with_what_runs(house: House) -> None:
 
 def test_a_refused_request_costs_the_running_model_nothing(house: House) -> None:
     """What cannot succeed is found out before anything is stopped."""
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         pid = orch.load("A").pid
         with pytest.raises(MalformedRequest):
             orch.load("B", colour="red")
@@ -95,7 +93,7 @@ def test_a_refused_request_costs_the_running_model_nothing(house: House) -> None
 
 def test_a_look_up_that_raises_anything_else_still_answers_the_call(house: House) -> None:
     """A call that is never answered would keep its place for ever."""
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         with pytest.raises(PermissionError):
             orch.load("unreadable")
         with pytest.raises(PermissionError):
@@ -109,7 +107,7 @@ def test_a_look_up_that_raises_anything_else_still_answers_the_call(house: House
 
 def test_many_threads_share_one_orchestrator(house: House) -> None:
     """Every call is answered, whoever made it, and there is one server at most."""
-    with sync_orchestrator() as orch, ThreadPoolExecutor(8) as threads:
+    with house.sync() as orch, ThreadPoolExecutor(8) as threads:
         start = threading.Barrier(8)
 
         def caller(seed: int) -> int:
@@ -147,7 +145,7 @@ def _something(orch: Orchestrator, choice: random.Random) -> int:
 
 def test_many_event_loops_share_one_orchestrator(house: House) -> None:
     """A backend may run several loops; an answer wakes its caller in the loop it came from."""
-    orch = async_orchestrator()
+    orch = house.asynchronous()
     start = threading.Barrier(4)
 
     async def several(seed: int) -> list[object]:
@@ -178,7 +176,7 @@ def test_a_thousand_identical_loads_are_one(house: House) -> None:
     house.open_gates = frozenset()
 
     async def main() -> None:
-        async with async_orchestrator() as orch:
+        async with house.asynchronous() as orch:
             loads = [asyncio.create_task(orch.load("A")) for _ in range(1000)]
             await asyncio.to_thread(house.until_callers, 1000)
             house.effects.open()
@@ -194,7 +192,7 @@ def test_a_thousand_identical_loads_are_one(house: House) -> None:
 
 def test_status_is_never_a_mixture(house: House) -> None:
     """Readers get one published whole, whatever the owner is doing meanwhile."""
-    with sync_orchestrator() as orch, ThreadPoolExecutor(2) as threads:
+    with house.sync() as orch, ThreadPoolExecutor(2) as threads:
         is_over = threading.Event()
 
         def read() -> int:
@@ -227,7 +225,7 @@ def test_a_cancelled_await_withdraws_only_its_caller(house: House) -> None:
     house.open_gates = frozenset()
 
     async def main() -> None:
-        async with async_orchestrator() as orch:
+        async with house.asynchronous() as orch:
             first = asyncio.create_task(orch.load("A"))
             await asyncio.to_thread(house.until_callers, 1)
             second = asyncio.create_task(orch.load("A"))
@@ -249,7 +247,7 @@ def test_the_last_caller_that_leaves_ends_the_load_or_not(policy: Any, house: Ho
     house.open_gates = frozenset()
 
     async def main() -> None:
-        async with async_orchestrator(abandoned_load=policy) as orch:
+        async with house.asynchronous(abandoned_load=policy) as orch:
             caller = asyncio.create_task(orch.load("A"))
             await asyncio.to_thread(house.until_callers, 1)
             caller.cancel()
@@ -278,7 +276,7 @@ def test_a_caller_that_leaves_during_its_look_up_asks_for_nothing(house: House) 
     house.hold_look_ups_of("A")
 
     async def main() -> None:
-        async with async_orchestrator() as orch:
+        async with house.asynchronous() as orch:
             pid = (await orch.load("B")).pid
             caller = asyncio.create_task(orch.load("A"))
             await asyncio.to_thread(house.look_up_has_begun, "A")
@@ -297,7 +295,7 @@ def test_a_caller_that_leaves_during_its_look_up_asks_for_nothing(house: House) 
 def test_ctrl_c_in_a_load_withdraws_the_caller(house: House, pool: ThreadPoolExecutor) -> None:
     """A user who interrupts a load in a shell does not want it any more."""
     house.open_gates = frozenset()
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         with ctrl_c(pool, lambda: house.effects.wait_for("kill")):
             orch.load("A")
         house.catch_up()
@@ -312,7 +310,7 @@ def test_ctrl_c_while_a_load_is_looked_up_withdraws_the_caller(
     house: House, pool: ThreadPoolExecutor
 ) -> None:
     house.hold_look_ups_of("A")
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         with ctrl_c(pool, lambda: house.look_up_has_begun("A")):
             orch.load("A")
         house.catch_up()
@@ -323,7 +321,7 @@ def test_ctrl_c_while_a_load_is_looked_up_withdraws_the_caller(
 def test_ctrl_c_in_the_moment_of_asking_withdraws_the_caller(house: House) -> None:
     """The load is on its way to the owner, and whoever wanted it has gone."""
     house.open_gates = frozenset()
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         orch.start()
         ask = house.owner.ask
 
@@ -343,7 +341,7 @@ def test_ctrl_c_in_the_moment_of_asking_withdraws_the_caller(house: House) -> No
 def test_an_event_loop_may_be_closed_under_a_pending_load(house: House) -> None:
     """Nobody hears the answer; the owner answers all the same and serves the next caller."""
     house.open_gates = frozenset()
-    orch = async_orchestrator()
+    orch = house.asynchronous()
     loop = asyncio.new_event_loop()
     caller: Any = loop.create_task(orch.load("A"))
     loop.run_until_complete(loop.run_in_executor(None, house.until_callers, 1))
@@ -368,7 +366,7 @@ def test_a_cancelled_submit_neither_blocks_the_loop_nor_goes_on(house: House) ->
     house.hold_look_ups_of("A")
 
     async def main() -> None:
-        async with async_orchestrator() as orch:
+        async with house.asynchronous() as orch:
             caller = asyncio.create_task(orch.submit("A"))
             await asyncio.to_thread(house.look_up_has_begun, "A")
             caller.cancel()
@@ -389,7 +387,7 @@ def test_a_submit_cancelled_before_it_is_accepted_goes_away(house: House) -> Non
     house.open_gates = frozenset()
 
     async def main() -> None:
-        async with async_orchestrator() as orch:
+        async with house.asynchronous() as orch:
             with house.owner.held():
                 caller = asyncio.create_task(orch.submit("A"))
                 await asyncio.to_thread(house.looked_up_count, 1)
@@ -411,7 +409,7 @@ def test_a_lease_granted_to_a_caller_that_has_just_left_is_given_back(house: Hou
     """Otherwise every later swap would wait for the drain timeout, for nobody."""
 
     async def main() -> None:
-        async with async_orchestrator() as orch:
+        async with house.asynchronous() as orch:
             await orch.load("A")
 
             async def hold() -> None:
@@ -438,7 +436,7 @@ def test_a_slow_look_up_never_wins_over_a_newer_load(
 ) -> None:
     """The last Apply wins, whichever model is on the slower disk."""
     house.hold_look_ups_of("A")
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         older = pool.submit(orch.load, "A")
         house.look_up_has_begun("A")
         newer = orch.load("B")
@@ -456,7 +454,7 @@ def test_a_slow_look_up_never_wins_over_a_later_unload(
 ) -> None:
     """The user said stop last."""
     house.hold_look_ups_of("A")
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         older = pool.submit(orch.load, "A")
         house.look_up_has_begun("A")
         assert orch.unload(model).status == ("unloaded" if model is None else "not_loaded")
@@ -471,7 +469,7 @@ def test_a_slow_look_up_may_win_over_an_unload_of_something_else(
     house: House, pool: ThreadPoolExecutor
 ) -> None:
     house.hold_look_ups_of("A")
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         older = pool.submit(orch.load, "A")
         house.look_up_has_begun("A")
         assert orch.unload("B").status == "not_loaded"
@@ -483,7 +481,7 @@ def test_async_calls_keep_their_order_as_well(house: House) -> None:
     house.hold_look_ups_of("A")
 
     async def main() -> None:
-        async with async_orchestrator() as orch:
+        async with house.asynchronous() as orch:
             older = asyncio.create_task(orch.load("A"))
             await asyncio.to_thread(house.look_up_has_begun, "A")
             newer = await orch.load("B")
@@ -501,7 +499,7 @@ def test_the_first_calls_keep_their_order_while_the_slot_is_claimed(house: House
     house.hold_look_ups_of("A")
 
     async def main() -> None:
-        orch = async_orchestrator()
+        orch = house.asynchronous()
         older = asyncio.create_task(orch.load("A"))
         await asyncio.sleep(0)
         newer = asyncio.create_task(orch.unload())
@@ -526,7 +524,7 @@ def test_a_cancel_that_overtakes_its_load_still_wins(
 ) -> None:
     """Two requests of one page may arrive in either order."""
     house.hold_look_ups_of("A")
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         load = pool.submit(orch.load, "A", load_request_id="x")
         house.look_up_has_begun("A")
         assert orch.cancel("x") is False
@@ -537,7 +535,7 @@ def test_a_cancel_that_overtakes_its_load_still_wins(
 
 
 def test_an_early_cancel_is_remembered_for_a_minute(house: House) -> None:
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         for name in ("x", "y"):
             assert orch.cancel(name) is False
         house.pass_time(60.0)
@@ -549,7 +547,7 @@ def test_an_early_cancel_is_remembered_for_a_minute(house: House) -> None:
 
 def test_at_most_256_early_cancels_are_remembered(house: House) -> None:
     """Names are free to invent; memory is not."""
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         for number in range(257):
             assert orch.cancel(f"id-{number}") is False
         assert len(house.owner.snapshot.ctx.cancelled_ids) == 256
@@ -562,7 +560,7 @@ def test_a_cancel_ends_one_load_and_never_a_resident_model(
     house: House, pool: ThreadPoolExecutor
 ) -> None:
     house.open_gates = frozenset({"kill"})
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         load = pool.submit(orch.load, "A", load_request_id="x")
         house.effects.wait_for("download")
         cancel = pool.submit(orch.cancel, "x")
@@ -583,7 +581,7 @@ def test_a_cancel_ends_one_load_and_never_a_resident_model(
 def test_supersede_queue_and_reject(house: House, pool: ThreadPoolExecutor) -> None:
     """The three answers to "another load is in flight", as their callers hear them."""
     house.open_gates = frozenset()
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         first = pool.submit(orch.load, "A")
         house.effects.wait_for("kill", 1)
         with pytest.raises(Busy) as busy:
@@ -608,7 +606,7 @@ def test_supersede_queue_and_reject(house: House, pool: ThreadPoolExecutor) -> N
 
 def test_a_deadline_ends_a_load_that_takes_longer(house: House, pool: ThreadPoolExecutor) -> None:
     house.open_gates = frozenset({"kill"})
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         load = pool.submit(orch.load, "A", deadline_s=30)
         download = house.effects.wait_for("download")
         house.pass_time(29.9)
@@ -623,7 +621,7 @@ def test_a_deadline_ends_a_load_that_takes_longer(house: House, pool: ThreadPool
 
 
 def test_a_deadline_that_was_met_ends_nothing(house: House) -> None:
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         pid = orch.load("A", deadline_s=30).pid
         house.pass_time(31)
         assert orch.load("A", deadline_s=30).pid == pid
@@ -633,7 +631,7 @@ def test_a_lease_holds_a_swap_until_it_is_given_back_or_overdue(
     house: House, pool: ThreadPoolExecutor
 ) -> None:
     """A generation in the middle is not cut off, and one that never ends does not stop a swap."""
-    with sync_orchestrator(drain_timeout_s=5) as orch:
+    with house.sync(drain_timeout_s=5) as orch:
         pid = orch.load("A").pid
         with orch.lease() as server:
             assert (server.pid, server.generation) == (pid, 1)
@@ -646,7 +644,7 @@ def test_a_lease_holds_a_swap_until_it_is_given_back_or_overdue(
             house.until(lambda shown: shown.state is State.KILLING)
             house.pass_time(5.1)
             assert swap.result(PATIENCE_S).model_path == "A"
-    with pytest.raises(NotLoaded), sync_orchestrator() as orch, orch.lease():
+    with pytest.raises(NotLoaded), house.sync() as orch, orch.lease():
         pass
 
 
@@ -656,8 +654,8 @@ def test_the_longest_times_a_caller_may_give_can_be_waited_for(
     """A timer longer than the platform can wait would end the owner's thread."""
     month_s = 30 * 24 * 3600.0
     with pytest.raises(InvalidRequest):
-        sync_orchestrator(drain_timeout_s=1e300)
-    with sync_orchestrator(drain_timeout_s=month_s) as orch:
+        house.sync(drain_timeout_s=1e300)
+    with house.sync(drain_timeout_s=month_s) as orch:
         orch.load("A", deadline_s=month_s)
         with orch.lease():
             swap = pool.submit(orch.load, "B", deadline_s=month_s)
@@ -674,7 +672,7 @@ def test_an_error_tells_its_story_and_its_generation(
 ) -> None:
     """Who reads the error in a log must not need another log."""
     house.open_gates = frozenset({"kill", "download", "spawn"})
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         load = pool.submit(orch.load, "A")
         house.effects.wait_for("probe").fail(
             Problem("server_start_failed", "it ended", log_tail=("bad tensor",), reason="exited")
@@ -698,7 +696,7 @@ def test_an_error_tells_its_story_and_its_generation(
 
 
 def test_a_refusal_tells_the_story_so_far(house: House) -> None:
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         orch.load("A")
         with pytest.raises(ModelNotFound) as missing:
             orch.load("missing")
@@ -710,7 +708,7 @@ def test_the_outcome_of_a_load_can_be_asked_for_at_any_time(
 ) -> None:
     """In flight: None. Afterwards what became of the load, not of whoever asked last."""
     house.open_gates = frozenset({"kill", "download", "spawn"})
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         with pytest.raises(KeyError):
             orch.outcome(1)
         generation = orch.submit("A")
@@ -745,7 +743,7 @@ def test_the_outcome_of_a_load_can_be_asked_for_at_any_time(
 
 def test_a_submit_that_is_refused_raises_why(house: House) -> None:
     async def main() -> None:
-        async with async_orchestrator() as orch:
+        async with house.asynchronous() as orch:
             with pytest.raises(ModelNotFound):
                 await orch.submit("missing")
             assert await orch.submit("A") == 1
@@ -756,7 +754,7 @@ def test_a_submit_that_is_refused_raises_why(house: House) -> None:
                 await orch.submit("B", load_request_id="early")
 
     run(main)
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         with pytest.raises(ModelNotFound):
             orch.submit("missing")
         assert orch.submit("A") == 1
@@ -768,7 +766,7 @@ def test_a_submit_that_is_refused_raises_why(house: House) -> None:
 def test_an_effect_that_cannot_begin_fails_its_load_and_nothing_else(
     house: House, failures: list[Entry]
 ) -> None:
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
 
         def refuse(effect: object, _: object) -> None:
             if type(effect).__name__ == "Download":
@@ -786,7 +784,7 @@ def test_an_effect_that_cannot_begin_fails_its_load_and_nothing_else(
 
 def test_the_owner_outlives_a_fact_it_cannot_digest(house: House, failures: list[Entry]) -> None:
     """The call it came from is answered, and the next one finds the owner at work."""
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         orch.start()
         owner = house.owner
         call = owner.call()
@@ -800,7 +798,7 @@ def test_the_owner_outlives_a_fact_it_cannot_digest(house: House, failures: list
         assert {entry["event"] for entry in failures} == {"owner.failed"}
         failures.clear()
         assert orch.load("A").status == "loaded"
-        owner.refuse(call, Problem("internal", "it was nonsense"))
+        owner.answer(call, Problem("internal", "it was nonsense"))
 
 
 # --------------------------------------------------------------------- nothing blocks an event loop
@@ -823,7 +821,7 @@ def test_the_first_call_does_not_start_the_orchestrator_in_the_event_loop(
     """Claiming a slot may have to end what a dead owner left there: seconds, with the loop held."""
 
     async def main() -> None:
-        orch = async_orchestrator()
+        orch = house.asynchronous()
         try:
             await ASYNC_CALLS[name](orch)
         except NotLoaded:
@@ -838,7 +836,7 @@ def test_a_first_read_neither_claims_the_slot_nor_blocks(house: House) -> None:
     """To ask what would happen, nothing has to happen."""
 
     async def main() -> None:
-        orch = async_orchestrator()
+        orch = house.asynchronous()
         assert orch.status().state is State.IDLE
         assert orch.progress().phase is None
         assert orch.logs() == ()
@@ -853,7 +851,7 @@ def test_a_first_read_neither_claims_the_slot_nor_blocks(house: House) -> None:
 
     run(main)
     # `plan` answers at once, so it looks the model up where it is called: see its docstring
-    assert set(house.on_loop) == {"locate", "find_server"}
+    assert set(house.on_loop) == {"look up", "find the server"}
 
 
 def test_look_ups_that_hang_stop_neither_the_loop_nor_other_calls(house: House) -> None:
@@ -861,7 +859,7 @@ def test_look_ups_that_hang_stop_neither_the_loop_nor_other_calls(house: House) 
     house.hold_look_ups_of("A")
 
     async def main() -> None:
-        async with async_orchestrator() as orch:
+        async with house.asynchronous() as orch:
             loads = [
                 asyncio.create_task(orch.load("A", load_request_id=f"id-{n}")) for n in range(6)
             ]

@@ -38,6 +38,8 @@ SCENES = (
     Scene("lease; withdraw", warm="A", mishaps=1, pairs=1),
     Scene("lease; release | load B; withdraw", warm="A", mishaps=0, pairs=0),
     Scene("lease; withdraw | load A", mishaps=0, pairs=0),
+    Scene("load o/B prefetch; withdraw", warm="A", mishaps=1, pairs=0),
+    Scene("prefetch o/B id=x; withdraw | cancel x", mishaps=0, pairs=0),
 )
 
 
@@ -58,6 +60,7 @@ DEEP = (
     Scene("load A; withdraw | load B queue; withdraw | unload", mishaps=0, pairs=0),
     Scene("lease; withdraw | load B; withdraw", warm="A", mishaps=1, pairs=1),
     Scene("lease; release | lease; withdraw | unload", warm="A", mishaps=0, pairs=0),
+    Scene("load A | load o/B prefetch | unload o/B", mishaps=0, pairs=0),
 )
 
 
@@ -97,7 +100,7 @@ class KeepsLeasesInThreads(Orchestrator):
     @contextlib.contextmanager
     def lease(self) -> Iterator[LeasedServer]:
         call = self._ask_lease()
-        granted = facades._result(call)
+        granted = self._result(call)
         try:
             yield views.leased_server(cast("LeaseGranted", granted))
         finally:

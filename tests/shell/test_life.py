@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NoReturn
 
 import pytest
 
@@ -20,19 +21,19 @@ from orchestrator import (
     SlotOwned,
     State,
     WrongProcess,
+    workers,
 )
 from tests.shell.house import (
     PATIENCE_S,
     House,
-    async_orchestrator,
+    HouseParts,
     ctrl_c,
-    sync_orchestrator,
 )
 from tests.shell.test_facades import error_of, run
 
 
 def test_nothing_is_claimed_before_the_first_call_and_then_once(house: House) -> None:
-    orch = sync_orchestrator()
+    orch = house.sync()
     assert orch.status().state is State.IDLE
     assert house.claims == 0
     with ThreadPoolExecutor(8) as threads:
@@ -43,31 +44,33 @@ def test_nothing_is_claimed_before_the_first_call_and_then_once(house: House) ->
 
 def test_nobody_sees_an_owner_before_it_can_be_used(house: House) -> None:
     """Calls of other threads take no lock: what they see must be whole."""
-    published: list[tuple[int, bool]] = []
+    published: list[int] = []
 
     class Watched(Orchestrator):
         def __setattr__(self, name: str, value: object) -> None:
             if name == "_owner" and value is not None:
-                published.append((self._pid, hasattr(self, "_intake")))
+                published.append(self._pid)
             super().__setattr__(name, value)
 
-    with Watched(llama_server="/llama"):
-        assert published == [(os.getpid(), True)]
+    with Watched(llama_server="/llama", parts=HouseParts(house)):
+        assert published == [os.getpid()]
 
 
-def test_a_slot_that_could_not_be_claimed_may_be_free_later(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slot_that_could_not_be_claimed_may_be_free_later(house: House) -> None:
     """The orchestrator is as good as new; what it had claimed is given back."""
-    orch = sync_orchestrator()
 
-    def owned(*_: object, **__: object) -> object:
-        raise SlotOwned.because("somebody else has it")
+    class OwnedOnce(HouseParts):
+        is_owned = True
 
-    with monkeypatch.context() as broken:
-        broken.setattr("orchestrator.facade.ProcessEffects", owned)
-        with pytest.raises(SlotOwned):
-            orch.start()
+        def effects(self, slot: Any, post: Any, *rest: Any) -> Any:
+            if self.is_owned:
+                self.is_owned = False
+                raise SlotOwned.because("somebody else has it")
+            return super().effects(slot, post, *rest)
+
+    orch = Orchestrator(llama_server="/llama", parts=OwnedOnce(house))
+    with pytest.raises(SlotOwned):
+        orch.start()
     assert (house.claims, house.releases) == (1, 1)
     assert orch.load("A").status == "loaded"
     orch.close()
@@ -92,7 +95,7 @@ def calls_on(orch: Orchestrator) -> tuple[Callable[[], object], ...]:
 
 
 def test_after_close_every_call_says_so(house: House) -> None:
-    orch = sync_orchestrator()
+    orch = house.sync()
     orch.load("A")
     orch.close()
     assert not house.os.alive
@@ -104,7 +107,7 @@ def test_after_close_every_call_says_so(house: House) -> None:
 
 
 def test_an_orchestrator_that_was_never_used_can_be_closed(house: House) -> None:
-    orch = sync_orchestrator()
+    orch = house.sync()
     orch.close()
     orch.close()
     assert house.claims == 0
@@ -114,7 +117,7 @@ def test_an_orchestrator_that_was_never_used_can_be_closed(house: House) -> None
         orch.plan("A")
 
     async def main() -> None:
-        never = async_orchestrator()
+        never = house.asynchronous()
         await never.close()
         with pytest.raises(ShuttingDown):
             await never.load("A")
@@ -125,7 +128,7 @@ def test_an_orchestrator_that_was_never_used_can_be_closed(house: House) -> None
 def test_close_may_be_called_again_and_by_several_at_once(house: House) -> None:
     """Each returns when everything has ended, and it ends once."""
     house.open_gates = frozenset()
-    orch = sync_orchestrator().start()
+    orch = house.sync().start()
     with ThreadPoolExecutor(8) as threads:
         load = threads.submit(orch.load, "A")
         house.effects.wait_for("kill")
@@ -143,7 +146,7 @@ def test_close_may_be_called_again_and_by_several_at_once(house: House) -> None:
 
 def test_async_close_may_be_called_by_several_at_once(house: House) -> None:
     async def main() -> None:
-        orch = async_orchestrator()
+        orch = house.asynchronous()
         await orch.load("A")
         await asyncio.gather(*(orch.close() for _ in range(6)))
         await orch.close()
@@ -158,7 +161,7 @@ def test_a_close_that_was_interrupted_can_be_finished(
 ) -> None:
     """A second Ctrl-C must not be the reason that a server outlives its host."""
     house.open_gates = frozenset({"download", "spawn", "probe"})
-    orch = sync_orchestrator().start()
+    orch = house.sync().start()
     load = pool.submit(orch.load, "A")
     house.effects.let_through("kill")
     pid = load.result(PATIENCE_S).pid
@@ -174,7 +177,7 @@ def test_a_close_that_was_interrupted_can_be_finished(
 def test_a_close_that_leaves_something_alive_says_so_and_lets_go(
     house: House, pool: ThreadPoolExecutor
 ) -> None:
-    orch = sync_orchestrator()
+    orch = house.sync()
     orch.load("A")
     house.effects.open_gates = frozenset()
     close = pool.submit(orch.close)
@@ -194,7 +197,7 @@ def test_effects_that_cannot_be_closed_leave_nobody_waiting(
         raise OSError(5, "Input/output error")
 
     house.hold_look_ups_of("A")
-    orch = sync_orchestrator().start()
+    orch = house.sync().start()
     reader = pool.submit(list, orch.events())
     load = pool.submit(orch.load, "A")
     house.look_up_has_begun("A")
@@ -215,7 +218,7 @@ def test_a_load_that_is_looked_up_during_the_close_is_refused(
 ) -> None:
     """It asks an owner that listens no more: it must hear so, and not wait for ever."""
     house.hold_look_ups_of("A")
-    orch = sync_orchestrator().start()
+    orch = house.sync().start()
     load = pool.submit(orch.load, "A")
     house.look_up_has_begun("A")
     orch.close()
@@ -228,7 +231,7 @@ def test_an_async_load_that_is_looked_up_during_the_close_is_refused(house: Hous
     house.hold_look_ups_of("A")
 
     async def main() -> None:
-        orch = async_orchestrator()
+        orch = house.asynchronous()
         loads = [asyncio.create_task(orch.load("A")) for _ in range(6)]
         await asyncio.to_thread(house.look_up_has_begun, "A")
         await orch.close()
@@ -242,24 +245,29 @@ def test_an_async_load_that_is_looked_up_during_the_close_is_refused(house: Hous
     assert not house.owner._calls
 
 
-def test_a_load_that_finds_the_intake_closed_is_refused(house: House) -> None:
-    """Between the look at `closed` and the question lies a moment: make it long."""
+def test_a_load_that_nobody_can_look_up_leaves_nothing_behind(house: House) -> None:
+    """Where no thread can be started, the caller hears that, and its load never comes later."""
+
+    class NoThreads:
+        def submit(self, _: object) -> NoReturn:
+            raise RuntimeError("can't start new thread")
 
     async def main() -> None:
-        async with async_orchestrator() as orch:
-            orch._intake.shutdown()
-            with pytest.raises(ShuttingDown):
-                await orch.load("A")
-            with pytest.raises(ShuttingDown):
-                await orch.submit("A")
+        async with house.asynchronous() as orch:
+            house.workers = NoThreads()
+            for ask in (orch.load, orch.submit, orch.prefetch):
+                with pytest.raises(RuntimeError, match="new thread"):
+                    await ask("A")
+            house.workers = workers.shared()
 
     run(main)
+    assert not house.os.started
     assert not house.owner._calls
 
 
 def test_a_close_wakes_whoever_waits_for_a_lease(house: House, pool: ThreadPoolExecutor) -> None:
     house.open_gates = frozenset()
-    orch = sync_orchestrator().start()
+    orch = house.sync().start()
     load = pool.submit(orch.load, "A")
     house.effects.wait_for("kill")
 
@@ -287,7 +295,7 @@ def test_a_forked_worker_is_told_that_it_owns_nothing(
     lock that another thread held in the moment of the fork.
     """
     is_held, is_over = threading.Event(), threading.Event()
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         pid = orch.load("A").pid
         calls = calls_on(orch)
 

@@ -12,7 +12,7 @@ import structlog
 from structlog.testing import capture_logs
 
 from orchestrator import OrchestratorError
-from tests.shell.house import House, sync_orchestrator
+from tests.shell.house import House
 
 SECRET = "hf_abcdefghijklmnopqrstuvwxyz123456"
 
@@ -30,7 +30,7 @@ def of(entries: list[Any], event: str) -> list[Any]:
 
 
 def test_one_line_for_each_transition_bound_to_its_load(log: list[Any], house: House) -> None:
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         orch.load("A")
         orch.load("B")
         orch.load("B")
@@ -50,7 +50,7 @@ def test_accepted_joined_and_fenced_are_told(
     log: list[Any], house: House, pool: ThreadPoolExecutor
 ) -> None:
     house.open_gates = frozenset()
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         first = pool.submit(orch.load, "A", deadline_s=5)
         house.effects.wait_for("kill")
         second = pool.submit(orch.load, "A", deadline_s=5)
@@ -73,7 +73,7 @@ def test_no_secret_is_logged_whatever_happens(
         if type(effect).__name__ == "Probe":
             raise RuntimeError(f"no probe for {effect}")
 
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         outcome = orch.load("A", hf_token=SECRET)
         house.effects.watch = refuse
         with pytest.raises(OrchestratorError) as error:
@@ -107,7 +107,7 @@ def test_no_secret_is_logged_by_a_console_that_shows_local_variables(
     def refuse(*_: object) -> None:
         raise RuntimeError("it cannot begin")
 
-    with sync_orchestrator() as orch:
+    with house.sync() as orch:
         orch.start()
         house.effects.watch = refuse
         with pytest.raises(OrchestratorError):

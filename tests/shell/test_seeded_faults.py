@@ -15,21 +15,21 @@ import pytest
 from orchestrator import actions
 from orchestrator.actions import Step
 from orchestrator.errors import Problem
+from orchestrator.history import LoadRecord
 from orchestrator.messages import (
     Accept,
     CancelRequested,
     Command,
-    Download,
+    Concluded,
+    Effect,
     Fact,
-    Kill,
     Post,
-    Probe,
     Request,
     SetTimer,
     Settle,
     SetToken,
     SlotEvidence,
-    Spawn,
+    Timings,
 )
 from orchestrator.owner import Call, Owner
 from orchestrator.ports import SlotLock
@@ -204,7 +204,8 @@ class PublishesLast(Owner):
             before = self.snapshot
             state, ctx, commands = self._machine.step(before.state, before.ctx, fact)
             shown = self._shown(fact, state, ctx)
-            self.history.note(before, fact, shown, commands)
+            for ended in (c for c in commands if isinstance(c, Concluded)):
+                self.history.add(ended, now=self.clock(), story=shown.story)
             for command in commands:
                 self._carry_out_safely(command, lock)
             self.snapshot = shown
@@ -239,7 +240,9 @@ class TellsTheLastAnswer(Owner):
         super()._settle(command)
         if (generation := getattr(self, "_of", {}).get(command.ticket)) is not None:
             records, answer = self.history.records, cast("Any", command.answer)
-            records[generation] = replace(records[generation], answer=answer)
+            known = records.get(generation)
+            target = known.target if known else cast("Any", self.snapshot.ctx.job).target
+            records[generation] = LoadRecord(generation, target, 0.0, Timings(), answer)
 
 
 # ------------------------------------------------------------------------------- commands, and time
@@ -262,7 +265,7 @@ class ForgetsTheTime(Owner):
 class SwallowsAFailedStart(Owner):
     """An effect that cannot begin never reports."""
 
-    def _start(self, effect: Kill | Download | Spawn | Probe, lock: SlotLock | None) -> None:
+    def _start(self, effect: Effect, lock: SlotLock | None) -> None:
         with contextlib.suppress(OSError):
             self.effects.start(effect, self._token(effect.generation), lock)
 
@@ -353,7 +356,7 @@ def test_a_failed_kill_that_forgets_the_pid_is_found() -> None:
 
     machine = RecordedLifecycle(fail_all=fail_all)
     report = explore(Scene("unload", warm="A", machine=machine))
-    caught(report, "inv_no_server_is_forgotten", within=6)
+    caught(report, "inv_a_server_ends_once", within=6)
 
 
 def test_a_second_server_beside_the_first_is_found() -> None:

@@ -5,13 +5,10 @@ import { $, bytes, el, named, put, say, seconds, value } from "./dom.js";
 import { chosenVariant, focusField, read, showFieldError } from "./form.js";
 
 const PLAN_AFTER_MS = 300;
-const QUIET = new Set(["superseded", "cancelled"]);
 
 let timer = 0;
 let planning = new AbortController();
 let sending = Promise.resolve(); // one after the other: the last click must be the last to arrive
-let waiting = new AbortController(); // a prefetch is answered when it has ended
-let prefetches = 0;
 const mine = new Set(); // generations asked for here, without an outcome so far
 let status = null;
 
@@ -67,8 +64,6 @@ export function apply() {
     return refused({ field: "llama_extra_args", detail: /** @type {any} */ (error).message });
   }
   body.load_request_id = `panel-${[...crypto.getRandomValues(new Uint32Array(4))].map((n) => n.toString(36)).join("")}`;
-  if (body.on_busy === "supersede") waiting.abort();
-  if (body.prefetch) return void afterPrefetch(body);
   sending = sending.then(() => submit(body));
 }
 
@@ -84,28 +79,6 @@ async function submit(body) {
     refused(/** @type {any} */ (error).problem);
   }
 }
-
-/** A load that downloads first has no generation until then: it is waited for. */
-async function afterPrefetch(body) {
-  waiting = new AbortController();
-  prefetches += 1;
-  say($("sent"), "Downloading first; closing this page would end that.");
-  try {
-    const outcome = await post("load", body, waiting.signal);
-    say($("sent"), told(outcome.generation, outcome));
-  } catch (error) {
-    const { name, problem } = /** @type {any} */ (error);
-    if (name === "AbortError" || QUIET.has(problem.category)) say($("sent"), "The download was given up.");
-    else refused(problem);
-  } finally {
-    prefetches -= 1;
-  }
-}
-
-export const isPrefetching = () => prefetches > 0;
-
-/** End what was asked for here and is still downloading. */
-export const endPrefetch = () => waiting.abort();
 
 function refused(problem) {
   say($("sent"), "");

@@ -1,7 +1,7 @@
 /** Wires the panel: events make it ask what is true now, and everything shown comes from the answer. */
 
 import { dropKey, gate, get, hasKey, keepKey, post } from "./api.js";
-import { apply, endPrefetch, isPrefetching, noteStatus, planSoon, settle } from "./apply.js";
+import { apply, noteStatus, planSoon, settle } from "./apply.js";
 import * as diagram from "./diagram.js";
 import { $, say } from "./dom.js";
 import { fill, offer, watch } from "./form.js";
@@ -38,7 +38,7 @@ function refresh() {
 
 function show(now, loads) {
   status = now;
-  view.show(now, isPrefetching());
+  view.show(now);
   history.show(loads);
   settle(loads);
   fill(now.loaded);
@@ -54,7 +54,7 @@ function announce(now) {
   lastRest = rests;
 }
 
-const isMoving = () => isPrefetching() || status?.loading || status?.recovery || status?.prefetching.length;
+const isMoving = () => status?.loading || status?.recovery || status?.prefetching.length;
 let rested = 0;
 
 /** Once a second. */
@@ -115,12 +115,10 @@ $("match").addEventListener("click", () => {
   planSoon();
 });
 $("cancel").addEventListener("click", async () => {
-  endPrefetch();
   if (status?.loading) await post("cancel", { generation: status.loading.generation }).catch(() => {});
   refresh();
 });
 $("unload").addEventListener("click", async () => {
-  endPrefetch();
   await post("unload", {}).catch(() => {});
   refresh();
 });

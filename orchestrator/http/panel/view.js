@@ -12,18 +12,18 @@ let since = 0; // by this page's clock
 let samples = [];
 let errorShown = "";
 
-/** @param {any} now a status @param {boolean} isPrefetching something asked for here */
-export function show(now, isPrefetching) {
+/** @param {any} now a status */
+export function show(now) {
   status = now;
   since = Date.now() - now.uptime_s * 1000;
   const { state, loaded, loading, last_error: error } = now;
   const isFailed = state === "Idle" && error && !QUIET.has(error.category);
   say($("state"), state);
   $("dot").className = `dot ${isFailed ? "failed" : state.toLowerCase()}`;
-  const about = loading ?? loaded;
+  const about = loaded ?? loading; // what runs, also while the next one is fetched
   document.title = about ? `${state} · ${named(about)}` : `${state} · llama-orchestrator`;
   say($("model"), about ? named(about, true) : "Nothing is loaded.");
-  $("cancel").hidden = !loading && !isPrefetching;
+  $("cancel").hidden = !loading;
   $("unload").hidden = !loaded && !loading;
   put($("facts"), ...facts(loaded));
   put($("notes"), ...notes(now).map((text) => el("li", {}, text)));
@@ -57,6 +57,7 @@ function facts(loaded) {
 function notes(now) {
   const { loaded, loading, recovery, last_exit: exit, last_error: error } = now;
   const told = [];
+  if (loading && loaded) told.push(`${named(loading)} is being fetched; ${named(loaded)} keeps serving until then.`);
   if (loading?.queued) told.push(`${loading.queued} more in the queue.`);
   for (const one of now.prefetching) {
     const all = one.bytes_total ? ` of ${bytes(one.bytes_total)}` : "";
