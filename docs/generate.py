@@ -25,13 +25,14 @@ from mkdocs.structure.pages import Page
 from prometheus_client.parser import text_string_to_metric_families
 
 import orchestrator
-from orchestrator import diagram, failures
 from orchestrator.cli import app as cli
 from orchestrator.errors import OrchestratorError
 from orchestrator.http import create_app
 from orchestrator.http.metrics import Metrics
 from orchestrator.http.problems import CATEGORIES
-from orchestrator.orchestrator import AsyncOrchestrator
+from orchestrator.machine import diagram
+from orchestrator.runtime.orchestrator import AsyncOrchestrator
+from orchestrator.server import failures
 
 _ROOT: Final = Path(__file__).parents[1]
 _FROM_THE_ROOT: Final = {
@@ -130,7 +131,7 @@ def _api() -> str:
         ),
         "## Options of both facades",
         (
-            "::: orchestrator.facade.Facade\n    options:\n      members: false\n"
+            "::: orchestrator.runtime.calls.Facade\n    options:\n      members: false\n"
             "      show_root_heading: false\n      show_root_toc_entry: false"
         ),
         *(f"::: orchestrator.{name}" for name in [*first, *others]),
@@ -311,7 +312,7 @@ def _events() -> str:
                 "there are is in [the table](../diagrams/lifecycle.md)."
             ),
             (
-                "::: orchestrator.events.Event\n    options:\n      members: false\n"
+                "::: orchestrator.runtime.events.Event\n    options:\n      members: false\n"
                 "      show_root_heading: false\n      show_root_toc_entry: false"
             ),
             "## Of the log",

@@ -45,14 +45,11 @@ if TYPE_CHECKING:
         UnsupportedPlatform,
         WrongProcess,
     )
-    from orchestrator.events import Event
-    from orchestrator.orchestrator import AsyncOrchestrator, Orchestrator
-    from orchestrator.plan import Plan
-    from orchestrator.recovery import RestartPolicy
-    from orchestrator.request import LoadRequest, ReloadReason
-    from orchestrator.states import State
-    from orchestrator.variants import Variant
-    from orchestrator.views import (
+    from orchestrator.machine.plan import Plan
+    from orchestrator.machine.recovery import RestartPolicy
+    from orchestrator.machine.states import State
+    from orchestrator.models.variants import Variant
+    from orchestrator.runtime.answers import (
         LeasedServer,
         LoadOutcome,
         LoadProgress,
@@ -63,6 +60,10 @@ if TYPE_CHECKING:
         UnloadOutcome,
         Variants,
     )
+    from orchestrator.runtime.events import Event
+    from orchestrator.runtime.orchestrator import AsyncOrchestrator, Orchestrator
+    from orchestrator.settings.request import LoadRequest
+    from orchestrator.settings.target import ReloadReason
 
 __version__ = "0.1.0"
 
@@ -74,14 +75,15 @@ _HOMES = {
         "ServerExited ServerStartFailed ServerUnavailable ShuttingDown SlotOccupied SlotOwned "
         "Stalled StateDirError Superseded TimedOut Unavailable UnsupportedPlatform WrongProcess"
     ),
-    "events": "Event",
-    "orchestrator": "AsyncOrchestrator Orchestrator",
-    "plan": "Plan",
-    "recovery": "RestartPolicy",
-    "request": "LoadRequest ReloadReason",
-    "states": "State",
-    "variants": "Variant",
-    "views": (
+    "runtime.events": "Event",
+    "runtime.orchestrator": "AsyncOrchestrator Orchestrator",
+    "machine.plan": "Plan",
+    "machine.recovery": "RestartPolicy",
+    "settings.request": "LoadRequest",
+    "settings.target": "ReloadReason",
+    "machine.states": "State",
+    "models.variants": "Variant",
+    "runtime.answers": (
         "LeasedServer LoadOutcome LoadProgress Options PastLoad PrefetchOutcome Status "
         "UnloadOutcome Variants"
     ),

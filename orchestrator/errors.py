@@ -42,7 +42,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-from orchestrator.named import Named
+from orchestrator.base.record import Named
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator import proctable
-from orchestrator.slot import TOKEN_NAME
-from orchestrator.tiny_model import write_tiny_model
+from orchestrator.demo.tiny_model import write_tiny_model
+from orchestrator.server import process_table
+from orchestrator.server.slot import TOKEN_NAME
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +58,7 @@ def state_dir(tmp_path: Path) -> Iterator[Path]:
 def servers_of(directory: Path) -> set[int]:
     """Every living process that carries a token of a slot in this state directory."""
     found = set()
-    for pid, row in proctable.everyone().items():
+    for pid, row in process_table.everyone().items():
         if row.is_zombie:
             continue
         try:

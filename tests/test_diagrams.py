@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import diagram
-from orchestrator.states import State
-from orchestrator.table import TABLE
+from orchestrator.machine import diagram
+from orchestrator.machine.states import State
+from orchestrator.machine.table import TABLE
 
 DIAGRAMS = Path(__file__).parents[1] / "diagrams"
 

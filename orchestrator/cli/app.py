@@ -22,12 +22,12 @@ from orchestrator.errors import OrchestratorError
 
 PROGRAM: Final = "llama-orchestrator"
 _HOMES: Final = {
-    "serving": "run serve",
-    "client": "load unload cancel status plan logs events",
-    "pull": "pull",
-    "demo": "demo",
-    "doctor": "doctor",
-    "picture": "diagram",
+    "cli.serving": "run serve",
+    "cli.client": "load unload cancel status plan logs events",
+    "cli.pull": "pull",
+    "demo.command": "demo",
+    "cli.doctor": "doctor",
+    "cli.picture": "diagram",
 }
 _HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names.split()}
 
@@ -41,7 +41,7 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _HOME_OF:
             return None
-        module = importlib.import_module(f"orchestrator.cli.{_HOME_OF[cmd_name]}")
+        module = importlib.import_module(f"orchestrator.{_HOME_OF[cmd_name]}")
         return cast("click.Command", getattr(module, cmd_name))
 
 

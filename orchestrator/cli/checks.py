@@ -24,12 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from orchestrator import hub_cache, proctable
 from orchestrator.errors import OrchestratorError, SlotOwned
-from orchestrator.orchestrator import Orchestrator
-from orchestrator.servers import ask_catalogue, find_server
-from orchestrator.slot import Slot, cache_dir
-from orchestrator.variants import Variant, split_reference
+from orchestrator.models.hub import cache
+from orchestrator.models.variants import Variant
+from orchestrator.runtime.orchestrator import Orchestrator
+from orchestrator.server import process_table
+from orchestrator.server.binaries import ask_catalogue, find_server
+from orchestrator.server.slot import Slot, cache_dir
+from orchestrator.settings.reference import split_reference
 
 _OLDEST: Final = (3, 11)
 _GIB: Final = 1 << 30
@@ -73,7 +75,7 @@ def _python(_: Wanted) -> Iterator[Check]:
 
 def _platform(_: Wanted) -> Iterator[Check]:
     name = f"{platform.system()} {platform.release()} on {platform.machine()}"
-    if proctable.LINUX:
+    if process_table.LINUX:
         yield Check("platform", "ok", name)
     elif os.name == "posix":
         yield Check("platform", "note", name, "only Linux is tested so far")
@@ -154,7 +156,7 @@ def _content_of(slot: Slot) -> Check:
     record = slot.recall()
     left = {process.pid for process in slot.inhabitants()}
     server = record.server if record is not None else None
-    if server is not None and proctable.is_alive(server):
+    if server is not None and process_table.is_alive(server):
         left.add(server.pid)
     if left:
         detail = f"{slot.name!r} is free, but a dead owner left {sorted(left)}"
@@ -178,7 +180,7 @@ def _kernel(_: Wanted) -> Iterator[Check]:
         yield Check("flock", "ok", "files can be locked")
     except OSError as error:
         yield Check("flock", "problem", f"not available: {error}", "use a local file system")
-    if proctable.identify(os.getpid()) is not None and proctable.boot_id():
+    if process_table.identify(os.getpid()) is not None and process_table.boot_id():
         yield Check("proc", "ok", "the process table can be read")
     else:
         yield Check("proc", "problem", "the process table cannot be read", "mount /proc")
@@ -235,9 +237,9 @@ def _gpu_tool() -> str | None:
 
 
 def _hub(_: Wanted) -> Iterator[Check]:
-    cache = hub_cache.directory()
-    yield _amount("model cache", _free_bytes(cache), f"free for {cache}", few=0.2, little=5.0)
-    if hub_cache.is_offline():
+    folder = cache.directory()
+    yield _amount("model cache", _free_bytes(folder), f"free for {folder}", few=0.2, little=5.0)
+    if cache.is_offline():
         detail = "HF_HUB_OFFLINE is set: only what is in the cache is loaded"
         yield Check("hub", "note", detail, "unset it to download")
         return
@@ -292,7 +294,7 @@ def _model(wanted: Wanted) -> Iterator[Check]:
 
 def _fit(model: Variant) -> Check:
     """Say whether a model fits where it has to."""
-    size, free = model.size_bytes, _free_bytes(hub_cache.directory())
+    size, free = model.size_bytes, _free_bytes(cache.directory())
     shown = f"{size / _GIB:,.1f} GiB" if size >= _GIB else f"{size / (1 << 20):,.1f} MiB"
     detail = f"{model.gguf_variant or 'it'} has {shown}"
     if not model.is_cached and size > free:

@@ -29,7 +29,7 @@ from orchestrator.cli.output import (
     settings_line,
     show_problem,
 )
-from orchestrator.states import State
+from orchestrator.machine.states import State
 
 _PREFIX: Final = "/api/inference"
 _QUICK_S: Final = 10.0

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import click
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.request import MAX_SECONDS, LoadRequest
+from orchestrator.settings.request import MAX_SECONDS, LoadRequest
 
 DEFAULT_PORT: Final = 8642
 DEFAULT_URL: Final = f"http://127.0.0.1:{DEFAULT_PORT}"

@@ -15,7 +15,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from orchestrator.states import State
+from orchestrator.machine.states import State
 
 STYLES: Final = {
     State.IDLE: "dim",

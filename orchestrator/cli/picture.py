@@ -20,7 +20,7 @@ from orchestrator.cli.output import say_json
 @click.option("--json", "as_json", is_flag=True, help="Print it inside a JSON document.")
 def diagram(form: Literal["mermaid", "dot", "svg", "md"], *, as_json: bool) -> None:
     """Print the state machine."""
-    from orchestrator import diagram as drawing
+    from orchestrator.machine import diagram as drawing
 
     draw = {
         "mermaid": drawing.mermaid,

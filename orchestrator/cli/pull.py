@@ -13,15 +13,15 @@ from typing import Any
 
 import click
 
+from orchestrator.base.tokens import CancelToken, Generation
 from orchestrator.cli import INTERRUPTED, options
 from orchestrator.cli.bars import download_bars
 from orchestrator.cli.output import Failure, say, say_json
-from orchestrator.download import Hub, is_hub
 from orchestrator.errors import OrchestratorError
-from orchestrator.fetch_process import FetchProgress
-from orchestrator.slot import cache_dir
-from orchestrator.tokens import CancelToken, Generation
-from orchestrator.views import PrefetchOutcome, prefetch_outcome
+from orchestrator.models.hub.download import Hub, is_hub
+from orchestrator.models.hub.fetch_process import FetchProgress
+from orchestrator.runtime.answers import PrefetchOutcome, prefetch_outcome
+from orchestrator.server.slot import cache_dir
 
 _TELL_EVERY_S = 0.5
 

@@ -24,9 +24,9 @@ from orchestrator.cli import INTERRUPTED, client, config, logs, options
 from orchestrator.cli.bars import download_bars
 from orchestrator.cli.output import Failure, say, say_json, settings_line, state_line
 from orchestrator.errors import InvalidRequest, OrchestratorError, Superseded
-from orchestrator.orchestrator import AsyncOrchestrator
-from orchestrator.request import LoadRequest
-from orchestrator.states import State
+from orchestrator.machine.states import State
+from orchestrator.runtime.orchestrator import AsyncOrchestrator
+from orchestrator.settings.request import LoadRequest
 
 if TYPE_CHECKING:
     import uvicorn
@@ -119,8 +119,8 @@ def _setup(
             f"--host {host} can be reached from other machines: give --api-key-file too, or set "
             f"{options.API_KEY_VARIABLE}."
         )
-    from orchestrator.http.keys import shareable
-    from orchestrator.http.origins import checked_hosts
+    from orchestrator.http.guards.keys import shareable
+    from orchestrator.http.guards.origins import checked_hosts
 
     try:
         hosts = checked_hosts((host, *allowed_hosts))

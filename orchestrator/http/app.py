@@ -21,20 +21,20 @@ import orchestrator
 from orchestrator.errors import NotLoaded
 from orchestrator.http import openapi, pages, schemas
 from orchestrator.http.bodies import json_body, known, refuse, while_connected
-from orchestrator.http.headers import AnswerHeaders
-from orchestrator.http.keys import PROBED_PATHS, RequireKey, shareable
-from orchestrator.http.limits import MAX_BODY_BYTES, LimitBody
+from orchestrator.http.guards.headers import AnswerHeaders
+from orchestrator.http.guards.keys import PROBED_PATHS, RequireKey, shareable
+from orchestrator.http.guards.limits import MAX_BODY_BYTES, LimitBody
+from orchestrator.http.guards.origins import RefuseForeign, checked_hosts
 from orchestrator.http.metrics import MEDIA_TYPE as MEDIA_TYPE_METRICS
 from orchestrator.http.metrics import Metrics
 from orchestrator.http.openapi import answers, problems, sends, takes
-from orchestrator.http.origins import RefuseForeign, checked_hosts
 from orchestrator.http.passthrough import HELD_S, MAX_HELD, Below, PassThrough
+from orchestrator.http.paths import shown
 from orchestrator.http.problems import Json, ProblemRoute, install
-from orchestrator.orchestrator import AsyncOrchestrator
-from orchestrator.output import MAX_LINES
-from orchestrator.paths import shown
-from orchestrator.request import LoadRequest
-from orchestrator.states import State
+from orchestrator.machine.states import State
+from orchestrator.runtime.orchestrator import AsyncOrchestrator
+from orchestrator.server.output import MAX_LINES
+from orchestrator.settings.request import LoadRequest
 
 PREFIX: Final = "/api/inference"
 _PROGRESS_EVERY_S: Final = 0.25
@@ -261,7 +261,7 @@ def _add_views(routes: APIRouter, orch: AsyncOrchestrator) -> None:
         responses=sends("image/svg+xml"),
     )
     async def diagram_svg() -> Response:
-        from orchestrator import diagram
+        from orchestrator.machine import diagram
 
         return Response(diagram.svg(orch.status().state), media_type="image/svg+xml")
 
@@ -271,7 +271,7 @@ def _add_views(routes: APIRouter, orch: AsyncOrchestrator) -> None:
         responses=sends("text/plain"),
     )
     async def diagram_mmd() -> Response:
-        from orchestrator import diagram
+        from orchestrator.machine import diagram
 
         return Response(diagram.mermaid(orch.status().state), media_type="text/plain")
 

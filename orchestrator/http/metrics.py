@@ -15,10 +15,11 @@ from prometheus_client.registry import Collector
 
 import orchestrator
 from orchestrator.errors import Problem
-from orchestrator.messages import Concluded, Loaded, LoadRequested, ServerEnded, Settle
-from orchestrator.orchestrator import AsyncOrchestrator
-from orchestrator.snapshot import StepReport
-from orchestrator.states import TIMED, State
+from orchestrator.machine.commands import Concluded, Loaded, ServerEnded, Settle
+from orchestrator.machine.facts import LoadRequested
+from orchestrator.machine.states import TIMED, State
+from orchestrator.runtime.orchestrator import AsyncOrchestrator
+from orchestrator.runtime.snapshot import StepReport
 
 MEDIA_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _NAMESPACE: Final = "llama_orchestrator"

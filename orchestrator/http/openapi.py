@@ -28,7 +28,7 @@ _ALWAYS: Final = (400, 401, 403)
 """Of a request that is not answered at all: no Host, no key, a page of another origin."""
 
 LOAD: Final = (*_REQUEST, 404, 409, 424, 500, 502, 503, 504, 507)
-PLAN: Final = (*_REQUEST, 404, 409, 424, 500, 503)
+PLAN: Final = (*_REQUEST, 404, 409, 424, 500, 502, 503, 504, 507)
 VARIANTS: Final = (*_REQUEST, 404, 409, 500, 502, 503, 504, 507)
 ASK: Final = (*_REQUEST, 409, 500, 503)
 READ: Final = (422, 500, 503)

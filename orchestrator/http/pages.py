@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from orchestrator import diagram
+from orchestrator.machine import diagram
 
 _FOLDER: Final = resources.files("orchestrator.http") / "panel"
 _TYPES: Final = {

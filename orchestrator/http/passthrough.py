@@ -20,11 +20,11 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 from yarl import URL
 
+from orchestrator.base.tokens import Generation
 from orchestrator.errors import OrchestratorError, Problem, ServerExited, Unavailable
 from orchestrator.http.problems import answer_to, http_problem, respond
-from orchestrator.orchestrator import AsyncOrchestrator
-from orchestrator.tokens import Generation
-from orchestrator.views import LeasedServer
+from orchestrator.runtime.answers import LeasedServer
+from orchestrator.runtime.orchestrator import AsyncOrchestrator
 
 Header = tuple[bytes, bytes]
 

@@ -21,7 +21,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from orchestrator.errors import OrchestratorError, Problem
-from orchestrator.paths import shown_members
+from orchestrator.http.paths import shown_members
 
 MEDIA_TYPE: Final = "application/problem+json"
 CATEGORIES: Final[Mapping[int, tuple[str, ...]]] = {

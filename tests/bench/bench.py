@@ -28,8 +28,8 @@ import psutil
 import structlog
 
 from orchestrator import Cancelled, Orchestrator
-from orchestrator.plan import TERM_AGAIN_S
-from orchestrator.tiny_model import write_tiny_model
+from orchestrator.demo.tiny_model import write_tiny_model
+from orchestrator.server.ladder import TERM_AGAIN_S
 
 
 @dataclass

@@ -26,7 +26,7 @@ import psutil
 import structlog
 
 from orchestrator import Cancelled, Orchestrator
-from orchestrator.tiny_model import write_tiny_model
+from orchestrator.demo.tiny_model import write_tiny_model
 from tests.bench.bench import Figures
 
 _SERVE = """

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from orchestrator.tiny_model import write_tiny_model
+from orchestrator.demo.tiny_model import write_tiny_model
 
 ROUNDS: Final = 6
 SHORT: Final = {"prompt": "a", "max_tokens": 1, "temperature": 0}

@@ -20,9 +20,9 @@ import psutil
 import structlog
 
 from orchestrator import AsyncOrchestrator, Orchestrator
-from orchestrator.messages import LeaseReleased, LeaseRequested
-from orchestrator.owner import Owner
-from orchestrator.tiny_model import write_tiny_model
+from orchestrator.demo.tiny_model import write_tiny_model
+from orchestrator.machine.facts import LeaseReleased, LeaseRequested
+from orchestrator.runtime.owner import Owner
 from tests.bench.bench import Figures, milliseconds, orchestrator
 
 SIZES = (1, 10, 100, 1000)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from playwright.sync_api import expect, sync_playwright
 
-from orchestrator import tiny_model
+from orchestrator.demo import tiny_model
 from orchestrator.http import create_app
 from tests.browser.conftest import DESKTOP, FLAGS
 from tests.http.conftest import PREFIX, serving

@@ -14,8 +14,8 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
 from orchestrator import RestartPolicy
+from orchestrator.demo.tiny_model import write_tiny_model
 from orchestrator.http import create_app
-from orchestrator.tiny_model import write_tiny_model
 from tests.browser.conftest import DESKTOP, PHONE, Open, Start
 from tests.conftest import servers_of
 from tests.http.conftest import PREFIX, Gate, is_held, serving, until

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import proctable
-from orchestrator.slot import Slot
+from orchestrator.server import process_table
+from orchestrator.server.slot import Slot
 from tests.cli.conftest import Cli, Start
 from tests.hub.fake_hub import Hub, Repo
 
@@ -149,7 +149,7 @@ def test_a_stale_record_is_told_from_a_server_that_lives(look: Look, state_dir: 
     with subprocess.Popen(
         [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True
     ) as server:
-        identity = proctable.identify(server.pid)
+        identity = process_table.identify(server.pid)
         assert identity is not None
         record = {"version": 1, "host": asdict(identity), "server": asdict(identity)}
         slot.record_path.write_text(json.dumps(record))

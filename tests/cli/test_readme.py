@@ -22,7 +22,7 @@ import click
 import pytest
 
 from orchestrator.cli.app import PROGRAM, commands
-from orchestrator.tiny_model import write_tiny_model
+from orchestrator.demo.tiny_model import write_tiny_model
 from tests.cli.conftest import Cli, Start
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import diagram
+from orchestrator.machine import diagram
 from tests.cli.conftest import Cli, Start
 from tests.conftest import servers_of
 

@@ -22,14 +22,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from orchestrator import actions, guards
-from orchestrator.actions import Step
-from orchestrator.context import Context, Policy
-from orchestrator.machine import Lifecycle
-from orchestrator.messages import Command, Fact, Fence, Loaded, Settle
-from orchestrator.states import State
-from orchestrator.table import TABLE, Row
-from orchestrator.tokens import Ticket
+from orchestrator.base.tokens import Ticket
+from orchestrator.machine import actions, guards
+from orchestrator.machine.actions.working import Step
+from orchestrator.machine.commands import Command, Fence, Loaded, Settle
+from orchestrator.machine.context import Context, Policy
+from orchestrator.machine.facts import Fact
+from orchestrator.machine.states import State
+from orchestrator.machine.step import Lifecycle
+from orchestrator.machine.table import TABLE, Row
 from tests.core.invariants import Violation, check_edge, check_world
 from tests.core.programs import parse
 from tests.core.scenario import Move, Scenario

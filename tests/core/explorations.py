@@ -9,8 +9,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from orchestrator.context import Policy
-from orchestrator.recovery import RestartPolicy
+from orchestrator.machine.context import Policy
+from orchestrator.machine.recovery import RestartPolicy
 from tests.core.checker import Report, explore
 from tests.core.world import NO_FAULTS, Faults
 

@@ -9,24 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, cast, get_args
 
-from orchestrator.context import EffectInFlight, EffectKind
-from orchestrator.messages import (
+from orchestrator.machine.commands import (
     Accept,
-    BecameReady,
-    Completion,
     Concluded,
     Download,
     Fence,
-    Fetched,
     Loaded,
     Probe,
     Resolve,
     ServerEnded,
     SetToken,
     Spawn,
-    TimerFired,
 )
-from orchestrator.states import SETTLED, State
+from orchestrator.machine.context import EffectInFlight, EffectKind
+from orchestrator.machine.facts import BecameReady, Completion, Fetched, TimerFired
+from orchestrator.machine.states import SETTLED, State
 from tests.core.promises import STEP_PROMISES, WORLD_PROMISES
 from tests.core.seen import Edge, Process, World, has_changed, is_known, is_owed, pids
 

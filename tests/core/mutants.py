@@ -23,10 +23,10 @@ from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
-from orchestrator import guards, machine
-from orchestrator.machine import Lifecycle
-from orchestrator.states import State
-from orchestrator.table import TABLE, Row
+from orchestrator.machine import guards, step
+from orchestrator.machine.states import State
+from orchestrator.machine.step import Lifecycle
+from orchestrator.machine.table import TABLE, Row
 from tests.core import test_idle, test_machine, test_recovery, test_told, test_waiting
 from tests.core.checker import Taken, TracedLifecycle, explore
 from tests.core.explorations import PROGRAMS, explored
@@ -206,7 +206,7 @@ def _size_order() -> tuple[list[str], list[str]]:
 
 def _killed_by_scenario(mutant: Mutant) -> Death | None:
     lifecycle = mutant.lifecycle()
-    with mock.patch.object(machine, "lifecycle", return_value=lifecycle):
+    with mock.patch.object(step, "lifecycle", return_value=lifecycle):
         for name, scenario in scenarios():
             try:
                 scenario()

@@ -18,7 +18,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from orchestrator.request import LoadRequest
+from orchestrator.settings.request import LoadRequest
 
 Verb = Literal["load", "prefetch", "unload", "cancel", "withdraw", "lease", "release", "shutdown"]
 

@@ -8,26 +8,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import Problem
-from orchestrator.messages import (
+from orchestrator.machine.commands import (
     Accept,
     CancelAnswer,
     Done,
-    Exited,
     Fence,
     LeaseGranted,
-    LeaseRequested,
     Loaded,
-    LoadRequested,
     Settle,
+    Unloaded,
+)
+from orchestrator.machine.facts import (
+    Exited,
+    LeaseRequested,
+    LoadRequested,
     ShutdownRequested,
     TimerFired,
-    Unloaded,
     UnloadRequested,
 )
-from orchestrator.request import Target, differences
-from orchestrator.states import State
-from orchestrator.tokens import Generation, Ticket
+from orchestrator.machine.states import State
+from orchestrator.settings.target import Target, differences
 from tests.core.seen import Edge, World, answers, category, has_changed, is_known
 
 # ------------------------------------------------------------------------------ in every world

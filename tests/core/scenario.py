@@ -13,45 +13,47 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from orchestrator.context import EffectInFlight, Policy
+from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import Problem
-from orchestrator.messages import (
+from orchestrator.machine.commands import (
     Accept,
-    CancelRequested,
-    Child,
     Command,
     Concluded,
     Download,
-    Emptied,
-    Fact,
-    Fetched,
-    FetchFailed,
     Kill,
-    KillFailed,
     LeaseGranted,
-    LeaseReleased,
-    LeaseRequested,
-    NotReady,
     Post,
-    PrefetchRequested,
     Probe,
-    Promoted,
     Resolve,
-    Resolved,
     ServerEnded,
     SetTimer,
     Settle,
     SetToken,
-    ShutdownRequested,
     Spawn,
+)
+from orchestrator.machine.context import EffectInFlight, Policy
+from orchestrator.machine.facts import (
+    CancelRequested,
+    Child,
+    Emptied,
+    Fact,
+    Fetched,
+    FetchFailed,
+    KillFailed,
+    LeaseReleased,
+    LeaseRequested,
+    NotReady,
+    PrefetchRequested,
+    Promoted,
+    Resolved,
+    ShutdownRequested,
     Spawned,
     SpawnFailed,
     TimerFired,
     UnloadRequested,
     Withdrawn,
 )
-from orchestrator.states import State
-from orchestrator.tokens import Generation, Ticket
+from orchestrator.machine.states import State
 from tests.core.programs import Action
 from tests.core.seen import Process, is_owed
 from tests.core.world import (

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from orchestrator.context import Context, EffectInFlight
+from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import Problem
-from orchestrator.messages import Accept, Answer, Command, Completion, Fact, Settle
-from orchestrator.request import Target
-from orchestrator.states import State
-from orchestrator.tokens import Generation, Ticket
+from orchestrator.machine.commands import Accept, Answer, Command, Settle
+from orchestrator.machine.context import Context, EffectInFlight
+from orchestrator.machine.facts import Completion, Fact
+from orchestrator.machine.states import State
+from orchestrator.settings.target import Target
 
 
 class Process(NamedTuple):

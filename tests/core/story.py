@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.errors import Problem
-from orchestrator.messages import (
+from orchestrator.machine.commands import (
     Accept,
     Answer,
     CancelAnswer,
@@ -29,7 +29,7 @@ from orchestrator.messages import (
     Spawn,
     Unloaded,
 )
-from orchestrator.states import State
+from orchestrator.machine.states import State
 
 
 @dataclass(frozen=True, slots=True)

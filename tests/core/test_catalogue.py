@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.catalogue import Catalogue, FlagHelp, parse_help
 from orchestrator.errors import InvalidRequest
-from orchestrator.server_args import accepted_modes, speculative_flags
+from orchestrator.settings.flags import accepted_modes, speculative_flags
+from orchestrator.settings.help_text import Catalogue, FlagHelp, parse_help
 
 HELP = """----- common params -----
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator import actions, guards
-from orchestrator.actions import Step
-from orchestrator.messages import Post
-from orchestrator.states import State
-from orchestrator.table import TABLE, Row
+from orchestrator.machine import actions, guards
+from orchestrator.machine.actions.working import Step
+from orchestrator.machine.commands import Post
+from orchestrator.machine.states import State
+from orchestrator.machine.table import TABLE, Row
 from tests.core.checker import Report, TracedLifecycle, explore
 from tests.core.explorations import DEEP, PROGRAMS, RESTART, explored
 from tests.core.invariants import INVARIANTS

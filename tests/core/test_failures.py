@@ -9,7 +9,7 @@ import signal
 
 import pytest
 
-from orchestrator.failures import CAUSES, CONSEQUENCES, explain
+from orchestrator.server.failures import CAUSES, CONSEQUENCES, explain
 
 E = "0.00.006.473 E "
 FIRST = (

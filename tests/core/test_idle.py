@@ -6,19 +6,11 @@ from typing import Any
 
 import pytest
 
-from orchestrator.context import Policy
-from orchestrator.messages import Exit as ServerExit
-from orchestrator.messages import (
-    Exited,
-    Fence,
-    Kill,
-    LeaseGranted,
-    LeaseReleased,
-    SetTimer,
-    TimerFired,
-    Withdrawn,
-)
-from orchestrator.tokens import Generation, Ticket
+from orchestrator.base.tokens import Generation, Ticket
+from orchestrator.machine.commands import Fence, Kill, LeaseGranted, SetTimer
+from orchestrator.machine.context import Policy
+from orchestrator.machine.facts import Exit as ServerExit
+from orchestrator.machine.facts import Exited, LeaseReleased, TimerFired, Withdrawn
 from tests.core.test_machine import A, B, H, I, K, Run
 
 TTL_S = 60.0

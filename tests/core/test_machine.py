@@ -11,56 +11,60 @@ from typing import Any, Self
 
 import pytest
 
-from orchestrator.actions import MAX_REMEMBERED_IDS
-from orchestrator.context import Context, Policy
+from orchestrator.base.tokens import CancelReason, Generation, Ticket
 from orchestrator.errors import Problem
-from orchestrator.guards import EARLY_CANCEL_S, MAX_VERIFICATIONS
-from orchestrator.machine import step
-from orchestrator.messages import (
+from orchestrator.machine.actions.working import MAX_REMEMBERED_IDS
+from orchestrator.machine.commands import (
     Accept,
     Answer,
-    BecameReady,
     CancelAnswer,
-    CancelRequested,
-    Child,
     Command,
     Done,
     Download,
+    Fence,
+    Kill,
+    LeaseGranted,
+    Loaded,
+    Post,
+    Probe,
+    SetTimer,
+    Settle,
+    SetToken,
+    Spawn,
+    Unloaded,
+)
+from orchestrator.machine.context import Context, Policy
+from orchestrator.machine.facts import (
+    BecameReady,
+    CancelRequested,
+    Child,
     Emptied,
     Exit,
     Exited,
     Fact,
-    Fence,
     Fetched,
     FetchFailed,
-    Kill,
     KillFailed,
-    LeaseGranted,
     LeaseReleased,
     LeaseRequested,
-    Loaded,
     LoadRequested,
     NotReady,
-    Post,
-    Probe,
     Promoted,
     ServerFacts,
-    SetTimer,
-    Settle,
-    SetToken,
     ShutdownRequested,
     SlotEvidence,
-    Spawn,
     Spawned,
     SpawnFailed,
     TimerFired,
-    Unloaded,
     UnloadRequested,
     Withdrawn,
 )
-from orchestrator.request import HubModel, LoadRequest, ReloadReason
-from orchestrator.states import State
-from orchestrator.tokens import CancelReason, Generation, Ticket
+from orchestrator.machine.guards import EARLY_CANCEL_S, MAX_VERIFICATIONS
+from orchestrator.machine.states import State
+from orchestrator.machine.step import step
+from orchestrator.settings.files import HubModel
+from orchestrator.settings.request import LoadRequest
+from orchestrator.settings.target import ReloadReason
 from tests.core.world import files, target
 
 I, K, D, S, W, H = State  # noqa: E741 (the table's own letters)

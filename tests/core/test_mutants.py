@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from orchestrator.table import TABLE
+from orchestrator.machine.table import TABLE
 from tests.core.mutants import kill, mutants_of, name_of, scenarios
 
 _LEASE_OR_LOAD = "a ticket is that of a load or of a lease, never of both"

@@ -8,20 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.base.redaction import redact
 from orchestrator.errors import InvalidRequest
-from orchestrator.output import MAX_LINES, OutputRing
-from orchestrator.plan import (
+from orchestrator.server.ladder import (
     FIRST_PROBE_S,
     LONGEST_PROBE_S,
     TERM_AGAIN_S,
     SignalAt,
-    checked_seconds,
     gone_within_s,
     kill_plan,
     next_probe_s,
 )
-from orchestrator.redaction import redact
-from orchestrator.request import MAX_SECONDS
+from orchestrator.server.output import MAX_LINES, OutputRing
+from orchestrator.settings.policy import checked_seconds
+from orchestrator.settings.request import MAX_SECONDS
 
 SECONDS = st.floats(min_value=0.001, max_value=1e6, allow_nan=False)
 

@@ -12,22 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.context import Policy
+from orchestrator.base.tokens import Generation
 from orchestrator.errors import Busy, Problem, ServerStartFailed
-from orchestrator.messages import (
-    CancelAnswer,
-    Exit,
-    Exited,
-    Loaded,
-    SetTimer,
-    TimerFired,
-    Unloaded,
-)
-from orchestrator.plan import plan_load
-from orchestrator.recovery import Recovery, RestartPolicy, after_exit, backoff_s
-from orchestrator.request import LoadRequest
-from orchestrator.states import State
-from orchestrator.tokens import Generation
+from orchestrator.machine.commands import CancelAnswer, Loaded, SetTimer, Unloaded
+from orchestrator.machine.context import Policy
+from orchestrator.machine.facts import Exit, Exited, TimerFired
+from orchestrator.machine.plan import plan_load
+from orchestrator.machine.recovery import Recovery, RestartPolicy, after_exit, backoff_s
+from orchestrator.machine.states import State
+from orchestrator.settings.request import LoadRequest
 from tests.core.test_machine import A, B, C, D, H, I, K, Run, S, W
 from tests.core.world import target
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.output import MAX_LINE_BYTES, MAX_LINES, OutputRing
-from orchestrator.redaction import HIDDEN, redact
+from orchestrator.base.redaction import HIDDEN, redact
+from orchestrator.server.output import MAX_LINE_BYTES, MAX_LINES, OutputRing
 from tests.core.labels import label
 
 S = "Xy9zSecretValue42"

@@ -13,18 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import InvalidRequest, MalformedRequest, OrchestratorError
-from orchestrator.request import (
-    MAX_SECONDS,
-    FileIdentity,
-    HubModel,
-    LoadRequest,
-    ModelFiles,
-    ReloadReason,
-    ServerBinary,
-    Target,
-    differences,
-)
-from orchestrator.server_args import CACHE_TYPES
+from orchestrator.settings.files import FileIdentity, HubModel, ModelFiles
+from orchestrator.settings.flags import CACHE_TYPES
+from orchestrator.settings.request import MAX_SECONDS, LoadRequest
+from orchestrator.settings.target import ReloadReason, ServerBinary, Target, differences
 from tests.core.labels import label
 
 SECRET = "hf_doNotShowThisToken"

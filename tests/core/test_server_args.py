@@ -13,20 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.argv import build_argv
-from orchestrator.catalogue import Catalogue, FlagHelp
 from orchestrator.errors import InvalidRequest, RefusedArgument
-from orchestrator.request import (
-    FileIdentity,
-    HubModel,
-    LoadRequest,
-    ModelFiles,
-    ServerBinary,
-    Target,
-    differences,
-    groups_set_by,
-)
-from orchestrator.server_args import (
+from orchestrator.settings.argv import build_argv
+from orchestrator.settings.files import FileIdentity, HubModel, ModelFiles
+from orchestrator.settings.flags import (
     CACHE_TYPES,
     MAX_BYTES,
     MAX_TOKENS,
@@ -39,6 +29,9 @@ from orchestrator.server_args import (
     speculative_flags,
     strip_shadowed,
 )
+from orchestrator.settings.help_text import Catalogue, FlagHelp
+from orchestrator.settings.request import LoadRequest
+from orchestrator.settings.target import ServerBinary, Target, differences, groups_set_by
 from tests.core.labels import label
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=200)

@@ -18,10 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator import embedded
-from orchestrator.argv import build_argv
-from orchestrator.catalogue import Catalogue, FlagHelp, parse_help
-from orchestrator.context import Context
+from orchestrator.base.tokens import Ticket
 from orchestrator.errors import (
     InvalidRequest,
     MalformedRequest,
@@ -29,37 +26,30 @@ from orchestrator.errors import (
     Problem,
     RefusedArgument,
 )
-from orchestrator.machine import step
-from orchestrator.messages import (
-    Accept,
-    Answer,
+from orchestrator.machine.commands import Accept, Answer, Loaded, Settle, Spawn
+from orchestrator.machine.context import Context
+from orchestrator.machine.facts import (
     BecameReady,
     Child,
     Completion,
     Emptied,
     Fact,
     Fetched,
-    Loaded,
     LoadRequested,
     NotReady,
     ServerFacts,
-    Settle,
     SlotEvidence,
-    Spawn,
     Spawned,
 )
-from orchestrator.plan import Plan, plan_load
-from orchestrator.process import check_server_env, child_environment
-from orchestrator.request import (
-    FileIdentity,
-    LoadRequest,
-    ModelFiles,
-    ServerBinary,
-    Target,
-    differences,
-    groups_set_by,
-)
-from orchestrator.server_args import (
+from orchestrator.machine.plan import Plan, plan_load
+from orchestrator.machine.states import State
+from orchestrator.machine.step import step
+from orchestrator.server import embedded
+from orchestrator.server.environment import check_server_env, child_environment
+from orchestrator.server.slot import Slot
+from orchestrator.settings.argv import build_argv
+from orchestrator.settings.files import FileIdentity, ModelFiles
+from orchestrator.settings.flags import (
     MAX_BYTES,
     SHADOWED,
     SPECULATIVE,
@@ -68,9 +58,9 @@ from orchestrator.server_args import (
     speculative_flags,
     strip_shadowed,
 )
-from orchestrator.slot import Slot
-from orchestrator.states import State
-from orchestrator.tokens import Ticket
+from orchestrator.settings.help_text import Catalogue, FlagHelp, parse_help
+from orchestrator.settings.request import LoadRequest
+from orchestrator.settings.target import ServerBinary, Target, differences, groups_set_by
 from tests.core.labels import label
 from tests.core.test_server_args import REFUSED_FLAGS, SHADOWS
 

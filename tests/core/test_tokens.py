@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orchestrator.tokens import CancelReason, CancelToken, Generation
+from orchestrator.base.tokens import CancelReason, CancelToken, Generation
 
 
 def test_a_token_keeps_its_first_reason_and_wakes_everybody_once() -> None:

@@ -9,22 +9,13 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.context import Policy
+from orchestrator.base.tokens import Generation
 from orchestrator.errors import Problem
-from orchestrator.messages import (
-    Exit,
-    Exited,
-    Fence,
-    Kill,
-    LeaseGranted,
-    Promoted,
-    SetTimer,
-    TimerFired,
-    UnloadRequested,
-)
-from orchestrator.recovery import RestartPolicy
-from orchestrator.states import State
-from orchestrator.tokens import Generation
+from orchestrator.machine.commands import Fence, Kill, LeaseGranted, SetTimer
+from orchestrator.machine.context import Policy
+from orchestrator.machine.facts import Exit, Exited, Promoted, TimerFired, UnloadRequested
+from orchestrator.machine.recovery import RestartPolicy
+from orchestrator.machine.states import State
 from tests.core.test_machine import HELD, A, B, C, D, H, I, K, Run, S, W, healthy, in_flight
 
 RULES = RestartPolicy(backoff_s=4, backoff_max_s=60, limit=1, cool_down_s=100, stable_after_s=60)

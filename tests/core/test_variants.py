@@ -17,17 +17,10 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from orchestrator import server_args
 from orchestrator.errors import ModelNotFound
-from orchestrator.variants import (
-    PREFERENCE,
-    Chosen,
-    choose,
-    label_of,
-    matches,
-    parts_of,
-    split_reference,
-)
+from orchestrator.models.variants import PREFERENCE, Chosen, choose, label_of, matches, parts_of
+from orchestrator.settings import flags
+from orchestrator.settings.reference import split_reference
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=150)
 
@@ -485,8 +478,8 @@ def test_any_listing_is_a_choice_or_says_why_not(names: list[str], asked: str | 
     assert chosen(names, found.variant) == found
     assert chosen(names, found.weights[-1]) == found
     for name in filter(None, (*found.weights, found.projector, found.variant)):
-        assert not server_args.holds_control(name)
-        assert server_args.is_encodable(name)
+        assert not flags.holds_control(name)
+        assert flags.is_encodable(name)
         assert {"", ".", ".."}.isdisjoint(name.split("/"))
 
 

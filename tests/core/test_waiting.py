@@ -11,37 +11,40 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.context import Policy
+from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import Problem
-from orchestrator.messages import (
-    BecameReady,
+from orchestrator.machine.commands import (
     Concluded,
     Download,
+    Fence,
+    LeaseGranted,
+    Loaded,
+    Post,
+    Prefetched,
+    Resolve,
+    ServerEnded,
+    SetToken,
+)
+from orchestrator.machine.context import Policy
+from orchestrator.machine.facts import (
+    BecameReady,
     Emptied,
     Exit,
     Exited,
     Fact,
-    Fence,
     Fetched,
     FetchFailed,
-    LeaseGranted,
-    Loaded,
     LoadRequested,
     NotReady,
-    Post,
-    Prefetched,
     PrefetchRequested,
     Promoted,
-    Resolve,
     Resolved,
-    ServerEnded,
-    SetToken,
     TimerFired,
 )
-from orchestrator.recovery import RestartPolicy
-from orchestrator.request import HubModel, LoadRequest, ModelFiles
-from orchestrator.states import State
-from orchestrator.tokens import Generation, Ticket
+from orchestrator.machine.recovery import RestartPolicy
+from orchestrator.machine.states import State
+from orchestrator.settings.files import HubModel, ModelFiles
+from orchestrator.settings.request import LoadRequest
 from tests.core.test_machine import A, C, D, H, I, K, Run, W, healthy, in_flight
 from tests.core.world import files, resolved, target
 

@@ -12,9 +12,10 @@ from enum import IntEnum
 from functools import cache
 from typing import Literal, NamedTuple
 
-from orchestrator.context import Context, EffectInFlight, EffectKind
+from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import Problem
-from orchestrator.messages import (
+from orchestrator.machine.context import Context, EffectInFlight, EffectKind
+from orchestrator.machine.facts import (
     BecameReady,
     Child,
     Completion,
@@ -32,16 +33,10 @@ from orchestrator.messages import (
     Spawned,
     SpawnFailed,
 )
-from orchestrator.request import (
-    FileIdentity,
-    HubModel,
-    LoadRequest,
-    ModelFiles,
-    ServerBinary,
-    Target,
-)
-from orchestrator.states import State
-from orchestrator.tokens import Generation, Ticket
+from orchestrator.machine.states import State
+from orchestrator.settings.files import FileIdentity, HubModel, ModelFiles
+from orchestrator.settings.request import LoadRequest
+from orchestrator.settings.target import ServerBinary, Target
 from tests.core.programs import Action
 from tests.core.seen import Process
 

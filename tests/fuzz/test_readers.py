@@ -20,18 +20,21 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from orchestrator import events, failures, gguf_file, health, servers
-from orchestrator.catalogue import Catalogue
+from orchestrator.base.tokens import CancelToken, Generation
 from orchestrator.cli.options import split
-from orchestrator.download import Hub
 from orchestrator.errors import InvalidModel, OrchestratorError, Problem
-from orchestrator.events import EventLog
-from orchestrator.fetch_process import MAX_MESSAGE_BYTES, FetchProcess, FetchProgress
-from orchestrator.messages import ServerFacts
-from orchestrator.output import MAX_LINE_BYTES, MAX_LINES, OutputRing
-from orchestrator.request import FileIdentity, LoadRequest
-from orchestrator.slot import Record, Slot
-from orchestrator.tokens import CancelToken, Generation
+from orchestrator.machine.facts import ServerFacts
+from orchestrator.models import gguf_file
+from orchestrator.models.hub.download import Hub
+from orchestrator.models.hub.fetch_process import MAX_MESSAGE_BYTES, FetchProcess, FetchProgress
+from orchestrator.runtime import events
+from orchestrator.runtime.events import EventLog
+from orchestrator.server import binaries, failures, readiness
+from orchestrator.server.output import MAX_LINE_BYTES, MAX_LINES, OutputRing
+from orchestrator.server.slot import Record, Slot
+from orchestrator.settings.files import FileIdentity
+from orchestrator.settings.help_text import Catalogue
+from orchestrator.settings.request import LoadRequest
 
 repeatable = settings(
     derandomize=True,
@@ -109,10 +112,10 @@ def test_any_note_of_a_help_is_a_catalogue_or_asked_for_again(
 ) -> None:
     """A note that was cut short must not switch every flag of the server off."""
     identity = FileIdentity(f"/llama{hash(content)}", 1, 1, 1, 1)
-    note = servers._file_of((identity.path,), identity, str(tmp_path))
+    note = binaries._file_of((identity.path,), identity, str(tmp_path))
     note.parent.mkdir(parents=True, exist_ok=True)
     note.write_bytes(content)
-    known = servers._known((identity.path,), identity, str(tmp_path))
+    known = binaries._known((identity.path,), identity, str(tmp_path))
     assert known is None or isinstance(known, Catalogue)
 
 
@@ -190,7 +193,7 @@ def test_a_line_of_the_fetcher_without_an_end_is_given_up() -> None:
 def test_any_bytes_are_an_answer_or_none_yet(data: bytes, ended: bool) -> None:
     """The probe reads what a process prints on a socket: it may be anything."""
     for answer in (data, b"HTTP/1.1 200 OK\r\n" + data, b"HTTP/1.1 200 OK\r\n\r\n" + data):
-        found = health._whole_answer(answer, ended=ended)
+        found = readiness._whole_answer(answer, ended=ended)
         assert found is None or (isinstance(found[0], int) and isinstance(found[1], bytes))
 
 
@@ -210,7 +213,7 @@ def test_any_bytes_are_an_answer_or_none_yet(data: bytes, ended: bool) -> None:
 @example(DEEP.encode())
 def test_any_properties_of_a_server_are_facts(props: bytes) -> None:
     """A server that is ready is not given up because of how it describes itself."""
-    facts = health._facts("http://127.0.0.1:1", props)
+    facts = readiness._facts("http://127.0.0.1:1", props)
     assert isinstance(facts, ServerFacts)
     assert facts.context_length is None or type(facts.context_length) is int
     assert type(facts.is_vision) is bool

@@ -23,8 +23,9 @@ import pytest
 import uvicorn
 from starlette.routing import Route
 
-from orchestrator import AsyncOrchestrator, embedded
+from orchestrator import AsyncOrchestrator
 from orchestrator.http import PassThrough, create_app
+from orchestrator.server import embedded
 
 PREFIX = "/api/inference"
 DEADLINE_S = 20.0

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.http import keys
+from orchestrator.http.guards import keys
 
 
 @pytest.mark.parametrize("shown", [b"first", b"second", b"third", b"", b"firs", b"x" * 9999])

@@ -17,9 +17,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from orchestrator.http.limits import MAX_BODY_BYTES, LimitBody
-from orchestrator.tokens import Generation
-from orchestrator.views import LeasedServer
+from orchestrator.base.tokens import Generation
+from orchestrator.http.guards.limits import MAX_BODY_BYTES, LimitBody
+from orchestrator.runtime.answers import LeasedServer
 from tests.http.conftest import (
     DEADLINE_S,
     PREFIX,

@@ -12,12 +12,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from orchestrator import AsyncOrchestrator
+from orchestrator.demo.tiny_model import write_tiny_model
 from orchestrator.errors import Problem
 from orchestrator.http.metrics import Metrics
-from orchestrator.messages import Emptied, Exit, Exited, Fact, NotReady
-from orchestrator.snapshot import Snapshot, StepReport
-from orchestrator.states import State
-from orchestrator.tiny_model import write_tiny_model
+from orchestrator.machine.facts import Emptied, Exit, Exited, Fact, NotReady
+from orchestrator.machine.states import State
+from orchestrator.runtime.snapshot import Snapshot, StepReport
 from tests.core.test_machine import Run
 from tests.http.conftest import PREFIX, Gate, Serve, is_held, until
 from tests.process.support import Background

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import InvalidRequest
-from orchestrator.http import create_app, origins
+from orchestrator.http import create_app
+from orchestrator.http.guards import origins
 from tests.http.conftest import DEADLINE_S, PREFIX, problem, serving
 
 STATUS = PREFIX + "/status"

@@ -10,8 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from orchestrator import diagram, tiny_model
+from orchestrator.demo import tiny_model
 from orchestrator.http import create_app, pages
+from orchestrator.machine import diagram
 from tests.http.conftest import PREFIX, Gate, Serve, is_held, problem, serving, until
 
 LOAD, LOADS, VARIANTS = PREFIX + "/load", PREFIX + "/loads", PREFIX + "/variants"

@@ -22,9 +22,9 @@ import pytest
 from fastapi.testclient import TestClient
 from openai.types.chat import ChatCompletion
 
+from orchestrator.base.tokens import Generation
 from orchestrator.http import create_app
-from orchestrator.tokens import Generation
-from orchestrator.views import LeasedServer
+from orchestrator.runtime.answers import LeasedServer
 from tests.http.conftest import (
     DEADLINE_S,
     PREFIX,

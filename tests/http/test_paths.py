@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import orchestrator
-from orchestrator import Orchestrator, paths
+from orchestrator import Orchestrator
+from orchestrator.base import paths
 from orchestrator.errors import OrchestratorError
+from orchestrator.http import paths as http_paths
 from tests.http.conftest import PREFIX, Gate, Serve
 
 LOAD, PLAN = PREFIX + "/load", PREFIX + "/plan"
@@ -193,8 +195,8 @@ def test_only_whole_paths_are_renamed_and_only_once(words: list[str], between: s
     """A name within a longer name is another name, and a name may look like a path."""
     paths.kept_in("/kept", "<kept>")
     paths.kept_in("/kept/inner", "<inner>")
-    paths._sent.add({"/named/target": "/kept/link"})
-    said = paths.shown(between.join(words))
+    paths.SENT.add({"/named/target": "/kept/link"})
+    said = http_paths.shown(between.join(words))
     assert said == between.join(WORDS[word] for word in words)
 
 
@@ -212,20 +214,20 @@ def test_a_name_has_edges() -> None:
         ("~/kept", "~/kept"),
         ("http://127.0.0.1:80/keptx", "http://127.0.0.1:80/keptx"),
     ):
-        assert paths.shown(text) == said, text
+        assert http_paths.shown(text) == said, text
 
 
 def test_names_are_forgotten_and_never_pile_up() -> None:
     for number in range(3000):
         paths.sent_as(f"/nowhere/{number}/x", f"sent/{number}")
-    assert paths.shown("/nowhere/2999/x") == "sent/2999"
-    assert paths.shown("/nowhere/1/x") == "/nowhere/1/x"
+    assert http_paths.shown("/nowhere/2999/x") == "sent/2999"
+    assert http_paths.shown("/nowhere/1/x") == "/nowhere/1/x"
 
 
 def test_an_answer_is_changed_in_its_texts_only() -> None:
     paths.kept_in("/kept", "<kept>")
     answer = {"detail": "/kept", "model_path": "/kept", "x": [{"argv": ["/kept"], "y": "/kept"}]}
-    said = paths.shown_members(answer)
+    said = http_paths.shown_members(answer)
     assert said == {
         "detail": "<kept>",
         "model_path": "/kept",

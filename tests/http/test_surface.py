@@ -17,7 +17,7 @@ import pytest
 import orchestrator.http
 from orchestrator import AsyncOrchestrator, LoadRequest
 from orchestrator.http import bodies, create_app, router, schemas
-from orchestrator.views import LoadOutcome, LoadProgress, Status
+from orchestrator.runtime.answers import LoadOutcome, LoadProgress, Status
 from tests.http.conftest import PREFIX, Serve, problem, serving
 from tests.process.support import is_running
 

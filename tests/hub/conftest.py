@@ -14,7 +14,7 @@ import gguf
 import pytest
 from huggingface_hub import close_session, constants
 
-from orchestrator.tiny_model import write_tiny_model
+from orchestrator.demo.tiny_model import write_tiny_model
 from tests.hub.fake_hub import Content, Hub, Repo
 
 MODEL = "unsloth/Qwen3-0.6B-GGUF"

@@ -23,8 +23,9 @@ import pytest
 from huggingface_hub import hf_hub_download, scan_cache_dir
 from structlog.testing import capture_logs
 
-from orchestrator import download, fetch_process, forks, hub_cache
-from orchestrator.download import Hub
+from orchestrator.base import launch
+from orchestrator.base.tokens import CancelReason, CancelToken, Generation
+from orchestrator.demo.tiny_model import write_tiny_model
 from orchestrator.errors import (
     Cancelled,
     DiskFull,
@@ -37,10 +38,11 @@ from orchestrator.errors import (
     OrchestratorError,
     Stalled,
 )
-from orchestrator.fetch_process import FetchProgress
-from orchestrator.request import LoadRequest, ModelFiles
-from orchestrator.tiny_model import write_tiny_model
-from orchestrator.tokens import CancelReason, CancelToken, Generation
+from orchestrator.models.hub import cache, download, fetch_process
+from orchestrator.models.hub.download import Hub
+from orchestrator.models.hub.fetch_process import FetchProgress
+from orchestrator.settings.files import ModelFiles
+from orchestrator.settings.request import LoadRequest
 from tests.hub import fake_hub
 from tests.hub.conftest import MODEL
 
@@ -148,13 +150,13 @@ def big(hub: fake_hub.Hub, big_file: Path) -> fake_hub.Repo:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """Every child that was started, by its command."""
     commands: list[tuple[str, ...]] = []
-    popen = forks.popen
+    popen = launch.popen
 
     def counted(command: tuple[str, ...], **settings: Any) -> subprocess.Popen[bytes]:
         commands.append(command)
         return popen(command, **settings)
 
-    monkeypatch.setattr(forks, "popen", counted)
+    monkeypatch.setattr(launch, "popen", counted)
     return commands
 
 
@@ -188,7 +190,7 @@ def content(files: dict[str, fake_hub.Content], name: str) -> bytes:
 
 
 def root_of(model: str = MODEL) -> Path:
-    return hub_cache.directory() / f"models--{model.replace('/', '--')}"
+    return cache.directory() / f"models--{model.replace('/', '--')}"
 
 
 def blob_of(files: ModelFiles) -> Path:
@@ -199,7 +201,7 @@ def assert_whole(files: ModelFiles, source: Path) -> None:
     assert Path(files.weights[0].path).read_bytes() == source.read_bytes()
     blobs = blob_of(files).parent
     assert not list(blobs.glob("*.orchestrator.*")), "something of ours was left behind"
-    assert not scan_cache_dir(hub_cache.directory()).warnings
+    assert not scan_cache_dir(cache.directory()).warnings
 
 
 def flip(path: Path, at: int = 300_000) -> None:
@@ -228,7 +230,7 @@ def test_a_model_is_fetched_whole_and_seen_by_every_other_tool(
     assert fetched.read_bytes() == content(gguf_files, FILE)
     hub.stop()
     assert hf_hub_download(MODEL, FILE, local_files_only=True) == files.weights[0].path
-    seen = scan_cache_dir(hub_cache.directory())
+    seen = scan_cache_dir(cache.directory())
     assert not seen.warnings
     assert progress.bytes_done == progress.bytes_total == files.size_bytes
     assert not [p for p in os.listdir(fetched.parents[2] / "blobs") if "orchestrator" in p]
@@ -272,7 +274,7 @@ def test_upper_and_lower_case_are_one_repo_with_one_folder(
     assert files.variant == "Q8_0"
     assert files.hub is not None
     assert files.hub.repo == MODEL
-    assert [p.name for p in hub_cache.directory().glob("models--*")] == [root_of().name]
+    assert [p.name for p in cache.directory().glob("models--*")] == [root_of().name]
     hub.clear()
     for model in (MODEL, MODEL.upper()):
         again = fetch(records, model_path=f"{model}:Q8_0", revision=gguf_repo.commit)
@@ -487,7 +489,7 @@ def test_a_cancelled_fetch_is_continued_by_the_next(
     one.wait_until(lambda p: p.bytes_done >= 3 << 20, "3 MiB")
     assert hub.wait_for(lambda: stall.held)
     one.cancel()
-    assert not scan_cache_dir(hub_cache.directory()).warnings
+    assert not scan_cache_dir(cache.directory()).warnings
     (partial,) = (root_of(BIG) / "blobs").iterdir()
     assert partial.name.endswith(PARTIAL)
     assert not list(root_of(BIG).glob("snapshots/*/*"))
@@ -730,7 +732,7 @@ def test_a_blob_in_a_shared_store_is_told_by_its_link_and_never_moved(
     """With Xet, `blobs/<etag>` is a link into a store whose names are other hashes."""
     link = other_tool(hub, gguf_repo.commit)
     blob = link.parent / os.readlink(link)
-    shared = hub_cache.directory() / "blobs" / "ab" / ("ab" * 32)
+    shared = cache.directory() / "blobs" / "ab" / ("ab" * 32)
     shared.parent.mkdir(parents=True)
     blob.rename(shared)
     blob.symlink_to(os.path.relpath(shared, blob.parent))
@@ -963,7 +965,7 @@ def test_files_with_an_impossible_name_hash_or_size_are_not_there(
         fetch(records, model_path="owner/evil")
     assert caught.value.message.endswith("holds no .gguf model"), "not one of them was believed"
     assert not hub.seen("/resolve/")
-    assert not hub_cache.directory().exists()
+    assert not cache.directory().exists()
 
 
 @pytest.mark.parametrize(
@@ -1054,8 +1056,8 @@ def test_the_fetcher_ends_with_its_parent(hub: fake_hub.Hub, tmp_path: Path) -> 
     held = hub.fail(path="/api/models", hang=True)
     program = (
         "import os, sys, time, pathlib\n"
-        "from orchestrator.download import *\n"
-        "from orchestrator.tokens import *\n"
+        "from orchestrator.models.hub.download import *\n"
+        "from orchestrator.base.tokens import *\n"
         "import threading\n"
         f"request = LoadRequest(model_path={BIG!r})\n"
         f"hub = Hub(pathlib.Path({str(tmp_path)!r}))\n"
@@ -1174,14 +1176,14 @@ def test_a_cancel_in_any_phase_settles_at_once_and_the_next_load_is_whole(
 def test_a_cancel_while_the_child_starts_settles_at_once(
     hub: fake_hub.Hub, fetching: Callable[..., Fetching], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    popen, started = forks.popen, threading.Event()
+    popen, started = launch.popen, threading.Event()
 
     def tell(command: tuple[str, ...], **settings: Any) -> subprocess.Popen[bytes]:
         process: subprocess.Popen[bytes] = popen(command, **settings)
         started.set()
         return process
 
-    monkeypatch.setattr(forks, "popen", tell)
+    monkeypatch.setattr(launch, "popen", tell)
     one = fetching(model_path=BIG)
     assert started.wait(DEADLINE_S)
     assert one.cancel() < 1
@@ -1350,7 +1352,7 @@ def test_what_plain_http_does_not_serve_is_left_to_the_library_and_hashed(
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     program.chmod(0o755)
-    monkeypatch.setattr(forks, "interpreter", lambda: str(program))
+    monkeypatch.setattr(launch, "interpreter", lambda: str(program))
     hub.fail(path="/cdn/", bytes_per_s=8 << 20, times=1)
     one = fetching(model_path=BIG, stall_timeout_s=5)
     assert_whole(one.files(), big_file)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import hub_cache
+from orchestrator.models.hub import cache
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAMES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
@@ -46,31 +46,31 @@ def test_the_variables_mean_what_they_mean_to_huggingface_hub(
     program = "from huggingface_hub.constants import *; print(HF_HUB_CACHE, HF_HUB_OFFLINE)"
     command = (sys.executable, "-c", program)
     theirs = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert theirs.strip() == f"{hub_cache.directory()} {hub_cache.is_offline()}"
+    assert theirs.strip() == f"{cache.directory()} {cache.is_offline()}"
 
 
 def test_a_repo_is_found_whatever_its_case_and_its_own_spelling_comes_first() -> None:
-    top = hub_cache.directory()
-    assert hub_cache.find("Owner/Name") is None
+    top = cache.directory()
+    assert cache.find("Owner/Name") is None
     (top / "models--owner--name").mkdir(parents=True)
-    found = hub_cache.find("Owner/Name")
+    found = cache.find("Owner/Name")
     assert found is not None
     assert (found.repo, found.root) == ("owner/name", top / "models--owner--name")
     (top / "models--Owner--Name").mkdir()
-    found = hub_cache.find("Owner/Name")
+    found = cache.find("Owner/Name")
     assert found is not None
     assert found.repo == "Owner/Name"
 
 
 def test_a_file_in_place_of_a_folder_is_no_repo() -> None:
-    top = hub_cache.directory()
+    top = cache.directory()
     top.mkdir(parents=True)
     (top / "models--owner--name").touch()
-    assert hub_cache.find("owner/name") is None
+    assert cache.find("owner/name") is None
 
 
 def test_a_revision_is_a_commit_or_what_its_ref_says(tmp_path: Path) -> None:
-    repo = hub_cache.CachedRepo("owner/name", tmp_path)
+    repo = cache.CachedRepo("owner/name", tmp_path)
     refs = tmp_path / "refs" / "refs" / "pr"
     refs.mkdir(parents=True)
     (refs / "1").write_text(COMMIT + "\n")
@@ -82,7 +82,7 @@ def test_a_revision_is_a_commit_or_what_its_ref_says(tmp_path: Path) -> None:
 
 
 def test_the_names_of_a_commit_are_those_that_lead_somewhere(tmp_path: Path) -> None:
-    repo = hub_cache.CachedRepo("owner/name", tmp_path)
+    repo = cache.CachedRepo("owner/name", tmp_path)
     assert repo.names(COMMIT) == []
     folder = repo.path(COMMIT, "a/b")
     folder.mkdir(parents=True)
@@ -101,7 +101,7 @@ def test_the_names_of_a_commit_are_those_that_lead_somewhere(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["a.gguf", "a b/ü+c.gguf", "..a/b..gguf", "-x", "a/.hidden"])
 def test_a_file_name_is_anything_that_stays_below(name: str) -> None:
-    assert hub_cache.is_file_name(name)
+    assert cache.is_file_name(name)
 
 
 @pytest.mark.parametrize(
@@ -123,16 +123,16 @@ def test_a_file_name_is_anything_that_stays_below(name: str) -> None:
     ],
 )
 def test_a_file_name_never_leads_elsewhere(name: str) -> None:
-    assert not hub_cache.is_file_name(name)
+    assert not cache.is_file_name(name)
 
 
 @pytest.mark.parametrize("text", ["main", "v1.0", "refs/pr/1", "feature/a+b", COMMIT])
 def test_a_revision_is_a_name_that_git_allows(text: str) -> None:
-    assert hub_cache.is_revision(text)
+    assert cache.is_revision(text)
 
 
 @pytest.mark.parametrize(
     "text", ["", "/", "a/", "../a", "a/../b", ".", "a b", "a?b", "a#", "a%2e", "é\n"]
 )
 def test_a_revision_never_leads_elsewhere(text: str) -> None:
-    assert not hub_cache.is_revision(text)
+    assert not cache.is_revision(text)

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from orchestrator import tiny_model
+from orchestrator.demo import tiny_model
 from orchestrator.http import create_app
 from tests.http.conftest import PREFIX, problem, serving, until
 from tests.hub.fake_hub import Hub, Repo

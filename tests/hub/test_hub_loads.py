@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator import LoadRequest, Orchestrator, State, tiny_model
+from orchestrator import LoadRequest, Orchestrator, State
+from orchestrator.demo import tiny_model
 from orchestrator.errors import (
     Cancelled,
     HubError,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator import tiny_model
+from orchestrator.demo import tiny_model
 from tests.hub.fake_hub import Hub, Repo
 from tests.process.support import until
 

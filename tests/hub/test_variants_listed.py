@@ -11,7 +11,7 @@ import httpx
 import psutil
 import pytest
 
-from orchestrator import AsyncOrchestrator, Orchestrator, download
+from orchestrator import AsyncOrchestrator, Orchestrator
 from orchestrator.errors import (
     Busy,
     HubUnreachable,
@@ -21,7 +21,8 @@ from orchestrator.errors import (
     ShuttingDown,
 )
 from orchestrator.http import create_app
-from orchestrator.listing import MAX_AT_ONCE
+from orchestrator.models.hub import download
+from orchestrator.models.listings import MAX_AT_ONCE
 from tests.http.conftest import PREFIX, serving
 from tests.hub.conftest import MODEL
 from tests.hub.fake_hub import Content, Hub, Repo

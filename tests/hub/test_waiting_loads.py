@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator import LoadRequest, Orchestrator, State, tiny_model
+from orchestrator import LoadRequest, Orchestrator, State
+from orchestrator.demo import tiny_model
 from orchestrator.errors import Cancelled, HubError, ModelNotFound, OrchestratorError, Superseded
 from tests.hub.fake_hub import Blob, Content, Hub, Repo
 from tests.process.support import Background, until

@@ -25,8 +25,8 @@ from typing import Any, Final
 import structlog
 
 from orchestrator import Orchestrator, RestartPolicy
+from orchestrator.demo.tiny_model import write_tiny_model
 from orchestrator.errors import OrchestratorError
-from orchestrator.tiny_model import write_tiny_model
 from tests.conftest import servers_of
 from tests.process.support import Background, Fake, two_alive, watched
 from tests.process.test_storm import BEHAVIOURS

@@ -23,9 +23,10 @@ from typing import Any, TypeVar, cast
 
 import pytest
 
-from orchestrator import Orchestrator, State, proctable
-from orchestrator.events import Event
-from orchestrator.proctable import ProcessId
+from orchestrator import Orchestrator, State
+from orchestrator.runtime.events import Event
+from orchestrator.server import process_table
+from orchestrator.server.process_table import ProcessId
 from tests.conftest import servers_of
 
 T = TypeVar("T")
@@ -47,7 +48,7 @@ def until(ask: Callable[[], T | None], what: str, deadline_s: float = DEADLINE_S
 
 def is_running(pid: int) -> bool:
     """Is there such a process, and is it more than a zombie?"""
-    found = proctable.row(pid)
+    found = process_table.row(pid)
     return found is not None and not found.is_zombie
 
 
@@ -141,8 +142,8 @@ class Fake:
     def living(self) -> set[int]:
         """Everything that was ever started or forked and still runs."""
         everybody = {(note.pid, int(note["ticks"])) for note in self.notes()}
-        boot = proctable.boot_id()
-        return {p for p, ticks in everybody if proctable.is_alive(ProcessId(p, ticks, boot))}
+        boot = process_table.boot_id()
+        return {p for p, ticks in everybody if process_table.is_alive(ProcessId(p, ticks, boot))}
 
     def assert_never_two(self) -> None:
         assert self.notes("overlap") == []

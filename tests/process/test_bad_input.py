@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator import Orchestrator, State, plan, proctable
+from orchestrator import Orchestrator, State
 from orchestrator.errors import (
     InvalidModel,
     InvalidRequest,
@@ -29,7 +29,9 @@ from orchestrator.errors import (
     SlotOccupied,
     StateDirError,
 )
-from orchestrator.servers import find_server
+from orchestrator.machine import plan
+from orchestrator.server import process_table
+from orchestrator.server.binaries import find_server
 from tests.process.support import Fake, Make, transitions
 
 
@@ -118,16 +120,16 @@ def test_a_model_that_is_damaged_during_the_load_is_refused_too(
     orch: Orchestrator, fake: Fake, model_a: str, model_b: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file may be replaced between the look and the start: nothing is started then."""
-    from orchestrator import models
+    from orchestrator.models import local
 
-    locate = models.locate
+    locate = local.locate
     orch.load(model_a)
 
     def late(*args: Any) -> Any:
         truncated(Path(model_b))
         return locate(*args)
 
-    monkeypatch.setattr(models, "locate", late)
+    monkeypatch.setattr(local, "locate", late)
     with pytest.raises(InvalidModel):
         orch.load(model_b)
     assert orch.status().state is State.IDLE
@@ -435,7 +437,7 @@ def test_all_of_this_leaves_no_process(fake: Fake) -> None:
     """The fixtures would say so; this says that they can."""
     with subprocess.Popen(["sleep", "600"]) as process:
         journal = Path(fake.directory, "journal")
-        found = proctable.identify(process.pid)
+        found = process_table.identify(process.pid)
         assert found is not None
         note = {"event": "start", "pid": process.pid, "ticks": found.start_ticks}
         journal.write_text(repr(note))

@@ -24,7 +24,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator import embedded, tiny_model
+from orchestrator.demo import tiny_model
+from orchestrator.server import embedded
 
 DEADLINE_S = 60.0
 SCRIPT = str(Path(embedded.__file__))

@@ -21,9 +21,11 @@ from urllib.parse import urlsplit
 import gguf
 import pytest
 
-from orchestrator import AsyncOrchestrator, Orchestrator, State, models, tiny_model
+from orchestrator import AsyncOrchestrator, Orchestrator, State
+from orchestrator.demo import tiny_model
 from orchestrator.errors import Cancelled, ServerStartFailed, Superseded
-from orchestrator.process import Warden
+from orchestrator.models import local
+from orchestrator.server.warden import Warden
 from tests.conftest import servers_of
 from tests.process.support import (
     Background,
@@ -157,7 +159,7 @@ def test_a_cancel_in_every_state_leaves_nothing(
 ) -> None:
     """Killing, Downloading, Spawning, WaitingHealth; Healthy is past cancelling."""
     gates = {state: threading.Event() for state in (State.DOWNLOADING, State.SPAWNING)}
-    locate, spawn = models.locate, Warden.spawn
+    locate, spawn = local.locate, Warden.spawn
 
     def gated_locate(*args: Any) -> Any:
         gates[State.DOWNLOADING].wait(30)
@@ -167,7 +169,7 @@ def test_a_cancel_in_every_state_leaves_nothing(
         gates[State.SPAWNING].wait(30)
         spawn(*args)
 
-    monkeypatch.setattr(models, "locate", gated_locate)
+    monkeypatch.setattr(local, "locate", gated_locate)
     monkeypatch.setattr(Warden, "spawn", gated_spawn)
     real.start()
     for state in (State.DOWNLOADING, State.SPAWNING, State.WAITING_HEALTH):

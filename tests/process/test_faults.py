@@ -21,13 +21,8 @@ import httpx
 import pytest
 
 from orchestrator import Orchestrator, State
-from orchestrator.errors import (
-    DeadlineExceeded,
-    InvalidRequest,
-    ServerStartFailed,
-    Stalled,
-)
-from orchestrator.tiny_model import write_tiny_model
+from orchestrator.demo.tiny_model import write_tiny_model
+from orchestrator.errors import DeadlineExceeded, InvalidRequest, ServerStartFailed, Stalled
 from tests.conftest import servers_of
 from tests.process.support import (
     Background,
@@ -196,7 +191,8 @@ def test_a_step_of_the_wall_clock_ends_nothing_and_prolongs_nothing(
 # The host ends, whatever it is doing
 
 IN_A_STATE = """
-from orchestrator import forks, models, process
+from orchestrator.base import launch
+from orchestrator.models import local
 def stop_in(module, name, *, after):
     wrapped = getattr(module, name)
     def stopping(*args, **settings):
@@ -210,10 +206,10 @@ orch = make(kill_grace_s=GRACE_S)
 state = STATE
 if state == "Downloading":
     orch.start()
-    stop_in(models, "locate", after=True)
+    stop_in(local, "locate", after=True)
 if state == "Spawning":
     orch.start()
-    stop_in(process.forks, "popen", after=True)
+    stop_in(launch, "popen", after=True)
 if state in ("Healthy", "Killing"):
     orch.load(a["model"])
 if state in ("Downloading", "Spawning", "WaitingHealth"):

@@ -16,14 +16,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator import Orchestrator, State, plan, proctable
-from orchestrator.errors import (
-    Cancelled,
-    DeadlineExceeded,
-    ServerStartFailed,
-    Stalled,
-)
-from orchestrator.tiny_model import write_tiny_model
+from orchestrator import Orchestrator, State
+from orchestrator.demo.tiny_model import write_tiny_model
+from orchestrator.errors import Cancelled, DeadlineExceeded, ServerStartFailed, Stalled
+from orchestrator.server import ladder, process_table
 from tests.process.support import Background, Fake, Make, kill, until, until_state
 
 LOADED = '{"default_generation_settings":{"n_ctx":1}}'
@@ -129,13 +125,13 @@ def test_who_listens_is_answered_by_the_kernel() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)) as client:
-            assert proctable.listens(me, port) is True
-            assert proctable.listens(me, client.getsockname()[1]) is False
-        assert proctable.listens({1, os.getppid()} - me, port) is not True
-        assert ("127.0.0.1", port) in proctable.listening(me)
-    assert proctable.listens(me, port) is False
-    assert proctable.listens(set(), port) is False
-    assert proctable.listens({2**22 + 1}, port) is False
+            assert process_table.listens(me, port) is True
+            assert process_table.listens(me, client.getsockname()[1]) is False
+        assert process_table.listens({1, os.getppid()} - me, port) is not True
+        assert ("127.0.0.1", port) in process_table.listening(me)
+    assert process_table.listens(me, port) is False
+    assert process_table.listens(set(), port) is False
+    assert process_table.listens({2**22 + 1}, port) is False
 
 
 def test_proxies_are_ignored(
@@ -179,7 +175,7 @@ def test_a_ready_server_is_noticed_within_the_longest_pause(
     bound = fake.wait_for("bound")
     loading.result()
     healthy = fake.wait_for("healthy")
-    assert healthy["at"] - bound["at"] - 1.0 < plan.LONGEST_PROBE_S + 0.5
+    assert healthy["at"] - bound["at"] - 1.0 < ladder.LONGEST_PROBE_S + 0.5
 
 
 def test_a_server_without_properties_is_ready_all_the_same(
@@ -359,8 +355,8 @@ def test_a_server_that_ends_in_the_moment_it_is_ready_is_not_loaded(
 @pytest.fixture
 def rare_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A probe every minute: whatever comes sooner was woken by something else."""
-    monkeypatch.setattr(plan, "FIRST_PROBE_S", 60.0)
-    monkeypatch.setattr(plan, "LONGEST_PROBE_S", 60.0)
+    monkeypatch.setattr(ladder, "FIRST_PROBE_S", 60.0)
+    monkeypatch.setattr(ladder, "LONGEST_PROBE_S", 60.0)
 
 
 @pytest.mark.usefixtures("rare_probes")

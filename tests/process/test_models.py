@@ -16,12 +16,14 @@ from typing import Any
 import gguf
 import pytest
 
-from orchestrator import gguf_file, proctable
+from orchestrator.demo.tiny_model import write_tiny_model
 from orchestrator.errors import InvalidModel, ModelNotFound, OrchestratorError
-from orchestrator.gguf_file import BLOCKS, GgufInfo, inspect
-from orchestrator.models import identity_of, is_local, locate
-from orchestrator.request import LoadRequest, ModelFiles
-from orchestrator.tiny_model import write_tiny_model
+from orchestrator.models import gguf_file
+from orchestrator.models.gguf_file import BLOCKS, GgufInfo, inspect
+from orchestrator.models.local import identity_of, is_local, locate
+from orchestrator.server import process_table
+from orchestrator.settings.files import ModelFiles
+from orchestrator.settings.request import LoadRequest
 
 
 def find(path: object, **fields: Any) -> ModelFiles:
@@ -212,9 +214,9 @@ def test_a_replaced_file_is_looked_at_again(model: Path) -> None:
 def test_a_large_model_is_inspected_without_being_read(tmp_path: Path) -> None:
     """Only the header counts; a file of many GiB takes no longer."""
     path = write_tiny_model(tmp_path / "large.gguf", padding_bytes=64 << 20)
-    before = proctable.bytes_read(os.getpid())
+    before = process_table.bytes_read(os.getpid())
     assert inspect(identity_of(path)).architecture == "llama"
-    assert 0 < proctable.bytes_read(os.getpid()) - before < 4 << 20
+    assert 0 < process_table.bytes_read(os.getpid()) - before < 4 << 20
 
 
 # Which file does a request mean?

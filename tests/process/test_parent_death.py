@@ -20,8 +20,8 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator import proctable
-from orchestrator.slot import Slot
+from orchestrator.server import process_table
+from orchestrator.server.slot import Slot
 from tests.conftest import servers_of
 from tests.process.support import Fake, Host, Make, Watch, is_running, kill, open_files, until
 
@@ -35,7 +35,7 @@ def guardian_of(host: Host) -> int:
     [pid] = [
         child.pid
         for child in psutil.Process(host.pid).children()
-        if any("orchestrator.guardian" in word for word in child.cmdline())
+        if any("orchestrator.server.guardian" in word for word in child.cmdline())
     ]
     return pid
 
@@ -125,15 +125,15 @@ def test_forked_workers_that_live_on_change_nothing(host: StartHost, fake: Fake)
 
 
 FORKED_DURING_A_LOAD = """
-import orchestrator.process
-spawn = orchestrator.process.Warden.spawn
+from orchestrator.server.warden import Warden
+spawn = Warden.spawn
 def forking(*args):
     worker = os.fork()  # the lock of the slot is open at this moment
     if worker == 0:
         rest()
     say(worker=worker)
     spawn(*args)
-orchestrator.process.Warden.spawn = forking
+Warden.spawn = forking
 outcome = orch.load(a["model"])
 say(pid=outcome.pid)
 rest()
@@ -456,7 +456,7 @@ def test_a_lost_record_does_not_hide_the_server(
     if record == "missing":
         path.unlink()
     elif record == "foreign":
-        someone = asdict(proctable.ProcessId(os.getpid(), 1, "elsewhere"))
+        someone = asdict(process_table.ProcessId(os.getpid(), 1, "elsewhere"))
         path.write_text(json.dumps({"version": 99, "host": someone, "server": someone}))
     else:
         path.write_text(record)
@@ -516,7 +516,7 @@ def test_the_next_start_believes_no_record_that_names_somebody_else(
     ) as bystander:
         assert bystander.stdout is not None
         bystander.stdout.readline()
-        who = proctable.identify(bystander.pid)
+        who = process_table.identify(bystander.pid)
         assert who is not None
         slot = Slot("default", state_dir)
         slot.remember(who)

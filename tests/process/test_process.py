@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator import Orchestrator, State, models, plan, proctable
+from orchestrator import Orchestrator, State
 from orchestrator.errors import (
     Cancelled,
     OrchestratorError,
@@ -29,9 +29,12 @@ from orchestrator.errors import (
     SlotOwned,
     StateDirError,
 )
-from orchestrator.process import Warden
-from orchestrator.proctable import Pin
-from orchestrator.slot import Slot
+from orchestrator.machine import plan
+from orchestrator.models import local
+from orchestrator.server import process_table
+from orchestrator.server.process_table import Pin
+from orchestrator.server.slot import Slot
+from orchestrator.server.warden import Warden
 from tests.conftest import servers_of
 from tests.process.support import (
     Background,
@@ -178,7 +181,7 @@ def test_an_obedient_server_gets_one_signal_and_is_reaped(
     pid = orch.load(model_a).pid
     orch.unload()
     assert [note["event"] for note in fake.notes()][-2:] == ["term", "exit"]
-    assert proctable.row(pid) is None
+    assert process_table.row(pid) is None
     assert last_exit(orch) == (pid, 0)
     assert orch.status().last_error is None
 
@@ -493,7 +496,7 @@ def no_pidfds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         raise PermissionError(1, "Operation not permitted")
 
     replacement = None if request.param == "absent" else forbidden
-    monkeypatch.setattr(proctable, "_pidfd_open", replacement)
+    monkeypatch.setattr(process_table, "_pidfd_open", replacement)
 
 
 @pytest.mark.usefixtures("no_pidfds")
@@ -676,13 +679,13 @@ def test_a_cancel_while_the_model_is_looked_up_starts_nothing(
     orch: Orchestrator, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Downloading: the look-up ends by itself, and what it found is not wanted."""
-    gate, locate = threading.Event(), models.locate
+    gate, locate = threading.Event(), local.locate
 
     def gated(*args: Any) -> Any:
         gate.wait(30)
         return locate(*args)
 
-    monkeypatch.setattr(models, "locate", gated)
+    monkeypatch.setattr(local, "locate", gated)
     loading = Background(orch.load, model_a, load_request_id="a")
     until_state(orch, State.DOWNLOADING)
     cancelling = Background(orch.cancel, "a")

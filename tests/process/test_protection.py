@@ -15,10 +15,10 @@ import psutil
 import pytest
 
 from orchestrator import Orchestrator
+from orchestrator.base.redaction import HIDDEN
 from orchestrator.errors import InvalidRequest, ServerStartFailed
-from orchestrator.owner import Owner
-from orchestrator.redaction import HIDDEN
-from orchestrator.views import LeasedServer
+from orchestrator.runtime.answers import LeasedServer
+from orchestrator.runtime.owner import Owner
 from tests.process.support import Fake, Make
 
 CHAT = b'{"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}'

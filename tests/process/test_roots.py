@@ -19,11 +19,13 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from orchestrator import models, server_args
 from orchestrator.errors import InvalidRequest, ModelNotFound, OrchestratorError, RefusedArgument
-from orchestrator.models import is_local, locate
-from orchestrator.request import LoadRequest, ModelFiles
-from orchestrator.roots import ModelRoots, model_roots
+from orchestrator.models import local
+from orchestrator.models.local import is_local, locate
+from orchestrator.models.roots import ModelRoots, model_roots
+from orchestrator.settings import flags
+from orchestrator.settings.files import ModelFiles
+from orchestrator.settings.request import LoadRequest
 from tests.hub.conftest import split_gguf
 from tests.process.support import Make
 
@@ -179,7 +181,7 @@ def test_nothing_is_looked_at_that_is_outside_by_its_name(
         with pytest.raises(InvalidRequest, match="model_path is outside"):
             ask()
     with pytest.raises(InvalidRequest, match="mmproj_path is outside"):
-        models.given_projector(request, tree.roots)
+        local.given_projector(request, tree.roots)
     for path in ("/etc/passwd", f"{tree.one}/../outside/x", "x"):
         with pytest.raises(RefusedArgument):
             tree.roots.check_args(["--grammar-file", path])
@@ -280,13 +282,13 @@ def test_a_listing_shows_nothing_that_is_outside(
     good = place("models/good-Q8_0.gguf")
     (roots_dir / "x-Q4_K_M.gguf").symlink_to(place("secret/x.gguf"))
     (roots_dir / "y-Q5_K_M.gguf").symlink_to(tmp_path / "secret" / "none.gguf")
-    listed = models.variants_of(LoadRequest(model_path="."), ModelRoots([roots_dir]))
+    listed = local.variants_of(LoadRequest(model_path="."), ModelRoots([roots_dir]))
     assert [(one.gguf_variant, one.size_bytes) for one in listed] == [
         ("Q8_0", Path(good).stat().st_size)
     ]
     for name in ("x-Q4_K_M.gguf", "../secret"):
         with pytest.raises(InvalidRequest, match="outside of the allowed"):
-            models.variants_of(LoadRequest(model_path=name), ModelRoots([roots_dir]))
+            local.variants_of(LoadRequest(model_path=name), ModelRoots([roots_dir]))
 
 
 def test_every_part_of_a_split_model_has_to_be_inside(
@@ -353,14 +355,14 @@ def test_a_link_changed_after_the_load_was_accepted_is_looked_at_again(
     link = tmp_path / "models" / "link.gguf"
     link.symlink_to("good.gguf")
     orch = make(models_dir=[tmp_path / "models"])
-    real = models.locate
+    real = local.locate
 
     def swapped(request: LoadRequest, roots: ModelRoots | None = None) -> ModelFiles:
         link.unlink()
         link.symlink_to(secret)
         return real(request, roots)
 
-    monkeypatch.setattr(models, "locate", swapped)
+    monkeypatch.setattr(local, "locate", swapped)
     with pytest.raises(InvalidRequest, match="outside of the allowed"):
         orch.load("link.gguf")
     assert orch.status().state == "Idle"
@@ -373,12 +375,12 @@ def _refuses(roots: ModelRoots, *args: str) -> bool:
     try:
         roots.check_args(args)
     except RefusedArgument as error:
-        flag = server_args.flag_of(args[0]) or args[0]
+        flag = flags.flag_of(args[0]) or args[0]
         return flag in error.message and error.field == "llama_extra_args"
     return False
 
 
-@pytest.mark.parametrize("flag", server_args.FILES.split())
+@pytest.mark.parametrize("flag", flags.FILES.split())
 def test_a_flag_that_names_a_file_names_one_inside(tree: Tree, flag: str) -> None:
     """SSRF and file reads by extra args (CVE-2024-6095 in a peer)."""
     good = f"{tree.one}/a.gguf"
@@ -410,7 +412,7 @@ def test_scales_and_lists_are_understood(tree: Tree) -> None:
     assert _refuses(tree.roots, "--lora-scaled", f"{tree.one}/out.gguf:0.5")  # a link, and no link
 
 
-@pytest.mark.parametrize("flag", server_args.REACHING.split())
+@pytest.mark.parametrize("flag", flags.REACHING.split())
 def test_a_flag_that_reaches_further_is_refused(tree: Tree, flag: str) -> None:
     assert _refuses(tree.roots, flag, f"{tree.one}/a.gguf")
     assert _refuses(tree.roots, f"{flag}=x")
@@ -428,10 +430,10 @@ def test_a_flag_of_tomorrow_names_no_file_outside_either(tree: Tree) -> None:
 
 @given(
     st.lists(
-        st.sampled_from([*server_args.FILES.split(), "--top-k", "--mlock", "20", "-1", "{in}"]),
+        st.sampled_from([*flags.FILES.split(), "--top-k", "--mlock", "20", "-1", "{in}"]),
         max_size=6,
     ),
-    st.sampled_from(server_args.FILES.split()),
+    st.sampled_from(flags.FILES.split()),
     st.sampled_from(["/etc/passwd", "{in},/etc/passwd", "{out}", "x"]),
 )
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -494,12 +496,12 @@ def _flags_with_paths(llama_server: str) -> Iterator[str]:
 @pytest.mark.external
 def test_every_flag_of_the_real_server_that_takes_a_file_is_known(llama_server: str) -> None:
     """A new one shows up here, by the help's own words for a value."""
-    known = {*server_args.FILES.split(), *server_args.REACHING.split()}
+    known = {*flags.FILES.split(), *flags.REACHING.split()}
     named = list(_flags_with_paths(llama_server))
     assert len(named) > 20
     for flag in named:
         try:
-            server_args.check_extra_args((flag, "x"))
+            flags.check_extra_args((flag, "x"))
         except RefusedArgument:
             continue
         assert flag in known, flag

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import forks, servers
-from orchestrator.catalogue import Catalogue
+from orchestrator.base import launch
 from orchestrator.errors import ServerUnavailable
-from orchestrator.request import ServerBinary
-from orchestrator.servers import ask_catalogue, find_server
+from orchestrator.server import binaries
+from orchestrator.server.binaries import ask_catalogue, find_server
+from orchestrator.settings.help_text import Catalogue
+from orchestrator.settings.target import ServerBinary
 from tests.process.support import is_running, until
 
 HELP = """
@@ -46,7 +47,7 @@ class Script:
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
-    monkeypatch.setattr(servers, "_answers", {})
+    monkeypatch.setattr(binaries, "_answers", {})
     return Script(tmp_path)
 
 
@@ -58,7 +59,7 @@ def test_a_binary_is_asked_once_and_the_answer_outlives_the_process(
     assert found is not None
     server = find_server(str(script.path))
     assert ask_catalogue(server, script.cache) == found
-    monkeypatch.setattr(servers, "_answers", {})
+    monkeypatch.setattr(binaries, "_answers", {})
     assert ask_catalogue(server, script.cache) == found
     assert script.times == 1
     os.utime(script.path, ns=(1, 1))
@@ -85,7 +86,7 @@ def test_an_inconclusive_answer_is_not_remembered(
     script: Script, monkeypatch: pytest.MonkeyPatch, body: str
 ) -> None:
     """One slow `--help` once switched drafting off for the whole session."""
-    monkeypatch.setattr(servers, "_ASK_S", 0.3)
+    monkeypatch.setattr(binaries, "_ASK_S", 0.3)
     begun = time.monotonic()
     assert script.answer(body) is None
     assert time.monotonic() - begun < 10
@@ -120,8 +121,8 @@ def test_a_host_that_ignores_its_children_gets_an_answer(script: Script) -> None
 
 def test_the_embedded_server_needs_an_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a frozen application `sys.executable` is the application."""
-    assert find_server("embedded").command[0] == forks.interpreter()
-    monkeypatch.setattr(forks, "interpreter", lambda: None)
+    assert find_server("embedded").command[0] == launch.interpreter()
+    monkeypatch.setattr(launch, "interpreter", lambda: None)
     with pytest.raises(ServerUnavailable, match="give the path of a llama-server") as refused:
         find_server("embedded")
     assert refused.value.field == "llama_server"

@@ -24,7 +24,8 @@ import gguf
 import numpy
 import pytest
 
-from orchestrator import LoadOutcome, Orchestrator, gguf_file
+from orchestrator import LoadOutcome, Orchestrator
+from orchestrator.demo.tiny_model import _CHAT_TEMPLATE, write_tiny_model
 from orchestrator.errors import (
     InvalidModel,
     ModelNotFound,
@@ -32,7 +33,7 @@ from orchestrator.errors import (
     ServerStartFailed,
     ServerUnavailable,
 )
-from orchestrator.tiny_model import _CHAT_TEMPLATE, write_tiny_model
+from orchestrator.models import gguf_file
 from tests.process.support import is_running, until
 
 pytestmark = pytest.mark.external

@@ -20,10 +20,10 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator import proctable, slot
 from orchestrator.errors import InvalidRequest, SlotOwned, StateDirError
-from orchestrator.proctable import Pin, ProcessId
-from orchestrator.slot import TOKEN_NAME, Slot
+from orchestrator.server import process_table, slot
+from orchestrator.server.process_table import Pin, ProcessId
+from orchestrator.server.slot import TOKEN_NAME, Slot
 from tests.process.support import is_running, kill, until
 
 Sleeper = subprocess.Popen[bytes]
@@ -73,7 +73,7 @@ def environment(of: Slot) -> dict[str, str]:
 
 
 def identity(process: Sleeper) -> ProcessId:
-    found = proctable.identify(process.pid)
+    found = process_table.identify(process.pid)
     assert found is not None
     return found
 
@@ -121,7 +121,7 @@ def test_a_claim_by_another_process_is_named_and_ends_with_it(state_dir: Path) -
     """The kernel gives the slot back, whatever became of its owner."""
     program = (
         "import sys; sys.path[:] = sys.argv[2:]\n"
-        "from orchestrator.slot import Slot\n"
+        "from orchestrator.server.slot import Slot\n"
         "Slot('s', sys.argv[1]).claim(); print(flush=True); input()"
     )
     command = [sys.executable, "-c", program, str(state_dir), *sys.path]
@@ -176,7 +176,7 @@ def test_a_lock_held_by_the_heirs_of_a_dead_owner_is_waited_for(state_dir: Path)
     before.release()
     claiming.join(10)
     assert not claiming.is_alive()
-    me = proctable.identify(os.getpid())
+    me = process_table.identify(os.getpid())
     assert me is not None
     assert after.belongs_to(me)
     after.release()
@@ -185,12 +185,12 @@ def test_a_lock_held_by_the_heirs_of_a_dead_owner_is_waited_for(state_dir: Path)
 def test_an_heir_stops_where_somebody_else_has_claimed(mine: Slot, sleep: Sleep) -> None:
     """A guardian that comes late must not end the server of the backend that came after."""
     process = sleep(env=environment(mine))
-    dead = ProcessId(process.pid, 1, proctable.boot_id())
+    dead = ProcessId(process.pid, 1, process_table.boot_id())
     assert not mine.succeed(dead)
     signalled, evidence = mine.reap(heir_of=dead)
     assert (signalled, evidence.is_empty) == (set(), False)
     assert process.poll() is None
-    me = proctable.identify(os.getpid())
+    me = process_table.identify(os.getpid())
     assert me is not None
     assert mine.belongs_to(me)
     assert mine.reap(heir_of=me)[0] == {process.pid}
@@ -198,7 +198,7 @@ def test_an_heir_stops_where_somebody_else_has_claimed(mine: Slot, sleep: Sleep)
 
 def test_an_heir_takes_over_what_nobody_has_claimed(state_dir: Path, sleep: Sleep) -> None:
     """Also when somebody has cleaned up the folder, and with it the owner's name."""
-    dead = ProcessId(os.getpid(), 1, proctable.boot_id())
+    dead = ProcessId(os.getpid(), 1, process_table.boot_id())
     heir = Slot("s", state_dir)
     assert heir.succeed(dead)
     late = Slot("s", state_dir)
@@ -271,10 +271,10 @@ def test_a_zombie_is_not_alive(mine: Slot, sleep: Sleep) -> None:
     """It holds neither memory nor a port, and only its parent can end it."""
     process = sleep()
     who = identity(process)
-    assert proctable.is_alive(who)
+    assert process_table.is_alive(who)
     process.kill()
-    until(lambda: not proctable.is_alive(who), "the zombie")
-    assert proctable.row(process.pid) is not None
+    until(lambda: not process_table.is_alive(who), "the zombie")
+    assert process_table.row(process.pid) is not None
     assert Pin.of(who) is None
 
 
@@ -291,7 +291,7 @@ def test_a_process_whose_main_thread_has_ended_is_alive(mine: Slot, sleep: Sleep
     mine.remember(identity(process))
     status = psutil.Process(process.pid).status
     until(lambda: status() == psutil.STATUS_ZOMBIE, "the end of its main thread")
-    assert proctable.is_alive(identity(process))
+    assert process_table.is_alive(identity(process))
     assert mine.inhabitants() == {identity(process)}
     assert mine.reap()[0] == {process.pid}
     assert process.wait() == -signal.SIGTERM
@@ -306,7 +306,7 @@ def test_inhabitants_are_found_by_every_mark_and_nobody_else_is(mine: Slot, slee
     parent = sleep(["sh", "-c", "env -i setsid sleep 600 & echo; wait"])
     mine.remember(identity(parent))
     sleep()  # the same command line as three of them
-    [child] = until(lambda: proctable.descendants({parent.pid}), "a child")
+    [child] = until(lambda: process_table.descendants({parent.pid}), "a child")
     until(lambda: os.getsid(child) == child, "its own session")
     found = {process.pid for process in mine.inhabitants(leader.pid)}
     assert found == {by_token.pid, by_record.pid, leader.pid, parent.pid, child}
@@ -332,9 +332,9 @@ def test_no_parent_of_ours_and_not_we_ourselves_are_ever_inhabitants(
     mine: Slot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A record that names the user's session once cost it (pid 1, signalled as a group)."""
-    me = proctable.identify(os.getpid())
-    parent = proctable.identify(os.getppid())
-    init = proctable.identify(1)
+    me = process_table.identify(os.getpid())
+    parent = process_table.identify(os.getppid())
+    init = process_table.identify(1)
     assert me
     assert parent
     assert init
@@ -343,7 +343,7 @@ def test_no_parent_of_ours_and_not_we_ourselves_are_ever_inhabitants(
     assert not {p.pid for p in found} & {0, 1, os.getpid(), os.getppid()}
     assert Pin.of(me) is None
     assert Pin.of(init) is None
-    assert Pin.of(ProcessId(0, 0, proctable.boot_id())) is None
+    assert Pin.of(ProcessId(0, 0, process_table.boot_id())) is None
 
 
 def test_the_same_path_in_another_place_is_another_slot(
@@ -369,10 +369,10 @@ def test_what_is_remembered_is_recalled_and_forgotten(mine: Slot, state_dir: Pat
     """Written before the server exists, so that a crash in between is on record too."""
     assert mine.recall() is None
     mine.remember(None)
-    me = proctable.identify(os.getpid())
+    me = process_table.identify(os.getpid())
     assert me is not None
     assert mine.recall() == slot.Record(me, None)
-    server = ProcessId(4242, 17, proctable.boot_id())
+    server = ProcessId(4242, 17, process_table.boot_id())
     mine.remember(server)
     assert Slot("mine", state_dir).recall() == slot.Record(me, server)
     assert sorted(p.name for p in mine.directory.iterdir()) == ["owner.lock", "server.json"]
@@ -462,8 +462,8 @@ def test_a_group_of_a_recorded_server_is_reaped_with_it(mine: Slot, sleep: Sleep
         env={"PATH": os.environ["PATH"]},
     )
     mine.remember(identity(server))
-    until(lambda: len(proctable.descendants({server.pid})) == 2, "two children")
-    family = proctable.descendants({server.pid})
+    until(lambda: len(process_table.descendants({server.pid})) == 2, "two children")
+    family = process_table.descendants({server.pid})
     signalled, _ = mine.reap()
     assert signalled == family | {server.pid}
     assert not any(map(is_running, family))

@@ -17,7 +17,8 @@ import gguf
 import numpy
 import pytest
 
-from orchestrator import Orchestrator, State, tiny_model
+from orchestrator import Orchestrator, State
+from orchestrator.demo import tiny_model
 from orchestrator.errors import DeadlineExceeded, ServerStartFailed, Stalled
 from tests.process.support import Fake, Make
 

@@ -17,14 +17,17 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any, Final, cast
 
+from orchestrator.base.tokens import Ticket
 from orchestrator.errors import OrchestratorError
-from orchestrator.messages import Fact, LeaseGranted
-from orchestrator.orchestrator import AsyncOrchestrator, Orchestrator
-from orchestrator.owner import Call, Owner
-from orchestrator.parts import Parts
-from orchestrator.ports import Effects
-from orchestrator.request import LoadRequest, ModelFiles, ServerBinary
-from orchestrator.tokens import Ticket
+from orchestrator.machine.commands import LeaseGranted
+from orchestrator.machine.facts import Fact
+from orchestrator.runtime.orchestrator import AsyncOrchestrator, Orchestrator
+from orchestrator.runtime.owner import Call, Owner
+from orchestrator.runtime.parts import Parts
+from orchestrator.runtime.ports import Effects
+from orchestrator.settings.files import ModelFiles
+from orchestrator.settings.request import LoadRequest
+from orchestrator.settings.target import ServerBinary
 from tests.core.invariants import Violation
 from tests.core.programs import Action
 from tests.core.world import target

@@ -13,30 +13,24 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from orchestrator.base.tokens import CancelToken, Generation
 from orchestrator.errors import Problem
-from orchestrator.messages import (
+from orchestrator.machine.commands import Download, Effect, Kill, Probe, Resolve, Spawn, failure_of
+from orchestrator.machine.facts import (
     BecameReady,
     Child,
     Completion,
-    Download,
-    Effect,
     Emptied,
     Exit,
     Exited,
     Fact,
     Fetched,
-    Kill,
-    Probe,
-    Resolve,
     Resolved,
     ServerFacts,
     SlotEvidence,
-    Spawn,
     Spawned,
-    failure_of,
 )
-from orchestrator.ports import Clock, LogPosition, Progress, SlotLock
-from orchestrator.tokens import CancelToken, Generation
+from orchestrator.runtime.ports import Clock, LogPosition, Progress, SlotLock
 from tests.core.invariants import Process
 from tests.core.world import WorkKind, files, resolved
 

@@ -17,19 +17,21 @@ from typing import Any
 
 import pytest
 
-from orchestrator import workers
+from orchestrator.base import workers
+from orchestrator.base.tokens import Ticket
 from orchestrator.errors import ModelNotFound
-from orchestrator.events import EventLog
-from orchestrator.messages import CancelRequested, Fact, Withdrawn
-from orchestrator.orchestrator import AsyncOrchestrator, Orchestrator
-from orchestrator.owner import Owner
-from orchestrator.parts import Parts
-from orchestrator.ports import ClaimedSlot, Effects
-from orchestrator.request import FileIdentity, LoadRequest, ModelFiles, ServerBinary
-from orchestrator.roots import ModelRoots
-from orchestrator.snapshot import Snapshot
-from orchestrator.source import ModelSource
-from orchestrator.tokens import Ticket
+from orchestrator.machine.facts import CancelRequested, Fact, Withdrawn
+from orchestrator.models.roots import ModelRoots
+from orchestrator.models.source import ModelSource
+from orchestrator.runtime.events import EventLog
+from orchestrator.runtime.orchestrator import AsyncOrchestrator, Orchestrator
+from orchestrator.runtime.owner import Owner
+from orchestrator.runtime.parts import Parts
+from orchestrator.runtime.ports import ClaimedSlot, Effects
+from orchestrator.runtime.snapshot import Snapshot
+from orchestrator.settings.files import FileIdentity, ModelFiles
+from orchestrator.settings.request import LoadRequest
+from orchestrator.settings.target import ServerBinary
 from tests.core.world import files
 from tests.shell.gates import ALL_KINDS, GatedEffects, OperatingSystem, VirtualClock
 

@@ -10,22 +10,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from orchestrator.messages import (
-    Accept,
+from orchestrator.base.tokens import Generation, Ticket
+from orchestrator.machine.commands import Accept, Command, LeaseGranted, Settle
+from orchestrator.machine.facts import (
     CancelRequested,
-    Command,
     Fact,
-    LeaseGranted,
     LeaseReleased,
     LoadRequested,
     PrefetchRequested,
-    Settle,
     ShutdownRequested,
     UnloadRequested,
     Withdrawn,
 )
-from orchestrator.owner import Call
-from orchestrator.tokens import Generation, Ticket
+from orchestrator.runtime.owner import Call
 from tests.core.programs import Action
 from tests.core.world import Status
 

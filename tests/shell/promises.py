@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from orchestrator.base.tokens import Generation
 from orchestrator.errors import Problem
-from orchestrator.machine import Stepped
-from orchestrator.messages import Accept, Fact, Loaded, SetTimer, Settle
-from orchestrator.tokens import Generation
+from orchestrator.machine.commands import Accept, Loaded, SetTimer, Settle
+from orchestrator.machine.facts import Fact
+from orchestrator.machine.step import Stepped
 from tests.core.invariants import Violation
 from tests.core.world import Status
 from tests.shell.records import logged, outcomes

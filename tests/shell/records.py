@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 
 import structlog
 
+from orchestrator.base.tokens import Generation
 from orchestrator.errors import Problem
-from orchestrator.messages import Loaded
-from orchestrator.owner import Owner
-from orchestrator.tokens import Generation
+from orchestrator.machine.commands import Loaded
+from orchestrator.runtime.owner import Owner
 
 Entry = MutableMapping[str, Any]
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from orchestrator import actions, guards
-from orchestrator.context import Context, Policy
-from orchestrator.machine import Lifecycle, Stepped
-from orchestrator.messages import Fact
-from orchestrator.owner import Owner
-from orchestrator.states import State
-from orchestrator.table import TABLE, Row
+from orchestrator.machine import actions, guards
+from orchestrator.machine.context import Context, Policy
+from orchestrator.machine.facts import Fact
+from orchestrator.machine.states import State
+from orchestrator.machine.step import Lifecycle, Stepped
+from orchestrator.machine.table import TABLE, Row
+from orchestrator.runtime.owner import Owner
 from tests.core.programs import Action, parse
 
 if TYPE_CHECKING:

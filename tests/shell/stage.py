@@ -12,32 +12,27 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast, get_args
 
-from orchestrator.context import Context, EffectInFlight, EffectKind
+from orchestrator.base.tokens import CancelToken, Generation, Ticket
 from orchestrator.errors import Problem
-from orchestrator.machine import Stepped
-from orchestrator.messages import (
+from orchestrator.machine.commands import Effect, LeaseGranted, Loaded, Probe, ServerEnded, Spawn
+from orchestrator.machine.context import Context, EffectInFlight, EffectKind
+from orchestrator.machine.facts import (
     CancelRequested,
     Completion,
-    Effect,
     Fact,
-    LeaseGranted,
     LeaseReleased,
     LeaseRequested,
-    Loaded,
     LoadRequested,
     PrefetchRequested,
-    Probe,
     Request,
-    ServerEnded,
     ShutdownRequested,
-    Spawn,
     UnloadRequested,
 )
-from orchestrator.owner import Call, Owner
-from orchestrator.request import Target
-from orchestrator.snapshot import Snapshot
-from orchestrator.states import State
-from orchestrator.tokens import CancelToken, Generation, Ticket
+from orchestrator.machine.states import State
+from orchestrator.machine.step import Stepped
+from orchestrator.runtime.owner import Call, Owner
+from orchestrator.runtime.snapshot import Snapshot
+from orchestrator.settings.target import Target
 from tests.core.invariants import Edge, Process, Violation, check_edge, check_world
 from tests.core.programs import Action, parse
 from tests.core.story import Told, describe

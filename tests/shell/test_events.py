@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.events import KEPT, Event, EventLog
+from orchestrator.runtime.events import KEPT, Event, EventLog
 from tests.shell.house import PATIENCE_S, House
 from tests.shell.test_facades import run
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.context import Policy
-from orchestrator.recovery import RestartPolicy
+from orchestrator.machine.context import Policy
+from orchestrator.machine.recovery import RestartPolicy
 from tests.core.invariants import INVARIANTS
 from tests.shell.explorer import explore, wander
 from tests.shell.promises import PROMISES

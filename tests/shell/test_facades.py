@@ -32,7 +32,7 @@ from orchestrator import (
     State,
     Superseded,
 )
-from orchestrator.orchestrator import AsyncOrchestrator, Orchestrator
+from orchestrator.runtime.orchestrator import AsyncOrchestrator, Orchestrator
 from tests.shell.house import (
     PATIENCE_S,
     House,

@@ -14,13 +14,13 @@ from typing import Any, cast
 
 import pytest
 
-from orchestrator import orchestrator as facades
-from orchestrator import views
-from orchestrator.context import Policy
-from orchestrator.messages import LeaseGranted
-from orchestrator.orchestrator import AsyncOrchestrator, Orchestrator
-from orchestrator.request import LoadRequest
-from orchestrator.views import LeasedServer, LoadOutcome
+from orchestrator.machine.commands import LeaseGranted
+from orchestrator.machine.context import Policy
+from orchestrator.runtime import answers
+from orchestrator.runtime import orchestrator as facades
+from orchestrator.runtime.answers import LeasedServer, LoadOutcome
+from orchestrator.runtime.orchestrator import AsyncOrchestrator, Orchestrator
+from orchestrator.settings.request import LoadRequest
 from tests.shell.explorer import explore
 from tests.shell.fronts import FacadeStage, LoopStage, ThreadStage
 from tests.shell.scene import Scene
@@ -89,7 +89,7 @@ class KeepsLeases(AsyncOrchestrator):
         call = self._ask_lease()
         granted = await facades._answer(call)
         try:
-            yield views.leased_server(cast("LeaseGranted", granted))
+            yield answers.leased_server(cast("LeaseGranted", granted))
         finally:
             self._end_lease(call)
 
@@ -102,7 +102,7 @@ class KeepsLeasesInThreads(Orchestrator):
         call = self._ask_lease()
         granted = self._result(call)
         try:
-            yield views.leased_server(cast("LeaseGranted", granted))
+            yield answers.leased_server(cast("LeaseGranted", granted))
         finally:
             self._end_lease(call)
 

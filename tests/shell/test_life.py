@@ -21,8 +21,8 @@ from orchestrator import (
     SlotOwned,
     State,
     WrongProcess,
-    workers,
 )
+from orchestrator.base import workers
 from tests.shell.house import (
     PATIENCE_S,
     House,

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
-from orchestrator.context import Policy
-from orchestrator.recovery import RestartPolicy
-from orchestrator.states import State
+from orchestrator.machine.context import Policy
+from orchestrator.machine.recovery import RestartPolicy
+from orchestrator.machine.states import State
 from tests.shell.scene import ALL_MISHAPS, RecordedLifecycle, Scene
 from tests.shell.stage import Stage
 

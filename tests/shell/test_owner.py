@@ -9,24 +9,23 @@ from typing import Any
 import pytest
 import structlog
 
-from orchestrator.context import Policy
+from orchestrator.base.tokens import Generation
 from orchestrator.errors import Problem
-from orchestrator.messages import (
-    Answer,
+from orchestrator.machine.commands import Answer, Loaded
+from orchestrator.machine.context import Policy
+from orchestrator.machine.facts import (
     CancelRequested,
     Child,
     Fact,
     Fetched,
-    Loaded,
     LoadRequested,
     SlotEvidence,
     UnloadRequested,
     Withdrawn,
 )
-from orchestrator.owner import Call, Owner
-from orchestrator.request import LoadRequest
-from orchestrator.states import State
-from orchestrator.tokens import Generation
+from orchestrator.machine.states import State
+from orchestrator.runtime.owner import Call, Owner
+from orchestrator.settings.request import LoadRequest
 from tests.core.world import target
 from tests.shell.gates import ALL_KINDS, GatedEffects, VirtualClock
 from tests.shell.house import PATIENCE_S

@@ -12,31 +12,28 @@ from typing import Any, cast
 
 import pytest
 
-from orchestrator import actions
-from orchestrator.actions import Step
+from orchestrator.base.tokens import CancelToken, Generation
 from orchestrator.errors import Problem
-from orchestrator.history import LoadRecord
-from orchestrator.messages import (
+from orchestrator.machine import actions
+from orchestrator.machine.actions.working import Step
+from orchestrator.machine.commands import (
     Accept,
-    CancelRequested,
     Command,
     Concluded,
     Effect,
-    Fact,
     Post,
-    Request,
     SetTimer,
     Settle,
     SetToken,
-    SlotEvidence,
     Timings,
 )
-from orchestrator.owner import Call, Owner
-from orchestrator.ports import SlotLock
-from orchestrator.snapshot import Snapshot
-from orchestrator.states import State
-from orchestrator.table import TABLE, Row
-from orchestrator.tokens import CancelToken, Generation
+from orchestrator.machine.facts import CancelRequested, Fact, Request, SlotEvidence
+from orchestrator.machine.states import State
+from orchestrator.machine.table import TABLE, Row
+from orchestrator.runtime.history import LoadRecord
+from orchestrator.runtime.owner import Call, Owner
+from orchestrator.runtime.ports import SlotLock
+from orchestrator.runtime.snapshot import Snapshot
 from tests.shell.explorer import Report, explore
 from tests.shell.gates import HeldLock
 from tests.shell.scene import RecordedLifecycle, Scene

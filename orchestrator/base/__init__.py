@@ -1,0 +1,1 @@
+"""What every room may use: logs, tokens, small files, threads. Standard library and structlog."""

@@ -1,0 +1,1 @@
+"""`llama-orchestrator demo`: everything on a tiny model that it makes itself."""

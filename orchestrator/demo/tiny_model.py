@@ -1,0 +1,173 @@
+"""A valid GGUF of random weights: small enough to make on the spot, real enough to load.
+
+Owns the one model this project can always have: a llama-architecture file of about half a
+megabyte with one token per byte and its own chat template, which llama.cpp loads in
+milliseconds and answers with. The same arguments give the same bytes, and the file appears
+under its name complete or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+_N_EMBD = 64
+_N_HEAD = 2  # heads of 32 values: a whole block of every quantised KV cache type
+_N_FF = 128
+_N_BYTE_TOKENS = 256
+_SPECIAL_TOKENS = (b"<unk>", b"<s>", b"</s>")
+_PRINTABLE = range(0x20, 0x7F)
+_MAX_EXPERTS = 256  # llama.cpp refuses more than 512
+_FF_BLOCK = 32
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def write_tiny_model(
+    path: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    n_layer: int = 2,
+    padding_bytes: int = 0,
+    context_length: int = 2048,
+) -> Path:
+    """Write a llama-architecture GGUF of random weights and return its path.
+
+    Its answers are printable ASCII noise and run until `max_tokens` or the context is full.
+
+    Args:
+        path: Where to write; an existing file is replaced in one step.
+        seed: Same seed and sizes, same bytes.
+        n_layer: Number of transformer blocks, 1 or more.
+        padding_bytes: Make the file at least this much larger. llama.cpp refuses tensors it does
+            not know, so the size comes from a mixture of experts with zero weights: all of it
+            is loaded, of which one expert in up to 256 is computed per token.
+        context_length: Context the model claims to be trained for, in tokens.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ImportError: The `gguf` package is not installed.
+        ValueError: A size is out of range.
+        OSError: The file cannot be written.
+    """
+    if n_layer < 1 or context_length < 1 or padding_bytes < 0:
+        raise ValueError(
+            "n_layer and context_length must be 1 or more and padding_bytes 0 or more, "
+            f"not {n_layer}, {context_length} and {padding_bytes}"
+        )
+    gguf, numpy = _import_writer()
+    target = Path(path)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        writer = gguf.GGUFWriter(name, "llama")
+        n_expert, n_ff = _expert_sizes(padding_bytes, n_layer)
+        _add_metadata(writer, gguf, n_layer, context_length, n_expert, n_ff)
+        _add_weights(writer, numpy, seed, n_layer, n_expert, n_ff)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        Path(name).chmod(0o644)
+        Path(name).replace(target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def _import_writer() -> tuple[Any, Any]:
+    try:
+        import gguf
+        import numpy
+    except ImportError as error:
+        raise ImportError(
+            'making a tiny model needs the `gguf` package: pip install "llama-orchestrator[demo]"'
+        ) from error
+    return gguf, numpy
+
+
+def _expert_sizes(padding_bytes: int, n_layer: int) -> tuple[int, int]:
+    """Return the number of experts, 0 for a dense model, and the feed-forward width."""
+    if padding_bytes == 0:
+        return 0, _N_FF
+    block_bytes = n_layer * 3 * _FF_BLOCK * _N_EMBD * 4
+    n_blocks = _N_FF // _FF_BLOCK - (-padding_bytes // block_bytes)
+    n_expert = min(_MAX_EXPERTS, n_blocks)
+    return n_expert, _FF_BLOCK * -(-n_blocks // n_expert)
+
+
+def _add_metadata(
+    writer: Any, gguf: Any, n_layer: int, context_length: int, n_expert: int, n_ff: int
+) -> None:
+    writer.add_name("tiny random llama")
+    writer.add_context_length(context_length)
+    writer.add_embedding_length(_N_EMBD)
+    writer.add_block_count(n_layer)
+    writer.add_feed_forward_length(n_ff)
+    writer.add_head_count(_N_HEAD)
+    writer.add_head_count_kv(_N_HEAD)
+    writer.add_rope_dimension_count(_N_EMBD // _N_HEAD)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    if n_expert:
+        writer.add_expert_count(n_expert)
+        writer.add_expert_used_count(1)
+
+    kinds = gguf.TokenType
+    tokens = [*_SPECIAL_TOKENS, *(b"<0x%02X>" % byte for byte in range(_N_BYTE_TOKENS))]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types(
+        [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, *[kinds.BYTE] * _N_BYTE_TOKENS]
+    )
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(True)
+    writer.add_add_space_prefix(False)
+    writer.add_chat_template(_CHAT_TEMPLATE)
+
+
+def _add_weights(
+    writer: Any, numpy: Any, seed: int, n_layer: int, n_expert: int, n_ff: int
+) -> None:
+    rng = numpy.random.default_rng(seed)
+    n_vocab = len(_SPECIAL_TOKENS) + _N_BYTE_TOKENS
+
+    def noise(*shape: int) -> Any:
+        return rng.standard_normal(shape, dtype=numpy.float32) * numpy.float32(0.3)
+
+    def ones() -> Any:
+        return numpy.ones(_N_EMBD, dtype=numpy.float32)
+
+    # Rows of zeros keep every other token below the best printable ones.
+    output = numpy.zeros((n_vocab, _N_EMBD), dtype=numpy.float32)
+    first, last = (len(_SPECIAL_TOKENS) + byte for byte in (_PRINTABLE.start, _PRINTABLE.stop))
+    output[first:last] = noise(last - first, _N_EMBD)
+
+    writer.add_tensor("token_embd.weight", noise(n_vocab, _N_EMBD))
+    writer.add_tensor("output_norm.weight", ones())
+    writer.add_tensor("output.weight", output)
+    for layer in range(n_layer):
+        block = f"blk.{layer}"
+        writer.add_tensor(f"{block}.attn_norm.weight", ones())
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            writer.add_tensor(f"{block}.{name}.weight", noise(_N_EMBD, _N_EMBD))
+        writer.add_tensor(f"{block}.ffn_norm.weight", ones())
+        shapes = {"gate": (n_ff, _N_EMBD), "up": (n_ff, _N_EMBD), "down": (_N_EMBD, n_ff)}
+        if n_expert:
+            writer.add_tensor(f"{block}.ffn_gate_inp.weight", noise(n_expert, _N_EMBD))
+        for name, shape in shapes.items():
+            if n_expert:
+                zeros = numpy.zeros((n_expert, *shape), dtype=numpy.float32)
+                writer.add_tensor(f"{block}.ffn_{name}_exps.weight", zeros)
+            else:
+                writer.add_tensor(f"{block}.ffn_{name}.weight", noise(*shape))

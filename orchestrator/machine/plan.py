@@ -1,0 +1,79 @@
+"""What a load would do: the table is asked, without doing it.
+
+Pure: all times are monotonic seconds given by the caller.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from orchestrator.base.record import Named
+from orchestrator.base.redaction import redact
+from orchestrator.base.tokens import Ticket
+from orchestrator.errors import Problem
+from orchestrator.machine.commands import Accept, Loaded, Settle
+from orchestrator.machine.context import Context
+from orchestrator.machine.facts import LoadRequested
+from orchestrator.machine.states import State
+from orchestrator.machine.step import step
+from orchestrator.settings.argv import build_argv
+from orchestrator.settings.target import ReloadReason, Target, differences
+
+
+@dataclass(frozen=True, slots=True)
+class Plan(Named):
+    """What a load would do now.
+
+    Attributes:
+        action: `none` (it runs already, or is on its way), `load`, or `reload`.
+        reload_reasons: What keeps the running server from serving it.
+        argv: The command line it would start, with nothing secret in it.
+    """
+
+    action: Literal["none", "load", "reload"]
+    reload_reasons: list[ReloadReason]
+    argv: list[str]
+
+    def as_dict(self) -> dict[str, object]:
+        reasons = [reason.as_dict() for reason in self.reload_reasons]
+        return {"action": self.action, "reload_reasons": reasons, "argv": self.argv}
+
+
+def plan_load(state: State, ctx: Context, target: Target, *, at: float = 0.0) -> Plan:
+    """Return what the table would do with this load: by asking it, without doing it.
+
+    Args:
+        state, ctx: What is true now.
+        target: What would be asked for.
+        at: Monotonic seconds.
+
+    Raises:
+        OrchestratorError: the load would be refused at once.
+    """
+    ticket = Ticket(sys.maxsize)  # asked for after everything else
+    stepped = step(state, ctx, LoadRequested(ticket, target, at))
+    before = [ctx.running.target] if ctx.running else []
+    before += [job.target for job in stepped.ctx.wanted[:-1]]
+    for command in stepped.commands:
+        match command:
+            case Settle(answer=Problem() as problem) if command.ticket == ticket:
+                raise problem.error()
+            case Settle(answer=Loaded() as loaded) if command.ticket == ticket:
+                return Plan("none", [], _shown_argv(loaded.target))
+            case Accept(joined=True, generation=joined) if command.ticket == ticket:
+                shared = next(job for job in stepped.ctx.wanted if job.generation == joined)
+                return Plan("none", [], _shown_argv(shared.target))
+    newest = stepped.ctx.wanted[-1]
+    committed = {**dict(ctx.committed_args), **{t.source: t.extra_args for t in before}}
+    effective = newest.target.inheriting(committed)
+    if not before:
+        return Plan("load", [], _shown_argv(effective))
+    reasons = newest.reload_reasons or differences(before[-1], effective)
+    return Plan("reload", list(reasons), _shown_argv(effective))
+
+
+def _shown_argv(target: Target) -> list[str]:
+    shown = "<chat template>" if target.request.chat_template_override else None
+    return [redact(token) for token in build_argv(target, template_file=shown)]

@@ -1,0 +1,1 @@
+"""Where models come from: this machine, or the Hub."""

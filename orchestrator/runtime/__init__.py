@@ -1,0 +1,1 @@
+"""The owner, what it carries out, and the facades that callers use."""

@@ -1,0 +1,1 @@
+"""The process slot and the server in it; `psutil` here only."""

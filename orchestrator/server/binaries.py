@@ -1,0 +1,204 @@
+"""Which llama.cpp server to start, an external llama-server or the embedded one, and its `--help`.
+
+`auto` takes the first that exists: LLAMA_SERVER_PATH, llama-server on PATH, the embedded server.
+Looked at on every load, because a binary may be replaced under a running backend. What it can do
+is asked once per identity and remembered on disk; an inconclusive answer is never remembered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from orchestrator.base import launch, paths
+from orchestrator.base.json_file import write_note
+from orchestrator.base.log import say
+from orchestrator.errors import ServerUnavailable
+from orchestrator.models.local import identity_of
+from orchestrator.server import process_table
+from orchestrator.server.environment import inherited_environment
+from orchestrator.settings.files import FileIdentity
+from orchestrator.settings.help_text import Catalogue, FlagHelp, parse_help
+from orchestrator.settings.target import ServerBinary
+
+_ASK_S: Final = 10.0
+_MAX_ANSWER: Final = 1 << 20
+_say = partial(say, structlog.get_logger("orchestrator.server"))
+
+_EMBEDDED_HINT = 'pip install "llama-orchestrator[embedded]"'
+
+
+def find_server(llama_server: str | os.PathLike[str]) -> ServerBinary:
+    """Return what would be started.
+
+    Args:
+        llama_server: A path, `"auto"` or `"embedded"`.
+
+    Raises:
+        ServerUnavailable: missing, a folder, or not executable (field `llama_server`).
+    """
+    choice = os.fspath(llama_server).strip()
+    if choice == "embedded":
+        return _embedded()
+    if choice != "auto":
+        return _external(choice, "llama_server")
+    if named := os.environ.get("LLAMA_SERVER_PATH"):
+        return _external(named, "LLAMA_SERVER_PATH")
+    if found := shutil.which("llama-server"):
+        return _external(found, "PATH")
+    if importlib.util.find_spec("xllamacpp") is not None:
+        return _embedded()
+    raise ServerUnavailable.because(
+        "no llama-server: set LLAMA_SERVER_PATH, put llama-server on PATH, or " + _EMBEDDED_HINT,
+        field="llama_server",
+    )
+
+
+def _external(choice: str, origin: str) -> ServerBinary:
+    try:
+        path = Path(choice).expanduser()
+        problem: str | None = "is not a path"
+        if choice and "\0" not in choice:
+            paths.kept_in(path, path.name)
+            problem = _problem_of(path)
+        if problem is None:
+            absolute = os.path.abspath(path)
+            return ServerBinary("external", (absolute,), identity_of(absolute))
+    except (OSError, RuntimeError) as error:  # too long, gone meanwhile; no such user
+        problem = f"cannot be looked up ({getattr(error, 'strerror', None) or error})"
+    message = f"{origin}: {choice[:200]!r} {problem}"
+    raise ServerUnavailable.because(message, field="llama_server")
+
+
+def _problem_of(path: Path) -> str | None:
+    """Return why this cannot be executed, as far as it can be seen without trying: after the old
+    server is gone is too late.
+    """
+    if not path.exists():
+        return "does not exist: install llama.cpp, or give the path of llama-server"
+    if path.is_dir():
+        return "is a folder: give the llama-server binary inside it"
+    if not path.is_file():
+        return "is not a regular file: give the llama-server binary"
+    if not os.access(path, os.X_OK):
+        return "is not executable: chmod +x it, or give the llama-server binary"
+    if not os.access(path, os.R_OK):
+        return None
+    with open(path, "rb") as file:
+        head = file.read(256)
+    if head.startswith(b"#!"):
+        interpreter = os.fsdecode((head[2:].split(b"\n")[0].split() or [b""])[0])
+        usable = os.access(interpreter, os.X_OK) and not os.path.isdir(interpreter)
+        return None if usable else f"needs the interpreter {interpreter!r}, which is missing"
+    if sys.platform == "linux" and not head.startswith((b"\x7fELF", b"MZ")):
+        return "is neither a program nor a script with #!: give the llama-server binary"
+    return None
+
+
+def _embedded() -> ServerBinary:
+    spec = importlib.util.find_spec("xllamacpp")
+    if spec is None or spec.origin is None:
+        raise ServerUnavailable.because(
+            f"the embedded server needs xllamacpp: {_EMBEDDED_HINT}", field="llama_server"
+        )
+    python = launch.interpreter()
+    if python is None:
+        raise ServerUnavailable.because(
+            "the embedded server needs a Python interpreter, and this program is none: give the "
+            "path of a llama-server",
+            field="llama_server",
+        )
+    script = str(Path(__file__).with_name("embedded.py"))
+    for path in (python, script):
+        paths.kept_in(path, Path(path).name)
+    paths.kept_in(spec.origin, "xllamacpp")
+    # -P: this folder must not come before the standard library (it has an `http` of its own)
+    return ServerBinary("embedded", (python, "-P", script), identity_of(spec.origin))
+
+
+def ask_catalogue(server: ServerBinary, cache: Path) -> Catalogue | None:
+    """Return what this binary can do; runs it once per identity and machine, about 10 ms.
+
+    Args:
+        server: The binary; a replaced one is asked again.
+        cache: Folder for answers; one that cannot be written costs a question per process.
+    """
+    return _known(server.command, server.identity, str(cache)) or _asked(server, cache)
+
+
+_answers: dict[FileIdentity, Catalogue] = {}
+
+
+def _known(command: tuple[str, ...], identity: FileIdentity, cache: str) -> Catalogue | None:
+    if identity in _answers:
+        return _answers[identity]
+    try:
+        members = json.loads(_file_of(command, identity, cache).read_text(encoding="utf-8"))
+        flags = tuple(
+            FlagHelp(tuple(f["names"]), f["takes_value"], tuple(f["choices"]), f["is_removed"])
+            for f in members["flags"]
+        )
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return _answers.setdefault(identity, Catalogue(flags))
+
+
+def _asked(server: ServerBinary, cache: Path) -> Catalogue | None:
+    try:
+        returncode, text = _run((*server.command, "--help"))
+    except (OSError, ValueError) as error:
+        _say("warning", "catalogue.inconclusive", server=server.command[0], error=str(error))
+        return None
+    found = parse_help(text)
+    if found is None or returncode != 0:
+        _say("warning", "catalogue.inconclusive", server=server.command[0], returncode=returncode)
+        return None
+    _answers[server.identity] = found
+    write_note(_file_of(server.command, server.identity, str(cache)), asdict(found))
+    return found
+
+
+def _run(command: tuple[str, ...]) -> tuple[int, str]:
+    """Run to the end, with a server's environment; whatever is left of it is killed.
+
+    Into a file, because a pipe would be held open by a grandchild.
+    """
+    with tempfile.TemporaryFile() as output:
+        process = launch.popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=inherited_environment(),
+            start_new_session=True,
+        )
+        identity = process_table.identify(process.pid)
+        pin = process_table.Pin.of(identity) if identity is not None else None
+        if pin is not None:  # None: it has ended already
+            process_table.wait_exited([pin], _ASK_S)
+            pin.close()
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)  # not reaped yet, so the group is its own
+        process.wait()
+        output.seek(0)
+        return process.returncode, output.read(_MAX_ANSWER).decode("utf-8", "replace")
+
+
+@lru_cache(maxsize=64)
+def _file_of(command: tuple[str, ...], identity: FileIdentity, cache: str) -> Path:
+    key = hashlib.sha256(repr((command, identity)).encode()).hexdigest()[:32]
+    return Path(cache) / f"help-{key}.json"

@@ -1,0 +1,300 @@
+"""Why a server did not start: its last output and exit status, read into one sentence.
+
+Pure and table-driven: every real start failure of llama-server ends with exit status 1, so the
+output decides. What names a cause wins over what only follows from one, and a later line over an
+earlier one; a line below error level, or from before the server was ready, never decides. What no
+row knows keeps its last error line. Texts come from provoking them on llama.cpp build 11434 and,
+for accelerators, from its sources and issues.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from orchestrator.errors import Problem
+from orchestrator.settings.flags import SHADOWED, flag_of
+
+_EXTRA: Final = "llama_extra_args"
+_SERVER: Final = "llama_server"
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """One row: what the output says, and what to tell the caller.
+
+    Attributes:
+        reason: Stable word for programs.
+        field: What to change: a field of the request, `llama_server`, or None. `model_path` stands
+            for the file that could not be loaded, whichever it was.
+        pattern: Searched in every line; a group `flag` names the flag to blame.
+        advice: What happened and what to do; may use the groups of the pattern and `subject`.
+        flags: Flags that take the blame when they are in the extra args, beside the field's own.
+    """
+
+    reason: str
+    field: str | None
+    pattern: re.Pattern[str]
+    advice: str
+    flags: str = ""
+
+
+def _cause(reason: str, field: str | None, pattern: str, advice: str, flags: str = "") -> Cause:
+    return Cause(reason, field, re.compile(pattern, re.IGNORECASE), advice, flags)
+
+
+_MEMORY: Final = (
+    r"out[ _]?of[ _]?(device|host)?[ _]?(memory|resources)|failed to allocate|unable to allocate|"
+    r"can'?t allocate|cannot allocate|bad_alloc|insufficient memory|ALLOC(ATION)?_FAIL|"
+    r"memory allocation of size \d+ failed|exceeds device .*limit|larger than buffer maximum"
+)
+_DAMAGED: Final = "the {subject} file is damaged or incomplete: download it again"
+
+# fmt: off
+CAUSES: Final = (
+    _cause("missing_library", _SERVER,
+        r"error(?: while)? loading shared librar(?:y|ies:) (?P<what>[^:]+)|"
+        r"Library not loaded: (?P<macos>\S+)",
+        "the shared library {what}{macos} is missing or unusable: reinstall {field}, or set "
+        "LD_LIBRARY_PATH"),
+    _cause("missing_library", _SERVER,
+        r"symbol lookup error|error relocating|undefined symbol|version `\S+' not found|"
+        r"no backends are loaded",
+        "the program and its shared libraries do not belong together: reinstall {field}"),
+    _cause("removed_flag", None,
+        r'handling argument "(?P<flag>-[^"]+)": the argument has been removed\.?(?P<what>.*)',
+        "this llama-server has removed {flag}: {what}"),
+    _cause("malformed_flag", None,
+        r'error while handling argument "(?P<flag>-[^"]+)": (?:error: )?(?P<what>.*)',
+        "llama-server refuses {flag} ({what}): correct its value"),
+    _cause("malformed_flag", "server_env",
+        r'error while handling environment variable "(?P<what>[^"]+)"',
+        "llama-server refuses the variable {what}: correct it in {field}"),
+    _cause("unknown_flag", None,
+        r"error: invalid argument: (?P<flag>-[^\s=]+)=",
+        "this llama-server does not take {flag}=VALUE: give the value as the next argument"),
+    _cause("unknown_flag", None,
+        r"error: invalid argument: (?P<flag>\S+)",
+        "this llama-server does not know {flag}: remove it, or use a build that has it"),
+    _cause("port_in_use", None,
+        r"couldn't bind HTTP server socket|address already in use",
+        "the server could not bind its port: try again"),
+    _cause("unknown_architecture", "model_path",
+        r"unknown (?:model architecture|projector type): '?(?P<what>[^']*)",
+        "this llama-server does not know the {subject}'s architecture {what!r}: use a newer build"),
+    _cause("unknown_architecture", "model_path",
+        r"GGUF file is version \d+ but|unknown (?:pre-tokenizer type|tokenizer)|invalid ggml type",
+        "the {subject} is of a newer format than this llama-server reads: use a newer build"),
+    _cause("corrupt_model", "model_path",
+        r"check_tensor_dims|(?:wrong number of|missing) tensors?|unable to find tensor|"
+        r"error loading model (?:hyperparameters|vocabulary)",
+        "the {subject} file is not what this llama-server expects of its kind: download it again, "
+        "or use the build it was made for"),
+    _cause("corrupt_model", "model_path",
+        r"not within the file bounds|corrupted or incomplete|invalid magic|invalid gguf|GGUFv1|"
+        r"failed to read (?:magic|key-value|tensor)|failed to seek|unexpectedly reached end of file"
+        r"|endianness",
+        _DAMAGED),
+    _cause("permission", "model_path",
+        r"(?:failed to|cannot) open.*permission denied",
+        "the server may not read the {subject} file: change its permissions"),
+    _cause("projector_mismatch", "mmproj_path",
+        r"mismatch between text model",
+        "the projector does not fit the model: choose the one that belongs to it"),
+    _cause("bad_template", "chat_template_override",
+        r"chat_templates_init: error: (?P<what>.+)|While executing (?P<where>.+) in source|"
+        r"^Error: (?P<said>Jinja.+)",
+        "the chat template fails ({what}{where}{said}): correct it, or set chat_template_override "
+        "if it is the model's own"),
+    _cause("needs_flash_attention", "cache_type_kv",
+        r"V cache (?:quantization )?requires flash_attn",
+        "a quantised V cache needs flash attention: allow it, or set cache_type_kv to f16",
+        "-fa --flash-attn"),
+    _cause("speculative_unsupported", "speculative_type",
+        r"failed to create MTP context",
+        "the model cannot draft this way: set speculative_type to another type, or to off"),
+    _cause("out_of_memory", "max_seq_length",
+        rf"(?:kv[_ ]cache|init_from_model|new_context|graph_reserve|create_context).*(?:{_MEMORY})",
+        "not enough memory for the context: use a smaller max_seq_length or cache_type_kv",
+        "-b --batch-size -ub --ubatch-size"),
+    _cause("out_of_memory", None,
+        _MEMORY,
+        "not enough memory: use a smaller model or context, or fewer layers on the GPU (-ngl)"),
+)
+
+CONSEQUENCES: Final = (
+    _cause("file_missing", "model_path",
+        r"failed to open.*no such file",
+        "the {subject} file was not found: check its path"),
+    _cause("corrupt_model", "model_path",
+        r"failed to read header",
+        _DAMAGED),
+    _cause("adapter_failed", _EXTRA,
+        r"failed to (?:load|apply) lora adapter",
+        "the LoRA adapter cannot be used: choose one made for this model"),
+    _cause("draft_failed", _EXTRA,
+        r"failed to load draft model",
+        "the draft model cannot be used: choose another"),
+    _cause("projector_mismatch", "mmproj_path",
+        r"failed to load (?:CLIP|multimodal) model",
+        "the projector cannot be used: choose the one that belongs to the model"),
+    _cause("bad_template", "chat_template_override",
+        r"chat template (?:is not supported|parsing error)|"
+        r"failed to (?:apply|initialize|parse) (?:chat )?template",
+        "the chat template cannot be used: correct it, or set chat_template_override if it is the "
+        "model's own"),
+    _cause("unusable_gpu", _SERVER,
+        r"(?:CUDA|ROCm|HIP|MUSA|SYCL) error|DeviceLost|ggml_metal.*failed with status",
+        "this build, this GPU and its driver do not work together: use a build made for them, "
+        "update the driver, or set -ngl 0"),
+    _cause("resource_limit", None,
+        r"Resource temporarily unavailable|too many open files",
+        "a limit on threads or files was reached: raise it (ulimit), or use fewer threads (-t)"),
+    _cause("crashed", None,
+        r"what\(\):\s*(?P<what>.+)|\.(?:c|cpp|cu|cuh|h|m):\d+: (?P<check>.+)",
+        "it gave up on an internal error ({what}{check}): change what is unusual about this load, "
+        "or try another build"),
+    _cause("context_failed", "max_seq_length",
+        r"failed to create[ _]context",
+        "the server could not create its context: check max_seq_length and the extra args"),
+)
+# fmt: on
+
+# What the server said it was loading when it gave up -> the field that named it, and its name.
+_SUBJECTS: Final = (
+    ("failed to load multimodal model", "mmproj_path", "projector"),
+    ("failed to load draft model", _EXTRA, "draft model"),
+    ("failed to load lora adapter", _EXTRA, "LoRA adapter"),
+)
+_FLAGS: Final = {**SHADOWED, "n_parallel": "-np --parallel", "mmproj_path": "--mmproj"}
+_FIELD_OF: Final = {flag.rstrip("!"): f for f, flags in _FLAGS.items() for flag in flags.split()}
+_READY: Final = re.compile(r"\blistening on http")
+# Said in starts that succeed, whatever the words: below error level, metadata, debuggers.
+_HARMLESS: Final = re.compile(
+    r"^[\d.]{6,} [DIWT] |^(INFO|WARN|VERB) \[|\bwarn(ing)?:|pinned memory|- kv +\d+:|"
+    r"^(gdb|lldb)\b|fit params to free",
+    re.IGNORECASE,
+)
+_EMPTY_WORDS: Final = re.compile(r"exiting due to|to show complete usage|Failed to init server")
+_LONGEST: Final = 240
+
+_KILLED: Final = "most likely by the kernel for want of memory: use a smaller model or context"
+_CPU: Final = "this build needs instructions that this CPU does not have: use another llama_server"
+_SHRUNK: Final = "a file it had mapped became shorter or unreadable: load again, or check the disk"
+_CRASHED: Final = ("crashed", "it crashed: try another build of llama_server", _SERVER)
+_SIGNALS: Final = {
+    signal.SIGKILL: ("killed", f"it was killed, {_KILLED}", None),
+    signal.SIGTERM: ("killed", "somebody else ended it: load again", None),
+    signal.SIGILL: ("wrong_cpu", _CPU, _SERVER),
+    signal.SIGBUS: ("crashed", _SHRUNK, "model_path"),
+    signal.SIGSEGV: _CRASHED,
+    signal.SIGABRT: _CRASHED,
+}
+_UNANSWERABLE: Final = (signal.SIGKILL, signal.SIGILL)
+"""Ends that no output explains: whatever was printed before is beside the point."""
+
+
+def explain(
+    returncode: int | None, log_tail: tuple[str, ...], extra_args: tuple[str, ...] = ()
+) -> Problem:
+    """Return why a server that ended before it was ready did so, as far as it can be told.
+
+    Args:
+        returncode: Exit status; negative for a signal; None when nobody saw it.
+        log_tail: Its last lines, oldest first; all of them are kept.
+        extra_args: What the caller gave, to tell a flag of theirs from one of ours.
+    """
+    said = _what_counts(log_tail)
+    signum = _signal_of(returncode)
+    matches = () if signum in _UNANSWERABLE else _matches(said)
+    for cause, found in matches:
+        reason, message, field = _blame(cause, found, said, extra_args)
+        break
+    else:
+        reason, why, field = _by_status(returncode, signum, said or log_tail)
+        message = f"llama-server ended {_how(returncode)} before it was ready: {why}"
+    if field is not None and field not in message:
+        message = f"{message} (see {field})"
+    return Problem("server_start_failed", message, field=field, log_tail=log_tail, reason=reason)
+
+
+def _what_counts(log_tail: tuple[str, ...]) -> tuple[str, ...]:
+    """Leave out what cannot have ended the server."""
+    ready = [n for n, line in enumerate(log_tail) if _READY.search(line)]
+    since = log_tail[ready[-1] + 1 :] if ready else log_tail
+    return tuple(line for line in since if not _HARMLESS.search(line))
+
+
+def _matches(said: tuple[str, ...]) -> Iterator[tuple[Cause, re.Match[str]]]:
+    """Yield what the output says went wrong, the most telling first."""
+    for line in reversed(said):
+        for cause in CAUSES:
+            if found := cause.pattern.search(line):
+                yield cause, found
+    for cause in CONSEQUENCES:
+        for line in reversed(said):
+            if found := cause.pattern.search(line):
+                yield cause, found
+
+
+def _blame(
+    cause: Cause, found: re.Match[str], said: tuple[str, ...], extra_args: tuple[str, ...]
+) -> tuple[str, str, str | None]:
+    """Return the reason, the sentence and the field."""
+    groups = {name: _plain(text or "") for name, text in found.groupdict().items()}
+    theirs = {flag_of(token) or token for token in extra_args}
+    field, subject = cause.field, "model"
+    if flag := groups.get("flag"):
+        flag = flag_of(flag) or flag
+        field = _EXTRA if flag in theirs else _FIELD_OF.get(flag, _SERVER)
+    elif theirs.intersection(f"{cause.flags} {_FLAGS.get(field or '', '')}".split()):
+        field = _EXTRA
+    elif field == "model_path":
+        lost = (who for what, *who in _SUBJECTS if any(what in line for line in said))
+        field, subject = next(lost, (field, subject))
+    return cause.reason, cause.advice.format(**groups, subject=subject, field=field), field
+
+
+def _plain(text: str) -> str:
+    """The text without what only a C++ programmer understands."""
+    if text.startswith(("stof", "stod")):
+        return "not a number"
+    if text.startswith("sto"):
+        return "not a whole number, or too large"
+    return text.strip()[:_LONGEST]
+
+
+def _signal_of(returncode: int | None) -> int | None:
+    """Return the signal that ended it, also in a shell wrapper's way to say so."""
+    if returncode is None or 0 <= returncode <= 128:
+        return None
+    return -returncode if returncode < 0 else returncode - 128
+
+
+def _by_status(
+    returncode: int | None, signum: int | None, said: tuple[str, ...]
+) -> tuple[str, str, str | None]:
+    """Return the reason, what to say, and the field."""
+    if signum in _SIGNALS:
+        return _SIGNALS[signal.Signals(signum)]
+    if returncode is not None and returncode < 0:
+        return "crashed", "see its output", None
+    if returncode in {126, 127}:
+        return "not_executable", "the command behind it could not be run: check its script", _SERVER
+    errors = [line for line in said if re.search("error|fail", line, re.IGNORECASE)]
+    telling = [line for line in errors if not _EMPTY_WORDS.search(line)] or errors or said
+    return "exited", telling[-1].strip() if telling else "it printed nothing", None
+
+
+def _how(returncode: int | None) -> str:
+    if returncode is None:
+        return "with an unknown status"
+    if returncode >= 0:
+        return f"with exit status {returncode}"
+    try:
+        return f"by {signal.Signals(-returncode).name}"
+    except ValueError:
+        return f"by signal {-returncode}"

@@ -1,0 +1,63 @@
+"""When to signal a server, how long it may take to be gone, and how often to probe it.
+
+Pure: all times are monotonic seconds given by the caller; nothing here reads a clock.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from dataclasses import dataclass
+from typing import Final
+
+TERM_AGAIN_S: Final = 0.15
+"""A second SIGTERM this soon: llama-server ignores the first while a stream is active, for 20 s
+and more, and ends in 16 ms at the second. An idle one with a keep-alive connection needs 0.1 s."""
+FIRST_PROBE_S: Final = 0.0015
+LONGEST_PROBE_S: Final = 0.25
+_PROBE_GROWTH: Final = 1.3
+_GONE_BASE_S: Final = 5.0
+_GONE_PER_GIB_S: Final = 0.25  # measured: 0.064 s a GiB after SIGKILL; four times that
+
+
+@dataclass(frozen=True, slots=True)
+class SignalAt:
+    """One rung of the kill ladder; `at_s` is absolute monotonic time."""
+
+    at_s: float
+    signum: int
+
+
+def kill_plan(grace_s: float, *, now: float) -> tuple[SignalAt, ...]:
+    """Return the signals to send to everything in the slot, earliest first.
+
+    Args:
+        grace_s: Seconds between the first SIGTERM and SIGKILL; 0 means SIGKILL at once.
+        now: Monotonic time in seconds, never wall clock.
+
+    Raises:
+        ValueError: `grace_s` is negative or not finite.
+
+    Source: signal(7); a stopped process keeps SIGTERM pending until SIGCONT.
+    """
+    if not math.isfinite(grace_s) or grace_s < 0:
+        raise ValueError(f"grace_s must be 0 or more, not {grace_s}")
+    kill = SignalAt(now + grace_s, signal.SIGKILL)
+    if grace_s == 0:
+        return (kill,)
+    again = now + min(TERM_AGAIN_S, grace_s / 2)
+    return SignalAt(now, signal.SIGTERM), SignalAt(again, signal.SIGTERM), kill
+
+
+def gone_within_s(resident_bytes: int) -> float:
+    """Return how long after SIGKILL a process of this size may take to be gone."""
+    return _GONE_BASE_S + _GONE_PER_GIB_S * resident_bytes / (1 << 30)
+
+
+def next_probe_s(last_s: float | None) -> float:
+    """Return how long to wait before the next readiness probe if nothing happens before.
+
+    Args:
+        last_s: What this returned the last time; None for the first probe.
+    """
+    return FIRST_PROBE_S if last_s is None else min(last_s * _PROBE_GROWTH, LONGEST_PROBE_S)

@@ -1,0 +1,1 @@
+"""What may be asked for: requests, flags, identity. Pure."""

@@ -1,0 +1,32 @@
+"""Names of Hub repos, as a request may give them. Pure text; nobody is asked."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+_REPO: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_MAX_REPO_CHARACTERS: Final = 96
+
+
+def split_reference(model_path: str) -> tuple[str, str | None] | None:
+    """Return the repo id and the variant of `owner/name` or `owner/name:VARIANT`.
+
+    Returns:
+        None where it cannot be a Hub repo: a path, or characters that the Hub does not allow.
+
+    Source: the rules of `huggingface_hub.utils.validate_repo_id`.
+    """
+    repo, colon, variant = model_path.partition(":")
+    if (
+        _REPO.fullmatch(repo) is None
+        or len(repo) > _MAX_REPO_CHARACTERS
+        or "--" in repo
+        or ".." in repo
+        or any(part.endswith(("-", ".")) for part in repo.split("/"))
+        or repo.endswith((".gguf", ".git"))
+    ):
+        return None
+    if not colon:
+        return repo, None
+    return (repo, variant.strip()) if variant.strip() else None

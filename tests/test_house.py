@@ -1,0 +1,68 @@
+"""The folders say what a file may import: arrows point down."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import orchestrator
+
+HOUSE = Path(orchestrator.__file__).parent
+LOWEST_FIRST = (
+    *({"base"}, {"errors"}, {"settings"}, {"machine", "models"}, {"server"}),
+    *({"runtime"}, {"http"}, {"cli"}, {"demo"}),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(LOWEST_FIRST) for room in rooms}
+NAMES = {path: path.relative_to(HOUSE).as_posix() for path in sorted(HOUSE.rglob("*.py"))}
+FILES = [path for path, name in NAMES.items() if re.split("[/.]", name)[0] in FLOOR]
+ONLY_IN = {
+    "transitions": "machine/step.py",
+    "huggingface_hub": "models/hub/fetcher.py",
+    "psutil": "server/",
+}
+PURE = {"settings", "machine", "errors"}
+IMPURE = {
+    *("asyncio", "http", "io", "multiprocessing", "select", "selectors", "shutil", "socket"),
+    *("subprocess", "tempfile", "threading", "time", "urllib"),
+}
+
+
+def imports(file: Path) -> set[str]:
+    """Return every module a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} imports relatively"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES.get)
+def test_arrows_point_down(file: Path) -> None:
+    room = re.split("[/.]", NAMES[file])[0]
+    for name in imports(file):
+        top, _, rest = name.partition(".")
+        if top == "orchestrator" and (other := rest.partition(".")[0]) in FLOOR:
+            assert other == room or FLOOR[other] < FLOOR[room], f"{name} is above, or beside"
+            is_narrow = rest.startswith(("machine.facts.", "machine.commands."))
+            assert room != "server" or other != "machine" or is_narrow, f"{name} decides"
+        elif room in PURE:
+            assert top not in IMPURE, f"{room} does no I/O"
+        where = ONLY_IN.get(top)
+        assert where is None or NAMES[file].startswith(where), f"{top} is elsewhere"
+        is_known = top == "orchestrator" or top in sys.stdlib_module_names
+        assert room not in PURE or is_known or top == "transitions", f"{room} imports {name}"
+
+
+def test_a_door_only_keeps_an_import_path_alive() -> None:
+    """`orchestrator.diagram`, `.embedded` and `.tiny_model` were public before there were rooms."""
+    doors = {p.name: p.read_text() for p in HOUSE.glob("*.py") if p.stem not in FLOOR}
+    del doors["__init__.py"]
+    assert set(doors) == {"diagram.py", "embedded.py", "tiny_model.py"}
+    assert all(text.count("\n") <= 15 for text in doors.values())
