@@ -29,8 +29,8 @@ from orchestrator.errors import (
     SlotOccupied,
     StateDirError,
 )
-from orchestrator.machine import plan
-from orchestrator.server import process_table
+from orchestrator.models.source import ModelSource
+from orchestrator.server import ladder, process_table
 from orchestrator.server.binaries import find_server
 from tests.process.support import Fake, Make, transitions
 
@@ -120,16 +120,14 @@ def test_a_model_that_is_damaged_during_the_load_is_refused_too(
     orch: Orchestrator, fake: Fake, model_a: str, model_b: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file may be replaced between the look and the start: nothing is started then."""
-    from orchestrator.models import local
-
-    locate = local.locate
+    fetch = ModelSource.fetch
     orch.load(model_a)
 
     def late(*args: Any) -> Any:
         truncated(Path(model_b))
-        return locate(*args)
+        return fetch(*args)
 
-    monkeypatch.setattr(local, "locate", late)
+    monkeypatch.setattr(ModelSource, "fetch", late)
     with pytest.raises(InvalidModel):
         orch.load(model_b)
     assert orch.status().state is State.IDLE
@@ -408,7 +406,7 @@ def test_a_state_directory_that_is_lost_while_a_model_runs_is_an_error_not_a_los
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Somebody cleans up too much: the server is still ended, and nothing is started unrecorded."""
-    monkeypatch.setattr(plan, "_GONE_BASE_S", 0.2)
+    monkeypatch.setattr(ladder, "_GONE_BASE_S", 0.2)
     directory = tmp_path / "lost"
     directory.mkdir()
     orch = make(state_dir=directory, kill_grace_s=0.2)

@@ -24,7 +24,7 @@ import pytest
 from orchestrator import AsyncOrchestrator, Orchestrator, State
 from orchestrator.demo import tiny_model
 from orchestrator.errors import Cancelled, ServerStartFailed, Superseded
-from orchestrator.models import local
+from orchestrator.models.source import ModelSource
 from orchestrator.server.warden import Warden
 from tests.conftest import servers_of
 from tests.process.support import (
@@ -159,17 +159,17 @@ def test_a_cancel_in_every_state_leaves_nothing(
 ) -> None:
     """Killing, Downloading, Spawning, WaitingHealth; Healthy is past cancelling."""
     gates = {state: threading.Event() for state in (State.DOWNLOADING, State.SPAWNING)}
-    locate, spawn = local.locate, Warden.spawn
+    fetch, spawn = ModelSource.fetch, Warden.spawn
 
-    def gated_locate(*args: Any) -> Any:
+    def gated_fetch(*args: Any) -> Any:
         gates[State.DOWNLOADING].wait(30)
-        return locate(*args)
+        return fetch(*args)
 
     def gated_spawn(*args: Any) -> None:
         gates[State.SPAWNING].wait(30)
         spawn(*args)
 
-    monkeypatch.setattr(local, "locate", gated_locate)
+    monkeypatch.setattr(ModelSource, "fetch", gated_fetch)
     monkeypatch.setattr(Warden, "spawn", gated_spawn)
     real.start()
     for state in (State.DOWNLOADING, State.SPAWNING, State.WAITING_HEALTH):

@@ -192,7 +192,7 @@ def test_a_step_of_the_wall_clock_ends_nothing_and_prolongs_nothing(
 
 IN_A_STATE = """
 from orchestrator.base import launch
-from orchestrator.models import local
+from orchestrator.models.source import ModelSource
 def stop_in(module, name, *, after):
     wrapped = getattr(module, name)
     def stopping(*args, **settings):
@@ -206,7 +206,7 @@ orch = make(kill_grace_s=GRACE_S)
 state = STATE
 if state == "Downloading":
     orch.start()
-    stop_in(local, "locate", after=True)
+    stop_in(ModelSource, "fetch", after=True)
 if state == "Spawning":
     orch.start()
     stop_in(launch, "popen", after=True)
@@ -459,14 +459,15 @@ structlog.configure(
     cache_logger_on_first_use=False,
 )
 sys.stderr = open("/dev/full", "w")
-from orchestrator import OrchestratorError, models
+from orchestrator import OrchestratorError
+from orchestrator.models.source import ModelSource
 first = orch.load(a["model"])
-locate = models.locate
+fetch = ModelSource.fetch
 def failing(*args): raise RuntimeError("of the effect")
-models.locate = failing
+ModelSource.fetch = failing
 try: failed = orch.load(a["model"], force_reload=True).status
 except OrchestratorError as error: failed = error.category
-models.locate = locate
+ModelSource.fetch = fetch
 guardian = orch._owner.effects._guardian
 guardian.kill()
 guardian.wait()

@@ -29,9 +29,8 @@ from orchestrator.errors import (
     SlotOwned,
     StateDirError,
 )
-from orchestrator.machine import plan
-from orchestrator.models import local
-from orchestrator.server import process_table
+from orchestrator.models.source import ModelSource
+from orchestrator.server import ladder, process_table
 from orchestrator.server.process_table import Pin
 from orchestrator.server.slot import Slot
 from orchestrator.server.warden import Warden
@@ -533,7 +532,7 @@ def immortal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     patch = pytest.MonkeyPatch()
     patch.setattr(Pin, "signal", lambda *_: None)
     patch.setattr(os, "killpg", lambda *_: None)
-    monkeypatch.setattr(plan, "_GONE_BASE_S", 0.2)
+    monkeypatch.setattr(ladder, "_GONE_BASE_S", 0.2)
     yield patch.undo
     patch.undo()
 
@@ -572,7 +571,7 @@ def test_a_server_that_may_not_be_signalled_keeps_the_slot(
     def forbidden(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(plan, "_GONE_BASE_S", 0.2)
+    monkeypatch.setattr(ladder, "_GONE_BASE_S", 0.2)
     fake.behave(children=["daemon"])
     orch = make(kill_grace_s=0.1)
     pid = orch.load(model_a).pid
@@ -678,14 +677,14 @@ def test_a_cancel_while_the_old_server_dies_starts_nothing(
 def test_a_cancel_while_the_model_is_looked_up_starts_nothing(
     orch: Orchestrator, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Downloading: the look-up ends by itself, and what it found is not wanted."""
-    gate, locate = threading.Event(), local.locate
+    """Downloading: the second look-up ends by itself, and what it found is not wanted."""
+    gate, fetch = threading.Event(), ModelSource.fetch
 
     def gated(*args: Any) -> Any:
         gate.wait(30)
-        return locate(*args)
+        return fetch(*args)
 
-    monkeypatch.setattr(local, "locate", gated)
+    monkeypatch.setattr(ModelSource, "fetch", gated)
     loading = Background(orch.load, model_a, load_request_id="a")
     until_state(orch, State.DOWNLOADING)
     cancelling = Background(orch.cancel, "a")

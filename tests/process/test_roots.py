@@ -23,6 +23,7 @@ from orchestrator.errors import InvalidRequest, ModelNotFound, OrchestratorError
 from orchestrator.models import local
 from orchestrator.models.local import is_local, locate
 from orchestrator.models.roots import ModelRoots, model_roots
+from orchestrator.models.source import ModelSource
 from orchestrator.settings import flags
 from orchestrator.settings.files import ModelFiles
 from orchestrator.settings.request import LoadRequest
@@ -355,14 +356,14 @@ def test_a_link_changed_after_the_load_was_accepted_is_looked_at_again(
     link = tmp_path / "models" / "link.gguf"
     link.symlink_to("good.gguf")
     orch = make(models_dir=[tmp_path / "models"])
-    real = local.locate
+    fetch = ModelSource.fetch
 
-    def swapped(request: LoadRequest, roots: ModelRoots | None = None) -> ModelFiles:
+    def swapped(*args: Any) -> ModelFiles:
         link.unlink()
         link.symlink_to(secret)
-        return real(request, roots)
+        return fetch(*args)
 
-    monkeypatch.setattr(local, "locate", swapped)
+    monkeypatch.setattr(ModelSource, "fetch", swapped)
     with pytest.raises(InvalidRequest, match="outside of the allowed"):
         orch.load("link.gguf")
     assert orch.status().state == "Idle"
