@@ -346,6 +346,21 @@ def test_a_crash_while_the_next_one_is_fetched_is_answered_by_a_restart() -> Non
     assert run.settle().category(load) == "loaded"
 
 
+def test_a_restart_that_fails_is_tried_again_though_a_load_awaits_its_model() -> None:
+    run = Run(Policy(restart=replace(RULES, limit=2)))
+    run.load(A)
+    run.settle()
+    run.load(B, prefetch=True)
+    run.do(Exited(Generation(1), run.now, Exit(41, -9)))
+    run.emptied()
+    run.do(TimerFired(Generation(1), run.now, "restart"))
+    run.go(W)
+    run.fail()
+    run.emptied()
+    assert run.ctx.recovery is not None
+    assert (run.ctx.recovery.phase, run.ctx.recovery.failures) == ("waiting", 2)
+
+
 def test_what_ran_comes_back_before_what_awaits_its_model() -> None:
     run = healthy()
     load = run.load(C, restore_previous=True)
@@ -460,6 +475,8 @@ def test_a_prefetch_that_fails_or_takes_too_long_says_so() -> None:
     late = prefetch(run, B, deadline_s=1)
     run.do(TimerFired(Generation(-2), run.now, "deadline"))
     assert (told(run, late).category, tokens(run)) == ("deadline", [-2])
+    assert told(run, late).message == "not on disk within deadline_s = 1.0"
+    assert told(run, late).generation is None
     run.do(TimerFired(Generation(-2), run.now, "deadline"))
     assert [type(c) for c in run.commands] == [Fence]
 

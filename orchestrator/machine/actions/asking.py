@@ -145,11 +145,7 @@ def follow_queue(s: Step) -> None:
 
 
 def answer_prefetched(s: Step) -> None:
-    """The model is on disk: found there by the call, or fetched for it."""
-    fact = cast("PrefetchRequested | Fetched", s.fact)
-    if isinstance(fact, PrefetchRequested):
-        s.emit(Settle(fact.ticket, Prefetched(fact.target.model)))
-        return
+    fact = cast("Fetched", s.fact)
     job = cast("Job", find(s.ctx.prefetches, fact.generation))
     s.put(prefetches=tuple(j for j in s.ctx.prefetches if j is not job))
     s.settle(job.callers, Prefetched(fact.model))

@@ -43,7 +43,10 @@ def fail_awaiting(s: Step) -> None:
 def fail_prefetch(s: Step) -> None:
     fact = cast("TimerFired", s.fact)  # or a FetchFailed
     job = cast("Job", find(s.ctx.prefetches, fact.generation))
-    problem = deadline(job) if isinstance(s.fact, TimerFired) else s.problem
+    problem = s.problem
+    if isinstance(s.fact, TimerFired):
+        message = f"not on disk within deadline_s = {job.target.request.deadline_s}"
+        problem = Problem("deadline", message, field="deadline_s")
     drop(s, (job,))
     s.settle(job.callers, problem)
 
@@ -257,7 +260,8 @@ def superseded(s: Step, job: Job) -> Problem:
 
 
 def cancelled(job: Job) -> Problem:
-    return Problem("cancelled", "cancelled by the caller", generation=job.generation)
+    number = job.generation if job.generation > 0 else None  # a prefetch has none that is shown
+    return Problem("cancelled", "cancelled by the caller", generation=number)
 
 
 def deadline(job: Job) -> Problem:

@@ -91,7 +91,7 @@ def fail(
     recovery = s.ctx.recovery
     if job.after is not None and recovery is None:
         s.put(last_error=restored_with(job.after, problem))
-    elif job.after is None or recovery is None or s.ctx.queue:
+    elif job.after is None or recovery is None or s.ctx.is_due:
         s.put(last_error=problem)
     else:
         policy, at = cast("RestartPolicy", s.ctx.policy.restart), s.fact.at
