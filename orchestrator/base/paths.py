@@ -20,7 +20,7 @@ class _Names:
     def __init__(self) -> None:
         self._names: OrderedDict[str, str] = OrderedDict()
         self._lock = threading.Lock()
-        self.changes = 0
+        self.changes: int = 0
 
     def add(self, names: Mapping[str, str]) -> None:
         with self._lock:
