@@ -24,10 +24,6 @@ def raise_in(thread: threading.Thread, error: type[BaseException]) -> None:
     )
 
 
-def thread_named(name: str) -> threading.Thread:
-    return next(thread for thread in threading.enumerate() if thread.name == name)
-
-
 def functions_of(thread: threading.Thread) -> list[str]:
     """What a thread is doing, innermost first."""
     found, frame = [], sys._current_frames().get(thread.ident or 0)
@@ -35,6 +31,11 @@ def functions_of(thread: threading.Thread) -> list[str]:
         found.append(frame.f_code.co_name)
         frame = frame.f_back
     return found
+
+
+def thread_in(function: str) -> threading.Thread | None:
+    """Return a thread that is in a function now."""
+    return next((t for t in threading.enumerate() if function in functions_of(t)), None)
 
 
 # what was raised between an `open` and its `with` leaves the file to the garbage collector
@@ -47,9 +48,7 @@ def test_an_effect_whose_thread_is_to_end_fails_its_load_and_nothing_else(
     fake.behave(loading_s=-1, work="print")
     orch = make().start()
     loading = Background(orch.load, model_a)
-    worker = thread_named("llama-effects-default")
-    until(lambda: "wait_ready" in functions_of(worker), "the probe")
-    raise_in(worker, error)
+    raise_in(until(lambda: thread_in("wait_ready"), "the probe"), error)
     failed = loading.error()
     assert isinstance(failed, OrchestratorError), failed
     assert (failed.problem.category, error.__name__ in failed.message) == ("internal", True)
