@@ -212,7 +212,8 @@ def inv_a_server_ends_once(edge: Edge) -> str | None:
                 return f"server {command.pid} is told to have ended, and is alive"
     child = edge.before.ctx.child
     is_forgotten = child is not None and edge.after.ctx.child != child
-    if child is not None and is_forgotten and child.pid not in edge.after.told_ended:
+    told = {command.pid for command in edge.commands if isinstance(command, ServerEnded)}
+    if child is not None and is_forgotten and child.pid not in edge.before.told_ended | told:
         return f"server {child.pid} is forgotten, and its end was never told"
     return None
 

@@ -55,7 +55,7 @@ from orchestrator.machine.facts import (
 )
 from orchestrator.machine.states import State
 from tests.core.programs import Action
-from tests.core.seen import Process, is_owed
+from tests.core.seen import Process, owed_by
 from tests.core.world import (
     AT,
     STRAY,
@@ -65,7 +65,6 @@ from tests.core.world import (
     Noticed,
     Status,
     Timer,
-    View,
     Work,
     WorkKind,
     World,
@@ -307,12 +306,12 @@ class Scenario:
         if not world.lies:
             return
         told = world._replace(lies=world.lies - 1)
-        view = View(self.actions, world)
+        owed = owed_by((work.kind, work.generation) for work in world.work)
         for number in range(1, world.core.ctx.generation + 1):
             for fact in stale_completions(
                 Generation(number), evidence(world), child_is_alive(world)
             ):
-                if not is_owed(fact, view):
+                if (fact.trigger, number) not in owed:
                     text = f"a late {fact.trigger} of load {number} arrives"
                     yield Move("adversary", text, told, fact, is_own=False)
 
@@ -408,7 +407,7 @@ class _Changes:
             timers=self._timers,
             tokens=self._tokens,
             concluded=self._concluded,
-            told_ended=self._told_ended,
+            told_ended=self._told_ended & ({core.ctx.child.pid} if core.ctx.child else set()),
         )
 
 

@@ -7,7 +7,7 @@ the invariants believes the machine about itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -53,7 +53,7 @@ class World(Protocol):
 
     @property
     def told_ended(self) -> frozenset[int]:
-        """Servers of which it has been said that they have ended."""
+        """The server on record, if it has been said that it has ended."""
 
     @property
     def tokens(self) -> frozenset[Generation]:
@@ -117,14 +117,23 @@ def category(answer: Answer | None) -> str | None:
 
 def is_owed(completion: Completion, world: World) -> bool:
     """Is something in flight that may report this?"""
-    generation = completion.generation
-    beside = {"resolved": {"resolve"}, "fetched": {"prefetch"}}.get(completion.trigger, set())
-    if completion.trigger == "fetch_failed":
-        beside = {"resolve", "prefetch"}
-    return any(
-        effect.generation == generation and effect.kind == completion.effect
-        for effect in world.in_flight
-    ) or any((kind, generation) in world.beside for kind in beside)
+    under_way = (*((e.kind, e.generation) for e in world.in_flight), *world.beside)
+    return (completion.trigger, completion.generation) in owed_by(under_way)
+
+
+def owed_by(under_way: Iterable[tuple[str, Generation]]) -> set[tuple[str, Generation]]:
+    """Return the triggers of what may be reported by what is being done, with its generation."""
+    return {(trigger, generation) for kind, generation in under_way for trigger in _ENDS[kind]}
+
+
+_ENDS = {
+    "kill": ("emptied", "kill_failed"),
+    "resolve": ("resolved", "fetch_failed"),
+    "prefetch": ("fetched", "fetch_failed"),
+    "download": ("fetched", "fetch_failed"),
+    "spawn": ("spawned", "spawn_failed"),
+    "probe": ("ready", "not_ready"),
+}
 
 
 def is_known(accept: Accept, world: World) -> bool:

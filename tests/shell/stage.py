@@ -416,7 +416,7 @@ class Stage:
             tuple(self.owed),
             frozenset(self.beside),
             frozenset(self.owner.history.records),
-            frozenset(self.told_ended),
+            self._told_of_child(),
             frozenset(g for g, token in self.owner._tokens.items() if token.is_set()),
             self.ledger.having(Status.WAITING, Status.ENDED),
             self.ledger.having(Status.ENDED, Status.GONE),
@@ -426,6 +426,10 @@ class Stage:
             self.ledger.was_shut_down,
             self.is_quiescent,
         )
+
+    def _told_of_child(self) -> frozenset[int]:
+        child = self.owner.snapshot.ctx.child
+        return frozenset(self.told_ended & {child.pid} if child is not None else ())
 
     def key(self) -> tuple[object, ...]:
         """Everything the future depends on: equal keys have equal futures."""
@@ -446,7 +450,7 @@ class Stage:
             frozenset((g, token.is_set()) for g, token in owner._tokens.items()),
             tuple((g, isinstance(answer, Loaded)) for g, answer in outcomes(owner).items()),
             frozenset(self.beside),
-            frozenset(self.told_ended),
+            self._told_of_child(),
             frozenset(owner._calls),
             frozenset(self.ledger.cancelled_ids),
             self.clock.now,
