@@ -309,8 +309,8 @@ class Facade:
 
     def _target(self, request: LoadRequest) -> Target:
         self._source.check_args(request.llama_extra_args or ())
-        server = self._parts.server(self._llama_server)
-        target = Target(request, self._source.look_up(request), server)
+        model, server = self._source.look_up(request), self._parts.server(self._llama_server)
+        target = Target(request, model, server)
         if target.speculative_type is not None:
             catalogue = self._parts.catalogue(server, self._cache)
             server = replace(server, catalogue=catalogue)
