@@ -84,7 +84,7 @@ def test_closing_ends_every_reader_after_what_there_is_to_tell(
         assert reader.result(PATIENCE_S) == [*LOAD, "Killing", "Idle"]
 
     async def main() -> None:
-        orch = house.asynchronous()
+        orch = await house.asynchronous().start()  # a reader that begins after the end is refused
 
         async def read() -> list[str]:
             return [event.data["dest"] async for event in orch.events(after=0)]

@@ -55,8 +55,8 @@ function showPlan(...parts) {
   say($("argv"), argv ? argv.join(" ") : "");
 }
 
-/** Ask for what the form means now. Every click is a load of its own. */
-export function apply() {
+/** Ask for what the form means now. Every click is a load of its own; ends when it is accepted. */
+export async function apply() {
   let body;
   try {
     body = read();
@@ -65,6 +65,7 @@ export function apply() {
   }
   body.load_request_id = `panel-${[...crypto.getRandomValues(new Uint32Array(4))].map((n) => n.toString(36)).join("")}`;
   sending = sending.then(() => submit(body));
+  await sending;
 }
 
 async function submit(body) {

@@ -107,8 +107,7 @@ $("key").addEventListener("submit", (event) => {
 
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  apply();
-  refresh();
+  apply().then(refresh);
 });
 $("match").addEventListener("click", () => {
   fill(status?.loaded, { force: true });
