@@ -186,7 +186,7 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("idle_expired", ALL, "",                           STAY, "fence"),
     _row("exited", H,    "is_child",                        K, "record_exit tell_exit lose_server revoke_leases take_next begin_kill"),
     _row("exited", I,    "is_child",                        K, "record_exit tell_exit begin_kill"),
-    _row("exited", K,    "is_child is_found_dead",          STAY, "record_exit tell_exit revoke_leases kill_when_drained"),
+    _row("exited", K,    "is_child is_found_dead",          STAY, "record_exit tell_exit"),
     _row("exited", K,    "is_child",                        STAY, "record_exit revoke_leases kill_when_drained"),
     _row("exited", W,    "is_child",                        STAY, "record_exit tell_exit"),
     _row("exited", ALL,  "",                                STAY, "fence"),

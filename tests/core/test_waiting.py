@@ -591,6 +591,8 @@ def test_whoever_waits_for_its_health_may_find_it_dead_before_its_exit_is_notice
     exited = Exited(Generation(1), 0.0, Exit(41, 1))
     run, _ = in_flight(W)
     run.do(seen)
+    run.do(Exited(Generation(1), 0.0, Exit(40, 1)))
+    assert [type(c) for c in run.commands] == [Fence], "not its child"
     run.do(exited)
     assert ended(run) == ([(41, "exit")] if how == "exit" else [])
     run.emptied()
