@@ -595,6 +595,7 @@ def test_whoever_waits_for_its_health_may_find_it_dead_before_its_exit_is_notice
     assert [type(c) for c in run.commands] == [Fence], "not its child"
     run.do(exited)
     assert ended(run) == ([(41, "exit")] if how == "exit" else [])
+    assert run.ctx.last_exit == Exit(41, 1)
     run.emptied()
     assert ended(run) == ([] if how == "exit" else [(41, "stopped")])
     run, _ = in_flight(W)
