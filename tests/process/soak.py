@@ -65,7 +65,7 @@ class Held:
             children = len(file.read().split())
         return cls(
             len(os.listdir("/proc/self/fd")),
-            threading.active_count(),
+            sum(t.name != "llama-worker" for t in threading.enumerate()),  # those are bounded
             children,
             sum(1 for _ in state_dir.rglob("*")) + len(os.listdir(tempfile.gettempdir())),
             tracemalloc.get_traced_memory()[0],
