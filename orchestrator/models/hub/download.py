@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 
 import structlog
 
@@ -54,6 +54,8 @@ LISTING_S: Final = 20.0
 
 _MAX_BYTES: Final = 1 << 50
 _MAX_ANSWERS: Final = 64
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 _FALLS_BACK: Final = frozenset({"hub_unreachable", "hub_rate_limited", "hub_error"})
 _say = partial(say, structlog.get_logger("orchestrator.download"))
 
@@ -85,7 +87,7 @@ class Hub:
     def __init__(self, records: Path) -> None:
         self._records = records
         self._listed: dict[tuple[str, str], dict[str, tuple[int, str]]] = {}
-        self._answers: dict[tuple[str | None, ...], tuple[float, ModelFiles]] = {}
+        self._answers: dict[str, tuple[float, ModelFiles]] = {}
 
     # ----------------------------------------------------------------------- without the network
 
@@ -110,10 +112,8 @@ class Hub:
         commit = cached.commit(request.revision) if cached else None
         if cached is None or commit is None:
             return None
-        listed = self._listing(repo, commit)
-        names = listed or dict.fromkeys(cached.names(commit))
         with contextlib.suppress(ModelNotFound):
-            return Wanted(cached, commit, _choose(names, variant, request), listed)
+            return self._wanted(cached, commit, variant, request)
         return None
 
     # ---------------------------------------------------------------------------- with the network
@@ -143,9 +143,7 @@ class Hub:
             answer = self._asked(request, token, progress, is_patient=files is None)
         except OrchestratorError as error:
             answer = _fallen_back(files, error)
-        self._answers[_question(request)] = time.monotonic(), answer
-        for old in list(self._answers)[:-_MAX_ANSWERS]:
-            self._answers.pop(old, None)
+        _remember(self._answers, _question(request), (time.monotonic(), answer))
         return answer
 
     def recent(self, request: LoadRequest) -> ModelFiles | None:
@@ -175,7 +173,8 @@ class Hub:
         if model is None or not (model.is_resolved and model.is_settled):
             model = self.resolve(request, token, progress)
         hub = cast("HubModel", model.hub)
-        wanted = self._wanted(hub, model.variant, request)
+        place, commit = cache.place(hub.repo), cast("str", hub.commit)
+        wanted = self._wanted(place, commit, model.variant, request)
         if (files := _on_disk(wanted, request)) is not None:
             try:
                 found = self._verified(wanted, files, request, token, progress)
@@ -183,9 +182,9 @@ class Hub:
                 if cache.is_offline():
                     raise
                 if not wanted.listed:  # it has been set aside, and nobody has noted what it was
-                    pinned = replace(request, revision=hub.commit)
+                    pinned = replace(request, revision=commit)
                     self._asked(pinned, token, progress, is_patient=True)
-                    wanted = self._wanted(hub, model.variant, request)
+                    wanted = self._wanted(place, commit, model.variant, request)
             else:  # as it was answered, with its note
                 return replace(found, hub=hub)
         try:
@@ -253,10 +252,15 @@ class Hub:
         hub = HubModel(wanted.repo.repo, request.revision, commit)
         return ModelFiles((), None, wanted.chosen.variant, hub)
 
-    def _wanted(self, hub: HubModel, variant: str | None, request: LoadRequest) -> Wanted:
-        """Return the files of a model that is resolved."""
-        commit = cast("str", hub.commit)
-        cached, listed = cache.place(hub.repo), self._listing(hub.repo, commit)
+    def _wanted(
+        self, cached: CachedRepo, commit: str, variant: str | None, request: LoadRequest
+    ) -> Wanted:
+        """Return the files of a variant at a commit.
+
+        Raises:
+            ModelNotFound: as far as is known here, there is no such variant.
+        """
+        listed = self._listing(cached.repo, commit)
         names = listed or dict.fromkeys(cached.names(commit))
         return Wanted(cached, commit, _choose(names, variant, request), listed)
 
@@ -306,9 +310,7 @@ class Hub:
         }
         if (cached := cache.find(repo)) is None:
             cached = cache.place(name if name.lower() == repo.lower() else repo)
-        self._listed[repo.lower(), commit] = listed  # also where no note can be written
-        for old in list(self._listed)[:-_MAX_ANSWERS]:
-            self._listed.pop(old, None)
+        _remember(self._listed, (repo.lower(), commit), listed)  # also where no note can be written
         write_note(self._listing_file(repo, commit), {"files": listed})
         return cached, commit, listed
 
@@ -375,12 +377,19 @@ def _check_token(token: CancelToken) -> None:
         raise Cancelled.because("the download was cancelled")
 
 
-def _question(request: LoadRequest) -> tuple[str | None, ...]:
-    """What the Hub is asked by a request, and by whom."""
+def _remember(known: dict[_K, _V], key: _K, value: _V) -> None:
+    """Keep a value, and forget the oldest."""
+    known[key] = value
+    for old in list(known)[:-_MAX_ANSWERS]:
+        known.pop(old, None)
+
+
+def _question(request: LoadRequest) -> str:
+    """What the Hub is asked by a request, and by whom; a hash, so that no token is kept."""
     repo, variant = _reference(request)
     projector = request.mmproj_path and "given"
     asked = variant and variant.lower(), request.revision, projector, request.hf_token
-    return (repo.lower(), *asked)
+    return _key(repo.lower(), *asked)
 
 
 def _fallen_back(files: ModelFiles | None, error: OrchestratorError) -> ModelFiles:
