@@ -64,6 +64,7 @@ class Job:
 
     Attributes:
         callers: Who still waits for it; empty once it is cancelled.
+        newest_before: The newest load (`Context.newest_load`) when it was accepted.
         token: Mirror of its cancel token; only the step that cancels it sets both.
         phase_at: When it entered its present phase, monotonic seconds.
         attempts: How often the slot was found occupied again between kill and spawn.
@@ -80,6 +81,7 @@ class Job:
     phase_at: float
     timings: Timings = Timings()
     reload_reasons: tuple[ReloadReason, ...] = ()
+    newest_before: Ticket = Ticket(0)
     token: CancelReason | None = None
     attempts: int = 0
     awaits: Literal["answer", "files"] | None = None
@@ -154,7 +156,7 @@ class Context:
         running: What the child was committed with; kept until it is stopped, for comparison.
         leases: Who keeps the running server from being stopped.
         ending: Loads that are concluded when the slot is verified empty, as `waiters` are answered.
-        newest_load: The latest call whose load was accepted.
+        newest_load: The latest call whose load was accepted; who leaves a load does not count.
         unloads: The latest unload of each model, by the name it was given; None is of any model.
         cancelled_ids: Cancels that came before their load, with the time they were made.
         seen_ids: Ids of recent loads; a cancel of one of these is late, not early.

@@ -385,6 +385,40 @@ def test_an_older_call_that_arrives_later_does_not_supersede() -> None:
     assert run.settle().category(newer) == "loaded"
 
 
+@pytest.mark.parametrize("model", ["A", "B"])
+@pytest.mark.parametrize("others", [1, 2])
+def test_an_older_call_does_not_give_way_to_callers_that_have_left(
+    model: str, others: int
+) -> None:
+    """Who goes away withdraws only its own interest, also where its load was accepted first."""
+    run = Run()
+    older = run.ticket()
+    gone = [run.load("A") for _ in range(others)]
+    for ticket in gone:
+        run.withdraw(ticket)
+    run.load(model, ticket=older)
+    run.go(H)
+    assert run.category(older) == "loaded"
+
+
+def test_an_older_call_gives_way_to_those_that_stay_of_a_load_that_one_has_left() -> None:
+    run = Run()
+    older = run.ticket()
+    stays, leaves = run.load("A"), run.load("A")
+    run.withdraw(leaves)
+    run.load("B", ticket=older)
+    run.go(H)
+    assert [run.category(ticket) for ticket in (older, stays)] == ["superseded", "loaded"]
+
+
+def test_an_older_call_gives_way_to_a_load_that_goes_on_without_callers() -> None:
+    run = Run(Policy(abandoned_load="continue"))
+    older = run.ticket()
+    run.withdraw(run.load("A"))
+    run.load("B", ticket=older)
+    assert run.category(older) == "superseded"
+
+
 def test_an_older_call_does_not_win_over_a_newer_one_that_was_already_loaded() -> None:
     """The newer call was answered without a load of its own; it is the newest all the same."""
     run = healthy(A)

@@ -157,6 +157,11 @@ def remember_cancel(s: Step) -> None:
 def forget_ticket(s: Step) -> None:
     """The caller has gone: nothing is owed to it any more."""
     gone = s.ticket
+    if gone == s.ctx.newest_load and s.ctx.policy.abandoned_load == "cancel":
+        for job in s.ctx.wanted:
+            tickets = {caller.ticket for caller in job.callers}
+            if gone in tickets:
+                s.put(newest_load=max({job.newest_before} | (tickets - {gone})))
     keep_callers(s, lambda caller: caller.ticket != gone)
     s.put(
         waiters=tuple(w for w in s.ctx.waiters if w.ticket != gone),

@@ -121,7 +121,16 @@ def enqueue_own(
         concluded = Concluded(
             failed.generation, failed.target, failed.accepted_at, spent(s, failed), failure
         )
-    job = Job(generation, target, callers, s.fact.at, s.fact.at, after=failure, failed=concluded)
+    job = Job(
+        generation,
+        target,
+        callers,
+        s.fact.at,
+        s.fact.at,
+        newest_before=s.ctx.newest_load,
+        after=failure,
+        failed=concluded,
+    )
     queue = s.ctx.queue
     at = next((i for i, other in enumerate(queue) if other.awaits), len(queue))
     s.put(generation=generation, queue=(*queue[:at], job, *queue[at:]), last_error=failure)

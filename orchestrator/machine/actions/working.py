@@ -87,8 +87,15 @@ def accepted(s: Step, fact: LoadRequested | PrefetchRequested) -> Job:
         return Job(generation, fact.target, callers, fact.at, fact.at, awaits="files")
     generation = Generation(s.ctx.generation + 1)
     s.put(generation=generation)
-    awaits = awaited_by(fact.target)
-    return Job(generation, fact.target, callers, fact.at, fact.at, awaits=awaits)
+    return Job(
+        generation,
+        fact.target,
+        callers,
+        fact.at,
+        fact.at,
+        newest_before=s.ctx.newest_load,
+        awaits=awaited_by(fact.target),
+    )
 
 
 def begin_waiting(s: Step, job: Job) -> None:
