@@ -387,9 +387,7 @@ def test_an_older_call_that_arrives_later_does_not_supersede() -> None:
 
 @pytest.mark.parametrize("model", ["A", "B"])
 @pytest.mark.parametrize("others", [1, 2])
-def test_an_older_call_does_not_give_way_to_callers_that_have_left(
-    model: str, others: int
-) -> None:
+def test_an_older_call_does_not_give_way_to_callers_that_have_left(model: str, others: int) -> None:
     """Who goes away withdraws only its own interest, also where its load was accepted first."""
     run = Run()
     older = run.ticket()
