@@ -89,6 +89,7 @@ lint: $(VENV)/.ready
 types: $(VENV)/.ready
 	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH="$(CURDIR)" \
 	  basedpyright --verifytypes orchestrator --ignoreexternal
+	PATH="$(abspath $(BIN)):$$PATH" basedpyright -p tests/types
 
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .

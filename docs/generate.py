@@ -33,6 +33,7 @@ from orchestrator.http.problems import CATEGORIES
 from orchestrator.machine import diagram
 from orchestrator.runtime.orchestrator import AsyncOrchestrator
 from orchestrator.server import failures
+from orchestrator.settings.fields import SETTINGS
 
 _ROOT: Final = Path(__file__).parents[1]
 _FROM_THE_ROOT: Final = {
@@ -134,7 +135,16 @@ def _api() -> str:
             "::: orchestrator.runtime.calls.Facade\n    options:\n      members: false\n"
             "      show_root_heading: false\n      show_root_toc_entry: false"
         ),
-        *(f"::: orchestrator.{name}" for name in [*first, *others]),
+        *(f"::: orchestrator.{name}" for name in first),
+        "### The fields of a load",
+        _table(
+            ["field", "default", "what"],
+            (
+                (_code(name), "" if name == "model_path" else f"`{row.default!r}`", row.help)
+                for name, row in SETTINGS.items()
+            ),
+        ),
+        *(f"::: orchestrator.{name}" for name in others),
         "::: orchestrator.http.create_app",
         "::: orchestrator.http.router",
         "::: orchestrator.http.PassThrough",

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         TimedOut,
         Unavailable,
         UnsupportedPlatform,
+        WrongKind,
         WrongProcess,
     )
     from orchestrator.machine.plan import Plan
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     )
     from orchestrator.runtime.events import Event
     from orchestrator.runtime.orchestrator import AsyncOrchestrator, Orchestrator
+    from orchestrator.settings.fields import LoadFields
     from orchestrator.settings.request import LoadRequest
     from orchestrator.settings.target import ReloadReason
 
@@ -73,12 +75,14 @@ _HOMES = {
         "HubRateLimited HubUnauthorized HubUnreachable Interrupted InvalidModel InvalidRequest "
         "MalformedRequest ModelNotFound NotLoaded OrchestratorError Problem RefusedArgument "
         "ServerExited ServerStartFailed ServerUnavailable ShuttingDown SlotOccupied SlotOwned "
-        "Stalled StateDirError Superseded TimedOut Unavailable UnsupportedPlatform WrongProcess"
+        "Stalled StateDirError Superseded TimedOut Unavailable UnsupportedPlatform WrongKind "
+        "WrongProcess"
     ),
     "runtime.events": "Event",
     "runtime.orchestrator": "AsyncOrchestrator Orchestrator",
     "machine.plan": "Plan",
     "machine.recovery": "RestartPolicy",
+    "settings.fields": "LoadFields",
     "settings.request": "LoadRequest",
     "settings.target": "ReloadReason",
     "machine.states": "State",
@@ -108,6 +112,7 @@ __all__ = [
     "InvalidModel",
     "InvalidRequest",
     "LeasedServer",
+    "LoadFields",
     "LoadOutcome",
     "LoadProgress",
     "LoadRequest",
@@ -141,6 +146,7 @@ __all__ = [
     "UnsupportedPlatform",
     "Variant",
     "Variants",
+    "WrongKind",
     "WrongProcess",
     "__version__",
 ]

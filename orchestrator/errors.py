@@ -4,6 +4,7 @@ OrchestratorError
 ├── InvalidRequest            400  a setting that cannot be honoured
 │   ├── RefusedArgument       400  a llama-server flag the orchestrator owns
 │   ├── InvalidModel          400  empty, truncated or not a GGUF
+│   ├── WrongKind             400  a route that a server of this `kind` does not answer
 │   └── MalformedRequest      422  unknown field, wrong type
 ├── ModelNotFound             404
 ├── Interrupted               409  ended before its commit
@@ -226,6 +227,11 @@ class RefusedArgument(InvalidRequest):
 class InvalidModel(InvalidRequest):
     category = "invalid_model"
     title = "The model file cannot be used"
+
+
+class WrongKind(InvalidRequest):
+    category = "wrong_kind"
+    title = "The server that runs is of another kind"
 
 
 class MalformedRequest(InvalidRequest):

@@ -20,7 +20,7 @@ from click.core import ParameterSource
 
 from orchestrator.cli import options
 from orchestrator.cli.output import say_json
-from orchestrator.settings.request import MAX_SECONDS
+from orchestrator.settings.checks import MAX_SECONDS
 
 PREFIX: Final = "LLAMA_ORCHESTRATOR_"
 FILE_VARIABLE: Final = PREFIX + "CONFIG"

@@ -17,7 +17,9 @@ from urllib.parse import urlsplit
 import click
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.settings.request import MAX_SECONDS, LoadRequest
+from orchestrator.settings.checks import MAX_SECONDS
+from orchestrator.settings.fields import SETTINGS, type_of
+from orchestrator.settings.request import LoadRequest
 
 DEFAULT_PORT: Final = 8642
 DEFAULT_URL: Final = f"http://127.0.0.1:{DEFAULT_PORT}"
@@ -108,7 +110,7 @@ def json_option() -> Decorator:
 def hub_options() -> Decorator:
     """Of a model that comes from the Hub."""
     return together(
-        click.option("--revision", metavar="R", help="Branch, tag or commit on the Hub."),
+        _setting("revision"),
         click.option("--hf-token-file", metavar="F", help="Hub token; default: HF_TOKEN, login."),
     )
 
@@ -123,46 +125,31 @@ def model_options() -> Decorator:
             metavar="MODEL",
             help="A .gguf file, a folder, or owner/name[:VARIANT] on the Hub.",
         ),
-        option("--gguf-variant", metavar="V", help="Quant label, e.g. Q4_K_M."),
-        option("--max-seq-length", type=int, metavar="N", help="Context in tokens; 0 = Auto."),
-        option("--cache-type-kv", metavar="T", help="KV cache type, e.g. q8_0."),
-        option("--speculative-type", metavar="S", help="default, off, ngram-mod, ..."),
+        *(_setting(name) for name in SETTINGS if _is_option(name) and name != "revision"),
         option("--chat-template-file", metavar="F", help="Jinja file instead of the model's own."),
-        option("--mmproj", "--mmproj-path", "mmproj_path", metavar="F", help="Vision projector."),
-        option(
-            *("-np", "--parallel", "--n-parallel", "n_parallel"),
-            type=int,
-            metavar="N",
-            help="Requests served at the same time.",
-        ),
-        option(
-            *("--stall-timeout", "stall_timeout_s"),
-            type=float,
-            metavar="S",
-            help="Give up after this long without progress.",
-        ),
-        option(
-            *("--deadline", "deadline_s"),
-            type=float,
-            metavar="S",
-            help="Give up after this long in all.",
-        ),
         hub_options(),
     )
 
 
 def start_options() -> Decorator:
     """Of a command that loads, beside what makes one load differ from another."""
-    option = click.option
-    return together(
-        option("--prefetch", is_flag=True, help="Download first, while what runs keeps serving."),
-        option(
-            "--restore-previous",
-            is_flag=True,
-            help="If it does not start, bring back what runs now.",
-        ),
-        option("--pinned", is_flag=True, help="Never unload it for being idle."),
-    )
+    return together(*(_setting(name) for name in SETTINGS if _is_option(name, switch=True)))
+
+
+def _is_option(name: str, *, switch: bool = False) -> bool:
+    row = SETTINGS[name]
+    return row.option != () and (type_of(name) is bool) is switch
+
+
+def _setting(name: str) -> Callable[[Any], Any]:
+    """Return the option of a setting; what its value may be is said when the request is made."""
+    row, type_ = SETTINGS[name], type_of(name)
+    names = row.option or (f"--{name.replace('_', '-')}",)
+    help_ = f"{row.help[0].upper()}{row.help[1:]}.".replace("null = ", "default: ")
+    value = "|".join(row.choices) or row.metavar
+    if type_ is bool:
+        return click.option(*names, name, is_flag=True, help=help_)
+    return click.option(*names, name, type=type_, metavar=value, help=help_)
 
 
 def idle_ttl_option(help_: str, **attributes: Any) -> Decorator:

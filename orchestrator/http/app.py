@@ -20,7 +20,7 @@ from starlette.responses import StreamingResponse
 import orchestrator
 from orchestrator.errors import NotLoaded
 from orchestrator.http import openapi, pages, schemas
-from orchestrator.http.bodies import json_body, known, refuse, while_connected
+from orchestrator.http.bodies import checked, json_body, while_connected
 from orchestrator.http.guards.headers import AnswerHeaders
 from orchestrator.http.guards.keys import PROBED_PATHS, RequireKey, shareable
 from orchestrator.http.guards.limits import MAX_BODY_BYTES, LimitBody
@@ -31,9 +31,20 @@ from orchestrator.http.openapi import answers, problems, sends, takes
 from orchestrator.http.passthrough import HELD_S, MAX_HELD, Below, PassThrough
 from orchestrator.http.paths import shown
 from orchestrator.http.problems import Json, ProblemRoute, install
+from orchestrator.machine.commands import CancelAnswer
+from orchestrator.machine.plan import Plan
 from orchestrator.machine.states import State
+from orchestrator.runtime.answers import (
+    LoadOutcome,
+    LoadProgress,
+    Options,
+    Status,
+    UnloadOutcome,
+    Variants,
+)
 from orchestrator.runtime.orchestrator import AsyncOrchestrator
 from orchestrator.server.output import MAX_LINES
+from orchestrator.settings import checks
 from orchestrator.settings.request import LoadRequest
 
 PREFIX: Final = "/api/inference"
@@ -137,9 +148,8 @@ def _add_loads(routes: APIRouter, orch: AsyncOrchestrator) -> None:
         "/load",
         openapi_extra=takes(schemas.LoadBody),
         responses={
-            200: {"model": schemas.LoadAnswer, "description": "Settled: the model is Healthy"},
-            202: {"model": schemas.AcceptedAnswer, "description": "Accepted (`wait=false`)"},
-            **problems(*openapi.LOAD),
+            **answers(LoadOutcome, *openapi.LOAD),
+            202: {"model": schemas.Accepted, "description": "Accepted (`wait=false`)"},
         },
     )
     async def load(request: Request, *, wait: bool = True) -> Response:
@@ -170,7 +180,7 @@ def _add_loads(routes: APIRouter, orch: AsyncOrchestrator) -> None:
             raise HTTPException(404, f"no load has generation {generation}") from None
         return Json({name: found[name] for name in schemas.LoadState.model_fields if name in found})
 
-    @routes.get("/loads", responses=answers(schemas.LoadsAnswer, *openapi.READ))
+    @routes.get("/loads", responses=answers(schemas.Loads, *openapi.READ))
     async def loads(limit: Annotated[int, Query(ge=1, le=256)] = 20) -> Response:
         return Json({"loads": [load.as_dict() for load in orch.history(limit)]})
 
@@ -181,34 +191,26 @@ def _add_requests(routes: APIRouter, orch: AsyncOrchestrator) -> None:
     @routes.post(
         "/unload",
         openapi_extra=takes(schemas.UnloadBody, required=False),
-        responses=answers(schemas.UnloadAnswer, *openapi.ASK),
+        responses=answers(UnloadOutcome, *openapi.ASK),
     )
     async def unload(request: Request) -> Response:
-        body = known(await json_body(request, required=False), schemas.UnloadBody)
-        model_path = body.get("model_path")
-        if model_path is not None and not isinstance(model_path, str):
-            refuse("model_path", "a string", model_path)
-        return Json((await orch.unload(model_path)).as_dict())
+        body = checked(schemas.UnloadBody, await json_body(request, required=False))
+        return Json((await orch.unload(body.model_path)).as_dict())
 
     @routes.post(
         "/cancel",
         openapi_extra=takes(schemas.CancelBody),
-        responses=answers(schemas.CancelAnswer, *openapi.ASK),
+        responses=answers(CancelAnswer, *openapi.ASK),
     )
     async def cancel(request: Request) -> Response:
-        body = known(await json_body(request), schemas.CancelBody)
-        generation = body.get("generation")
-        if generation is not None and type(generation) is not int:
-            refuse("generation", "a whole number", generation)
-        # a load's own rules for its id, so that both mean the same
-        like_a_load = LoadRequest(model_path="-", load_request_id=body.get("load_request_id"))
-        request_id = like_a_load.load_request_id
-        return Json({"cancelled": await orch.cancel(request_id, generation)})
+        body = checked(schemas.CancelBody, await json_body(request))
+        request_id = checks.request_id("load_request_id", body.load_request_id)
+        return Json({"cancelled": await orch.cancel(request_id, body.generation)})
 
     @routes.post(
         "/plan",
         openapi_extra=takes(schemas.LoadBody),
-        responses=answers(schemas.PlanAnswer, *openapi.PLAN),
+        responses=answers(Plan, *openapi.PLAN),
     )
     async def plan(request: Request) -> Response:
         wanted = LoadRequest.from_dict(await json_body(request))
@@ -217,29 +219,29 @@ def _add_requests(routes: APIRouter, orch: AsyncOrchestrator) -> None:
     @routes.post(
         "/variants",
         openapi_extra=takes(schemas.VariantsBody),
-        responses=answers(schemas.VariantsAnswer, *openapi.VARIANTS),
+        responses=answers(Variants, *openapi.VARIANTS),
     )
     async def variants(request: Request) -> Response:
-        body = known(await json_body(request), schemas.VariantsBody)
-        wanted = LoadRequest.from_dict(body)
+        body = checked(schemas.VariantsBody, await json_body(request))
+        wanted = LoadRequest.from_dict(body.model_dump(exclude_unset=True))
         return Json((await while_connected(request, orch.variants(wanted))).as_dict())
 
 
 def _add_views(routes: APIRouter, orch: AsyncOrchestrator) -> None:
     """What only reads: answered in microseconds, also while a load runs."""
 
-    @routes.get("/status", responses=answers(schemas.StatusAnswer, *openapi.LOOK))
+    @routes.get("/status", responses=answers(Status, *openapi.LOOK))
     async def status() -> Response:
         return Json(orch.status().as_dict())
 
     @routes.get(
         "/load-progress",
-        responses=answers(schemas.ProgressAnswer, *openapi.LOOK),
+        responses=answers(LoadProgress, *openapi.LOOK),
     )
     async def load_progress() -> Response:
         return Json(orch.progress().as_dict())
 
-    @routes.get("/logs", responses=answers(schemas.LogsAnswer, *openapi.READ))
+    @routes.get("/logs", responses=answers(schemas.Logs, *openapi.READ))
     async def logs(
         lines: Annotated[int, Query(ge=1, le=MAX_LINES)] = 200, *, follow: bool = False
     ) -> Response:
@@ -250,7 +252,7 @@ def _add_views(routes: APIRouter, orch: AsyncOrchestrator) -> None:
 
     @routes.get(
         "/options",
-        responses=answers(schemas.OptionsAnswer, 424, *openapi.READ),
+        responses=answers(Options, 424, *openapi.READ),
     )
     async def options() -> Response:
         return Json((await asyncio.to_thread(orch.options)).as_dict())
@@ -315,11 +317,11 @@ def _add_streams(routes: APIRouter, orch: AsyncOrchestrator) -> None:
 def _health(orch: AsyncOrchestrator, metrics: Metrics) -> APIRouter:
     routes = APIRouter(route_class=ProblemRoute, tags=["health"])
 
-    @routes.get("/healthz", responses=answers(schemas.HealthAnswer))
+    @routes.get("/healthz", responses=answers(schemas.Health))
     async def healthz() -> Response:
         return Json({"status": "alive"})
 
-    @routes.get("/readyz", responses=answers(schemas.HealthAnswer, 503))
+    @routes.get("/readyz", responses=answers(schemas.Health, 503))
     async def readyz() -> Response:
         state = orch.status().state
         if state is not State.HEALTHY:

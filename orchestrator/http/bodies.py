@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine
-from typing import Any, Final, NoReturn, TypeVar
+from collections.abc import Coroutine, Mapping
+from typing import Any, Final, TypeVar
 
 from fastapi import HTTPException, Request
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
-from orchestrator.errors import Cancelled, MalformedRequest
+from orchestrator.errors import Cancelled, MalformedRequest, Problem
+from orchestrator.settings.checks import printable
 
 MAX_BODY_BYTES: Final = 1 << 20
 _T = TypeVar("_T")
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 async def json_body(request: Request, *, required: bool = True) -> dict[str, Any]:
@@ -57,21 +59,26 @@ async def _bounded(request: Request) -> bytes:
     return bytes(data)
 
 
-def known(body: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    """Return the body when it has no field that the model does not have."""
-    for name in body:
-        if name not in model.model_fields:
-            fields = ", ".join(model.model_fields)
-            raise MalformedRequest.because(
-                f"unknown field {name!r}; known fields: {fields}", field=name
-            )
-    return body
+def checked(model: type[_Model], body: dict[str, Any]) -> _Model:
+    """Return the body as this model has it.
+
+    Raises:
+        MalformedRequest: a field is unknown, missing, or of another type.
+    """
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        raise MalformedRequest(malformed(error.errors()[0], model)) from None
 
 
-def refuse(field: str, wanted: str, value: object) -> NoReturn:
-    """Refuse a value for its type."""
-    kind = type(value).__name__
-    raise MalformedRequest.because(f"{field} must be {wanted}, not {kind}", field=field)
+def malformed(first: Mapping[str, Any], model: type[BaseModel] | None = None) -> Problem:
+    """Return what the first error of a validation means."""
+    field = printable(str(first["loc"][-1]))
+    message = f"{field}: {first['msg']}"
+    if model is not None and first["type"] == "extra_forbidden":
+        known = ", ".join(model.model_fields)
+        message = f"unknown field {field!r}; known fields: {known}"
+    return Problem("malformed", message, field=field)
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:

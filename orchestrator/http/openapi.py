@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.http.problems import CATEGORIES, MEDIA_TYPE
+from orchestrator.http.schemas import EXAMPLES, Problem
 
 _DESCRIPTION: Final = """
 Owns one `llama-server` process: loads, swaps and unloads models, never two at once.
@@ -43,7 +44,7 @@ def _tree(cls: type[OrchestratorError]) -> Iterator[type[OrchestratorError]]:
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the documentation of these failures, and of those that every request may meet."""
-    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemAnswer"}}}
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {
         status: {"description": _meaning(status), "content": content}
         for status in sorted({*_ALWAYS, *statuses})
@@ -58,13 +59,18 @@ def _meaning(status: int) -> str:
 
 def takes(model: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
     """Document the body of a route that reads it itself."""
-    content = {"application/json": {"schema": model.model_json_schema()}}
+    content = {"application/json": {"schema": model.model_json_schema(), **_example(model)}}
     return {"requestBody": {"required": required, "content": content}}
 
 
-def answers(model: type[BaseModel], *statuses: int) -> dict[int | str, dict[str, Any]]:
+def answers(model: type, *statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the documentation of an answer, and of the failures there may be instead."""
-    return {200: {"model": model}, **problems(*statuses)}
+    content = {"application/json": _example(model)}
+    return {200: {"model": model, "content": content}, **problems(*statuses)}
+
+
+def _example(model: type) -> dict[str, Any]:
+    return {"example": EXAMPLES[model]} if model in EXAMPLES else {}
 
 
 def sends(media_type: str) -> dict[int | str, dict[str, Any]]:
@@ -81,14 +87,24 @@ def describe(app: FastAPI, *, wants_key: bool) -> None:
     @cache
     def openapi() -> dict[str, Any]:
         document = made()
+        components = document.setdefault("components", {})
+        # what stands for a failure in an answer is its document, not the library's own record
+        components.setdefault("schemas", {}).update(_problem_schemas())
         document["paths"]["/v1/{path}"] = {method: _passed_on(method) for method in ("get", "post")}
         if wants_key:
-            schemes = document.setdefault("components", {}).setdefault("securitySchemes", {})
+            schemes = components.setdefault("securitySchemes", {})
             schemes["key"] = {"type": "http", "scheme": "bearer"}
             document["security"] = [{"key": []}]
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _problem_schemas() -> dict[str, Any]:
+    made = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+    found: dict[str, Any] = made["$defs"]
+    found["Problem"]["examples"] = [EXAMPLES[Problem]]
+    return found
 
 
 def _passed_on(method: str) -> dict[str, Any]:

@@ -1,34 +1,27 @@
-"""The panel at `/`: plain files, sent with headers that leave a browser no room.
+"""The panel at `/`: static files, sent with headers that leave a browser no room.
 
 Only scripts and styles of this origin run, nothing may frame the page, and nothing inside it
-reaches another host. The files hold no secret: they are sent without a key. The drawing of the
-machine is styled by a file made from the same text that is inside the drawing (`diagram.STYLE`),
-because a style inside it would not be allowed.
+reaches another host. The files hold no secret: they are sent without a key. Two are made here: the
+style of the drawing, which may not be inside it, and the settings that get a plain control.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Awaitable, Callable
-from functools import lru_cache
+import json
+import mimetypes
 from importlib import resources
-from typing import Final
+from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
 
 from orchestrator.machine import diagram
+from orchestrator.settings.fields import SETTINGS, SHOWN, type_of
 
 _FOLDER: Final = resources.files("orchestrator.http") / "panel"
-_TYPES: Final = {
-    "html": "text/html; charset=utf-8",
-    "css": "text/css; charset=utf-8",
-    "js": "text/javascript; charset=utf-8",
-    "svg": "image/svg+xml",
-}
 _PAGE: Final = "index.html"
-_DRAWING: Final = "diagram.css"
 CSP: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -43,33 +36,54 @@ HEADERS: Final = {
 }
 
 
-def _names() -> tuple[str, ...]:
-    found = (file.name for file in _FOLDER.iterdir())
-    return (*sorted(n for n in found if n.rpartition(".")[2] in _TYPES), _DRAWING)
+mimetypes.add_type("text/javascript", ".js")  # some registries say text/plain
 
 
-_FILES: Final = {"/" if name == _PAGE else f"/panel/{name}": name for name in _names()}
-PATHS: Final = frozenset(_FILES)
+def _fields() -> str:
+    """Return the settings that have a label, as a module of the panel's."""
+    controls = {int: "number", float: "number", bool: "check"}
+    told = [
+        {
+            "name": name,
+            "label": row.label,
+            "control": "secret" if row.is_secret else controls.get(type_of(name), "text"),
+            "choices": row.choices or None,
+            "blank": row.blank,
+            "standard": row.default,
+            "isShown": name in SHOWN,
+        }
+        for name, row in SETTINGS.items()
+        if row.label
+    ]
+    return f"export const FIELDS = {json.dumps(told, indent=1)};\n"
+
+
+_MADE: Final = {
+    "/panel/diagram.css": (diagram.STYLE, "text/css"),
+    "/panel/fields.js": (_fields(), "text/javascript"),
+}
+PATHS: Final = frozenset(
+    {"/", *_MADE, *(f"/panel/{file.name}" for file in _FOLDER.iterdir() if file.name != _PAGE)}
+)
 """What is sent without a key."""
 
 
-def routes() -> list[Route]:
+class _Files(StaticFiles):
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(HEADERS)
+        return response
+
+
+def routes() -> list[BaseRoute]:
     """Return the routes of the panel; they answer GET and HEAD."""
-    return [Route(path, _sender(name)) for path, name in _FILES.items()]
+    files = _Files(directory=str(_FOLDER))
 
+    async def page(request: Request) -> Response:
+        return await files.get_response(_PAGE, request.scope)
 
-def _sender(name: str) -> Callable[[Request], Awaitable[Response]]:
-    async def send(request: Request) -> Response:
-        body, tag = _content(name)
-        headers = {**HEADERS, "ETag": tag}
-        if tag in request.headers.get("if-none-match", ""):
-            return Response(status_code=304, headers=headers)
-        return Response(body, headers=headers, media_type=_TYPES[name.rpartition(".")[2]])
+    async def made(request: Request) -> Response:
+        text, kind = _MADE[request.url.path]
+        return Response(text, headers=HEADERS, media_type=kind)
 
-    return send
-
-
-@lru_cache
-def _content(name: str) -> tuple[bytes, str]:
-    body = diagram.STYLE.encode() if name == _DRAWING else (_FOLDER / name).read_bytes()
-    return body, f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+    return [Route("/", page), *(Route(path, made) for path in _MADE), Mount("/panel", files)]

@@ -21,10 +21,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from yarl import URL
 
 from orchestrator.base.tokens import Generation
-from orchestrator.errors import OrchestratorError, Problem, ServerExited, Unavailable
+from orchestrator.errors import OrchestratorError, Problem, ServerExited, Unavailable, WrongKind
 from orchestrator.http.problems import answer_to, http_problem, respond
 from orchestrator.runtime.answers import LeasedServer
 from orchestrator.runtime.orchestrator import AsyncOrchestrator
+from orchestrator.settings.fields import Kind
 
 Header = tuple[bytes, bytes]
 
@@ -40,6 +41,12 @@ _HOP_BY_HOP: Final = frozenset(
         *(b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"expect"),
     }
 )
+_KINDS: Final[dict[str, Kind]] = {
+    **dict.fromkeys(("chat/completions", "completions", "responses", "messages"), "chat"),
+    "embeddings": "embedding",
+    **dict.fromkeys(("rerank", "reranking"), "rerank"),
+}
+"""What a server must be for, by route; every other route is passed."""
 _OURS: Final = frozenset(
     {b"host", b"authorization", b"x-api-key", b"cookie", b"origin", b"referer"}
 )
@@ -81,6 +88,7 @@ class PassThrough:
                 lease = self._orch.lease()
                 server = await self._granted(lease)
                 try:
+                    _check_kind(server.kind, target)
                     await self._forward(scope, target, client, server, send)
                 finally:
                     await lease.__aexit__(None, None, None)
@@ -295,6 +303,18 @@ def _target(scope: Scope) -> str | None:
             return None
     query = scope["query_string"].decode("latin-1")
     return f"{path}?{query}" if query else path
+
+
+def _check_kind(kind: Kind, target: str) -> None:
+    """Refuse a route that a server of this kind does not answer.
+
+    Raises:
+        WrongKind: names kind and route.
+    """
+    route = target.partition("?")[0].removeprefix("/v1/").rstrip("/")
+    if _KINDS.get(route, kind) != kind:
+        message = f"/v1/{route} wants a model of kind {_KINDS[route]}: what runs is of kind {kind}"
+        raise WrongKind.because(message, field="kind")
 
 
 def _headers_for(headers: Iterable[Header], server: LeasedServer) -> CIMultiDict[str]:

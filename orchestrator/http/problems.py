@@ -21,6 +21,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from orchestrator.errors import OrchestratorError, Problem
+from orchestrator.http.bodies import malformed
 from orchestrator.http.paths import shown_members
 
 MEDIA_TYPE: Final = "application/problem+json"
@@ -74,7 +75,7 @@ def answer_to(error: Exception, request: Request) -> Response:
         case OrchestratorError():
             return respond(error.problem.as_dict())
         case RequestValidationError():
-            return respond(_malformed(error).as_dict())
+            return respond(malformed(error.errors()[0]).as_dict())
         case HTTPException():
             detail = str(error.detail)
             if error.status_code == HTTPStatus.NOT_FOUND and detail == "Not Found":
@@ -109,9 +110,3 @@ def install(app: FastAPI) -> None:
 
     for kind in (OrchestratorError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, handler)
-
-
-def _malformed(error: RequestValidationError) -> Problem:
-    first = error.errors()[0]
-    field = str(first["loc"][-1])
-    return Problem("malformed", f"{field}: {first['msg']}", field=field)

@@ -70,6 +70,7 @@ class CancelAnswer:
 @dataclass(frozen=True, slots=True)
 class LeaseGranted:
     ticket: Ticket
+    target: Target
     child: Child
     server: ServerFacts
 

@@ -15,7 +15,7 @@ from orchestrator.errors import Problem
 from orchestrator.machine.commands import Answer, Concluded, Loaded, Timings
 from orchestrator.machine.facts import Child, Exit, ServerFacts
 from orchestrator.machine.recovery import Recovery, RestartPolicy
-from orchestrator.settings.target import ReloadReason, Target
+from orchestrator.settings.target import ReloadReason, Source, Target
 
 EffectKind = Literal["kill", "download", "spawn", "probe"]
 """What a state has in flight; what is done for a load that waits is no effect of a state."""
@@ -184,7 +184,7 @@ class Context:
     is_shutting_down: bool = False
     cancelled_ids: tuple[tuple[str, float], ...] = ()
     seen_ids: tuple[str, ...] = ()
-    committed_args: tuple[tuple[tuple[str, str | None], tuple[str, ...]], ...] = ()
+    committed_args: tuple[tuple[Source, tuple[str, ...]], ...] = ()
     previous: Target | None = None
     recovery: Recovery | None = None
     last_error: Problem | None = None

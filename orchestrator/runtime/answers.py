@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from orchestrator.base.record import Named
 from orchestrator.base.tokens import Generation
@@ -22,6 +22,7 @@ from orchestrator.models.variants import Variant
 from orchestrator.runtime.history import LoadRecord
 from orchestrator.runtime.ports import Progress as PhaseProgress
 from orchestrator.runtime.snapshot import Snapshot
+from orchestrator.settings.fields import SETTINGS, SHOWN, AsAsked, Kind
 from orchestrator.settings.files import ModelFiles
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import ReloadReason, Target
@@ -29,13 +30,12 @@ from orchestrator.settings.target import ReloadReason, Target
 ProgressOf = Callable[[Generation], PhaseProgress | None]
 """The bytes of the work that is done for a load; None where nothing is counted."""
 
-_AS_ASKED: Final = ("chat_template_override", "mmproj_path", "n_parallel", "idle_ttl_s", "pinned")
-_ONLY_IF_SET: Final = frozenset({"revision", "note", *_AS_ASKED})
-
 
 @dataclass(frozen=True, slots=True)
-class LoadOutcome(Named):
+class LoadOutcome(Named, AsAsked):
     """The answer to a load, and what `status` shows as `loaded`.
+
+    The settings of `AsAsked` are left out of `as_dict` where they are what is meant anyway.
 
     Attributes:
         status: `loaded`, or `already_loaded` when nothing had to be done.
@@ -47,8 +47,6 @@ class LoadOutcome(Named):
         note: What is worth knowing, e.g. that the Hub could not be asked for a newer revision.
         llama_extra_args: The effective ones; they may be posted back and mean the same.
         timings_s: Seconds in `kill`, `download`, `spawn`, `health`, and in `total`.
-        chat_template_override, mmproj_path, n_parallel, idle_ttl_s, pinned: As asked for; left out
-            of `as_dict` where they were not.
     """
 
     status: Literal["loaded", "already_loaded"]
@@ -56,8 +54,8 @@ class LoadOutcome(Named):
     joined: bool
     model_path: str
     gguf_variant: str | None
-    revision: str | None
-    note: str | None
+    revision: str | None = field(default=None, kw_only=True)
+    note: str | None = field(default=None, kw_only=True)
     pid: int
     base_url: str
     context_length: int | None
@@ -68,17 +66,17 @@ class LoadOutcome(Named):
     is_vision: bool
     reload_reasons: list[ReloadReason]
     timings_s: Timings
-    chat_template_override: str | None = None
-    mmproj_path: str | None = None
-    n_parallel: int | None = None
-    idle_ttl_s: float | None = None
-    pinned: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         members = {
             name: value
             for name in self.__slots__
-            if (value := getattr(self, name)) or name not in _ONLY_IF_SET
+            if (value := getattr(self, name)) is not None or name not in {"revision", "note"}
+        }
+        members |= {
+            name: value
+            for name in SHOWN
+            if (value := getattr(self, name)) != SETTINGS[name].default
         }
         members["reload_reasons"] = [reason.as_dict() for reason in self.reload_reasons]
         members["timings_s"] = asdict(self.timings_s)
@@ -225,7 +223,7 @@ class PastLoad(Named):
     accepted_at: float
     took_s: float | None
     timings_s: Timings
-    outcome: LoadOutcome | Problem | None
+    outcome: LoadOutcome | Problem | None = None
 
     def as_dict(self) -> dict[str, Any]:
         members = {name: getattr(self, name) for name in self.__slots__}
@@ -264,12 +262,14 @@ class LeasedServer(Named):
     """A server that no swap ends while the lease is held.
 
     Attributes:
+        kind: What it is for.
         api_key: What a protected server wants as a Bearer token; None if it takes everybody.
     """
 
     base_url: str
     pid: int
     generation: Generation
+    kind: Kind = "chat"
     api_key: str | None = field(default=None, repr=False)
 
 
@@ -356,8 +356,8 @@ def prefetch_outcome(request: LoadRequest, files: ModelFiles) -> PrefetchOutcome
 
 
 def leased_server(answer: LeaseGranted) -> LeasedServer:
-    server, child = answer.server, answer.child
-    return LeasedServer(server.base_url, child.pid, child.generation, server.api_key)
+    server, child, kind = answer.server, answer.child, answer.target.request.kind
+    return LeasedServer(server.base_url, child.pid, child.generation, kind, server.api_key)
 
 
 def status(snapshot: Snapshot, now: float, progress_of: ProgressOf) -> Status:
@@ -420,7 +420,7 @@ def _settings(target: Target) -> dict[str, Any]:
         "cache_type_kv": target.request.cache_type_kv,
         "speculative_type": target.drafting,
         "llama_extra_args": list(target.extra_args),
-        **{name: getattr(target.request, name) for name in _AS_ASKED},
+        **{name: target.request.meant(name) for name in SHOWN},
     }
 
 

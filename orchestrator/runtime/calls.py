@@ -11,14 +11,15 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar, cast
+from typing import Final, Literal, TypeVar, Unpack, cast
 
 from orchestrator.base import paths
 from orchestrator.base.tokens import CancelToken, Generation, Ticket
 from orchestrator.errors import (
     InvalidRequest,
+    MalformedRequest,
     OrchestratorError,
     Problem,
     ShuttingDown,
@@ -49,12 +50,15 @@ from orchestrator.runtime.parts import Parts, ServerSettings
 from orchestrator.runtime.snapshot import Observer
 from orchestrator.server.slot import cache_dir
 from orchestrator.settings.argv import build_argv
+from orchestrator.settings.checks import checked_seconds
+from orchestrator.settings.fields import SETTINGS, LoadFields, StrPath
 from orchestrator.settings.flags import CACHE_TYPES, accepted_modes
-from orchestrator.settings.policy import checked_seconds
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import NO_SERVER, Target
 
 _T = TypeVar("_T")
+Wanted = LoadRequest | StrPath | None
+"""What a call is about: a request, a `model_path`, or nothing but fields by name."""
 _NO_LOAD: Final = Generation(0)
 
 
@@ -225,7 +229,7 @@ class Facade:
         """Return the last lines the present (or last) server printed, oldest first."""
         return self._owner.effects.log_tail(lines) if self._owner else ()
 
-    def plan(self, request: LoadRequest | str, **fields: Any) -> Plan:
+    def plan(self, request: Wanted = None, **fields: Unpack[LoadFields]) -> Plan:
         """Return what `load` would do with this request now, and why, without doing it.
 
         Looks the model and the server up on disk before it returns, also in `AsyncOrchestrator`,
@@ -401,11 +405,22 @@ class Facade:
         owner.post(LeaseReleased(call.ticket, owner.clock()))
 
 
-def request_of(request: LoadRequest | str, changes: dict[str, Any]) -> LoadRequest:
+def request_of(request: Wanted, given: LoadFields) -> LoadRequest:
+    """Return the request of a call: the one given, with these changes, or made of its fields.
+
+    Raises:
+        MalformedRequest: a field is unknown, missing, given twice, or has the wrong type.
+        InvalidRequest: a field has a value that cannot be honoured.
+    """
     if isinstance(request, LoadRequest):
-        kept = {f.name: getattr(request, f.name) for f in fields(request)}
-        return LoadRequest.from_dict({**kept, **changes}) if changes else request
-    return LoadRequest.from_dict({"model_path": request, **changes})
+        values = {name: getattr(request, name) for name in SETTINGS}
+        return LoadRequest.from_dict({**values, **given}) if given else request
+    if request is None:
+        return LoadRequest(**given)
+    if "model_path" in given:
+        message = "model_path is given twice: by its place and by its name"
+        raise MalformedRequest.because(message, field="model_path")
+    return LoadRequest.from_dict({"model_path": request, **given})
 
 
 def _server_keys(protect_server: object) -> tuple[str, ...] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from typing import Any, Final, Self, cast
+from typing import Final, Self, Unpack, cast
 
 from orchestrator.base.tokens import Generation
 from orchestrator.errors import Problem
@@ -30,9 +30,10 @@ from orchestrator.runtime.answers import (
     UnloadOutcome,
     Variants,
 )
-from orchestrator.runtime.calls import Facade, request_of
+from orchestrator.runtime.calls import Facade, Wanted, request_of
 from orchestrator.runtime.events import Event, EventLog
 from orchestrator.runtime.owner import Call, Owner
+from orchestrator.settings.fields import LoadFields
 from orchestrator.settings.request import LoadRequest
 
 _LOG_EVERY_S: Final = 0.2
@@ -68,12 +69,12 @@ class Orchestrator(Facade):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def load(self, request: LoadRequest | str, **fields: Any) -> LoadOutcome:
+    def load(self, request: Wanted = None, **fields: Unpack[LoadFields]) -> LoadOutcome:
         """Make this model Healthy with these settings, and return what runs.
 
         Args:
-            request: What to load; a string is its `model_path`.
-            **fields: Fields of `LoadRequest` to set or replace.
+            request: What to load; a string or a path is its `model_path`.
+            **fields: Fields of `LoadRequest` by name, to set or replace.
 
         Raises:
             OrchestratorError: see `orchestrator.errors` for the tree.
@@ -81,12 +82,12 @@ class Orchestrator(Facade):
         call = self._begin(self._ask_load, request_of(request, fields))
         return answers.load_outcome(cast("Loaded", self._result(call)))
 
-    def submit(self, request: LoadRequest | str, **fields: Any) -> Generation:
+    def submit(self, request: Wanted = None, **fields: Unpack[LoadFields]) -> Generation:
         """Begin a load that nobody waits for, and return its generation for `outcome`."""
         call = self._begin(self._ask_load, request_of(request, fields))
         return _accepted(self._wait(call.accepted, call))
 
-    def prefetch(self, request: LoadRequest | str, **fields: Any) -> PrefetchOutcome:
+    def prefetch(self, request: Wanted = None, **fields: Unpack[LoadFields]) -> PrefetchOutcome:
         """Make a model whole on disk while another may keep serving; a load then finds it there.
 
         Callers of the same model share one download; `cancel` by `load_request_id` ends it.
@@ -99,7 +100,7 @@ class Orchestrator(Facade):
         call = self._begin(self._ask_prefetch, wanted)
         return answers.prefetch_outcome(wanted, cast("Prefetched", self._result(call)).model)
 
-    def variants(self, request: LoadRequest | str, **fields: Any) -> Variants:
+    def variants(self, request: Wanted = None, **fields: Unpack[LoadFields]) -> Variants:
         """Return what a model on disk or on the Hub could be loaded as, with sizes.
 
         Of the request only the model, its revision and the token count. The Hub is given 20 s.
@@ -180,12 +181,12 @@ class AsyncOrchestrator(Facade):
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def load(self, request: LoadRequest | str, **fields: Any) -> LoadOutcome:
+    async def load(self, request: Wanted = None, **fields: Unpack[LoadFields]) -> LoadOutcome:
         """As `Orchestrator.load`; a cancelled `await` withdraws only its caller."""
         call = await self._begin(self._ask_load, request_of(request, fields))
         return answers.load_outcome(cast("Loaded", await _answer(call)))
 
-    async def submit(self, request: LoadRequest | str, **fields: Any) -> Generation:
+    async def submit(self, request: Wanted = None, **fields: Unpack[LoadFields]) -> Generation:
         """As `Orchestrator.submit`."""
         call = await self._begin(self._ask_load, request_of(request, fields))
         try:
@@ -194,13 +195,15 @@ class AsyncOrchestrator(Facade):
             call.settled.cancel()
             raise
 
-    async def prefetch(self, request: LoadRequest | str, **fields: Any) -> PrefetchOutcome:
+    async def prefetch(
+        self, request: Wanted = None, **fields: Unpack[LoadFields]
+    ) -> PrefetchOutcome:
         """As `Orchestrator.prefetch`; a cancelled `await` ends only its own interest."""
         wanted = request_of(request, fields)
         call = await self._begin(self._ask_prefetch, wanted)
         return answers.prefetch_outcome(wanted, cast("Prefetched", await _answer(call)).model)
 
-    async def variants(self, request: LoadRequest | str, **fields: Any) -> Variants:
+    async def variants(self, request: Wanted = None, **fields: Unpack[LoadFields]) -> Variants:
         """As `Orchestrator.variants`; a cancelled `await` ends the listing."""
         wanted = request_of(request, fields)
         found = await asyncio.wrap_future(self._begin_listing(wanted))

@@ -31,6 +31,7 @@ _SPEC_TYPES = (
     *("ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod", "ngram-cache"),
 )
 _LOAD_MODES = ("auto", "none", "mmap", "mlock", "mmap+mlock", "dio")
+_POOLINGS = ("none", "mean", "cls", "last", "rank")
 _SWITCH = dict.fromkeys(("on", "enabled", "true", "1"), True)
 _SWITCH |= dict.fromkeys(("off", "disabled", "false", "0"), False)
 
@@ -157,6 +158,9 @@ _load = _choice(
     | {"dio": "LLAMA_LOAD_MODE_DIRECT_IO"},
     "invalid value",
 )
+_pooling = _choice(
+    {name: f"LLAMA_POOLING_TYPE_{name.upper()}" for name in _POOLINGS}, "invalid value"
+)
 _fit = _choice(_SWITCH, "error: unknown value for --fit: '{}'\n")
 _size = _between(1, _INT32_MAX, "size")
 _size_or_0 = _between(0, _INT32_MAX, "size")
@@ -203,6 +207,11 @@ def _mmap(params: Any, wanted: bool) -> None:
 def _mlock(params: Any, _on: bool) -> None:
     unmapped = params.load_mode.name in {"LLAMA_LOAD_MODE_NONE", "LLAMA_LOAD_MODE_MLOCK"}
     _assign(params, "load_mode", f"LLAMA_LOAD_MODE_{'MLOCK' if unmapped else 'MMAP_MLOCK'}")
+
+
+def _rerank(params: Any, _on: bool) -> None:
+    params.embedding = True
+    _assign(params, "pooling_type", "LLAMA_POOLING_TYPE_RANK")
 
 
 def _offload(params: Any, n_layers: int) -> None:
@@ -301,6 +310,10 @@ _SPECULATIVE = (
     Flag("--spec-ngram-mod-n-match",                       "N",                   _n_match,    "speculative.ngram_mod.n_match",  "ngram-mod lookup length (default: 24)"),
 )
 _SERVER = (
+    Flag("-cram --cache-ram",                              "N",                   _integer,    "cache_ram_mib",                  "set the maximum cache size in MiB (default: 8192, -1 - no limit, 0 - disable)"),
+    Flag("--embedding --embeddings",                       "",                    bool,        "embedding",                      "restrict to only support embedding use case; use only with dedicated embedding models (default: disabled)"),
+    Flag("--rerank --reranking",                           "",                    bool,        _rerank,                          "enable reranking endpoint on server (default: disabled)"),
+    Flag("--pooling",                                      "{none,mean,cls,last,rank}", _pooling, "pooling_type",                "pooling type for embeddings, use model default if unspecified"),
     Flag("--warmup | --no-warmup",                         "",                    bool,        "warmup",                         "whether to perform warmup with an empty run (default: enabled)"),
     Flag("-np --parallel",                                 "N",                   _slots,      "n_parallel",                     "number of server slots (default: -1, -1 = auto)"),
     Flag("-cb --cont-batching | -nocb --no-cont-batching", "",                    bool,        "cont_batching",                  "whether to enable continuous batching (default: enabled)"),

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from orchestrator.errors import Problem
-from orchestrator.settings.flags import SHADOWED, flag_of
+from orchestrator.settings.fields import SETTINGS
+from orchestrator.settings.flags import flag_of
 
 _EXTRA: Final = "llama_extra_args"
 _SERVER: Final = "llama_server"
@@ -169,7 +170,7 @@ _SUBJECTS: Final = (
     ("failed to load draft model", _EXTRA, "draft model"),
     ("failed to load lora adapter", _EXTRA, "LoRA adapter"),
 )
-_FLAGS: Final = {**SHADOWED, "n_parallel": "-np --parallel", "mmproj_path": "--mmproj"}
+_FLAGS: Final = {name: row.flags for name, row in SETTINGS.items() if row.flags}
 _FIELD_OF: Final = {flag.rstrip("!"): f for f, flags in _FLAGS.items() for flag in flags.split()}
 _READY: Final = re.compile(r"\blistening on http")
 # Said in starts that succeed, whatever the words: below error level, metadata, debuggers.

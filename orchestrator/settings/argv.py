@@ -6,6 +6,7 @@ flag wins over a field (llama-server lets the last one win). Nothing secret is e
 
 from __future__ import annotations
 
+from orchestrator.settings.fields import SETTINGS
 from orchestrator.settings.flags import speculative_flags
 from orchestrator.settings.target import Target
 
@@ -25,12 +26,8 @@ def build_argv(target: Target, *, template_file: str | None) -> tuple[str, ...]:
     argv += ["--host", "127.0.0.1", "--port", "0"]
     if target.model.projector is not None:
         argv += ["--mmproj", target.model.projector.path]
-    if request.max_seq_length:
-        argv += ["-c", str(request.max_seq_length)]
-    if request.n_parallel is not None:
-        argv += ["--parallel", str(request.n_parallel)]
-    if request.cache_type_kv is not None:
-        argv += ["-ctk", request.cache_type_kv, "-ctv", request.cache_type_kv]
+    for name, row in SETTINGS.items():
+        argv += row.words(request.meant(name))
     catalogue = target.server.catalogue
     argv += speculative_flags(target.speculative_type, target.extra_args, catalogue)
     if template_file is not None:

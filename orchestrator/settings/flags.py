@@ -1,14 +1,14 @@
-"""llama-server's flags: which are refused, which a field shadows, which mean a drafting mode.
+"""llama-server's flags: how they are read, which are refused, which mean a drafting mode.
 
-Pure, and driven by the tables below; beside argv.py nothing in the library knows the name of a
-flag. A flag is the same in every spelling that llama-server takes for it; one that is refused is
-refused in every spelling that somebody could mean it by.
+Pure, and driven by the tables below; beside these, the rows of fields.py and argv.py nothing in the
+library knows the name of a flag. A flag is the same in every spelling that llama-server takes for
+it; one that is refused is refused in every spelling that somebody could mean it by.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 OFF: Final = "off"
 CACHE_TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
-# reason -> flags (every alias). The environment twins never reach the child: its environment is
-# an allow-list (process.py).
+# reason -> flags (every alias), but for those that a field of fields.py is to be used for. The
+# environment twins never reach the child: its environment is an allow-list (environment.py).
 REFUSED: Final[dict[str, str]] = {
-    "the model is chosen by model_path, gguf_variant and mmproj_path": (
+    "the model is chosen by model_path and gguf_variant": (
         "-m --model -mu --model-url -dr --docker-repo -hf -hfr --hf-repo -hff --hf-file -hfv -hfrv "
-        "--hf-repo-v -hffv --hf-file-v -hft --hf-token -mm --mmproj -mmu --mmproj-url -a --alias"
+        "--hf-repo-v -hffv --hf-file-v -hft --hf-token -a --alias"
     ),
     "the orchestrator owns the server's address": (
         "--host --port --path --api-prefix --reuse-port"
@@ -51,9 +51,8 @@ REFUSED: Final[dict[str, str]] = {
     "it reads or writes files of the caller's choice": (
         "--media-path --slot-save-path --log-file --log-disable --log-prompts-dir"
     ),
-    "it changes what the server is, or prints and exits": (
-        "--embedding --embeddings --rerank --reranking --pooling -h --help --usage --version "
-        "--list-devices -cl --cache-list --completion-bash"
+    "it prints and exits": (
+        "-h --help --usage --version --list-devices -cl --cache-list --completion-bash"
     ),
     "it brings a model and a port of its own": (
         "--embd-gemma-default --embd-bge-small-en-default --embd-e5-small-en-default "
@@ -62,27 +61,8 @@ REFUSED: Final[dict[str, str]] = {
         "--gpt-oss-20b-default --gpt-oss-120b-default --vision-gemma-4b-default "
         "--vision-gemma-12b-default"
     ),
-    "use the field n_parallel": "-np --parallel --n-parallel",
 }
-_REFUSED: Final = {flag: why for why, flags in REFUSED.items() for flag in flags.split()}
-_SHORT: Final = sorted((f for f in _REFUSED if not f.startswith("--")), key=len, reverse=True)
 _LONGER: Final = frozenset({"-md", "-mg", "-mmdev", "-hfd", "-hfrd"})  # begin like a refused one
-
-# field -> flags it takes over from *inherited* args; a trailing `!` marks a flag without a value.
-SHADOWED: Final[dict[str, str]] = {
-    "max_seq_length": "-c --ctx-size",
-    "cache_type_kv": "-ctk --cache-type-k -ctv --cache-type-v",
-    "speculative_type": (
-        "--spec-default! --spec-type --spec-ngram-size-n --spec-ngram-size --draft --draft-n "
-        "--draft-max --draft-min --draft-n-min --spec-ngram-mod-n-match --spec-ngram-mod-n-min "
-        "--spec-ngram-mod-n-max --spec-draft-n-max --spec-draft-n-min --spec-draft-p-min "
-        "--draft-p-min --spec-draft-p-split --draft-p-split -md --model-draft --spec-draft-model "
-        "-hfd -hfrd --hf-repo-draft --spec-draft-hf"
-    ),
-    "chat_template_override": (
-        "--chat-template --chat-template-file --chat-template-kwargs --jinja! --no-jinja!"
-    ),
-}
 
 _DRAFT_MODEL: Final = {
     *("-md", "--model-draft", "--spec-draft-model"),
@@ -123,49 +103,61 @@ def flag_of(token: str) -> str | None:
     return name.replace("_", "-") if name.startswith("--") else name
 
 
-def check_extra_args(args: tuple[str, ...]) -> None:
-    """Refuse what the orchestrator owns, in every spelling, and what no server could take.
+class Refused:
+    """Flags that extra args may not have.
 
-    Raises:
-        RefusedArgument: names the flag and the reason.
-        InvalidRequest: too many, too long, or a control character.
+    Args:
+        table: The flags in every spelling, by the reason.
     """
-    if not all(map(is_encodable, args)):
-        raise InvalidRequest.because(
-            "llama_extra_args is not valid Unicode text", field="llama_extra_args"
-        )
-    if len(args) > MAX_TOKENS or sum(len(a.encode()) for a in args) > MAX_BYTES:
-        raise InvalidRequest.because(
-            f"llama_extra_args is too long: at most {MAX_TOKENS} tokens and {MAX_BYTES} bytes",
-            field="llama_extra_args",
-        )
-    for number, token in enumerate(args):
-        if holds_control(token):  # not shown: it may be a secret
+
+    def __init__(self, table: Mapping[str, str]) -> None:
+        self._why = {flag: why for why, flags in table.items() for flag in flags.split()}
+        short = (flag for flag in self._why if not flag.startswith("--"))
+        self._short = sorted(short, key=len, reverse=True)
+
+    def check(self, args: tuple[str, ...]) -> None:
+        """Refuse what the orchestrator owns, in every spelling, and what no server could take.
+
+        Raises:
+            RefusedArgument: names the flag and the reason.
+            InvalidRequest: too many, too long, or a control character.
+        """
+        if not all(map(is_encodable, args)):
             raise InvalidRequest.because(
-                f"llama_extra_args[{number}] holds a control character", field="llama_extra_args"
+                "llama_extra_args is not valid Unicode text", field="llama_extra_args"
             )
-        for flag in _readings(token):
-            if why := _REFUSED.get(flag):
-                raise RefusedArgument.because(
-                    f"llama_extra_args: {flag} is refused: {why}", field="llama_extra_args"
+        if len(args) > MAX_TOKENS or sum(len(a.encode()) for a in args) > MAX_BYTES:
+            raise InvalidRequest.because(
+                f"llama_extra_args is too long: at most {MAX_TOKENS} tokens and {MAX_BYTES} bytes",
+                field="llama_extra_args",
+            )
+        for number, token in enumerate(args):
+            if holds_control(token):  # not shown: it may be a secret
+                raise InvalidRequest.because(
+                    f"llama_extra_args[{number}] holds a control character",
+                    field="llama_extra_args",
                 )
+            for flag in self._readings(token):
+                if why := self._why.get(flag):
+                    raise RefusedArgument.because(
+                        f"llama_extra_args: {flag} is refused: {why}", field="llama_extra_args"
+                    )
 
+    def _readings(self, token: str) -> tuple[str, ...]:
+        """Every flag that somebody could mean by a token, the likeliest first.
 
-def _readings(token: str) -> tuple[str, ...]:
-    """Every flag that somebody could mean by a token, the likeliest first.
-
-    llama-server itself takes exact names, `_` for `-` in long ones, and no attached value: to
-    refuse the rest costs nothing, and is answered before the running server is stopped for it.
-    """
-    if (name := flag_of(token)) is None:
-        return ()
-    name = name.lower().replace("_", "-")
-    if (found := _WORD.match(name)) is None:
-        return (name,)
-    word, head = found[0], found[1]
-    has_value = len(head) < len(name) and not name[len(head)].isspace() and head not in _LONGER
-    shorter = filter(head.startswith, _SHORT) if has_value else ()
-    return word, head, f"-{word}", f"-{head}", *shorter
+        llama-server itself takes exact names, `_` for `-` in long ones, and no attached value: to
+        refuse the rest costs nothing, and is answered before the running server is stopped for it.
+        """
+        if (name := flag_of(token)) is None:
+            return ()
+        name = name.lower().replace("_", "-")
+        if (found := _WORD.match(name)) is None:
+            return (name,)
+        word, head = found[0], found[1]
+        has_value = len(head) < len(name) and not name[len(head)].isspace() and head not in _LONGER
+        shorter = filter(head.startswith, self._short) if has_value else ()
+        return word, head, f"-{word}", f"-{head}", *shorter
 
 
 def holds_control(text: str) -> bool:
@@ -210,13 +202,9 @@ def named_paths(args: Iterable[str]) -> Iterator[tuple[str, str | None]]:
         is_file = False
 
 
-def strip_shadowed(args: tuple[str, ...], groups: Iterable[str]) -> tuple[str, ...]:
-    """Return `args` without the flags, and their values, that the given fields own."""
-    owned = {
-        flag.rstrip("!"): not flag.endswith("!")
-        for group in groups
-        for flag in SHADOWED[group].split()
-    }
+def without(args: tuple[str, ...], flags: Iterable[str]) -> tuple[str, ...]:
+    """Return `args` without these flags, and their values; `!` marks one that takes none."""
+    owned = {flag.rstrip("!"): not flag.endswith("!") for flag in flags}
     kept: list[str] = []
     tokens = list(args)
     while tokens:

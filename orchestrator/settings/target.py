@@ -12,10 +12,13 @@ from typing import Final, Literal
 
 from orchestrator.base.record import Named
 from orchestrator.settings import flags
+from orchestrator.settings.fields import SETTINGS, SHADOWED, Kind, strip_shadowed
 from orchestrator.settings.files import FileIdentity, ModelFiles
 from orchestrator.settings.help_text import Catalogue
 from orchestrator.settings.reference import split_reference
 from orchestrator.settings.request import LoadRequest
+
+_COMPARED: Final = tuple(name for name, row in SETTINGS.items() if row.is_identity)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,8 @@ class ServerBinary:
     identity: FileIdentity
     catalogue: Catalogue | None = field(default=None, compare=False, repr=False)
 
+
+Source = tuple[str, str | None, Kind]
 
 NO_SERVER: Final = ServerBinary("external", (), FileIdentity("", 0, 0, 0, 0))
 """Of a target that is only fetched."""
@@ -56,9 +61,9 @@ class Target:
     server: ServerBinary
 
     @property
-    def source(self) -> tuple[str, str | None]:
-        """What extra args are inherited by: the model's identifier and resolved variant."""
-        return self.model.name, self.model.variant
+    def source(self) -> Source:
+        """What extra args are inherited by: the model's name, its resolved variant, the kind."""
+        return self.model.name, self.model.variant, self.request.kind
 
     @property
     def extra_args(self) -> tuple[str, ...]:
@@ -100,7 +105,7 @@ class Target:
             and (variant is None or variant.upper() == known.upper())
         )
 
-    def inheriting(self, committed: Mapping[tuple[str, str | None], tuple[str, ...]]) -> Target:
+    def inheriting(self, committed: Mapping[Source, tuple[str, ...]]) -> Target:
         """Return this target with omitted extra args taken from the last load of its source.
 
         Args:
@@ -111,7 +116,7 @@ class Target:
         inherited, groups = committed.get(self.source, ()), groups_set_by(self.request)
         if self.request.speculative_type == flags.manual_mode(inherited):
             groups -= {"speculative_type"}  # posted back as it was shown: it must not change
-        kept = flags.strip_shadowed(inherited, groups)
+        kept = strip_shadowed(inherited, groups)
         return replace(self, request=replace(self.request, llama_extra_args=kept))
 
     def kept_as(self, request: LoadRequest) -> Target:
@@ -149,11 +154,8 @@ class Target:
             "gguf_variant": model.variant,
             "revision": model.hub and (model.hub.commit or model.hub.revision),
             "mmproj_path": model.projector,
-            "max_seq_length": request.max_seq_length,
-            "cache_type_kv": request.cache_type_kv,
+            **{name: request.meant(name) for name in _COMPARED},
             "speculative_type": self.speculative_type,
-            "chat_template_override": request.chat_template_override,
-            "n_parallel": request.n_parallel,
             "llama_extra_args": self.extra_args,
             "llama_server": self.server,
         }
@@ -161,7 +163,7 @@ class Target:
 
 def groups_set_by(request: LoadRequest) -> frozenset[str]:
     """Return the fields of this request that take over flags of inherited args."""
-    return frozenset(name for name in flags.SHADOWED if getattr(request, name))
+    return frozenset(n for n in SHADOWED if getattr(request, n) != SETTINGS[n].default)
 
 
 def differences(running: Target, requested: Target) -> tuple[ReloadReason, ...]:

@@ -122,7 +122,9 @@ def inv_loaded_is_what_was_asked(edge: Edge) -> str | None:
 
 
 def inv_an_older_call_never_wins(edge: Edge) -> str | None:
-    """Tickets count the calls as they were made: one made earlier ends nothing made later."""
+    """Tickets count the calls as they were made: one made earlier ends nothing made later, unless
+    whoever made that has gone away.
+    """
     fact, newer = edge.fact, _newer(edge)
     if not isinstance(fact, LoadRequested):
         return None
@@ -132,6 +134,8 @@ def inv_an_older_call_never_wins(edge: Edge) -> str | None:
     if category(said.get(fact.ticket)) == "superseded" and not newer:
         return f"call {fact.ticket} is the newest and is told that it was superseded"
     is_fresh = any(not is_known(c, edge.before) for c in edge.commands if isinstance(c, Accept))
+    if edge.before.ctx.policy.abandoned_load == "cancel":
+        newer = [ticket for ticket in newer if ticket not in edge.before.ended]  # left it
     if is_fresh and newer and fact.target.request.on_busy == "supersede":
         return f"call {fact.ticket} starts a load though call {max(newer)} came later"
     return None

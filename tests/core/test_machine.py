@@ -273,8 +273,8 @@ def test_what_was_fetched_is_what_is_started_and_what_is_compared_later() -> Non
     assert run.ctx.running is not None
     assert run.ctx.running.target == spawn.target
     assert dict(run.ctx.committed_args) == {
-        (files(A).name, None): ("--seed", "1"),
-        (found.name, "Q8_0"): (),
+        (files(A).name, None, "chat"): ("--seed", "1"),
+        (found.name, "Q8_0", "chat"): (),
     }
 
 

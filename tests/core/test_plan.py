@@ -20,8 +20,7 @@ from orchestrator.server.ladder import (
     next_probe_s,
 )
 from orchestrator.server.output import MAX_LINES, OutputRing
-from orchestrator.settings.policy import checked_seconds
-from orchestrator.settings.request import MAX_SECONDS
+from orchestrator.settings.checks import MAX_SECONDS, checked_seconds
 
 SECONDS = st.floats(min_value=0.001, max_value=1e6, allow_nan=False)
 

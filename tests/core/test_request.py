@@ -6,6 +6,7 @@ import json
 import pickle
 from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import InvalidRequest, MalformedRequest, OrchestratorError
+from orchestrator.settings.checks import MAX_SECONDS
 from orchestrator.settings.files import FileIdentity, HubModel, ModelFiles
 from orchestrator.settings.flags import CACHE_TYPES
-from orchestrator.settings.request import MAX_SECONDS, LoadRequest
-from orchestrator.settings.target import ReloadReason, ServerBinary, Target, differences
+from orchestrator.settings.request import LoadRequest
+from orchestrator.settings.target import ReloadReason, ServerBinary, Source, Target, differences
 from tests.core.labels import label
 
 SECRET = "hf_doNotShowThisToken"
@@ -44,12 +46,19 @@ WRONG_TYPE: list[tuple[str, Any]] = [
             "mmproj_path",
             "load_request_id",
             "on_busy",
+            "kind",
+            "pooling",
         )
         for value in (7, 1.5, True, ["x"], {"x": 1}, b"x")
     ],
     ("model_path", None),
     ("on_busy", None),
-    *[(name, v) for name in ("max_seq_length", "n_parallel") for v in ("8", 8.0, True, [8])],
+    ("kind", None),
+    *[
+        (name, value)
+        for name in ("max_seq_length", "n_parallel", "cache_ram_mib")
+        for value in ("8", 8.0, True, [8])
+    ],
     ("max_seq_length", None),
     *[
         (name, value)
@@ -83,6 +92,12 @@ WRONG_VALUE: list[tuple[str, Any]] = [
     ("cache_type_kv", "f16;rm"),
     ("speculative_type", "--spec-default"),
     ("speculative_type", "ngram mod"),
+    ("cache_ram_mib", -1),
+    ("cache_ram_mib", 2**31),
+    ("kind", "chatty"),
+    ("kind", "x\ny"),
+    ("pooling", "max"),
+    ("pooling", "mean"),  # of a chat model
     ("on_busy", ""),
     ("on_busy", "wait"),
     ("on_busy", "Queue"),
@@ -233,6 +248,12 @@ def test_an_unknown_name_is_shown_up_to_a_bound() -> None:
         ("n_parallel", 64, 64),
         ("load_request_id", " tab-1.a:b_c ", "tab-1.a:b_c"),
         ("deadline_s", 5, 5.0),
+        ("kind", " Embedding ", "embedding"),
+        ("kind", "", "chat"),
+        ("pooling", " ", None),
+        ("cache_ram_mib", 0, 0),
+        ("model_path", Path("/m.gguf"), "/m.gguf"),
+        ("mmproj_path", Path("/p.gguf"), "/p.gguf"),
         ("stall_timeout_s", 0.5, 0.5),
     ],
 )
@@ -275,6 +296,8 @@ REQUESTS = st.fixed_dictionaries(
         "pinned": st.booleans(),
         "stall_timeout_s": st.floats(0.001, 1000) | st.integers(1, 1000),
         "deadline_s": st.none() | st.floats(0.001, 1000),
+        "kind": st.sampled_from(["chat", "embedding", "RERANK "]),
+        "cache_ram_mib": st.none() | st.integers(0, 1 << 20),
     },
 )
 
@@ -414,6 +437,11 @@ IDENTITY: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("speculative_type", {}, {"speculative_type": "default"}),
     ("chat_template_override", {}, {"chat_template_override": "{{ x }}"}),
     ("n_parallel", {"n_parallel": 1}, {"n_parallel": 2}),
+    ("kind", {"cache_ram_mib": 0}, {"kind": "embedding"}),
+    ("kind", {"kind": "rerank"}, {"kind": "embedding"}),
+    ("pooling", {"kind": "embedding"}, {"kind": "embedding", "pooling": "mean"}),
+    ("cache_ram_mib", {}, {"cache_ram_mib": 0}),
+    ("cache_ram_mib", {"kind": "rerank"}, {"kind": "rerank", "cache_ram_mib": 512}),
     ("llama_extra_args", {"llama_extra_args": ["-t", "4"]}, {"llama_extra_args": ["-t", "8"]}),
     (
         "llama_extra_args",
@@ -493,13 +521,14 @@ def test_a_reason_shows_a_file_as_a_sentence_and_parts_as_a_list() -> None:
 
 def test_what_a_hub_model_inherits_waits_for_the_variant_that_is_found() -> None:
     """B40: keyed by the resolved variant."""
-    committed: dict[tuple[str, str | None], tuple[str, ...]]
-    committed = {("org/a", "Q8_0"): ("--seed", "7")}
+    committed: dict[Source, tuple[str, ...]] = {("org/a", "Q8_0", "chat"): ("--seed", "7")}
     before = target(model=wanted_of_hub(), llama_extra_args=None).inheriting(committed)
     assert before.request.llama_extra_args is None
     found = replace(before, model=on_hub()).inheriting(committed)
     assert found.extra_args == ("--seed", "7")
     assert replace(before, model=on_hub(variant="F16")).inheriting(committed).extra_args == ()
+    vectors = target(model=on_hub(), kind="embedding", llama_extra_args=None)
+    assert vectors.inheriting(committed).extra_args == (), "nothing crosses to another kind"
 
 
 def test_every_part_of_the_identity_has_such_a_case() -> None:
@@ -601,6 +630,11 @@ def test_the_source_is_the_resolved_variant_not_the_requested_one() -> None:
             "chat_template_override",
             "x",
             ("-c", "4096", "--temp", "-1", "-ctk", "f16", "--spec-default"),
+        ),
+        (
+            "cache_ram_mib",
+            0,
+            ("-c", "4096", "--jinja", "--temp", "-1", "-ctk", "f16", "--spec-default"),
         ),
         (
             "n_parallel",

@@ -15,19 +15,16 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import InvalidRequest, RefusedArgument
 from orchestrator.settings.argv import build_argv
+from orchestrator.settings.fields import REFUSED, SHADOWED, check_extra_args, strip_shadowed
 from orchestrator.settings.files import FileIdentity, HubModel, ModelFiles
 from orchestrator.settings.flags import (
     CACHE_TYPES,
     MAX_BYTES,
     MAX_TOKENS,
-    REFUSED,
-    SHADOWED,
-    check_extra_args,
     flag_of,
     normal_cache_type,
     normal_speculative_type,
     speculative_flags,
-    strip_shadowed,
 )
 from orchestrator.settings.help_text import Catalogue, FlagHelp
 from orchestrator.settings.request import LoadRequest
@@ -68,6 +65,7 @@ SHADOW_GROUPS = {
         "--draft --draft-n --draft-n-min --draft-p-min --draft-p-split"
     ),
     "chat_template_override": "--chat-template --chat-template-file --chat-template-kwargs",
+    "cache_ram_mib": "-cram --cache-ram",
 }
 BOOLEAN_FLAGS = {
     "speculative_type": "--spec-default",
@@ -308,7 +306,7 @@ def test_an_inherited_template_file_survives_a_load_that_sets_no_template() -> N
         ({"speculative_type": ""}, set()),
         ({"speculative_type": "default"}, {"speculative_type"}),
         (
-            {"chat_template_override": "x", "max_seq_length": 2},
+            {"chat_template_override": "x", "max_seq_length": 2, "cache_ram_mib": 0},
             set(SHADOWED) - {"cache_type_kv", "speculative_type"},
         ),
         ({"n_parallel": 4, "mmproj_path": "/p"}, set()),
@@ -432,11 +430,28 @@ def test_a_full_argv_has_one_order_and_the_callers_args_last() -> None:
     )
     argv = build_argv(wanted, template_file="/tmp/t.jinja")
     assert argv[9:] == (
-        *("-c", "4096", "--parallel", "2", "-ctk", "q8_0", "-ctv", "q8_0"),
+        *("-c", "4096", "-ctk", "q8_0", "-ctv", "q8_0", "--parallel", "2"),
         *("--spec-type", "ngram-simple", "--jinja", "--chat-template-file", "/tmp/t.jinja"),
         *("-c", "512", "--temp", "-1"),
     )
     assert argv == build_argv(wanted, template_file="/tmp/t.jinja")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"kind": "embedding"}, ("--embedding", "--cache-ram", "0")),
+        ({"kind": "rerank", "cache_ram_mib": 64}, ("--rerank", "--cache-ram", "64")),
+        ({"kind": "embedding", "pooling": "cls"}, ("--embedding", "--pooling", "cls")),
+        ({"cache_ram_mib": 0}, ("--cache-ram", "0")),
+    ],
+)
+def test_what_a_server_is_for_is_said_by_its_flags(
+    settings: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    """Prompts are cached for chats only, unless somebody asks for it."""
+    argv = build_argv(target(**settings), template_file=None)
+    assert argv[9 : 9 + len(words)] == words
 
 
 def test_an_argv_is_for_the_binary_that_will_run_it() -> None:

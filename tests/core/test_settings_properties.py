@@ -48,19 +48,12 @@ from orchestrator.server import embedded
 from orchestrator.server.environment import check_server_env, child_environment
 from orchestrator.server.slot import Slot
 from orchestrator.settings.argv import build_argv
+from orchestrator.settings.fields import SHADOWED, check_extra_args, strip_shadowed
 from orchestrator.settings.files import FileIdentity, ModelFiles
-from orchestrator.settings.flags import (
-    MAX_BYTES,
-    SHADOWED,
-    SPECULATIVE,
-    check_extra_args,
-    flag_of,
-    speculative_flags,
-    strip_shadowed,
-)
+from orchestrator.settings.flags import MAX_BYTES, SPECULATIVE, flag_of, speculative_flags
 from orchestrator.settings.help_text import Catalogue, FlagHelp, parse_help
 from orchestrator.settings.request import LoadRequest
-from orchestrator.settings.target import ServerBinary, Target, differences, groups_set_by
+from orchestrator.settings.target import ServerBinary, Source, Target, differences, groups_set_by
 from tests.core.labels import label
 from tests.core.test_server_args import REFUSED_FLAGS, SHADOWS
 
@@ -538,20 +531,26 @@ def test_an_error_does_not_repeat_a_megabyte(field: str) -> None:
 class Wish(NamedTuple):
     """One load of a session, and whether its server becomes healthy."""
 
-    source: tuple[str, str | None]
+    source: Source
     values: dict[str, Any]
     args: tuple[str, ...] | None
     succeeds: bool
 
     def target(self) -> Target:
         args = None if self.args is None else list(self.args)
-        model, variant = self.source
-        return target(request(model_path=model, llama_extra_args=args, **self.values), variant)
+        model, variant, kind = self.source
+        wanted = request(model_path=model, kind=kind, llama_extra_args=args, **self.values)
+        return target(wanted, variant)
 
 
 WISHES = st.builds(
     Wish,
-    st.sampled_from([("a", "Q4_K_M"), ("a", "Q4_K_M"), ("a", "Q8_0"), ("b", "Q4_K_M")]),
+    st.sampled_from(
+        [
+            *2 * [("a", "Q4_K_M", "chat")],
+            *(("a", "Q8_0", "chat"), ("b", "Q4_K_M", "chat"), ("a", "Q4_K_M", "embedding")),
+        ]
+    ),
     st.just({}) | FIELDS | st.just({"force_reload": True}),
     st.none() | st.lists(written(), max_size=3).map(flat),
     st.sampled_from([True, True, False]),
@@ -624,7 +623,7 @@ def test_a_plan_is_what_the_load_then_does_and_inheritance_stays_with_its_source
 ) -> None:
     """B37, B40, B41: beside the machine, a dictionary by source that only a success writes to."""
     session = Session()
-    committed: dict[tuple[str, str | None], tuple[str, ...]] = {}
+    committed: dict[Source, tuple[str, ...]] = {}
     running: Target | None = None
     for wish in wishes:
         wanted = wish.target()
@@ -698,15 +697,19 @@ def test_a_plan_made_while_a_load_is_in_flight_is_what_another_load_then_does(
         assert newest.generation == session.ctx.generation
 
 
-SOURCES = st.tuples(st.sampled_from(["/m/a.gguf", "/m/b.gguf"]), st.sampled_from([None, "Q8_0"]))
+SOURCES = st.tuples(
+    st.sampled_from(["/m/a.gguf", "/m/b.gguf"]),
+    st.sampled_from([None, "Q8_0"]),
+    st.sampled_from(["chat", "rerank"]),
+)
 COMMITTED = st.dictionaries(SOURCES, st.lists(written(), max_size=3).map(flat))
 
 
 @repeatable
 @given(COMMITTED, COMMITTED, WISHES)
 def test_what_other_sources_were_loaded_with_means_nothing(
-    committed: dict[tuple[str, str | None], tuple[str, ...]],
-    others: dict[tuple[str, str | None], tuple[str, ...]],
+    committed: dict[Source, tuple[str, ...]],
+    others: dict[Source, tuple[str, ...]],
     wish: Wish,
 ) -> None:
     """B40: whatever is on record for another model or quantisation, the answer is the same."""

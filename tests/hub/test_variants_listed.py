@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -105,7 +106,7 @@ def test_errors_are_those_of_a_load(
     orch: Orchestrator,
     hub: Hub,
     model: str,
-    settings: dict[str, str],
+    settings: dict[str, Any],
     error: type[OrchestratorError],
     field: str,
 ) -> None:

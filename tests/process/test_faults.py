@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from orchestrator import Orchestrator, State
+from orchestrator import LoadFields, Orchestrator, State
 from orchestrator.demo.tiny_model import write_tiny_model
 from orchestrator.errors import DeadlineExceeded, InvalidRequest, ServerStartFailed, Stalled
 from tests.conftest import servers_of
@@ -551,7 +551,7 @@ def test_a_path_of_any_text_is_the_path_that_is_loaded(
     model = folder / f"{AWKWARD[kind]}.gguf"
     model.hardlink_to(tiny_model)
     binary = llama_server if server == "llama_server" else "embedded"
-    template = {"chat_template_override": "{{ messages[0].content }}"}
+    template: LoadFields = {"chat_template_override": "{{ messages[0].content }}"}
     with Orchestrator(llama_server=binary, state_dir=state_dir) as orch:
         outcome = orch.load(str(model), **template)
         assert answers(outcome.base_url)

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -33,6 +33,7 @@ from orchestrator import (
     Superseded,
 )
 from orchestrator.runtime.orchestrator import AsyncOrchestrator, Orchestrator
+from orchestrator.settings.fields import OnBusy
 from tests.shell.house import (
     PATIENCE_S,
     House,
@@ -78,7 +79,7 @@ def test_a_refused_request_costs_the_running_model_nothing(house: House) -> None
     with house.sync() as orch:
         pid = orch.load("A").pid
         with pytest.raises(MalformedRequest):
-            orch.load("B", colour="red")
+            orch.load("B", colour="red")  # type: ignore[call-arg]
         with pytest.raises(InvalidRequest):
             orch.load("B", n_parallel=0)
         with pytest.raises(ModelNotFound):
@@ -128,7 +129,7 @@ def _something(orch: Orchestrator, choice: random.Random) -> int:
         match choice.randrange(6):
             case 0 | 1 | 2:
                 name = f"id-{choice.randrange(4)}"
-                policy = choice.choice(("supersede", "queue", "reject"))
+                policy = choice.choice(get_args(OnBusy))
                 orch.load(choice.choice("ABC"), on_busy=policy, load_request_id=name)
                 return 1
             case 3:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import pytest
 
@@ -19,8 +19,9 @@ from orchestrator.machine.context import Policy
 from orchestrator.runtime import answers
 from orchestrator.runtime import orchestrator as facades
 from orchestrator.runtime.answers import LeasedServer, LoadOutcome
+from orchestrator.runtime.calls import Wanted
 from orchestrator.runtime.orchestrator import AsyncOrchestrator, Orchestrator
-from orchestrator.settings.request import LoadRequest
+from orchestrator.settings.fields import LoadFields
 from tests.shell.explorer import explore
 from tests.shell.fronts import FacadeStage, LoopStage, ThreadStage
 from tests.shell.scene import Scene
@@ -110,7 +111,7 @@ class KeepsLeasesInThreads(Orchestrator):
 class Swallows(AsyncOrchestrator):
     """Takes a cancelled wait for a failed one."""
 
-    async def load(self, request: LoadRequest | str, **fields: Any) -> LoadOutcome:
+    async def load(self, request: Wanted = None, **fields: Unpack[LoadFields]) -> LoadOutcome:
         try:
             return await super().load(request, **fields)
         except asyncio.CancelledError:

@@ -32,7 +32,7 @@ async function plan() {
     if (name === "AbortError") return;
     const told = problem ?? { field: "llama_extra_args", detail: message };
     showFieldError(told);
-    showPlan(el("p", { class: "wrong" }, told.detail));
+    if ($("plan").textContent !== told.detail) showPlan(el("p", { class: "wrong" }, told.detail)); // an alert stays
   }
 }
 

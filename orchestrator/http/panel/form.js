@@ -3,15 +3,15 @@
 import { post } from "./api.js";
 import { join, split } from "./args.js";
 import { $, bytes, el, put, say } from "./dom.js";
+import { FIELDS } from "./fields.js";
 
-const TEXTS = ["gguf_variant", "revision", "hf_token", "cache_type_kv", "speculative_type", "mmproj_path"];
-const NUMBERS = ["max_seq_length", "n_parallel", "idle_ttl_s", "deadline_s"];
-const FLAGS = ["prefetch", "restore_previous", "pinned", "force_reload"];
-const KEPT = ["chat_template_override", "mmproj_path", "n_parallel", "idle_ttl_s"]; // said only if set
+const DRAWN = ["gguf_variant", "cache_type_kv", "speculative_type"]; // by hand, beside the plain ones
 const MODES = { off: "Off", default: "On" };
 
 const form = $("form");
 const extra = $("extra-text");
+for (const one of FIELDS) (one.control === "check" ? $("checks") : $("plain")).append(drawn(one));
+
 let isTouched = false;
 let running = null; // the args of what runs
 let variants = [];
@@ -19,17 +19,31 @@ let listing = new AbortController();
 
 /** The load request that the form means. @throws {Error} the extra arguments cannot be read */
 export function read() {
-  const body = { model_path: $("model_path").value.trim(), on_busy: $("on_busy").value };
-  for (const name of TEXTS) if ($(name).value.trim()) body[name] = $(name).value.trim();
-  for (const name of NUMBERS) {
+  const body = { model_path: $("model_path").value.trim() };
+  for (const name of DRAWN) if ($(name).value.trim()) body[name] = $(name).value.trim();
+  if ($("max_seq_length").value.trim()) body.max_seq_length = number($("max_seq_length").value);
+  for (const { name, control, standard } of FIELDS) {
     const text = $(name).value.trim();
-    if (text) body[name] = Number.isNaN(Number(text)) ? text : Number(text); // the backend says what is wrong
+    if (control === "check" ? $(name).checked : text !== (standard ?? "")) body[name] = control === "check" || (control === "number" ? number(text) : text);
   }
-  for (const name of FLAGS) if ($(name).checked) body[name] = true;
   if ($("chat_template_override").value.trim()) body.chat_template_override = $("chat_template_override").value;
   if (form.elements.extra.value === "clear") body.llama_extra_args = [];
   if (form.elements.extra.value === "set") body.llama_extra_args = split(extra.value);
   return body;
+}
+
+/** What a text means as a number; the backend says what is wrong with another. */
+const number = (text) => (Number.isNaN(Number(text)) ? text.trim() : Number(text));
+
+/** The control of a setting that needs no care of its own. */
+function drawn({ name, label, control, choices, blank, standard }) {
+  if (control === "check") return el("label", { "data-field": name }, el("input", { type: "checkbox", id: name, name }), ` ${label}`);
+  const words = [...(standard === null ? [[blank, ""]] : []), ...(choices ?? []).map((word) => [word, word])];
+  const looks = { type: control === "secret" ? "password" : "text", inputMode: control === "number" ? "decimal" : "text" };
+  const input = choices
+    ? el("select", { id: name, name }, ...words.map(([text, value]) => el("option", { value }, text)))
+    : el("input", { id: name, name, placeholder: blank, spellcheck: false, autocomplete: "off", ...looks });
+  return el("div", { class: "field", "data-field": name }, el("label", { htmlFor: name }, label), input);
 }
 
 /** Put the settings of what runs into the form, unless somebody has begun to write there. */
@@ -46,8 +60,11 @@ export function fill(loaded, { force = false } = {}) {
   choose($("gguf_variant"), loaded.gguf_variant ?? "");
   choose($("cache_type_kv"), loaded.cache_type_kv ?? "");
   choose($("speculative_type"), loaded.speculative_type, `${loaded.speculative_type} (manual)`);
-  for (const name of KEPT) $(name).value = loaded[name] ?? "";
-  $("pinned").checked = loaded.pinned ?? false;
+  $("chat_template_override").value = loaded.chat_template_override ?? "";
+  for (const { name, control, standard } of FIELDS.filter((one) => one.isShown)) {
+    if (control === "check") $(name).checked = loaded[name] ?? false;
+    else $(name).value = loaded[name] ?? standard ?? "";
+  }
   showExtra();
   listVariants();
 }

@@ -197,7 +197,7 @@ def grant(s: Step, ticket: Ticket) -> None:
     stop_at(s, None)
     running = cast("Running", s.ctx.running)
     s.put(leases=s.ctx.leases | {ticket})
-    s.emit(Settle(ticket, LeaseGranted(ticket, running.child, running.server)))
+    s.emit(Settle(ticket, LeaseGranted(ticket, running.target, running.child, running.server)))
 
 
 def kept_as(s: Step, wanted: Target) -> Running:
