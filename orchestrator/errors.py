@@ -40,9 +40,13 @@ what HTTP sends as `application/problem+json`.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
+from orchestrator.base.paths import Names
 from orchestrator.base.record import Named
 
 
@@ -91,6 +95,7 @@ class Problem(Named):
         story: The last transitions before it happened, oldest first.
         retry_after_s: When asking again may help, seconds from when it was said.
         restored: What became of the model that ran before, if it was to come back.
+        names: What paths in its texts are called where strangers see them.
     """
 
     category: str
@@ -102,6 +107,7 @@ class Problem(Named):
     story: tuple[str, ...] = ()
     retry_after_s: float | None = None
     restored: Restored | None = None
+    names: Names = dataclasses.field(default=(), compare=False, repr=False)
 
     def error(self) -> OrchestratorError:
         """Return the exception of this problem's category, ready to be raised."""
@@ -169,6 +175,11 @@ class OrchestratorError(Exception):
             )
         )
 
+    def naming(self, names: Names) -> Self:
+        """Say what paths in its texts are called where strangers see them."""
+        self.problem = replace(self.problem, names=(*self.problem.names, *names))
+        return self
+
     @property
     def message(self) -> str:
         return self.problem.message
@@ -211,6 +222,16 @@ class OrchestratorError(Exception):
         if self.problem.story:
             lines += ["  story:"] + [f"    {line}" for line in self.problem.story[-8:]]
         return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def naming(names: Names) -> Iterator[None]:
+    """Have what goes wrong inside say what paths in its texts are called."""
+    try:
+        yield
+    except OrchestratorError as error:
+        error.naming(names)
+        raise
 
 
 class InvalidRequest(OrchestratorError, ValueError):

@@ -1,48 +1,18 @@
 """What callers call the paths they have sent, and the names of our own folders.
 
-Kept for whoever shows paths to strangers (`http.paths`); nothing here is shown.
+Names go with what was looked up, and with what went wrong, for whoever shows texts to strangers
+(`http.paths`). Nothing is kept here.
 """
 
 from __future__ import annotations
 
 import os
-import threading
-from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Final
 
-_MOST: Final = 128
+Names = tuple[tuple[str, str], ...]
+"""Paths, and what each is called."""
 
 
-class _Names:
-    """Names of paths, the oldest forgotten first. For any thread."""
-
-    def __init__(self) -> None:
-        self._names: OrderedDict[str, str] = OrderedDict()
-        self._lock = threading.Lock()
-        self.changes: int = 0
-
-    def add(self, names: Mapping[str, str]) -> None:
-        with self._lock:
-            if all(self._names.get(path) == name for path, name in names.items()):
-                return
-            self.changes += 1
-            for path, name in names.items():
-                self._names[path] = name
-                self._names.move_to_end(path)
-            while len(self._names) > _MOST:
-                self._names.popitem(last=False)
-
-    def copy(self) -> dict[str, str]:
-        with self._lock:
-            return dict(self._names)
-
-
-SENT: Final = _Names()
-KEPT: Final = _Names()
-
-
-def sent_as(path: str | os.PathLike[str], text: str) -> None:
+def sent_as(path: str | os.PathLike[str], text: str) -> Names:
     """A caller calls this path so; where it really leads, and what is beside it, is called alike.
 
     Looks at the disk.
@@ -50,9 +20,9 @@ def sent_as(path: str | os.PathLike[str], text: str) -> None:
     beside = os.path.realpath(os.path.dirname(path) or os.curdir)
     names = {beside: os.path.dirname(text) or os.curdir, os.path.realpath(path): text}
     names |= {os.fspath(path): text} if os.path.isabs(path) else {}
-    SENT.add(names)
+    return tuple(names.items())
 
 
-def kept_in(path: str | os.PathLike[str], name: str) -> None:
-    """This path is a place of ours, called so."""
-    KEPT.add(dict.fromkeys((os.path.abspath(path), os.path.realpath(path)), name))
+def kept_in(path: str | os.PathLike[str], name: str) -> Names:
+    """This path is a place of ours, called so. Looks at the disk."""
+    return tuple(dict.fromkeys((os.path.abspath(path), os.path.realpath(path)), name).items())

@@ -29,8 +29,7 @@ from orchestrator.http.metrics import MEDIA_TYPE as MEDIA_TYPE_METRICS
 from orchestrator.http.metrics import Metrics
 from orchestrator.http.openapi import answers, problems, sends, takes
 from orchestrator.http.passthrough import HELD_S, MAX_HELD, Below, PassThrough
-from orchestrator.http.paths import shown
-from orchestrator.http.problems import Json, ProblemRoute, install
+from orchestrator.http.problems import Answers, Json
 from orchestrator.machine.commands import CancelAnswer
 from orchestrator.machine.plan import Plan
 from orchestrator.machine.states import State
@@ -102,9 +101,10 @@ def create_app(
         version=orchestrator.__version__,
         lifespan=lifespan,
     )
-    install(app)
+    told = Answers(served.known_paths)
+    told.install(app)
     app.include_router(router(served))
-    app.include_router(_health(served, metrics))
+    app.include_router(_health(served, metrics, told))
     app.router.routes.extend(pages.routes())
     openapi.describe(app, wants_key=bool(keys))
     app.add_middleware(Below, prefix="/v1/", app_below=passed_on)
@@ -128,20 +128,21 @@ def router(orch: AsyncOrchestrator) -> APIRouter:
         async with orch:
             yield
 
+    told = Answers(orch.known_paths)
     routes = APIRouter(
         prefix=PREFIX,
-        route_class=ProblemRoute,
+        route_class=told.route(),
         tags=["inference"],
         lifespan=lifespan,
     )
-    _add_loads(routes, orch)
-    _add_requests(routes, orch)
-    _add_views(routes, orch)
+    _add_loads(routes, orch, told)
+    _add_requests(routes, orch, told)
+    _add_views(routes, orch, told)
     _add_streams(routes, orch)
     return routes
 
 
-def _add_loads(routes: APIRouter, orch: AsyncOrchestrator) -> None:
+def _add_loads(routes: APIRouter, orch: AsyncOrchestrator, told: Answers) -> None:
     """A load, and what became of it."""
 
     @routes.post(
@@ -155,10 +156,10 @@ def _add_loads(routes: APIRouter, orch: AsyncOrchestrator) -> None:
     async def load(request: Request, *, wait: bool = True) -> Response:
         wanted = LoadRequest.from_dict(await json_body(request))
         if wait:
-            return Json((await while_connected(request, orch.load(wanted))).as_dict())
+            return told.json((await while_connected(request, orch.load(wanted))).as_dict())
         generation = await orch.submit(wanted)
         where = request.url_for("load_state", generation=str(generation)).path
-        return Json({"generation": generation}, 202, {"Location": where})
+        return told.json({"generation": generation}, 202, {"Location": where})
 
     @routes.get(
         "/loads/{generation}",
@@ -178,14 +179,16 @@ def _add_loads(routes: APIRouter, orch: AsyncOrchestrator) -> None:
                 found = orch.past_load(generation).as_dict()
         except KeyError:
             raise HTTPException(404, f"no load has generation {generation}") from None
-        return Json({name: found[name] for name in schemas.LoadState.model_fields if name in found})
+        return told.json(
+            {name: found[name] for name in schemas.LoadState.model_fields if name in found}
+        )
 
     @routes.get("/loads", responses=answers(schemas.Loads, *openapi.READ))
     async def loads(limit: Annotated[int, Query(ge=1, le=256)] = 20) -> Response:
-        return Json({"loads": [load.as_dict() for load in orch.history(limit)]})
+        return told.json({"loads": [load.as_dict() for load in orch.history(limit)]})
 
 
-def _add_requests(routes: APIRouter, orch: AsyncOrchestrator) -> None:
+def _add_requests(routes: APIRouter, orch: AsyncOrchestrator, told: Answers) -> None:
     """What changes something beside a load, or would."""
 
     @routes.post(
@@ -195,7 +198,7 @@ def _add_requests(routes: APIRouter, orch: AsyncOrchestrator) -> None:
     )
     async def unload(request: Request) -> Response:
         body = checked(schemas.UnloadBody, await json_body(request, required=False))
-        return Json((await orch.unload(body.model_path)).as_dict())
+        return told.json((await orch.unload(body.model_path)).as_dict())
 
     @routes.post(
         "/cancel",
@@ -205,7 +208,7 @@ def _add_requests(routes: APIRouter, orch: AsyncOrchestrator) -> None:
     async def cancel(request: Request) -> Response:
         body = checked(schemas.CancelBody, await json_body(request))
         request_id = checks.request_id("load_request_id", body.load_request_id)
-        return Json({"cancelled": await orch.cancel(request_id, body.generation)})
+        return told.json({"cancelled": await orch.cancel(request_id, body.generation)})
 
     @routes.post(
         "/plan",
@@ -214,7 +217,8 @@ def _add_requests(routes: APIRouter, orch: AsyncOrchestrator) -> None:
     )
     async def plan(request: Request) -> Response:
         wanted = LoadRequest.from_dict(await json_body(request))
-        return Json((await asyncio.to_thread(orch.plan, wanted)).as_dict())
+        plan = await asyncio.to_thread(orch.plan, wanted)
+        return told.json(plan.as_dict(), names=plan.names)
 
     @routes.post(
         "/variants",
@@ -224,38 +228,38 @@ def _add_requests(routes: APIRouter, orch: AsyncOrchestrator) -> None:
     async def variants(request: Request) -> Response:
         body = checked(schemas.VariantsBody, await json_body(request))
         wanted = LoadRequest.from_dict(body.model_dump(exclude_unset=True))
-        return Json((await while_connected(request, orch.variants(wanted))).as_dict())
+        return told.json((await while_connected(request, orch.variants(wanted))).as_dict())
 
 
-def _add_views(routes: APIRouter, orch: AsyncOrchestrator) -> None:
+def _add_views(routes: APIRouter, orch: AsyncOrchestrator, told: Answers) -> None:
     """What only reads: answered in microseconds, also while a load runs."""
 
     @routes.get("/status", responses=answers(Status, *openapi.LOOK))
     async def status() -> Response:
-        return Json(orch.status().as_dict())
+        return told.json(orch.status().as_dict())
 
     @routes.get(
         "/load-progress",
         responses=answers(LoadProgress, *openapi.LOOK),
     )
     async def load_progress() -> Response:
-        return Json(orch.progress().as_dict())
+        return told.json(orch.progress().as_dict())
 
     @routes.get("/logs", responses=answers(schemas.Logs, *openapi.READ))
     async def logs(
         lines: Annotated[int, Query(ge=1, le=MAX_LINES)] = 200, *, follow: bool = False
     ) -> Response:
         if follow:
-            coming = (shown(line) + "\n" async for line in orch.follow_logs(lines))
+            coming = (told.paths.now().text(line) + "\n" async for line in orch.follow_logs(lines))
             return StreamingResponse(coming, media_type="text/plain; charset=utf-8")
-        return Json({"lines": list(orch.logs(lines))})
+        return told.json({"lines": list(orch.logs(lines))})
 
     @routes.get(
         "/options",
         responses=answers(Options, 424, *openapi.READ),
     )
     async def options() -> Response:
-        return Json((await asyncio.to_thread(orch.options)).as_dict())
+        return told.json((await asyncio.to_thread(orch.options)).as_dict())
 
     @routes.get(
         "/diagram.svg",
@@ -314,8 +318,8 @@ def _add_streams(routes: APIRouter, orch: AsyncOrchestrator) -> None:
                 await asyncio.gather(coming, return_exceptions=True)
 
 
-def _health(orch: AsyncOrchestrator, metrics: Metrics) -> APIRouter:
-    routes = APIRouter(route_class=ProblemRoute, tags=["health"])
+def _health(orch: AsyncOrchestrator, metrics: Metrics, told: Answers) -> APIRouter:
+    routes = APIRouter(route_class=told.route(), tags=["health"])
 
     @routes.get("/healthz", responses=answers(schemas.Health))
     async def healthz() -> Response:

@@ -89,7 +89,10 @@ def describe(app: FastAPI, *, wants_key: bool) -> None:
         document = made()
         components = document.setdefault("components", {})
         # what stands for a failure in an answer is its document, not the library's own record
-        components.setdefault("schemas", {}).update(_problem_schemas())
+        schemas = components.setdefault("schemas", {})
+        schemas.update(_problem_schemas())
+        for schema in schemas.values():
+            schema.get("properties", {}).pop("names", None)  # of paths: they stay here
         document["paths"]["/v1/{path}"] = {method: _passed_on(method) for method in ("get", "post")}
         if wants_key:
             schemes = components.setdefault("securitySchemes", {})

@@ -22,7 +22,7 @@ from yarl import URL
 
 from orchestrator.base.tokens import Generation
 from orchestrator.errors import OrchestratorError, Problem, ServerExited, Unavailable, WrongKind
-from orchestrator.http.problems import answer_to, http_problem, respond
+from orchestrator.http.problems import Answers, http_problem, respond
 from orchestrator.runtime.answers import LeasedServer
 from orchestrator.runtime.orchestrator import AsyncOrchestrator
 from orchestrator.settings.fields import Kind
@@ -67,6 +67,7 @@ class PassThrough:
         self, orch: AsyncOrchestrator, *, held_s: float = HELD_S, max_held: int = MAX_HELD
     ) -> None:
         self._orch = orch
+        self._told = Answers(orch.known_paths)
         self._held_s = held_s
         self._max_held = max_held
         self.held: int = 0
@@ -95,7 +96,7 @@ class PassThrough:
         except _GoneError:
             return  # nobody is there to be told
         except OrchestratorError as error:
-            await answer_to(error, Request(scope))(scope, receive, send)
+            await self._told.failure(error, Request(scope))(scope, receive, send)
 
     async def close(self) -> None:
         """Close the connections to the server."""

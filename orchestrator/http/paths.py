@@ -1,18 +1,18 @@
 """Hide local paths in text that leaves over HTTP.
 
-A path is shown as it was sent, or by the folder it is kept in. The Python API and the logs of this
-process keep the truth.
+A path is shown as it was sent, or by the folder it is kept in, as far as this orchestrator knows
+it. The Python API and the logs of this process keep the truth.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import Any, Final
 
-from orchestrator.base.paths import KEPT, SENT
+from orchestrator.base.paths import Names
 from orchestrator.models.hub import cache
 
 _BEGINS: Final = re.compile(r"(?<![\w.~-])/")
@@ -23,58 +23,81 @@ _TEXTS: Final = frozenset(
 """Members that are read by people. Settings are not: they may be posted back."""
 
 
-def shown(text: str) -> str:
-    """Return the text with every path that is known called by its name."""
-    return _renaming()(text)
+class Renamed:
+    """Texts with every path that is known called by its name."""
 
+    def __init__(self, names: Iterable[Names]) -> None:
+        self._named: dict[str, str] = {path: name for some in names for path, name in some}
 
-def shown_members(answer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an answer says, its texts as `shown`."""
-    rename = _renaming()
+    @cached_property
+    def _known(self) -> tuple[str, ...]:
+        """Longest first, so that what is inside of a place goes before the place."""
+        return tuple(sorted((path for path in self._named if len(path) > 1), key=len, reverse=True))
 
-    def say(value: Any, is_text: bool) -> Any:
-        match value:
-            case str() if is_text:
-                return rename(value)
-            case Mapping():
-                return {
-                    name: say(member, is_text or name in _TEXTS) for name, member in value.items()
-                }
-            case list() | tuple():
-                return [say(member, is_text) for member in value]
-            case _:
-                return value
-
-    return {name: say(member, name in _TEXTS) for name, member in answer.items()}
-
-
-def _renaming() -> Callable[[str], str]:
-    changes = SENT.changes + KEPT.changes
-    return _renaming_of(changes, os.path.expanduser("~"), str(cache.directory()))
-
-
-@lru_cache(maxsize=4)
-def _renaming_of(_: int, home: str, cache: str) -> Callable[[str], str]:
-    """Longest first, so that what is inside of a place goes before the place; in one pass, so that
-    a name is not renamed again. No pattern of all names: to compile one takes 10 ms and more.
-    """
-    names = SENT.copy() | KEPT.copy()
-    for place, name in ((home, "~"), (cache, "<hub cache>")):
-        names[place.rstrip("/")] = names[os.path.realpath(place)] = name
-    known = tuple(sorted((path for path in names if len(path) > 1), key=len, reverse=True))
-
-    def rename(text: str) -> str:
+    def text(self, text: str) -> str:
+        """Rename in one pass, so that a name is not renamed again. There is no pattern of all
+        names: to compile one takes 10 ms and more.
+        """
         said, done = [], 0
         for found in _BEGINS.finditer(text):
             at = found.start()
-            if at < done or not text.startswith(known, at):
+            if at < done or not text.startswith(self._known, at):
                 continue
-            for path in known:
+            for path in self._known:
                 end = at + len(path)
                 if text.startswith(path, at) and not _GOES_ON.match(text, end):
-                    said += [text[done:at], names[path]]
+                    said += [text[done:at], self._named[path]]
                     done = end
                     break
         return "".join([*said, text[done:]])
 
-    return rename
+    def members(self, answer: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what an answer says, its texts renamed."""
+
+        def say(value: Any, is_text: bool) -> Any:
+            match value:
+                case str() if is_text:
+                    return self.text(value)
+                case Mapping():
+                    return {
+                        name: say(member, is_text or name in _TEXTS)
+                        for name, member in value.items()
+                    }
+                case list() | tuple():
+                    return [say(member, is_text) for member in value]
+                case _:
+                    return value
+
+        return {name: say(member, name in _TEXTS) for name, member in answer.items()}
+
+
+class Paths:
+    """What one orchestrator's texts are shown as.
+
+    Args:
+        known: Returns the names it knows now; the same tuple as long as these are the same.
+    """
+
+    def __init__(self, known: Callable[[], tuple[Names, ...]]) -> None:
+        self._known = known
+        self._last: tuple[tuple[Names, ...], tuple[str, str], Renamed] | None = None
+
+    def now(self, *more: Names) -> Renamed:
+        """Return how texts are shown now.
+
+        Args:
+            more: Names that go with the answer itself.
+        """
+        known, places = self._known(), (os.path.expanduser("~"), str(cache.directory()))
+        if more and any(more):
+            return Renamed((*known, *more, *_places(*places)))
+        if self._last is None or self._last[0] is not known or self._last[1] != places:
+            self._last = known, places, Renamed((*known, *_places(*places)))
+        return self._last[2]
+
+
+def _places(home: str, hub: str) -> tuple[Names, ...]:
+    return tuple(
+        ((place.rstrip("/"), name), (os.path.realpath(place), name))
+        for place, name in ((home, "~"), (hub, "<hub cache>"))
+    )

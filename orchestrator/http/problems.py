@@ -1,7 +1,7 @@
-"""Every failure as `application/problem+json` (RFC 9457), whatever raised it.
+"""Answers, and every failure as `application/problem+json` (RFC 9457), whatever raised it.
 
-`ProblemRoute` does it for the routes of our router wherever that is included; `install` does it for
-what happens around them in an app of our own: unknown paths, wrong methods, crashes. What the
+`Answers.route` does it for the routes of our router wherever that is included; `install` does it
+for what happens around them in an app of our own: unknown paths, wrong methods, crashes. What the
 library raised on purpose keeps its words; anything else is logged and not shown.
 """
 
@@ -20,9 +20,10 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
+from orchestrator.base.paths import Names
 from orchestrator.errors import OrchestratorError, Problem
 from orchestrator.http.bodies import malformed
-from orchestrator.http.paths import shown_members
+from orchestrator.http.paths import Paths
 
 MEDIA_TYPE: Final = "application/problem+json"
 CATEGORIES: Final[Mapping[int, tuple[str, ...]]] = {
@@ -40,14 +41,10 @@ _log = structlog.get_logger("orchestrator.http")
 
 
 class Json(JSONResponse):
-    """JSON in plain ASCII: a file name that was never UTF-8 must not cost the answer.
-
-    This is where what the library says leaves for strangers: paths stay here.
-    """
+    """JSON in plain ASCII: a file name that was never UTF-8 must not cost the answer."""
 
     def render(self, content: Any) -> bytes:
-        told = shown_members(content)
-        return json.dumps(told, allow_nan=False, separators=(",", ":")).encode("ascii")
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
 def respond(members: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
@@ -69,44 +66,69 @@ def http_problem(status: int, detail: str, *, category: str | None = None) -> di
     }
 
 
-def answer_to(error: Exception, request: Request) -> Response:
-    """Return the response that tells of an exception."""
-    match error:
-        case OrchestratorError():
-            return respond(error.problem.as_dict())
-        case RequestValidationError():
-            return respond(malformed(error.errors()[0]).as_dict())
-        case HTTPException():
-            detail = str(error.detail)
-            if error.status_code == HTTPStatus.NOT_FOUND and detail == "Not Found":
-                detail = f"there is nothing at {request.url.path}"
-            return respond(http_problem(error.status_code, detail), error.headers)
-        case _:
-            _log.error("request.failed", path=request.url.path, exc_info=error)
-            message = f"an unexpected {type(error).__name__}: see the log of this process"
-            return respond(Problem("internal", message).as_dict())
+class Answers:
+    """What an orchestrator tells strangers: this is where it leaves, and paths stay here.
 
+    Args:
+        known: Returns the names of its paths; see `Facade.known_paths`.
+    """
 
-class ProblemRoute(APIRoute):
-    """A route whose failures are problem documents, in whatever app it is included."""
+    def __init__(self, known: Callable[[], tuple[Names, ...]]) -> None:
+        self.paths = Paths(known)
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
+    def json(
+        self,
+        members: Mapping[str, Any],
+        status: int = 200,
+        headers: Mapping[str, str] | None = None,
+        *,
+        names: Names = (),
+    ) -> Response:
+        """Send an answer; `names` are those that go with it."""
+        return Json(self.paths.now(names).members(members), status, headers)
 
-        async def answer(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except Exception as error:  # noqa: BLE001 (this is where every error gets its answer)
-                return answer_to(error, request)
+    def failure(self, error: Exception, request: Request) -> Response:
+        """Send what tells of an exception."""
+        match error:
+            case OrchestratorError(problem=problem):
+                return respond(self.paths.now(problem.names).members(problem.as_dict()))
+            case RequestValidationError():
+                return respond(malformed(error.errors()[0]).as_dict())
+            case HTTPException():
+                detail = str(error.detail)
+                if error.status_code == HTTPStatus.NOT_FOUND and detail == "Not Found":
+                    detail = f"there is nothing at {request.url.path}"
+                return respond(http_problem(error.status_code, detail), error.headers)
+            case _:
+                _log.error("request.failed", path=request.url.path, exc_info=error)
+                message = f"an unexpected {type(error).__name__}: see the log of this process"
+                return respond(Problem("internal", message).as_dict())
 
-        return answer
+    def route(self) -> type[APIRoute]:
+        """Return a class of routes whose failures are problem documents, in whatever app they are
+        included.
+        """
+        failure = self.failure
 
+        class ProblemRoute(APIRoute):
+            def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+                handle = super().get_route_handler()
 
-def install(app: FastAPI) -> None:
-    """Let an app answer with problem documents outside of our routes too."""
+                async def answer(request: Request) -> Response:
+                    try:
+                        return await handle(request)
+                    except Exception as error:  # noqa: BLE001 (here every error gets its answer)
+                        return failure(error, request)
 
-    async def handler(request: Request, error: Exception) -> Response:
-        return answer_to(error, request)
+                return answer
 
-    for kind in (OrchestratorError, RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(kind, handler)
+        return ProblemRoute
+
+    def install(self, app: FastAPI) -> None:
+        """Let an app answer with problem documents outside of our routes too."""
+
+        async def handler(request: Request, error: Exception) -> Response:
+            return self.failure(error, request)
+
+        for kind in (OrchestratorError, RequestValidationError, HTTPException, Exception):
+            app.add_exception_handler(kind, handler)

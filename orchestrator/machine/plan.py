@@ -6,9 +6,10 @@ Pure: all times are monotonic seconds given by the caller.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from orchestrator.base.paths import Names
 from orchestrator.base.record import Named
 from orchestrator.base.redaction import redact
 from orchestrator.base.tokens import Ticket
@@ -21,6 +22,8 @@ from orchestrator.machine.step import step
 from orchestrator.settings.argv import build_argv
 from orchestrator.settings.target import ReloadReason, Target, differences
 
+Action = Literal["none", "load", "reload"]
+
 
 @dataclass(frozen=True, slots=True)
 class Plan(Named):
@@ -30,11 +33,13 @@ class Plan(Named):
         action: `none` (it runs already, or is on its way), `load`, or `reload`.
         reload_reasons: What keeps the running server from serving it.
         argv: The command line it would start, with nothing secret in it.
+        names: What its paths are called where strangers see them.
     """
 
-    action: Literal["none", "load", "reload"]
+    action: Action
     reload_reasons: list[ReloadReason]
     argv: list[str]
+    names: Names = field(default=(), compare=False, repr=False)
 
     def as_dict(self) -> dict[str, object]:
         reasons = [reason.as_dict() for reason in self.reload_reasons]
@@ -61,19 +66,21 @@ def plan_load(state: State, ctx: Context, target: Target, *, at: float = 0.0) ->
             case Settle(answer=Problem() as problem) if command.ticket == ticket:
                 raise problem.error()
             case Settle(answer=Loaded() as loaded) if command.ticket == ticket:
-                return Plan("none", [], _shown_argv(loaded.target))
+                return _plan("none", loaded.target)
             case Accept(joined=True, generation=joined) if command.ticket == ticket:
                 shared = next(job for job in stepped.ctx.wanted if job.generation == joined)
-                return Plan("none", [], _shown_argv(shared.target))
+                return _plan("none", shared.target)
     newest = stepped.ctx.wanted[-1]
     committed = {**dict(ctx.committed_args), **{t.source: t.extra_args for t in before}}
     effective = newest.target.inheriting(committed)
     if not before:
-        return Plan("load", [], _shown_argv(effective))
+        return _plan("load", effective)
     reasons = newest.reload_reasons or differences(before[-1], effective)
-    return Plan("reload", list(reasons), _shown_argv(effective))
+    return _plan("reload", effective, reasons)
 
 
-def _shown_argv(target: Target) -> list[str]:
-    shown = "<chat template>" if target.request.chat_template_override else None
-    return [redact(token) for token in build_argv(target, template_file=shown)]
+def _plan(action: Action, target: Target, reasons: tuple[ReloadReason, ...] = ()) -> Plan:
+    template = "<chat template>" if target.request.chat_template_override else None
+    argv = [redact(token) for token in build_argv(target, template_file=template)]
+    names = (*target.names, *(name for reason in reasons for name in reason.names))
+    return Plan(action, list(reasons), argv, names)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Final
 
 from orchestrator.base import paths
-from orchestrator.errors import InvalidModel, ModelNotFound
+from orchestrator.base.paths import Names
+from orchestrator.errors import InvalidModel, ModelNotFound, OrchestratorError, naming
 from orchestrator.models import gguf_file, variants
 from orchestrator.models.roots import ModelRoots
 from orchestrator.models.variants import Variant
@@ -74,8 +75,11 @@ def locate(request: LoadRequest, roots: ModelRoots | None = None) -> ModelFiles:
     else:
         raise _not_found(request.model_path)
     parts = _parts(first, roots)
-    weights = tuple(_checked(part, "model_path", is_part=len(parts) > 1) for part in parts)
-    return ModelFiles(weights, given_projector(request, roots), variant)
+    inside = os.path.relpath(first.parent, path) if path.is_dir() else os.pardir
+    names = _names_of_parts(parts, os.path.normpath(os.path.join(request.model_path, inside)))
+    with naming(names):
+        weights = tuple(_checked(part, "model_path", is_part=len(parts) > 1) for part in parts)
+    return ModelFiles(weights, given_projector(request, roots), variant, names=names)
 
 
 def variants_of(request: LoadRequest, roots: ModelRoots | None = None) -> list[Variant]:
@@ -130,12 +134,23 @@ def _not_found(name: str) -> ModelNotFound:
     )
 
 
+def _names_of_parts(parts: tuple[Path, ...], folder: str) -> Names:
+    """Each is called by its name in the folder that was sent, wherever a link leads."""
+    return tuple((os.path.realpath(part), os.path.join(folder, part.name)) for part in parts)
+
+
+def names_of(text: str, field: str, roots: ModelRoots | None) -> Names:
+    """Return what the paths are called that this text leads to."""
+    with contextlib.suppress(OSError, RuntimeError, OrchestratorError):
+        return paths.sent_as(_path(text, field, roots), text)
+    return ()
+
+
 def _path(text: str, field: str, roots: ModelRoots | None) -> Path:
     """Return the path, or say that there can be nothing there."""
     try:
         path = Path(text).expanduser() if roots is None else Path(roots.resolve(text, field))
         path.exists()
-        paths.sent_as(path, text)
     except (OSError, RuntimeError) as error:  # too long, not ours to see; no such user
         why = getattr(error, "strerror", None) or str(error)
         message = f"{field} {text[:200]} cannot be looked up ({why}): check the path"

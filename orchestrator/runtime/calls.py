@@ -44,7 +44,8 @@ from orchestrator.models.roots import Folder, model_roots
 from orchestrator.models.variants import Variant
 from orchestrator.runtime import answers
 from orchestrator.runtime.answers import LoadOutcome, LoadProgress, Options, PastLoad, Status
-from orchestrator.runtime.history import LoadRecord
+from orchestrator.runtime.history import History, LoadRecord
+from orchestrator.runtime.names import KnownNames
 from orchestrator.runtime.owner import Call, Owner
 from orchestrator.runtime.parts import Parts, ServerSettings
 from orchestrator.runtime.snapshot import Observer
@@ -120,8 +121,10 @@ class Facade:
         self._policy = Policy(drain_s, abandoned_load, _restart_policy(restart), idle_ttl_s)
         keys = _server_keys(protect_server)
         self._servers = ServerSettings(grace_s, dict(server_env or {}), keys)
-        paths.kept_in(self._cache.parent, "<state>")
-        self._source = self._parts.source(self._cache / "hub", model_roots(models_dir))
+        roots = model_roots(models_dir)
+        state = paths.kept_in(self._cache.parent, "<state>")
+        self._known = KnownNames((state, roots.names if roots else ()))
+        self._source = self._parts.source(self._cache / "hub", roots)
         self._listings = Listings(self._source, self._parts.workers)
         self._owner: Owner | None = None
         self._pid = 0
@@ -300,6 +303,15 @@ class Facade:
         """
         catalogue = self._parts.catalogue(self._parts.server(self._llama_server), self._cache)
         return Options(list(CACHE_TYPES), accepted_modes(catalogue))
+
+    def known_paths(self) -> tuple[paths.Names, ...]:
+        """Return what every path is called that it could tell of now, for whoever shows its texts
+        to strangers; the same tuple as before as long as nothing that has paths has changed.
+        """
+        owner = self._owner
+        if owner is None:
+            return self._known.now(Context(self._policy), History())
+        return self._known.now(owner.snapshot.ctx, owner.history)
 
     @property
     def _is_untouched(self) -> bool:

@@ -39,6 +39,7 @@ class History:
 
     def __init__(self) -> None:
         self.records: dict[Generation, LoadRecord] = {}
+        self.newest: LoadRecord | None = None
 
     def add(self, ended: Concluded, *, now: float, story: tuple[str, ...]) -> None:
         """Keep what became of a load, and forget the oldest.
@@ -54,8 +55,8 @@ class History:
             timings = answer.timings  # as its callers were told
         else:
             timings = replace(timings, total=total_s)
-        self.records[ended.generation] = LoadRecord(
-            ended.generation, ended.target, time.time() - total_s, timings, answer
-        )
+        record = LoadRecord(ended.generation, ended.target, time.time() - total_s, timings, answer)
+        self.records[ended.generation] = record
         while len(self.records) > _KEPT:
             del self.records[next(iter(self.records))]
+        self.newest = record  # last: who sees it sees the rest

@@ -27,6 +27,7 @@ import structlog
 from orchestrator.base import launch, paths
 from orchestrator.base.json_file import write_note
 from orchestrator.base.log import say
+from orchestrator.base.paths import Names
 from orchestrator.errors import ServerUnavailable
 from orchestrator.models.local import identity_of
 from orchestrator.server import process_table
@@ -69,19 +70,20 @@ def find_server(llama_server: str | os.PathLike[str]) -> ServerBinary:
 
 
 def _external(choice: str, origin: str) -> ServerBinary:
+    names: Names = ()
     try:
         path = Path(choice).expanduser()
         problem: str | None = "is not a path"
         if choice and "\0" not in choice:
-            paths.kept_in(path, path.name)
+            names = paths.kept_in(path, path.name)
             problem = _problem_of(path)
         if problem is None:
             absolute = os.path.abspath(path)
-            return ServerBinary("external", (absolute,), identity_of(absolute))
+            return ServerBinary("external", (absolute,), identity_of(absolute), names=names)
     except (OSError, RuntimeError) as error:  # too long, gone meanwhile; no such user
         problem = f"cannot be looked up ({getattr(error, 'strerror', None) or error})"
     message = f"{origin}: {choice[:200]!r} {problem}"
-    raise ServerUnavailable.because(message, field="llama_server")
+    raise ServerUnavailable.because(message, field="llama_server").naming(names)
 
 
 def _problem_of(path: Path) -> str | None:
@@ -123,11 +125,12 @@ def _embedded() -> ServerBinary:
             field="llama_server",
         )
     script = str(Path(__file__).with_name("embedded.py"))
+    names = paths.kept_in(spec.origin, "xllamacpp")
     for path in (python, script):
-        paths.kept_in(path, Path(path).name)
-    paths.kept_in(spec.origin, "xllamacpp")
+        names += paths.kept_in(path, Path(path).name)
     # -P: this folder must not come before the standard library (it has an `http` of its own)
-    return ServerBinary("embedded", (python, "-P", script), identity_of(spec.origin))
+    command = (python, "-P", script)
+    return ServerBinary("embedded", command, identity_of(spec.origin), names=names)
 
 
 def ask_catalogue(server: ServerBinary, cache: Path) -> Catalogue | None:

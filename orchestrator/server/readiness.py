@@ -8,13 +8,14 @@ adapts.
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
-import re
-import select
 import socket
 import time
 from dataclasses import dataclass, field, replace
-from typing import Final
+from http import HTTPStatus
+from typing import Any, Final, cast
 
 from orchestrator.base.tokens import CancelToken
 from orchestrator.base.waker import Waker
@@ -31,8 +32,6 @@ _LOOK_UP_S: Final = 0.03  # a look at the process table costs 3 to 8 ms
 _LOOK_UP_MOST_S: Final = 0.5
 _MAX_ANSWER: Final = 1 << 20
 _HOST: Final = "127.0.0.1"
-_STATUS: Final = re.compile(rb"HTTP/\S*\s+(\d{3})(?!\S)")
-_LENGTH: Final = re.compile(rb"\s*content-length\s*:\s*(\d{1,15})\s*", re.IGNORECASE)
 _PORTS: Final = range(1, 65536)
 _UNPROTECTED: Final = Problem(
     "server_start_failed",
@@ -99,17 +98,22 @@ def wait_ready(
     Returns:
         What the server says of itself, or why it will not be ready.
     """
-    waker, finder = Waker(), _Finder(server)
+    waker, finder, visits = Waker(), _Finder(server), _Visits(server, token)
 
     def tell() -> None:
         """Output says nothing while nobody knows where to ask, and there is a lot of it."""
         if finder.found is not None or server.output.announced or server.exit is not None:
             waker.wake()
+        visits.interrupt()
+
+    def give_up() -> None:
+        waker.wake()
+        visits.interrupt()
 
     server.listeners.append(tell)
-    token.on_set(waker.wake)
+    token.on_set(give_up)
     try:
-        verdict = _wait(finder, token, waker, stall_timeout_s, progress)
+        verdict = _wait(finder, visits, token, waker, stall_timeout_s, progress)
         if verdict is None:
             seen = _exit_of(server, waker)
             returncode = seen.returncode if seen else None
@@ -123,6 +127,7 @@ def wait_ready(
 
 def _wait(
     finder: _Finder,
+    visits: _Visits,
     token: CancelToken,
     waker: Waker,
     stall_timeout_s: float,
@@ -139,7 +144,7 @@ def _wait(
             return None
         port = finder.port()
         if port is not None:
-            facts = _Visit(server, waker, token).facts(port)
+            facts = visits.facts(port)
             if facts is not None and server.is_alive:
                 progress.saw(progress.bytes_total or 0)
                 return facts
@@ -152,7 +157,7 @@ def _wait(
                 log_tail=server.output.tail(),
             )
         pause = ladder.next_probe_s(pause)
-        if waker.wait(min(pause, stall_timeout_s))[0]:
+        if waker.wait(min(pause, stall_timeout_s)):
             pause = None if port is not None else pause
 
 
@@ -197,15 +202,37 @@ class _Finder:
         return mine is not False or process_table.listens(self.server.family(), port) is not False
 
 
-@dataclass(frozen=True, slots=True)
-class _Visit:
-    """One connection to the child, by plain sockets: a token or an exit interrupts it at any point,
-    also while it connects, and no proxy variable can send it elsewhere.
+class _BoundedSocket(socket.socket):
+    """Reads until a moment, however slowly an answer comes.
+
+    Attributes:
+        ends: That moment, monotonic seconds.
     """
 
-    server: ServerProcess
-    waker: Waker
-    token: CancelToken
+    ends: float = 0.0
+
+    def recv_into(self, *args: Any) -> int:
+        self.settimeout(max(0.001, self.ends - time.monotonic()))
+        return super().recv_into(*args)
+
+
+class _Visits:
+    """Questions to the child, one connection at a time. No proxy variable sends them elsewhere."""
+
+    def __init__(self, server: ServerProcess, token: CancelToken) -> None:
+        self._server = server
+        self._token = token
+        self._socket: socket.socket | None = None
+
+    def interrupt(self) -> None:
+        """End the question that is under way, from any thread."""
+        if self._is_over and (connected := self._socket) is not None:
+            with contextlib.suppress(OSError):
+                connected.shutdown(socket.SHUT_RDWR)
+
+    @property
+    def _is_over(self) -> bool:
+        return self._token.is_set() or self._server.exit is not None
 
     def facts(self, port: int) -> ServerFacts | Problem | None:
         """Ask /health and, once it is 200, /props. None: not ready yet.
@@ -213,52 +240,54 @@ class _Visit:
         A server that has a key must also refuse who does not: one that knows nothing of keys would
         be open to everybody without a word.
         """
-        key = self.server.api_key
+        key = self._server.api_key
         try:
-            with socket.socket() as connection:
-                connection.setblocking(False)
-                connection.connect_ex((_HOST, port))
-                ends = time.monotonic() + _ANSWER_S
-                if not self._is_ready(connection, select.POLLOUT, ends):
+            with _BoundedSocket() as connected:
+                self._socket = connected  # before it is looked whether all is over
+                connection = self._connection(connected, port)
+                if _ask(connection, "/health", _ANSWER_S)[0] != HTTPStatus.OK:
                     return None
-                status, _ = self._ask(connection, "/health", _ANSWER_S)
-                if status != 200:
-                    return None
-                status, body = self._ask(connection, "/props", _PROPS_S, key)
-                keyless = 401 if key is None else self._ask(connection, "/slots", _PROPS_S)[0]
-        except OSError:
+                status, body = _ask(connection, "/props", _PROPS_S, key)
+                keyless = 401 if key is None else _ask(connection, "/slots", _PROPS_S)[0]
+        except (OSError, ValueError, http.client.HTTPException):  # ValueError: a length of "x"
             return None
-        if keyless not in {401, 403}:
-            return _UNPROTECTED if keyless else None
-        found = _facts(f"http://{_HOST}:{port}", body if status == 200 else b"")
+        finally:
+            self._socket = None
+        if keyless not in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+            return _UNPROTECTED
+        found = _facts(f"http://{_HOST}:{port}", body if status == HTTPStatus.OK else b"")
         return replace(found, api_key=key)
 
-    def _ask(
-        self, connection: socket.socket, path: str, timeout_s: float, key: str | None = None
-    ) -> tuple[int, bytes]:
-        """GET a path and return (status, body); (0, b"") when there is no answer to wait for."""
-        shown = "" if key is None else f"Authorization: Bearer {key}\r\n"
-        request = f"GET {path} HTTP/1.1\r\nHost: {_HOST}\r\n{shown}Accept: */*\r\n\r\n"
-        connection.send(request.encode())
-        ends = time.monotonic() + timeout_s
-        data = b""
-        while len(data) < _MAX_ANSWER and self._is_ready(connection, select.POLLIN, ends):
-            more = connection.recv(65536)
-            data += more
-            whole = _whole_answer(data, ended=not more)
-            if whole is not None or not more:
-                return whole or (0, b"")
-        return 0, b""
+    def _connection(self, connected: _BoundedSocket, port: int) -> http.client.HTTPConnection:
+        if self._is_over:
+            raise ConnectionAbortedError
+        connected.settimeout(_ANSWER_S)
+        connected.connect((_HOST, port))
+        connection = http.client.HTTPConnection(_HOST, port)
+        connection.auto_open = False  # what the server has closed stays closed
+        connection.sock = connected
+        return connection
 
-    def _is_ready(self, connection: socket.socket, events: int, ends: float) -> bool:
-        """Wait for the connection; False when the time or the reason to wait is over."""
-        while (left := ends - time.monotonic()) > 0:
-            woken, is_ready = self.waker.wait(left, connection, events)
-            if woken and (self.token.is_set() or self.server.exit is not None):
-                return False
-            if is_ready:
-                return True
-        return False
+
+def _ask(
+    connection: http.client.HTTPConnection, path: str, timeout_s: float, key: str | None = None
+) -> tuple[int, bytes]:
+    """GET a path and return its status and its body.
+
+    Raises:
+        OSError, HTTPException: there is no answer, or none in time.
+    """
+    connected = cast("_BoundedSocket", connection.sock)
+    if connected is None:
+        raise ConnectionResetError
+    connected.ends = time.monotonic() + timeout_s
+    connected.settimeout(timeout_s)
+    connection.request("GET", path, headers={"Authorization": f"Bearer {key}"} if key else {})
+    answer = connection.getresponse()
+    body = answer.read(_MAX_ANSWER)
+    if not answer.isclosed():
+        raise http.client.IncompleteRead(body)
+    return answer.status, body
 
 
 def _facts(base_url: str, props: bytes) -> ServerFacts:
@@ -269,20 +298,3 @@ def _facts(base_url: str, props: bytes) -> ServerFacts:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return ServerFacts(base_url)
     return ServerFacts(base_url, context if type(context) is int else None, vision)
-
-
-def _whole_answer(data: bytes, *, ended: bool) -> tuple[int, bytes] | None:
-    """Return (status, body) once all of it is there."""
-    head, found, body = data.partition(b"\r\n\r\n")
-    status = _STATUS.match(head)
-    if not found or status is None:
-        return None
-    length = None
-    for line in head.split(b"\r\n")[1:]:
-        if (stated := _LENGTH.fullmatch(line)) is not None:
-            length = int(stated[1])
-    if length is None and not ended:
-        return None
-    if length is not None and len(body) < length:
-        return None
-    return int(status[1]), body if length is None else body[:length]

@@ -267,7 +267,7 @@ class Fields(AsAsked):
     speculative_type: str | None = setting(
         None,
         _speculative_type,
-        "drafting: default, off, ngram-mod or a type the server lists; null = off but for inherited",
+        "drafting: default, off, ngram-mod or a type the server lists; null = off, inherited stay",
         flags=(
             "--spec-default! --spec-type --spec-ngram-size-n --spec-ngram-size --draft --draft-n "
             "--draft-max --draft-min --draft-n-min --spec-ngram-mod-n-match --spec-ngram-mod-n-min "

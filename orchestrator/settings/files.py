@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from orchestrator.base.paths import Names
+
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
@@ -43,13 +45,14 @@ class ModelFiles:
     """A model on disk: every shard in order, and the projector of a vision model.
 
     Of a Hub model that is not here there are no weights; until the Hub has answered, the variant is
-    the one that was asked for.
+    the one that was asked for. `names` says what its paths are called where strangers see them.
     """
 
     weights: tuple[FileIdentity, ...]
     projector: FileIdentity | None = None
     variant: str | None = None
     hub: HubModel | None = None
+    names: Names = field(default=(), compare=False, repr=False)
 
     @property
     def is_on_disk(self) -> bool:

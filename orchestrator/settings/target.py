@@ -6,10 +6,12 @@ targets are "the same" exactly when `differences` is empty; nothing else compare
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
+from orchestrator.base.paths import Names
 from orchestrator.base.record import Named
 from orchestrator.settings import flags
 from orchestrator.settings.fields import SETTINGS, SHADOWED, Kind, strip_shadowed
@@ -25,13 +27,15 @@ _COMPARED: Final = tuple(name for name, row in SETTINGS.items() if row.is_identi
 class ServerBinary:
     """What is started: a llama-server (`command` is its path) or the embedded one.
 
-    Its catalogue (None = not asked, or no clear answer) is knowledge about it, not identity.
+    Its catalogue (None = not asked, or no clear answer) is knowledge about it, not identity, and so
+    is what its paths are called where strangers see them.
     """
 
     kind: Literal["external", "embedded"]
     command: tuple[str, ...]
     identity: FileIdentity
     catalogue: Catalogue | None = field(default=None, compare=False, repr=False)
+    names: Names = field(default=(), compare=False, repr=False)
 
 
 Source = tuple[str, str | None, Kind]
@@ -47,6 +51,7 @@ class ReloadReason(Named):
     field: str
     running: object
     requested: object
+    names: Names = dataclasses.field(default=(), compare=False, repr=False)
 
     def as_dict(self) -> dict[str, object]:
         return {"field": self.field, "running": self.running, "requested": self.requested}
@@ -92,6 +97,11 @@ class Target:
     @property
     def _manual(self) -> str:
         return flags.manual_mode(self.extra_args)
+
+    @property
+    def names(self) -> Names:
+        """What its paths are called where strangers see them."""
+        return (*self.model.names, *self.server.names)
 
     def is_called(self, model: str) -> bool:
         """Would somebody call it so? By its file, its repo, or repo and variant."""
@@ -174,8 +184,9 @@ def differences(running: Target, requested: Target) -> tuple[ReloadReason, ...]:
     elif running.model.is_on_disk != requested.model.is_on_disk:  # which projector, nobody knows
         ours["mmproj_path"] = running.request.mmproj_path
         theirs["mmproj_path"] = requested.request.mmproj_path
+    names = (*running.names, *requested.names)
     return tuple(
-        ReloadReason(name, _shown(ours[name]), _shown(theirs[name]))
+        ReloadReason(name, _shown(ours[name]), _shown(theirs[name]), names)
         for name in ours
         if ours[name] != theirs[name]
     )

@@ -42,6 +42,9 @@ class Upstream:
         self.base_url = base_url
         self.given_back = threading.Event()
 
+    def known_paths(self) -> tuple[()]:
+        return ()
+
     @contextlib.asynccontextmanager
     async def lease(self) -> AsyncIterator[LeasedServer]:
         try:

@@ -273,6 +273,9 @@ class Lender:
         self.base_url = base_url
         self.given_back = threading.Event()
 
+    def known_paths(self) -> tuple[()]:
+        return ()
+
     @contextlib.asynccontextmanager
     async def lease(self) -> AsyncIterator[LeasedServer]:
         if self.base_url is None:

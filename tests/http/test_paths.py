@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import orchestrator
-from orchestrator import Orchestrator
-from orchestrator.base import paths
+from orchestrator import AsyncOrchestrator, Orchestrator
 from orchestrator.errors import OrchestratorError
-from orchestrator.http import paths as http_paths
-from tests.http.conftest import PREFIX, Gate, Serve
+from orchestrator.http import create_app
+from orchestrator.http.paths import Renamed
+from tests.http.conftest import PREFIX, Gate, Serve, serving
 
 LOAD, PLAN = PREFIX + "/load", PREFIX + "/plan"
 REPO = "owner/name"
@@ -104,6 +104,40 @@ def test_a_model_behind_a_link_is_called_as_it_was_sent(told: Any, house: House)
     told("POST", LOAD, model_path=name, mmproj_path=str(house.damaged))
 
 
+def test_a_name_is_known_as_long_as_what_it_is_of(told: Any, house: House) -> None:
+    """However many models others have asked about since: it runs, or it is among the last loads."""
+    name = str(house.link)
+    told("POST", LOAD, model_path=name)
+    told("POST", LOAD, model_path=name, llama_extra_args=["--bogus"])
+    told("POST", LOAD, model_path=name)
+    for number in range(80):
+        other = house.links / f"{number}.gguf"
+        other.symlink_to(house.disk / "damaged.gguf")
+        told("POST", PLAN, model_path=str(other))
+    assert any(name in line for line in told("GET", PREFIX + "/logs?lines=2000")["lines"])
+    assert told("GET", PREFIX + "/loads")["loads"][1]["outcome"]["log_tail"]
+    told("GET", PREFIX + "/status")
+    told("POST", PLAN, model_path=str(house.at_home))
+
+
+def test_names_do_not_cross_from_one_orchestrator_to_another(
+    house: House, tmp_path: Path, gate: Gate
+) -> None:
+    """Each tells what its own callers have sent, though both are of one process."""
+    gate.open()
+    mine, yours = (
+        AsyncOrchestrator(llama_server=gate.binary, state_dir=tmp_path / name)
+        for name in ("mine", "yours")
+    )
+    with serving(create_app(mine)) as client, serving(create_app(yours)) as other:
+        for asked, name in ((client, house.link), (other, house.real)):
+            asked.post(LOAD, json={"model_path": str(name)})
+        for asked, name in ((client, house.link), (other, house.real)):
+            assert asked.post(PLAN, json={"model_path": str(name)}).json()["argv"][2] == str(name)
+            lines = asked.get(PREFIX + "/logs?lines=2000").json()["lines"]
+            assert any(str(name) in line for line in lines)
+
+
 def test_a_model_of_the_hub_is_told_by_its_place_in_the_cache(told: Any, house: House) -> None:
     argv = told("POST", PLAN, model_path=REPO)["argv"]
     assert argv[2] == f"<hub cache>/models--owner--name/snapshots/{COMMIT}/name-Q4_K_M.gguf"
@@ -177,6 +211,9 @@ def test_the_python_api_keeps_the_truth(house: House, state_dir: Path) -> None:
             orch.load(str(house.damaged))
 
 
+RENAMED = Renamed(
+    [(("/kept", "<kept>"),), (("/kept/inner", "<inner>"), ("/named/target", "/kept/link"))]
+)
 WORDS = {
     "/kept": "<kept>",
     "/kept/": "<kept>/",
@@ -193,15 +230,11 @@ WORDS = {
 @settings(deadline=None)
 def test_only_whole_paths_are_renamed_and_only_once(words: list[str], between: str) -> None:
     """A name within a longer name is another name, and a name may look like a path."""
-    paths.kept_in("/kept", "<kept>")
-    paths.kept_in("/kept/inner", "<inner>")
-    paths.SENT.add({"/named/target": "/kept/link"})
-    said = http_paths.shown(between.join(words))
+    said = RENAMED.text(between.join(words))
     assert said == between.join(WORDS[word] for word in words)
 
 
 def test_a_name_has_edges() -> None:
-    paths.kept_in("/kept", "<kept>")
     for text, said in (
         ("/kept", "<kept>"),
         ("'/kept/x.gguf' is", "'<kept>/x.gguf' is"),
@@ -214,20 +247,12 @@ def test_a_name_has_edges() -> None:
         ("~/kept", "~/kept"),
         ("http://127.0.0.1:80/keptx", "http://127.0.0.1:80/keptx"),
     ):
-        assert http_paths.shown(text) == said, text
-
-
-def test_names_are_forgotten_and_never_pile_up() -> None:
-    for number in range(3000):
-        paths.sent_as(f"/nowhere/{number}/x", f"sent/{number}")
-    assert http_paths.shown("/nowhere/2999/x") == "sent/2999"
-    assert http_paths.shown("/nowhere/1/x") == "/nowhere/1/x"
+        assert RENAMED.text(text) == said, text
 
 
 def test_an_answer_is_changed_in_its_texts_only() -> None:
-    paths.kept_in("/kept", "<kept>")
     answer = {"detail": "/kept", "model_path": "/kept", "x": [{"argv": ["/kept"], "y": "/kept"}]}
-    said = http_paths.shown_members(answer)
+    said = RENAMED.members(answer)
     assert said == {
         "detail": "<kept>",
         "model_path": "/kept",
