@@ -111,8 +111,9 @@ def test_a_name_is_known_as_long_as_what_it_is_of(told: Any, house: House) -> No
     told("POST", LOAD, model_path=name, llama_extra_args=["--bogus"])
     told("POST", LOAD, model_path=name)
     for number in range(80):
-        other = house.links / f"{number}.gguf"
-        other.symlink_to(house.disk / "damaged.gguf")
+        other, real = house.links / f"{number}.gguf", house.disk / f"{number}.gguf"
+        real.write_bytes(b"GGUF")
+        other.symlink_to(real)
         told("POST", PLAN, model_path=str(other))
     assert any(name in line for line in told("GET", PREFIX + "/logs?lines=2000")["lines"])
     assert told("GET", PREFIX + "/loads")["loads"][1]["outcome"]["log_tail"]
