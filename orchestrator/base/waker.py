@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import socket
 import threading
 from typing import BinaryIO
 
@@ -25,17 +24,12 @@ class Waker:
             if self._is_open:
                 os.write(self._write, b"x")
 
-    def wait(
-        self,
-        seconds: float,
-        also: socket.socket | BinaryIO | None = None,
-        events: int = select.POLLIN,
-    ) -> tuple[bool, bool]:
-        """Return (something happened, `also` is ready) after at most so long."""
+    def wait(self, seconds: float, also: BinaryIO | None = None) -> tuple[bool, bool]:
+        """Return (something happened, `also` may be read) after at most so long."""
         poll = select.poll()  # select() ends at descriptor 1024
         poll.register(self._read, select.POLLIN)
         if also is not None:
-            poll.register(also, events)
+            poll.register(also, select.POLLIN)
         ready = [fd for fd, _ in poll.poll(seconds * 1000)]
         if woken := self._read in ready:
             os.read(self._read, 4096)

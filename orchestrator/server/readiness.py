@@ -32,6 +32,7 @@ _LOOK_UP_S: Final = 0.03  # a look at the process table costs 3 to 8 ms
 _LOOK_UP_MOST_S: Final = 0.5
 _MAX_ANSWER: Final = 1 << 20
 _HOST: Final = "127.0.0.1"
+NO_ANSWER: Final = (OSError, ValueError, http.client.HTTPException)  # a length of 5000 digits
 _PORTS: Final = range(1, 65536)
 _UNPROTECTED: Final = Problem(
     "server_start_failed",
@@ -157,7 +158,7 @@ def _wait(
                 log_tail=server.output.tail(),
             )
         pause = ladder.next_probe_s(pause)
-        if waker.wait(min(pause, stall_timeout_s)):
+        if waker.wait(min(pause, stall_timeout_s))[0]:
             pause = None if port is not None else pause
 
 
@@ -249,7 +250,7 @@ class _Visits:
                     return None
                 status, body = _ask(connection, "/props", _PROPS_S, key)
                 keyless = 401 if key is None else _ask(connection, "/slots", _PROPS_S)[0]
-        except (OSError, ValueError, http.client.HTTPException):  # ValueError: a length of "x"
+        except NO_ANSWER:
             return None
         finally:
             self._socket = None
@@ -264,7 +265,7 @@ class _Visits:
         connected.settimeout(_ANSWER_S)
         connected.connect((_HOST, port))
         connection = http.client.HTTPConnection(_HOST, port)
-        connection.auto_open = False  # what the server has closed stays closed
+        connection.auto_open = 0  # what the server has closed stays closed
         connection.sock = connected
         return connection
 

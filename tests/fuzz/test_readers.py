@@ -8,8 +8,10 @@ of values.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import io
 import json
+import socket
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -193,8 +195,18 @@ def test_a_line_of_the_fetcher_without_an_end_is_given_up() -> None:
 def test_any_bytes_are_an_answer_or_none_yet(data: bytes, ended: bool) -> None:
     """The probe reads what a process prints on a socket: it may be anything."""
     for answer in (data, b"HTTP/1.1 200 OK\r\n" + data, b"HTTP/1.1 200 OK\r\n\r\n" + data):
-        found = readiness._whole_answer(answer, ended=ended)
-        assert found is None or (isinstance(found[0], int) and isinstance(found[1], bytes))
+        ours, theirs = socket.socketpair()
+        connection = http.client.HTTPConnection("127.0.0.1", 1)
+        connection.auto_open = 0
+        connection.sock = readiness._BoundedSocket(fileno=ours.detach())
+        with theirs, contextlib.closing(connection):
+            theirs.sendall(answer)
+            if ended:
+                theirs.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(*readiness.NO_ANSWER):
+                status, body = readiness._ask(connection, "/health", 0.01)
+                assert isinstance(status, int)
+                assert isinstance(body, bytes)
 
 
 @repeatable
