@@ -16,6 +16,7 @@ from orchestrator.machine.facts import (
     CancelRequested,
     Completion,
     Exited,
+    Fact,
     Fetched,
     FetchFailed,
     LeaseReleased,
@@ -268,7 +269,7 @@ def is_queued_job(ctx: Context, fact: TimerFired) -> bool:
 # -------------------------------------------------------------------- making a failure good
 
 
-def restores_previous(ctx: Context, fact: Completion | TimerFired) -> bool:
+def restores_previous(ctx: Context, fact: Fact) -> bool:
     """The load in flight has failed and is to be followed by what ran before it."""
     return (
         ctx.job is not None

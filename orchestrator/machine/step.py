@@ -39,7 +39,7 @@ class _Moving:
 
     __slots__ = ("state", "step")
 
-    def __init__(self, state: State, step: Step) -> None:
+    def __init__(self, state: State, step: Step[Fact]) -> None:
         self.state: str = state.value
         self.step = step
 
@@ -93,7 +93,7 @@ def _condition(guard: Callable[[Context, Any], bool]) -> Callable[[Any], bool]:
     return lambda event: guard(event.model.step.ctx, event.model.step.fact)
 
 
-def _callback(action: Callable[[Step], None]) -> Callable[[Any], None]:
+def _callback(action: Callable[[Step[Fact]], None]) -> Callable[[Any], None]:
     return lambda event: action(event.model.step)
 
 

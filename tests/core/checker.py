@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from orchestrator.base.tokens import Ticket
 from orchestrator.machine import actions, guards
@@ -60,8 +60,8 @@ class TracedLifecycle(Lifecycle):
             action_names={**vars(actions), **(action_names or {}), **marks},
         )
 
-    def _mark(self, index: int) -> Callable[[Step], None]:
-        def fires(_: Step) -> None:
+    def _mark(self, index: int) -> Callable[[Step[Any]], None]:
+        def fires(_: Step[Any]) -> None:
             self.fired = index
 
         return fires

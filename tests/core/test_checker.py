@@ -159,7 +159,7 @@ def test_a_cancelled_spawn_that_is_killed_but_not_recorded_is_found() -> None:
 def test_a_failed_kill_that_forgets_the_pid_is_found() -> None:
     """B06: the handle dropped before the exit is confirmed; the next spawn makes two."""
 
-    def fail_all(s: Step) -> None:
+    def fail_all(s: Step[Any]) -> None:
         actions.fail_all(s)
         s.put(child=None)
 
@@ -253,7 +253,7 @@ def test_a_pulse_that_is_never_felt_is_found() -> None:
 def test_a_lost_promotion_is_found() -> None:
     """B26, B27: a queued load whose turn never comes waits for ever."""
 
-    def commit(s: Step) -> None:
+    def commit(s: Step[Any]) -> None:
         actions.commit(s)
         s.commands[:] = [c for c in s.commands if not isinstance(c, Post)]
 
@@ -359,7 +359,7 @@ def test_a_failed_replacement_that_leaves_nothing_running_is_found() -> None:
     report = explore("load B restore", lifecycle=broken, warm="A", faults=Faults(health=False))
     _caught(report, {"inv_at_rest_all_are_answered"}, within=5)
 
-    def fail_job(s: Step) -> None:
+    def fail_job(s: Step[Any]) -> None:
         ended = s.ctx.previous
         s.put(previous=None)
         actions.fail_job(s)
@@ -373,7 +373,7 @@ def test_a_failed_replacement_that_leaves_nothing_running_is_found() -> None:
 def test_a_previous_model_that_comes_back_after_an_unload_is_found() -> None:
     """The user said stop: what ran before must stay away."""
 
-    def wait_for_empty(s: Step) -> None:
+    def wait_for_empty(s: Step[Any]) -> None:
         kept = s.ctx.previous
         actions.wait_for_empty(s)
         s.put(previous=kept)
@@ -386,7 +386,7 @@ def test_a_previous_model_that_comes_back_after_an_unload_is_found() -> None:
 def test_a_restart_that_an_unload_does_not_end_is_found() -> None:
     """B16 once more: the server starts after the user said stop."""
 
-    def wait_for_empty(s: Step) -> None:
+    def wait_for_empty(s: Step[Any]) -> None:
         kept = s.ctx.recovery
         actions.wait_for_empty(s)
         s.put(recovery=kept)
@@ -399,7 +399,7 @@ def test_a_restart_that_an_unload_does_not_end_is_found() -> None:
 def test_restarts_without_an_end_are_found() -> None:
     """B55: a crash answered by endless restarts."""
 
-    def enqueue_restart(s: Step) -> None:
+    def enqueue_restart(s: Step[Any]) -> None:
         actions.enqueue_restart(s)
         assert s.ctx.recovery is not None
         s.put(recovery=replace(s.ctx.recovery, failures=0))

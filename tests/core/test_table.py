@@ -14,7 +14,7 @@ from functools import cache
 from itertools import combinations
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -23,7 +23,7 @@ from orchestrator.machine import actions, guards
 from orchestrator.machine.actions.working import Step
 from orchestrator.machine.commands import Fence
 from orchestrator.machine.context import Context
-from orchestrator.machine.facts import Completion, Fact, ShutdownRequested, TimerFired
+from orchestrator.machine.facts import Completion, Fact, ShutdownRequested, Timer, TimerFired
 from orchestrator.machine.states import BUSY, MAY_OWN_PROCESS, PHASES, SETTLED, State
 from orchestrator.machine.step import Lifecycle, step
 from orchestrator.machine.table import TABLE, Row
@@ -102,7 +102,8 @@ def test_guards_and_actions_have_one_shape() -> None:
         assert typing.get_type_hints(getattr(guards, name))["return"] is bool
     for name, action in public_functions(actions).items():
         hints = typing.get_type_hints(action)
-        assert hints == {"s": Step, "return": type(None)}, name
+        assert list(hints) == ["s", "return"], name
+        assert (typing.get_origin(hints["s"]), hints["return"]) == (Step, type(None)), name
 
 
 def test_every_fact_has_a_trigger_of_the_table_and_the_other_way_round() -> None:
@@ -318,3 +319,24 @@ def test_a_misspelt_name_fails_when_the_machine_is_built(
     values = {"guards": good.guards, "actions": good.actions, **changes}
     with pytest.raises(error):
         Lifecycle([Row(good.trigger, good.sources, values["guards"], None, values["actions"])])
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row.trigger}-{'-'.join(row.guards)}")
+def test_an_action_is_for_the_facts_of_its_rows(row: Row) -> None:
+    """What the type of its step says is what the table gives it, and so is what a guard takes."""
+    (fact,) = {kind for kind in get_args(Fact) if row.trigger in _triggers(kind)}
+    for name in row.actions:
+        (taken,) = get_args(get_type_hints(getattr(actions, name))["s"])
+        assert fact in _members(taken), name
+    for name in row.guards:
+        taken = get_type_hints(getattr(guards, name))["fact"]
+        assert fact in _members(taken), name
+
+
+def _members(kind: Any) -> set[Any]:
+    return set(get_args(kind)) or {kind}
+
+
+def _triggers(kind: Any) -> set[str]:
+    timers = {f"{timer}_expired" for timer in get_args(Timer)} | {"restart_due"}
+    return timers if kind is TimerFired else {kind.trigger}

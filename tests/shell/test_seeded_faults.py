@@ -347,7 +347,7 @@ def test_a_fault_in_the_owner_is_found(fault: Fault) -> None:
 def test_a_failed_kill_that_forgets_the_pid_is_found() -> None:
     """The next load would start a second server beside what would not die."""
 
-    def fail_all(s: Step) -> None:
+    def fail_all(s: Step[Any]) -> None:
         actions.fail_all(s)
         s.put(child=None)
 

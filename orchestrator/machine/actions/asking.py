@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import cast
 
 from orchestrator.errors import Problem
 from orchestrator.machine.actions.outcomes import conclude
@@ -15,6 +14,7 @@ from orchestrator.machine.actions.working import (
     cooling_down,
     join,
     kept_as,
+    known,
     note_id,
     note_load,
     promote_next,
@@ -23,43 +23,48 @@ from orchestrator.machine.actions.working import (
     set_deadline,
 )
 from orchestrator.machine.commands import Accept, Download, Prefetched, Settle
-from orchestrator.machine.context import Job
-from orchestrator.machine.facts import Fetched, LoadRequested, PrefetchRequested, Resolved
+from orchestrator.machine.facts import (
+    Fact,
+    Fetched,
+    LoadRequested,
+    PrefetchRequested,
+    Request,
+    Resolved,
+)
 from orchestrator.machine.guards import awaited_by, fetches_the_same, find
-from orchestrator.machine.recovery import Recovery
 
 
-def refuse_shutting_down(s: Step) -> None:
-    s.emit(Settle(s.ticket, Problem("shutting_down", "the orchestrator is shutting down")))
+def refuse_shutting_down(s: Step[Request]) -> None:
+    s.emit(Settle(s.fact.ticket, Problem("shutting_down", "the orchestrator is shutting down")))
 
 
-def refuse_cancelled(s: Step) -> None:
+def refuse_cancelled(s: Step[Request]) -> None:
     problem = Problem("cancelled", "this load was cancelled before it arrived")
-    s.emit(Settle(s.ticket, problem))
+    s.emit(Settle(s.fact.ticket, problem))
 
 
-def refuse_superseded(s: Step) -> None:
+def refuse_superseded(s: Step[Request]) -> None:
     problem = Problem("superseded", "superseded by a load that was asked for later")
-    s.emit(Settle(s.ticket, problem))
+    s.emit(Settle(s.fact.ticket, problem))
 
 
-def refuse_cooling_down(s: Step) -> None:
-    s.emit(Settle(s.ticket, cooling_down(cast("Recovery", s.ctx.recovery), s.fact.at)))
+def refuse_cooling_down(s: Step[Request]) -> None:
+    s.emit(Settle(s.fact.ticket, cooling_down(known(s.ctx.recovery), s.fact.at)))
 
 
-def refuse_busy(s: Step) -> None:
+def refuse_busy(s: Step[Request]) -> None:
     newest = s.ctx.wanted[-1]
     message = (
         f"load {newest.generation} of {newest.target.request.model_path} is in flight: "
         "wait for it, cancel it, or use on_busy supersede or queue"
     )
     problem = Problem("busy", message, field="on_busy", generation=newest.generation)
-    s.emit(Settle(s.ticket, problem))
+    s.emit(Settle(s.fact.ticket, problem))
 
 
-def refuse_full(s: Step) -> None:
+def refuse_full(s: Step[LoadRequested | PrefetchRequested]) -> None:
     """The queue or the prefetches have their bound, for every caller together."""
-    fact = cast("LoadRequested | PrefetchRequested", s.fact)
+    fact = s.fact
     if isinstance(fact, LoadRequested) and not fact.target.request.prefetch:
         message, field_ = f"{s.ctx.policy.max_waiting} loads wait already", "on_busy"
     else:
@@ -68,9 +73,9 @@ def refuse_full(s: Step) -> None:
     s.emit(Settle(fact.ticket, Problem("busy", f"{message}: try again later", field=field_)))
 
 
-def enqueue(s: Step) -> None:
+def enqueue(s: Step[LoadRequested]) -> None:
     """Accept the load: it gets its generation now and waits its turn, and for what it awaits."""
-    fact = cast("LoadRequested", s.fact)
+    fact = s.fact
     job = accepted(s, fact)
     s.put(queue=(*s.ctx.queue, job))
     note_load(s, fact)
@@ -79,8 +84,8 @@ def enqueue(s: Step) -> None:
     begin_waiting(s, job)
 
 
-def begin_prefetch(s: Step) -> None:
-    fact = cast("PrefetchRequested", s.fact)
+def begin_prefetch(s: Step[PrefetchRequested]) -> None:
+    fact = s.fact
     job = accepted(s, fact)
     s.put(prefetches=(*s.ctx.prefetches, job))
     note_id(s, fact)
@@ -88,24 +93,24 @@ def begin_prefetch(s: Step) -> None:
     s.emit(Download(job.generation, job.target))
 
 
-def join_prefetch(s: Step) -> None:
-    fact = cast("PrefetchRequested", s.fact)
-    job = cast("Job", fetches_the_same(s.ctx, fact.target))
+def join_prefetch(s: Step[PrefetchRequested]) -> None:
+    fact = s.fact
+    job = known(fetches_the_same(s.ctx, fact.target))
     joined = replace(job, callers=(*job.callers, caller_of(fact, joined=True)))
     s.put(prefetches=tuple(joined if j is job else j for j in s.ctx.prefetches))
     note_id(s, fact)
 
 
-def join_newest(s: Step) -> None:
+def join_newest(s: Step[LoadRequested]) -> None:
     join(s, s.ctx.wanted[-1])
 
 
-def join_loading(s: Step) -> None:
-    join(s, cast("Job", s.ctx.job))
+def join_loading(s: Step[LoadRequested]) -> None:
+    join(s, known(s.ctx.job))
 
 
-def answer_already_loaded(s: Step) -> None:
-    fact = cast("LoadRequested", s.fact)
+def answer_already_loaded(s: Step[LoadRequested]) -> None:
+    fact = s.fact
     running = kept_as(s, fact.target)
     note_load(s, fact)
     s.emit(
@@ -114,7 +119,7 @@ def answer_already_loaded(s: Step) -> None:
     )
 
 
-def answer_next_already_loaded(s: Step) -> None:
+def answer_next_already_loaded(s: Step[Fact]) -> None:
     first, *rest = s.ctx.queue
     running = kept_as(s, first.target)
     for caller in first.callers:
@@ -124,17 +129,17 @@ def answer_next_already_loaded(s: Step) -> None:
     promote_next(s)
 
 
-def note_answer(s: Step) -> None:
+def note_answer(s: Step[Resolved | Fetched]) -> None:
     """The Hub has said which files the load is of; now it waits for these, or for its turn."""
-    fact = cast("Resolved | Fetched", s.fact)
-    job = cast("Job", find(s.ctx.queue, fact.generation))
+    fact = s.fact
+    job = known(find(s.ctx.queue, fact.generation))
     target = replace(job.target, model=fact.model)
     now = replace(job, target=target, awaits=awaited_by(target))
     s.put(queue=tuple(now if j is job else j for j in s.ctx.queue))
     begin_waiting(s, now)
 
 
-def follow_queue(s: Step) -> None:
+def follow_queue(s: Step[Fact]) -> None:
     """The queue has changed: the next load may be due by that, and nobody waits for a lease in
     vain.
     """
@@ -144,14 +149,14 @@ def follow_queue(s: Step) -> None:
         refuse_waiting_leases(s)
 
 
-def answer_prefetched(s: Step) -> None:
-    fact = cast("Fetched", s.fact)
-    job = cast("Job", find(s.ctx.prefetches, fact.generation))
+def answer_prefetched(s: Step[Fetched]) -> None:
+    fact = s.fact
+    job = known(find(s.ctx.prefetches, fact.generation))
     s.put(prefetches=tuple(j for j in s.ctx.prefetches if j is not job))
     s.settle(job.callers, Prefetched(fact.model))
 
 
-def take_next(s: Step) -> None:
+def take_next(s: Step[Fact]) -> None:
     """The oldest load in the queue becomes the one in flight, unless one is wanted already, or it
     still awaits something.
 

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, cast
+from typing import Literal
 
 from orchestrator.errors import Problem
 from orchestrator.machine.actions.outcomes import conclude, enqueue_own, plan_restart
 from orchestrator.machine.actions.working import (
     MAX_REMEMBERED_SOURCES,
     Step,
+    known,
     next_phase,
     promote_next,
 )
 from orchestrator.machine.commands import Download, Fence, Kill, Probe, ServerEnded, SetTimer, Spawn
-from orchestrator.machine.context import EffectInFlight, Job, Running
+from orchestrator.machine.context import EffectInFlight, Running
 from orchestrator.machine.facts import (
     BecameReady,
-    Child,
     Completion,
     Emptied,
     Exited,
+    Fact,
     Fetched,
     NotReady,
+    Promoted,
     Spawned,
+    TimerFired,
 )
-from orchestrator.machine.recovery import Recovery, after_exit
+from orchestrator.machine.recovery import after_exit
 
 
-def begin_kill(s: Step) -> None:
+def begin_kill(s: Step[Fact]) -> None:
     """Empty the slot: at once, or when the leases are given back or their time is over."""
     if s.ctx.leases and s.ctx.child is not None:
         s.emit(SetTimer(s.ctx.child.generation, "drain", s.ctx.policy.drain_timeout_s))
@@ -36,21 +39,21 @@ def begin_kill(s: Step) -> None:
         kill_when_drained(s)
 
 
-def kill_when_drained(s: Step) -> None:
+def kill_when_drained(s: Step[Fact]) -> None:
     if s.ctx.effect is None and not s.ctx.leases:
         generation = s.ctx.job.generation if s.ctx.job else s.ctx.generation
         s.put(effect=EffectInFlight("kill", generation))
         s.emit(Kill(generation, s.ctx.child))
 
 
-def begin_download(s: Step) -> None:
+def begin_download(s: Step[Fact]) -> None:
     job = next_phase(s, "kill")
     s.put(effect=EffectInFlight("download", job.generation))
     s.emit(Download(job.generation, job.target))
 
 
-def begin_spawn(s: Step) -> None:
-    fact = cast("Fetched", s.fact)
+def begin_spawn(s: Step[Fetched]) -> None:
+    fact = s.fact
     job = next_phase(s, "download")
     target = replace(job.target, model=fact.model).inheriting(dict(s.ctx.committed_args))
     job = replace(job, target=target)
@@ -58,13 +61,13 @@ def begin_spawn(s: Step) -> None:
     s.emit(Spawn(job.generation, job.target))
 
 
-def begin_probe(s: Step) -> None:
+def begin_probe(s: Step[Fact]) -> None:
     job = next_phase(s, "spawn")
     s.put(effect=EffectInFlight("probe", job.generation))
     s.emit(
         Probe(
             job.generation,
-            cast("Child", s.ctx.child),
+            known(s.ctx.child),
             job.target.request.stall_timeout_s,
             job.target.model.size_bytes,
             job.target.extra_args,
@@ -72,23 +75,23 @@ def begin_probe(s: Step) -> None:
     )
 
 
-def record_child(s: Step) -> None:
+def record_child(s: Step[Spawned]) -> None:
     """From here on the slot holds this process until its exit is confirmed."""
-    s.put(child=cast("Spawned", s.fact).child, effect=None)
+    s.put(child=s.fact.child, effect=None)
 
 
-def end_effect(s: Step) -> None:
+def end_effect(s: Step[Fact]) -> None:
     s.put(effect=None)
 
 
-def count_attempt(s: Step) -> None:
-    job = cast("Job", s.ctx.job)
+def count_attempt(s: Step[Fact]) -> None:
+    job = known(s.ctx.job)
     s.put(job=replace(job, attempts=job.attempts + 1, phase_at=s.fact.at))
 
 
-def forget_child(s: Step) -> None:
+def forget_child(s: Step[Emptied]) -> None:
     """The exit of everything in the slot is confirmed: the only place where a pid is dropped."""
-    exit_ = cast("Emptied", s.fact).exit
+    exit_ = s.fact.exit
     if s.ctx.child is not None and s.ctx.end_is_known != "told":
         by_itself = s.ctx.end_is_known == "found"
         how = how_it_exited(exit_.returncode if exit_ else None) if by_itself else "stopped"
@@ -97,12 +100,12 @@ def forget_child(s: Step) -> None:
     s.put(last_exit=exit_ or s.ctx.last_exit)
 
 
-def commit(s: Step) -> None:
+def commit(s: Step[BecameReady]) -> None:
     """The linearization point of a load: it holds, and its settings are kept for later ones."""
-    fact = cast("BecameReady", s.fact)
+    fact = s.fact
     job = next_phase(s, "health")
     timings = replace(job.timings, total=fact.at - job.accepted_at)
-    child = cast("Child", s.ctx.child)
+    child = known(s.ctx.child)
     running = Running(
         job.generation, job.target, child, fact.server, timings, job.reload_reasons, fact.at
     )
@@ -116,21 +119,21 @@ def commit(s: Step) -> None:
     promote_next(s)
 
 
-def record_exit(s: Step) -> None:
-    s.put(last_exit=cast("Exited", s.fact).exit)
+def record_exit(s: Step[Exited]) -> None:
+    s.put(last_exit=s.fact.exit)
 
 
-def tell_exit(s: Step) -> None:
+def tell_exit(s: Step[Exited]) -> None:
     """It has ended by itself, and is told once, whoever notices it first."""
-    exit_ = cast("Exited", s.fact).exit
+    exit_ = s.fact.exit
     if s.ctx.end_is_known != "told":
         s.emit(ServerEnded(exit_.pid, how_it_exited(exit_.returncode)))
         s.put(end_is_known="told")
 
 
-def note_death(s: Step) -> None:
+def note_death(s: Step[BecameReady | NotReady]) -> None:
     """Whoever waits for its health may see that it is dead before its exit is noticed."""
-    fact = cast("BecameReady | NotReady", s.fact)
+    fact = s.fact
     if isinstance(fact, BecameReady):
         is_dead = not fact.child_is_alive
     else:
@@ -139,12 +142,12 @@ def note_death(s: Step) -> None:
         s.put(end_is_known="found")
 
 
-def lose_server(s: Step) -> None:
+def lose_server(s: Step[Exited]) -> None:
     """The healthy server has ended by itself: it is not loaded any more, and it says why.
 
     If the policy says so, and nothing else is wanted, it is to be started again.
     """
-    exit_, running = cast("Exited", s.fact).exit, cast("Running", s.ctx.running)
+    exit_, running = s.fact.exit, known(s.ctx.running)
     how = "with an unknown status" if exit_.returncode is None else how_it_ended(exit_.returncode)
     problem = Problem(
         "server_exited",
@@ -169,15 +172,15 @@ def lose_server(s: Step) -> None:
     plan_restart(s, recovery)
 
 
-def enqueue_restart(s: Step) -> None:
+def enqueue_restart(s: Step[Fact]) -> None:
     """Nobody asked for this load; it has a generation like any other."""
-    recovery = cast("Recovery", s.ctx.recovery).trying()
+    recovery = known(s.ctx.recovery).trying()
     enqueue_own(s, recovery.target, (), recovery.problem, None)
     s.put(recovery=recovery)
 
 
-def fence(s: Step) -> None:
-    s.emit(Fence(cast("Completion", s.fact).generation, s.fact.trigger))
+def fence(s: Step[Completion | Exited | Promoted | TimerFired]) -> None:
+    s.emit(Fence(s.fact.generation, s.fact.trigger))
 
 
 def how_it_exited(returncode: int | None) -> Literal["exit", "signal", "unknown"]:

@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from orchestrator.machine.actions.working import (
     NOT_LOADED,
     Step,
     grant,
+    known,
     refuse_waiting_leases,
     stop_at,
 )
 from orchestrator.machine.commands import SetTimer, Settle
-from orchestrator.machine.context import Running
+from orchestrator.machine.facts import Fact, LeaseReleased, LeaseRequested
 
 
-def grant_lease(s: Step) -> None:
-    grant(s, s.ticket)
+def grant_lease(s: Step[LeaseRequested]) -> None:
+    grant(s, s.fact.ticket)
 
 
-def grant_waiting_leases(s: Step) -> None:
+def grant_waiting_leases(s: Step[Fact]) -> None:
     for ticket in s.ctx.lease_waiters:
         grant(s, ticket)
     s.put(lease_waiters=())
 
 
-def wait_for_lease(s: Step) -> None:
-    s.put(lease_waiters=(*s.ctx.lease_waiters, s.ticket))
+def wait_for_lease(s: Step[LeaseRequested]) -> None:
+    s.put(lease_waiters=(*s.ctx.lease_waiters, s.fact.ticket))
 
 
-def refuse_lease(s: Step) -> None:
-    s.emit(Settle(s.ticket, NOT_LOADED))
+def refuse_lease(s: Step[LeaseRequested]) -> None:
+    s.emit(Settle(s.fact.ticket, NOT_LOADED))
 
 
-def rest(s: Step) -> None:
+def rest(s: Step[Fact]) -> None:
     """Nothing is under way in the slot: there is nothing to go back to, and no lease to wait for
     unless a load awaits its model or a restart is planned.
     """
@@ -45,17 +44,17 @@ def rest(s: Step) -> None:
         refuse_waiting_leases(s)
 
 
-def drop_lease(s: Step) -> None:
-    s.put(leases=s.ctx.leases - {s.ticket})
+def drop_lease(s: Step[LeaseReleased]) -> None:
+    s.put(leases=s.ctx.leases - {s.fact.ticket})
 
 
-def revoke_leases(s: Step) -> None:
+def revoke_leases(s: Step[Fact]) -> None:
     s.put(leases=frozenset())
 
 
-def await_idle(s: Step) -> None:
+def await_idle(s: Step[Fact]) -> None:
     """From now on nobody uses the server: it has its whole time before it is stopped for that."""
-    running = cast("Running", s.ctx.running)
+    running = known(s.ctx.running)
     request = running.target.request
     ttl_s = s.ctx.policy.idle_ttl_s if request.idle_ttl_s is None else request.idle_ttl_s
     if ttl_s is None or request.pinned or s.ctx.leases:

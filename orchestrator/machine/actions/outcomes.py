@@ -8,55 +8,54 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import cast
 
 from orchestrator.base.tokens import CancelReason, Generation
 from orchestrator.errors import Problem, Restored
-from orchestrator.machine.actions.working import Step, restored_with, set_deadline, told_to
+from orchestrator.machine.actions.working import Step, known, restored_with, set_deadline, told_to
 from orchestrator.machine.commands import Answer, Concluded, Loaded, SetTimer, SetToken, Timings
 from orchestrator.machine.context import Caller, Job, Waiter
-from orchestrator.machine.facts import Completion, TimerFired
+from orchestrator.machine.facts import Fact
 from orchestrator.machine.guards import restores_previous
-from orchestrator.machine.recovery import Recovery, RestartPolicy, after_failed_restart
+from orchestrator.machine.recovery import Recovery, after_failed_restart
 from orchestrator.settings.target import Target
 
 
-def interrupt(s: Step, reason: CancelReason) -> None:
+def interrupt(s: Step[Fact], reason: CancelReason) -> None:
     """Set the token of the load in flight; its effect still has to end by itself."""
-    job = cast("Job", s.ctx.job)
+    job = known(s.ctx.job)
     s.put(job=replace(job, token=reason, callers=()))
     s.emit(SetToken(job.generation, reason))
 
 
-def wait(s: Step, callers: tuple[Caller, ...], answer: Answer) -> None:
+def wait(s: Step[Fact], callers: tuple[Caller, ...], answer: Answer) -> None:
     waiters = (Waiter(caller.ticket, told_to(caller, answer)) for caller in callers)
     s.put(waiters=(*s.ctx.waiters, *waiters))
 
 
-def end(s: Step, job: Job, answer: Loaded | Problem) -> None:
+def end(s: Step[Fact], job: Job, answer: Loaded | Problem) -> None:
     """A load has ended, and its callers hear so now."""
     s.settle(job.callers, answer)
     conclude(s, job, answer)
 
 
-def end_when_empty(s: Step, job: Job, answer: Problem) -> None:
+def end_when_empty(s: Step[Fact], job: Job, answer: Problem) -> None:
     """A load has ended, and its callers hear so when the slot is verified empty."""
     wait(s, job.callers, answer)
     s.put(ending=(*s.ctx.ending, *conclusions(s, job, answer)))
 
 
-def end_at_the_end(s: Step, job: Job, answer: Problem) -> None:
+def end_at_the_end(s: Step[Fact], job: Job, answer: Problem) -> None:
     """As `end_when_empty`; but now, if the old server is only drained: a load that waits for
     leases has nothing under way that its end would have to wait for.
     """
     (end if s.ctx.effect is None else end_when_empty)(s, job, answer)
 
 
-def conclude(s: Step, job: Job, answer: Loaded | Problem) -> None:
+def conclude(s: Step[Fact], job: Job, answer: Loaded | Problem) -> None:
     s.emit(*conclusions(s, job, answer))
 
 
-def conclusions(s: Step, job: Job, answer: Loaded | Problem) -> tuple[Concluded, ...]:
+def conclusions(s: Step[Fact], job: Job, answer: Loaded | Problem) -> tuple[Concluded, ...]:
     """What is said of a load that ends, and of the failed one that it was to make good."""
     own = Concluded(job.generation, job.target, job.accepted_at, spent(s, job), answer)
     if job.failed is None or not isinstance(job.failed.answer, Problem):
@@ -65,7 +64,7 @@ def conclusions(s: Step, job: Job, answer: Loaded | Problem) -> tuple[Concluded,
     return own, replace(job.failed, answer=restored_with(job.failed.answer, problem))
 
 
-def spent(s: Step, job: Job) -> Timings:
+def spent(s: Step[Fact], job: Job) -> Timings:
     """The timings of a load, the phase in which it ends among them."""
     current = s.ctx.job
     if current is None or current.generation != job.generation or job.token is not None:
@@ -75,16 +74,16 @@ def spent(s: Step, job: Job) -> Timings:
 
 
 def fail(
-    s: Step,
+    s: Step[Fact],
     job: Job,
     problem: Problem,
-    tell: Callable[[Step, Job, Problem], None] = end_when_empty,
+    tell: Callable[[Step[Fact], Job, Problem], None] = end_when_empty,
 ) -> None:
     """A load has failed: what follows, and when its callers hear of it. Only the one in flight may
     have replaced anything.
     """
     problem = replace(problem, generation=job.generation)
-    if job is s.ctx.job and restores_previous(s.ctx, cast("Completion | TimerFired", s.fact)):
+    if job is s.ctx.job and restores_previous(s.ctx, s.fact):
         enqueue_previous(s, job, problem)
         return
     tell(s, job, problem)
@@ -94,22 +93,22 @@ def fail(
     elif job.after is None or recovery is None or s.ctx.is_due:
         s.put(last_error=problem)
     else:
-        policy, at = cast("RestartPolicy", s.ctx.policy.restart), s.fact.at
+        policy, at = known(s.ctx.policy.restart), s.fact.at
         again = after_failed_restart(
             policy, recovery, at=at, generation=job.generation, problem=problem
         )
         plan_restart(s, again)
 
 
-def enqueue_previous(s: Step, failed: Job, problem: Problem) -> None:
+def enqueue_previous(s: Step[Fact], failed: Job, problem: Problem) -> None:
     """What ran before comes back; who asked for what failed hears of both when that is settled."""
-    target = cast("Target", s.ctx.previous)
+    target = known(s.ctx.previous)
     enqueue_own(s, target, failed.callers, problem, failed)
     s.put(previous=None)
 
 
 def enqueue_own(
-    s: Step, target: Target, callers: tuple[Caller, ...], failure: Problem, failed: Job | None
+    s: Step[Fact], target: Target, callers: tuple[Caller, ...], failure: Problem, failed: Job | None
 ) -> None:
     """It goes before whatever awaits its model."""
     generation = Generation(s.ctx.generation + 1)
@@ -137,9 +136,9 @@ def enqueue_own(
     set_deadline(s, job)
 
 
-def plan_restart(s: Step, recovery: Recovery) -> None:
+def plan_restart(s: Step[Fact], recovery: Recovery) -> None:
     """Wait for the restart, or cool down; the last error says which."""
-    limit = cast("RestartPolicy", s.ctx.policy.restart).limit
+    limit = known(s.ctx.policy.restart).limit
     wait_s = recovery.until - s.fact.at
     if recovery.phase == "waiting":
         s.emit(SetTimer(recovery.generation, "restart", wait_s))

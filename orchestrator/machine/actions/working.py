@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Generic, TypeVar
 
 from orchestrator.base.tokens import CancelReason, Generation, Ticket
-from orchestrator.errors import Problem, Restored
+from orchestrator.errors import Problem
 from orchestrator.machine.commands import (
     Accept,
     Answer,
@@ -26,6 +26,7 @@ from orchestrator.machine.facts import (
     LoadRequested,
     PrefetchRequested,
     Promoted,
+    ShutdownRequested,
     UnloadRequested,
 )
 from orchestrator.machine.guards import awaited_by, is_named
@@ -36,12 +37,19 @@ MAX_REMEMBERED_IDS = 256
 MAX_REMEMBERED_SOURCES = 256
 
 
+_T = TypeVar("_T")
+F_co = TypeVar("F_co", bound=Fact, covariant=True)
+
+
 @dataclass(slots=True)
-class Step:
-    """One fact being processed: the context so far and the commands so far."""
+class Step(Generic[F_co]):
+    """One fact being processed: the context so far and the commands so far.
+
+    An action says by the type of its step which facts it is for; a test holds the table to that.
+    """
 
     ctx: Context
-    fact: Fact
+    fact: F_co
     commands: list[Command] = field(default_factory=list)
     was_due: bool = field(init=False)
 
@@ -57,16 +65,19 @@ class Step:
     def settle(self, callers: Iterable[Caller], answer: Answer) -> None:
         self.emit(*(Settle(caller.ticket, told_to(caller, answer)) for caller in callers))
 
-    @property
-    def ticket(self) -> Ticket:
-        return cast("LoadRequested", self.fact).ticket
 
-    @property
-    def problem(self) -> Problem:
-        return cast("Problem", getattr(self.fact, "problem", None))
+def known(value: _T | None) -> _T:
+    """Return what the guards of the row have found to be there.
+
+    Raises:
+        LookupError: they have not (a broken table).
+    """
+    if value is None:
+        raise LookupError("nothing of the kind is there, and no guard has looked")
+    return value
 
 
-def refuse_waiting_leases(s: Step) -> None:
+def refuse_waiting_leases(s: Step[Fact]) -> None:
     """Nothing is on its way, but perhaps a restart."""
     recovery = s.ctx.recovery
     if recovery is None or recovery.phase == "cooling_down":
@@ -78,7 +89,7 @@ def refuse_waiting_leases(s: Step) -> None:
 NOT_LOADED = Problem("not_loaded", "no model is loaded: load one first")
 
 
-def accepted(s: Step, fact: LoadRequested | PrefetchRequested) -> Job:
+def accepted(s: Step[Fact], fact: LoadRequested | PrefetchRequested) -> Job:
     """Give a call its generation; prefetches are counted downwards, so that loads are from 1."""
     callers = (caller_of(fact, joined=False),)
     if isinstance(fact, PrefetchRequested):
@@ -98,14 +109,14 @@ def accepted(s: Step, fact: LoadRequested | PrefetchRequested) -> Job:
     )
 
 
-def begin_waiting(s: Step, job: Job) -> None:
+def begin_waiting(s: Step[Fact], job: Job) -> None:
     """Begin what a load in the queue awaits; the state stays, and so does what runs."""
     if job.awaits is not None:
         kind = Resolve if job.awaits == "answer" else Download
         s.emit(kind(job.generation, job.target))
 
 
-def drop(s: Step, jobs: Iterable[Job], reason: CancelReason = CancelReason.USER) -> None:
+def drop(s: Step[Fact], jobs: Iterable[Job], reason: CancelReason = CancelReason.USER) -> None:
     """Take loads out of the queue, and prefetches; what was begun for them ends by itself."""
     gone = {job.generation for job in jobs}
     for job in (*s.ctx.queue, *s.ctx.prefetches):
@@ -121,31 +132,31 @@ def caller_of(fact: LoadRequested | PrefetchRequested, *, joined: bool) -> Calle
     return Caller(fact.ticket, fact.target.request.load_request_id, joined)
 
 
-def set_deadline(s: Step, job: Job) -> None:
+def set_deadline(s: Step[Fact], job: Job) -> None:
     if (deadline_s := job.target.request.deadline_s) is not None:
         s.emit(SetTimer(job.generation, "deadline", deadline_s))
 
 
-def note_load(s: Step, fact: LoadRequested) -> None:
+def note_load(s: Step[LoadRequested], fact: LoadRequested) -> None:
     """Every accepted load counts, also one that joins or finds its model loaded."""
     s.put(newest_load=max(s.ctx.newest_load, fact.ticket))
     note_id(s, fact)
 
 
-def note_id(s: Step, fact: LoadRequested | PrefetchRequested) -> None:
+def note_id(s: Step[Fact], fact: LoadRequested | PrefetchRequested) -> None:
     name = fact.target.request.load_request_id
     if name is not None:
         others = tuple(known for known in s.ctx.seen_ids if known != name)
         s.put(seen_ids=(*others, name)[-MAX_REMEMBERED_IDS:])
 
 
-def named_by(s: Step, jobs: Iterable[Job]) -> list[Job]:
-    model = getattr(s.fact, "model", None)  # a shutdown means any
+def named_by(s: Step[UnloadRequested | ShutdownRequested], jobs: Iterable[Job]) -> list[Job]:
+    model = s.fact.model if isinstance(s.fact, UnloadRequested) else None  # a shutdown means any
     return [job for job in jobs if is_named(job.target, model)]
 
 
-def note_unload(s: Step) -> None:
-    fact = cast("UnloadRequested", s.fact)
+def note_unload(s: Step[UnloadRequested]) -> None:
+    fact = s.fact
     others = tuple(known for known in s.ctx.unloads if known[0] != fact.model)
     s.put(unloads=(*others, (fact.model, fact.ticket))[-MAX_REMEMBERED_IDS:])
     if s.ctx.previous is not None and is_named(s.ctx.previous, fact.model):
@@ -154,8 +165,8 @@ def note_unload(s: Step) -> None:
         s.put(recovery=None)
 
 
-def join(s: Step, job: Job) -> None:
-    fact = cast("LoadRequested", s.fact)
+def join(s: Step[LoadRequested], job: Job) -> None:
+    fact = s.fact
     target = job.target.kept_as(fact.target.request)
     if fact.target.request.force_reload and job is not s.ctx.job:
         request = replace(target.request, force_reload=True)  # what runs then will not do
@@ -169,7 +180,7 @@ def join(s: Step, job: Job) -> None:
     s.emit(Accept(fact.ticket, job.generation, joined=True))
 
 
-def keep_callers(s: Step, keep: Any) -> None:
+def keep_callers(s: Step[Fact], keep: Any) -> None:
     def kept(job: Job) -> Job:
         return replace(job, callers=tuple(caller for caller in job.callers if keep(caller)))
 
@@ -180,41 +191,41 @@ def keep_callers(s: Step, keep: Any) -> None:
     )
 
 
-def next_phase(s: Step, ended: str) -> Job:
+def next_phase(s: Step[Fact], ended: str) -> Job:
     """Book the phase that has just ended and return the load in flight."""
-    job = cast("Job", s.ctx.job)
+    job = known(s.ctx.job)
     job = replace(job, phase_at=s.fact.at, timings=job.spent(ended, s.fact.at))
     s.put(job=job)
     return job
 
 
-def promote_next(s: Step) -> None:
+def promote_next(s: Step[Fact]) -> None:
     if s.ctx.is_due:
         s.emit(Post(Promoted(s.ctx.queue[0].generation, s.fact.at)))
 
 
-def grant(s: Step, ticket: Ticket) -> None:
+def grant(s: Step[Fact], ticket: Ticket) -> None:
     stop_at(s, None)
-    running = cast("Running", s.ctx.running)
+    running = known(s.ctx.running)
     s.put(leases=s.ctx.leases | {ticket})
     s.emit(Settle(ticket, LeaseGranted(ticket, running.target, running.child, running.server)))
 
 
-def kept_as(s: Step, wanted: Target) -> Running:
+def kept_as(s: Step[Fact], wanted: Target) -> Running:
     """What runs stays for as long as the newest load that finds it running says."""
-    running = cast("Running", s.ctx.running)
+    running = known(s.ctx.running)
     running = replace(running, target=running.target.kept_as(wanted.request))
     s.put(running=running)
     return running
 
 
-def stop_at(s: Step, at: float | None) -> None:
-    running = cast("Running", s.ctx.running)
+def stop_at(s: Step[Fact], at: float | None) -> None:
+    running = known(s.ctx.running)
     if running.idle_at != at:
         s.put(running=replace(running, idle_at=at))
 
 
-def reasons(s: Step, job: Job) -> tuple[ReloadReason, ...]:
+def reasons(s: Step[Fact], job: Job) -> tuple[ReloadReason, ...]:
     if s.ctx.running is None:
         return ()
     reasons = differences(s.ctx.running.target, job.target)
@@ -247,5 +258,5 @@ def told_to(caller: Caller, answer: Answer) -> Answer:
 
 
 def restored_with(failure: Problem, problem: Problem | None) -> Problem:
-    restored = cast("Restored", failure.restored)
+    restored = known(failure.restored)
     return replace(failure, restored=replace(restored, problem=problem))
