@@ -1,9 +1,9 @@
 """The settings of `serve` and `run`: flag before environment before file before default.
 
-Each is one option of click's, and its long name is all there is to know: with underscores it is
-the key in the TOML file, behind LLAMA_ORCHESTRATOR_ the environment variable. click takes the word
-that counts (the file is its `default_map`) and knows where it came from. What it would let pass is
-refused here: a key that nobody reads, a value that is not what the schema says.
+Each is a field of `Settings`, and its name is all there is to know: with dashes it is the flag, as
+it is the key in the TOML file, behind LLAMA_ORCHESTRATOR_ the environment variable. The model says
+what a file may hold, its schema what the flags take. click takes the word that counts (the file is
+its `default_map`) and knows where it came from.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import click
 from click.core import ParameterSource
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from orchestrator.cli import options
 from orchestrator.cli.output import say_json
@@ -31,6 +33,93 @@ _SOURCES: Final = {
     ParameterSource.ENVIRONMENT: "environment",
     ParameterSource.DEFAULT_MAP: "file",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class _Flag:
+    """What the command line has to know of a setting beside its field.
+
+    Attributes:
+        name: Of the parameter; None = that of the field.
+        is_path: Relative ones in a file are of the file's folder.
+        more: Further attributes of the option.
+    """
+
+    name: str | None = None
+    is_path: bool = False
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+def _of(name: str | None = None, *, is_path: bool = False, **more: Any) -> _Flag:
+    return _Flag(name, is_path, more)
+
+
+def _key_of_environment(ctx: click.Context, option: click.Parameter, path: Any) -> Any:
+    """A key in the environment goes before a file of keys that the environment does not name."""
+    name = str(option.name)
+    is_named = ctx.get_parameter_source(name) in (
+        ParameterSource.COMMANDLINE,
+        ParameterSource.ENVIRONMENT,
+    )
+    if is_named or not os.environ.get(options.API_KEY_VARIABLE):
+        return path
+    ctx.set_parameter_source(name, ParameterSource.ENVIRONMENT)
+    return None
+
+
+_NONE: Final[Any] = None
+_Text = Annotated[str, Field(min_length=1)]
+_Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS)]
+
+
+class Settings(BaseModel):
+    """What a file may say. A setting without a default is one that need not be there."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    llama_server: Annotated[_Text, _of(is_path=True, metavar="auto|embedded|PATH")] = Field(
+        "auto",
+        description="Which server to start; auto = LLAMA_SERVER_PATH, then PATH, then embedded.",
+    )
+    host: _Text = Field("127.0.0.1", description="Where the API listens.")
+    port: int = Field(options.DEFAULT_PORT, ge=0, le=65535, description="0 = any free one.")
+    slot: Annotated[_Text, _of(metavar="NAME")] = Field("default", description="One server a slot.")
+    state_dir: Annotated[_Text, _of(is_path=True, metavar="DIR")] = Field(
+        _NONE, description="Folder of the slots."
+    )
+    drain_timeout: Annotated[_Seconds, _of("drain_timeout_s", metavar="S")] = Field(
+        30.0, description="Seconds a swap waits for leases."
+    )
+    drain_policy: Literal["wait", "cut"] = Field(
+        "wait", description="Wait for leases so long, or cut what uses the server at once."
+    )
+    kill_grace: Annotated[_Seconds, _of("kill_grace_s", metavar="S")] = Field(
+        5.0, description="Seconds between SIGTERM and SIGKILL; 0 = SIGKILL at once."
+    )
+    restart: Literal["never", "on-crash"] = Field(
+        "never", description="What to do about a server that ends by itself."
+    )
+    api_key_file: Annotated[_Text, _of(is_path=True, metavar="F", callback=_key_of_environment)] = (
+        Field(
+            _NONE,
+            description="Keys, one a line; requests need one; default: "
+            f"${options.API_KEY_VARIABLE}, if set.",
+        )
+    )
+    allowed_host: Annotated[list[_Text], _of("allowed_hosts", metavar="H")] = Field(
+        _NONE,
+        description="A name the service goes by beside localhost and its addresses; repeatable.",
+    )
+    models_dir: Annotated[list[_Text], _of(is_path=True, metavar="DIR")] = Field(
+        _NONE,
+        description="Local models must be inside, and are named from here; repeatable.",
+    )
+    idle_ttl: Annotated[float, _of("idle_ttl_s", metavar="S")] = Field(
+        _NONE, gt=0, le=MAX_SECONDS, description="Unload a model after this long without use."
+    )
+    log_format: Literal["console", "json"] = Field(
+        "console", description="Of the log lines on stderr."
+    )
 
 
 class Setting(click.Option):
@@ -62,73 +151,30 @@ class Explained:
 
 def serving_options() -> options.Decorator:
     """The settings: the common options of `serve` and `run`."""
-    return options.together(
-        _setting(
-            "--llama-server",
-            type=click.Path(),
-            default="auto",
-            metavar="auto|embedded|PATH",
-            help="Which server to start; auto = LLAMA_SERVER_PATH, then PATH, then embedded.",
-        ),
-        _setting("--host", default="127.0.0.1", help="Where the API listens."),
-        _setting(
-            "--port",
-            type=click.IntRange(0, 65535),
-            default=options.DEFAULT_PORT,
-            help="0 = any free one.",
-        ),
-        _setting("--slot", default="default", metavar="NAME", help="One server a slot."),
-        _setting("--state-dir", type=click.Path(), metavar="DIR", help="Folder of the slots."),
-        _setting(
-            *("--drain-timeout", "drain_timeout_s"),
-            type=click.FloatRange(0, MAX_SECONDS),
-            default=30.0,
-            metavar="S",
-            help="Seconds a swap waits for leases.",
-        ),
-        _setting(
-            "--drain-policy",
-            type=click.Choice(["wait", "cut"]),
-            default="wait",
-            help="Wait for leases so long, or cut what uses the server at once.",
-        ),
-        _setting(
-            *("--kill-grace", "kill_grace_s"),
-            type=click.FloatRange(0, MAX_SECONDS),
-            default=5.0,
-            metavar="S",
-            help="Seconds between SIGTERM and SIGKILL; 0 = SIGKILL at once.",
-        ),
-        _setting(
-            "--restart",
-            type=click.Choice(["never", "on-crash"]),
-            default="never",
-            help="What to do about a server that ends by itself.",
-        ),
-        options.key_option(
-            "Keys, one a line; requests need one", cls=Setting, callback=_key_of_environment
-        ),
-        _setting(
-            *("--allowed-host", "allowed_hosts"),
-            multiple=True,
-            metavar="H",
-            help="A name the service goes by beside localhost and its addresses; repeatable.",
-        ),
-        _setting(
-            *("--models-dir", "models_dir"),
-            type=click.Path(),
-            multiple=True,
-            metavar="DIR",
-            help="Local models must be inside, and are named from here; repeatable.",
-        ),
-        options.idle_ttl_option("Unload a model after this long without use.", cls=Setting),
-        _setting(
-            "--log-format",
-            type=click.Choice(["console", "json"]),
-            default="console",
-            help="Of the log lines on stderr.",
-        ),
-    )
+    return options.together(*map(_option, Settings.model_fields))
+
+
+def _option(key: str) -> Callable[[Any], Any]:
+    """Return the option that a field of the settings makes."""
+    about, says = Settings.model_fields[key], schema()["properties"][key]
+    flag = next((one for one in about.metadata if isinstance(one, _Flag)), _Flag())
+    attributes: dict[str, Any] = {"help": about.description, **flag.more}
+    if about.default is not None:
+        attributes |= {"default": about.default, "show_default": True}
+    match says:
+        case {"enum": choices}:
+            attributes["type"] = click.Choice(choices)
+        case {"type": "array"}:
+            attributes["multiple"] = True
+        case {"type": "integer"}:
+            attributes["type"] = click.IntRange(says["minimum"], says["maximum"])
+        case {"type": "number"}:
+            least = says.get("minimum", says.get("exclusiveMinimum"))
+            is_open = "exclusiveMinimum" in says
+            attributes["type"] = click.FloatRange(least, says["maximum"], min_open=is_open)
+    if flag.is_path:
+        attributes["type"] = click.Path()
+    return click.option(f"--{key.replace('_', '-')}", flag.name or key, cls=Setting, **attributes)
 
 
 def config_option(**attributes: Any) -> options.Decorator:
@@ -153,7 +199,7 @@ def schema_option() -> options.Decorator:
 
     def show(ctx: click.Context, _: click.Parameter, is_wanted: bool) -> None:
         if is_wanted and not ctx.resilient_parsing:
-            say_json(schema(ctx.command))
+            say_json(schema())
             ctx.exit()
 
     return options.together(
@@ -166,24 +212,6 @@ def schema_option() -> options.Decorator:
             help="Print the JSON schema of the file, and end.",
         )
     )
-
-
-def _setting(*names: str, **attributes: Any) -> Callable[[Any], Any]:
-    has_default = "default" in attributes
-    return click.option(*names, cls=Setting, show_default=has_default, **attributes)
-
-
-def _key_of_environment(ctx: click.Context, option: click.Parameter, path: Any) -> Any:
-    """A key in the environment goes before a file of keys that the environment does not name."""
-    name = str(option.name)
-    is_named = ctx.get_parameter_source(name) in (
-        ParameterSource.COMMANDLINE,
-        ParameterSource.ENVIRONMENT,
-    )
-    if is_named or not os.environ.get(options.API_KEY_VARIABLE):
-        return path
-    ctx.set_parameter_source(name, ParameterSource.ENVIRONMENT)
-    return None
 
 
 # ------------------------------------------------------------------------------------- the file
@@ -207,30 +235,31 @@ def _use_file(ctx: click.Context, _: click.Parameter, given: str | None) -> None
         why = getattr(error, "strerror", None) or error
         raise click.UsageError(f"{path}: {why}.") from error
     ctx.meta[_FILE] = str(path)
-    ctx.default_map = checked(path, members, settings_of(ctx.command))
+    said, names = checked(path, members), settings_of(ctx.command)
+    ctx.default_map = {str(names[key].name): value for key, value in said.items()}
 
 
-def checked(
-    path: Path, members: Mapping[str, Any], settings: Mapping[str, Setting]
-) -> dict[str, Any]:
-    """Return what a file says, by the names of click's parameters.
+def checked(path: Path, members: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a file says, by its keys.
 
     Relative paths are of the file's folder, because a service is started from anywhere.
 
     Raises:
         click.UsageError: a key that is no setting, a value that is not allowed; never shows it.
     """
-    found = {}
-    for key, value in members.items():
-        if (setting := settings.get(key)) is None:
+    try:
+        Settings.model_validate(members)
+    except ValidationError as error:
+        wrong = error.errors(include_input=False)[0]
+        key = str(wrong["loc"][0])
+        if wrong["type"] == "extra_forbidden":
+            known = ", ".join(Settings.model_fields)
             raise click.UsageError(
-                f"{path}: {key} is not a setting. The settings are {', '.join(settings)}."
-            )
-        schema = schema_of(setting)
-        if not _fits(value, schema):
-            raise click.UsageError(f"{path}: {key} has to be {allowed(schema)}.")
-        found[str(setting.name)] = _placed(value, setting, path.parent)
-    return found
+                f"{path}: {key} is not a setting. The settings are {known}."
+            ) from None
+        may_be = allowed(schema()["properties"][key])
+        raise click.UsageError(f"{path}: {key} has to be {may_be}.") from None
+    return {key: _placed(key, value, path.parent) for key, value in members.items()}
 
 
 def settings_of(command: click.Command) -> dict[str, Setting]:
@@ -238,46 +267,31 @@ def settings_of(command: click.Command) -> dict[str, Setting]:
     return {option.key: option for option in command.params if isinstance(option, Setting)}
 
 
-def _placed(value: Any, setting: Setting, folder: Path) -> Any:
-    is_word = setting.key == "llama_server" and value in _SERVER_WORDS
-    if is_word or not isinstance(setting.type, click.Path):
+def _placed(key: str, value: Any, folder: Path) -> Any:
+    is_path = any(getattr(one, "is_path", False) for one in Settings.model_fields[key].metadata)
+    if not is_path or (key == "llama_server" and value in _SERVER_WORDS):
         return value
     if isinstance(value, list):
         return [os.path.join(folder, os.path.expanduser(one)) for one in value]
     return os.path.join(folder, os.path.expanduser(value))
 
 
-# ----------------------------------------------------------------------------------- the schema
-
-
-def schema(command: click.Command) -> dict[str, Any]:
+@cache
+def schema() -> dict[str, Any]:
     """Return the JSON schema of the file, for editors."""
+    made = Settings.model_json_schema()
+    properties = made["properties"]
+    for one in properties.values():
+        del one["title"]
+        if one.get("default", one) is None:
+            del one["default"]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Settings of llama-orchestrator serve and run",
         "type": "object",
-        "properties": {key: schema_of(one) for key, one in settings_of(command).items()},
+        "properties": properties,
         "additionalProperties": False,
     }
-
-
-def schema_of(setting: Setting) -> dict[str, Any]:
-    """Return what may stand behind a key."""
-    kind = setting.type
-    members: dict[str, Any] = {"description": setting.help}
-    if setting.multiple:
-        members |= {"type": "array", "items": {"type": "string", "minLength": 1}}
-    elif isinstance(kind, click.Choice):
-        members |= {"type": "string", "enum": list(kind.choices)}
-    elif isinstance(kind, click.IntRange | click.FloatRange):
-        least = "exclusiveMinimum" if kind.min_open else "minimum"
-        members |= {"type": "integer" if isinstance(kind, click.IntRange) else "number"}
-        members |= {least: kind.min, "maximum": kind.max}
-    else:
-        members |= {"type": "string", "minLength": 1}
-    if isinstance(setting.default, str | float | int):
-        members["default"] = setting.default
-    return members
 
 
 def allowed(schema: Mapping[str, Any]) -> str:
@@ -290,25 +304,10 @@ def allowed(schema: Mapping[str, Any]) -> str:
         case {"type": "string"}:
             return "a string that is not empty"
         case {"type": kind, "maximum": most}:
-            more = f"more than {schema.get('exclusiveMinimum')}"
-            least = f"{schema['minimum']}" if "minimum" in schema else more
+            more = f"more than {schema.get('exclusiveMinimum', 0):g}"
+            least = f"{schema['minimum']:g}" if "minimum" in schema else more
             return f"{'an integer' if kind == 'integer' else 'a number'}, {least} to {most:.0f}"
     raise AssertionError(schema)
-
-
-def _fits(value: Any, schema: Mapping[str, Any]) -> bool:
-    match schema:
-        case {"enum": choices}:
-            return isinstance(value, str) and value in choices
-        case {"type": "array", "items": item}:
-            return isinstance(value, list) and all(_fits(one, item) for one in value)
-        case {"type": "string"}:
-            return isinstance(value, str) and value != ""
-    kinds = (int,) if schema["type"] == "integer" else (int, float)
-    if type(value) not in kinds:  # a bool is an int in Python
-        return False
-    is_enough = value >= schema["minimum"] if "minimum" in schema else value > 0
-    return is_enough and bool(value <= schema["maximum"])
 
 
 # ------------------------------------------------------------------------------- the explanation
