@@ -344,27 +344,31 @@ class Facade:
 
         Looked up before anything is stopped: a load that cannot succeed costs nobody anything.
         """
-        self._ask_about(call, lambda at: LoadRequested(call.ticket, self._target(request), at))
+        owner = cast("Owner", self._owner)
+        self._ask_about(
+            call, lambda: LoadRequested(call.ticket, self._target(request), owner.clock())
+        )
 
     def _ask_prefetch(self, call: Call, request: LoadRequest) -> None:
         """As `_ask_load`; what is local is here."""
 
-        def fact_or_answer(at: float) -> PrefetchRequested | Prefetched:
+        owner = cast("Owner", self._owner)
+
+        def fact_or_answer() -> PrefetchRequested | Prefetched:
             model = self._source.look_up(request)
             if model.hub is None:
                 return Prefetched(model)
-            return PrefetchRequested(call.ticket, Target(request, model, NO_SERVER), at)
+            target = Target(request, model, NO_SERVER)
+            return PrefetchRequested(call.ticket, target, owner.clock())
 
         self._ask_about(call, fact_or_answer)
 
     def _ask_about(
-        self,
-        call: Call,
-        look_up: Callable[[float], LoadRequested | PrefetchRequested | Prefetched],
+        self, call: Call, look_up: Callable[[], LoadRequested | PrefetchRequested | Prefetched]
     ) -> None:
         owner = cast("Owner", self._owner)
         try:
-            found = look_up(owner.clock())
+            found = look_up()
         except OrchestratorError as error:
             owner.answer(call, error.problem)
         except BaseException as error:
@@ -374,7 +378,7 @@ class Facade:
             if isinstance(found, Prefetched):
                 owner.answer(call, found)
             else:
-                owner.ask(call, replace(found, at=owner.clock()))
+                owner.ask(call, found)
 
     def _begin_listing(self, request: LoadRequest) -> Future[list[Variant]]:
         if self._is_closed:
