@@ -19,11 +19,9 @@ from orchestrator.settings.fields import SETTINGS, Fields, LoadFields
 class LoadRequest(Fields):
     """One load as the caller wants it; field names are the public vocabulary."""
 
-    def __init__(self, /, **given: Unpack[LoadFields]) -> None:
+    def __init__(self, **given: Unpack[LoadFields]) -> None:
         values: dict[str, Any] = {**given}
-        for name in values:
-            if name not in SETTINGS:
-                raise _unknown(printable(name))
+        _check_names(values)
         if "model_path" not in values:
             raise MalformedRequest.because("model_path is required", field="model_path")
         for name, row in SETTINGS.items():
@@ -47,8 +45,7 @@ class LoadRequest(Fields):
             raise MalformedRequest.because(
                 f"a load request is an object of named fields, not {type(values).__name__}"
             )
-        for kind in [type(name) for name in values if not isinstance(name, str)]:
-            raise _unknown(kind.__name__)
+        _check_names(values)
         return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:
@@ -72,9 +69,12 @@ class LoadRequest(Fields):
         return f"LoadRequest({', '.join(shown)})"
 
 
-def _unknown(field: str) -> MalformedRequest:
-    message = f"unknown field {field!r}; known fields: {', '.join(sorted(SETTINGS))}"
-    return MalformedRequest.because(message, field=field)
+def _check_names(values: Mapping[Any, object]) -> None:
+    for name in values:
+        if name not in SETTINGS:
+            shown = printable(name) if isinstance(name, str) else type(name).__name__
+            message = f"unknown field {shown!r}; known fields: {', '.join(sorted(SETTINGS))}"
+            raise MalformedRequest.because(message, field=shown)
 
 
 LoadRequest.__doc__ = "\n".join(

@@ -50,7 +50,7 @@ def requests() -> LoadRequest:
         deadline_s=None,
     )
     LoadRequest(model_path="m.gguf", on_busy="wait")  # type: ignore[arg-type]
-    LoadRequest("m.gguf", max_seq_len=1)  # type: ignore[call-arg]
+    LoadRequest(model_path="m.gguf", max_seq_len=1)  # type: ignore[call-arg]
     return assert_type(LoadRequest.from_dict({"model_path": "m.gguf"}), LoadRequest)
 
 
