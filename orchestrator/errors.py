@@ -151,7 +151,7 @@ class OrchestratorError(Exception):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self.problem = problem
+        self.problem: Problem = problem
 
     @classmethod
     def because(

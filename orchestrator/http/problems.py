@@ -74,7 +74,7 @@ class Answers:
     """
 
     def __init__(self, known: Callable[[], tuple[Names, ...]]) -> None:
-        self.paths = Paths(known)
+        self.paths: Paths = Paths(known)
 
     def json(
         self,
