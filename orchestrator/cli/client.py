@@ -30,6 +30,7 @@ from orchestrator.cli.output import (
     show_problem,
 )
 from orchestrator.machine.states import State
+from orchestrator.settings.fields import SHOWN
 
 _PREFIX: Final = "/api/inference"
 _QUICK_S: Final = 10.0
@@ -274,8 +275,10 @@ def show_settings(loaded: Mapping[str, Any]) -> None:
     settings_line("server", loaded["base_url"], (f"  pid {loaded['pid']}", "dim"))
     asked = loaded["requested_context_length"] or "Auto"
     settings_line("context", f"{loaded['context_length']}", (f"  asked for {asked}", "dim"))
-    extras = [f"{name} {loaded[name]}" for name in ("cache_type_kv", "speculative_type")]
-    settings_line("settings", ", ".join(text for text in extras if not text.endswith("None")))
+    names = ("cache_type_kv", "speculative_type", *SHOWN)
+    told = {name: loaded[name] for name in names if loaded.get(name) is not None}
+    told.pop("chat_template_override", None)  # as long as it likes
+    settings_line("settings", ", ".join(f"{name} {value}" for name, value in told.items()))
     if loaded["llama_extra_args"]:
         settings_line("flags", shlex.join(loaded["llama_extra_args"]))
 

@@ -2,6 +2,7 @@
 
 import { $, bytes, el, named, put, say, seconds, value } from "./dom.js";
 import { fieldBox, fieldLabel, focusField } from "./form.js";
+import { FIELDS } from "./fields.js";
 
 const PHASES = { killing: "Stopping", downloading: "Downloading", spawning: "Starting", loading: "Loading" };
 const QUIET = new Set(["superseded", "cancelled"]);
@@ -43,6 +44,7 @@ function facts(loaded) {
     ["Context", `${loaded.context_length?.toLocaleString("en") ?? "?"} tokens (asked: ${asked})`],
     ["KV cache", value(loaded.cache_type_kv)],
     ["Speculative", { off: "Off", default: "On" }[loaded.speculative_type] ?? loaded.speculative_type],
+    ...FIELDS.filter(({ name, control, isShown }) => isShown && control !== "check" && name in loaded).map(({ name, label }) => [label, value(loaded[name])]),
     ["Extra arguments", value(loaded.llama_extra_args)],
     ["Vision", loaded.is_vision && "yes"],
     ["Revision", loaded.revision?.slice(0, 12)],
