@@ -248,7 +248,9 @@ class _Visits:
                 connection = self._connection(connected, port)
                 if _ask(connection, "/health", _ANSWER_S)[0] != HTTPStatus.OK:
                     return None
-                status, body = _ask(connection, "/props", _PROPS_S, key)
+                status, body = 0, b""
+                with contextlib.suppress(*NO_ANSWER):  # it is ready, whatever it says of itself
+                    status, body = _ask(connection, "/props", _PROPS_S, key)
                 keyless = 401 if key is None else _ask(connection, "/slots", _PROPS_S)[0]
         except NO_ANSWER:
             return None

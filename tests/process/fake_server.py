@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         loading_s: float  # /health is 503 for so long; negative: for ever
         work: str  # while loading: read | print | grow | idle
         answer_after_s: float  # every answer takes so long; negative: none ever comes
+        silent_at: str  # the path that is never answered
         backlog: int  # never accept, and let so few connections queue
         crash_after_s: float  # after the first 200
         crash_signal: int  # 0: exit with `crash_code`
@@ -198,7 +199,7 @@ class Server:
 
     def reply(self, connection: _socket.socket, path: str, *, is_allowed: bool) -> None:
         delay = self.plan.get("answer_after_s", 0.0)
-        if delay < 0:
+        if delay < 0 or path == self.plan.get("silent_at"):
             return
         time.sleep(delay)
         status, body = "200 OK", '{"status":"ok"}'
