@@ -262,15 +262,15 @@ class LeasedServer(Named):
     """A server that no swap ends while the lease is held.
 
     Attributes:
-        kind: What it is for.
         api_key: What a protected server wants as a Bearer token; None if it takes everybody.
+        kind: What it is for.
     """
 
     base_url: str
     pid: int
     generation: Generation
-    kind: Kind = "chat"
     api_key: str | None = field(default=None, repr=False)
+    kind: Kind = "chat"
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,7 +357,7 @@ def prefetch_outcome(request: LoadRequest, files: ModelFiles) -> PrefetchOutcome
 
 def leased_server(answer: LeaseGranted) -> LeasedServer:
     server, child, kind = answer.server, answer.child, answer.target.request.kind
-    return LeasedServer(server.base_url, child.pid, child.generation, kind, server.api_key)
+    return LeasedServer(server.base_url, child.pid, child.generation, server.api_key, kind)
 
 
 def status(snapshot: Snapshot, now: float, progress_of: ProgressOf) -> Status:
