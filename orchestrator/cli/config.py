@@ -149,6 +149,11 @@ class Explained:
     origin: str | None
 
 
+def _flag_of(key: str) -> _Flag:
+    about = Settings.model_fields[key].metadata
+    return next((one for one in about if isinstance(one, _Flag)), _Flag())
+
+
 def serving_options() -> options.Decorator:
     """The settings: the common options of `serve` and `run`."""
     return options.together(*map(_option, Settings.model_fields))
@@ -157,7 +162,7 @@ def serving_options() -> options.Decorator:
 def _option(key: str) -> Callable[[Any], Any]:
     """Return the option that a field of the settings makes."""
     about, says = Settings.model_fields[key], schema()["properties"][key]
-    flag = next((one for one in about.metadata if isinstance(one, _Flag)), _Flag())
+    flag = _flag_of(key)
     attributes: dict[str, Any] = {"help": about.description, **flag.more}
     if about.default is not None:
         attributes |= {"default": about.default, "show_default": True}
@@ -268,8 +273,7 @@ def settings_of(command: click.Command) -> dict[str, Setting]:
 
 
 def _placed(key: str, value: Any, folder: Path) -> Any:
-    is_path = any(getattr(one, "is_path", False) for one in Settings.model_fields[key].metadata)
-    if not is_path or (key == "llama_server" and value in _SERVER_WORDS):
+    if not _flag_of(key).is_path or (key == "llama_server" and value in _SERVER_WORDS):
         return value
     if isinstance(value, list):
         return [os.path.join(folder, os.path.expanduser(one)) for one in value]

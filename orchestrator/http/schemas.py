@@ -7,14 +7,14 @@ bodies are checked by these models. Answers are the library's dataclasses as pyd
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, get_type_hints
+from typing import Any, ClassVar, Final
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from orchestrator import errors
 from orchestrator.machine.plan import Plan
 from orchestrator.runtime.answers import LoadOutcome, LoadProgress, PastLoad
-from orchestrator.settings.fields import SETTINGS, Fields
+from orchestrator.settings.fields import SETTINGS, types
 
 
 class Body(BaseModel):
@@ -27,13 +27,12 @@ class Body(BaseModel):
 
 def _of_settings(title: str, *names: str) -> type[BaseModel]:
     """Return a body of these settings; what they may be in full is said by their checks."""
-    types = get_type_hints(Fields)
     members: dict[str, Any] = {}
     for name in names:
         row = SETTINGS[name]
         extra: dict[str, Any] | None = {"writeOnly": True} if row.is_secret else None
         members[name] = (
-            types[name],
+            types()[name],
             Field(
                 ... if name == "model_path" else row.default,
                 description=row.help,

@@ -12,6 +12,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from types import MappingProxyType
 from typing import (
     Any,
@@ -385,9 +386,15 @@ def strip_shadowed(args: tuple[str, ...], names: Iterable[str]) -> tuple[str, ..
     return flags.without(args, (flag for name in names for flag in SHADOWED[name].split()))
 
 
+@cache
+def types() -> dict[str, Any]:
+    """Return the annotation of every setting; to read them all takes a while."""
+    return get_type_hints(Fields)
+
+
 def type_of(name: str) -> type:
     """Return the plain type of a setting: str, int, float, bool or tuple."""
-    hint = get_type_hints(Fields)[name]
+    hint = types()[name]
     kinds = [kind for kind in get_args(hint) if kind is not type(None)]
     plain = kinds[0] if kinds and get_origin(hint) is not Literal else hint
     origin = get_origin(plain)

@@ -78,7 +78,7 @@ def enqueue(s: Step[LoadRequested]) -> None:
     fact = s.fact
     job = accepted(s, fact)
     s.put(queue=(*s.ctx.queue, job))
-    note_load(s, fact)
+    note_load(s)
     s.emit(Accept(fact.ticket, job.generation, joined=False))
     set_deadline(s, job)
     begin_waiting(s, job)
@@ -112,7 +112,7 @@ def join_loading(s: Step[LoadRequested]) -> None:
 def answer_already_loaded(s: Step[LoadRequested]) -> None:
     fact = s.fact
     running = kept_as(s, fact.target)
-    note_load(s, fact)
+    note_load(s)
     s.emit(
         Accept(fact.ticket, running.generation, joined=False),
         Settle(fact.ticket, running.loaded(already=True)),

@@ -137,10 +137,10 @@ def set_deadline(s: Step[Fact], job: Job) -> None:
         s.emit(SetTimer(job.generation, "deadline", deadline_s))
 
 
-def note_load(s: Step[LoadRequested], fact: LoadRequested) -> None:
+def note_load(s: Step[LoadRequested]) -> None:
     """Every accepted load counts, also one that joins or finds its model loaded."""
-    s.put(newest_load=max(s.ctx.newest_load, fact.ticket))
-    note_id(s, fact)
+    s.put(newest_load=max(s.ctx.newest_load, s.fact.ticket))
+    note_id(s, s.fact)
 
 
 def note_id(s: Step[Fact], fact: LoadRequested | PrefetchRequested) -> None:
@@ -172,7 +172,7 @@ def join(s: Step[LoadRequested], job: Job) -> None:
         request = replace(target.request, force_reload=True)  # what runs then will not do
         target = replace(target, request=request)
     joined = replace(job, target=target, callers=(*job.callers, caller_of(fact, joined=True)))
-    note_load(s, fact)
+    note_load(s)
     s.put(
         job=joined if s.ctx.job is job else s.ctx.job,
         queue=tuple(joined if other is job else other for other in s.ctx.queue),
