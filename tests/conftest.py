@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import psutil
 import pytest
 
 from orchestrator.demo.tiny_model import write_tiny_model
-from orchestrator.server import process_table
-from orchestrator.server.slot import TOKEN_NAME
+from orchestrator.server import embedded
+from tests.kit.http import Gate
+from tests.kit.process.servers import servers_of
 
 
 @pytest.fixture(scope="session")
@@ -55,21 +57,6 @@ def state_dir(tmp_path: Path) -> Iterator[Path]:
     assert not left, f"servers left behind: {left}"
 
 
-def servers_of(directory: Path) -> set[int]:
-    """Every living process that carries a token of a slot in this state directory."""
-    found = set()
-    for pid, row in process_table.everyone().items():
-        if row.is_zombie:
-            continue
-        try:
-            token = psutil.Process(pid).environ().get(TOKEN_NAME, "")
-        except (psutil.Error, OSError):
-            continue
-        if token.startswith(str(directory.resolve()) + os.sep):
-            found.add(pid)
-    return found
-
-
 def pytest_configure() -> None:
     """What a shell starts in the background ignores SIGINT, what `nohup` starts ignores SIGHUP, and
     that is inherited: no test would reach anybody with these.
@@ -89,3 +76,13 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     if report.skipped and os.environ.get("CI"):
         report.outcome = "failed"
     return report
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    key, binary = tmp_path / "open", tmp_path / "gated-server"
+    server = f"{sys.executable} -P {embedded.__file__}"
+    waits = f'while [ ! -e "{key}" ]; do sleep 0.01; done'
+    binary.write_text(f'#!/bin/sh\n{waits}\nexec {server} "$@"\n')
+    binary.chmod(0o755)
+    return Gate(str(binary), key)

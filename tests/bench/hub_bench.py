@@ -32,7 +32,7 @@ from tests.bench.bench import Figures
 _SERVE = """
 import sys, threading
 from pathlib import Path
-from tests.hub.fake_hub import Hub, Repo
+from tests.kit.fake_hub import Hub, Repo
 with Hub() as hub:
     for name, path in zip(sys.argv[1::2], sys.argv[2::2]):
         hub.add(Repo(name, {"model-Q8_0.gguf": Path(path)}))

@@ -15,8 +15,8 @@ from playwright.sync_api import expect, sync_playwright
 
 from orchestrator.demo import tiny_model
 from orchestrator.http import create_app
-from tests.browser.conftest import DESKTOP, FLAGS
-from tests.http.conftest import PREFIX, serving
+from tests.kit.http import PREFIX, serving
+from tests.kit.panel import DESKTOP, FLAGS
 
 LOADS = (
     {"model_path": "models", "gguf_variant": "Q8_0"},

@@ -16,10 +16,10 @@ from playwright.sync_api import Browser, Page, expect
 from orchestrator import RestartPolicy
 from orchestrator.demo.tiny_model import write_tiny_model
 from orchestrator.http import create_app
-from tests.browser.conftest import DESKTOP, PHONE, Open, Start
-from tests.conftest import servers_of
-from tests.http.conftest import PREFIX, Gate, is_held, serving, until
-from tests.hub.fake_hub import Hub, Repo
+from tests.kit.fake_hub import Hub, Repo
+from tests.kit.http import PREFIX, Gate, is_held, serving, until
+from tests.kit.panel import DESKTOP, PHONE, Open, Start
+from tests.kit.process.servers import servers_of
 
 
 def loads(client: httpx.Client) -> list[dict[str, Any]]:

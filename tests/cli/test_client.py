@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.cli.conftest import Cli, Start
-from tests.conftest import servers_of
+from tests.kit.command import Cli, Start
+from tests.kit.process.servers import servers_of
 
 
 def test_the_commands_talk_to_a_running_one(cli: Cli, serving: str, tiny_model: str) -> None:

@@ -17,7 +17,7 @@ import pytest
 from orchestrator.cli import config
 from orchestrator.cli.doctor import doctor
 from orchestrator.cli.serving import run, serve
-from tests.cli.conftest import COMMAND, Cli, Start, environment
+from tests.kit.command import COMMAND, Cli, Start, environment
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = config.settings_of(serve)

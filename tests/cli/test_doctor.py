@@ -16,8 +16,8 @@ import pytest
 
 from orchestrator.server import process_table
 from orchestrator.server.slot import Slot
-from tests.cli.conftest import Cli, Start
-from tests.hub.fake_hub import Hub, Repo
+from tests.kit.command import Cli, Start
+from tests.kit.fake_hub import Hub, Repo
 
 Found = dict[str, dict[str, str | None]]
 Look = Callable[..., Found]

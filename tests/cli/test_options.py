@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli import options
-from tests.cli.conftest import Cli, environment
+from tests.kit.command import Cli, environment
 
 OURS = {"-m": True, "--model": True, "--port": True, "--json": False, "-np": True}
 

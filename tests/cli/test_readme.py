@@ -23,7 +23,7 @@ import pytest
 
 from orchestrator.cli.app import PROGRAM, commands
 from orchestrator.demo.tiny_model import write_tiny_model
-from tests.cli.conftest import Cli, Start
+from tests.kit.command import Cli, Start
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from tests.cli import conftest
-from tests.cli.conftest import Cli, Start, environment
-from tests.conftest import servers_of
+from tests.kit.command import Cli, Start, environment
+from tests.kit.process.servers import servers_of
 
 KEY = {"LLAMA_ORCHESTRATOR_API_KEY": "s3cret key"}
 

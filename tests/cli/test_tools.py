@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.machine import diagram
-from tests.cli.conftest import Cli, Start
-from tests.conftest import servers_of
+from tests.kit.command import Cli, Start
+from tests.kit.process.servers import servers_of
 
 
 def demo_json(cli: Cli, server: str) -> dict[str, object]:

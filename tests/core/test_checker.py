@@ -18,10 +18,10 @@ from orchestrator.machine.actions.working import Step
 from orchestrator.machine.commands import Post
 from orchestrator.machine.states import State
 from orchestrator.machine.table import TABLE, Row
-from tests.core.checker import Report, TracedLifecycle, explore
-from tests.core.explorations import DEEP, PROGRAMS, RESTART, explored
-from tests.core.invariants import INVARIANTS
-from tests.core.world import Faults
+from tests.kit.machine.checker import Report, TracedLifecycle, explore
+from tests.kit.machine.explorations import DEEP, PROGRAMS, RESTART, explored
+from tests.kit.machine.invariants import INVARIANTS
+from tests.kit.machine.world import Faults
 
 
 @pytest.mark.timeout(120)

@@ -65,7 +65,7 @@ from orchestrator.machine.step import step
 from orchestrator.settings.files import HubModel
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import ReloadReason
-from tests.core.world import files, target
+from tests.kit.machine.world import files, target
 
 I, K, D, S, W, H = State  # noqa: E741 (the table's own letters)
 A, B, C = "A", "B", "C"

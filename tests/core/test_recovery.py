@@ -22,7 +22,7 @@ from orchestrator.machine.recovery import Recovery, RestartPolicy, after_exit, b
 from orchestrator.machine.states import State
 from orchestrator.settings.request import LoadRequest
 from tests.core.test_machine import A, B, C, D, H, I, K, Run, S, W
-from tests.core.world import target
+from tests.kit.machine.world import target
 
 RULES = RestartPolicy(backoff_s=1, backoff_max_s=5, limit=3, cool_down_s=100, stable_after_s=60)
 

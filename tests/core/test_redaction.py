@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from orchestrator.base.redaction import HIDDEN, redact
 from orchestrator.server.output import MAX_LINE_BYTES, MAX_LINES, OutputRing
-from tests.core.labels import label
+from tests.kit.labels import label
 
 S = "Xy9zSecretValue42"
 

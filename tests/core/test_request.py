@@ -19,7 +19,7 @@ from orchestrator.settings.files import FileIdentity, HubModel, ModelFiles
 from orchestrator.settings.flags import CACHE_TYPES
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import ReloadReason, ServerBinary, Source, Target, differences
-from tests.core.labels import label
+from tests.kit.labels import label
 
 SECRET = "hf_doNotShowThisToken"
 FIELDS = {f.name for f in fields(LoadRequest)}

@@ -29,7 +29,7 @@ from orchestrator.settings.flags import (
 from orchestrator.settings.help_text import Catalogue, FlagHelp
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import ServerBinary, Target, differences, groups_set_by
-from tests.core.labels import label
+from tests.kit.labels import label
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=200)
 

@@ -54,8 +54,8 @@ from orchestrator.settings.flags import MAX_BYTES, SPECULATIVE, flag_of, specula
 from orchestrator.settings.help_text import Catalogue, FlagHelp, parse_help
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import ServerBinary, Source, Target, differences, groups_set_by
-from tests.core.labels import label
 from tests.core.test_server_args import REFUSED_FLAGS, SHADOWS
+from tests.kit.labels import label
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=150)
 fewer = settings(repeatable, max_examples=60)

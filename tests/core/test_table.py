@@ -27,8 +27,8 @@ from orchestrator.machine.facts import Completion, Fact, ShutdownRequested, Time
 from orchestrator.machine.states import BUSY, MAY_OWN_PROCESS, PHASES, SETTLED, State
 from orchestrator.machine.step import Lifecycle, step
 from orchestrator.machine.table import TABLE, Row
-from tests.core.checker import explore
-from tests.core.world import Core
+from tests.kit.machine.checker import explore
+from tests.kit.machine.world import Core
 
 TRIGGERS = sorted({row.trigger for row in TABLE})
 HELPERS = {

@@ -46,7 +46,7 @@ from orchestrator.machine.states import State
 from orchestrator.settings.files import HubModel, ModelFiles
 from orchestrator.settings.request import LoadRequest
 from tests.core.test_machine import A, C, D, H, I, K, Run, W, healthy, in_flight
-from tests.core.world import files, resolved, target
+from tests.kit.machine.world import files, resolved, target
 
 B, E = "o/B", "o/E"
 FULL = Policy(max_waiting=1, max_prefetches=1)

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, settings
 from schemathesis.checks import CHECKS
 
 from orchestrator.http import create_app
-from tests.http.conftest import PREFIX, serving
-from tests.process.support import Fake
+from tests.kit.http import PREFIX, serving
+from tests.kit.process.support import Fake
 
 LOAD = PREFIX + "/load"
 ENDLESS = frozenset({PREFIX + "/events"})

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.http.conftest import PREFIX, Serve, problem
+from tests.kit.http import PREFIX, Serve, problem
 
 LOAD = PREFIX + "/load"
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}

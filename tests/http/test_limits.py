@@ -20,7 +20,7 @@ from starlette.routing import Route
 from orchestrator.base.tokens import Generation
 from orchestrator.http.guards.limits import MAX_BODY_BYTES, LimitBody
 from orchestrator.runtime.answers import LeasedServer
-from tests.http.conftest import (
+from tests.kit.http import (
     DEADLINE_S,
     PREFIX,
     Gate,

@@ -11,8 +11,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.http.conftest import PREFIX, Gate, Serve, is_held, problem, until
-from tests.process.support import Background
+from tests.kit.http import PREFIX, Gate, Serve, is_held, problem, until
+from tests.kit.process.support import Background
 
 LOAD = PREFIX + "/load"
 LOAD_KEYS = {

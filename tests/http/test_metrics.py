@@ -19,8 +19,8 @@ from orchestrator.machine.facts import Emptied, Exit, Exited, Fact, NotReady
 from orchestrator.machine.states import State
 from orchestrator.runtime.snapshot import Snapshot, StepReport
 from tests.core.test_machine import Run
-from tests.http.conftest import PREFIX, Gate, Serve, is_held, until
-from tests.process.support import Background
+from tests.kit.http import PREFIX, Gate, Serve, is_held, until
+from tests.kit.process.support import Background
 
 LOAD = PREFIX + "/load"
 Key = tuple[str, tuple[tuple[str, str], ...]]

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from orchestrator.errors import InvalidRequest
 from orchestrator.http import create_app
 from orchestrator.http.guards import origins
-from tests.http.conftest import DEADLINE_S, PREFIX, problem, serving
+from tests.kit.http import DEADLINE_S, PREFIX, problem, serving
 
 STATUS = PREFIX + "/status"
 LOAD = PREFIX + "/load"

@@ -13,7 +13,7 @@ import pytest
 from orchestrator.demo import tiny_model
 from orchestrator.http import create_app, pages
 from orchestrator.machine import diagram
-from tests.http.conftest import PREFIX, Gate, Serve, is_held, problem, serving, until
+from tests.kit.http import PREFIX, Gate, Serve, is_held, problem, serving, until
 
 LOAD, LOADS, VARIANTS = PREFIX + "/load", PREFIX + "/loads", PREFIX + "/variants"
 

@@ -25,7 +25,7 @@ from openai.types.chat import ChatCompletion
 from orchestrator.base.tokens import Generation
 from orchestrator.http import create_app
 from orchestrator.runtime.answers import LeasedServer
-from tests.http.conftest import (
+from tests.kit.http import (
     DEADLINE_S,
     PREFIX,
     Gate,
@@ -36,7 +36,7 @@ from tests.http.conftest import (
     serving,
     until,
 )
-from tests.process.support import Background
+from tests.kit.process.support import Background
 
 LOAD, CHAT = PREFIX + "/load", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]

@@ -19,7 +19,7 @@ from orchestrator import AsyncOrchestrator, Orchestrator
 from orchestrator.errors import OrchestratorError
 from orchestrator.http import create_app
 from orchestrator.http.paths import Renamed
-from tests.http.conftest import PREFIX, Gate, Serve, serving
+from tests.kit.http import PREFIX, Gate, Serve, serving
 
 LOAD, PLAN = PREFIX + "/load", PREFIX + "/plan"
 REPO = "owner/name"

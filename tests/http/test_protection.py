@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import psutil
 
-from tests.http.conftest import PREFIX, Serve
+from tests.kit.http import PREFIX, Serve
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 

@@ -18,8 +18,8 @@ import orchestrator.http
 from orchestrator import AsyncOrchestrator, LoadRequest
 from orchestrator.http import bodies, create_app, router, schemas
 from orchestrator.settings.fields import SETTINGS
-from tests.http.conftest import PREFIX, Serve, problem, serving
-from tests.process.support import is_running
+from tests.kit.http import PREFIX, Serve, problem, serving
+from tests.kit.process.support import is_running
 
 JSON = {"Content-Type": "application/json"}
 LOAD = PREFIX + "/load"

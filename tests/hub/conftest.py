@@ -10,14 +10,13 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import gguf
 import pytest
 from huggingface_hub import close_session, constants
 
 from orchestrator.demo.tiny_model import write_tiny_model
-from tests.hub.fake_hub import Content, Hub, Repo
+from tests.kit.fake_hub import Content, Hub, Repo
+from tests.kit.models import MODEL, split_gguf
 
-MODEL = "unsloth/Qwen3-0.6B-GGUF"
 _MODELS = (
     "Qwen3-0.6B-Q4_K_M.gguf",
     "Qwen3-0.6B-Q8_0.gguf",
@@ -92,22 +91,3 @@ def gguf_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Content]:
 def gguf_repo(hub: Hub, gguf_files: dict[str, Content]) -> Repo:
     """Such a model on the hub, public."""
     return hub.add(Repo(MODEL, gguf_files))
-
-
-def split_gguf(whole: Path, prefix: Path) -> list[Path]:
-    """Write a model in two shards, named as llama.cpp wants them, and return their paths."""
-    reader = gguf.GGUFReader(whole)
-    path = f"{prefix}.gguf"  # the writer puts the numbers in front of the suffix
-    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=len(reader.tensors) // 2 + 1)
-    for name, value in reader.fields.items():
-        if not name.startswith("GGUF.") and name != gguf.Keys.General.ARCHITECTURE:
-            is_array = value.types[0] == gguf.GGUFValueType.ARRAY
-            inner = value.types[-1] if is_array else None
-            writer.add_key_value(name, value.contents(), value.types[0], sub_type=inner)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return sorted(prefix.parent.glob(f"{prefix.name}-0000*-of-*.gguf"))

@@ -43,8 +43,8 @@ from orchestrator.models.hub.download import Hub
 from orchestrator.models.hub.fetch_process import FetchProgress
 from orchestrator.settings.files import ModelFiles
 from orchestrator.settings.request import LoadRequest
-from tests.hub import fake_hub
-from tests.hub.conftest import MODEL
+from tests.kit import fake_hub
+from tests.kit.models import MODEL
 
 FILE = "Qwen3-0.6B-Q8_0.gguf"
 BIG = "owner/Big-GGUF"

@@ -40,8 +40,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import ModelInfo, RepoFile, RepoFolder
 from huggingface_hub.utils import _http
 
-from tests.hub.conftest import MODEL
-from tests.hub.fake_hub import Blob, Hub, Repo
+from tests.kit.fake_hub import Blob, Hub, Repo
+from tests.kit.models import MODEL
 
 NAME = "Org/Tiny-GGUF"
 GGUF = b"".join(Blob.pattern(3_000_000, seed=7).chunks())

@@ -12,9 +12,9 @@ import pytest
 
 from orchestrator.demo import tiny_model
 from orchestrator.http import create_app
-from tests.http.conftest import PREFIX, problem, serving, until
-from tests.hub.fake_hub import Hub, Repo
-from tests.process.support import Background
+from tests.kit.fake_hub import Hub, Repo
+from tests.kit.http import PREFIX, problem, serving, until
+from tests.kit.process.support import Background
 
 pytestmark = pytest.mark.external
 

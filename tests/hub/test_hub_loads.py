@@ -20,8 +20,8 @@ from orchestrator.errors import (
     OrchestratorError,
     Superseded,
 )
-from tests.hub.fake_hub import Content, Hub, Repo
-from tests.process.support import Background, until, until_state
+from tests.kit.fake_hub import Content, Hub, Repo
+from tests.kit.process.support import Background, until, until_state
 
 pytestmark = pytest.mark.external
 

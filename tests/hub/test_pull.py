@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from orchestrator.demo import tiny_model
-from tests.hub.fake_hub import Hub, Repo
-from tests.process.support import until
+from tests.kit.fake_hub import Hub, Repo
+from tests.kit.process.support import until
 
 NAME = "org/Tiny-GGUF"
 DEADLINE_S = 60

@@ -24,10 +24,10 @@ from orchestrator.errors import (
 from orchestrator.http import create_app
 from orchestrator.models.hub import download
 from orchestrator.models.listings import MAX_AT_ONCE
-from tests.http.conftest import PREFIX, serving
-from tests.hub.conftest import MODEL
-from tests.hub.fake_hub import Content, Hub, Repo
-from tests.process.support import Background, until
+from tests.kit.fake_hub import Content, Hub, Repo
+from tests.kit.http import PREFIX, serving
+from tests.kit.models import MODEL
+from tests.kit.process.support import Background, until
 
 
 @pytest.fixture

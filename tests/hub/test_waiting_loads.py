@@ -15,8 +15,8 @@ import pytest
 from orchestrator import LoadRequest, Orchestrator, State
 from orchestrator.demo import tiny_model
 from orchestrator.errors import Cancelled, HubError, ModelNotFound, OrchestratorError, Superseded
-from tests.hub.fake_hub import Blob, Content, Hub, Repo
-from tests.process.support import Background, until
+from tests.kit.fake_hub import Blob, Content, Hub, Repo
+from tests.kit.process.support import Background, until
 
 pytestmark = pytest.mark.external
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from orchestrator import Orchestrator
-from tests.conftest import servers_of
-from tests.process.support import Fake, Host, Make, kill
+from tests.kit.process.servers import servers_of
+from tests.kit.process.support import Fake, Host, Make, kill
 
 
 @pytest.fixture

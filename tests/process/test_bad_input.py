@@ -32,7 +32,7 @@ from orchestrator.errors import (
 from orchestrator.models.source import ModelSource
 from orchestrator.server import ladder, process_table
 from orchestrator.server.binaries import find_server
-from tests.process.support import Fake, Make, transitions
+from tests.kit.process.support import Fake, Make, transitions
 
 
 @pytest.fixture

@@ -26,8 +26,8 @@ from orchestrator.demo import tiny_model
 from orchestrator.errors import Cancelled, ServerStartFailed, Superseded
 from orchestrator.models.source import ModelSource
 from orchestrator.server.warden import Warden
-from tests.conftest import servers_of
-from tests.process.support import (
+from tests.kit.process.servers import servers_of
+from tests.kit.process.support import (
     Background,
     Host,
     Watch,

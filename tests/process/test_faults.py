@@ -23,8 +23,8 @@ import pytest
 from orchestrator import LoadFields, Orchestrator, State
 from orchestrator.demo.tiny_model import write_tiny_model
 from orchestrator.errors import DeadlineExceeded, InvalidRequest, ServerStartFailed, Stalled
-from tests.conftest import servers_of
-from tests.process.support import (
+from tests.kit.process.servers import servers_of
+from tests.kit.process.support import (
     Background,
     Fake,
     Host,

@@ -20,7 +20,7 @@ from orchestrator import Orchestrator, State
 from orchestrator.demo.tiny_model import write_tiny_model
 from orchestrator.errors import Cancelled, DeadlineExceeded, ServerStartFailed, Stalled
 from orchestrator.server import ladder, process_table
-from tests.process.support import Background, Fake, Make, kill, until, until_state
+from tests.kit.process.support import Background, Fake, Make, kill, until, until_state
 
 LOADED = '{"default_generation_settings":{"n_ctx":1}}'
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import InvalidRequest, NotLoaded, Orchestrator, State
-from tests.process.support import Make, is_running, until
+from tests.kit.process.support import Make, is_running, until
 
 TTL_S = 0.25
 

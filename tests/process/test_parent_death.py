@@ -22,8 +22,8 @@ import pytest
 
 from orchestrator.server import process_table
 from orchestrator.server.slot import Slot
-from tests.conftest import servers_of
-from tests.process.support import Fake, Host, Make, Watch, is_running, kill, open_files, until
+from tests.kit.process.servers import servers_of
+from tests.kit.process.support import Fake, Host, Make, Watch, is_running, kill, open_files, until
 
 GONE_S = 1.0
 LOAD = 'outcome = orch.load(a["model"])\nsay(pid=outcome.pid)\n'

@@ -34,8 +34,8 @@ from orchestrator.server import ladder, process_table
 from orchestrator.server.process_table import Pin
 from orchestrator.server.slot import Slot
 from orchestrator.server.warden import Warden
-from tests.conftest import servers_of
-from tests.process.support import (
+from tests.kit.process.servers import servers_of
+from tests.kit.process.support import (
     Background,
     Fake,
     Host,

@@ -19,7 +19,7 @@ from orchestrator.base.redaction import HIDDEN
 from orchestrator.errors import InvalidRequest, ServerStartFailed
 from orchestrator.runtime.answers import LeasedServer
 from orchestrator.runtime.owner import Owner
-from tests.process.support import Fake, Make
+from tests.kit.process.support import Fake, Make
 
 CHAT = b'{"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}'
 

@@ -17,8 +17,8 @@ import pytest
 from orchestrator import Orchestrator, RestartPolicy, State
 from orchestrator.errors import InvalidRequest, ServerStartFailed
 from orchestrator.http import create_app
-from tests.http.conftest import PREFIX, serving
-from tests.process.support import Background, Fake, Make, is_running, kill, transitions, until
+from tests.kit.http import PREFIX, serving
+from tests.kit.process.support import Background, Fake, Make, is_running, kill, transitions, until
 
 AT_ONCE = RestartPolicy(backoff_s=0.01, backoff_max_s=0.02, limit=2, cool_down_s=600)
 

@@ -28,8 +28,8 @@ from orchestrator.settings import flags
 from orchestrator.settings.fields import check_extra_args
 from orchestrator.settings.files import ModelFiles
 from orchestrator.settings.request import LoadRequest
-from tests.hub.conftest import split_gguf
-from tests.process.support import Make
+from tests.kit.models import split_gguf
+from tests.kit.process.support import Make
 
 SECRETS = ("secret.gguf", "deep/secret.gguf", "a.gguf")
 

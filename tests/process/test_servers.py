@@ -15,7 +15,7 @@ from orchestrator.server import binaries
 from orchestrator.server.binaries import ask_catalogue, find_server
 from orchestrator.settings.help_text import Catalogue
 from orchestrator.settings.target import ServerBinary
-from tests.process.support import is_running, until
+from tests.kit.process.support import is_running, until
 
 HELP = """
 -m,    --model FNAME                    model path to load

@@ -34,7 +34,7 @@ from orchestrator.errors import (
     ServerUnavailable,
 )
 from orchestrator.models import gguf_file
-from tests.process.support import is_running, until
+from tests.kit.process.support import is_running, until
 
 pytestmark = pytest.mark.external
 

@@ -24,7 +24,7 @@ from orchestrator.errors import InvalidRequest, SlotOwned, StateDirError
 from orchestrator.server import process_table, slot
 from orchestrator.server.process_table import Pin, ProcessId
 from orchestrator.server.slot import TOKEN_NAME, Slot
-from tests.process.support import is_running, kill, until
+from tests.kit.process.support import is_running, kill, until
 
 Sleeper = subprocess.Popen[bytes]
 Sleep = Callable[..., Sleeper]

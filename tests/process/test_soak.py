@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.soak import ANSWERS, soak
+from tests.kit.process.soak import ANSWERS, soak
 
 MIB = 1 << 20
 

@@ -20,7 +20,7 @@ import pytest
 from orchestrator import Orchestrator, State
 from orchestrator.demo import tiny_model
 from orchestrator.errors import DeadlineExceeded, ServerStartFailed, Stalled
-from tests.process.support import Fake, Make
+from tests.kit.process.support import Fake, Make
 
 pytestmark = pytest.mark.external
 

@@ -32,8 +32,8 @@ from hypothesis.stateful import (
 
 from orchestrator import LoadOutcome, Orchestrator, State
 from orchestrator.errors import OrchestratorError
-from tests.process.support import Background, Fake, is_running, kill, nothing_left, until
-from tests.shell.records import only_failures
+from tests.kit.process.support import Background, Fake, is_running, kill, nothing_left, until
+from tests.kit.shell.records import only_failures
 
 MODELS = ("a.gguf", "b.gguf", "c.gguf")
 BEHAVIOURS: dict[str, dict[str, Any]] = {

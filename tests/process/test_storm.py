@@ -19,8 +19,17 @@ import pytest
 
 from orchestrator import Orchestrator
 from orchestrator.errors import OrchestratorError
-from tests.conftest import servers_of
-from tests.process.support import Background, Fake, Make, kill, two_alive, until, watched
+from tests.kit.process.servers import servers_of
+from tests.kit.process.support import (
+    BEHAVIOURS,
+    Background,
+    Fake,
+    Make,
+    kill,
+    two_alive,
+    until,
+    watched,
+)
 
 THREADS = 8
 CALLS = 25
@@ -28,19 +37,6 @@ MEAN_PAUSE_S = 0.4
 ANSWERS = {"loaded", "unloaded", "cancelled", "nothing to cancel", "busy", "superseded"} | {
     "server_start_failed",
     "deadline",
-}
-
-BEHAVIOURS: dict[str, dict[str, Any]] = {
-    "plain.gguf": {},
-    "late.gguf": {"loading_s": 0.05},
-    "slow.gguf": {"loading_s": 0.4, "work": "print"},
-    "stubborn.gguf": {"ignore_term": 1},
-    "deaf.gguf": {"ignore_term": -1},
-    "family.gguf": {"children": ["group", "daemon", "setsid!"]},
-    "hanging.gguf": {"hang": True},
-    "failing.gguf": {"exit_code": 1, "message": "error: no"},
-    "crashing.gguf": {"crash_after_s": 0.03},
-    "flooding.gguf": {"flood_bytes": 200_000, "flood_for_ever": True},
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator import Orchestrator
 from orchestrator.errors import OrchestratorError
-from tests.process.support import Background, Fake, Make, is_running, until
+from tests.kit.process.support import Background, Fake, Make, is_running, until
 
 
 def raise_in(thread: threading.Thread, error: type[BaseException]) -> None:

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.shell.house import House
-from tests.shell.records import Entry, only_failures
+from tests.kit.shell.facade import House
+from tests.kit.shell.records import Entry, only_failures
 
 
 @pytest.fixture(autouse=True)

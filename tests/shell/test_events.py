@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from orchestrator.runtime.events import KEPT, Event, EventLog
-from tests.shell.house import PATIENCE_S, House
+from tests.kit.shell.facade import PATIENCE_S, House
 from tests.shell.test_facades import run
 
 LOAD = ["Killing", "Downloading", "Spawning", "WaitingHealth", "Healthy"]

@@ -13,10 +13,10 @@ import pytest
 
 from orchestrator.machine.context import Policy
 from orchestrator.machine.recovery import RestartPolicy
-from tests.core.invariants import INVARIANTS
-from tests.shell.explorer import explore, wander
-from tests.shell.promises import PROMISES
-from tests.shell.scene import ALL_MISHAPS, USUAL_MISHAPS, Scene
+from tests.kit.machine.invariants import INVARIANTS
+from tests.kit.shell.explorer import explore, wander
+from tests.kit.shell.promises import PROMISES
+from tests.kit.shell.scene import ALL_MISHAPS, USUAL_MISHAPS, Scene
 
 CONTINUE = Policy(abandoned_load="continue")
 RESTART = Policy(restart=RestartPolicy(limit=1))

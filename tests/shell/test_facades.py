@@ -34,12 +34,12 @@ from orchestrator import (
 )
 from orchestrator.runtime.orchestrator import AsyncOrchestrator, Orchestrator
 from orchestrator.settings.fields import OnBusy
-from tests.shell.house import (
+from tests.kit.shell.facade import (
     PATIENCE_S,
     House,
     ctrl_c,
 )
-from tests.shell.records import Entry
+from tests.kit.shell.records import Entry
 
 
 def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:

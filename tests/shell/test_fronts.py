@@ -22,9 +22,9 @@ from orchestrator.runtime.answers import LeasedServer, LoadOutcome
 from orchestrator.runtime.calls import Wanted
 from orchestrator.runtime.orchestrator import AsyncOrchestrator, Orchestrator
 from orchestrator.settings.fields import LoadFields
-from tests.shell.explorer import explore
-from tests.shell.fronts import FacadeStage, LoopStage, ThreadStage
-from tests.shell.scene import Scene
+from tests.kit.shell.explorer import explore
+from tests.kit.shell.fronts import FacadeStage, LoopStage, ThreadStage
+from tests.kit.shell.scene import Scene
 
 CONTINUE = Policy(abandoned_load="continue")
 

@@ -23,7 +23,7 @@ from orchestrator import (
     WrongProcess,
 )
 from orchestrator.base import workers
-from tests.shell.house import (
+from tests.kit.shell.facade import (
     PATIENCE_S,
     House,
     HouseParts,

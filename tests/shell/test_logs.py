@@ -12,7 +12,7 @@ import structlog
 from structlog.testing import capture_logs
 
 from orchestrator import OrchestratorError
-from tests.shell.house import House
+from tests.kit.shell.facade import House
 
 SECRET = "hf_abcdefghijklmnopqrstuvwxyz123456"
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from orchestrator.machine.context import Policy
 from orchestrator.machine.recovery import RestartPolicy
 from orchestrator.machine.states import State
-from tests.shell.scene import ALL_MISHAPS, RecordedLifecycle, Scene
-from tests.shell.stage import Stage
+from tests.kit.shell.scene import ALL_MISHAPS, RecordedLifecycle, Scene
+from tests.kit.shell.stage import Stage
 
 DAY_S: Final = 86_400.0
 CLIENTS: Final = 5
@@ -84,7 +84,7 @@ class History:
 
 
 def program(dice: random.Random) -> str:
-    """What the clients do, as `tests.core.programs` writes it."""
+    """What the clients do, as `tests.kit.machine.programs` writes it."""
 
     def client() -> str:
         calls: list[str] = []

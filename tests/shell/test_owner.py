@@ -26,11 +26,11 @@ from orchestrator.machine.facts import (
 from orchestrator.machine.states import State
 from orchestrator.runtime.owner import Call, Owner
 from orchestrator.settings.request import LoadRequest
-from tests.core.world import target
-from tests.shell.gates import ALL_KINDS, GatedEffects, VirtualClock
-from tests.shell.house import PATIENCE_S
-from tests.shell.records import Entry, outcomes
-from tests.shell.stage import Inbox
+from tests.kit.machine.world import target
+from tests.kit.shell.facade import PATIENCE_S
+from tests.kit.shell.gates import ALL_KINDS, GatedEffects, VirtualClock
+from tests.kit.shell.records import Entry, outcomes
+from tests.kit.shell.stage import Inbox
 
 
 class Hand:

@@ -34,9 +34,9 @@ from orchestrator.runtime.history import LoadRecord
 from orchestrator.runtime.owner import Call, Owner
 from orchestrator.runtime.ports import SlotLock
 from orchestrator.runtime.snapshot import Snapshot
-from tests.shell.explorer import Report, explore
-from tests.shell.gates import HeldLock
-from tests.shell.scene import RecordedLifecycle, Scene
+from tests.kit.shell.explorer import Report, explore
+from tests.kit.shell.gates import HeldLock
+from tests.kit.shell.scene import RecordedLifecycle, Scene
 
 
 def caught(report: Report, *names: str, within: int) -> None:

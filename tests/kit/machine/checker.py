@@ -31,12 +31,12 @@ from orchestrator.machine.facts import Fact
 from orchestrator.machine.states import State
 from orchestrator.machine.step import Lifecycle
 from orchestrator.machine.table import TABLE, Row
-from tests.core.invariants import Violation, check_edge, check_world
-from tests.core.programs import parse
-from tests.core.scenario import Move, Scenario
-from tests.core.seen import Edge, answers
-from tests.core.story import Counterexample, Told, describe
-from tests.core.world import Call, Core, Faults, Status, View, Work, World, load_requested
+from tests.kit.machine.invariants import Violation, check_edge, check_world
+from tests.kit.machine.observed import Edge, answers
+from tests.kit.machine.programs import parse
+from tests.kit.machine.scenario import Move, Scenario
+from tests.kit.machine.story import Counterexample, Told, describe
+from tests.kit.machine.world import Call, Core, Faults, Status, View, Work, World, load_requested
 
 ALL_FAULTS = Faults()
 CANCEL_ABANDONED = Policy()

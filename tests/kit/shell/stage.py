@@ -2,7 +2,7 @@
 
 A stage offers its moves; somebody else chooses. Before and after every fact the owner processes it
 looks at the machine, the operating system and the callers, and holds them to the invariants of the
-machine (`tests.core.invariants`) and of the owner (`promises`).
+machine (`tests.kit.machine.invariants`) and of the owner (`promises`).
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from orchestrator.machine.step import Stepped
 from orchestrator.runtime.owner import Call, Owner
 from orchestrator.runtime.snapshot import Snapshot
 from orchestrator.settings.target import Target
-from tests.core.invariants import Edge, Process, Violation, check_edge, check_world
-from tests.core.programs import Action, parse
-from tests.core.story import Told, describe
-from tests.core.world import Status, target
-from tests.shell import promises
-from tests.shell.gates import KINDS, Gate, GatedEffects, SpawnPlan, VirtualClock
-from tests.shell.ledger import Caller, Ledger
-from tests.shell.records import outcomes
-from tests.shell.scene import Mishap, Scene
+from tests.kit.machine.invariants import Edge, Process, Violation, check_edge, check_world
+from tests.kit.machine.programs import Action, parse
+from tests.kit.machine.story import Told, describe
+from tests.kit.machine.world import Status, target
+from tests.kit.shell import promises
+from tests.kit.shell.gates import KINDS, Gate, GatedEffects, SpawnPlan, VirtualClock
+from tests.kit.shell.ledger import Caller, Ledger
+from tests.kit.shell.records import outcomes
+from tests.kit.shell.scene import Mishap, Scene
 
 Choose = Callable[[Sequence[str]], int]
 """Picks one of several alternatives, by their names."""
@@ -67,7 +67,7 @@ class Move:
 
 @dataclass(frozen=True)
 class Instant:
-    """One instant as the invariants want to see it: a `tests.core.seen.World`."""
+    """One instant as the invariants want to see it: a `tests.kit.machine.observed.World`."""
 
     state: State
     ctx: Context

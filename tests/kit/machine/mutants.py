@@ -27,13 +27,10 @@ from orchestrator.machine import guards, step
 from orchestrator.machine.states import State
 from orchestrator.machine.step import Lifecycle
 from orchestrator.machine.table import TABLE, Row
-from tests.core import test_idle, test_machine, test_recovery, test_told, test_waiting
-from tests.core.checker import Taken, TracedLifecycle, explore
-from tests.core.explorations import PROGRAMS, explored
-from tests.core.programs import parse
-from tests.core.world import World
-
-SCENARIOS = (test_machine, test_recovery, test_idle, test_told, test_waiting)
+from tests.kit.machine.checker import Taken, TracedLifecycle, explore
+from tests.kit.machine.explorations import PROGRAMS, explored
+from tests.kit.machine.programs import parse
+from tests.kit.machine.world import World
 
 _NOT = "not "
 _FEW = 8
@@ -128,16 +125,17 @@ def _next_of_its_trigger(index: int) -> int | None:
 # ------------------------------------------------------------------------------------- the hunt
 
 
-def kill(mutant: Mutant, *, is_thorough: bool) -> Death | None:
+def kill(mutant: Mutant, modules: tuple[ModuleType, ...], *, is_thorough: bool) -> Death | None:
     """Return what kills a mutant, or None.
 
     Args:
+        modules: Test modules whose plain tests are run as scenarios.
         is_thorough: Give nothing up before every program in which it differs was explored; else a
             few of the small ones have to do, and the scenarios.
     """
     small, large = _size_order()
     death = _killed_by_checker(mutant, small, most=None if is_thorough else _FEW)
-    death = death or _killed_by_scenario(mutant)
+    death = death or _killed_by_scenario(mutant, modules)
     if death is None and is_thorough:
         death = _killed_by_checker(mutant, large, most=None)
     return death
@@ -204,10 +202,10 @@ def _size_order() -> tuple[list[str], list[str]]:
 # ------------------------------------------------------------------------------------ scenarios
 
 
-def _killed_by_scenario(mutant: Mutant) -> Death | None:
+def _killed_by_scenario(mutant: Mutant, modules: tuple[ModuleType, ...]) -> Death | None:
     lifecycle = mutant.lifecycle()
     with mock.patch.object(step, "lifecycle", return_value=lifecycle):
-        for name, scenario in scenarios():
+        for name, scenario in scenarios(modules):
             try:
                 scenario()
             except Exception:  # noqa: BLE001 (a mutant may break in any way)
@@ -216,11 +214,11 @@ def _killed_by_scenario(mutant: Mutant) -> Death | None:
 
 
 @cache
-def scenarios() -> tuple[tuple[str, Callable[[], object]], ...]:
+def scenarios(modules: tuple[ModuleType, ...]) -> tuple[tuple[str, Callable[[], object]], ...]:
     """Every test of those modules that takes no fixture and no random values, ready to be run."""
     return tuple(
         (name, case)
-        for module in SCENARIOS
+        for module in modules
         for name, test in vars(module).items()
         if name.startswith("test_") and inspect.isfunction(test) and _is_of(module, test)
         for case in _cases(test)

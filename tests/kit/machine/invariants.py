@@ -24,8 +24,8 @@ from orchestrator.machine.commands import (
 from orchestrator.machine.context import EffectInFlight, EffectKind
 from orchestrator.machine.facts import BecameReady, Completion, Fetched, TimerFired
 from orchestrator.machine.states import SETTLED, State
-from tests.core.promises import STEP_PROMISES, WORLD_PROMISES
-from tests.core.seen import Edge, Process, World, has_changed, is_known, is_owed, pids
+from tests.kit.machine.observed import Edge, Process, World, has_changed, is_known, is_owed, pids
+from tests.kit.machine.promises import STEP_PROMISES, WORLD_PROMISES
 
 __all__ = ["INVARIANTS", "Edge", "Process", "Violation", "World", "check_edge", "check_world"]
 

@@ -37,8 +37,8 @@ from orchestrator.machine.states import State
 from orchestrator.settings.files import FileIdentity, HubModel, ModelFiles
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import ServerBinary, Target
-from tests.core.programs import Action
-from tests.core.seen import Process
+from tests.kit.machine.observed import Process
+from tests.kit.machine.programs import Action
 
 AT = 0.0  # one instant, so that worlds stay finite
 STRAY = Process(7, Generation(0), "?")

@@ -14,10 +14,10 @@ from orchestrator.machine.states import State
 from orchestrator.machine.step import Lifecycle, Stepped
 from orchestrator.machine.table import TABLE, Row
 from orchestrator.runtime.owner import Owner
-from tests.core.programs import Action, parse
+from tests.kit.machine.programs import Action, parse
 
 if TYPE_CHECKING:
-    from tests.shell.stage import Stage
+    from tests.kit.shell.stage import Stage
 
 Mishap = Literal["kill", "download", "spawn", "probe", "crash", "stray", "look-up"]
 
@@ -66,7 +66,7 @@ class Scene:
     """What never changes from one schedule to the next.
 
     Attributes:
-        program: What the clients do (see `tests.core.programs`).
+        program: What the clients do (see `tests.kit.machine.programs`).
         warm: A model that is Healthy at the start.
         mishaps: How many things may go wrong in one schedule.
         kinds: Which.

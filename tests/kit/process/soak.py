@@ -1,7 +1,7 @@
 """Random operations from many threads on real fake servers, with faults injected all the time.
 
 `soak` runs them and returns what was seen; `Held` is what a long run must not make more of. Who
-asks for nothing but the figures: `python -m tests.process.soak 5000`.
+asks for nothing but the figures: `python -m tests.kit.process.soak 5000`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ import structlog
 from orchestrator import Orchestrator, RestartPolicy
 from orchestrator.demo.tiny_model import write_tiny_model
 from orchestrator.errors import OrchestratorError
-from tests.conftest import servers_of
-from tests.process.support import Background, Fake, two_alive, watched
-from tests.process.test_storm import BEHAVIOURS
+from tests.kit.process.servers import servers_of
+from tests.kit.process.support import BEHAVIOURS, Background, Fake, two_alive, watched
 
 THREADS: Final = 16
 _MEAN_PAUSE_S: Final = 0.6  # so that some loads come to their end

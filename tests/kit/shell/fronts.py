@@ -28,12 +28,12 @@ from orchestrator.runtime.ports import Effects
 from orchestrator.settings.files import ModelFiles
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import ServerBinary
-from tests.core.invariants import Violation
-from tests.core.programs import Action
-from tests.core.world import target
-from tests.shell.ledger import Caller
-from tests.shell.scene import Scene
-from tests.shell.stage import BrokenError, Choose, Move, Stage
+from tests.kit.machine.invariants import Violation
+from tests.kit.machine.programs import Action
+from tests.kit.machine.world import target
+from tests.kit.shell.ledger import Caller
+from tests.kit.shell.scene import Scene
+from tests.kit.shell.stage import BrokenError, Choose, Move, Stage
 
 _PATIENCE_S: Final = 20.0
 

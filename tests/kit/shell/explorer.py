@@ -18,11 +18,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tests.core.invariants import Violation
-from tests.core.story import Counterexample, Told
-from tests.shell.records import logged, only_failures
-from tests.shell.scene import Scene
-from tests.shell.stage import BrokenError, Stage
+from tests.kit.machine.invariants import Violation
+from tests.kit.machine.story import Counterexample, Told
+from tests.kit.shell.records import logged, only_failures
+from tests.kit.shell.scene import Scene
+from tests.kit.shell.stage import BrokenError, Stage
 
 MAX_SCHEDULES = 100_000
 _MOVES = 200

@@ -27,13 +27,13 @@ from orchestrator import Orchestrator, State
 from orchestrator.runtime.events import Event
 from orchestrator.server import process_table
 from orchestrator.server.process_table import ProcessId
-from tests.conftest import servers_of
+from tests.kit.process.servers import servers_of
 
 T = TypeVar("T")
 
 DEADLINE_S = 30.0
 HERE = Path(__file__).parent
-REPOSITORY = HERE.parents[1]
+REPOSITORY = HERE.parents[2]
 
 
 def until(ask: Callable[[], T | None], what: str, deadline_s: float = DEADLINE_S) -> T:
@@ -320,3 +320,17 @@ def two_alive(report: dict[str, Any], notes: list[Note]) -> list[tuple[int, int]
 
 def nothing_left(state_dir: Path, fake: Fake | None = None) -> bool:
     return not servers_of(state_dir) and not (fake and fake.living())
+
+
+BEHAVIOURS: dict[str, dict[str, Any]] = {
+    "plain.gguf": {},
+    "late.gguf": {"loading_s": 0.05},
+    "slow.gguf": {"loading_s": 0.4, "work": "print"},
+    "stubborn.gguf": {"ignore_term": 1},
+    "deaf.gguf": {"ignore_term": -1},
+    "family.gguf": {"children": ["group", "daemon", "setsid!"]},
+    "hanging.gguf": {"hang": True},
+    "failing.gguf": {"exit_code": 1, "message": "error: no"},
+    "crashing.gguf": {"crash_after_s": 0.03},
+    "flooding.gguf": {"flood_bytes": 200_000, "flood_for_ever": True},
+}

@@ -16,12 +16,12 @@ from orchestrator.errors import Problem
 from orchestrator.machine.commands import Accept, Loaded, SetTimer, Settle
 from orchestrator.machine.facts import Fact
 from orchestrator.machine.step import Stepped
-from tests.core.invariants import Violation
-from tests.core.world import Status
-from tests.shell.records import logged, outcomes
+from tests.kit.machine.invariants import Violation
+from tests.kit.machine.world import Status
+from tests.kit.shell.records import logged, outcomes
 
 if TYPE_CHECKING:
-    from tests.shell.stage import Stage
+    from tests.kit.shell.stage import Stage
 
 
 @dataclass(frozen=True, slots=True)

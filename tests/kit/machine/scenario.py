@@ -54,9 +54,9 @@ from orchestrator.machine.facts import (
     Withdrawn,
 )
 from orchestrator.machine.states import State
-from tests.core.programs import Action
-from tests.core.seen import Process, owed_by
-from tests.core.world import (
+from tests.kit.machine.observed import Process, owed_by
+from tests.kit.machine.programs import Action
+from tests.kit.machine.world import (
     AT,
     STRAY,
     Call,

@@ -31,8 +31,8 @@ from orchestrator.machine.facts import (
     Spawned,
 )
 from orchestrator.runtime.ports import Clock, LogPosition, Progress, SlotLock
-from tests.core.invariants import Process
-from tests.core.world import WorkKind, files, resolved
+from tests.kit.machine.invariants import Process
+from tests.kit.machine.world import WorkKind, files, resolved
 
 ALL_KINDS: Final[frozenset[WorkKind]] = frozenset({"kill", "resolve", "download", "spawn", "probe"})
 SpawnPlan = Literal["lives", "fails", "raises"]

@@ -23,8 +23,8 @@ from orchestrator.machine.facts import (
     Withdrawn,
 )
 from orchestrator.runtime.owner import Call
-from tests.core.programs import Action
-from tests.core.world import Status
+from tests.kit.machine.programs import Action
+from tests.kit.machine.world import Status
 
 _ENDABLE: Final = frozenset({"load", "prefetch"})
 _ARRIVING: Final = frozenset({Status.LOOKING, Status.LOOKING_ENDED})

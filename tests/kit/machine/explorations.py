@@ -11,8 +11,8 @@ from typing import Any
 
 from orchestrator.machine.context import Policy
 from orchestrator.machine.recovery import RestartPolicy
-from tests.core.checker import Report, explore
-from tests.core.world import NO_FAULTS, Faults
+from tests.kit.machine.checker import Report, explore
+from tests.kit.machine.world import NO_FAULTS, Faults
 
 CONTINUE = Policy(abandoned_load="continue")
 FULL = Policy(max_waiting=1, max_prefetches=1)

@@ -32,8 +32,8 @@ from orchestrator.runtime.snapshot import Snapshot
 from orchestrator.settings.files import FileIdentity, ModelFiles
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import ServerBinary
-from tests.core.world import files
-from tests.shell.gates import ALL_KINDS, GatedEffects, OperatingSystem, VirtualClock
+from tests.kit.machine.world import files
+from tests.kit.shell.gates import ALL_KINDS, GatedEffects, OperatingSystem, VirtualClock
 
 PATIENCE_S = 20.0
 

@@ -30,7 +30,7 @@ from orchestrator.machine.facts import (
 )
 from orchestrator.machine.states import State
 from orchestrator.settings.target import Target, differences
-from tests.core.seen import Edge, World, answers, category, has_changed, is_known
+from tests.kit.machine.observed import Edge, World, answers, category, has_changed, is_known
 
 # ------------------------------------------------------------------------------ in every world
 
