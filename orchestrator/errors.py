@@ -46,12 +46,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-from orchestrator.base.paths import Names
-from orchestrator.base.record import Named
+from orchestrator.base.paths import PathNames
+from orchestrator.base.record import Record
 
 
 @dataclass(frozen=True, slots=True)
-class Restored(Named):
+class Restored(Record):
     """What became of the model that ran before a failure.
 
     Attributes:
@@ -82,7 +82,7 @@ class Restored(Named):
 
 
 @dataclass(frozen=True, slots=True)
-class Problem(Named):
+class Problem(Record):
     """One failure as data.
 
     Attributes:
@@ -107,7 +107,7 @@ class Problem(Named):
     story: tuple[str, ...] = ()
     retry_after_s: float | None = None
     restored: Restored | None = None
-    names: Names = dataclasses.field(default=(), compare=False, repr=False)
+    names: PathNames = dataclasses.field(default=(), compare=False, repr=False)
 
     def error(self) -> OrchestratorError:
         """Return the exception of this problem's category, ready to be raised."""
@@ -175,7 +175,7 @@ class OrchestratorError(Exception):
             )
         )
 
-    def naming(self, names: Names) -> Self:
+    def naming(self, names: PathNames) -> Self:
         """Say what paths in its texts are called where strangers see them."""
         self.problem = replace(self.problem, names=(*self.problem.names, *names))
         return self
@@ -225,7 +225,7 @@ class OrchestratorError(Exception):
 
 
 @contextlib.contextmanager
-def naming(names: Names) -> Iterator[None]:
+def naming(names: PathNames) -> Iterator[None]:
     """Have what goes wrong inside say what paths in its texts are called."""
     try:
         yield

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 
-def write_note(path: Path, members: Any) -> None:
+def write_json(path: Path, members: Any) -> None:
     """Write a note in one step, so that who reads it meanwhile finds the old one or the new."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

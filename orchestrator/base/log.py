@@ -1,20 +1,27 @@
-"""Logging that stops nobody: a log that cannot be written must not end the thread that writes it.
+"""Logging that never raises: a failing log must not end the thread that writes it.
 
-The owner and the warden carry promises to others (an answer, an exit that must be known); a closed
-pipe or a processor that raises is the host's affair, and is told on stderr if there is one.
+The owner and the warden owe answers to others. A closed pipe or a processor that raises is
+reported on stderr, as `logging` does, and otherwise ignored.
 """
 
 from __future__ import annotations
 
 import contextlib
 import traceback
-from typing import Any
+from collections.abc import Callable
+
+import structlog
 
 
-def say(log: Any, level: str, event: str, **fields: object) -> None:
-    """Log `event` to a structlog logger, whatever becomes of it."""
-    try:
-        getattr(log, level)(event, **fields)
-    except (Exception, SystemExit):  # noqa: BLE001 (as `logging`: complain on stderr, if any)
-        with contextlib.suppress(Exception):
-            traceback.print_exc()
+def event_log(name: str) -> Callable[..., None]:
+    """Return `log(level, event, **fields)` of the structlog logger `name`."""
+    logger = structlog.get_logger(name)
+
+    def log(level: str, event: str, **fields: object) -> None:
+        try:
+            getattr(logger, level)(event, **fields)
+        except (Exception, SystemExit):  # noqa: BLE001 (whatever a processor of the host raises)
+            with contextlib.suppress(Exception):
+                traceback.print_exc()
+
+    return log

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 
-Names = tuple[tuple[str, str], ...]
+PathNames = tuple[tuple[str, str], ...]
 """Paths, and what each is called."""
 
 
-def sent_as(path: str | os.PathLike[str], text: str) -> Names:
+def names_as_sent(path: str | os.PathLike[str], text: str) -> PathNames:
     """A caller calls this path so; where it really leads, and what is beside it, is called alike.
 
     Looks at the disk.
@@ -23,6 +23,6 @@ def sent_as(path: str | os.PathLike[str], text: str) -> Names:
     return tuple(names.items())
 
 
-def kept_in(path: str | os.PathLike[str], name: str) -> Names:
+def names_of_own(path: str | os.PathLike[str], name: str) -> PathNames:
     """This path is a place of ours, called so. Looks at the disk."""
     return tuple(dict.fromkeys((os.path.abspath(path), os.path.realpath(path)), name).items())

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 
-class Named:
+class Record:
     """Read-only access to a record's fields by name."""
 
     __slots__ = ()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any, Final
 
-from orchestrator.base.paths import Names
+from orchestrator.base.paths import PathNames
 from orchestrator.models.hub import cache
 
 _BEGINS: Final = re.compile(r"(?<![\w.~-])/")
@@ -26,7 +26,7 @@ _TEXTS: Final = frozenset(
 class Renamed:
     """Texts with every path that is known called by its name."""
 
-    def __init__(self, names: Iterable[Names]) -> None:
+    def __init__(self, names: Iterable[PathNames]) -> None:
         self._named: dict[str, str] = {path: name for some in names for path, name in some}
 
     @cached_property
@@ -78,11 +78,11 @@ class Paths:
         known: Returns the names it knows now; the same tuple as long as these are the same.
     """
 
-    def __init__(self, known: Callable[[], tuple[Names, ...]]) -> None:
+    def __init__(self, known: Callable[[], tuple[PathNames, ...]]) -> None:
         self._known = known
-        self._last: tuple[tuple[Names, ...], tuple[str, str], Renamed] | None = None
+        self._last: tuple[tuple[PathNames, ...], tuple[str, str], Renamed] | None = None
 
-    def now(self, *more: Names) -> Renamed:
+    def now(self, *more: PathNames) -> Renamed:
         """Return how texts are shown now.
 
         Args:
@@ -96,7 +96,7 @@ class Paths:
         return self._last[2]
 
 
-def _places(home: str, hub: str) -> tuple[Names, ...]:
+def _places(home: str, hub: str) -> tuple[PathNames, ...]:
     return tuple(
         ((place.rstrip("/"), name), (os.path.realpath(place), name))
         for place, name in ((home, "~"), (hub, "<hub cache>"))

@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from orchestrator.base.paths import Names
+from orchestrator.base.paths import PathNames
 from orchestrator.errors import OrchestratorError, Problem
 from orchestrator.http.bodies import malformed
 from orchestrator.http.paths import Paths
@@ -73,7 +73,7 @@ class Answers:
         known: Returns the names of its paths; see `Facade.known_paths`.
     """
 
-    def __init__(self, known: Callable[[], tuple[Names, ...]]) -> None:
+    def __init__(self, known: Callable[[], tuple[PathNames, ...]]) -> None:
         self.paths: Paths = Paths(known)
 
     def json(
@@ -82,7 +82,7 @@ class Answers:
         status: int = 200,
         headers: Mapping[str, str] | None = None,
         *,
-        names: Names = (),
+        names: PathNames = (),
     ) -> Response:
         """Send an answer; `names` are those that go with it."""
         return Json(self.paths.now(names).members(members), status, headers)

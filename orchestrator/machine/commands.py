@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from orchestrator.base.record import Named
+from orchestrator.base.record import Record
 from orchestrator.base.tokens import CancelReason, Generation, Ticket
 from orchestrator.errors import Problem
 from orchestrator.machine.facts import (
@@ -24,7 +24,7 @@ from orchestrator.settings.target import ReloadReason, Target
 
 
 @dataclass(frozen=True, slots=True)
-class Timings(Named):
+class Timings(Record):
     """Seconds spent in each phase of a load; None for a phase it did not enter."""
 
     kill: float | None = None
@@ -188,7 +188,7 @@ class Post:
 
 
 @dataclass(frozen=True, slots=True)
-class Fence:
+class DropStale:
     """A completion nobody waits for any more was settled, not believed (for the log)."""
 
     generation: Generation
@@ -196,7 +196,9 @@ class Fence:
 
 
 Effect = Kill | Resolve | Download | Spawn | Probe
-Command = Effect | SetToken | SetTimer | Accept | Settle | Concluded | ServerEnded | Post | Fence
+Command = (
+    Effect | SetToken | SetTimer | Accept | Settle | Concluded | ServerEnded | Post | DropStale
+)
 
 
 def failure_of(effect: Effect, problem: Problem, at: float) -> Completion:

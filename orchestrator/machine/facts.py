@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from orchestrator.base.record import Named
+from orchestrator.base.record import Record
 from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import Problem
 from orchestrator.settings.files import ModelFiles
@@ -28,7 +28,7 @@ class Child:
 
 
 @dataclass(frozen=True, slots=True)
-class Exit(Named):
+class Exit(Record):
     """How a server ended. `returncode` is negative for a signal and None when nobody saw it."""
 
     pid: int

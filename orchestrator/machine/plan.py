@@ -9,8 +9,8 @@ import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
-from orchestrator.base.paths import Names
-from orchestrator.base.record import Named
+from orchestrator.base.paths import PathNames
+from orchestrator.base.record import Record
 from orchestrator.base.redaction import redact
 from orchestrator.base.tokens import Ticket
 from orchestrator.errors import Problem
@@ -26,7 +26,7 @@ Action = Literal["none", "load", "reload"]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan(Named):
+class Plan(Record):
     """What a load would do now.
 
     Attributes:
@@ -39,7 +39,7 @@ class Plan(Named):
     action: Action
     reload_reasons: list[ReloadReason]
     argv: list[str]
-    names: Names = field(default=(), compare=False, repr=False)
+    names: PathNames = field(default=(), compare=False, repr=False)
 
     def as_dict(self) -> dict[str, object]:
         reasons = [reason.as_dict() for reason in self.reload_reasons]

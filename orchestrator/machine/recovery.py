@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from orchestrator.base.record import Named
+from orchestrator.base.record import Record
 from orchestrator.base.tokens import Generation
 from orchestrator.errors import Problem
 from orchestrator.settings.target import Target
 
 
 @dataclass(frozen=True, slots=True)
-class RestartPolicy(Named):
+class RestartPolicy(Record):
     """How a server that ended by itself is started again (`restart="on-crash"`).
 
     Attributes:

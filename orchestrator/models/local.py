@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from orchestrator.base import paths
-from orchestrator.base.paths import Names
+from orchestrator.base.paths import PathNames
 from orchestrator.errors import InvalidModel, ModelNotFound, OrchestratorError, naming
 from orchestrator.models import gguf_file, variants
 from orchestrator.models.roots import ModelRoots
@@ -134,15 +134,15 @@ def _not_found(name: str) -> ModelNotFound:
     )
 
 
-def _names_of_parts(parts: tuple[Path, ...], folder: str) -> Names:
+def _names_of_parts(parts: tuple[Path, ...], folder: str) -> PathNames:
     """Each is called by its name in the folder that was sent, wherever a link leads."""
     return tuple((os.path.realpath(part), os.path.join(folder, part.name)) for part in parts)
 
 
-def names_of(text: str, field: str, roots: ModelRoots | None) -> Names:
+def names_of(text: str, field: str, roots: ModelRoots | None) -> PathNames:
     """Return what the paths are called that this text leads to."""
     with contextlib.suppress(OSError, RuntimeError, OrchestratorError):
-        return paths.sent_as(_path(text, field, roots), text)
+        return paths.names_as_sent(_path(text, field, roots), text)
     return ()
 
 

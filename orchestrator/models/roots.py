@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 
-from orchestrator.base.paths import Names
+from orchestrator.base.paths import PathNames
 from orchestrator.errors import InvalidRequest, RefusedArgument
 from orchestrator.settings import flags
 
@@ -36,7 +36,7 @@ class ModelRoots:
                 )
         self._roots = tuple(dict.fromkeys(map(os.path.realpath, named)))
         self._called = (*self._roots, *named)
-        self.names: Names = tuple((folder, "<models>") for folder in self._called)
+        self.names: PathNames = tuple((folder, "<models>") for folder in self._called)
 
     def resolve(self, text: str, field: str) -> str:
         """Return where a name leads, links resolved; there need not be anything.

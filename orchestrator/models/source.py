@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from orchestrator.base.paths import Names
+from orchestrator.base.paths import PathNames
 from orchestrator.base.tokens import CancelToken
 from orchestrator.errors import InvalidRequest, naming
 from orchestrator.models import local
@@ -101,7 +101,7 @@ class ModelSource:
             self._roots.check_args(args)
 
     @contextlib.contextmanager
-    def _naming(self, request: LoadRequest) -> Iterator[Names]:
+    def _naming(self, request: LoadRequest) -> Iterator[PathNames]:
         """Yield what the paths of a request are called; what goes wrong inside carries that too."""
         names = local.names_of(request.model_path, "model_path", self._roots)
         if request.mmproj_path is not None:

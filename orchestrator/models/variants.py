@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Final
 
-from orchestrator.base.record import Named
+from orchestrator.base.record import Record
 from orchestrator.errors import ModelNotFound
 
 PREFERENCE: Final[tuple[str, ...]] = (
@@ -64,7 +64,7 @@ class Chosen:
 
 
 @dataclass(frozen=True, slots=True)
-class Variant(Named):
+class Variant(Record):
     """One that could be loaded.
 
     Attributes:

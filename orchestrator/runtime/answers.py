@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from orchestrator.base.record import Named
+from orchestrator.base.record import Record
 from orchestrator.base.tokens import Generation
 from orchestrator.errors import Problem
 from orchestrator.machine.commands import Concluded, LeaseGranted, Loaded, Timings
@@ -32,7 +32,7 @@ ProgressOf = Callable[[Generation], PhaseProgress | None]
 
 
 @dataclass(frozen=True, slots=True)
-class LoadOutcome(Named, AsAsked):
+class LoadOutcome(Record, AsAsked):
     """The answer to a load, and what `status` shows as `loaded`.
 
     The settings of `AsAsked` are left out of `as_dict` where they are what is meant anyway.
@@ -84,7 +84,7 @@ class LoadOutcome(Named, AsAsked):
 
 
 @dataclass(frozen=True, slots=True)
-class Loading(Named):
+class Loading(Record):
     """The load in flight: its target and its phase."""
 
     generation: Generation
@@ -99,7 +99,7 @@ class Loading(Named):
 
 
 @dataclass(frozen=True, slots=True)
-class RecoveryStatus(Named):
+class RecoveryStatus(Record):
     """A server that ended by itself and is to be started again, or is not for a while.
 
     Attributes:
@@ -115,7 +115,7 @@ class RecoveryStatus(Named):
 
 
 @dataclass(frozen=True, slots=True)
-class Status(Named):
+class Status(Record):
     """What is true right now.
 
     Attributes:
@@ -162,7 +162,7 @@ class Status(Named):
 
 
 @dataclass(frozen=True, slots=True)
-class LoadProgress(Named):
+class LoadProgress(Record):
     """How far the load in flight is; `fraction` never goes back within a phase."""
 
     phase: str | None
@@ -175,7 +175,7 @@ class LoadProgress(Named):
 
 
 @dataclass(frozen=True, slots=True)
-class Prefetching(Named):
+class Prefetching(Record):
     """A download while something else may run."""
 
     model_path: str
@@ -185,7 +185,7 @@ class Prefetching(Named):
 
 
 @dataclass(frozen=True, slots=True)
-class PrefetchOutcome(Named):
+class PrefetchOutcome(Record):
     """A model that is whole on disk.
 
     Attributes:
@@ -205,7 +205,7 @@ class PrefetchOutcome(Named):
 
 
 @dataclass(frozen=True, slots=True)
-class PastLoad(Named):
+class PastLoad(Record):
     """One of the last loads, or one that is in flight.
 
     Attributes:
@@ -236,7 +236,7 @@ class PastLoad(Named):
 
 
 @dataclass(frozen=True, slots=True)
-class Variants(Named):
+class Variants(Record):
     """What a model could be loaded as; the preferred one first."""
 
     model_path: str
@@ -247,7 +247,7 @@ class Variants(Named):
 
 
 @dataclass(frozen=True, slots=True)
-class Options(Named):
+class Options(Record):
     """The values that settings may have with this server binary."""
 
     cache_type_kv: list[str]
@@ -258,7 +258,7 @@ class Options(Named):
 
 
 @dataclass(frozen=True, slots=True)
-class LeasedServer(Named):
+class LeasedServer(Record):
     """A server that no swap ends while the lease is held.
 
     Attributes:
@@ -274,7 +274,7 @@ class LeasedServer(Named):
 
 
 @dataclass(frozen=True, slots=True)
-class UnloadOutcome(Named):
+class UnloadOutcome(Record):
     """`unloaded`: the slot is verified empty, or what was named only waited in the queue behind
     another load, which goes on. `not_loaded`: it named a model that is not there.
     """

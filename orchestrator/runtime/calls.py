@@ -122,7 +122,7 @@ class Facade:
         keys = _server_keys(protect_server)
         self._servers = ServerSettings(grace_s, dict(server_env or {}), keys)
         roots = model_roots(models_dir)
-        state = paths.kept_in(self._cache.parent, "<state>")
+        state = paths.names_of_own(self._cache.parent, "<state>")
         self._known = KnownNames((state, roots.names if roots else ()))
         self._source = self._parts.source(self._cache / "hub", roots)
         self._listings = Listings(self._source, self._parts.workers)
@@ -304,7 +304,7 @@ class Facade:
         catalogue = self._parts.catalogue(self._parts.server(self._llama_server), self._cache)
         return Options(list(CACHE_TYPES), accepted_modes(catalogue))
 
-    def known_paths(self) -> tuple[paths.Names, ...]:
+    def known_paths(self) -> tuple[paths.PathNames, ...]:
         """Return what every path is called that it could tell of now, for whoever shows its texts
         to strangers; the same tuple as before as long as nothing that has paths has changed.
         """

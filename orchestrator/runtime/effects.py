@@ -18,9 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-import structlog
-
-from orchestrator.base.log import say
+from orchestrator.base.log import event_log
 from orchestrator.base.tokens import CancelToken, Generation
 from orchestrator.base.workers import Workers
 from orchestrator.errors import OrchestratorError, Problem, StateDirError
@@ -51,7 +49,7 @@ from orchestrator.server.warden import Warden
 from orchestrator.settings.argv import build_argv
 from orchestrator.settings.files import ModelFiles
 
-_say = partial(say, structlog.get_logger("orchestrator.effects"))
+_log = event_log("orchestrator.effects")
 
 Post = Callable[[Fact], None]
 
@@ -110,7 +108,7 @@ class ProcessEffects:
         self._warden = Warden(slot, post, kill_grace_s=kill_grace_s)
         ended, evidence = slot.reap()
         if ended:
-            _say("warning", "slot.reaped", pids=sorted(ended), is_empty=evidence.is_empty)
+            _log("warning", "slot.reaped", pids=sorted(ended), is_empty=evidence.is_empty)
         self._watch_over()
         self._warden.start()
 
@@ -188,11 +186,11 @@ class ProcessEffects:
         if self._guardian is not None:
             if self._guardian.poll() is None:
                 return
-            _say("warning", "guardian.ended", returncode=self._guardian.returncode)
+            _log("warning", "guardian.ended", returncode=self._guardian.returncode)
         try:
             self._guardian = guardian.start(self._slot)
         except OSError as error:
-            _say("error", "guardian.unavailable", error=str(error))
+            _log("error", "guardian.unavailable", error=str(error))
 
     # ------------------------------------------------------------------------- the workers' threads
 
@@ -201,7 +199,7 @@ class ProcessEffects:
             try:
                 carry_out()
             except BaseException as error:  # noqa: BLE001 (it always reports, also if told to exit)
-                _say("exception", "effect.failed", effect=type(effect).__name__)
+                _log("exception", "effect.failed", effect=type(effect).__name__)
                 problem = Problem("internal", f"{type(error).__name__}: {error}")
                 self._post(failure_of(effect, problem, time.monotonic()))
 

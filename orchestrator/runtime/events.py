@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final
 
-from orchestrator.base.record import Named
+from orchestrator.base.record import Record
 
 KEPT: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Event(Named):
+class Event(Record):
     """One thing that happened.
 
     Attributes:

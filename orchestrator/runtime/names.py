@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from orchestrator.base.paths import Names
+from orchestrator.base.paths import PathNames
 from orchestrator.errors import Problem
 from orchestrator.machine.commands import Loaded
 from orchestrator.machine.context import Context
@@ -19,11 +19,11 @@ class KnownNames:
         places: Of its own folders.
     """
 
-    def __init__(self, places: tuple[Names, ...]) -> None:
+    def __init__(self, places: tuple[PathNames, ...]) -> None:
         self._places = places
-        self._last: tuple[tuple[object, ...], tuple[Names, ...]] | None = None
+        self._last: tuple[tuple[object, ...], tuple[PathNames, ...]] | None = None
 
-    def now(self, ctx: Context, history: History) -> tuple[Names, ...]:
+    def now(self, ctx: Context, history: History) -> tuple[PathNames, ...]:
         """Return all of them; the same tuple as before as long as none can have changed."""
         having = (
             *(ctx.job, ctx.running, ctx.queue, ctx.prefetches, ctx.ending, ctx.previous),
@@ -37,7 +37,7 @@ class KnownNames:
         return last[1]
 
 
-def _of_context(ctx: Context) -> Iterator[Names]:
+def _of_context(ctx: Context) -> Iterator[PathNames]:
     """What waits, what runs, and what may come back."""
     for job in (*ctx.queue, *ctx.prefetches, ctx.job, ctx.running):
         if job is not None:
@@ -51,7 +51,7 @@ def _of_context(ctx: Context) -> Iterator[Names]:
         yield from _of(ctx.last_error)
 
 
-def _of_records(records: Iterable[LoadRecord]) -> Iterator[Names]:
+def _of_records(records: Iterable[LoadRecord]) -> Iterator[PathNames]:
     """What has ended."""
     for record in records:
         yield from _of(record.target)
@@ -62,5 +62,5 @@ def _of_records(records: Iterable[LoadRecord]) -> Iterator[Names]:
                 yield from _of(*reasons)
 
 
-def _of(*having: Target | ReloadReason | Problem) -> Iterator[Names]:
+def _of(*having: Target | ReloadReason | Problem) -> Iterator[PathNames]:
     return (one.names for one in having if one.names)

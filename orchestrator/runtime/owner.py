@@ -15,12 +15,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Final, TypeVar
 
-import structlog
-
-from orchestrator.base.log import say
+from orchestrator.base.log import event_log
 from orchestrator.base.tokens import CancelToken, Generation, Ticket
 from orchestrator.errors import OrchestratorError, Problem
 from orchestrator.machine.commands import (
@@ -29,8 +26,8 @@ from orchestrator.machine.commands import (
     Command,
     Concluded,
     Download,
+    DropStale,
     Effect,
-    Fence,
     Kill,
     Post,
     Probe,
@@ -67,7 +64,7 @@ from orchestrator.runtime.snapshot import Observer, Snapshot, StepReport
 _T = TypeVar("_T")
 
 _STORY_LINES: Final = 32
-_say = partial(say, structlog.get_logger("orchestrator.owner"))
+_log = event_log("orchestrator.owner")
 
 
 @dataclass(slots=True, eq=False)
@@ -217,7 +214,7 @@ class Owner:
             for command in commands:
                 self._carry_out_safely(command, lock)
         except (Exception, SystemExit) as error:  # noqa: BLE001 (it outlives what it cannot digest)
-            _say("exception", "owner.failed", trigger=getattr(fact, "trigger", type(fact).__name__))
+            _log("exception", "owner.failed", trigger=getattr(fact, "trigger", type(fact).__name__))
             if (ticket := getattr(fact, "ticket", None)) is not None:
                 problem = Problem("internal", f"{type(error).__name__}: {error}")
                 self._settle(Settle(ticket, problem))
@@ -241,7 +238,7 @@ class Owner:
         try:
             return self.effects.take_slot()
         except Exception as error:  # noqa: BLE001 (an answer must follow: the load waits for it)
-            _say("exception", "slot.not_answering")
+            _log("exception", "slot.not_answering")
             return SlotEvidence(is_empty=False, reason=f"it cannot be asked: {error}"), None
 
     def _child_is_alive(self) -> bool:
@@ -250,7 +247,7 @@ class Owner:
         try:
             return child is not None and self.effects.child_is_alive(child)
         except Exception:  # noqa: BLE001 (as above)
-            _say("exception", "child.not_answering", pid=child.pid if child else None)
+            _log("exception", "child.not_answering", pid=child.pid if child else None)
             return False
 
     def _shown(self, fact: Fact, state: State, ctx: Context) -> Snapshot:
@@ -269,7 +266,7 @@ class Owner:
             try:
                 observer(report)
             except (Exception, SystemExit):  # noqa: BLE001 (somebody else's code on our thread)
-                _say("exception", "observer.failed", trigger=report.fact.trigger)
+                _log("exception", "observer.failed", trigger=report.fact.trigger)
 
     def _tell(self, fact: Fact, before: Snapshot, shown: Snapshot) -> None:
         """One event and one line of the log for each transition."""
@@ -287,7 +284,7 @@ class Owner:
             },
         )
         target = ctx.job.target if ctx.job else ctx.running.target if ctx.running else None
-        _say(
+        _log(
             "info",
             "lifecycle.transitioned",
             source=before.state.value,
@@ -304,7 +301,7 @@ class Owner:
         try:
             self._carry_out(command, lock)
         except Exception:  # noqa: BLE001 (the machine has taken the step already)
-            _say("exception", "command.failed", command=type(command).__name__)
+            _log("exception", "command.failed", command=type(command).__name__)
 
     def _carry_out(self, command: Command, lock: SlotLock | None) -> None:
         match command:
@@ -325,15 +322,15 @@ class Owner:
                 self.post(command.fact)
             case Concluded() | ServerEnded():
                 pass  # said to the history and to who counts, before the snapshot was shown
-            case Fence():
+            case DropStale():
                 trigger, generation = command.trigger, command.generation
-                _say("info", "completion.fenced", trigger=trigger, generation=generation)
+                _log("info", "completion.fenced", trigger=trigger, generation=generation)
 
     def _start(self, effect: Effect, lock: SlotLock | None) -> None:
         try:
             self.effects.start(effect, self._token(effect.generation), lock)
         except Exception as error:  # noqa: BLE001 (an effect that cannot begin has failed)
-            _say("exception", "effect.failed", effect=type(effect).__name__)
+            _log("exception", "effect.failed", effect=type(effect).__name__)
             problem = Problem("internal", repr(error))
             if isinstance(error, OrchestratorError):
                 problem = error.problem
@@ -352,7 +349,7 @@ class Owner:
         call = self._calls.get(command.ticket)
         if call is not None:
             _resolve(call.accepted, command.generation)
-        _say(
+        _log(
             "info",
             "load.accepted",
             generation=command.generation,

@@ -18,16 +18,14 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-import structlog
-
 from orchestrator.base import launch, paths
-from orchestrator.base.json_file import write_note
-from orchestrator.base.log import say
-from orchestrator.base.paths import Names
+from orchestrator.base.json_file import write_json
+from orchestrator.base.log import event_log
+from orchestrator.base.paths import PathNames
 from orchestrator.errors import ServerUnavailable
 from orchestrator.models.local import identity_of
 from orchestrator.server import process_table
@@ -38,7 +36,7 @@ from orchestrator.settings.target import ServerBinary
 
 _ASK_S: Final = 10.0
 _MAX_ANSWER: Final = 1 << 20
-_say = partial(say, structlog.get_logger("orchestrator.server"))
+_log = event_log("orchestrator.server")
 
 _EMBEDDED_HINT = 'pip install "llama-orchestrator[embedded]"'
 
@@ -70,12 +68,12 @@ def find_server(llama_server: str | os.PathLike[str]) -> ServerBinary:
 
 
 def _external(choice: str, origin: str) -> ServerBinary:
-    names: Names = ()
+    names: PathNames = ()
     try:
         path = Path(choice).expanduser()
         problem: str | None = "is not a path"
         if choice and "\0" not in choice:
-            names = paths.kept_in(path, path.name)
+            names = paths.names_of_own(path, path.name)
             problem = _problem_of(path)
         if problem is None:
             absolute = os.path.abspath(path)
@@ -125,9 +123,9 @@ def _embedded() -> ServerBinary:
             field="llama_server",
         )
     script = str(Path(__file__).with_name("embedded.py"))
-    names = paths.kept_in(spec.origin, "xllamacpp")
+    names = paths.names_of_own(spec.origin, "xllamacpp")
     for path in (python, script):
-        names += paths.kept_in(path, Path(path).name)
+        names += paths.names_of_own(path, Path(path).name)
     # -P: this folder must not come before the standard library (it has an `http` of its own)
     command = (python, "-P", script)
     return ServerBinary("embedded", command, identity_of(spec.origin), names=names)
@@ -164,14 +162,14 @@ def _asked(server: ServerBinary, cache: Path) -> Catalogue | None:
     try:
         returncode, text = _run((*server.command, "--help"))
     except (OSError, ValueError) as error:
-        _say("warning", "catalogue.inconclusive", server=server.command[0], error=str(error))
+        _log("warning", "catalogue.inconclusive", server=server.command[0], error=str(error))
         return None
     found = parse_help(text)
     if found is None or returncode != 0:
-        _say("warning", "catalogue.inconclusive", server=server.command[0], returncode=returncode)
+        _log("warning", "catalogue.inconclusive", server=server.command[0], returncode=returncode)
         return None
     _answers[server.identity] = found
-    write_note(_file_of(server.command, server.identity, str(cache)), asdict(found))
+    write_json(_file_of(server.command, server.identity, str(cache)), asdict(found))
     return found
 
 

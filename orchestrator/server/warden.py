@@ -21,10 +21,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-import structlog
-
 from orchestrator.base import launch
-from orchestrator.base.log import say
+from orchestrator.base.log import event_log
 from orchestrator.base.tokens import Generation
 from orchestrator.errors import Problem, ServerUnavailable, StateDirError
 from orchestrator.machine.commands import Kill
@@ -36,7 +34,7 @@ from orchestrator.server.output import OutputRing
 from orchestrator.server.process_table import Pin, ProcessId
 from orchestrator.server.slot import Slot
 
-_say = partial(say, structlog.get_logger("orchestrator.server"))
+_log = event_log("orchestrator.server")
 _READ_BYTES: Final = 1 << 16
 _VERIFY_EVERY_S: Final = 0.02
 _POLL_EXIT_S: Final = 0.02
@@ -131,7 +129,7 @@ class Warden(threading.Thread):
         try:
             self._slot.remember(process)
         except StateDirError as error:  # lock, token and the first record still find it
-            _say("warning", "slot.record_failed", pid=process.pid, error=error.message)
+            _log("warning", "slot.record_failed", pid=process.pid, error=error.message)
 
     def empty(
         self,
@@ -163,7 +161,7 @@ class Warden(threading.Thread):
             try:
                 self._turn()
             except BaseException as error:  # noqa: BLE001 (this thread must outlive its mistakes)
-                _say("exception", "warden.failed")
+                _log("exception", "warden.failed")
                 self._abandon_run(error)
                 time.sleep(_POLL_EXIT_S)
         for fd in (self._wake_read, self._wake_write):
@@ -241,7 +239,7 @@ class Warden(threading.Thread):
             self._poll.unregister(server.pin.fd)
         self._drain(server)
         server.exit = Exit(server.pid, _witness(server.popen), server.output.tail(_EXIT_LINES))
-        _say("info", "process.exited", pid=server.pid, returncode=server.exit.returncode)
+        _log("info", "process.exited", pid=server.pid, returncode=server.exit.returncode)
         server.tell()
         self._on_exit(Exited(server.generation, time.monotonic(), server.exit))
 
@@ -339,7 +337,7 @@ class Warden(threading.Thread):
             server.is_reaped = True
             if server.pin is not None:
                 server.pin.close()
-            _say("info", "process.reaped", pid=server.pid, returncode=server.popen.returncode)
+            _log("info", "process.reaped", pid=server.pid, returncode=server.popen.returncode)
         if self._server is server:
             self._server = None
         return server.exit
@@ -353,7 +351,7 @@ class Warden(threading.Thread):
         self._run = None
         who = f"processes {alive} did not end after SIGKILL" if alive else run.why
         message = f"the slot cannot be emptied: {who}; look at that, then unload"
-        _say("error", "process.kill_failed", pids=alive)
+        _log("error", "process.kill_failed", pids=alive)
         problem = Problem("slot_occupied", message, generation=run.command.generation)
         run.report(KillFailed(run.command.generation, time.monotonic(), problem))
 

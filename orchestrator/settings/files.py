@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from orchestrator.base.paths import Names
+from orchestrator.base.paths import PathNames
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class ModelFiles:
     projector: FileIdentity | None = None
     variant: str | None = None
     hub: HubModel | None = None
-    names: Names = field(default=(), compare=False, repr=False)
+    names: PathNames = field(default=(), compare=False, repr=False)
 
     @property
     def is_on_disk(self) -> bool:

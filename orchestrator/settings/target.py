@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
-from orchestrator.base.paths import Names
-from orchestrator.base.record import Named
+from orchestrator.base.paths import PathNames
+from orchestrator.base.record import Record
 from orchestrator.settings import flags
 from orchestrator.settings.fields import SETTINGS, SHADOWED, Kind, strip_shadowed
 from orchestrator.settings.files import FileIdentity, ModelFiles
@@ -35,7 +35,7 @@ class ServerBinary:
     command: tuple[str, ...]
     identity: FileIdentity
     catalogue: Catalogue | None = field(default=None, compare=False, repr=False)
-    names: Names = field(default=(), compare=False, repr=False)
+    names: PathNames = field(default=(), compare=False, repr=False)
 
 
 Source = tuple[str, str | None, Kind]
@@ -45,13 +45,13 @@ NO_SERVER: Final = ServerBinary("external", (), FileIdentity("", 0, 0, 0, 0))
 
 
 @dataclass(frozen=True, slots=True)
-class ReloadReason(Named):
+class ReloadReason(Record):
     """One setting that makes a running server the wrong one."""
 
     field: str
     running: object
     requested: object
-    names: Names = dataclasses.field(default=(), compare=False, repr=False)
+    names: PathNames = dataclasses.field(default=(), compare=False, repr=False)
 
     def as_dict(self) -> dict[str, object]:
         return {"field": self.field, "running": self.running, "requested": self.requested}
@@ -99,7 +99,7 @@ class Target:
         return flags.manual_mode(self.extra_args)
 
     @property
-    def names(self) -> Names:
+    def names(self) -> PathNames:
         """What its paths are called where strangers see them."""
         return (*self.model.names, *self.server.names)
 

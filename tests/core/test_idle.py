@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.base.tokens import Generation, Ticket
-from orchestrator.machine.commands import Fence, Kill, LeaseGranted, SetTimer
+from orchestrator.machine.commands import DropStale, Kill, LeaseGranted, SetTimer
 from orchestrator.machine.context import Policy
 from orchestrator.machine.facts import Exit as ServerExit
 from orchestrator.machine.facts import Exited, LeaseReleased, TimerFired, Withdrawn
@@ -64,7 +64,7 @@ def test_a_lease_keeps_the_server_and_the_time_begins_when_the_last_is_given_bac
     run = healthy()
     first, second = run.lease(), run.lease()
     assert idle_at(run) is None
-    assert expire(run).commands == (Fence(Generation(1), "idle_expired"),)
+    assert expire(run).commands == (DropStale(Generation(1), "idle_expired"),)
     release(run, first)
     assert (run.state, idle_timers(run)) == (H, [])
     run.now = 500.0
@@ -162,7 +162,7 @@ def test_the_clock_of_an_earlier_server_stops_no_later_one() -> None:
     before = run.ctx
     expire(run, generation=1)
     assert (run.state, run.ctx) == (H, before)
-    assert run.commands == (Fence(Generation(1), "idle_expired"),)
+    assert run.commands == (DropStale(Generation(1), "idle_expired"),)
 
 
 def test_a_server_that_ends_by_itself_is_not_taken_for_idle() -> None:

@@ -21,7 +21,7 @@ from orchestrator.machine.commands import (
     Command,
     Done,
     Download,
-    Fence,
+    DropStale,
     Kill,
     LeaseGranted,
     Loaded,
@@ -1202,7 +1202,7 @@ def test_a_drain_timer_that_is_late_changes_nothing(what: str) -> None:
     before = run.ctx
     run.do(TimerFired(Generation(1), 30.0, "drain"))
     assert (run.state, run.ctx) == (K, before)
-    assert run.commands == (Fence(Generation(1), "drain_expired"),)
+    assert run.commands == (DropStale(Generation(1), "drain_expired"),)
 
 
 def test_a_lease_whose_holder_went_away_does_not_hold_up_the_drain() -> None:
@@ -1317,7 +1317,7 @@ def test_the_exit_of_another_process_is_fenced() -> None:
     before = run.ctx
     run.do(Exited(Generation(1), 0.0, Exit(99, 0)))
     assert (run.state, run.ctx) == (H, before)
-    assert run.commands == (Fence(Generation(1), "exited"),)
+    assert run.commands == (DropStale(Generation(1), "exited"),)
 
 
 def test_a_server_that_would_not_die_and_then_does_leaves_an_empty_slot() -> None:
@@ -1440,4 +1440,4 @@ def test_a_completion_of_an_older_load_is_fenced(state: State) -> None:
     ):
         run.do(fact)
         assert (run.state, run.ctx) == (state, before)
-        assert run.commands == (Fence(old, fact.trigger),)
+        assert run.commands == (DropStale(old, fact.trigger),)

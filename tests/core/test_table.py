@@ -21,7 +21,7 @@ import pytest
 from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.machine import actions, guards
 from orchestrator.machine.actions.working import Step
-from orchestrator.machine.commands import Fence
+from orchestrator.machine.commands import DropStale
 from orchestrator.machine.context import Context
 from orchestrator.machine.facts import Completion, Fact, ShutdownRequested, Timer, TimerFired
 from orchestrator.machine.states import BUSY, MAY_OWN_PROCESS, PHASES, SETTLED, State
@@ -279,7 +279,7 @@ def test_a_fenced_fact_changes_nothing_at_all() -> None:
     fenced = 0
     for core, fact in every_step():
         stepped = step(core.state, core.ctx, fact)
-        if any(isinstance(command, Fence) for command in stepped.commands):
+        if any(isinstance(command, DropStale) for command in stepped.commands):
             fenced += 1
             assert stepped == (core.state, core.ctx, stepped.commands)
             assert len(stepped.commands) == 1

@@ -11,7 +11,7 @@ import pytest
 
 from orchestrator.base.tokens import Generation
 from orchestrator.errors import Problem
-from orchestrator.machine.commands import Fence, Kill, LeaseGranted, SetTimer
+from orchestrator.machine.commands import DropStale, Kill, LeaseGranted, SetTimer
 from orchestrator.machine.context import Policy
 from orchestrator.machine.facts import Exit, Exited, Promoted, TimerFired, UnloadRequested
 from orchestrator.machine.recovery import RestartPolicy
@@ -431,7 +431,7 @@ def test_a_promotion_of_nothing_is_fenced() -> None:
         before = run.state, run.ctx
         run.do(Promoted(Generation(7), run.now))
         assert (run.state, run.ctx) == before
-        assert run.commands == (Fence(Generation(7), "promote"),)
+        assert run.commands == (DropStale(Generation(7), "promote"),)
 
 
 @pytest.mark.parametrize("state", [I, W])
@@ -450,7 +450,7 @@ def test_the_exit_of_a_server_is_noted_wherever_it_is_noticed(state: State) -> N
     run.do(Exited(Generation(1), run.now, Exit(41, -9)))
     assert run.ctx.last_exit == Exit(41, -9)
     assert run.state is (W if state is W else K), "an occupied slot is looked at again"
-    assert not any(isinstance(command, Fence) for command in run.commands)
+    assert not any(isinstance(command, DropStale) for command in run.commands)
 
 
 @pytest.mark.parametrize("policy", [Policy(), Policy(abandoned_load="continue")])

@@ -16,7 +16,7 @@ from orchestrator.errors import Problem
 from orchestrator.machine.commands import (
     Concluded,
     Download,
-    Fence,
+    DropStale,
     LeaseGranted,
     Loaded,
     Post,
@@ -159,21 +159,21 @@ def test_what_the_hub_refuses_costs_nobody_else_anything(prefetch: bool) -> None
     assert run.ctx.last_error is not None
     assert run.ctx.last_error.generation == 2
     failed(run, 2)
-    assert [type(c) for c in run.commands] == [Fence], "said twice, and fenced"
+    assert [type(c) for c in run.commands] == [DropStale], "said twice, and fenced"
 
 
 def test_an_answer_that_nobody_waits_for_is_fenced() -> None:
     run = healthy()
     run.load(B, prefetch=True)
     arrived(run, 2)
-    assert [type(c) for c in run.commands] == [Fence], "it waits for the Hub's answer"
+    assert [type(c) for c in run.commands] == [DropStale], "it waits for the Hub's answer"
     answered(run, 3)
-    assert [type(c) for c in run.commands] == [Fence]
+    assert [type(c) for c in run.commands] == [DropStale]
     answered(run, 2)
     answered(run, 2)
-    assert [type(c) for c in run.commands] == [Fence], "it waits for its files"
+    assert [type(c) for c in run.commands] == [DropStale], "it waits for its files"
     run.do(Promoted(Generation(2), run.now, True))
-    assert ([type(c) for c in run.commands], run.state) == ([Fence], H)
+    assert ([type(c) for c in run.commands], run.state) == ([DropStale], H)
 
 
 def leave(run: Run, ticket: Ticket) -> None:
@@ -245,7 +245,7 @@ def test_a_load_that_becomes_due_during_an_unload_follows_it() -> None:
     unloading = run.unload()
     load = run.load(B)
     run.do(Promoted(Generation(2), run.now, True))
-    assert ([type(c) for c in run.commands], run.state) == ([Fence], K), "it is not due yet"
+    assert ([type(c) for c in run.commands], run.state) == ([DropStale], K), "it is not due yet"
     answered(run, 2)
     promoted(run)
     assert run.ctx.job is not None
@@ -446,7 +446,7 @@ def test_a_prefetch_has_no_generation_of_a_load_and_changes_no_state() -> None:
     assert run.answers[call] == Prefetched(files(B))
     assert (run.state, run.ctx.prefetches) == (H, ())
     arrived(run, -1)
-    assert [type(c) for c in run.commands] == [Fence]
+    assert [type(c) for c in run.commands] == [DropStale]
 
 
 def test_callers_of_the_same_prefetch_share_it_and_leave_one_by_one() -> None:
@@ -478,7 +478,7 @@ def test_a_prefetch_that_fails_or_takes_too_long_says_so() -> None:
     assert told(run, late).message == "not on disk within deadline_s = 1.0"
     assert told(run, late).generation is None
     run.do(TimerFired(Generation(-2), run.now, "deadline"))
-    assert [type(c) for c in run.commands] == [Fence]
+    assert [type(c) for c in run.commands] == [DropStale]
 
 
 def test_a_cancel_reaches_a_prefetch_by_its_id_also_when_it_comes_first() -> None:
@@ -592,7 +592,7 @@ def test_whoever_waits_for_its_health_may_find_it_dead_before_its_exit_is_notice
     run, _ = in_flight(W)
     run.do(seen)
     run.do(Exited(Generation(1), 0.0, Exit(40, 1)))
-    assert [type(c) for c in run.commands] == [Fence], "not its child"
+    assert [type(c) for c in run.commands] == [DropStale], "not its child"
     run.do(exited)
     assert ended(run) == ([(41, "exit")] if how == "exit" else [])
     assert run.ctx.last_exit == Exit(41, 1)

@@ -14,7 +14,15 @@ from orchestrator.machine.actions.working import (
     next_phase,
     promote_next,
 )
-from orchestrator.machine.commands import Download, Fence, Kill, Probe, ServerEnded, SetTimer, Spawn
+from orchestrator.machine.commands import (
+    Download,
+    DropStale,
+    Kill,
+    Probe,
+    ServerEnded,
+    SetTimer,
+    Spawn,
+)
 from orchestrator.machine.context import EffectInFlight, Running
 from orchestrator.machine.facts import (
     BecameReady,
@@ -180,7 +188,7 @@ def enqueue_restart(s: Step[Fact]) -> None:
 
 
 def fence(s: Step[Completion | Exited | Promoted | TimerFired]) -> None:
-    s.emit(Fence(s.fact.generation, s.fact.trigger))
+    s.emit(DropStale(s.fact.generation, s.fact.trigger))
 
 
 def how_it_exited(returncode: int | None) -> Literal["exit", "signal", "unknown"]:

@@ -14,14 +14,11 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
-import structlog
-
-from orchestrator.base.json_file import write_note
-from orchestrator.base.log import say
+from orchestrator.base.json_file import write_json
+from orchestrator.base.log import event_log
 from orchestrator.base.tokens import CancelToken
 from orchestrator.errors import (
     CacheDirError,
@@ -57,7 +54,7 @@ _MAX_ANSWERS: Final = 64
 _K = TypeVar("_K")
 _V = TypeVar("_V")
 _FALLS_BACK: Final = frozenset({"hub_unreachable", "hub_rate_limited", "hub_error"})
-_say = partial(say, structlog.get_logger("orchestrator.download"))
+_log = event_log("orchestrator.download")
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +308,7 @@ class Hub:
         if (cached := cache.find(repo)) is None:
             cached = cache.place(name if name.lower() == repo.lower() else repo)
         _remember(self._listed, (repo.lower(), commit), listed)  # also where no note can be written
-        write_note(self._listing_file(repo, commit), {"files": listed})
+        write_json(self._listing_file(repo, commit), {"files": listed})
         return cached, commit, listed
 
     def _order(self, wanted: Wanted, request: LoadRequest) -> dict[str, Any]:
@@ -356,7 +353,7 @@ class Hub:
             path = wanted.repo.path(wanted.commit, name)
             _, etag = wanted.size_and_etag(name)
             if (mark := self._mark(path, etag)) is not None:
-                write_note(mark, {"name": name})
+                write_json(mark, {"name": name})
 
         return note
 
@@ -396,7 +393,7 @@ def _fallen_back(files: ModelFiles | None, error: OrchestratorError) -> ModelFil
     """Return what is cached, with a note that says why; raise where that is no way out."""
     if files is None or files.hub is None or error.problem.category not in _FALLS_BACK:
         raise error
-    _say("warning", "hub.fell_back", repo=files.hub.repo, reason=error.message)
+    _log("warning", "hub.fell_back", repo=files.hub.repo, reason=error.message)
     note = f"the cached revision is used: {error.message}"
     return replace(files, hub=replace(files.hub, note=note))
 

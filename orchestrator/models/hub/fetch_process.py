@@ -16,14 +16,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Self, cast
 
-import structlog
-
 from orchestrator.base import launch
-from orchestrator.base.log import say
+from orchestrator.base.log import event_log
 from orchestrator.base.redaction import HIDDEN, redact
 from orchestrator.base.tokens import CancelToken
 from orchestrator.base.waker import Waker
@@ -44,7 +41,7 @@ REAP_S: Final = 0.3
 MAX_MESSAGE_BYTES: Final = 1 << 26
 """The longest line that is read from it; a listing of 100,000 files has about 2^24."""
 
-_say = partial(say, structlog.get_logger("orchestrator.download"))
+_log = event_log("orchestrator.download")
 
 
 @dataclass(slots=True)
@@ -120,7 +117,7 @@ class FetchProcess:
             )
             stack.callback(self._end)
             self._token.on_set(self._waker.wake)
-            self._say(self._order)
+            self._log(self._order)
             self._stack = stack.pop_all()
         return self
 
@@ -140,7 +137,7 @@ class FetchProcess:
         try:
             self._process.wait(REAP_S)
         except subprocess.TimeoutExpired:
-            _say("warning", "download.lingers", pid=self._process.pid)
+            _log("warning", "download.lingers", pid=self._process.pid)
             threading.Thread(target=self._process.wait, daemon=True).start()
 
     def listing(self, within_s: float | None) -> dict[str, Any]:
@@ -164,7 +161,7 @@ class FetchProcess:
         Raises:
             HubError, ModelNotFound, DiskFull: it cannot be fetched.
         """
-        self._say({**order, "only_check": True})
+        self._log({**order, "only_check": True})
         for message in self._messages(within_s):
             if message.get("done") is True:
                 return
@@ -175,7 +172,7 @@ class FetchProcess:
         sizes = {file["name"]: file["size"] for file in order["files"]}
         self._progress.bytes_total = sum(sizes.values())
         self._progress.files = {name: (0, size) for name, size in sizes.items()}
-        self._say(order)
+        self._log(order)
         for message in self._messages(None):
             if "verified" in message:
                 verified(message["verified"])
@@ -252,7 +249,7 @@ class FetchProcess:
                 yield message
             else:
                 shown = self._without_token(line[:200].decode("utf-8", "replace"))
-                _say("warning", "download.noise", line=shown)
+                _log("warning", "download.noise", line=shown)
 
     def _failure_in(self, message: dict[str, Any]) -> Problem | None:
         failure = message.get("error")
@@ -266,7 +263,7 @@ class FetchProcess:
         waiting = message.get("waiting")
         note = None if waiting is None else self._without_token(waiting)
         if note is not None and note != progress.note:
-            _say("info", "download.waiting", reason=note)
+            _log("info", "download.waiting", reason=note)
         progress.note = note
         if "file" in message:
             name = message["file"]
@@ -277,7 +274,7 @@ class FetchProcess:
                 self._moved_at = time.monotonic()
         progress.on_change()
 
-    def _say(self, members: dict[str, Any]) -> None:
+    def _log(self, members: dict[str, Any]) -> None:
         stdin = cast("BinaryIO", self._process.stdin)
         with contextlib.suppress(BrokenPipeError):  # it has ended; its last words come
             stdin.write(json.dumps(members).encode() + b"\n")

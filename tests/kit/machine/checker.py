@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from orchestrator.base.tokens import Ticket
 from orchestrator.machine import actions, guards
 from orchestrator.machine.actions.working import Step
-from orchestrator.machine.commands import Command, Fence, Loaded, Settle
+from orchestrator.machine.commands import Command, DropStale, Loaded, Settle
 from orchestrator.machine.context import Context, Policy
 from orchestrator.machine.facts import Fact
 from orchestrator.machine.states import State
@@ -254,7 +254,7 @@ class _Exploration:
         except Exception:  # noqa: BLE001 (a mutant may break in any way; the move will tell)
             return True
         self._where.setdefault((world.core, fact), world)
-        return core is not world.core or [type(c) for c in commands] != [Fence]
+        return core is not world.core or [type(c) for c in commands] != [DropStale]
 
     def _apply(self, world: World, move: Move) -> Iterator[tuple[str, World]]:
         if move.fact is None:

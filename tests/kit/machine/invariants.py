@@ -13,7 +13,7 @@ from orchestrator.machine.commands import (
     Accept,
     Concluded,
     Download,
-    Fence,
+    DropStale,
     Loaded,
     Probe,
     Resolve,
@@ -250,7 +250,7 @@ def inv_stale_is_fenced(edge: Edge) -> str | None:
         return None
     if has_changed(edge):
         return f"{fact.trigger} of load {completion.generation} is believed, but it is stale"
-    if edge.commands != (Fence(completion.generation, completion.trigger),):
+    if edge.commands != (DropStale(completion.generation, completion.trigger),):
         return f"{fact.trigger} of load {completion.generation} is stale and not fenced"
     return None
 
@@ -281,7 +281,7 @@ def inv_a_timer_means_its_own(edge: Edge) -> str | None:
         is_due = is_draining and ctx.child is not None and ctx.child.generation == fact.generation
     if not is_due and has_changed(edge):
         return f"the {fact.kind} timer of load {fact.generation} is late and believed"
-    if not is_due and edge.commands != (Fence(fact.generation, fact.trigger),):
+    if not is_due and edge.commands != (DropStale(fact.generation, fact.trigger),):
         return f"the {fact.kind} timer of load {fact.generation} is late and not fenced"
     return None
 

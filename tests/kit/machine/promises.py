@@ -14,7 +14,7 @@ from orchestrator.machine.commands import (
     Accept,
     CancelAnswer,
     Done,
-    Fence,
+    DropStale,
     LeaseGranted,
     Loaded,
     Settle,
@@ -259,7 +259,7 @@ def inv_a_cancel_waits_for_no_lease(edge: Edge) -> str | None:
 
 def inv_refused_changes_nothing(edge: Edge) -> str | None:
     """A fact that is fenced, or a request that is refused, leaves the world as it was."""
-    refused = any(isinstance(c, Fence) for c in edge.commands)
+    refused = any(isinstance(c, DropStale) for c in edge.commands)
     if isinstance(edge.fact, LoadRequested):
         own = [c for c in edge.commands if isinstance(c, Settle) and c.ticket == edge.fact.ticket]
         refused = any(isinstance(c.answer, Problem) for c in own)
@@ -428,8 +428,8 @@ def _is_turned_away(edge: Edge, fact: LoadRequested) -> bool:
     return own in {"cancelled", "superseded", "shutting_down"}
 
 
-def _fence(edge: Edge) -> Fence:
-    return Fence(getattr(edge.fact, "generation", Generation(0)), edge.fact.trigger)
+def _fence(edge: Edge) -> DropStale:
+    return DropStale(getattr(edge.fact, "generation", Generation(0)), edge.fact.trigger)
 
 
 def _newer(edge: Edge) -> list[Ticket]:

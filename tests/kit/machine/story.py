@@ -13,8 +13,8 @@ from orchestrator.machine.commands import (
     Concluded,
     Done,
     Download,
+    DropStale,
     Effect,
-    Fence,
     Kill,
     LeaseGranted,
     Loaded,
@@ -91,7 +91,7 @@ def describe(command: Command) -> str:
             return f"the {kind} timer of load {generation} is set"
         case Post(fact):
             return f"load {fact.generation} is promoted"
-        case Fence(generation, trigger):
+        case DropStale(generation, trigger):
             return f"{trigger} of load {generation} is fenced"
         case Concluded() | ServerEnded():
             return ""
