@@ -1,1 +1,1 @@
-"""The process slot and the server in it; `psutil` here only."""
+"""The process slot and the server in it; the only folder that imports `psutil`."""

@@ -1,8 +1,8 @@
 """Which llama.cpp server to start, an external llama-server or the embedded one, and its `--help`.
 
-`auto` takes the first that exists: LLAMA_SERVER_PATH, llama-server on PATH, the embedded server.
-Looked at on every load, because a binary may be replaced under a running backend. What it can do
-is asked once per identity and remembered on disk; an inconclusive answer is never remembered.
+`auto` is the first of: LLAMA_SERVER_PATH, llama-server on PATH, the embedded server. It is looked
+up at every load, because a binary may be replaced under a running backend. Each binary is asked
+once for its flags, and conclusive answers are cached on disk.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -42,21 +41,21 @@ _EMBEDDED_HINT = 'pip install "llama-orchestrator[embedded]"'
 
 
 def find_server(llama_server: str | os.PathLike[str]) -> ServerBinary:
-    """Return what would be started.
+    """Return the server that a load would start.
 
     Args:
         llama_server: A path, `"auto"` or `"embedded"`.
 
     Raises:
-        ServerUnavailable: missing, a folder, or not executable (field `llama_server`).
+        ServerUnavailable: Missing, a folder, or not executable (field `llama_server`).
     """
     choice = os.fspath(llama_server).strip()
     if choice == "embedded":
         return _embedded()
     if choice != "auto":
         return _external(choice, "llama_server")
-    if named := os.environ.get("LLAMA_SERVER_PATH"):
-        return _external(named, "LLAMA_SERVER_PATH")
+    if variable := os.environ.get("LLAMA_SERVER_PATH"):
+        return _external(variable, "LLAMA_SERVER_PATH")
     if found := shutil.which("llama-server"):
         return _external(found, "PATH")
     if importlib.util.find_spec("xllamacpp") is not None:
@@ -78,16 +77,14 @@ def _external(choice: str, origin: str) -> ServerBinary:
         if problem is None:
             absolute = os.path.abspath(path)
             return ServerBinary("external", (absolute,), identity_of(absolute), names=names)
-    except (OSError, RuntimeError) as error:  # too long, gone meanwhile; no such user
+    except (OSError, RuntimeError) as error:  # too long, or removed meanwhile; no such user
         problem = f"cannot be looked up ({getattr(error, 'strerror', None) or error})"
     message = f"{origin}: {choice[:200]!r} {problem}"
     raise ServerUnavailable.because(message, field="llama_server").naming(names)
 
 
 def _problem_of(path: Path) -> str | None:
-    """Return why this cannot be executed, as far as it can be seen without trying: after the old
-    server is gone is too late.
-    """
+    """Return why a file cannot be executed, as far as that is known without executing it."""
     if not path.exists():
         return "does not exist: install llama.cpp, or give the path of llama-server"
     if path.is_dir():
@@ -110,38 +107,51 @@ def _problem_of(path: Path) -> str | None:
 
 
 def _embedded() -> ServerBinary:
-    spec = importlib.util.find_spec("xllamacpp")
+    spec, python = importlib.util.find_spec("xllamacpp"), launch.interpreter()
     if spec is None or spec.origin is None:
         raise ServerUnavailable.because(
             f"the embedded server needs xllamacpp: {_EMBEDDED_HINT}", field="llama_server"
         )
-    python = launch.interpreter()
     if python is None:
         raise ServerUnavailable.because(
-            "the embedded server needs a Python interpreter, and this program is none: give the "
-            "path of a llama-server",
+            "the embedded server needs Python, and sys.executable is not a Python interpreter: "
+            "give the path of a llama-server",
             field="llama_server",
         )
     script = str(Path(__file__).with_name("embedded.py"))
     names = paths.names_of_own(spec.origin, "xllamacpp")
     for path in (python, script):
         names += paths.names_of_own(path, Path(path).name)
-    # -P: this folder must not come before the standard library (it has an `http` of its own)
-    command = (python, "-P", script)
-    return ServerBinary("embedded", command, identity_of(spec.origin), names=names)
-
-
-def ask_catalogue(server: ServerBinary, cache: Path) -> Catalogue | None:
-    """Return what this binary can do; runs it once per identity and machine, about 10 ms.
-
-    Args:
-        server: The binary; a replaced one is asked again.
-        cache: Folder for answers; one that cannot be written costs a question per process.
-    """
-    return _known(server.command, server.identity, str(cache)) or _asked(server, cache)
+    # -P: modules of this folder must not shadow the standard library's
+    return ServerBinary("embedded", (python, "-P", script), identity_of(spec.origin), names=names)
 
 
 _answers: dict[FileIdentity, Catalogue] = {}
+
+
+def ask_catalogue(server: ServerBinary, cache: Path) -> Catalogue | None:
+    """Return the flags of a binary; None if it does not tell.
+
+    Runs it once per identity and machine, about 10 ms.
+
+    Args:
+        cache: Folder for answers; one that cannot be written costs a run per process.
+    """
+    known = _known(server.command, server.identity, str(cache))
+    if known is not None:
+        return known
+    try:
+        returncode, text = _run((*server.command, "--help"))
+    except (OSError, ValueError) as error:
+        _log("warning", "catalogue.inconclusive", server=server.command[0], error=str(error))
+        return None
+    found = parse_help(text)
+    if found is None or returncode != 0:
+        _log("warning", "catalogue.inconclusive", server=server.command[0], returncode=returncode)
+        return None
+    _answers[server.identity] = found
+    write_json(_file_of(server.command, server.identity, str(cache)), asdict(found))
+    return found
 
 
 def _known(command: tuple[str, ...], identity: FileIdentity, cache: str) -> Catalogue | None:
@@ -158,25 +168,15 @@ def _known(command: tuple[str, ...], identity: FileIdentity, cache: str) -> Cata
     return _answers.setdefault(identity, Catalogue(flags))
 
 
-def _asked(server: ServerBinary, cache: Path) -> Catalogue | None:
-    try:
-        returncode, text = _run((*server.command, "--help"))
-    except (OSError, ValueError) as error:
-        _log("warning", "catalogue.inconclusive", server=server.command[0], error=str(error))
-        return None
-    found = parse_help(text)
-    if found is None or returncode != 0:
-        _log("warning", "catalogue.inconclusive", server=server.command[0], returncode=returncode)
-        return None
-    _answers[server.identity] = found
-    write_json(_file_of(server.command, server.identity, str(cache)), asdict(found))
-    return found
+def _file_of(command: tuple[str, ...], identity: FileIdentity, cache: str) -> Path:
+    key = hashlib.sha256(repr((command, identity)).encode()).hexdigest()[:32]
+    return Path(cache) / f"help-{key}.json"
 
 
 def _run(command: tuple[str, ...]) -> tuple[int, str]:
-    """Run to the end, with a server's environment; whatever is left of it is killed.
+    """Run a command in a server's environment, kill what is left of it, and return its output.
 
-    Into a file, because a pipe would be held open by a grandchild.
+    The output goes to a file: a grandchild would keep a pipe open.
     """
     with tempfile.TemporaryFile() as output:
         process = launch.popen(
@@ -189,7 +189,7 @@ def _run(command: tuple[str, ...]) -> tuple[int, str]:
         )
         identity = process_table.identify(process.pid)
         pin = process_table.Pin.of(identity) if identity is not None else None
-        if pin is not None:  # None: it has ended already
+        if pin is not None:  # None: it has exited already
             process_table.wait_exited([pin], _ASK_S)
             pin.close()
             with contextlib.suppress(OSError):
@@ -197,9 +197,3 @@ def _run(command: tuple[str, ...]) -> tuple[int, str]:
         process.wait()
         output.seek(0)
         return process.returncode, output.read(_MAX_ANSWER).decode("utf-8", "replace")
-
-
-@lru_cache(maxsize=64)
-def _file_of(command: tuple[str, ...], identity: FileIdentity, cache: str) -> Path:
-    key = hashlib.sha256(repr((command, identity)).encode()).hexdigest()[:32]
-    return Path(cache) / f"help-{key}.json"

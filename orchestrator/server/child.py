@@ -15,23 +15,28 @@ from orchestrator.server.process_table import Pin, ProcessId
 
 @dataclass(slots=True, eq=False)
 class ServerProcess:
-    """One server, from spawn until its slot is verified empty. Only the warden changes it.
+    """One server, from its spawn until its slot is verified empty. Only the warden changes it.
 
     Attributes:
-        api_key: What it asks everybody for, but for /health.
+        family: Returns the pids of the server and everything it started.
+        api_key: The key it requires on every route but /health.
+        listeners: Called on every output and at the exit.
     """
 
     generation: Generation
     process: ProcessId
     pin: Pin | None
     popen: subprocess.Popen[bytes]
-    output: OutputRing
     family: Callable[[], set[int]]
+    output: OutputRing = field(init=False)
     stdout_fd: int | None = None
     exit: Exit | None = None
     is_reaped: bool = False
     api_key: str | None = field(default=None, repr=False)
     listeners: list[Callable[[], None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.output = OutputRing(self.notify)
 
     @property
     def pid(self) -> int:
@@ -39,16 +44,16 @@ class ServerProcess:
 
     @property
     def must_be_polled(self) -> bool:
-        """No pidfd tells of its exit."""
+        """Whether there is no pidfd that becomes readable at its exit."""
         return self.exit is None and (self.pin is None or self.pin.fd is None)
 
     @property
     def is_alive(self) -> bool:
-        """Asked of the kernel now, not of what has been noticed so far."""
+        """Whether it is running, as the kernel reports it now."""
         if self.exit is not None:
             return False
         return not self.pin.has_exited if self.pin else process_table.is_alive(self.process)
 
-    def tell(self) -> None:
+    def notify(self) -> None:
         for listener in tuple(self.listeners):
             listener()

@@ -1,14 +1,15 @@
-"""llama.cpp's own HTTP server from the `xllamacpp` wheel, behind llama-server's own flags.
+"""llama.cpp's own HTTP server from the `xllamacpp` wheel, with llama-server's flags.
 
-Runs as a child process (`python -m orchestrator.embedded -m MODEL --port 0 ...`, or this file
-by its path) and imports nothing else of this package. It owns the flag tables and the end of
-the process. Its rule: a flag is honoured or refused, never accepted and ignored, and what it
-refuses it refuses in llama-server's words, with status 1, before the library is imported.
+Runs as a child process, by `python -m orchestrator.embedded -m MODEL --port 0 ...` or by the path
+of this file, and imports nothing else of this package. A flag is honoured or refused, never
+accepted and ignored; refusals have llama-server's words and exit status 1, and come before the
+library is imported.
 """
 # ruff: noqa: E501 -- the flag tables have one row per flag
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import json
@@ -31,16 +32,26 @@ _SPEC_TYPES = (
     *("ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod", "ngram-cache"),
 )
 _LOAD_MODES = ("auto", "none", "mmap", "mlock", "mmap+mlock", "dio")
-_POOLINGS = ("none", "mean", "cls", "last", "rank")
 _SWITCH = dict.fromkeys(("on", "enabled", "true", "1"), True)
 _SWITCH |= dict.fromkeys(("off", "disabled", "false", "0"), False)
 
 
 class Refused(Exception):
-    """The command line cannot be honoured; the text is what llama-server would write."""
+    """The command line cannot be honoured; the text is what llama-server would print."""
 
 
-# How the text of a value is read. A ValueError's words are llama-server's.
+# Readers of values. The text of a ValueError is llama-server's.
+
+Reader = Callable[[Any], Any]
+
+
+def _checked(read: Reader, is_valid: Callable[[Any], object], refusal: str) -> Reader:
+    def checked(text: str) -> Any:
+        if not is_valid(value := read(text)):
+            raise ValueError(refusal)
+        return value
+
+    return checked
 
 
 def _integer(text: str) -> int:
@@ -49,19 +60,9 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _between(low: int, high: int, name: str) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if not low <= (number := _integer(text)) <= high:
-            raise ValueError(f"{name} must be between {low} and {high} inclusive")
-        return number
-
-    return read
-
-
-def _slots(text: str) -> int:
-    if (number := _integer(text)) == 0:
-        raise ValueError("error: invalid value for n_parallel\n")
-    return number
+def _between(low: int, high: int, name: str) -> Reader:
+    refusal = f"{name} must be between {low} and {high} inclusive"
+    return _checked(_integer, lambda number: low <= number <= high, refusal)
 
 
 def _threads(text: str) -> int:
@@ -69,7 +70,7 @@ def _threads(text: str) -> int:
 
 
 def _layers(text: str) -> int:
-    return {"auto": -1, "all": -2}[text] if text in {"auto", "all"} else _integer(text)
+    return {"auto": -1, "all": -2}.get(text) or _integer(text)
 
 
 def _seed(text: str) -> int:
@@ -79,28 +80,23 @@ def _seed(text: str) -> int:
 
 
 def _number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError("stof")
-    return number
+    with contextlib.suppress(ValueError):
+        if math.isfinite(number := float(text)):
+            return number
+    raise ValueError("stof")
 
 
-def _penalty(text: str) -> float:
-    if (number := _number(text)) <= 0:
-        raise ValueError("error: repeat-penalty must be finite and greater than 0\n")
-    return number
-
-
-def _choice(values: dict[str, Any], refusal: str) -> Callable[[str], Any]:
+def _choice(values: dict[str, Any], refusal: str = "invalid value") -> Reader:
     def read(text: str) -> Any:
         if text not in values:
             raise ValueError(refusal.format(text))
         return values[text]
 
     return read
+
+
+def _members(prefix: str, *names: str) -> dict[str, str]:
+    return {name: prefix + name.upper().replace("+", "_") for name in names}
 
 
 def _spec_types(text: str) -> list[str]:
@@ -115,12 +111,6 @@ def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def _hosts(text: str) -> list[str]:
-    if not (hosts := _words(text)):
-        raise ValueError("--host requires at least one address")
-    return hosts
-
-
 def _file(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
@@ -130,7 +120,7 @@ def _file(path: str) -> str:
 
 def _keys(path: str) -> list[str]:
     lines = [line.strip() for line in _file(path).splitlines() if not line.startswith("#")]
-    if not any(lines):  # llama-server would serve everybody
+    if not any(lines):  # llama-server would require no key
         raise ValueError(f"error: no API key in file '{path}'\n")
     return [line for line in lines if line]
 
@@ -145,36 +135,33 @@ def _json_items(text: str) -> dict[str, str]:
     return {name: json.dumps(value, ensure_ascii=False) for name, value in items.items()}
 
 
-_flash = _choice(
-    {word: f"LLAMA_FLASH_ATTN_TYPE_{'EN' if on else 'DIS'}ABLED" for word, on in _SWITCH.items()}
-    | dict.fromkeys(("auto", "-1"), "LLAMA_FLASH_ATTN_TYPE_AUTO"),
-    "error: unknown value for --flash-attn: '{}'\n",
-)
-_kv_type = _choice(
-    {name: f"GGML_TYPE_{name.upper()}" for name in _CACHE_TYPES}, "Unsupported cache type: {}"
-)
-_load = _choice(
-    {name: f"LLAMA_LOAD_MODE_{name.upper().replace('+', '_')}" for name in _LOAD_MODES}
-    | {"dio": "LLAMA_LOAD_MODE_DIRECT_IO"},
-    "invalid value",
-)
-_pooling = _choice(
-    {name: f"LLAMA_POOLING_TYPE_{name.upper()}" for name in _POOLINGS}, "invalid value"
-)
-_fit = _choice(_SWITCH, "error: unknown value for --fit: '{}'\n")
 _size = _between(1, _INT32_MAX, "size")
 _size_or_0 = _between(0, _INT32_MAX, "size")
 _port = _between(0, 65535, "port")
 _n_match = _between(1, 1024, "ngram size N")
 _n_min = _between(0, 1024, "ngram n-min")
 _n_max = _between(0, 1024, "ngram n-max")
+_slots = _checked(_integer, bool, "error: invalid value for n_parallel\n")
+_penalty = _checked(
+    _number, lambda n: n > 0, "error: repeat-penalty must be finite and greater than 0\n"
+)
+_hosts = _checked(_words, bool, "--host requires at least one address")
+_fit = _choice(_SWITCH, "error: unknown value for --fit: '{}'\n")
+_flash = _choice(
+    {word: f"LLAMA_FLASH_ATTN_TYPE_{'EN' if on else 'DIS'}ABLED" for word, on in _SWITCH.items()}
+    | dict.fromkeys(("auto", "-1"), "LLAMA_FLASH_ATTN_TYPE_AUTO"),
+    "error: unknown value for --flash-attn: '{}'\n",
+)
+_kv_type = _choice(_members("GGML_TYPE_", *_CACHE_TYPES), "Unsupported cache type: {}")
+_load = _choice(_members("LLAMA_LOAD_MODE_", *_LOAD_MODES) | {"dio": "LLAMA_LOAD_MODE_DIRECT_IO"})
+_pooling = _choice(_members("LLAMA_POOLING_TYPE_", "none", "mean", "cls", "last", "rank"))
 
 
-# How a value reaches CommonParams.
+# Setters of CommonParams.
 
 
 def _assign(params: Any, path: str, value: Any) -> None:
-    """Set the field at a dotted path; the value of an enum field is its member's name."""
+    """Set the field at a dotted path; for an enum field, by its member's name."""
     *parents, field = path.split(".")
     owner = functools.reduce(getattr, parents, params)
     if isinstance(current := getattr(owner, field), enum.Enum):
@@ -183,7 +170,7 @@ def _assign(params: Any, path: str, value: Any) -> None:
     if parents == ["sampling"]:
         from xllamacpp import common_params_sampling_config as pins
 
-        # Unpinned, the model's own `general.sampling.*` metadata would win over the flag.
+        # Without the pin, the model's `general.sampling.*` metadata would win over the flag.
         pin = pins.__members__.get(f"COMMON_PARAMS_SAMPLING_CONFIG_{field.upper()}", 0)
         owner.user_sampling_config |= int(pin)
 
@@ -241,23 +228,25 @@ def _speculate_by_default(params: Any, _on: bool) -> None:
 class Flag(NamedTuple):
     """One row of a table.
 
-    `names`: after `|` come those that mean "no". `value`: "" marks a boolean, which takes none.
-    `into`: a field of `CommonParams`, or a function that sets what it has to.
+    Attributes:
+        names: Its spellings; those after `|` mean "no".
+        value: Placeholder of the value; "" for a boolean, which takes none.
+        into: A field of `CommonParams`, or a setter.
     """
 
     names: str
     value: str
-    read: Callable[[str], Any]
+    read: Reader
     into: str | Callable[[Any, Any], None]
     help: str
 
     def spellings(self) -> dict[str, bool]:
-        """Return every name in order and what it means where the flag is a boolean."""
+        """Return every spelling in order, with the value it has for a boolean."""
         yes, _, no = self.names.partition("|")
         return dict.fromkeys(yes.split(), True) | dict.fromkeys(no.split(), False)
 
     def value_of(self, name: str, words: Iterator[str]) -> Any:
-        """Return what the flag means under this name, taking its value from `words`."""
+        """Return the value of this flag under this spelling, taking it from `words`."""
         if not self.value:
             return self.spellings()[name]
         if (text := next(words, None)) is None:
@@ -268,81 +257,77 @@ class Flag(NamedTuple):
 # fmt: off
 _SPECS = ",".join(_SPEC_TYPES)
 _KV_HELP = f"allowed values: {', '.join(_CACHE_TYPES)}\n(default: f16)"
-_COMMON = (
-    Flag("-h --help --usage",                              "",                    bool,        "help",                           "print usage and exit"),
-    Flag("--version",                                      "",                    bool,        "version",                        "show version and build info"),
-    Flag("-t --threads",                                   "N",                   _threads,    "cpuparams.n_threads",            "number of CPU threads to use during generation (default: -1)"),
-    Flag("-tb --threads-batch",                            "N",                   _threads,    "cpuparams_batch.n_threads",      "number of threads for batch and prompt processing (default: same as --threads)"),
-    Flag("-c --ctx-size",                                  "N",                   _size_or_0,  _context,                         "size of the prompt context (default: 0, 0 = loaded from model)"),
-    Flag("-n --predict --n-predict",                       "N",                   _integer,    "n_predict",                      "number of tokens to predict (default: -1, -1 = infinity)"),
-    Flag("-b --batch-size",                                "N",                   _size,       "n_batch",                        "logical maximum batch size (default: 2048)"),
-    Flag("-ub --ubatch-size",                              "N",                   _size_or_0,  "n_ubatch",                       "physical maximum batch size (default: 512)"),
-    Flag("-fa --flash-attn",                               "[on|off|auto]",       _flash,      "flash_attn_type",                "set Flash Attention use ('on', 'off', or 'auto', default: 'auto')"),
-    Flag("-ctk --cache-type-k",                            "TYPE",                _kv_type,    "cache_type_k",                   f"KV cache data type for K\n{_KV_HELP}"),
-    Flag("-ctv --cache-type-v",                            "TYPE",                _kv_type,    "cache_type_v",                   f"KV cache data type for V\n{_KV_HELP}"),
-    Flag("-lm --load-mode",                                "MODE",                _load,       "load_mode",                      f"model loading mode\nallowed values: {', '.join(_LOAD_MODES)}\n(default: auto)"),
-    Flag("--mlock",                                        "",                    bool,        _mlock,                           "force system to keep model in RAM rather than swapping or compressing"),
-    Flag("--mmap | --no-mmap",                             "",                    bool,        _mmap,                            "whether to memory-map the model (default: enabled unless a device refuses)"),
-    Flag("-ngl --gpu-layers --n-gpu-layers",               "N",                   _layers,     _offload,                         "max. number of layers to store in VRAM: a number, 'auto' or 'all' (default: auto)"),
-    Flag("-fit --fit",                                     "[on|off]",            _fit,        "fit_params",                     "adjust unset arguments to fit in device memory ('on' or 'off', default: 'on')"),
-    Flag("-m --model",                                     "FNAME",               str,         "model.path",                     "model path to load"),
-    Flag("-v --verbose --log-verbose",                     "",                    bool,        _verbose,                         "set verbosity level to infinity (i.e. log all messages, useful for debugging)"),
-)
-_SAMPLING = (
-    Flag("-s --seed",                                      "SEED",                _seed,       "sampling.seed",                  "RNG seed (default: -1, use random seed for -1)"),
-    Flag("--temp --temperature",                           "N",                   _number,     "sampling.temp",                  "temperature (default: 0.80)"),
-    Flag("--top-k",                                        "N",                   _integer,    "sampling.top_k",                 "top-k sampling (default: 40, 0 = disabled)"),
-    Flag("--top-p",                                        "N",                   _number,     "sampling.top_p",                 "top-p sampling (default: 0.95, 1.0 = disabled)"),
-    Flag("--min-p",                                        "N",                   _number,     "sampling.min_p",                 "min-p sampling (default: 0.05, 0.0 = disabled)"),
-    Flag("--repeat-last-n",                                "N",                   _integer,    "sampling.penalty_last_n",        "last n tokens to consider for penalize (default: 64, 0 = disabled)"),
-    Flag("--repeat-penalty",                               "N",                   _penalty,    "sampling.penalty_repeat",        "penalize repeat sequence of tokens (default: 1.00, 1.0 = disabled)"),
-    Flag("--presence-penalty",                             "N",                   _number,     "sampling.penalty_present",       "repeat alpha presence penalty (default: 0.00, 0.0 = disabled)"),
-    Flag("--frequency-penalty",                            "N",                   _number,     "sampling.penalty_freq",          "repeat alpha frequency penalty (default: 0.00, 0.0 = disabled)"),
-)
-_SPECULATIVE = (
-    Flag("--spec-draft-n-max",                             "N",                   _integer,    "speculative.draft.n_max",        "number of tokens to draft for speculative decoding (default: 3)"),
-    Flag("--spec-draft-n-min",                             "N",                   _integer,    "speculative.draft.n_min",        "minimum number of draft tokens to use (default: 0)"),
-    Flag("--spec-draft-p-min --draft-p-min",               "P",                   _number,     "speculative.draft.p_min",        "minimum speculative decoding probability (greedy) (default: 0.00)"),
-    Flag("--spec-draft-model -md --model-draft",           "FNAME",               str,         "speculative.draft.mparams.path", "draft model for speculative decoding (default: unused)"),
-    Flag("--spec-type",                                    _SPECS,                _spec_types, _speculate,                       "comma-separated list of types of speculative decoding to use (default: none)"),
-    Flag("--spec-ngram-mod-n-min",                         "N",                   _n_min,      "speculative.ngram_mod.n_min",    "minimum number of ngram tokens to use (default: 48)"),
-    Flag("--spec-ngram-mod-n-max",                         "N",                   _n_max,      "speculative.ngram_mod.n_max",    "maximum number of ngram tokens to use (default: 64)"),
-    Flag("--spec-ngram-mod-n-match",                       "N",                   _n_match,    "speculative.ngram_mod.n_match",  "ngram-mod lookup length (default: 24)"),
-)
-_SERVER = (
-    Flag("-cram --cache-ram",                              "N",                   _integer,    "cache_ram_mib",                  "set the maximum cache size in MiB (default: 8192, -1 - no limit, 0 - disable)"),
-    Flag("--embedding --embeddings",                       "",                    bool,        "embedding",                      "restrict to only support embedding use case; use only with dedicated embedding models (default: disabled)"),
-    Flag("--rerank --reranking",                           "",                    bool,        _rerank,                          "enable reranking endpoint on server (default: disabled)"),
-    Flag("--pooling",                                      "{none,mean,cls,last,rank}", _pooling, "pooling_type",                "pooling type for embeddings, use model default if unspecified"),
-    Flag("--warmup | --no-warmup",                         "",                    bool,        "warmup",                         "whether to perform warmup with an empty run (default: enabled)"),
-    Flag("-np --parallel",                                 "N",                   _slots,      "n_parallel",                     "number of server slots (default: -1, -1 = auto)"),
-    Flag("-cb --cont-batching | -nocb --no-cont-batching", "",                    bool,        "cont_batching",                  "whether to enable continuous batching (default: enabled)"),
-    Flag("-mm --mmproj",                                   "FILE",                str,         "mmproj.path",                    "path to a multimodal projector file"),
-    Flag("-a --alias",                                     "STRING",              _words,      "model_alias",                    "set model name aliases, comma-separated (to be used by API)"),
-    Flag("--host",                                         "HOST",                _hosts,      "hostnames",                      "addresses to listen on, comma-separated (default: 127.0.0.1)"),
-    Flag("--port",                                         "PORT",                _port,       "port",                           "port to listen (default: 8080, 0 = any free port)"),
-    Flag("--api-key-file",                                 "FNAME",               _keys,       _allow,                           "path to file containing API keys, one per line; lines starting with a hash are treated as comments (default: none)\n(keys also from env: LLAMA_API_KEY)"),
-    Flag("--chat-template-kwargs",                         "STRING",              _json_items, "default_template_kwargs",        """sets additional params for the json template parser, must be a valid json object string, e.g. '{"key1":"value1","key2":"value2"}'"""),
-    Flag("--metrics",                                      "",                    bool,        "endpoint_metrics",               "enable prometheus compatible metrics endpoint (default: disabled)"),
-    Flag("--props",                                        "",                    bool,        "endpoint_props",                 "enable changing global properties via POST /props (default: disabled)"),
-    Flag("--slots | --no-slots",                           "",                    bool,        "endpoint_slots",                 "expose slots monitoring endpoint (default: enabled)"),
-    Flag("--jinja | --no-jinja",                           "",                    bool,        "use_jinja",                      "whether to use jinja template engine for chat (default: enabled)"),
-    Flag("--chat-template",                                "JINJA_TEMPLATE",      str,         "chat_template",                  "set custom jinja chat template (default: the model's own)"),
-    Flag("--chat-template-file",                           "JINJA_TEMPLATE_FILE", _file,       "chat_template",                  "set custom jinja chat template file (default: the model's own)"),
-    Flag("--spec-default",                                 "",                    bool,        _speculate_by_default,            "enable default speculative decoding config"),
-)
-# fmt: on
 FLAGS = {
-    "common params": _COMMON,
-    "sampling params": _SAMPLING,
-    "speculative params": _SPECULATIVE,
-    "example-specific params": _SERVER,
+    "common params": (
+        Flag("-h --help --usage",                              "",                    bool,        "help",                           "print usage and exit"),
+        Flag("--version",                                      "",                    bool,        "version",                        "show version and build info"),
+        Flag("-t --threads",                                   "N",                   _threads,    "cpuparams.n_threads",            "number of CPU threads to use during generation (default: -1)"),
+        Flag("-tb --threads-batch",                            "N",                   _threads,    "cpuparams_batch.n_threads",      "number of threads for batch and prompt processing (default: same as --threads)"),
+        Flag("-c --ctx-size",                                  "N",                   _size_or_0,  _context,                         "size of the prompt context (default: 0, 0 = loaded from model)"),
+        Flag("-n --predict --n-predict",                       "N",                   _integer,    "n_predict",                      "number of tokens to predict (default: -1, -1 = infinity)"),
+        Flag("-b --batch-size",                                "N",                   _size,       "n_batch",                        "logical maximum batch size (default: 2048)"),
+        Flag("-ub --ubatch-size",                              "N",                   _size_or_0,  "n_ubatch",                       "physical maximum batch size (default: 512)"),
+        Flag("-fa --flash-attn",                               "[on|off|auto]",       _flash,      "flash_attn_type",                "set Flash Attention use ('on', 'off', or 'auto', default: 'auto')"),
+        Flag("-ctk --cache-type-k",                            "TYPE",                _kv_type,    "cache_type_k",                   f"KV cache data type for K\n{_KV_HELP}"),
+        Flag("-ctv --cache-type-v",                            "TYPE",                _kv_type,    "cache_type_v",                   f"KV cache data type for V\n{_KV_HELP}"),
+        Flag("-lm --load-mode",                                "MODE",                _load,       "load_mode",                      f"model loading mode\nallowed values: {', '.join(_LOAD_MODES)}\n(default: auto)"),
+        Flag("--mlock",                                        "",                    bool,        _mlock,                           "force system to keep model in RAM rather than swapping or compressing"),
+        Flag("--mmap | --no-mmap",                             "",                    bool,        _mmap,                            "whether to memory-map the model (default: enabled unless a device refuses)"),
+        Flag("-ngl --gpu-layers --n-gpu-layers",               "N",                   _layers,     _offload,                         "max. number of layers to store in VRAM: a number, 'auto' or 'all' (default: auto)"),
+        Flag("-fit --fit",                                     "[on|off]",            _fit,        "fit_params",                     "adjust unset arguments to fit in device memory ('on' or 'off', default: 'on')"),
+        Flag("-m --model",                                     "FNAME",               str,         "model.path",                     "model path to load"),
+        Flag("-v --verbose --log-verbose",                     "",                    bool,        _verbose,                         "set verbosity level to infinity (i.e. log all messages, useful for debugging)"),
+    ),
+    "sampling params": (
+        Flag("-s --seed",                                      "SEED",                _seed,       "sampling.seed",                  "RNG seed (default: -1, use random seed for -1)"),
+        Flag("--temp --temperature",                           "N",                   _number,     "sampling.temp",                  "temperature (default: 0.80)"),
+        Flag("--top-k",                                        "N",                   _integer,    "sampling.top_k",                 "top-k sampling (default: 40, 0 = disabled)"),
+        Flag("--top-p",                                        "N",                   _number,     "sampling.top_p",                 "top-p sampling (default: 0.95, 1.0 = disabled)"),
+        Flag("--min-p",                                        "N",                   _number,     "sampling.min_p",                 "min-p sampling (default: 0.05, 0.0 = disabled)"),
+        Flag("--repeat-last-n",                                "N",                   _integer,    "sampling.penalty_last_n",        "last n tokens to consider for penalize (default: 64, 0 = disabled)"),
+        Flag("--repeat-penalty",                               "N",                   _penalty,    "sampling.penalty_repeat",        "penalize repeat sequence of tokens (default: 1.00, 1.0 = disabled)"),
+        Flag("--presence-penalty",                             "N",                   _number,     "sampling.penalty_present",       "repeat alpha presence penalty (default: 0.00, 0.0 = disabled)"),
+        Flag("--frequency-penalty",                            "N",                   _number,     "sampling.penalty_freq",          "repeat alpha frequency penalty (default: 0.00, 0.0 = disabled)"),
+    ),
+    "speculative params": (
+        Flag("--spec-draft-n-max",                             "N",                   _integer,    "speculative.draft.n_max",        "number of tokens to draft for speculative decoding (default: 3)"),
+        Flag("--spec-draft-n-min",                             "N",                   _integer,    "speculative.draft.n_min",        "minimum number of draft tokens to use (default: 0)"),
+        Flag("--spec-draft-p-min --draft-p-min",               "P",                   _number,     "speculative.draft.p_min",        "minimum speculative decoding probability (greedy) (default: 0.00)"),
+        Flag("--spec-draft-model -md --model-draft",           "FNAME",               str,         "speculative.draft.mparams.path", "draft model for speculative decoding (default: unused)"),
+        Flag("--spec-type",                                    _SPECS,                _spec_types, _speculate,                       "comma-separated list of types of speculative decoding to use (default: none)"),
+        Flag("--spec-ngram-mod-n-min",                         "N",                   _n_min,      "speculative.ngram_mod.n_min",    "minimum number of ngram tokens to use (default: 48)"),
+        Flag("--spec-ngram-mod-n-max",                         "N",                   _n_max,      "speculative.ngram_mod.n_max",    "maximum number of ngram tokens to use (default: 64)"),
+        Flag("--spec-ngram-mod-n-match",                       "N",                   _n_match,    "speculative.ngram_mod.n_match",  "ngram-mod lookup length (default: 24)"),
+    ),
+    "example-specific params": (
+        Flag("-cram --cache-ram",                              "N",                   _integer,    "cache_ram_mib",                  "set the maximum cache size in MiB (default: 8192, -1 - no limit, 0 - disable)"),
+        Flag("--embedding --embeddings",                       "",                    bool,        "embedding",                      "restrict to only support embedding use case; use only with dedicated embedding models (default: disabled)"),
+        Flag("--rerank --reranking",                           "",                    bool,        _rerank,                          "enable reranking endpoint on server (default: disabled)"),
+        Flag("--pooling",                                      "{none,mean,cls,last,rank}", _pooling, "pooling_type",                "pooling type for embeddings, use model default if unspecified"),
+        Flag("--warmup | --no-warmup",                         "",                    bool,        "warmup",                         "whether to perform warmup with an empty run (default: enabled)"),
+        Flag("-np --parallel",                                 "N",                   _slots,      "n_parallel",                     "number of server slots (default: -1, -1 = auto)"),
+        Flag("-cb --cont-batching | -nocb --no-cont-batching", "",                    bool,        "cont_batching",                  "whether to enable continuous batching (default: enabled)"),
+        Flag("-mm --mmproj",                                   "FILE",                str,         "mmproj.path",                    "path to a multimodal projector file"),
+        Flag("-a --alias",                                     "STRING",              _words,      "model_alias",                    "set model name aliases, comma-separated (to be used by API)"),
+        Flag("--host",                                         "HOST",                _hosts,      "hostnames",                      "addresses to listen on, comma-separated (default: 127.0.0.1)"),
+        Flag("--port",                                         "PORT",                _port,       "port",                           "port to listen (default: 8080, 0 = any free port)"),
+        Flag("--api-key-file",                                 "FNAME",               _keys,       _allow,                           "path to file containing API keys, one per line; lines starting with a hash are treated as comments (default: none)\n(keys also from env: LLAMA_API_KEY)"),
+        Flag("--chat-template-kwargs",                         "STRING",              _json_items, "default_template_kwargs",        """sets additional params for the json template parser, must be a valid json object string, e.g. '{"key1":"value1","key2":"value2"}'"""),
+        Flag("--metrics",                                      "",                    bool,        "endpoint_metrics",               "enable prometheus compatible metrics endpoint (default: disabled)"),
+        Flag("--props",                                        "",                    bool,        "endpoint_props",                 "enable changing global properties via POST /props (default: disabled)"),
+        Flag("--slots | --no-slots",                           "",                    bool,        "endpoint_slots",                 "expose slots monitoring endpoint (default: enabled)"),
+        Flag("--jinja | --no-jinja",                           "",                    bool,        "use_jinja",                      "whether to use jinja template engine for chat (default: enabled)"),
+        Flag("--chat-template",                                "JINJA_TEMPLATE",      str,         "chat_template",                  "set custom jinja chat template (default: the model's own)"),
+        Flag("--chat-template-file",                           "JINJA_TEMPLATE_FILE", _file,       "chat_template",                  "set custom jinja chat template file (default: the model's own)"),
+        Flag("--spec-default",                                 "",                    bool,        _speculate_by_default,            "enable default speculative decoding config"),
+    ),
 }
+# fmt: on
 _BY_NAME = {name: flag for rows in FLAGS.values() for flag in rows for name in flag.spellings()}
 
 
 def _usage(flag: Flag) -> str:
-    """Return the flag's entry of --help: llama-server's columns, 40 and 70 wide."""
+    """Return the flag's entry of --help, in llama-server's columns of 40 and 70 characters."""
     first, *rest = flag.spellings()
     left = f"{first + ',':<6} {', '.join(rest)}" if rest else first
     left = f"{left} {flag.value}".rstrip()
@@ -364,13 +349,12 @@ def usage() -> str:
 
 
 def version() -> str:
-    """Return what --version prints, without importing the library it names."""
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as version_of
+    """Return what --version prints, without importing the library."""
+    from importlib import metadata
 
     try:
-        release = version_of("xllamacpp")
-    except PackageNotFoundError:
+        release = metadata.version("xllamacpp")
+    except metadata.PackageNotFoundError:
         release = "not installed"
     return f"version: {release} (xllamacpp)\nbuilt for {sys.platform} {os.uname().machine}\n"
 
@@ -388,13 +372,12 @@ def parse(argv: Sequence[str]) -> list[tuple[Flag, Any]]:
         if (flag := _BY_NAME.get(name)) is None:
             raise Refused(f"error: invalid argument: {name}")
         try:
-            value = flag.value_of(name, words)
+            given.append((flag, flag.value_of(name, words)))
         except ValueError as error:
             raise Refused(
                 f'error while handling argument "{name}": {error}\n\nusage:\n{_usage(flag)}\n\n\n'
                 "to show complete usage, run with -h"
             ) from error
-        given.append((flag, value))
         if flag.into == "version":
             return given
     if not any(
@@ -405,7 +388,7 @@ def parse(argv: Sequence[str]) -> list[tuple[Flag, Any]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the server until it is told to stop; a stop ends the process from in here.
+    """Run the server until it is stopped; a stop ends the process without returning.
 
     Args:
         argv: Flags without the program name; `sys.argv` when None.
@@ -418,18 +401,18 @@ def main(argv: list[str] | None = None) -> int:
     except Refused as refusal:
         sys.stderr.write(f"{refusal}\n")
         return 1
-    asked = {flag.into for flag, _ in given}
-    if "version" in asked:
+    requested = {flag.into for flag, _ in given}
+    if "version" in requested:
         sys.stderr.write(version())
         return 0
-    if "help" in asked:
+    if "help" in requested:
         sys.stdout.write(usage())
         return 0
     return _serve(given)
 
 
 def _serve(given: list[tuple[Flag, Any]]) -> int:
-    # The library loads the model holding the GIL, so no Python handler would run meanwhile.
+    # The library holds the GIL while it loads the model, so no Python handler would run.
     for signum in _STOP_SIGNALS:
         signal.signal(signum, signal.SIG_DFL)
     try:
@@ -442,7 +425,7 @@ def _serve(given: list[tuple[Flag, Any]]) -> int:
     commands = _router_commands()
     try:
         params = _params(xllamacpp.CommonParams(), given)
-        _server = xllamacpp.Server(params)  # kept: dropping it would shut it down
+        _server = xllamacpp.Server(params)  # referenced, because its destructor shuts it down
     except (RuntimeError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
@@ -450,13 +433,13 @@ def _serve(given: list[tuple[Flag, Any]]) -> int:
         sys.stderr.write(f"error: this version of xllamacpp lacks something: {error}\n")
         return 1
     _wait_for_stop(commands)
-    # Not through llama.cpp's own shutdown: that loses a stop asked for before its loop runs,
-    # waits for open connections and streams, and holds the GIL, so nothing could cut it short.
+    # llama.cpp's own shutdown loses a stop that comes before its loop runs, waits for open
+    # connections and streams, and holds the GIL, so nothing could interrupt it.
     os._exit(0)
 
 
 def _params(params: Any, given: list[tuple[Flag, Any]]) -> Any:
-    """Fill `params` with llama-server's defaults where they differ, then with the flags."""
+    """Set llama-server's defaults where they differ from the library's, then the flags."""
     params.n_parallel, params.port = -1, 8080
     params.ui, params.cors_origins = False, "localhost"
     params.api_keys = _words(os.environ.get("LLAMA_API_KEY", ""))
@@ -471,7 +454,7 @@ def _params(params: Any, given: list[tuple[Flag, Any]]) -> Any:
 
 
 def _router_commands() -> int | None:
-    """Take stdin from llama.cpp: told to exit by a router, it would stop without telling us."""
+    """Take stdin from llama.cpp, which would stop by itself at a router's command to exit."""
     if "LLAMA_SERVER_ROUTER_PORT" not in os.environ:
         return None
     commands = os.dup(0)
@@ -481,18 +464,18 @@ def _router_commands() -> int | None:
 
 
 def _wait_for_stop(commands: int | None) -> None:
-    """Return at the first SIGTERM or SIGINT, or when a router says so or is gone."""
+    """Return at the first SIGTERM or SIGINT, or when the router tells us to exit or has exited."""
     wakeup, signalled = os.pipe()
     os.set_blocking(signalled, False)
     signal.set_wakeup_fd(signalled)
     for signum in _STOP_SIGNALS:
         signal.signal(signum, lambda *_: None)
     sources = [wakeup] if commands is None else [wakeup, commands]
-    heard = b""
+    received = b""
     while wakeup not in select.select(sources, [], [])[0]:
         data = os.read(sources[-1], 4096)
-        heard = (heard + data)[-4096:]
-        if not data or b"cmd_router_to_child:exit" in heard:
+        received = (received + data)[-4096:]
+        if not data or b"cmd_router_to_child:exit" in received:
             return
 
 

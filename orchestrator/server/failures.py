@@ -1,17 +1,17 @@
-"""Why a server did not start: its last output and exit status, read into one sentence.
+"""Why a server did not start: its exit status and output, classified into one sentence.
 
-Pure and table-driven: every real start failure of llama-server ends with exit status 1, so the
-output decides. What names a cause wins over what only follows from one, and a later line over an
-earlier one; a line below error level, or from before the server was ready, never decides. What no
-row knows keeps its last error line. Texts come from provoking them on llama.cpp build 11434 and,
-for accelerators, from its sources and issues.
+Pure and driven by tables: llama-server ends almost every failed start with exit status 1, so the
+output decides. A line that names a cause wins over one that only follows from it, and a later line
+over an earlier one; lines below error level, or from before the server was ready, never decide.
+Without a match the last error line is the reason. The patterns were collected by provoking each
+failure on llama.cpp build 11434 and, for accelerators, from its sources and issues.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,15 +25,15 @@ _SERVER: Final = "llama_server"
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """One row: what the output says, and what to tell the caller.
+    """One row: a pattern of the output, and what to report.
 
     Attributes:
         reason: Stable word for programs.
         field: What to change: a field of the request, `llama_server`, or None. `model_path` stands
-            for the file that could not be loaded, whichever it was.
-        pattern: Searched in every line; a group `flag` names the flag to blame.
+            for whichever file could not be loaded.
+        pattern: Searched in every line; a group `flag` is the flag to blame.
         advice: What happened and what to do; may use the groups of the pattern and `subject`.
-        flags: Flags that take the blame when they are in the extra args, beside the field's own.
+        flags: Flags to blame if they are in the extra args, besides the field's own.
     """
 
     reason: str
@@ -64,7 +64,7 @@ CAUSES: Final = (
     _cause("missing_library", _SERVER,
         r"symbol lookup error|error relocating|undefined symbol|version `\S+' not found|"
         r"no backends are loaded",
-        "the program and its shared libraries do not belong together: reinstall {field}"),
+        "the binary and its shared libraries are of different versions: reinstall {field}"),
     _cause("removed_flag", None,
         r'handling argument "(?P<flag>-[^"]+)": the argument has been removed\.?(?P<what>.*)',
         "this llama-server has removed {flag}: {what}"),
@@ -88,12 +88,12 @@ CAUSES: Final = (
         "this llama-server does not know the {subject}'s architecture {what!r}: use a newer build"),
     _cause("unknown_architecture", "model_path",
         r"GGUF file is version \d+ but|unknown (?:pre-tokenizer type|tokenizer)|invalid ggml type",
-        "the {subject} is of a newer format than this llama-server reads: use a newer build"),
+        "the {subject} has a newer format than this llama-server reads: use a newer build"),
     _cause("corrupt_model", "model_path",
         r"check_tensor_dims|(?:wrong number of|missing) tensors?|unable to find tensor|"
         r"error loading model (?:hyperparameters|vocabulary)",
-        "the {subject} file is not what this llama-server expects of its kind: download it again, "
-        "or use the build it was made for"),
+        "the {subject} file lacks something this llama-server expects: download it again, or use "
+        "the build it was made for"),
     _cause("corrupt_model", "model_path",
         r"not within the file bounds|corrupted or incomplete|invalid magic|invalid gguf|GGUFv1|"
         r"failed to read (?:magic|key-value|tensor)|failed to seek|unexpectedly reached end of file"
@@ -104,7 +104,7 @@ CAUSES: Final = (
         "the server may not read the {subject} file: change its permissions"),
     _cause("projector_mismatch", "mmproj_path",
         r"mismatch between text model",
-        "the projector does not fit the model: choose the one that belongs to it"),
+        "the projector does not fit the model: choose the one made for it"),
     _cause("bad_template", "chat_template_override",
         r"chat_templates_init: error: (?P<what>.+)|While executing (?P<where>.+) in source|"
         r"^Error: (?P<said>Jinja.+)",
@@ -116,7 +116,7 @@ CAUSES: Final = (
         "-fa --flash-attn"),
     _cause("speculative_unsupported", "speculative_type",
         r"failed to create MTP context",
-        "the model cannot draft this way: set speculative_type to another type, or to off"),
+        "the model cannot draft in this way: set speculative_type to another type, or to off"),
     _cause("out_of_memory", "max_seq_length",
         rf"(?:kv[_ ]cache|init_from_model|new_context|graph_reserve|create_context).*(?:{_MEMORY})",
         "not enough memory for the context: use a smaller max_seq_length or cache_type_kv",
@@ -141,7 +141,7 @@ CONSEQUENCES: Final = (
         "the draft model cannot be used: choose another"),
     _cause("projector_mismatch", "mmproj_path",
         r"failed to load (?:CLIP|multimodal) model",
-        "the projector cannot be used: choose the one that belongs to the model"),
+        "the projector cannot be used: choose the one made for the model"),
     _cause("bad_template", "chat_template_override",
         r"chat template (?:is not supported|parsing error)|"
         r"failed to (?:apply|initialize|parse) (?:chat )?template",
@@ -156,24 +156,24 @@ CONSEQUENCES: Final = (
         "a limit on threads or files was reached: raise it (ulimit), or use fewer threads (-t)"),
     _cause("crashed", None,
         r"what\(\):\s*(?P<what>.+)|\.(?:c|cpp|cu|cuh|h|m):\d+: (?P<check>.+)",
-        "it gave up on an internal error ({what}{check}): change what is unusual about this load, "
-        "or try another build"),
+        "llama-server aborted on an internal error ({what}{check}): try other settings or another "
+        "build"),
     _cause("context_failed", "max_seq_length",
         r"failed to create[ _]context",
         "the server could not create its context: check max_seq_length and the extra args"),
 )
 # fmt: on
 
-# What the server said it was loading when it gave up -> the field that named it, and its name.
+# What the server could not load -> the field that named it, and what to call it.
 _SUBJECTS: Final = (
     ("failed to load multimodal model", "mmproj_path", "projector"),
     ("failed to load draft model", _EXTRA, "draft model"),
     ("failed to load lora adapter", _EXTRA, "LoRA adapter"),
 )
-_FLAGS: Final = {name: row.flags for name, row in SETTINGS.items() if row.flags}
+_FLAGS: Final = {name: f"{row.refused} {row.shadowed}" for name, row in SETTINGS.items()}
 _FIELD_OF: Final = {flag.rstrip("!"): f for f, flags in _FLAGS.items() for flag in flags.split()}
 _READY: Final = re.compile(r"\blistening on http")
-# Said in starts that succeed, whatever the words: below error level, metadata, debuggers.
+# Lines that starts which succeed print too: below error level, metadata, debuggers.
 _HARMLESS: Final = re.compile(
     r"^[\d.]{6,} [DIWT] |^(INFO|WARN|VERB) \[|\bwarn(ing)?:|pinned memory|- kv +\d+:|"
     r"^(gdb|lldb)\b|fit params to free",
@@ -182,67 +182,62 @@ _HARMLESS: Final = re.compile(
 _EMPTY_WORDS: Final = re.compile(r"exiting due to|to show complete usage|Failed to init server")
 _LONGEST: Final = 240
 
-_KILLED: Final = "most likely by the kernel for want of memory: use a smaller model or context"
+_KILLED: Final = "most likely by the kernel, because memory ran out: use a smaller model or context"
 _CPU: Final = "this build needs instructions that this CPU does not have: use another llama_server"
-_SHRUNK: Final = "a file it had mapped became shorter or unreadable: load again, or check the disk"
+_SHRUNK: Final = "a mapped file became shorter or unreadable: load again, or check the disk"
 _CRASHED: Final = ("crashed", "it crashed: try another build of llama_server", _SERVER)
 _SIGNALS: Final = {
     signal.SIGKILL: ("killed", f"it was killed, {_KILLED}", None),
-    signal.SIGTERM: ("killed", "somebody else ended it: load again", None),
+    signal.SIGTERM: ("killed", "another process ended it: load again", None),
     signal.SIGILL: ("wrong_cpu", _CPU, _SERVER),
     signal.SIGBUS: ("crashed", _SHRUNK, "model_path"),
     signal.SIGSEGV: _CRASHED,
     signal.SIGABRT: _CRASHED,
 }
-_UNANSWERABLE: Final = (signal.SIGKILL, signal.SIGILL)
-"""Ends that no output explains: whatever was printed before is beside the point."""
+_UNRELATED: Final = (signal.SIGKILL, signal.SIGILL)  # signals that no output explains
 
 
 def explain(
     returncode: int | None, log_tail: tuple[str, ...], extra_args: tuple[str, ...] = ()
 ) -> Problem:
-    """Return why a server that ended before it was ready did so, as far as it can be told.
+    """Return why a server exited before it was ready.
 
     Args:
-        returncode: Exit status; negative for a signal; None when nobody saw it.
-        log_tail: Its last lines, oldest first; all of them are kept.
-        extra_args: What the caller gave, to tell a flag of theirs from one of ours.
+        returncode: Exit status; negative for a signal; None if unknown.
+        log_tail: Its last lines, oldest first; all of them go into the problem.
+        extra_args: The caller's flags, to tell them from ours.
     """
-    said = _what_counts(log_tail)
+    lines = _relevant(log_tail)
     signum = _signal_of(returncode)
-    matches = () if signum in _UNANSWERABLE else _matches(said)
-    for cause, found in matches:
-        reason, message, field = _blame(cause, found, said, extra_args)
-        break
+    match = None if signum in _UNRELATED else _first_match(lines)
+    if match is not None:
+        reason, message, field = _blame(*match, lines, extra_args)
     else:
-        reason, why, field = _by_status(returncode, signum, said or log_tail)
+        reason, why, field = _by_status(returncode, signum, lines or log_tail)
         message = f"llama-server ended {_how(returncode)} before it was ready: {why}"
     if field is not None and field not in message:
         message = f"{message} (see {field})"
     return Problem("server_start_failed", message, field=field, log_tail=log_tail, reason=reason)
 
 
-def _what_counts(log_tail: tuple[str, ...]) -> tuple[str, ...]:
-    """Leave out what cannot have ended the server."""
+def _relevant(log_tail: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the lines after the last start, without the harmless ones."""
     ready = [n for n, line in enumerate(log_tail) if _READY.search(line)]
     since = log_tail[ready[-1] + 1 :] if ready else log_tail
     return tuple(line for line in since if not _HARMLESS.search(line))
 
 
-def _matches(said: tuple[str, ...]) -> Iterator[tuple[Cause, re.Match[str]]]:
-    """Yield what the output says went wrong, the most telling first."""
-    for line in reversed(said):
-        for cause in CAUSES:
-            if found := cause.pattern.search(line):
-                yield cause, found
-    for cause in CONSEQUENCES:
-        for line in reversed(said):
-            if found := cause.pattern.search(line):
-                yield cause, found
+def _first_match(lines: tuple[str, ...]) -> tuple[Cause, re.Match[str]] | None:
+    latest_first = lines[::-1]
+    pairs = itertools.chain(
+        ((cause, line) for line in latest_first for cause in CAUSES),
+        ((cause, line) for cause in CONSEQUENCES for line in latest_first),
+    )
+    return next(((c, found) for c, line in pairs if (found := c.pattern.search(line))), None)
 
 
 def _blame(
-    cause: Cause, found: re.Match[str], said: tuple[str, ...], extra_args: tuple[str, ...]
+    cause: Cause, found: re.Match[str], lines: tuple[str, ...], extra_args: tuple[str, ...]
 ) -> tuple[str, str, str | None]:
     """Return the reason, the sentence and the field."""
     groups = {name: _plain(text or "") for name, text in found.groupdict().items()}
@@ -254,13 +249,13 @@ def _blame(
     elif theirs.intersection(f"{cause.flags} {_FLAGS.get(field or '', '')}".split()):
         field = _EXTRA
     elif field == "model_path":
-        lost = (who for what, *who in _SUBJECTS if any(what in line for line in said))
-        field, subject = next(lost, (field, subject))
+        failed = (rest for text, *rest in _SUBJECTS if any(text in line for line in lines))
+        field, subject = next(failed, (field, subject))
     return cause.reason, cause.advice.format(**groups, subject=subject, field=field), field
 
 
 def _plain(text: str) -> str:
-    """The text without what only a C++ programmer understands."""
+    """Translate the names of C++ functions that llama-server prints as errors."""
     if text.startswith(("stof", "stod")):
         return "not a number"
     if text.startswith("sto"):
@@ -269,25 +264,25 @@ def _plain(text: str) -> str:
 
 
 def _signal_of(returncode: int | None) -> int | None:
-    """Return the signal that ended it, also in a shell wrapper's way to say so."""
+    """Return the signal of an exit status, also of a shell's 128 + N."""
     if returncode is None or 0 <= returncode <= 128:
         return None
     return -returncode if returncode < 0 else returncode - 128
 
 
 def _by_status(
-    returncode: int | None, signum: int | None, said: tuple[str, ...]
+    returncode: int | None, signum: int | None, lines: tuple[str, ...]
 ) -> tuple[str, str, str | None]:
-    """Return the reason, what to say, and the field."""
+    """Return the reason, the explanation and the field."""
     if signum in _SIGNALS:
         return _SIGNALS[signal.Signals(signum)]
     if returncode is not None and returncode < 0:
         return "crashed", "see its output", None
     if returncode in {126, 127}:
-        return "not_executable", "the command behind it could not be run: check its script", _SERVER
-    errors = [line for line in said if re.search("error|fail", line, re.IGNORECASE)]
-    telling = [line for line in errors if not _EMPTY_WORDS.search(line)] or errors or said
-    return "exited", telling[-1].strip() if telling else "it printed nothing", None
+        return "not_executable", "the wrapper could not run the binary: check the script", _SERVER
+    errors = [line for line in lines if re.search("error|fail", line, re.IGNORECASE)]
+    best = [line for line in errors if not _EMPTY_WORDS.search(line)] or errors or lines
+    return "exited", (best[-1].strip() if best else "") or "it printed nothing", None
 
 
 def _how(returncode: int | None) -> str:

@@ -1,8 +1,9 @@
-"""Who is alive: the only reader of the process table and the only import of `psutil`.
+"""The process table: the only module that reads it, and the only one that imports `psutil`.
 
 A process is identified by pid, start time in clock ticks and boot id, never by name or command
-line: wall clock steps move `create_time`, and pids come back. On Linux the identity comes from
-`/proc` and is pinned by a pidfd before it is believed; elsewhere psutil answers (untested).
+line: pids are reused, and psutil's `create_time` moves with the wall clock. On Linux the identity
+comes from `/proc`, and is read after a pidfd has been opened; elsewhere psutil provides it
+(untested).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _TCP_ROW_BYTES: Final = 150  # fixed by the kernel's format
 
 @dataclass(frozen=True, slots=True)
 class ProcessId:
-    """A process that can be told from a later one with the same pid."""
+    """The identity of a process; a later process with the same pid has another one."""
 
     pid: int
     start_ticks: int
@@ -37,11 +38,10 @@ class ProcessId:
 
 @dataclass(frozen=True, slots=True)
 class ProcessRow:
-    """One line of the process table."""
+    """One row of the process table."""
 
     pid: int
     ppid: int
-    pgrp: int
     session: int
     start_ticks: int
     is_zombie: bool
@@ -49,16 +49,13 @@ class ProcessRow:
 
 @cache
 def boot_id() -> str:
-    """The kernel's name for this boot; start ticks mean nothing in another one."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip()
-    except OSError:
-        return f"boot-{int(psutil.boot_time())}"
+    """Return the kernel's id of this boot; start ticks are only comparable within one."""
+    data = _read("/proc/sys/kernel/random/boot_id")
+    return data.decode().strip() if data else f"boot-{int(psutil.boot_time())}"
 
 
 def row(pid: int) -> ProcessRow | None:
-    """Return the process table's line of `pid`, or None when there is none."""
+    """Return the row of a process, or None if there is no such process."""
     if not LINUX:
         return _row_psutil(pid)
     data = _read(f"/proc/{pid}/stat", 1024)
@@ -66,13 +63,13 @@ def row(pid: int) -> ProcessRow | None:
 
 
 def identify(pid: int) -> ProcessId | None:
-    """Return the identity of a living process (a zombie has one too), or None."""
+    """Return the identity of a running process or a zombie, or None."""
     found = row(pid)
     return None if found is None else ProcessId(pid, found.start_ticks, boot_id())
 
 
 def is_alive(process: ProcessId) -> bool:
-    """Does exactly this process still run? A zombie does not: it holds nothing any more."""
+    """Return whether exactly this process is running. A zombie is not: it holds no resources."""
     found = row(process.pid)
     return (
         found is not None
@@ -82,23 +79,25 @@ def is_alive(process: ProcessId) -> bool:
     )
 
 
+@dataclass(slots=True, eq=False)
 class Pin:
     """A handle that cannot come to mean another process.
 
-    Pinned first, verified second: after the check a signal through it reaches this process or
-    nobody. Without pidfds (not Linux) the identity is checked again before every signal.
+    The pidfd is opened first and the identity is checked second, so a signal through it reaches
+    this process or none. Without pidfds the identity is checked again before every signal.
+
+    Attributes:
+        fd: A pidfd, readable once the process has exited; None where there are no pidfds.
     """
 
-    __slots__ = ("_fd", "process")
-
-    def __init__(self, process: ProcessId, fd: int | None) -> None:
-        self.process: ProcessId = process
-        self._fd = fd
+    process: ProcessId
+    fd: int | None
 
     @classmethod
     def of(cls, process: ProcessId) -> Pin | None:
-        """Pin a process that may be signalled: never pid 0 or 1, never this one. None when it is
-        not that process any more.
+        """Pin a process in order to signal it; None if it has exited, or must not be signalled.
+
+        Pid 0, pid 1 and the calling process must not be.
         """
         if process.pid <= 1 or process.pid == os.getpid():
             return None
@@ -106,14 +105,12 @@ class Pin:
 
     @classmethod
     def to_watch(cls, process: ProcessId) -> Pin | None:
-        """Pin any process, also pid 1: in a container the host often is. None when it is not that
-        process any more.
-        """
+        """Pin any process, including pid 1, which is often the host in a container."""
         try:
             fd = _pidfd_open(process.pid) if _pidfd_open is not None else None
         except ProcessLookupError:
             return None
-        except OSError:  # forbidden (some container runtimes), or no descriptor left: we poll
+        except OSError:  # forbidden by some container runtimes, or no descriptor left: we poll
             fd = None
         pin = cls(process, fd)
         if not is_alive(process):
@@ -122,36 +119,29 @@ class Pin:
         return pin
 
     @property
-    def fd(self) -> int | None:
-        """Readable once the process has exited; None where the platform has no pidfd."""
-        return self._fd
-
-    @property
     def has_exited(self) -> bool:
-        if (fd := self._fd) is None:  # read once: the warden may close it meanwhile
+        if (fd := self.fd) is None:  # read once: the warden may close it on its own thread
             return not is_alive(self.process)
         poll = select.poll()
         poll.register(fd, select.POLLIN)
         return bool(poll.poll(0))
 
     def signal(self, signum: int) -> None:
-        """Send a signal; a process that has gone meanwhile is not an error, and one that we may
-        not signal is one that does not die.
-        """
+        """Send a signal. A process that has exited, or that we may not signal, is not an error."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            if self._fd is not None and _pidfd_open is not None:
-                signal.pidfd_send_signal(self._fd, signum)
+            if self.fd is not None and _pidfd_open is not None:
+                signal.pidfd_send_signal(self.fd, signum)
             elif is_alive(self.process):
                 os.kill(self.process.pid, signum)
 
     def close(self) -> None:
-        fd, self._fd = self._fd, None
+        fd, self.fd = self.fd, None
         if fd is not None:
             os.close(fd)
 
 
 def wait_exited(pins: Iterable[Pin], timeout_s: float) -> bool:
-    """Wait until all of these have exited; False when the time was over first."""
+    """Wait until all of these processes have exited; return False on timeout."""
     waiting = [pin for pin in pins if not pin.has_exited]
     ends = time.monotonic() + timeout_s
     while waiting and (left := ends - time.monotonic()) > 0:
@@ -166,19 +156,14 @@ def wait_exited(pins: Iterable[Pin], timeout_s: float) -> bool:
 
 
 def pids() -> list[int]:
-    """Return every pid there is."""
+    """Return every pid in use."""
     return [int(n) for n in os.listdir("/proc") if n.isdigit()] if LINUX else psutil.pids()
 
 
-def everyone() -> dict[int, ProcessRow]:
-    """Return the whole process table by pid. About 10 µs a process."""
-    return {pid: found for pid in pids() if (found := row(pid)) is not None}
-
-
 def members(group: int, among: Iterable[int]) -> set[int]:
-    """Return which of these pids live in a process group or session of that number.
+    """Return which of these pids are running in the process group or session of that number.
 
-    Two system calls a process; /proc would take ten times as long.
+    Two system calls per process; `/proc` would take ten times as long.
     """
     inside: set[int] = set()
     for pid in among:
@@ -189,7 +174,7 @@ def members(group: int, among: Iterable[int]) -> set[int]:
 
 
 def group_of(pid: int) -> int | None:
-    """Return the process group of a pid, None when it has gone."""
+    """Return the process group of a pid, or None if it has exited."""
     try:
         return os.getpgid(pid)
     except OSError:
@@ -197,7 +182,7 @@ def group_of(pid: int) -> int | None:
 
 
 def bearers(token: str, among: Iterable[int]) -> set[int]:
-    """Return which of these pids carry `NAME=value` in the environment they were started with."""
+    """Return which of these pids were started with `NAME=value` in their environment."""
     wanted = os.fsencode(token) + b"\0"
     if LINUX:
         return {
@@ -211,165 +196,130 @@ def bearers(token: str, among: Iterable[int]) -> set[int]:
 
 
 def holders(path: str, among: Iterable[int]) -> set[int]:
-    """Return which of these pids have the file open (its inode, not its name)."""
-    if not LINUX:
-        return set()
-    try:
-        wanted = os.stat(path)
-    except OSError:
-        return set()
-    return {pid for pid in among if _has_open(pid, wanted)}
+    """Return which of these pids have the file open, under whatever name."""
+    wanted = _inodes([path])
+    found: set[int] = set()
+    for pid in among if LINUX else ():
+        with contextlib.suppress(OSError):
+            if _descriptors(f"/proc/{pid}/fd", wanted):
+                found.add(pid)
+    return found
 
 
 def own_descriptors(paths: Iterable[str | os.PathLike[str]]) -> list[int]:
     """Return this process's descriptors of these files."""
-    wanted = set()
-    for path in paths:
-        with contextlib.suppress(OSError):
-            found = os.stat(path)
-            wanted.add((found.st_dev, found.st_ino))
-    fds = []
-    for name in os.listdir("/dev/fd"):
-        with contextlib.suppress(OSError):
-            found = os.fstat(int(name))
-            if (found.st_dev, found.st_ino) in wanted:
-                fds.append(int(name))
-    return fds
+    return _descriptors("/dev/fd", _inodes(paths))
 
 
 def descendants(roots: Iterable[int]) -> set[int]:
-    """Return every process below these, without them. Some 50 µs for a server without children."""
-    table = None if LINUX else everyone()
+    """Return all descendants of these pids, about 50 µs for a server without children."""
     seen: set[int] = set()
     todo = list(roots)
     while todo:
-        new = _children(todo.pop(), table) - seen
+        new = _children(todo.pop()) - seen
         seen |= new
         todo.extend(new)
     return seen
 
 
-def ancestors(pid: int, table: dict[int, ProcessRow]) -> set[int]:
+def ancestors(pid: int) -> set[int]:
     """Return the parents of `pid` up to init."""
     found: set[int] = set()
-    while (line := table.get(pid)) is not None and line.ppid not in found:
+    while (line := row(pid)) is not None and line.ppid not in found:
         pid = line.ppid
         found.add(pid)
     return found
 
 
 def resident_bytes(pid: int) -> int:
-    """Resident memory, 0 when unknown."""
-    info = _of_psutil(pid, lambda p: p.memory_info())
-    return int(getattr(info, "rss", 0))
+    """Return the resident memory of a process, 0 if unknown."""
+    return int(getattr(_of_psutil(pid, lambda p: p.memory_info()), "rss", 0))
 
 
 def bytes_read(pid: int) -> int:
-    """Bytes the process has read so far (page cache included), 0 when unknown."""
-    info = (
-        _of_psutil(pid, lambda p: p.io_counters())
-        if hasattr(psutil.Process, "io_counters")
-        else None
-    )
-    return int(getattr(info, "read_chars", 0))
-
-
-def cpu_seconds(pid: int) -> float:
-    """CPU time the process has used so far, 0 when unknown."""
-    info = _of_psutil(pid, lambda p: p.cpu_times())
-    return float(getattr(info, "user", 0.0) + getattr(info, "system", 0.0))
+    """Return how much a process has read, including from the page cache, 0 if unknown."""
+    return int(getattr(_of_psutil(pid, lambda p: p.io_counters()), "read_chars", 0))
 
 
 def listens(pids: Iterable[int], port: int) -> bool | None:
-    """Does one of these processes listen on this TCP port? None: we may not look. About 0.1 ms."""
+    """Return whether one of these processes listens on this TCP port, in about 0.1 ms.
+
+    None: the kernel does not let us see the descriptors of one of them.
+    """
     if not LINUX:
         return port in {found for _, found in listening(pids)}
-    may_not_look = False
+    is_hidden = False
     for pid in pids:
         wanted = {f"socket:[{inode}]" for inode in _listener_inodes(pid, port)}
         try:
             names = os.listdir(f"/proc/{pid}/fd")
-        except OSError:  # it has gone, or its binary carries capabilities
-            may_not_look = may_not_look or row(pid) is not None
+        except OSError:  # it has exited, or its binary carries capabilities
+            is_hidden = is_hidden or row(pid) is not None
             continue
         for name in names if wanted else ():
             with contextlib.suppress(OSError):
                 if os.readlink(f"/proc/{pid}/fd/{name}") in wanted:
                     return True
-    return None if may_not_look else False
+    return None if is_hidden else False
+
+
+def listening(pids: Iterable[int]) -> list[tuple[str, int]]:
+    """Return the (address, TCP port) pairs these processes listen on; some ms per process."""
+    return [
+        (connection.laddr.ip, connection.laddr.port)
+        for pid in pids
+        for connection in _of_psutil(pid, lambda p: p.net_connections("tcp"))
+        if connection.status == psutil.CONN_LISTEN
+    ]
 
 
 def _listener_inodes(pid: int, port: int) -> list[str]:
     """Return the inodes of the sockets that listen on this port in the namespace of `pid`.
 
-    Read row by row, because listeners come first and the kernel would go through its whole table
-    of connections (8 ms here) to answer a larger read.
+    Read row by row: listeners come first, and for a larger read the kernel would walk its whole
+    table of connections (8 ms here).
     """
     inodes = []
-    try:
-        fd = os.open(f"/proc/{pid}/net/tcp", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return []
-    try:
-        os.read(fd, _TCP_ROW_BYTES)  # the header
-        while fields := os.read(fd, _TCP_ROW_BYTES).split():
+    with (
+        contextlib.suppress(OSError),
+        open(f"/proc/{pid}/net/tcp", "rb", buffering=0) as table,
+    ):
+        table.read(_TCP_ROW_BYTES)  # the header
+        while fields := (table.read(_TCP_ROW_BYTES) or b"").split():
             if len(fields) < 10 or fields[3] != b"0A":
                 break
             if int(fields[1].rpartition(b":")[2], 16) == port:
                 inodes.append(fields[9].decode())
-    except OSError:
-        return []
-    finally:
-        os.close(fd)
     return inodes
 
 
-def listening(pids: Iterable[int]) -> list[tuple[str, int]]:
-    """Return the (address, port) pairs these processes listen on, over TCP. Some ms a process."""
-    return [
-        (connection.laddr.ip, connection.laddr.port)
-        for pid in pids
-        for connection in _of_psutil(pid, lambda p: p.net_connections("tcp")) or ()
-        if connection.status == psutil.CONN_LISTEN
-    ]
-
-
 def _of_psutil(pid: int, ask: Callable[[psutil.Process], Any]) -> Any:
-    """Ask psutil about one process; {} when it has gone or may not be asked.
+    """Ask psutil about one process; {} if it has exited, or psutil or the system cannot tell.
 
-    psutil 7.2 lets raw OSErrors through in places, so they are an answer too.
+    psutil 7.2 lets plain OSErrors through in places.
     """
     try:
         return ask(psutil.Process(pid))
-    except (psutil.Error, OSError):
+    except (psutil.Error, OSError, AttributeError):
         return {}
 
 
-def _read(path: str, limit: int) -> bytes | None:
-    """Read a /proc file in as few calls as possible; None when it is gone or not ours."""
+def _read(path: str, limit: int = -1) -> bytes | None:
+    """Read a file of `/proc`, unbuffered; None if its process has exited or is not ours."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with open(path, "rb", buffering=0) as file:
+            return file.read(limit)
     except OSError:
         return None
-    try:
-        data = b""
-        while len(data) < limit and (more := os.read(fd, limit - len(data))):
-            data += more
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
-    return data
 
 
 def _parse_stat(pid: int, data: bytes) -> ProcessRow | None:
-    """Fields of proc_pid_stat(5) after the command, which may hold spaces and brackets."""
+    """Parse proc_pid_stat(5) after the command, which may contain spaces and brackets."""
     fields = data[data.rfind(b")") + 2 :].split()
     if len(fields) < 20:
         return None
-    ppid, pgrp, session = (int(field) for field in fields[1:4])
-    is_zombie = fields[0] in (b"Z", b"X") and int(fields[17]) <= 1  # its other threads may live on
-    return ProcessRow(pid, ppid, pgrp, session, int(fields[19]), is_zombie)
+    is_zombie = fields[0] in (b"Z", b"X") and int(fields[17]) <= 1  # other threads may be running
+    return ProcessRow(pid, int(fields[1]), int(fields[3]), int(fields[19]), is_zombie)
 
 
 def _row_psutil(pid: int) -> ProcessRow | None:
@@ -377,31 +327,31 @@ def _row_psutil(pid: int) -> ProcessRow | None:
         process = psutil.Process(pid)
         zombie = process.status() == psutil.STATUS_ZOMBIE
         ticks = int(process.create_time() * 100)
-        group, session = os.getpgid(pid), os.getsid(pid)
-        return ProcessRow(pid, process.ppid(), group, session, ticks, zombie)
+        return ProcessRow(pid, process.ppid(), os.getsid(pid), ticks, zombie)
     except (psutil.Error, OSError):
         return None
 
 
-def _children(pid: int, table: dict[int, ProcessRow] | None) -> set[int]:
-    if table is not None:
-        return {found.pid for found in table.values() if found.ppid == pid}
+def _children(pid: int) -> set[int]:
+    if not LINUX:
+        return {child.pid for child in _of_psutil(pid, lambda p: p.children())}
     try:
         tasks = os.listdir(f"/proc/{pid}/task")
     except OSError:
         return set()
-    lists = (_read(f"/proc/{pid}/task/{task}/children", 1 << 16) or b"" for task in tasks)
+    lists = (_read(f"/proc/{pid}/task/{task}/children") or b"" for task in tasks)
     return {int(child) for children in lists for child in children.split()}
 
 
-def _has_open(pid: int, wanted: os.stat_result) -> bool:
-    try:
-        names = os.listdir(f"/proc/{pid}/fd")
-    except OSError:
-        return False
-    for name in names:
+def _inodes(paths: Iterable[str | os.PathLike[str]]) -> set[tuple[int, int]]:
+    found = set()
+    for path in paths:
         with contextlib.suppress(OSError):
-            found = os.stat(f"/proc/{pid}/fd/{name}")
-            if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
-                return True
-    return False
+            status = os.stat(path)
+            found.add((status.st_dev, status.st_ino))
+    return found
+
+
+def _descriptors(folder: str, wanted: set[tuple[int, int]]) -> list[int]:
+    """Return the descriptors in `/proc/PID/fd` or `/dev/fd` that refer to one of these inodes."""
+    return [int(fd) for fd in os.listdir(folder) if wanted & _inodes([f"{folder}/{fd}"])]

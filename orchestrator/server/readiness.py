@@ -1,9 +1,8 @@
-"""Is our own child ready? Never a port, never another process: this child, on its own socket.
+"""Readiness of a started server: whether this very child answers on a socket of its own.
 
-The server picks a free port itself; what its output says of it is believed once the kernel says
-that one of its own processes listens there, so a foreign 200 cannot count. The wait is woken by the
-child's output, by its exit and by the load's token, and probes in between at an interval that
-adapts.
+The server picks a free port itself. An address in its output is believed once the kernel confirms
+that one of its processes listens there, so the 200 of another server cannot count. The wait is
+woken by output, by the exit and by the load's token; in between it probes at a growing interval.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any, Final, cast
 from orchestrator.base.tokens import CancelToken
 from orchestrator.base.waker import Waker
 from orchestrator.errors import Problem
-from orchestrator.machine.facts import Exit, ServerFacts
+from orchestrator.machine.facts import ServerFacts
 from orchestrator.server import failures, ladder, process_table
 from orchestrator.server.child import ServerProcess
 from orchestrator.server.output import MAX_LINES, TAIL_LINES
@@ -28,16 +27,15 @@ from orchestrator.server.output import MAX_LINES, TAIL_LINES
 _ANSWER_S: Final = 2.0
 _PROPS_S: Final = 1.0
 _SAMPLE_S: Final = 0.25
-_LOOK_UP_S: Final = 0.03  # a look at the process table costs 3 to 8 ms
-_LOOK_UP_MOST_S: Final = 0.5
+_SCAN_S: Final = 0.03  # a scan of the process table takes 3 to 8 ms
+_LONGEST_SCAN_S: Final = 0.5
 _MAX_ANSWER: Final = 1 << 20
 _HOST: Final = "127.0.0.1"
 NO_ANSWER: Final = (OSError, ValueError, http.client.HTTPException)  # a length of 5000 digits
-_PORTS: Final = range(1, 65536)
 _UNPROTECTED: Final = Problem(
     "server_start_failed",
-    "this llama-server answers without the key it was given: use a newer one, or protect_server="
-    "False",
+    "this llama-server answers requests without its API key: use a newer one, or set "
+    "protect_server=False",
     field="llama_server",
     reason="unprotected",
 )
@@ -45,25 +43,25 @@ _UNPROTECTED: Final = Problem(
 
 @dataclass(slots=True)
 class LoadProgress:
-    """How much of the model the child has taken in; never goes back."""
+    """How much of the model the server has read; never decreases."""
 
     bytes_total: int | None
     bytes_done: int = 0
 
-    def saw(self, bytes_done: int) -> None:
+    def advance_to(self, bytes_done: int) -> None:
         capped = bytes_done if self.bytes_total is None else min(bytes_done, self.bytes_total)
         self.bytes_done = max(self.bytes_done, capped)
 
 
 @dataclass(slots=True)
 class _StallClock:
-    """Any sign of work resets it: bytes read, memory grown, a line printed."""
+    """Time since the last sign of work: bytes read, memory grown, or output."""
 
     server: ServerProcess
     progress: LoadProgress
     last_work: float = field(default_factory=time.monotonic)
     last_sample: float = 0.0
-    seen: tuple[int, int, int] = (0, 0, 0)
+    largest: tuple[int, int, int] = (0, 0, 0)
 
     def idle_s(self) -> float:
         now = time.monotonic()
@@ -71,11 +69,11 @@ class _StallClock:
             self.last_sample = now
             read = process_table.bytes_read(self.server.pid)
             resident = process_table.resident_bytes(self.server.pid)
-            self.progress.saw(max(read, resident))
+            self.progress.advance_to(max(read, resident))
             sample = (read, resident, self.server.output.bytes_seen)
-            if any(new > old for new, old in zip(sample, self.seen, strict=True)):
+            if any(new > old for new, old in zip(sample, self.largest, strict=True)):
                 self.last_work = now
-                self.seen = sample
+                self.largest = sample
         return now - self.last_work
 
 
@@ -87,128 +85,101 @@ def wait_ready(
     progress: LoadProgress,
     extra_args: tuple[str, ...] = (),
 ) -> ServerFacts | Problem:
-    """Wait until this child serves, ends, stalls or is not wanted any more.
+    """Wait until this server is ready, exits, stalls or is cancelled.
 
     Args:
-        server: The child; only its own sockets are probed.
-        token: Of the load; setting it ends the wait within a millisecond or two.
+        server: Only its own sockets are probed.
+        token: The load's; setting it ends the wait within a millisecond or two.
         stall_timeout_s: Seconds without any sign of work before giving up.
-        progress: Updated as the model is read.
-        extra_args: The caller's flags, to be named if one of them is to blame.
+        progress: Updated while the model is read.
+        extra_args: The caller's flags, to tell whether one of them is to blame.
 
     Returns:
-        What the server says of itself, or why it will not be ready.
+        What the server reports about itself, or why it is not ready.
     """
-    waker, finder, visits = Waker(), _Finder(server), _Visits(server, token)
+    waker, finder, connection = Waker(), _PortFinder(server), ProbeConnection(server, token)
+    clock = _StallClock(server, progress)
+    pause: float | None = None
 
-    def tell() -> None:
-        """Output says nothing while nobody knows where to ask, and there is a lot of it."""
-        if finder.found is not None or server.output.announced or server.exit is not None:
+    def wake() -> None:
+        # there may be a lot of output before an address is known
+        is_known = finder.found is not None or bool(server.output.announced)
+        if is_known or server.exit is not None or token.is_set():
             waker.wake()
-        visits.interrupt()
+        connection.interrupt()
 
-    def give_up() -> None:
-        waker.wake()
-        visits.interrupt()
-
-    server.listeners.append(tell)
-    token.on_set(give_up)
+    server.listeners.append(wake)
+    token.on_set(wake)
     try:
-        verdict = _wait(finder, visits, token, waker, stall_timeout_s, progress)
-        if verdict is None:
-            seen = _exit_of(server, waker)
-            returncode = seen.returncode if seen else None
-            why = failures.explain(returncode, server.output.tail(MAX_LINES), extra_args)
-            return replace(why, log_tail=why.log_tail[-TAIL_LINES:])
-        return verdict
+        while not token.is_set():
+            if server.exit is not None or not server.is_alive:
+                return _why_exited(server, waker, extra_args)
+            port = finder.port()
+            facts = None if port is None else connection.facts(port)
+            if facts is not None and server.is_alive:
+                progress.advance_to(progress.bytes_total or 0)
+                return facts
+            if clock.idle_s() >= stall_timeout_s:
+                return Problem(
+                    "stalled",
+                    f"the server made no progress for {stall_timeout_s:g} s: see its output, or "
+                    "raise stall_timeout_s",
+                    field="stall_timeout_s",
+                    log_tail=server.output.tail(),
+                )
+            pause = ladder.next_probe_s(pause)
+            if waker.wait(min(pause, stall_timeout_s))[0] and port is not None:
+                pause = None
+        return Problem("cancelled", "the load was cancelled")
     finally:
-        server.listeners.remove(tell)
+        server.listeners.remove(wake)
         waker.close()
 
 
-def _wait(
-    finder: _Finder,
-    visits: _Visits,
-    token: CancelToken,
-    waker: Waker,
-    stall_timeout_s: float,
-    progress: LoadProgress,
-) -> ServerFacts | Problem | None:
-    """None: the server has ended."""
-    server = finder.server
-    clock = _StallClock(server, progress)
-    pause: float | None = None
-    while True:
-        if token.is_set():
-            return Problem("cancelled", "the load is not wanted any more")
-        if server.exit is not None or not server.is_alive:
-            return None
-        port = finder.port()
-        if port is not None:
-            facts = visits.facts(port)
-            if facts is not None and server.is_alive:
-                progress.saw(progress.bytes_total or 0)
-                return facts
-        if clock.idle_s() >= stall_timeout_s:
-            return Problem(
-                "stalled",
-                f"no sign of progress for {stall_timeout_s:g} s: look at the output, or raise "
-                "stall_timeout_s",
-                field="stall_timeout_s",
-                log_tail=server.output.tail(),
-            )
-        pause = ladder.next_probe_s(pause)
-        if waker.wait(min(pause, stall_timeout_s))[0]:
-            pause = None if port is not None else pause
-
-
-def _exit_of(server: ServerProcess, waker: Waker) -> Exit | None:
-    """The warden sees the exit and the last output within moments of the kernel."""
+def _why_exited(server: ServerProcess, waker: Waker, extra_args: tuple[str, ...]) -> Problem:
     ends = time.monotonic() + _ANSWER_S
-    while server.exit is None and time.monotonic() < ends:
+    while server.exit is None and time.monotonic() < ends:  # the warden is about to see the exit
         waker.wait(0.05)
-    return server.exit
+    returncode = server.exit.returncode if server.exit else None
+    why = failures.explain(returncode, server.output.tail(MAX_LINES), extra_args)
+    return replace(why, log_tail=why.log_tail[-TAIL_LINES:])
 
 
 @dataclass(slots=True)
-class _Finder:
-    """Where this child listens, once the kernel has confirmed it."""
+class _PortFinder:
+    """The port this server listens on, once the kernel has confirmed it."""
 
     server: ServerProcess
     found: int | None = None
     refused: set[str] = field(default_factory=set)
-    look_every: float = _LOOK_UP_S
-    next_look: float = field(default_factory=lambda: time.monotonic() + _LOOK_UP_S)
+    scan_every_s: float = _SCAN_S
+    next_scan: float = field(default_factory=lambda: time.monotonic() + _SCAN_S)
 
     def port(self) -> int | None:
-        """Return the port, from what the child announces or else from its open sockets."""
+        """Return the port, from the server's output or else from its open sockets."""
         for url in self.server.output.announced if self.found is None else ():
             port = int(url.rpartition(":")[2])
-            if url not in self.refused and port in _PORTS and self._is_ours(port):
+            if url not in self.refused and 0 < port < 1 << 16 and self._is_ours(port):
                 self.found = port
                 break
             self.refused.add(url)
-        if self.found is None and time.monotonic() >= self.next_look:
+        if self.found is None and time.monotonic() >= self.next_scan:
             ports = process_table.listening(self.server.family())
             self.found = next((port for host, port in ports if host == _HOST), None)
-            self.look_every = min(2 * self.look_every, _LOOK_UP_MOST_S)
-            self.next_look = time.monotonic() + self.look_every
+            self.scan_every_s = min(2 * self.scan_every_s, _LONGEST_SCAN_S)
+            self.next_scan = time.monotonic() + self.scan_every_s
         return self.found
 
     def _is_ours(self, port: int) -> bool:
-        """The child prints what it likes, its model's metadata too: ask the kernel. A binary that
-        carries capabilities may not be looked into, and is believed.
+        """Ask the kernel: output may contain anything, such as metadata of the model. The sockets
+        of a binary that carries capabilities are hidden, so its output is believed.
         """
-        mine = process_table.listens({self.server.pid}, port)
-        return mine is not False or process_table.listens(self.server.family(), port) is not False
+        is_own = process_table.listens({self.server.pid}, port)
+        return is_own is not False or process_table.listens(self.server.family(), port) is not False
 
 
 class _BoundedSocket(socket.socket):
-    """Reads until a moment, however slowly an answer comes.
-
-    Attributes:
-        ends: That moment, monotonic seconds.
-    """
+    """A socket whose reads together end at one deadline, `ends` in monotonic seconds."""
 
     ends: float = 0.0
 
@@ -217,8 +188,8 @@ class _BoundedSocket(socket.socket):
         return super().recv_into(*args)
 
 
-class _Visits:
-    """Questions to the child, one connection at a time. No proxy variable sends them elsewhere."""
+class ProbeConnection:
+    """Requests to the server, one connection at a time; proxy variables do not apply."""
 
     def __init__(self, server: ServerProcess, token: CancelToken) -> None:
         self._server = server
@@ -226,7 +197,7 @@ class _Visits:
         self._socket: socket.socket | None = None
 
     def interrupt(self) -> None:
-        """End the question that is under way, from any thread."""
+        """End a request in flight if its answer is no longer needed; callable from any thread."""
         if self._is_over and (connected := self._socket) is not None:
             with contextlib.suppress(OSError):
                 connected.shutdown(socket.SHUT_RDWR)
@@ -236,20 +207,26 @@ class _Visits:
         return self._token.is_set() or self._server.exit is not None
 
     def facts(self, port: int) -> ServerFacts | Problem | None:
-        """Ask /health and, once it is 200, /props. None: not ready yet.
+        """Ask /health and, once it is 200, /props; None while the server is not ready.
 
-        A server that has a key must also refuse who does not: one that knows nothing of keys would
-        be open to everybody without a word.
+        A server that was given a key must also refuse requests without it: one that does not know
+        about keys would answer everyone.
         """
         key = self._server.api_key
         try:
             with _BoundedSocket() as connected:
-                self._socket = connected  # before it is looked whether all is over
-                connection = self._connection(connected, port)
+                self._socket = connected  # before the check: an interrupt comes before or after it
+                if self._is_over:
+                    return None
+                connected.settimeout(_ANSWER_S)
+                connected.connect((_HOST, port))
+                connection = http.client.HTTPConnection(_HOST, port)
+                connection.auto_open = 0  # a connection that the server has closed stays closed
+                connection.sock = connected
                 if _ask(connection, "/health", _ANSWER_S)[0] != HTTPStatus.OK:
                     return None
                 status, body = 0, b""
-                with contextlib.suppress(*NO_ANSWER):  # it is ready, whatever it says of itself
+                with contextlib.suppress(*NO_ANSWER):  # /health decides, /props only describes
                     status, body = _ask(connection, "/props", _PROPS_S, key)
                 keyless = 401 if key is None else _ask(connection, "/slots", _PROPS_S)[0]
         except NO_ANSWER:
@@ -261,25 +238,11 @@ class _Visits:
         found = _facts(f"http://{_HOST}:{port}", body if status == HTTPStatus.OK else b"")
         return replace(found, api_key=key)
 
-    def _connection(self, connected: _BoundedSocket, port: int) -> http.client.HTTPConnection:
-        if self._is_over:
-            raise ConnectionAbortedError
-        connected.settimeout(_ANSWER_S)
-        connected.connect((_HOST, port))
-        connection = http.client.HTTPConnection(_HOST, port)
-        connection.auto_open = 0  # what the server has closed stays closed
-        connection.sock = connected
-        return connection
-
 
 def _ask(
     connection: http.client.HTTPConnection, path: str, timeout_s: float, key: str | None = None
 ) -> tuple[int, bytes]:
-    """GET a path and return its status and its body.
-
-    Raises:
-        OSError, HTTPException: there is no answer, or none in time.
-    """
+    """GET a path and return status and body, or raise one of `NO_ANSWER`."""
     connected = cast("_BoundedSocket", connection.sock)
     if connected is None:
         raise ConnectionResetError

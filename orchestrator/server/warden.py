@@ -1,8 +1,8 @@
-"""Real children: spawn, drain, signal, reap. At most one server, and one thread that waits for it.
+"""The warden: the thread that drains, signals and reaps the server of a slot.
 
-`Warden` is that thread. It drains the server's output, notices its exit, runs the kill ladder and
-reaps; because nobody else does, a signal can never reach a reused pid. The leader is reaped last:
-until everything in the slot is gone its zombie keeps pid and group from being given to others.
+No other thread signals or reaps, so a signal can never reach a reused pid. The server itself is
+reaped last: until everything in the slot has exited, its zombie keeps its pid and process group
+from being reused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Final
 
 from orchestrator.base import launch
@@ -29,8 +28,7 @@ from orchestrator.machine.commands import Kill
 from orchestrator.machine.facts import Emptied, Exit, Exited, KillFailed
 from orchestrator.server import ladder, process_table
 from orchestrator.server.child import ServerProcess
-from orchestrator.server.environment import _API_KEY
-from orchestrator.server.output import OutputRing
+from orchestrator.server.environment import API_KEY_NAME
 from orchestrator.server.process_table import Pin, ProcessId
 from orchestrator.server.slot import Slot
 
@@ -38,12 +36,12 @@ _log = event_log("orchestrator.server")
 _READ_BYTES: Final = 1 << 16
 _VERIFY_EVERY_S: Final = 0.02
 _POLL_EXIT_S: Final = 0.02
-_EXIT_LINES: Final = 40  # in every status from then on
+_EXIT_LINES: Final = 40  # every later status contains them
 
 
 @dataclass(slots=True, eq=False)
 class _KillRun:
-    """One kill ladder under way."""
+    """A kill ladder in progress."""
 
     command: Kill
     server: ServerProcess | None
@@ -56,7 +54,7 @@ class _KillRun:
 
 
 class Warden(threading.Thread):
-    """The thread that owns whatever is alive in the slot.
+    """The thread that owns every process in the slot.
 
     Args:
         slot: The claimed slot.
@@ -78,7 +76,7 @@ class Warden(threading.Thread):
         self._run: _KillRun | None = None
         self._poll = select.poll()
         self._poll.register(self._wake_read, select.POLLIN)
-        self._closing = False
+        self._closing = threading.Event()
 
     # ----------------------------------------------------------------- called from other threads
 
@@ -93,11 +91,11 @@ class Warden(threading.Thread):
         """Start a server that inherits the slot's lock, and watch it. Runs on the caller's thread.
 
         Args:
-            announce: Called with the server before anything about it can be reported.
+            announce: Called with the server before anything about it is reported.
 
         Raises:
-            ServerUnavailable: it cannot be executed.
-            StateDirError: the record cannot be written; nothing was started.
+            ServerUnavailable: The binary cannot be executed.
+            StateDirError: The record cannot be written; nothing was started.
         """
         self._slot.remember(None)
         try:
@@ -113,14 +111,18 @@ class Warden(threading.Thread):
             )
         except (OSError, ValueError) as error:
             self._slot.forget()
-            raise cannot_execute(argv[0], error) from error
+            raise _cannot_execute(argv[0], error) from error
         process = process_table.identify(popen.pid) or ProcessId(
             popen.pid, 0, process_table.boot_id()
         )
-        family = partial(self._family, process.pid)
-        server = ServerProcess(generation, process, Pin.of(process), popen, OutputRing(), family)
-        server.output = OutputRing(server.tell)
-        server.api_key = environment.get(_API_KEY, "").partition(",")[0] or None
+        server = ServerProcess(
+            generation,
+            process,
+            Pin.of(process),
+            popen,
+            family=lambda: {p.pid for p in self._slot.inhabitants(process.pid)},
+            api_key=environment.get(API_KEY_NAME, "").partition(",")[0] or None,
+        )
         if popen.stdout is not None:
             server.stdout_fd = popen.stdout.fileno()
             os.set_blocking(server.stdout_fd, False)
@@ -128,7 +130,7 @@ class Warden(threading.Thread):
         self._ask(lambda: self._adopt(server))
         try:
             self._slot.remember(process)
-        except StateDirError as error:  # lock, token and the first record still find it
+        except StateDirError as error:  # its lock, its token and the first record remain
             _log("warning", "slot.record_failed", pid=process.pid, error=error.message)
 
     def empty(
@@ -137,53 +139,47 @@ class Warden(threading.Thread):
         server: ServerProcess | None,
         report: Callable[[Emptied | KillFailed], None],
     ) -> None:
-        """Run the kill ladder on whatever the slot holds and report once it is verified empty."""
-        self._ask(lambda: self._begin(command, server, report))
+        """Run the kill ladder on everything in the slot, and report once it is verified empty."""
+
+        def begin() -> None:
+            rungs = ladder.kill_plan(self._grace_s, now=time.monotonic())
+            self._run = _KillRun(command, server, deque(rungs), report)
+
+        self._ask(begin)
 
     def close(self) -> None:
-        """End the thread; the slot must be empty or given up."""
-        self._ask(self._stop)
+        """End the thread; the slot must be empty, or its emptying have failed."""
+        self._ask(self._closing.set)
         self.join()
 
-    def _family(self, leader: int) -> set[int]:
-        """Every process of the server, however it was forked."""
-        return {process.pid for process in self._slot.inhabitants(leader)}
-
-    def _ask(self, what: Callable[[], None]) -> None:
-        self._todo.append(what)
+    def _ask(self, work: Callable[[], None]) -> None:
+        self._todo.append(work)
         with contextlib.suppress(BlockingIOError):
             os.write(self._wake_write, b"x")
 
     # ----------------------------------------------------------------------- on the warden's thread
 
     def run(self) -> None:
-        while not self._closing:
+        while not self._closing.is_set():
             try:
                 self._turn()
-            except BaseException as error:  # noqa: BLE001 (this thread must outlive its mistakes)
+            except BaseException as error:  # noqa: BLE001 (this thread must survive any error)
                 _log("exception", "warden.failed")
-                self._abandon_run(error)
+                if self._run is not None:
+                    self._fail(self._run, f"{type(error).__name__}: {error}")
                 time.sleep(_POLL_EXIT_S)
         for fd in (self._wake_read, self._wake_write):
             os.close(fd)
 
     def _turn(self) -> None:
         for fd, _ in self._poll.poll(self._timeout_ms()):
-            self._ready(fd)
+            self._handle_ready(fd)
         while self._todo:
             self._todo.popleft()()
         if self._server is not None and self._server.must_be_polled:
-            self._notice_exit(self._server)
+            self._check_exit(self._server)
         if self._run is not None:
             self._advance(self._run)
-
-    def _abandon_run(self, error: BaseException) -> None:
-        """A run that cannot go on has failed, and what it held stays on record."""
-        run, self._run = self._run, None
-        if run is not None:
-            message = f"the slot cannot be emptied: {type(error).__name__}: {error}"
-            problem = Problem("slot_occupied", message, generation=run.command.generation)
-            run.report(KillFailed(run.command.generation, time.monotonic(), problem))
 
     def _timeout_ms(self) -> float | None:
         if self._run is not None:
@@ -193,15 +189,15 @@ class Warden(threading.Thread):
             return _POLL_EXIT_S * 1000
         return None
 
-    def _ready(self, fd: int) -> None:
+    def _handle_ready(self, fd: int) -> None:
         server = self._server
         if fd == self._wake_read:
             os.read(self._wake_read, 4096)
         elif server is not None and fd == server.stdout_fd:
             self._drain(server)
         elif server is not None and server.pin and fd == server.pin.fd:
-            self._notice_exit(server)
-        # else: a pin of a kill run, which looks at all of its pins anyway
+            self._check_exit(server)
+        # else: a pin of a kill run, which checks all of its pins anyway
 
     def _adopt(self, server: ServerProcess) -> None:
         self._server = server
@@ -211,7 +207,7 @@ class Warden(threading.Thread):
             self._poll.register(server.pin.fd, select.POLLIN)
 
     def _drain(self, server: ServerProcess) -> None:
-        """Read what is there, a bounded number of times, so that a flood starves nobody."""
+        """Read what is available, a bounded number of times: a flood must not starve the rest."""
         for _ in range(16):
             if server.stdout_fd is None:
                 return
@@ -231,26 +227,17 @@ class Warden(threading.Thread):
             server.popen.stdout.close()
             server.output.close()
 
-    def _notice_exit(self, server: ServerProcess) -> None:
-        """Take the exit status without reaping: the zombie keeps the pid ours."""
+    def _check_exit(self, server: ServerProcess) -> None:
+        """Record an exit without reaping: the zombie keeps the pid ours."""
         if server.exit is not None or server.is_alive:
             return
         if server.pin is not None and server.pin.fd is not None:
             self._poll.unregister(server.pin.fd)
         self._drain(server)
-        server.exit = Exit(server.pid, _witness(server.popen), server.output.tail(_EXIT_LINES))
+        server.exit = Exit(server.pid, _returncode(server.popen), server.output.tail(_EXIT_LINES))
         _log("info", "process.exited", pid=server.pid, returncode=server.exit.returncode)
-        server.tell()
+        server.notify()
         self._on_exit(Exited(server.generation, time.monotonic(), server.exit))
-
-    def _begin(
-        self,
-        command: Kill,
-        server: ServerProcess | None,
-        report: Callable[[Emptied | KillFailed], None],
-    ) -> None:
-        rungs = ladder.kill_plan(self._grace_s, now=time.monotonic())
-        self._run = _KillRun(command, server, deque(rungs), report)
 
     def _advance(self, run: _KillRun) -> None:
         self._verify(run)
@@ -263,7 +250,7 @@ class Warden(threading.Thread):
             self._give_up(run)
 
     def _signal_all(self, run: _KillRun, signum: int) -> None:
-        """Signal the leader's group at once, and one by one whatever has left it."""
+        """Signal the server's process group, then each process that has left the group."""
         server, is_first = run.server, not run.sent
         run.sent = (signum,) if signum == signal.SIGKILL else (signum, signal.SIGCONT)
         if not run.rungs:
@@ -271,16 +258,16 @@ class Warden(threading.Thread):
             run.gives_up_at = time.monotonic() + ladder.gone_within_s(resident)
         group = server.pid if server is not None and server.exit is None else None
         if group is not None:
-            if is_first:  # while it lives, its children can be found by descent
+            if is_first:  # its descendants can only be found while it is running
                 self._pin(run, self._slot.identified(process_table.descendants({group})))
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 for sent in run.sent:
-                    os.killpg(group, sent)  # unreaped, so the group is still ours
+                    os.killpg(group, sent)  # not reaped, so the group is still ours
         if not is_first:
             self._pin(run, self._inhabitants(run))
         for pin in run.pins.values():
             if group is None or process_table.group_of(pin.process.pid) != group:
-                for sent in run.sent:  # once each: a second SIGTERM means "at once"
+                for sent in run.sent:  # once each: llama-server ends at once at a second SIGTERM
                     pin.signal(sent)
 
     def _inhabitants(self, run: _KillRun) -> set[ProcessId]:
@@ -289,7 +276,7 @@ class Warden(threading.Thread):
         return {p for p in found if run.server is None or p != run.server.process}
 
     def _pin(self, run: _KillRun, processes: Iterable[ProcessId]) -> list[Pin]:
-        """Pin what is new, so that it is waited for; return the new pins."""
+        """Pin the processes that are new to this run, and return the new pins."""
         new = [p for p in processes if p.pid not in run.pins]
         pins = [pin for p in new if (pin := Pin.of(p)) is not None]
         for pin in pins:
@@ -305,7 +292,9 @@ class Warden(threading.Thread):
         pin.close()
 
     def _verify(self, run: _KillRun) -> None:
-        """When all we knew of is dead, look again, and let the kernel have the last word."""
+        """Report once the slot is empty: all known processes are dead, no new one is found, and
+        the lock can be taken.
+        """
         for pin in tuple(run.pins.values()):
             if pin.has_exited:
                 self._unpin(run, pin)
@@ -343,44 +332,46 @@ class Warden(threading.Thread):
         return server.exit
 
     def _give_up(self, run: _KillRun) -> None:
-        alive = sorted(run.pins)
+        alive = set(run.pins)
         if run.server is not None and run.server.exit is None:
-            alive = sorted({*alive, run.server.pid})
+            alive.add(run.server.pid)
         for pin in tuple(run.pins.values()):
             self._unpin(run, pin)
+        pids = sorted(alive)
+        _log("error", "process.kill_failed", pids=pids)
+        why = f"processes {pids} did not end after SIGKILL" if pids else run.why
+        self._fail(run, f"{why}; fix that, then unload again")
+
+    def _fail(self, run: _KillRun, why: str) -> None:
+        """End a run without emptying the slot; the record keeps what the slot holds."""
         self._run = None
-        who = f"processes {alive} did not end after SIGKILL" if alive else run.why
-        message = f"the slot cannot be emptied: {who}; look at that, then unload"
-        _log("error", "process.kill_failed", pids=alive)
+        message = f"the slot cannot be emptied: {why}"
         problem = Problem("slot_occupied", message, generation=run.command.generation)
         run.report(KillFailed(run.command.generation, time.monotonic(), problem))
 
-    def _stop(self) -> None:
-        self._closing = True
 
-
-def cannot_execute(command: str, error: Exception) -> ServerUnavailable:
-    """Return why a binary could not be started (errno, see execve(2))."""
+def _cannot_execute(command: str, error: Exception) -> ServerUnavailable:
+    """Return the error of a binary that could not be started (errno: see execve(2))."""
     why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    hint = {2: "or its interpreter is missing", 8: "or it is built for another machine"}
-    note = hint.get(getattr(error, "errno", 0) or 0, "check llama_server")
+    hints = {2: "or its interpreter is missing", 8: "or it is built for another machine"}
+    hint = hints.get(getattr(error, "errno", 0) or 0, "check llama_server")
     return ServerUnavailable.because(
-        f"{command} cannot be started: {why} ({note})", field="llama_server"
+        f"{command} cannot be started: {why} ({hint})", field="llama_server"
     )
 
 
-def _witness(popen: subprocess.Popen[bytes]) -> int | None:
-    """Return the exit status as seen in the process table, None when nobody can tell.
+def _returncode(popen: subprocess.Popen[bytes]) -> int | None:
+    """Return the exit status without reaping; None if another part of the host has taken it.
 
-    A host that ignores SIGCHLD or waits for any child takes the status away; `Popen.wait` then
-    says 0, which would be a lie.
+    A host that ignores SIGCHLD, or waits for any child, takes it. `Popen.wait` then reports 0,
+    which would be wrong.
     """
     if not hasattr(os, "waitid"):
         return popen.poll()
     try:
-        seen = os.waitid(os.P_PID, popen.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        status = os.waitid(os.P_PID, popen.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
     except ChildProcessError:
         return None
-    if seen is None:
+    if status is None:
         return None
-    return seen.si_status if seen.si_code == os.CLD_EXITED else -seen.si_status
+    return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status

@@ -10,6 +10,7 @@ import signal
 import pytest
 
 from orchestrator.server.failures import CAUSES, CONSEQUENCES, explain
+from tests.kit.sentences import assert_sentence
 
 E = "0.00.006.473 E "
 FIRST = (
@@ -383,7 +384,7 @@ def test_real_output_is_classified(lines: tuple[str, ...], reason: str, field: s
 
 
 @pytest.mark.parametrize(("lines", "reason", "field"), ALL, ids=named)
-def test_every_sentence_names_what_to_change_and_what_to_do(
+def test_every_message_names_the_field_and_the_remedy(
     lines: tuple[str, ...], reason: str, field: str | None
 ) -> None:
     """A reason that only llama.cpp's authors understand helps nobody."""
@@ -395,7 +396,7 @@ def test_every_sentence_names_what_to_change_and_what_to_do(
 
 
 @pytest.mark.parametrize(("lines", "reason", "field"), ALL, ids=named)
-def test_what_a_good_start_complains_of_never_decides(
+def test_warnings_of_a_successful_start_are_ignored(
     lines: tuple[str, ...], reason: str, field: str | None
 ) -> None:
     """Missing control vectors, pinned memory, locked memory: it goes on without them."""
@@ -405,7 +406,7 @@ def test_what_a_good_start_complains_of_never_decides(
 
 
 @pytest.mark.parametrize("before", [SUCCESS, *HARMLESS], ids=lambda value: value[-1][:40])
-def test_a_new_kind_of_trouble_is_not_taken_for_an_old_one(before: tuple[str, ...] | str) -> None:
+def test_an_unknown_error_is_quoted_after_harmless_lines(before: tuple[str, ...] | str) -> None:
     """What no row knows keeps its own words, whatever harmless thing was said before."""
     said = before if isinstance(before, tuple) else (before,)
     problem = explain(1, (*said, "error: the flux capacitor is empty", "exiting due to an error"))
@@ -413,7 +414,7 @@ def test_a_new_kind_of_trouble_is_not_taken_for_an_old_one(before: tuple[str, ..
     assert "the flux capacitor is empty" in problem.message
 
 
-def test_every_row_is_reached_by_a_real_text() -> None:
+def test_every_row_matches_some_real_output() -> None:
     """A row that an earlier one hides, or that nothing tests, is a guess."""
     reached = set()
     for lines, _, _ in ALL:
@@ -447,7 +448,7 @@ def test_every_row_is_reached_by_a_real_text() -> None:
         (f"{E}srv    load_model: failed to create MTP context", "--spec-type"),
     ],
 )
-def test_a_flag_of_the_caller_is_blamed_on_the_caller(printed: str, given: str) -> None:
+def test_a_flag_in_the_extra_args_is_blamed_on_the_caller(printed: str, given: str) -> None:
     """In any spelling; a flag of ours and a flag of theirs need different people."""
     ours, theirs = explain(1, (printed,)), explain(1, (printed,), (given, "9"))
     assert ours.field != "llama_extra_args"
@@ -477,7 +478,7 @@ def test_a_flag_of_the_caller_is_blamed_on_the_caller(printed: str, given: str) 
         (None, "exited", None),
     ],
 )
-def test_silent_end_is_told_by_its_status(
+def test_an_exit_without_output_is_classified_by_its_status(
     returncode: int | None, reason: str, field: str | None
 ) -> None:
     """A server that says nothing still ended somehow, and a shell says it in its own way."""
@@ -488,93 +489,83 @@ def test_silent_end_is_told_by_its_status(
 @pytest.mark.parametrize(
     ("signum", "reason"), [(signal.SIGKILL, "killed"), (signal.SIGILL, "wrong_cpu")]
 )
-def test_no_output_explains_a_kill(signum: int, reason: str) -> None:
+def test_output_before_a_kill_is_not_blamed(signum: int, reason: str) -> None:
     """The kernel for want of memory, or the CPU: what was printed before is beside the point."""
     tail = (f"{E}gguf_init_from_file: failed to open GGUF file 'cv' (No such file or directory)",)
     assert explain(-signum, tail).reason == reason
     assert explain(1, tail).reason == "file_missing"
 
 
-def test_a_crash_that_says_why_is_told_by_what_it_says() -> None:
+def test_output_explains_a_crash() -> None:
     """An allocation that fails in a driver ends in SIGSEGV or SIGABRT; the line is the reason."""
     for signum in (signal.SIGSEGV, signal.SIGABRT):
         assert explain(-signum, ("CUDA error: out of memory",)).reason == "out_of_memory"
         assert explain(-signum, (ASSERT,)).message.count("n_outputs_max <=") == 1
 
 
-def test_unknown_output_keeps_its_last_error_line() -> None:
+def test_unknown_output_is_quoted_by_its_last_error_line() -> None:
     """What no row knows is quoted, never summarised away."""
     problem = explain(3, ("fine", "error: a new kind of trouble", "bye"))
     assert problem.reason == "exited"
     assert "error: a new kind of trouble" in problem.message
 
 
-def test_output_that_says_nothing_of_an_error_is_quoted_too() -> None:
+def test_output_without_an_error_line_is_quoted_by_its_last_line() -> None:
     """Also when nothing in it could have ended anything."""
     assert "so long" in explain(3, ("fine", "so long")).message
     assert "initializing" in explain(3, FIRST[:1]).message
 
 
-def test_braces_in_the_output_do_not_break_the_sentence() -> None:
+def test_braces_in_the_output_do_not_break_the_message() -> None:
     """Output is data, never a format string."""
     line = 'error while handling argument "--x": {oops} {0}'
     assert "{oops} {0}" in explain(1, (line,)).message
 
 
-def test_a_line_without_end_makes_no_message_without_end() -> None:
+def test_the_length_of_a_message_is_bounded() -> None:
     """The sentence goes into status, logs and a terminal."""
     assert len(explain(1, (f'{BAD}--x": {"y" * 8000}',)).message) < 500
 
 
-ENDED = "llama-server ended {} before it was ready: {}"
-
-
 @pytest.mark.parametrize(
-    ("returncode", "tail", "message"),
+    ("key", "returncode", "tail"),
     [
-        (None, (), ENDED.format("with an unknown status", "it printed nothing")),
-        (0, (), ENDED.format("with exit status 0", "it printed nothing")),
-        (1, ("",), ENDED.format("with exit status 1", "")),
-        (128, ("Failed: x",), ENDED.format("with exit status 128", "Failed: x")),
-        (-signal.SIGUSR1, (), ENDED.format("by SIGUSR1", "see its output")),
-        (-63, (), ENDED.format("by signal 63", "see its output")),
-        (-200, (), ENDED.format("by signal 200", "see its output")),
-        (
-            126,
-            (),
-            ENDED.format(
-                "with exit status 126",
-                "the command behind it could not be run: check its script (see llama_server)",
-            ),
-        ),
-        (1, (f'{BAD}-c": stoi',), "-c (not a whole number, or too large): correct its value"),
-        (1, (f'{BAD}-c": stoll',), "-c (not a whole number, or too large): correct its value"),
-        (1, (f'{BAD}--temp": stof',), "--temp (not a number): correct its value"),
-        (1, (f'{BAD}--temp": stod',), "--temp (not a number): correct its value"),
-        (
-            1,
-            ("error loading shared library libfoo.so: no",),
-            (
-                "the shared library libfoo.so is missing or unusable: reinstall llama_server, or "
-                "set LD_LIBRARY_PATH"
-            ),
-        ),
-        (1, (f"{E}{BOUNDS}",), "the model file is damaged or incomplete: download it again"),
+        ("start.status_unknown", None, ()),
+        ("start.status_0", 0, ()),
+        ("start.empty_line", 1, ("",)),
+        ("start.status_128", 128, ("Failed: x",)),
+        ("start.signal", -signal.SIGUSR1, ()),
+        ("start.signal_without_name", -63, ()),
+        ("start.no_such_signal", -200, ()),
+        ("start.status_126", 126, ()),
+        ("start.killed", -signal.SIGKILL, ()),
+        ("start.terminated", -signal.SIGTERM, ()),
+        ("start.wrong_cpu", -signal.SIGILL, ()),
+        ("start.crashed", -signal.SIGSEGV, ()),
+        ("start.shrunk", -signal.SIGBUS, ()),
+        ("start.not_an_integer", 1, (f'{BAD}-c": stoi',)),
+        ("start.not_a_long_integer", 1, (f'{BAD}-c": stoll',)),
+        ("start.not_a_number", 1, (f'{BAD}--temp": stof',)),
+        ("start.not_a_double", 1, (f'{BAD}--temp": stod',)),
+        ("start.missing_library", 1, ("error loading shared library libfoo.so: no",)),
+        ("start.damaged", 1, (f"{E}{BOUNDS}",)),
+        ("start.assertion", 1, (ASSERT,)),
     ],
 )
-def test_the_whole_sentence(returncode: int | None, tail: tuple[str, ...], message: str) -> None:
-    """It is all that a person gets to read, so it is written down here once more."""
-    assert message in explain(returncode, tail).message
+def test_the_message_is_one_sentence_with_a_remedy(
+    key: str, returncode: int | None, tail: tuple[str, ...]
+) -> None:
+    assert_sentence(key, explain(returncode, tail).message)
 
 
-def test_an_exit_status_is_no_signal_up_to_what_a_shell_makes_of_one() -> None:
+def test_exit_statuses_up_to_128_are_not_signals() -> None:
     """129 is the first: a shell's way to say SIGHUP. 128 itself says nothing."""
     assert explain(128, ()).reason == "exited"
     assert explain(1, ()).reason == "exited"
     assert explain(128 + signal.SIGKILL, ()).reason == "killed"
 
 
-def test_what_follows_the_announcement_counts_and_what_is_before_does_not() -> None:
+def test_only_lines_after_the_last_start_count() -> None:
     """A server may fail after it has listened, and then complaints of its start are old news."""
     announced = SUCCESS[-1]
     old, new = f"{E}{BOUNDS}", "error: a new kind of trouble"
@@ -583,7 +574,7 @@ def test_what_follows_the_announcement_counts_and_what_is_before_does_not() -> N
     assert explain(1, (old, announced)).reason == "exited"
 
 
-def test_an_unknown_complaint_is_found_in_any_case() -> None:
+def test_error_lines_are_found_in_any_case() -> None:
     """Of lines that complain the last is quoted, not the last of all."""
     for complaint in ("ERROR: it broke", "it FAILED", "an error", "it failed"):
         assert complaint in explain(3, ("hello", complaint, "bye")).message

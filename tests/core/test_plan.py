@@ -154,6 +154,6 @@ def test_ring_keeps_the_last_lines_and_bounds_the_longest() -> None:
 def test_address_is_read_from_a_line_in_pieces() -> None:
     ring = OutputRing()
     for piece in (b"0.1 I srv  llama_server: listen", b"ing on http://127.0.0.1:43", b"210\n"):
-        assert ring.base_url is None
+        assert ring.announced == ()
         ring.feed(piece)
-    assert ring.base_url == "http://127.0.0.1:43210"
+    assert ring.announced == ("http://127.0.0.1:43210",)

@@ -101,7 +101,7 @@ def fifo(path: Path) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_model_that_cannot_load_costs_no_running_model(
+def test_an_unusable_model_is_refused_before_anything_is_stopped(
     running: Orchestrator,
     model_b: str,
     damage: Callable[[Path], None],
@@ -116,7 +116,7 @@ def test_a_model_that_cannot_load_costs_no_running_model(
     assert remedy in refused.message
 
 
-def test_a_model_that_is_damaged_during_the_load_is_refused_too(
+def test_a_model_damaged_during_the_load_is_refused(
     orch: Orchestrator, fake: Fake, model_a: str, model_b: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file may be replaced between the look and the start: nothing is started then."""
@@ -169,7 +169,7 @@ def test_a_model_that_is_damaged_during_the_load_is_refused_too(
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
-def test_a_setting_that_makes_no_sense_is_refused(
+def test_an_invalid_setting_is_refused(
     running: Orchestrator, model_b: str, fields: dict[str, Any], error: type[OrchestratorError]
 ) -> None:
     """Negative, absurd, of the wrong type, or unknown: nothing is coerced and nothing dropped."""
@@ -179,7 +179,7 @@ def test_a_setting_that_makes_no_sense_is_refused(
 
 
 @pytest.mark.parametrize("path", ["", "   ", "\0", "a\nb"])
-def test_a_model_path_that_is_none_is_refused(running: Orchestrator, path: str) -> None:
+def test_an_invalid_model_path_is_refused(running: Orchestrator, path: str) -> None:
     """llama-server with an empty model is a router, and answers 200."""
     with pytest.raises(InvalidRequest) as refused:
         running.load(path)
@@ -190,7 +190,7 @@ def test_a_model_path_that_is_none_is_refused(running: Orchestrator, path: str) 
 @pytest.mark.parametrize(
     "value", [-1, -0.001, float("nan"), float("inf"), 10**400, 1e300, "5", None, True]
 )
-def test_an_orchestrator_with_impossible_times_cannot_be_made(field: str, value: object) -> None:
+def test_an_orchestrator_with_invalid_times_is_refused(field: str, value: object) -> None:
     """A clock that cannot wait so long ends the thread that tries."""
     settings: dict[str, Any] = {field: value}
     with pytest.raises(InvalidRequest, match="use 0 to 2592000 seconds") as refused:
@@ -212,7 +212,7 @@ def test_an_orchestrator_with_impossible_times_cannot_be_made(field: str, value:
     ],
     ids=str,
 )
-def test_a_server_environment_that_cannot_be_is_refused(
+def test_an_invalid_server_environment_is_refused(
     make: Make, fake: Fake, model_a: str, variables: dict[Any, Any]
 ) -> None:
     """Before anything is started, and the slot is free again; a value is never shown."""
@@ -275,7 +275,7 @@ def bare_shebang(path: Path) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_binary_that_cannot_run_costs_no_running_model(
+def test_an_unusable_binary_is_refused_before_anything_is_stopped(
     make: Make,
     fake: Fake,
     model_a: str,
@@ -301,14 +301,14 @@ def test_a_binary_that_cannot_run_costs_no_running_model(
 @pytest.mark.parametrize(
     "path", ["", "  ", "nul\0", "~nobody-of-that-name/x", "x" * 300, "x/" * 3000]
 )
-def test_a_binary_that_is_no_path_is_refused(make: Make, model_a: str, path: str) -> None:
+def test_an_invalid_path_of_a_binary_is_refused(make: Make, model_a: str, path: str) -> None:
     """Typed, whatever the text."""
     refused = refusal(make(llama_server=path), model_a)
     assert isinstance(refused, ServerUnavailable)
     assert refused.field == "llama_server"
 
 
-def test_a_binary_that_only_the_kernel_can_judge_fails_with_its_words(
+def test_a_binary_the_kernel_refuses_fails_with_its_error(
     make: Make, fake: Fake, model_a: str, model_b: str, binary: Path
 ) -> None:
     """It looks like a program and is none: the load fails, and the next one works."""
@@ -323,9 +323,7 @@ def test_a_binary_that_only_the_kernel_can_judge_fails_with_its_words(
     assert orch.load(model_b).status == "loaded"
 
 
-def test_an_argument_list_too_long_for_the_kernel_is_an_error(
-    make: Make, fake: Fake, model_a: str
-) -> None:
+def test_a_too_long_argument_list_is_reported(make: Make, fake: Fake, model_a: str) -> None:
     """E2BIG comes from the spawn itself."""
     orch = make(server_env={**fake.env, "LARGE": "x" * (1 << 18)})
     with pytest.raises(ServerUnavailable, match="cannot be started: Argument list too long"):
@@ -390,14 +388,17 @@ def test_a_read_only_state_directory_is_refused(
     """A slot that cannot be written cannot be verified either."""
     directory = tmp_path / "read-only"
     directory.mkdir()
-    with read_only(directory), pytest.raises(StateDirError, match="make it writable") as refused:
+    with (
+        read_only(directory),
+        pytest.raises(StateDirError, match="choose another state_dir") as refused,
+    ):
         make(state_dir=directory).load(model_a)
     assert refused.value.field == "state_dir"
     assert fake.notes() == []
     assert make(state_dir=directory).load(model_a).status == "loaded"
 
 
-def test_a_state_directory_that_is_lost_while_a_model_runs_is_an_error_not_a_loss(
+def test_a_state_directory_removed_under_a_running_model_can_be_created_again(
     make: Make,
     fake: Fake,
     model_a: str,
@@ -412,7 +413,7 @@ def test_a_state_directory_that_is_lost_while_a_model_runs_is_an_error_not_a_los
     orch = make(state_dir=directory, kill_grace_s=0.2)
     pid = orch.load(model_a).pid
     shutil.rmtree(directory)
-    with pytest.raises(SlotOccupied, match=r"server.lock cannot be opened .*check state_dir"):
+    with pytest.raises(SlotOccupied, match=r"server.lock cannot be written .*choose another"):
         orch.load(model_b)
     assert fake.living() <= {pid}
     assert len(fake.notes("start")) == 1
@@ -423,7 +424,9 @@ def test_a_state_directory_that_is_lost_while_a_model_runs_is_an_error_not_a_los
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "x" * 65, "a b"])
-def test_a_bad_slot_name_is_refused(make: Make, fake: Fake, model_a: str, name: str) -> None:
+def test_an_invalid_slot_name_is_refused_by_the_first_call(
+    make: Make, fake: Fake, model_a: str, name: str
+) -> None:
     """At the first call; nothing is made in the state directory."""
     with pytest.raises(InvalidRequest, match="use 1 to 64") as refused:
         make(slot=name).load(model_a)
@@ -431,7 +434,7 @@ def test_a_bad_slot_name_is_refused(make: Make, fake: Fake, model_a: str, name: 
     assert fake.notes() == []
 
 
-def test_all_of_this_leaves_no_process(fake: Fake) -> None:
+def test_the_fake_server_reports_its_running_processes(fake: Fake) -> None:
     """The fixtures would say so; this says that they can."""
     with subprocess.Popen(["sleep", "600"]) as process:
         journal = Path(fake.directory, "journal")

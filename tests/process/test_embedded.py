@@ -159,7 +159,7 @@ def run(*flags: str, python: tuple[str, ...] = ()) -> subprocess.CompletedProces
 
 
 @pytest.mark.parametrize("flag", ["--bogus", "--ctx-size=5", "-np8", "stray"])
-def test_an_unknown_flag_ends_it_in_llama_servers_words(flag: str) -> None:
+def test_an_unknown_flag_is_refused_in_llama_servers_words(flag: str) -> None:
     """Callers classify failures by this text, and learn of them before any library is loaded."""
     no_site_packages = ("-S",)
     ended = run(flag, python=no_site_packages)
@@ -192,7 +192,7 @@ def test_an_unknown_flag_ends_it_in_llama_servers_words(flag: str) -> None:
         (("--host", ","), "--host requires at least one address"),
     ],
 )
-def test_a_bad_value_is_refused_and_the_flag_explained(
+def test_an_invalid_value_is_refused_with_the_usage_of_its_flag(
     flags: tuple[str, ...], refusal: str
 ) -> None:
     """The refusal names the flag as llama-server does and shows how it is used."""
@@ -204,7 +204,7 @@ def test_a_bad_value_is_refused_and_the_flag_explained(
 
 
 @pytest.mark.parametrize("flags", [(), ("--port", "0"), ("-m", "")])
-def test_without_a_model_it_is_no_router(flags: tuple[str, ...]) -> None:
+def test_a_command_line_without_a_model_is_refused(flags: tuple[str, ...]) -> None:
     """llama-server would start in router mode and spawn children of its own."""
     ended = run(*flags)
     assert ended.returncode == 1
@@ -255,7 +255,7 @@ def test_version_names_the_library() -> None:
     assert re.match(r"version: \d{4}\.\S+ \(xllamacpp\)\nbuilt for ", ended.stderr)
 
 
-def test_without_the_library_it_names_the_extra_to_install(model: str) -> None:
+def test_a_missing_library_is_reported_with_the_extra_to_install(model: str) -> None:
     """The remedy belongs in the message."""
     ended = run("-m", model, python=("-S",))
     assert ended.returncode == 1
@@ -265,7 +265,7 @@ def test_without_the_library_it_names_the_extra_to_install(model: str) -> None:
 # Serving
 
 
-def test_it_says_where_it_listens_and_answers(start: Start) -> None:
+def test_it_prints_its_address_and_answers_requests(start: Start) -> None:
     """With port 0 the line is the only way to learn the address."""
     child = start().listening()
     assert child.json("GET", "/health") == {"status": "ok"}
@@ -277,7 +277,7 @@ def test_it_says_where_it_listens_and_answers(start: Start) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"", b"GGUF", b"not a model at all"])
-def test_a_model_that_cannot_be_loaded_ends_it_with_llama_cpps_reason(
+def test_an_unusable_model_ends_it_with_llama_cpps_reason(
     start: Start, tmp_path: Path, content: bytes | None
 ) -> None:
     """Failures are classified by what llama.cpp wrote last."""
@@ -291,7 +291,7 @@ def test_a_model_that_cannot_be_loaded_ends_it_with_llama_cpps_reason(
     assert "exiting due to model loading error" in output
 
 
-def test_a_port_in_use_ends_it(start: Start) -> None:
+def test_it_exits_when_its_port_is_in_use(start: Start) -> None:
     """`/health` on that port answers 200 from the first: only the exit tells of the second."""
     first = start().listening()
     second = start("--port", str(first.port))
@@ -334,7 +334,7 @@ def settings(child: Child) -> dict[str, Any]:
         ("--no-slots --slots", {"endpoint_slots": True}),
     ],
 )
-def test_a_flag_is_what_the_server_says_it_runs_with(
+def test_a_flag_changes_what_the_server_reports(
     start: Start, flags: str, expected: dict[str, Any]
 ) -> None:
     """Accepted and ignored would be worse than refused."""
@@ -382,7 +382,7 @@ def test_the_context_is_shared_among_the_slots(start: Start, flags: str, expecte
         ("-mm /nowhere/mmproj.gguf", r"failed to load multimodal model, '/nowhere/mmproj.gguf'"),
     ],
 )
-def test_a_flag_is_what_llama_cpp_logs(start: Start, flags: str, line: str) -> None:
+def test_a_flag_changes_what_llama_cpp_logs(start: Start, flags: str, line: str) -> None:
     """What no endpoint tells is in the log, which `-v` opens."""
     start("-v", *flags.split()).wait_for(line)
 
@@ -407,7 +407,7 @@ def test_a_draft_model_is_loaded_with_its_limits(start: Start, model: str) -> No
 @pytest.mark.parametrize(
     ("flag", "line"), [("--no-warmup", "warming up the model"), ("--fit off", "fitting params")]
 )
-def test_what_is_switched_off_does_not_happen(start: Start, flag: str, line: str) -> None:
+def test_a_flag_switches_a_default_off(start: Start, flag: str, line: str) -> None:
     """On by default, and gone with the flag."""
     start("-v").wait_for(line)
     child = start("-v", *flag.split())
@@ -415,7 +415,7 @@ def test_what_is_switched_off_does_not_happen(start: Start, flag: str, line: str
     assert not any(line in written for written in child.output)
 
 
-def test_without_continuous_batching_requests_take_turns(start: Start) -> None:
+def test_requests_take_turns_without_continuous_batching(start: Start) -> None:
     """`-nocb` shows in nothing but who waits: the second answer comes when the first is done."""
     child = start("-nocb", "-np", "2", "-c", "8192").listening()
     long_one = threading.Thread(
@@ -433,7 +433,9 @@ def busy_slots(child: Child) -> int:
     return sum(slot["is_processing"] for slot in child.json("GET", "/slots"))
 
 
-def test_the_chat_template_and_its_arguments_shape_the_prompt(start: Start, tmp_path: Path) -> None:
+def test_the_chat_template_and_its_arguments_determine_the_prompt(
+    start: Start, tmp_path: Path
+) -> None:
     """The three template flags end in the prompt the model sees."""
     template = tmp_path / "template.jinja"
     template.write_text("file {{ messages[0].content }} {{ word }}")
@@ -467,7 +469,7 @@ def test_sampling_flags_win_over_the_models_own_settings(
     assert (flagged["temperature"], flagged["top_k"]) == (0.25, 40)
 
 
-def test_layers_for_a_gpu_that_is_not_there_are_mentioned(start: Start) -> None:
+def test_layers_for_a_missing_gpu_are_reported(start: Start) -> None:
     """Nothing to offload to is not an error, but not a silence either."""
     import xllamacpp
 
@@ -547,7 +549,7 @@ def test_a_signal_ends_a_server_that_is_loading(start: Start, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("order", ["exit", "end of input", "SIGTERM"])
-def test_as_a_routers_child_it_reports_and_obeys(start: Start, order: str) -> None:
+def test_it_reports_to_a_router_and_obeys_it(start: Start, order: str) -> None:
     """llama.cpp's own progress protocol works, and none of its ways to stop is lost."""
     child = start(env={"LLAMA_SERVER_ROUTER_PORT": "1"}, stdin=subprocess.PIPE)
     # no ^: a report on stdout may come between a log line's time and its text on stderr
@@ -569,7 +571,7 @@ def test_as_a_routers_child_it_reports_and_obeys(start: Start, order: str) -> No
 # The model these tests run on
 
 
-def test_the_same_seed_makes_the_same_model(tmp_path: Path) -> None:
+def test_the_same_seed_writes_the_same_model(tmp_path: Path) -> None:
     """A benchmark and a bug report can name the file by its arguments."""
     paths = [tmp_path / name for name in ("a", "b", "c")]
     for path, seed in zip(paths, (1, 1, 2), strict=True):
@@ -581,7 +583,7 @@ def test_the_same_seed_makes_the_same_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("padding_bytes", [1, 1 << 20, 64 << 20])
-def test_padding_makes_a_larger_model_that_still_answers(
+def test_a_padded_model_is_larger_and_still_answers(
     start: Start, model: str, tmp_path: Path, padding_bytes: int
 ) -> None:
     """Tests of slow loads need a file of any size that llama.cpp really reads."""
@@ -592,7 +594,7 @@ def test_padding_makes_a_larger_model_that_still_answers(
     assert len(answer["choices"][0]["message"]["content"]) == 5
 
 
-def test_layers_and_context_are_as_asked(start: Start, tmp_path: Path) -> None:
+def test_layers_and_context_are_as_requested(start: Start, tmp_path: Path) -> None:
     """What the file claims is what the server reports."""
     path = tiny_model.write_tiny_model(tmp_path / "m.gguf", n_layer=5, context_length=4096)
     child = start("-v", "-m", str(path))
@@ -602,14 +604,14 @@ def test_layers_and_context_are_as_asked(start: Start, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [{"n_layer": 0}, {"padding_bytes": -1}, {"context_length": 0}])
-def test_an_impossible_size_writes_nothing(tmp_path: Path, size: dict[str, int]) -> None:
+def test_an_invalid_size_writes_nothing(tmp_path: Path, size: dict[str, int]) -> None:
     """Refused before the file exists."""
     with pytest.raises(ValueError, match="must be 1 or more"):
         tiny_model.write_tiny_model(tmp_path / "m.gguf", **size)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_gguf_the_error_names_the_extra(
+def test_a_missing_gguf_package_is_reported_with_the_extra_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The remedy belongs in the message."""

@@ -85,7 +85,7 @@ def stream(base_url: str) -> Iterator[http.client.HTTPResponse]:
         yield response
 
 
-def test_a_model_is_loaded_asked_and_unloaded(real: Orchestrator, tiny_model: str) -> None:
+def test_a_model_is_loaded_used_and_unloaded(real: Orchestrator, tiny_model: str) -> None:
     """The main job, end to end."""
     outcome = real.load(tiny_model, max_seq_length=512, n_parallel=1)
     assert (outcome.status, outcome.context_length) == ("loaded", 512)
@@ -116,7 +116,7 @@ def test_the_same_load_is_answered_in_milliseconds(real: Orchestrator, tiny_mode
     assert sorted(took)[len(took) // 2] < 0.005, took
 
 
-def test_a_swap_says_why_and_ends_the_old_server_first(
+def test_a_swap_reports_its_reasons_and_ends_the_old_server_first(
     real: Orchestrator, tiny_model: str, other_model: str
 ) -> None:
     """Another model, then another context: both are reloads, and both say so."""
@@ -130,7 +130,7 @@ def test_a_swap_says_why_and_ends_the_old_server_first(
     assert third.context_length == 256
 
 
-def test_two_rapid_applies_never_make_two_servers(
+def test_two_rapid_applies_never_run_two_servers(
     real: Orchestrator, tiny_model: str, other_model: str, state_dir: Path, tmp_path: Path
 ) -> None:
     """The double click that left an orphan in memory until the machine ran out of it."""
@@ -234,7 +234,7 @@ def test_a_crash_is_noticed_and_the_model_loads_again(real: Orchestrator, tiny_m
     assert (second.status, second.pid != first.pid) == ("loaded", True)
 
 
-def test_a_flag_the_server_does_not_know_fails_with_its_words(
+def test_an_unknown_flag_fails_the_load_with_the_servers_words(
     real: Orchestrator, tiny_model: str
 ) -> None:
     """In milliseconds, and the slot is free afterwards."""
@@ -244,7 +244,7 @@ def test_a_flag_the_server_does_not_know_fails_with_its_words(
     assert real.load(tiny_model, llama_extra_args=[]).status == "loaded"
 
 
-def test_what_a_model_says_of_itself_is_not_believed(
+def test_an_address_in_the_models_metadata_is_not_believed(
     real: Orchestrator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its metadata is printed line by line; one of them may look like the server's own."""
@@ -313,7 +313,7 @@ def test_the_server_does_not_outlive_a_killed_backend(
     assert server.seconds_to_exit(backend.die()) < 3
 
 
-def test_asyncio_loads_and_a_cancelled_await_withdraws_only_its_caller(
+def test_a_cancelled_await_withdraws_only_its_caller(
     llama_server: str, state_dir: Path, slow_model: str
 ) -> None:
     """One impatient client must not abort the load of everybody who joined it."""

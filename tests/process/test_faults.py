@@ -62,7 +62,7 @@ def answers(base_url: str) -> bool:
     "signum",
     ["SIGSEGV", "SIGABRT", "SIGKILL", "SIGTERM", "SIGILL", "SIGBUS", "SIGFPE", "SIGHUP", "SIGINT"],
 )
-def test_whatever_signal_ends_a_healthy_server_it_is_told_and_loads_again(
+def test_a_signal_that_ends_a_healthy_server_is_reported(
     real: Orchestrator, tiny_model: str, signum: str
 ) -> None:
     """llama-server takes SIGTERM and SIGINT as a wish and exits with 0; the others are crashes."""
@@ -82,7 +82,7 @@ def test_whatever_signal_ends_a_healthy_server_it_is_told_and_loads_again(
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 127, 255])
-def test_whatever_code_a_healthy_server_exits_with_it_is_told(
+def test_the_exit_status_of_a_healthy_server_is_reported(
     orch: Orchestrator, fake: Fake, model_a: str, code: int
 ) -> None:
     """Also 0: a server that ends of its own accord is as gone as one that crashes."""
@@ -96,7 +96,7 @@ def test_whatever_code_a_healthy_server_exits_with_it_is_told(
 
 
 @pytest.mark.external
-def test_a_server_that_the_kernel_kills_is_noticed(real: Orchestrator, tmp_path: Path) -> None:
+def test_a_server_killed_by_the_kernel_is_reported(real: Orchestrator, tmp_path: Path) -> None:
     """At the end of its CPU time, in the middle of a stream: a SIGKILL that nobody sent, as the
     out-of-memory killer's is.
     """
@@ -114,7 +114,7 @@ def test_a_server_that_the_kernel_kills_is_noticed(real: Orchestrator, tmp_path:
 
 
 @pytest.mark.external
-def test_a_server_that_runs_into_a_memory_limit_fails_alone(
+def test_a_memory_limit_fails_only_the_load_that_exceeds_it(
     llama_server: str, make: Make, fake: Fake, tiny_model: str
 ) -> None:
     """Too little for its libraries, or for its model: an error, and the next load works."""
@@ -131,9 +131,7 @@ def test_a_server_that_runs_into_a_memory_limit_fails_alone(
 
 
 @pytest.mark.external
-def test_a_port_that_is_taken_over_after_a_crash_is_nobodys(
-    real: Orchestrator, tiny_model: str
-) -> None:
+def test_a_port_taken_over_after_a_crash_is_not_used(real: Orchestrator, tiny_model: str) -> None:
     """A server binds port 0, so nobody can take its port before it; this one takes it after."""
     before = real.load(tiny_model)
     port = urlsplit(before.base_url).port
@@ -153,7 +151,7 @@ def test_a_port_that_is_taken_over_after_a_crash_is_nobodys(
 
 
 @pytest.mark.parametrize("jump_s", [-10 * 365 * 86400.0, 10 * 365 * 86400.0])
-def test_a_step_of_the_wall_clock_ends_nothing_and_prolongs_nothing(
+def test_a_step_of_the_wall_clock_changes_no_timeout(
     make: Make,
     fake: Fake,
     model_a: str,
@@ -229,7 +227,7 @@ finally: rest_of_thread.set()  # only Ctrl-C comes by here: then all that is und
 
 @pytest.mark.parametrize("signum", ["SIGKILL", "SIGTERM", "SIGINT", "SIGHUP"])
 @pytest.mark.parametrize("state", list(State))
-def test_in_whatever_state_the_backend_is_ended_no_server_outlives_it(
+def test_no_server_outlives_a_backend_that_ends_in_any_state(
     host: StartHost,
     make: Make,
     fake: Fake,
@@ -281,9 +279,7 @@ say(left=str(orch.status().state))
 """
 
 
-def test_ten_thousand_open_files_are_no_hindrance_and_are_not_inherited(
-    host: StartHost, fake: Fake
-) -> None:
+def test_ten_thousand_open_files_are_not_inherited(host: StartHost, fake: Fake) -> None:
     """A proxy's worth of connections: beyond 1,024 `select` fails, and a fork copies them all."""
     backend = host(MANY_FILES)
     said = backend.hear()
@@ -327,9 +323,7 @@ say(left=str(orch.status().state))
 
 
 @pytest.mark.parametrize("spared", [0, 2, 4, 6])
-def test_without_any_descriptor_left_nothing_is_lost(
-    host: StartHost, fake: Fake, spared: int
-) -> None:
+def test_running_out_of_descriptors_loses_nothing(host: StartHost, fake: Fake, spared: int) -> None:
     """What cannot be looked at is not known to be dead: errors, then everything as before."""
     fake.behave(children=["daemon!"])
     backend = host(NO_FILES.replace("SPARED", str(spared)))
@@ -374,7 +368,7 @@ say(left=str(orch.status().state))
 
 
 @pytest.mark.parametrize("before", ["nothing", "loaded"])
-def test_without_a_process_table_nothing_is_started_and_nothing_is_lost(
+def test_an_unreadable_process_table_starts_and_loses_nothing(
     fake: Fake, state_dir: Path, model_a: str, before: str
 ) -> None:
     """A jail without /proc: who lives in the slot cannot be known: an error, not a hope."""
@@ -481,7 +475,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_log_on_a_full_disk_stops_nothing(host: StartHost, make: Make, fake: Fake) -> None:
+def test_a_log_on_a_full_disk_does_not_interrupt_anything(
+    host: StartHost, make: Make, fake: Fake
+) -> None:
     """Not a load, not an effect that fails, not a new guardian, and not the next start."""
     backend = host(FULL_LOG)
     said = backend.hear()
@@ -503,7 +499,7 @@ def test_a_log_on_a_full_disk_stops_nothing(host: StartHost, make: Make, fake: F
 
 @pytest.mark.external
 @pytest.mark.parametrize("server", ["real", "fake"])
-def test_a_host_without_any_environment_loads(
+def test_a_host_with_an_empty_environment_loads(
     llama_server: str, fake: Fake, state_dir: Path, model_a: str, server: str
 ) -> None:
     """No PATH, no HOME, no LANG: as a service manager or `env -i` starts it."""
@@ -541,7 +537,7 @@ UNSPEAKABLE = {
 @pytest.mark.external
 @pytest.mark.parametrize("server", ["llama_server", "embedded"])
 @pytest.mark.parametrize("kind", AWKWARD)
-def test_a_path_of_any_text_is_the_path_that_is_loaded(
+def test_an_awkward_path_is_passed_on_unchanged(
     llama_server: str, tmp_path: Path, tiny_model: str, kind: str, server: str
 ) -> None:
     """The state directory too; nothing is split, expanded, or read as a flag."""
@@ -564,7 +560,7 @@ def test_a_path_of_any_text_is_the_path_that_is_loaded(
 
 
 @pytest.mark.parametrize("kind", UNSPEAKABLE)
-def test_a_path_that_no_log_and_no_json_can_hold_is_refused(
+def test_an_unprintable_path_is_refused(
     orch: Orchestrator, fake: Fake, tmp_path: Path, model_a: str, kind: str
 ) -> None:
     """Before anything is stopped; a folder of such a name is no state directory less good."""
@@ -597,7 +593,7 @@ say(left=str(orch.status().state))
 
 
 @pytest.mark.parametrize("locale", ["C", "tlh_QO.KLINGON"])
-def test_in_any_locale_any_output_is_taken(
+def test_output_is_read_in_any_locale(
     fake: Fake, state_dir: Path, model_a: str, locale: str
 ) -> None:
     """What a server prints is bytes, and a locale that cannot read them is no reason to fail."""

@@ -13,7 +13,7 @@ from tests.kit.process.support import Make, is_running, until
 TTL_S = 0.25
 
 
-def test_a_model_is_unloaded_after_its_time_and_nothing_is_left(make: Make, model_a: str) -> None:
+def test_an_idle_model_is_unloaded_and_leaves_no_process(make: Make, model_a: str) -> None:
     """The process is gone, not only the word `loaded`; a look at the status is no use."""
     orch = make(idle_ttl_s=TTL_S)
     loaded = orch.load(model_a)
@@ -26,7 +26,7 @@ def test_a_model_is_unloaded_after_its_time_and_nothing_is_left(make: Make, mode
         pass
 
 
-def test_a_lease_holds_the_model_beyond_its_time(make: Make, model_a: str) -> None:
+def test_a_lease_keeps_the_model_loaded_beyond_its_idle_time(make: Make, model_a: str) -> None:
     """The end of the time meets a held lease, and passes by; then a whole time begins."""
     orch = make(idle_ttl_s=TTL_S)
     loaded = orch.load(model_a)
@@ -53,7 +53,7 @@ def test_a_pinned_model_stays_until_it_is_loaded_without_the_pin(make: Make, mod
 
 
 @pytest.mark.external
-def test_no_request_meets_a_dying_server(
+def test_no_lease_is_granted_on_a_server_that_is_being_stopped(
     llama_server: str, state_dir: Path, tiny_model: str
 ) -> None:
     """B27, B63: leases are taken right when the time ends, over and over, on the real server: each
@@ -78,7 +78,7 @@ def test_no_request_meets_a_dying_server(
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), "soon", True])
-def test_a_time_that_is_none_is_refused(make: Make, value: object) -> None:
+def test_an_invalid_idle_time_is_refused(make: Make, value: object) -> None:
     """Zero is no wish to unload at once: it is more often a wish for never, so it is asked back."""
     with pytest.raises(InvalidRequest) as caught:
         make(idle_ttl_s=value)

@@ -68,7 +68,7 @@ ENDS = {
 
 @pytest.mark.parametrize("deaf", [False, True], ids=["obedient", "deaf"])
 @pytest.mark.parametrize("end", ENDS)
-def test_the_server_does_not_outlive_the_backend(
+def test_no_server_outlives_its_backend(
     host: StartHost, fake: Fake, state_dir: Path, end: str, deaf: bool
 ) -> None:
     """By whatever signal, exit or exception, and also when the server ignores SIGTERM."""
@@ -88,7 +88,7 @@ def test_the_server_does_not_outlive_the_backend(
     assert took < GONE_S, took
 
 
-def test_a_backend_killed_before_its_guardian_is_up_is_no_exception(
+def test_no_server_outlives_a_backend_killed_before_its_guardian_is_up(
     host: StartHost, fake: Fake
 ) -> None:
     """The first load of a new backend is when memory runs out."""
@@ -110,7 +110,7 @@ rest()
 """
 
 
-def test_forked_workers_that_live_on_change_nothing(host: StartHost, fake: Fake) -> None:
+def test_forked_workers_do_not_keep_the_server_alive(host: StartHost, fake: Fake) -> None:
     """They hold copies of every pipe and lock, and they are not the backend."""
     backend = host(FORKING)
     said = backend.hear()
@@ -140,7 +140,7 @@ rest()
 """
 
 
-def test_a_worker_forked_in_the_middle_of_a_load_keeps_no_lock(
+def test_a_worker_forked_during_a_load_holds_no_lock(
     host: StartHost, make: Make, fake: Fake, model_a: str
 ) -> None:
     """Otherwise the slot would be occupied for as long as that worker lives."""
@@ -169,7 +169,7 @@ rest()
 """
 
 
-def test_the_thread_that_loads_may_end(host: StartHost) -> None:
+def test_a_server_outlives_the_thread_that_loaded_it(host: StartHost) -> None:
     """A parent-death signal is bound to a thread: a server died with the thread that asked."""
     backend = host(SHORT_LIVED_THREAD)
     pid = backend.hear()["pid"]
@@ -191,7 +191,7 @@ rest()
 """
 
 
-def test_the_event_loop_that_loads_may_end(host: StartHost) -> None:
+def test_a_server_outlives_the_event_loop_that_loaded_it(host: StartHost) -> None:
     """A child of `asyncio.to_thread` died when the executor was shut down."""
     backend = host(EVENT_LOOP)
     said = backend.hear()
@@ -223,9 +223,7 @@ def test_no_server_behind_a_wrapper_outlives_the_backend(host: StartHost, fake: 
     until(lambda: not is_running(wrapper), "the wrapper", 5)
 
 
-def test_a_backend_that_dies_while_its_server_starts_leaves_none(
-    host: StartHost, fake: Fake
-) -> None:
+def test_no_server_outlives_a_backend_killed_during_the_start(host: StartHost, fake: Fake) -> None:
     """Written down and locked before it exists, so it is found at any moment."""
     fake.behave(hang=True, ignore_term=-1)
     backend = host('orch.submit(a["model"])\nsay(submitted=True)\nrest()')
@@ -235,7 +233,7 @@ def test_a_backend_that_dies_while_its_server_starts_leaves_none(
     assert server.seconds_to_exit(backend.die()) < GONE_S
 
 
-def test_a_stopped_server_does_not_outlive_the_backend(host: StartHost, fake: Fake) -> None:
+def test_no_stopped_server_outlives_its_backend(host: StartHost, fake: Fake) -> None:
     """A stopped process keeps SIGTERM pending."""
     backend = host(LOAD + "rest()")
     pid = backend.hear()["pid"]
@@ -327,7 +325,7 @@ def test_a_guardian_that_was_killed_is_replaced_at_the_next_start(host: StartHos
     assert server.seconds_to_exit(backend.die()) < GONE_S
 
 
-def test_a_stopped_guardian_holds_up_nobody(host: StartHost) -> None:
+def test_close_does_not_wait_for_a_stopped_guardian(host: StartHost) -> None:
     """A process that is stopped does not hear SIGTERM."""
     backend = host(LOAD + "sys.stdin.readline()\norch.close()\nsay(closed=True)\nrest()")
     backend.hear()
@@ -354,7 +352,7 @@ rest()
 
 
 @pytest.mark.parametrize("is_frozen", [False, True], ids=["embedded", "frozen"])
-def test_a_host_that_is_no_interpreter_is_not_started_again(
+def test_the_guardian_is_never_started_with_another_program_than_python(
     host: StartHost, fake: Fake, tmp_path: Path, is_frozen: bool
 ) -> None:
     """`sys.executable` of a bundled application is the application: a second one would claim the
@@ -399,7 +397,7 @@ def test_a_guardian_holds_nothing_of_the_backend(host: StartHost) -> None:
     assert os.getsid(pid) == pid
 
 
-def test_a_new_backend_is_not_disturbed_by_the_guardian_of_the_old_one(
+def test_the_guardian_of_an_old_backend_leaves_a_new_one_alone(
     host: StartHost, fake: Fake, make: Make, model_a: str
 ) -> None:
     """It starts at once, as a supervisor would start it, while the old server is still dying."""
@@ -430,7 +428,7 @@ def abandoned(host: StartHost, program: str = LOAD + "rest()") -> int:
 
 
 @pytest.mark.parametrize("deaf", [False, True], ids=["obedient", "deaf"])
-def test_the_next_start_ends_what_everybody_left(
+def test_the_next_start_ends_what_backend_and_guardian_left(
     host: StartHost, make: Make, fake: Fake, model_a: str, deaf: bool
 ) -> None:
     """Before it starts anything."""
@@ -464,7 +462,7 @@ def test_a_lost_record_does_not_hide_the_server(
     assert not is_running(pid)
 
 
-def test_the_next_start_touches_no_other_slot(
+def test_the_next_start_leaves_other_slots_alone(
     host: StartHost, make: Make, fake: Fake, tmp_path: Path, model_a: str
 ) -> None:
     """Another backend's live server, in the same state directory, started by the same binary."""
@@ -479,7 +477,7 @@ def test_the_next_start_touches_no_other_slot(
     other.unload()
 
 
-def test_the_next_start_touches_no_look_alike(
+def test_the_next_start_leaves_a_lookalike_process_alone(
     host: StartHost, make: Make, fake: Fake, tmp_path: Path
 ) -> None:
     """The user's own llama-server has the same name and the same arguments."""
@@ -505,7 +503,7 @@ def test_the_next_start_touches_no_look_alike(
     [{"start_ticks": 7}, {"boot_id": "before the reboot"}, {"pid": 1}, {"pid": 0}, {"pid": -1}],
     ids=str,
 )
-def test_the_next_start_believes_no_record_that_names_somebody_else(
+def test_the_next_start_ignores_a_record_of_another_process(
     make: Make, state_dir: Path, change: dict[str, Any]
 ) -> None:
     """A reused pid, another boot, the init process, a process group: none is touched."""

@@ -48,6 +48,7 @@ from tests.kit.process.support import (
     until_queued,
     until_state,
 )
+from tests.kit.sentences import assert_sentence
 
 PROMPT_S = 5.0  # "at once", on a machine that may be very busy
 KINDS = ("group", "setsid", "daemon", "closed", "scrubbed")
@@ -56,7 +57,7 @@ KINDS = ("group", "setsid", "daemon", "closed", "scrubbed")
 # How a server is started
 
 
-def test_a_server_gets_an_allow_list_of_the_environment(
+def test_a_server_inherits_only_listed_variables(
     make: Make, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch, state_dir: Path
 ) -> None:
     """A token must not reach the server, and no variable may override its arguments."""
@@ -88,7 +89,7 @@ def test_a_server_gets_an_allow_list_of_the_environment(
     assert env["LLAMA_ORCHESTRATOR_SLOT_TOKEN"].startswith(str(state_dir / "default"))
 
 
-def test_a_server_gets_no_descriptor_but_its_pipe_and_the_lock(
+def test_a_server_inherits_only_its_pipe_and_the_lock(
     orch: Orchestrator, fake: Fake, model_a: str, state_dir: Path
 ) -> None:
     """A leaked socket of the host keeps its port taken; a leaked terminal can be read."""
@@ -122,7 +123,7 @@ rest()
 """
 
 
-def test_a_host_without_standard_streams_gives_the_lock_all_the_same(
+def test_a_host_without_standard_streams_passes_the_lock_on(
     host: Callable[..., Host], fake: Fake, state_dir: Path
 ) -> None:
     """The first files a daemon opens are 0, 1 and 2, and those are replaced in the child."""
@@ -141,7 +142,7 @@ def test_a_server_has_a_session_of_its_own(orch: Orchestrator, model_a: str) -> 
     assert os.getsid(pid) == os.getpgid(pid) == pid != os.getsid(0)
 
 
-def test_a_chat_template_travels_in_a_private_file_that_does_not_outlive_the_server(
+def test_a_chat_template_is_passed_in_a_private_file_removed_with_the_server(
     orch: Orchestrator, fake: Fake, model_a: str
 ) -> None:
     """It may hold what the prompt holds, so argv is no place for it."""
@@ -199,7 +200,7 @@ def test_a_server_that_ignores_sigterm_is_killed_after_the_grace(
     assert len(fake.notes("term")) == 2
 
 
-def test_a_second_sigterm_comes_soon(make: Make, fake: Fake, model_a: str) -> None:
+def test_a_second_sigterm_is_sent_soon(make: Make, fake: Fake, model_a: str) -> None:
     """llama-server ignores the first while a stream is active, and ends at the second."""
     fake.behave(ignore_term=1)
     orch = make(kill_grace_s=60)
@@ -228,7 +229,7 @@ def test_no_grace_means_sigkill_at_once(make: Make, fake: Fake, model_a: str) ->
     assert last_exit(orch) == (pid, -signal.SIGKILL)
 
 
-def test_a_stopped_server_is_continued_to_hear_the_signal(
+def test_a_stopped_server_is_continued_to_receive_the_signal(
     make: Make, fake: Fake, model_a: str
 ) -> None:
     """SIGTERM stays pending while a process is stopped; the grace must not be waited out."""
@@ -300,7 +301,7 @@ def test_a_descendant_gets_as_many_signals_as_the_server(
     assert second["at"] - first["at"] >= 0.1
 
 
-def test_who_has_the_signal_with_the_group_does_not_get_it_again(
+def test_only_processes_outside_the_group_are_signalled_individually(
     make: Make, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only who has left the group is signalled one by one."""
@@ -384,7 +385,7 @@ def test_a_descendant_that_outlives_a_crashed_server_is_ended(
 
 
 @pytest.mark.parametrize("form", ["lines", "one_line", "binary", "escapes"])
-def test_a_flood_of_output_blocks_nobody(
+def test_a_flood_of_output_does_not_block_a_load(
     orch: Orchestrator, fake: Fake, model_a: str, form: str
 ) -> None:
     """An undrained pipe freezes the real server at 64 KiB, signals included."""
@@ -409,7 +410,7 @@ def test_a_server_that_never_stops_printing_can_be_used_and_unloaded(
     assert watch.seconds_to_exit(begun) < PROMPT_S
 
 
-def test_a_server_that_closes_its_output_costs_nothing(
+def test_a_closed_output_does_not_make_the_warden_spin(
     orch: Orchestrator, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pipe at its end is readable for ever: whoever polls it spins."""
@@ -434,9 +435,7 @@ def test_a_server_that_closes_its_output_costs_nothing(
     assert not is_running(pid)
 
 
-def test_what_was_printed_can_be_read_afterwards(
-    orch: Orchestrator, fake: Fake, model_a: str
-) -> None:
+def test_output_can_be_read_after_the_unload(orch: Orchestrator, fake: Fake, model_a: str) -> None:
     """The last words of a server are what its user looks for."""
     fake.behave(message="first words")
     orch.load(model_a)
@@ -453,7 +452,7 @@ def test_what_was_printed_can_be_read_afterwards(
     ("how", "returncode"),
     [({"crash_code": 7}, 7), ({"crash_code": 0}, 0), ({"crash_signal": 11}, -11)],
 )
-def test_a_crash_is_noticed_and_its_status_is_told(
+def test_a_crash_and_its_exit_status_are_reported(
     orch: Orchestrator, fake: Fake, model_a: str, how: dict[str, Any], returncode: int
 ) -> None:
     """A corpse is never "loaded", and the same load starts a new server."""
@@ -499,7 +498,7 @@ def no_pidfds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("no_pidfds")
-def test_without_pidfds_everything_is_polled_for(
+def test_exits_are_polled_for_without_pidfds(
     make: Make, fake: Fake, model_a: str, model_b: str
 ) -> None:
     """Slower, and just as right: a live process is never taken for dead."""
@@ -537,7 +536,7 @@ def immortal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     patch.undo()
 
 
-def test_a_server_that_will_not_die_keeps_the_slot(
+def test_a_server_that_survives_sigkill_keeps_the_slot(
     make: Make,
     fake: Fake,
     model_a: str,
@@ -552,8 +551,9 @@ def test_a_server_that_will_not_die_keeps_the_slot(
     status = orch.status()
     assert (status.state, status.occupied_by, status.loaded) == (State.IDLE, pid, None)
     for model in (model_a, model_b):
-        with pytest.raises(SlotOccupied, match="did not end after SIGKILL; look at"):
+        with pytest.raises(SlotOccupied) as refused:
             orch.load(model)
+        assert_sentence("slot.occupied", refused.value.message, pid=pid)
     assert len(fake.notes("start")) == 1
     assert is_running(pid)
     immortal()
@@ -585,7 +585,7 @@ def test_a_server_that_may_not_be_signalled_keeps_the_slot(
     assert orch.unload().status == "unloaded"
 
 
-def test_an_unload_tries_again_and_frees_the_slot(
+def test_an_unload_retries_a_failed_kill(
     make: Make, fake: Fake, model_a: str, immortal: Callable[[], None]
 ) -> None:
     """A failed kill is not a dead end."""
@@ -599,7 +599,7 @@ def test_an_unload_tries_again_and_frees_the_slot(
     assert orch.status().occupied_by is None
 
 
-def test_a_load_tries_again_too(
+def test_a_load_retries_a_failed_kill(
     make: Make, fake: Fake, model_a: str, model_b: str, immortal: Callable[[], None]
 ) -> None:
     """It goes through Killing, so it needs no unload before it."""
@@ -613,7 +613,7 @@ def test_a_load_tries_again_too(
     fake.assert_never_two()
 
 
-def test_a_descendant_that_will_not_die_keeps_the_slot(
+def test_a_descendant_that_survives_sigkill_keeps_the_slot(
     make: Make, fake: Fake, model_a: str, immortal: Callable[[], None]
 ) -> None:
     """The server is gone, and still its slot is not empty."""
@@ -632,7 +632,7 @@ def test_a_descendant_that_will_not_die_keeps_the_slot(
     assert not is_running(child)
 
 
-def test_closing_over_a_server_that_will_not_die_says_so(
+def test_close_reports_a_server_that_survives_sigkill(
     fake: Fake, model_a: str, state_dir: Path, immortal: Callable[[], None]
 ) -> None:
     """The slot is given up, and the next orchestrator ends what is left."""
@@ -659,7 +659,7 @@ def test_closing_over_a_server_that_will_not_die_says_so(
 # Cancel, in every state
 
 
-def test_a_cancel_while_the_old_server_dies_starts_nothing(
+def test_a_cancel_during_killing_starts_no_server(
     make: Make, fake: Fake, model_a: str, model_b: str
 ) -> None:
     """Killing: the old one goes all the same, and no new one comes."""
@@ -674,7 +674,7 @@ def test_a_cancel_while_the_old_server_dies_starts_nothing(
     assert len(fake.notes("start")) == 1
 
 
-def test_a_cancel_while_the_model_is_looked_up_starts_nothing(
+def test_a_cancel_during_downloading_starts_no_server(
     orch: Orchestrator, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Downloading: the second look-up ends by itself, and what it found is not wanted."""
@@ -749,7 +749,7 @@ def test_a_call_during_the_spawn_ends_the_late_server(
     ],
     ids=lambda behaviour: "-".join(behaviour),
 )
-def test_a_cancel_while_the_server_loads_is_quick(
+def test_a_cancel_during_waiting_health_is_quick(
     orch: Orchestrator, fake: Fake, model_a: str, behaviour: dict[str, Any]
 ) -> None:
     """WaitingHealth: no probe that hangs may hold it up. Others needed up to 416 s."""
@@ -771,7 +771,7 @@ def test_a_cancel_while_the_server_loads_is_quick(
     assert min(took) < 0.25, took
 
 
-def test_a_cancel_of_what_is_healthy_changes_nothing(orch: Orchestrator, model_a: str) -> None:
+def test_a_cancel_of_a_healthy_load_changes_nothing(orch: Orchestrator, model_a: str) -> None:
     """Healthy: the load has been answered, there is nothing left to cancel."""
     pid = orch.load(model_a, load_request_id="a").pid
     assert orch.cancel("a") is False
@@ -792,7 +792,7 @@ def test_a_second_orchestrator_on_the_slot_is_refused(make: Make, model_a: str) 
     assert make().load(model_a).pid != pid
 
 
-def test_another_process_on_the_slot_is_refused_and_told_who_owns_it(
+def test_another_process_on_the_slot_is_refused_with_the_pid_of_the_owner(
     orch: Orchestrator, host: Callable[..., Host], model_a: str
 ) -> None:
     """The running model is not touched by a second backend that starts by mistake."""
@@ -854,7 +854,7 @@ def test_a_forked_worker_neither_uses_nor_ends_the_server(host: Callable[..., Ho
     assert parent.hear() == {"left": "Idle"}
 
 
-def test_workers_forked_at_any_moment_take_no_lock_with_them(
+def test_workers_forked_at_any_moment_hold_no_lock(
     orch: Orchestrator, fake: Fake, model_a: str, model_b: str
 ) -> None:
     """A fork copies whatever is open, and the slot's lock is open for moments of every load."""
@@ -920,7 +920,7 @@ say(closed=True)
     ],
     ids=["ignores SIGCHLD", "waits for any child"],
 )
-def test_a_host_that_takes_the_exit_status_away_changes_nothing_else(
+def test_a_host_that_reaps_our_children_loses_only_the_exit_status(
     host: Callable[..., Host], habit: str
 ) -> None:
     """0 would be a lie, so the status is unknown unless it was seen in time; the rest is right."""
@@ -936,7 +936,7 @@ def test_a_host_that_takes_the_exit_status_away_changes_nothing_else(
     assert other.process.wait(30) == 0
 
 
-def test_no_descriptor_and_no_thread_is_lost_over_many_cycles(
+def test_many_cycles_leak_no_descriptor_and_no_thread(
     make: Make, fake: Fake, model_a: str, model_b: str
 ) -> None:
     """A backend runs for months."""
@@ -956,7 +956,7 @@ def test_no_descriptor_and_no_thread_is_lost_over_many_cycles(
     orch.close()
 
 
-def test_nothing_is_held_after_close(make: Make, model_a: str) -> None:
+def test_close_releases_threads_descriptors_and_children(make: Make, model_a: str) -> None:
     """Thirty orchestrators, one after another: no thread, no descriptor, no child remains."""
     make().start().close()
     before = held()

@@ -20,6 +20,7 @@ from orchestrator.errors import InvalidRequest, ServerStartFailed
 from orchestrator.runtime.answers import LeasedServer
 from orchestrator.runtime.owner import Owner
 from tests.kit.process.support import Fake, Make
+from tests.kit.sentences import assert_sentence
 
 CHAT = b'{"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}'
 
@@ -42,7 +43,7 @@ def ask(base_url: str, path: str, key: str | None = None, **headers: str) -> tup
 
 
 @pytest.mark.parametrize("kind", ["embedded", pytest.param("external", marks=pytest.mark.external)])
-def test_a_protected_server_answers_nobody_but_who_holds_a_lease(
+def test_a_protected_server_answers_only_lease_holders(
     kind: str, tiny_model: str, state_dir: Path, request: pytest.FixtureRequest
 ) -> None:
     """Another program of this machine, and any page in a browser, can reach the port."""
@@ -67,7 +68,7 @@ def test_a_protected_server_answers_nobody_but_who_holds_a_lease(
 
 
 @pytest.mark.parametrize("kind", ["embedded", pytest.param("external", marks=pytest.mark.external)])
-def test_local_clients_that_are_given_a_key_use_the_servers_own_address(
+def test_shared_keys_are_accepted_at_the_servers_own_address(
     kind: str, tiny_model: str, state_dir: Path, request: pytest.FixtureRequest
 ) -> None:
     """`base_url` works for those, and the server's own key is still nobody else's."""
@@ -81,14 +82,14 @@ def test_local_clients_that_are_given_a_key_use_the_servers_own_address(
 
 
 @pytest.mark.parametrize("given", [["a,b"], [""], [None], 7, ["\n"], ["é"]])
-def test_a_key_that_no_server_could_be_given_is_refused(given: Any, state_dir: Path) -> None:
+def test_an_invalid_shared_key_is_refused(given: Any, state_dir: Path) -> None:
     with pytest.raises(InvalidRequest) as caught:
         Orchestrator(state_dir=state_dir, protect_server=given)
     assert caught.value.field == "protect_server"
 
 
 @pytest.mark.parametrize("kind", ["embedded", pytest.param("external", marks=pytest.mark.external)])
-def test_a_protected_server_has_no_web_ui_and_shares_nothing_with_the_web(
+def test_a_protected_server_has_no_web_ui_and_allows_no_foreign_origin(
     kind: str, tiny_model: str, state_dir: Path, request: pytest.FixtureRequest
 ) -> None:
     """llama-server by default lets any page read its answers, with credentials."""
@@ -102,7 +103,7 @@ def test_a_protected_server_has_no_web_ui_and_shares_nothing_with_the_web(
             assert evil == (200, None)
 
 
-def test_without_protection_the_address_is_enough(tiny_model: str, state_dir: Path) -> None:
+def test_an_unprotected_server_needs_no_key(tiny_model: str, state_dir: Path) -> None:
     """The contract for plain local use: any client, with nothing but `base_url`."""
     with Orchestrator(llama_server="embedded", state_dir=state_dir) as orch:
         outcome = orch.load(tiny_model)
@@ -112,21 +113,20 @@ def test_without_protection_the_address_is_enough(tiny_model: str, state_dir: Pa
             assert server.api_key is None
 
 
-def test_a_server_that_knows_nothing_of_keys_is_not_called_protected(
-    make: Make, fake: Fake, model_a: str
-) -> None:
+def test_a_server_that_ignores_its_key_fails_to_start(make: Make, fake: Fake, model_a: str) -> None:
     """It would be open to everybody, and nobody would be told."""
     orch = make(protect_server=True)
     fake.behave(knows_keys=False)
-    with pytest.raises(ServerStartFailed, match="answers without the key") as refused:
+    with pytest.raises(ServerStartFailed) as refused:
         orch.load(model_a)
-    assert refused.value.reason == "unprotected"
+    assert_sentence("start.unprotected", refused.value.message)
+    assert (refused.value.reason, refused.value.field) == ("unprotected", "llama_server")
     assert fake.living() == set()
     fake.behave()
     assert orch.load(model_a).status == "loaded"
 
 
-def test_the_key_is_nowhere_to_be_seen(
+def test_the_key_is_never_shown_or_written(
     make: Make,
     fake: Fake,
     model_a: str,
@@ -156,9 +156,7 @@ def test_the_key_is_nowhere_to_be_seen(
     assert not [text for text in shown if key in text]
 
 
-def test_a_server_that_prints_its_environment_tells_no_key(
-    make: Make, fake: Fake, model_a: str
-) -> None:
+def test_a_key_printed_by_the_server_is_redacted(make: Make, fake: Fake, model_a: str) -> None:
     orch = make(protect_server=True, llama_server=fake.wrapper('env; "$SERVER" "$@"; exit $?'))
     orch.load(model_a)
     with orch.lease() as server:
@@ -168,7 +166,7 @@ def test_a_server_that_prints_its_environment_tells_no_key(
     assert str(key) not in "".join(orch.logs())
 
 
-def test_a_key_is_given_to_nobody_who_did_not_ask_for_protection(
+def test_only_a_protected_server_is_given_a_key(
     make: Make, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor does one of the host's environment become the server's."""

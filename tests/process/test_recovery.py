@@ -41,7 +41,7 @@ def until_healthy(orch: Orchestrator, generation: int) -> Any:
 
 
 @pytest.mark.external
-def test_a_killed_server_is_back_with_its_settings(
+def test_a_killed_server_is_restarted_with_its_settings(
     real: Callable[..., Orchestrator], tiny_model: str
 ) -> None:
     """As the kernel does it when memory runs out; read back from the new server itself."""
@@ -64,9 +64,7 @@ def test_a_killed_server_is_back_with_its_settings(
 
 
 @pytest.mark.external
-def test_a_lease_outlives_the_gap_between_two_servers(
-    real: Callable[..., Orchestrator], tiny_model: str
-) -> None:
+def test_a_lease_waits_for_the_restart(real: Callable[..., Orchestrator], tiny_model: str) -> None:
     """A request that comes while the server is down is held, and meets the new one."""
     orch = real(restart=RestartPolicy(backoff_s=0.2))
     before = orch.load(tiny_model)
@@ -77,7 +75,7 @@ def test_a_lease_outlives_the_gap_between_two_servers(
 
 
 @pytest.mark.external
-def test_a_replacement_that_cannot_start_brings_the_previous_model_back(
+def test_a_failed_replacement_restores_the_previous_model(
     real: Callable[..., Orchestrator], tiny_model: str, other_model: str
 ) -> None:
     """The real server refuses a flag; what served before serves again, and both are reported."""
@@ -103,7 +101,7 @@ def test_a_replacement_that_cannot_start_brings_the_previous_model_back(
     assert (again.status, again.generation) == ("already_loaded", 3)
 
 
-def test_both_outcomes_are_told_over_http(
+def test_a_failure_and_its_restore_are_reported_over_http(
     fake: Fake, state_dir: Path, model_a: str, model_b: str
 ) -> None:
     """One problem document: why the load failed, and what became of what ran before."""
@@ -127,7 +125,7 @@ def test_both_outcomes_are_told_over_http(
         assert client.get(PREFIX + "/loads/3").json()["outcome"]["status"] == "loaded"
 
 
-def test_a_server_that_keeps_dying_is_given_up_for_a_while(
+def test_a_server_that_keeps_crashing_is_not_restarted_for_a_while(
     fake: Fake, state_dir: Path, model_a: str, model_b: str
 ) -> None:
     """B55: not for ever, not in silence: 424 with Retry-After, and another model still loads."""
@@ -167,9 +165,7 @@ def test_a_server_that_keeps_dying_is_given_up_for_a_while(
         fake.assert_never_two()
 
 
-def test_a_restart_that_was_planned_does_not_follow_an_unload(
-    make: Make, fake: Fake, model_a: str
-) -> None:
+def test_an_unload_cancels_a_planned_restart(make: Make, fake: Fake, model_a: str) -> None:
     """B16: after `unload` nothing starts by itself, however long one waits."""
     orch = make(restart=RestartPolicy(backoff_s=0.05))
     outcome = orch.load(model_a)
@@ -187,7 +183,9 @@ def test_a_restart_that_was_planned_does_not_follow_an_unload(
     assert len(fake.notes("start")) == 1
 
 
-def test_without_a_policy_a_crash_starts_nothing(make: Make, fake: Fake, model_a: str) -> None:
+def test_a_crash_without_a_restart_policy_starts_nothing(
+    make: Make, fake: Fake, model_a: str
+) -> None:
     orch = make()
     kill(orch.load(model_a).pid)
     until(lambda: orch.status().state is State.IDLE, "Idle")
@@ -210,7 +208,7 @@ def test_without_a_policy_a_crash_starts_nothing(make: Make, fake: Fake, model_a
         (RestartPolicy(stable_after_s="1"), "restart.stable_after_s"),  # type: ignore[arg-type]
     ],
 )
-def test_a_policy_that_cannot_be_meant_is_refused(restart: Any, field: str) -> None:
+def test_an_invalid_restart_policy_is_refused(restart: Any, field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         Orchestrator(restart=restart)
     assert caught.value.field == field

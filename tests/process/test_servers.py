@@ -67,7 +67,7 @@ def test_a_binary_is_asked_once_and_the_answer_outlives_the_process(
     assert script.times == 2
 
 
-def test_no_secret_reaches_a_binary_that_is_only_asked(
+def test_no_secret_reaches_a_binary_asked_for_its_help(
     script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is the same program as the server, so it gets the same environment."""
@@ -82,7 +82,7 @@ def test_no_secret_reaches_a_binary_that_is_only_asked(
     ["exit 1", "kill -9 $$", "sleep 600", "trap '' TERM; while :; do sleep 600; done"],
     ids=["fails", "killed", "hangs", "deaf"],
 )
-def test_an_inconclusive_answer_is_not_remembered(
+def test_an_inconclusive_answer_is_not_cached(
     script: Script, monkeypatch: pytest.MonkeyPatch, body: str
 ) -> None:
     """One slow `--help` once switched drafting off for the whole session."""
@@ -94,13 +94,13 @@ def test_an_inconclusive_answer_is_not_remembered(
     assert script.answer() is not None
 
 
-def test_what_says_nothing_of_a_model_is_no_llama_server(script: Script) -> None:
+def test_a_help_without_a_model_flag_is_inconclusive(script: Script) -> None:
     """`/bin/true` answers every question with success."""
     assert ask_catalogue(script.write("echo usage"), script.cache) is None
     assert ask_catalogue(script.write("head -c 3000000 /dev/zero"), script.cache) is None
 
 
-def test_nothing_that_was_started_for_an_answer_stays(script: Script, tmp_path: Path) -> None:
+def test_a_background_process_of_a_help_is_ended(script: Script, tmp_path: Path) -> None:
     """A wrapper's background process holds the output open; nobody waits for that."""
     pid_file = tmp_path / "pid"
     begun = time.monotonic()
@@ -110,7 +110,7 @@ def test_nothing_that_was_started_for_an_answer_stays(script: Script, tmp_path: 
     until(lambda: not is_running(left), "the end of the rest")
 
 
-def test_a_host_that_ignores_its_children_gets_an_answer(script: Script) -> None:
+def test_a_help_is_read_in_a_host_that_ignores_sigchld(script: Script) -> None:
     """Their exit status is lost, so the answer is inconclusive or right, and nothing is raised."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:

@@ -261,7 +261,7 @@ def test_a_changed_setting_reaches_the_server_and_is_the_only_reason(
     assert said(orch) == plain
 
 
-def test_one_of_many_settings_changes_and_the_others_stay(
+def test_changing_one_of_many_settings_keeps_the_others(
     orch: Orchestrator, tiny_model: str
 ) -> None:
     """The panel sends all of them each time."""
@@ -340,7 +340,7 @@ def test_a_blank_field_leaves_inherited_flags_alone(
     assert said(orch) == Said(tiny_model, **row.flags_say)
 
 
-def test_a_manual_mode_is_kept_when_sent_back_and_goes_when_switched_off(
+def test_a_drafting_mode_from_extra_args_is_kept_until_it_is_switched_off(
     orch: Orchestrator, tiny_model: str
 ) -> None:
     """B44: a panel shows the mode as it is; sending that changes nothing, choosing Off does."""
@@ -367,7 +367,7 @@ def test_flags_of_one_model_never_reach_another(
 
 
 @each
-def test_a_failed_load_in_between_changes_nothing(
+def test_a_failed_load_changes_no_inherited_args(
     orch: Orchestrator, tiny_model: str, row: Row
 ) -> None:
     """Arguments stored before success once poisoned every start after a bad one."""
@@ -406,7 +406,7 @@ def test_a_first_load_that_fails_leaves_nothing_to_inherit(
 
 
 @each
-def test_what_status_tells_may_be_posted_back(
+def test_the_settings_in_a_status_may_be_posted_back(
     orch: Orchestrator, tiny_model: str, row: Row
 ) -> None:
     """To the same process, and after an unload to the same settings: a field, flags, and both."""
@@ -438,7 +438,7 @@ def test_what_status_tells_may_be_posted_back(
 # --------------------------------------------------------------------- what the file names decide
 
 
-def test_a_replaced_model_file_is_loaded_again(orch: Orchestrator, tmp_path: Path) -> None:
+def test_a_replaced_model_file_is_a_reason_to_reload(orch: Orchestrator, tmp_path: Path) -> None:
     """The path is the same, the model is not."""
     path = write_tiny_model(tmp_path / "m.gguf")
     apply(orch, str(path), llama_extra_args=SEED)
@@ -448,7 +448,7 @@ def test_a_replaced_model_file_is_loaded_again(orch: Orchestrator, tmp_path: Pat
     assert said(orch) == Said(str(path), context=1536, **SEED_SAYS)
 
 
-def test_a_replaced_server_is_started_again(
+def test_a_replaced_server_binary_is_a_reason_to_reload(
     llama_server: str, tiny_model: str, state_dir: Path, tmp_path: Path
 ) -> None:
     """An update of llama.cpp takes effect with the next Apply."""
@@ -461,7 +461,7 @@ def test_a_replaced_server_is_started_again(
         assert said(orch) == Said(tiny_model, context=1280, **SEED_SAYS)
 
 
-def test_a_plan_remembers_headers_and_believes_nothing_else(
+def test_a_plan_reads_a_header_again_only_when_the_file_changed(
     llama_server: str,
     tiny_model: str,
     state_dir: Path,
@@ -520,7 +520,7 @@ def test_extra_args_belong_to_the_variant_that_was_picked(
     assert said(orch) == Said(str(small), **SEED_SAYS)
 
 
-def test_drafting_is_off_for_a_vision_model_and_no_reason_to_reload_it(
+def test_drafting_is_ignored_for_a_vision_model(
     orch: Orchestrator, tiny_model: str, tmp_path: Path
 ) -> None:
     """A value that never applies once made every Apply of a vision model a reload."""

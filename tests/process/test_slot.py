@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from orchestrator.errors import InvalidRequest, SlotOwned, StateDirError
-from orchestrator.server import process_table, slot
+from orchestrator.server import process_table
 from orchestrator.server.process_table import Pin, ProcessId
 from orchestrator.server.slot import TOKEN_NAME, Slot
 from tests.kit.process.support import is_running, kill, until
@@ -117,7 +117,7 @@ def test_a_second_claim_is_refused_and_names_the_owner(mine: Slot, state_dir: Pa
     again.release()
 
 
-def test_a_claim_by_another_process_is_named_and_ends_with_it(state_dir: Path) -> None:
+def test_a_claim_ends_with_its_process(state_dir: Path) -> None:
     """The kernel gives the slot back, whatever became of its owner."""
     program = (
         "import sys; sys.path[:] = sys.argv[2:]\n"
@@ -154,13 +154,13 @@ def test_a_forked_worker_neither_owns_nor_keeps_the_slot(mine: Slot, state_dir: 
         heir.release()
 
 
-def test_a_fork_that_releases_takes_nothing_from_its_parent(mine: Slot, state_dir: Path) -> None:
+def test_a_release_in_a_fork_keeps_the_parents_claim(mine: Slot, state_dir: Path) -> None:
     """An inherited exit handler runs in the worker too."""
     with reaped(in_a_fork(mine.release)), pytest.raises(SlotOwned):
         Slot("mine", state_dir).claim()
 
 
-def test_a_lock_held_by_the_heirs_of_a_dead_owner_is_waited_for(state_dir: Path) -> None:
+def test_a_claim_waits_for_the_guardian_of_a_dead_owner(state_dir: Path) -> None:
     """A guardian empties the slot of a killed host: the restarted host waits, it is not refused."""
     before = Slot("s", state_dir)
     before.claim()
@@ -182,7 +182,7 @@ def test_a_lock_held_by_the_heirs_of_a_dead_owner_is_waited_for(state_dir: Path)
     after.release()
 
 
-def test_an_heir_stops_where_somebody_else_has_claimed(mine: Slot, sleep: Sleep) -> None:
+def test_a_guardian_stops_when_another_owner_has_claimed_the_slot(mine: Slot, sleep: Sleep) -> None:
     """A guardian that comes late must not end the server of the backend that came after."""
     process = sleep(env=environment(mine))
     dead = ProcessId(process.pid, 1, process_table.boot_id())
@@ -196,7 +196,7 @@ def test_an_heir_stops_where_somebody_else_has_claimed(mine: Slot, sleep: Sleep)
     assert mine.reap(heir_of=me)[0] == {process.pid}
 
 
-def test_an_heir_takes_over_what_nobody_has_claimed(state_dir: Path, sleep: Sleep) -> None:
+def test_a_guardian_takes_over_an_unclaimed_slot(state_dir: Path, sleep: Sleep) -> None:
     """Also when somebody has cleaned up the folder, and with it the owner's name."""
     dead = ProcessId(os.getpid(), 1, process_table.boot_id())
     heir = Slot("s", state_dir)
@@ -209,9 +209,7 @@ def test_an_heir_takes_over_what_nobody_has_claimed(state_dir: Path, sleep: Slee
     heir.release()
 
 
-def test_slots_of_one_directory_do_not_know_each_other(
-    mine: Slot, state_dir: Path, sleep: Sleep
-) -> None:
+def test_slots_of_one_directory_are_independent(mine: Slot, state_dir: Path, sleep: Sleep) -> None:
     """Several models on one machine are several slots; a name may begin like another."""
     other = Slot("mine2", state_dir)
     other.claim()
@@ -231,7 +229,7 @@ def test_slots_of_one_directory_do_not_know_each_other(
 # Emptiness
 
 
-def test_the_slot_is_empty_when_the_last_holder_of_its_lock_is_dead(
+def test_the_slot_is_empty_once_the_last_holder_of_its_lock_is_dead(
     mine: Slot, sleep: Sleep
 ) -> None:
     """The kernel is the judge, also of a process that nothing is known about."""
@@ -297,7 +295,7 @@ def test_a_process_whose_main_thread_has_ended_is_alive(mine: Slot, sleep: Sleep
     assert process.wait() == -signal.SIGTERM
 
 
-def test_inhabitants_are_found_by_every_mark_and_nobody_else_is(mine: Slot, sleep: Sleep) -> None:
+def test_inhabitants_are_found_by_record_token_group_and_descent(mine: Slot, sleep: Sleep) -> None:
     """Record, token, group, session and descent; a look-alike has none of them."""
     by_token = sleep(env=environment(mine))
     by_record = sleep()
@@ -314,7 +312,7 @@ def test_inhabitants_are_found_by_every_mark_and_nobody_else_is(mine: Slot, slee
     kill(child)
 
 
-def test_nobody_in_our_own_session_is_ever_an_inhabitant(mine: Slot, sleep: Sleep) -> None:
+def test_processes_of_our_own_session_are_never_inhabitants(mine: Slot, sleep: Sleep) -> None:
     """A server has a session of its own and nothing below it can join ours: whoever carries its
     marks here is a worker of the host, or the user's own.
     """
@@ -328,7 +326,7 @@ def test_nobody_in_our_own_session_is_ever_an_inhabitant(mine: Slot, sleep: Slee
     assert not mine.take_lock()[0].is_empty
 
 
-def test_no_parent_of_ours_and_not_we_ourselves_are_ever_inhabitants(
+def test_own_process_and_ancestors_are_never_inhabitants(
     mine: Slot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A record that names the user's session once cost it (pid 1, signalled as a group)."""
@@ -346,7 +344,7 @@ def test_no_parent_of_ours_and_not_we_ourselves_are_ever_inhabitants(
     assert Pin.of(ProcessId(0, 0, process_table.boot_id())) is None
 
 
-def test_the_same_path_in_another_place_is_another_slot(
+def test_the_same_path_in_a_container_is_another_slot(
     mine: Slot, tmp_path: Path, sleep: Sleep
 ) -> None:
     """A container's slot has the path of the host's own, and the host sees its processes."""
@@ -365,16 +363,15 @@ def test_the_same_path_in_another_place_is_another_slot(
 # The record
 
 
-def test_what_is_remembered_is_recalled_and_forgotten(mine: Slot, state_dir: Path) -> None:
+def test_a_record_is_written_read_and_removed(mine: Slot, state_dir: Path) -> None:
     """Written before the server exists, so that a crash in between is on record too."""
     assert mine.recall() is None
     mine.remember(None)
-    me = process_table.identify(os.getpid())
-    assert me is not None
-    assert mine.recall() == slot.Record(me, None)
+    assert mine.recall() is None
+    assert mine.record_path.exists()
     server = ProcessId(4242, 17, process_table.boot_id())
     mine.remember(server)
-    assert Slot("mine", state_dir).recall() == slot.Record(me, server)
+    assert Slot("mine", state_dir).recall() == server
     assert sorted(p.name for p in mine.directory.iterdir()) == ["owner.lock", "server.json"]
     mine.forget()
     mine.forget()
@@ -410,7 +407,7 @@ GOOD = {"pid": 4242, "start_ticks": 17, "boot_id": "b"}
         "[" * 100_000,
     ],
 )
-def test_a_record_that_is_not_ours_is_not_believed(mine: Slot, text: str) -> None:
+def test_an_invalid_record_is_ignored(mine: Slot, text: str) -> None:
     """Corrupt, foreign or from another version: it proves nothing, and it stops nobody."""
     mine.record_path.write_text(text, encoding="latin-1")
     assert mine.recall() is None
@@ -420,7 +417,7 @@ def test_a_record_that_is_not_ours_is_not_believed(mine: Slot, text: str) -> Non
     assert not mine.record_path.exists()
 
 
-def test_a_record_that_cannot_be_read_is_not_believed(mine: Slot) -> None:
+def test_an_unreadable_record_is_ignored(mine: Slot) -> None:
     """A folder in its place is no reason to give up."""
     mine.record_path.mkdir()
     assert mine.recall() is None
@@ -433,7 +430,7 @@ def test_a_record_that_cannot_be_read_is_not_believed(mine: Slot) -> None:
 # What a later start does
 
 
-def test_a_left_behind_process_is_reaped_by_every_mark(mine: Slot, sleep: Sleep) -> None:
+def test_leftover_processes_are_reaped_by_lock_token_and_record(mine: Slot, sleep: Sleep) -> None:
     """By lock alone, by token alone, by record alone; TERM first, KILL for the deaf."""
     _, fd = mine.take_lock()
     assert fd is not None
@@ -455,7 +452,7 @@ def test_a_left_behind_process_is_reaped_by_every_mark(mine: Slot, sleep: Sleep)
     assert mine.recall() is None
 
 
-def test_a_group_of_a_recorded_server_is_reaped_with_it(mine: Slot, sleep: Sleep) -> None:
+def test_the_descendants_of_a_recorded_server_are_reaped(mine: Slot, sleep: Sleep) -> None:
     """A child without a mark of its own is found through the leader that is on record."""
     server = sleep(
         ["sh", "-c", "env -i sleep 600 & env -i setsid sleep 600 & echo; wait"],
@@ -472,7 +469,9 @@ def test_a_group_of_a_recorded_server_is_reaped_with_it(mine: Slot, sleep: Sleep
 @pytest.mark.parametrize(
     "change", [{"start_ticks": 1}, {"boot_id": "another"}], ids=["pid came back", "rebooted"]
 )
-def test_a_reused_pid_is_not_touched(mine: Slot, sleep: Sleep, change: dict[str, Any]) -> None:
+def test_a_process_that_reuses_a_recorded_pid_is_not_signalled(
+    mine: Slot, sleep: Sleep, change: dict[str, Any]
+) -> None:
     """The record says which process, not which number; its group is not touched either."""
     stranger = sleep()
     mine.remember(ProcessId(**(asdict(identity(stranger)) | change)))
@@ -482,7 +481,7 @@ def test_a_reused_pid_is_not_touched(mine: Slot, sleep: Sleep, change: dict[str,
     assert stranger.poll() is None
 
 
-def test_a_lock_that_nobody_visible_holds_keeps_the_slot_occupied(
+def test_a_lock_of_an_unknown_holder_keeps_the_slot_occupied(
     mine: Slot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another user's process, say: not ours to end, and not a reason to say "empty"."""
@@ -495,7 +494,7 @@ def test_a_lock_that_nobody_visible_holds_keeps_the_slot_occupied(
     assert mine.reap()[1].is_empty
 
 
-def test_what_will_not_die_keeps_the_slot_occupied(
+def test_a_process_that_survives_sigkill_keeps_the_slot_occupied(
     mine: Slot, sleep: Sleep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reaper that forgets what it could not end makes two servers."""
@@ -514,7 +513,7 @@ def test_what_will_not_die_keeps_the_slot_occupied(
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "-a", "a b", "a\n", "a\0", "é", "x" * 65])
-def test_a_bad_name_is_refused_and_makes_nothing(state_dir: Path, name: str) -> None:
+def test_an_invalid_slot_name_is_refused_and_creates_nothing(state_dir: Path, name: str) -> None:
     """A name becomes a folder: nothing that means more than a name is accepted."""
     with pytest.raises(InvalidRequest, match=r"slot is .*use 1 to 64") as refused:
         Slot(name, state_dir)
@@ -522,7 +521,7 @@ def test_a_bad_name_is_refused_and_makes_nothing(state_dir: Path, name: str) -> 
     assert list(state_dir.iterdir()) == []
 
 
-def test_a_good_name_is_accepted(state_dir: Path) -> None:
+def test_a_valid_slot_name_is_accepted(state_dir: Path) -> None:
     """The longest, and every kind of character."""
     for name in ("a", "0", "A-b_c.d", "x" * 64):
         assert Slot(name, state_dir).directory == state_dir / name
@@ -544,7 +543,7 @@ def test_a_good_name_is_accepted(state_dir: Path) -> None:
         "",
     ],
 )
-def test_a_state_directory_that_cannot_be_used_is_refused(
+def test_an_unusable_state_directory_is_refused(
     tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Known before anything is started, with the setting to change."""
@@ -565,7 +564,7 @@ def test_a_state_directory_of_the_wrong_type_is_refused(tmp_path: Path) -> None:
     assert refused.value.field == "state_dir"
 
 
-def test_a_state_directory_is_made_where_its_parent_exists(tmp_path: Path) -> None:
+def test_a_state_directory_is_created_where_its_parent_exists(tmp_path: Path) -> None:
     """And it is private: a record or a template is nobody else's business."""
     made = Slot("s", tmp_path / "new")
     assert made.directory == tmp_path / "new" / "s"
@@ -589,7 +588,7 @@ def test_the_default_state_directory_follows_the_environment(
     assert Slot().directory == tmp_path / "named/deep/default"
 
 
-def test_a_relative_state_directory_means_the_same_after_a_chdir(
+def test_a_relative_state_directory_is_resolved_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The token and the record outlive the working directory."""
@@ -601,7 +600,7 @@ def test_a_relative_state_directory_means_the_same_after_a_chdir(
     made.release()
 
 
-def test_a_directory_name_that_is_not_utf8_works(tmp_path: Path, sleep: Sleep) -> None:
+def test_a_state_directory_with_a_name_that_is_not_utf8_works(tmp_path: Path, sleep: Sleep) -> None:
     """Paths are bytes; the token in the environment is found all the same."""
     odd = Slot("s", os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     odd.claim()

@@ -24,7 +24,7 @@ MIB = 1 << 20
         ),
     ],
 )
-def test_random_operations_with_faults_never_make_two_servers_and_nothing_grows(
+def test_random_operations_with_faults_never_run_two_servers_and_leak_nothing(
     tmp_path: Path, operations: int, most_traced: int, most_resident: int
 ) -> None:
     """What is kept on purpose (256 outcomes, 2,000 lines, the last events) is bounded, so a run ten

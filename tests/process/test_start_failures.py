@@ -73,7 +73,11 @@ def failure(orch: Orchestrator, model: str | Path, **fields: Any) -> ServerStart
         (["--grammar-file", "nope"], "malformed_flag", "failed to open"),
         (["-ctk", "q9"], "malformed_flag", "Unsupported cache type: q9"),
         (["-fa", "off", "-ctv", "q4_0"], "needs_flash_attention", "flash attention"),
-        (["--spec-type", "draft-mtp"], "speculative_unsupported", "cannot draft this way"),
+        (
+            ["--spec-type", "draft-mtp"],
+            "speculative_unsupported",
+            "speculative_type to another type",
+        ),
         (["--chat-template", "{% if %}"], "bad_template", "the chat template"),
         (["--no-jinja", "--chat-template", "nonsense"], "bad_template", "the chat template"),
         (["-md", "nope.gguf"], "file_missing", "the draft model file was not found"),
@@ -81,7 +85,7 @@ def failure(orch: Orchestrator, model: str | Path, **fields: Any) -> ServerStart
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_flag_of_the_caller_is_named_and_blamed(
+def test_a_flag_of_the_caller_is_blamed_by_name(
     real: Orchestrator, tiny_model: str, args: list[str], reason: str, says: str
 ) -> None:
     """They can change it, and nothing else."""
@@ -90,7 +94,9 @@ def test_a_flag_of_the_caller_is_named_and_blamed(
     assert says in error.message
 
 
-def test_the_embedded_server_fails_in_the_same_words(state_dir: Path, tiny_model: str) -> None:
+def test_failures_of_the_embedded_server_are_classified_too(
+    state_dir: Path, tiny_model: str
+) -> None:
     """Its own flags, and the library's own errors."""
     with Orchestrator(llama_server="embedded", state_dir=state_dir) as orch:
         error = failure(orch, tiny_model, llama_extra_args=["--bogus"])
@@ -114,7 +120,7 @@ def test_the_embedded_server_fails_in_the_same_words(state_dir: Path, tiny_model
     ],
     ids=lambda value: str(value)[:45],
 )
-def test_a_setting_that_the_server_refuses_is_named(
+def test_a_setting_the_server_refuses_is_blamed_by_name(
     real: Orchestrator, tiny_model: str, fields: dict[str, Any], reason: str
 ) -> None:
     """By the name the caller knows it under, unless a flag of theirs is in its way."""
@@ -175,7 +181,7 @@ def close(writer: gguf.GGUFWriter) -> None:
     ],
     ids=["architecture", "no tensor", "shape", "one too many", "template"],
 )
-def test_a_model_that_the_server_cannot_use_says_why(
+def test_a_model_the_server_cannot_use_is_classified(
     real: Orchestrator,
     tmp_path: Path,
     changes: dict[str, Any],
@@ -221,7 +227,7 @@ def projector(path: Path, *, width: int = EMBEDDING, kind: str = "mlp", whole: b
     return path
 
 
-def test_a_projector_that_fits_is_taken(
+def test_a_matching_projector_is_accepted(
     real: Orchestrator, tiny_model: str, tmp_path: Path
 ) -> None:
     """So that the ones below fail for what is wrong with them."""
@@ -239,7 +245,7 @@ def test_a_projector_that_fits_is_taken(
     ],
     ids=["width", "kind", "no tensor", "a text model"],
 )
-def test_a_projector_that_does_not_fit_is_blamed_and_not_the_model(
+def test_an_unusable_projector_is_blamed_instead_of_the_model(
     real: Orchestrator,
     tiny_model: str,
     tmp_path: Path,
@@ -306,9 +312,9 @@ UNPRIVILEGED = "setpriv --bounding-set=-dac_override,-dac_read_search " if os.ge
             "llama_server",
             ".so is missing",
         ),
-        ('exec no-such-server "$@"', "not_executable", "llama_server", "could not be run"),
+        ('exec no-such-server "$@"', "not_executable", "llama_server", "with exit status 127"),
         ("kill -ILL $$", "wrong_cpu", "llama_server", "by SIGILL"),
-        ("kill -KILL $$", "killed", None, "want of memory"),
+        ("kill -KILL $$", "killed", None, "by SIGKILL"),
         ("sh -c 'kill -KILL $$'; exit $?", "killed", None, "with exit status 137"),
         ("kill -SEGV $$", "crashed", "llama_server", "by SIGSEGV"),
         ("kill -BUS $$", "crashed", "model_path", "by SIGBUS"),
@@ -318,7 +324,7 @@ UNPRIVILEGED = "setpriv --bounding-set=-dac_override,-dac_read_search " if os.ge
     ],
     ids=lambda value: value[:30] if isinstance(value, str) and "$" in value else "",
 )
-def test_what_the_machine_does_to_it_is_told_apart(
+def test_failures_caused_by_the_machine_are_classified(
     around: Around, model_a: str, command: str, reason: str, field: str | None, says: str
 ) -> None:
     """A file that changes behind our back, a library that is gone, a signal out of nowhere."""
@@ -340,7 +346,7 @@ def test_what_the_machine_does_to_it_is_told_apart(
     ],
     ids=str,
 )
-def test_a_context_that_does_not_fit_into_memory_is_told(
+def test_a_context_too_large_for_the_memory_is_blamed(
     around: Around, tiny_model: str, fields: dict[str, Any], blamed: str
 ) -> None:
     """The context, its cache or its compute buffers: the model itself would have fitted."""
@@ -350,7 +356,9 @@ def test_a_context_that_does_not_fit_into_memory_is_told(
     assert "max_seq_length" in error.message
 
 
-def test_an_abort_is_told_by_the_check_that_failed(around: Around, tiny_model: str) -> None:
+def test_an_abort_is_reported_with_the_assertion_that_failed(
+    around: Around, tiny_model: str
+) -> None:
     """Not by what a debugger prints after it: the reason stands far up in the output."""
     frames = "; ".join(f"echo '#{n}  0x1 in ggml_abort () from libggml.so'" for n in range(90))
     text = "/src/llama-context.cpp:2275: GGML_ASSERT(n_outputs_max <= 4) failed"
@@ -359,9 +367,7 @@ def test_an_abort_is_told_by_the_check_that_failed(around: Around, tiny_model: s
     assert "n_outputs_max <= 4" in error.message
 
 
-def test_a_failure_after_a_good_start_is_not_blamed_on_the_start(
-    around: Around, tiny_model: str
-) -> None:
+def test_warnings_before_a_successful_start_are_not_blamed(around: Around, tiny_model: str) -> None:
     """Everything that a start may complain of, then something new."""
     fake = (
         "echo 'E gguf_init_from_file: failed to open GGUF file (No such file or directory)'; "
@@ -373,7 +379,7 @@ def test_a_failure_after_a_good_start_is_not_blamed_on_the_start(
     assert "flux capacitor" in error.message
 
 
-def test_the_output_that_is_handed_on_is_whole_and_clean(around: Around, tiny_model: str) -> None:
+def test_the_log_tail_is_complete_and_redacted(around: Around, tiny_model: str) -> None:
     """In an error, a status and an HTTP answer: no secret, no colour, and the first line too."""
     printed = r"printf 'first \033[31mred\033[0m\nHF_TOKEN=abcd1234\n\033]0;x\007n_tokens = 512\n'"
     error = failure(around(f"{printed}; exit 1"), tiny_model)
@@ -383,9 +389,7 @@ def test_the_output_that_is_handed_on_is_whole_and_clean(around: Around, tiny_mo
 # Time
 
 
-def test_a_start_without_progress_is_stalled_and_a_slow_one_late(
-    make: Make, fake: Fake, model_a: str
-) -> None:
+def test_a_stall_and_a_deadline_are_different_errors(make: Make, fake: Fake, model_a: str) -> None:
     """Two limits, two errors; neither is the server's failure."""
     fake.behave(loading_s=-1, work="idle")
     with pytest.raises(Stalled) as stalled:

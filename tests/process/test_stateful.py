@@ -369,7 +369,7 @@ DEEP = settings(QUICK, max_examples=400, stateful_step_count=50, derandomize=Fal
         pytest.param(DEEP, id="deep", marks=[pytest.mark.deep, pytest.mark.timeout(3600)]),
     ],
 )
-def test_any_sequence_of_calls_and_mishaps_keeps_what_is_promised(
+def test_any_sequence_of_calls_and_faults_keeps_the_promises(
     tmp_path: Path, tiny_model: str, profile: settings
 ) -> None:
     """The public API with real processes: at most one server, every call answered, none left."""

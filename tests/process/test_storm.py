@@ -74,7 +74,7 @@ def storm(orch: Orchestrator, models: list[str], seed: int) -> collections.Count
 
 
 @pytest.mark.timeout(180)
-def test_a_storm_of_calls_never_makes_two_servers_and_leaves_none(
+def test_concurrent_random_calls_never_run_two_servers_and_leave_none(
     make: Make, fake: Fake, state_dir: Path, tmp_path: Path, tiny_model: str
 ) -> None:
     """B01 to B05, B14 to B17 and B36, as they were met."""
@@ -111,7 +111,7 @@ def test_a_storm_of_calls_never_makes_two_servers_and_leaves_none(
 # The witnesses themselves
 
 
-def test_the_lock_of_the_fake_server_sees_two(fake: Fake, tmp_path: Path) -> None:
+def test_the_lock_of_the_fake_server_detects_two_servers(fake: Fake, tmp_path: Path) -> None:
     """A witness that never speaks proves nothing."""
     command = [fake.path, "-m", "x.gguf", "--port", "0"]
     popen: dict[str, Any] = {"env": fake.env, "stdout": subprocess.DEVNULL}
@@ -125,7 +125,7 @@ def test_the_lock_of_the_fake_server_sees_two(fake: Fake, tmp_path: Path) -> Non
         one.kill()
 
 
-def test_the_lock_of_the_fake_server_sees_a_descendant(fake: Fake) -> None:
+def test_the_lock_of_the_fake_server_detects_a_descendant(fake: Fake) -> None:
     """Somebody may be left of a server that is gone."""
     fake.behave(children=["closed!"])
     command = [fake.path, "-m", "x.gguf", "--port", "0"]
@@ -143,7 +143,7 @@ def test_the_lock_of_the_fake_server_sees_a_descendant(fake: Fake) -> None:
     until(lambda: not fake.living(), "their end")
 
 
-def test_the_monitor_sees_two_and_not_one_after_the_other(state_dir: Path, tmp_path: Path) -> None:
+def test_the_monitor_detects_two_servers_at_once(state_dir: Path, tmp_path: Path) -> None:
     """By what is alive at one moment, not by intervals that somebody estimated."""
     token = {"LLAMA_ORCHESTRATOR_SLOT_TOKEN": f"{state_dir}/s:0:0"}
     command = [sys.executable, "-ISc", "print(flush=True); input()"]

@@ -41,7 +41,7 @@ def thread_in(function: str) -> threading.Thread | None:
 # what was raised between an `open` and its `with` leaves the file to the garbage collector
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, MemoryError])
-def test_an_effect_whose_thread_is_to_end_fails_its_load_and_nothing_else(
+def test_an_exception_raised_in_an_effects_thread_fails_only_its_load(
     make: Make, fake: Fake, model_a: str, error: type[BaseException]
 ) -> None:
     """A load that nobody reports on would hang for ever, and so would the unload behind it."""
@@ -57,7 +57,7 @@ def test_an_effect_whose_thread_is_to_end_fails_its_load_and_nothing_else(
     assert orch.load(model_a).status == "loaded"
 
 
-def test_an_observer_that_leaves_the_program_ends_no_thread_of_ours(
+def test_an_observer_that_raises_system_exit_ends_no_thread(
     orch: Orchestrator, fake: Fake, model_a: str
 ) -> None:
     """`sys.exit` in a callback ends its thread, and that one is the owner's."""

@@ -12,14 +12,12 @@ from orchestrator.server.slot import TOKEN_NAME
 
 
 def servers_of(directory: Path) -> set[int]:
-    """Every living process that carries a token of a slot in this state directory."""
+    """Return every running process that carries a token of a slot in this state directory."""
     found = set()
-    for pid, row in process_table.everyone().items():
-        if row.is_zombie:
-            continue
+    for pid in process_table.pids():
         try:
             token = psutil.Process(pid).environ().get(TOKEN_NAME, "")
-        except (psutil.Error, OSError):
+        except (psutil.Error, OSError):  # also a zombie: it has no environment any more
             continue
         if token.startswith(str(directory.resolve()) + os.sep):
             found.add(pid)
