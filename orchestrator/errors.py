@@ -1,41 +1,41 @@
-"""The exception tree. Every error names its category, and the field to change where there is one.
+"""The exception tree. Every error has a category, and names the field to change if there is one.
 
 OrchestratorError
-├── InvalidRequest            400  a setting that cannot be honoured
-│   ├── RefusedArgument       400  a llama-server flag the orchestrator owns
-│   ├── InvalidModel          400  empty, truncated or not a GGUF
+├── InvalidRequest            400  a setting that cannot be used
+│   ├── RefusedArgument       400  a llama-server flag that extra args may not contain
+│   ├── InvalidModel          400  empty, truncated or not a GGUF file
 │   ├── WrongKind             400  a route that a server of this `kind` does not answer
-│   └── MalformedRequest      422  unknown field, wrong type
+│   └── MalformedRequest      422  unknown field or wrong type
 ├── ModelNotFound             404
-├── Interrupted               409  ended before its commit
+├── Interrupted               409  a load that ended before it became Healthy
 │   ├── Superseded            409  by a newer load
-│   └── Cancelled             409  by the user, an unload, or a caller that left
+│   └── Cancelled             409  by a cancel, an unload, or a caller that left
 ├── Busy                      409  another load is in flight and `on_busy` is "reject"
-├── ServerStartFailed         424  the server did not become healthy
+├── ServerStartFailed         424  the server did not become Healthy
 │   └── ServerUnavailable     424  no usable llama-server binary
-├── HubError                  502  the Hub would not serve it
-│   ├── HubUnreachable        502  no answer, or none that makes sense
-│   ├── HubRateLimited        503  asked too often; says when to ask again
-│   ├── HubGated              403  its terms have to be accepted first
-│   ├── HubUnauthorized       403  the token is missing, wrong or not enough
-│   └── HubCorrupt            502  what arrives is not what the Hub announced
-├── DiskFull                  507  the model does not fit on the cache's volume
+├── HubError                  502  the Hub did not serve the model
+│   ├── HubUnreachable        502  no answer, or an unusable one
+│   ├── HubRateLimited        503  too many requests; says when to try again
+│   ├── HubGated              403  its terms must be accepted first
+│   ├── HubUnauthorized       403  the token is missing, wrong or insufficient
+│   └── HubCorrupt            502  the file differs from what the Hub announced
+├── DiskFull                  507  no room for the model on the cache's volume
 ├── TimedOut                  504
-│   ├── Stalled               504  no sign of progress for `stall_timeout_s`
-│   └── DeadlineExceeded      504  `deadline_s` is over
+│   ├── Stalled               504  no progress for `stall_timeout_s`
+│   └── DeadlineExceeded      504  `deadline_s` has passed
 ├── Unavailable               503
 │   ├── NotLoaded             503  no model is Healthy
 │   ├── ShuttingDown          503
-│   ├── ServerExited          503  the healthy server ended by itself
-│   ├── WrongProcess          503  the orchestrator belongs to the parent of this fork
-│   └── SlotOccupied          503  a server of this slot would not die
+│   ├── ServerExited          503  a Healthy server exited
+│   ├── WrongProcess          503  the orchestrator was made before this process was forked
+│   └── SlotOccupied          503  a server of this slot could not be stopped
 ├── SlotOwned                 409  another orchestrator owns this slot
-├── StateDirError             500  the slot's directory cannot be used
-├── CacheDirError             500  the cache of models cannot be used
+├── StateDirError             500  the state directory cannot be used
+├── CacheDirError             500  the model cache cannot be used
 └── UnsupportedPlatform       500
 
-`Problem` is the same as plain data: what the pure core passes around, what a status shows and
-what HTTP sends as `application/problem+json`.
+A `Problem` is an error as plain data: the pure core passes it on, the status reports it and HTTP
+sends it as `application/problem+json`.
 """
 
 from __future__ import annotations
@@ -44,21 +44,24 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Final, Self
 
 from orchestrator.base.paths import PathNames
 from orchestrator.base.record import Record
 
+CLASSES: Final[dict[str, type[OrchestratorError]]] = {}
+"""The class of each category, in the order of the tree."""
+
 
 @dataclass(frozen=True, slots=True)
 class Restored(Record):
-    """What became of the model that ran before a failure.
+    """How restoring the previous model ended, after a failed load.
 
     Attributes:
-        generation: The load that brings it back.
-        model_path: As it was asked for.
-        gguf_variant: As it was resolved.
-        problem: Why it could not be brought back; None when it runs again.
+        generation: The load that restores it.
+        model_path: As requested.
+        gguf_variant: As resolved.
+        problem: Why that load failed; None if the model is loaded again.
     """
 
     generation: int
@@ -77,8 +80,8 @@ class Restored(Record):
 
     def __str__(self) -> str:
         if self.problem is None:
-            return f"{self.model_path} runs again (generation {self.generation})"
-        return f"{self.model_path} could not be brought back: {self.problem.message}"
+            return f"{self.model_path} is loaded again (generation {self.generation})"
+        return f"{self.model_path} could not be restored: {self.problem.message}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +89,16 @@ class Problem(Record):
     """One failure as data.
 
     Attributes:
-        category: Stable word from the tree above, e.g. `server_start_failed`.
-        message: One sentence that says what happened and what to do.
-        field: The request field or setting to change, if one is to blame.
+        category: Stable word from the tree, e.g. `server_start_failed`.
+        message: One sentence: what happened and what to do.
+        field: The request field or setting to change, if there is one.
         generation: The load it belongs to.
         log_tail: The last lines of the server's output, oldest first.
-        reason: The classified cause within the category, e.g. `exited`.
+        reason: The cause within the category, e.g. `exited`.
         story: The last transitions before it happened, oldest first.
-        retry_after_s: When asking again may help, seconds from when it was said.
-        restored: What became of the model that ran before, if it was to come back.
-        names: What paths in its texts are called where strangers see them.
+        retry_after_s: Seconds to wait before trying again, where that may help.
+        restored: How restoring the previous model ended, if it was tried.
+        names: Public names of local paths in its texts.
     """
 
     category: str
@@ -109,49 +112,58 @@ class Problem(Record):
     restored: Restored | None = None
     names: PathNames = dataclasses.field(default=(), compare=False, repr=False)
 
-    def error(self) -> OrchestratorError:
-        """Return the exception of this problem's category, ready to be raised."""
-        return _CLASSES.get(self.category, OrchestratorError)(self)
-
-    def told(self, story: tuple[str, ...]) -> Problem:
-        return replace(self, story=story)
+    @property
+    def _class(self) -> type[OrchestratorError]:
+        return CLASSES.get(self.category, OrchestratorError)
 
     @property
     def status(self) -> int:
         """The HTTP status code of this category."""
-        return _CLASSES.get(self.category, OrchestratorError).status
+        return self._class.status
+
+    def error(self) -> OrchestratorError:
+        """Return the exception of this problem's category."""
+        return self._class(self)
 
     def as_dict(self) -> dict[str, Any]:
-        """RFC 9457 members; members without a value are left out."""
-        cls = _CLASSES.get(self.category, OrchestratorError)
+        """Return the members of RFC 9457 and ours; those without a value are left out."""
         members: dict[str, Any] = {
             "type": "about:blank",
-            "title": cls.title,
-            "status": cls.status,
+            "title": self._class.title,
+            "status": self.status,
             "detail": self.message,
             "category": self.category,
         }
-        for name in ("field", "generation", "reason", "retry_after_s"):
-            if (value := getattr(self, name)) is not None:
-                members[name] = value
-        for name in ("log_tail", "story"):
-            if value := getattr(self, name):
-                members[name] = list(value)
+        for name in ("field", "generation", "reason", "retry_after_s", "log_tail", "story"):
+            if (value := getattr(self, name)) not in (None, ()):
+                members[name] = list(value) if isinstance(value, tuple) else value
         if self.restored is not None:
             members["restored"] = self.restored.as_dict()
         return members
 
 
 class OrchestratorError(Exception):
-    """Base of every error this library raises on purpose."""
+    """Base of every error that this library raises on purpose."""
 
     category: ClassVar[str] = "internal"
     status: ClassVar[int] = 500
     title: ClassVar[str] = "Internal error"
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        CLASSES.setdefault(cls.category, cls)
+
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         self.problem: Problem = problem
+        self.message: str = problem.message
+        self.field: str | None = problem.field
+        self.generation: int | None = problem.generation
+        self.log_tail: tuple[str, ...] = problem.log_tail
+        self.reason: str | None = problem.reason
+        self.story: tuple[str, ...] = problem.story
+        self.retry_after_s: float | None = problem.retry_after_s
+        self.restored: Restored | None = problem.restored
 
     @classmethod
     def because(
@@ -159,74 +171,33 @@ class OrchestratorError(Exception):
         message: str,
         *,
         field: str | None = None,
-        generation: int | None = None,
-        log_tail: tuple[str, ...] = (),
         reason: str | None = None,
+        log_tail: tuple[str, ...] = (),
     ) -> Self:
-        """Build the error of this class from its parts."""
-        return cls(
-            Problem(
-                cls.category,
-                message,
-                field=field,
-                generation=generation,
-                log_tail=log_tail,
-                reason=reason,
-            )
-        )
+        """Build an error of this class."""
+        return cls(Problem(cls.category, message, field, log_tail=log_tail, reason=reason))
 
     def naming(self, names: PathNames) -> Self:
-        """Say what paths in its texts are called where strangers see them."""
+        """Add public names of local paths in its texts."""
         self.problem = replace(self.problem, names=(*self.problem.names, *names))
         return self
 
-    @property
-    def message(self) -> str:
-        return self.problem.message
-
-    @property
-    def field(self) -> str | None:
-        return self.problem.field
-
-    @property
-    def generation(self) -> int | None:
-        return self.problem.generation
-
-    @property
-    def reason(self) -> str | None:
-        return self.problem.reason
-
-    @property
-    def log_tail(self) -> tuple[str, ...]:
-        return self.problem.log_tail
-
-    @property
-    def story(self) -> tuple[str, ...]:
-        return self.problem.story
-
-    @property
-    def retry_after_s(self) -> float | None:
-        return self.problem.retry_after_s
-
-    @property
-    def restored(self) -> Restored | None:
-        return self.problem.restored
-
     def __str__(self) -> str:
-        lines = [self.problem.message]
-        if self.problem.restored is not None:
-            lines += [f"  {self.problem.restored}"]
-        if self.problem.log_tail:
-            lines += ["  last output of the server:"]
-            lines += [f"    {line}" for line in self.problem.log_tail[-8:]]
-        if self.problem.story:
-            lines += ["  story:"] + [f"    {line}" for line in self.problem.story[-8:]]
+        lines = [self.message]
+        if self.restored is not None:
+            lines.append(f"  {self.restored}")
+        for title, texts in (("last output of the server", self.log_tail), ("story", self.story)):
+            if texts:
+                lines += [f"  {title}:", *(f"    {text}" for text in texts[-8:])]
         return "\n".join(lines)
+
+
+CLASSES[OrchestratorError.category] = OrchestratorError
 
 
 @contextlib.contextmanager
 def naming(names: PathNames) -> Iterator[None]:
-    """Have what goes wrong inside say what paths in its texts are called."""
+    """Add public names of local paths to every error raised inside."""
     try:
         yield
     except OrchestratorError as error:
@@ -235,184 +206,128 @@ def naming(names: PathNames) -> Iterator[None]:
 
 
 class InvalidRequest(OrchestratorError, ValueError):
-    category = "invalid_request"
-    status = 400
-    title = "A setting cannot be honoured"
+    category, status, title = "invalid_request", 400, "A setting cannot be used"
 
 
 class RefusedArgument(InvalidRequest):
-    category = "refused_argument"
-    title = "A llama-server flag is refused"
+    category, status, title = "refused_argument", 400, "A llama-server flag is refused"
 
 
 class InvalidModel(InvalidRequest):
-    category = "invalid_model"
-    title = "The model file cannot be used"
+    category, status, title = "invalid_model", 400, "The model file cannot be used"
 
 
 class WrongKind(InvalidRequest):
-    category = "wrong_kind"
-    title = "The server that runs is of another kind"
+    category, status, title = "wrong_kind", 400, "The running server is of another kind"
 
 
 class MalformedRequest(InvalidRequest):
-    category = "malformed"
-    status = 422
-    title = "The request is malformed"
+    category, status, title = "malformed", 422, "The request is malformed"
 
 
 class ModelNotFound(OrchestratorError):
-    category = "model_not_found"
-    status = 404
-    title = "Model not found"
+    category, status, title = "model_not_found", 404, "Model not found"
 
 
 class Interrupted(OrchestratorError):
-    category = "interrupted"
-    status = 409
-    title = "The load was ended before it was done"
+    category, status, title = "interrupted", 409, "The load ended before the model was loaded"
 
 
 class Superseded(Interrupted):
-    category = "superseded"
-    title = "Superseded by a newer load"
+    category, status, title = "superseded", 409, "Superseded by a newer load"
 
 
 class Cancelled(Interrupted):
-    category = "cancelled"
-    title = "Cancelled"
+    category, status, title = "cancelled", 409, "Cancelled"
 
 
 class Busy(OrchestratorError):
-    category = "busy"
-    status = 409
-    title = "Another load is in flight"
+    category, status, title = "busy", 409, "Another load is in flight"
 
 
 class ServerStartFailed(OrchestratorError):
-    category = "server_start_failed"
-    status = 424
-    title = "The server did not start"
+    category, status, title = "server_start_failed", 424, "The server did not start"
 
 
 class ServerUnavailable(ServerStartFailed):
-    category = "server_unavailable"
-    title = "No usable llama-server"
+    category, status, title = "server_unavailable", 424, "No usable llama-server"
 
 
 class HubError(OrchestratorError):
-    category = "hub_error"
-    status = 502
-    title = "The Hub did not serve the model"
+    category, status, title = "hub_error", 502, "The Hub did not serve the model"
 
 
 class HubUnreachable(HubError):
-    category = "hub_unreachable"
-    title = "The Hub cannot be reached"
+    category, status, title = "hub_unreachable", 502, "The Hub cannot be reached"
 
 
 class HubRateLimited(HubError):
-    category = "hub_rate_limited"
-    status = 503
-    title = "The Hub was asked too often"
+    category, status, title = "hub_rate_limited", 503, "Too many requests to the Hub"
 
 
 class HubGated(HubError):
-    category = "hub_gated"
-    status = 403
-    title = "The model is gated"
+    category, status, title = "hub_gated", 403, "The model is gated"
 
 
 class HubUnauthorized(HubError):
-    category = "hub_unauthorized"
-    status = 403
-    title = "The Hub does not accept the token"
+    category, status, title = "hub_unauthorized", 403, "The Hub does not accept the token"
 
 
 class HubCorrupt(HubError):
-    category = "hub_corrupt"
-    title = "What the Hub sent is damaged"
+    category, status, title = "hub_corrupt", 502, "The Hub sent damaged data"
 
 
 class DiskFull(OrchestratorError):
-    category = "disk_full"
-    status = 507
-    title = "Not enough disk"
+    category, status, title = "disk_full", 507, "Not enough disk space"
 
 
 class TimedOut(OrchestratorError):
-    category = "timed_out"
-    status = 504
-    title = "Out of time"
+    category, status, title = "timed_out", 504, "Timed out"
 
 
 class Stalled(TimedOut):
-    category = "stalled"
-    title = "No progress"
+    category, status, title = "stalled", 504, "No progress"
 
 
 class DeadlineExceeded(TimedOut):
-    category = "deadline"
-    title = "Deadline exceeded"
+    category, status, title = "deadline", 504, "Deadline exceeded"
 
 
 class Unavailable(OrchestratorError):
-    category = "unavailable"
-    status = 503
-    title = "Unavailable"
+    category, status, title = "unavailable", 503, "Unavailable"
 
 
 class NotLoaded(Unavailable):
-    category = "not_loaded"
-    title = "No model is loaded"
+    category, status, title = "not_loaded", 503, "No model is loaded"
 
 
 class ShuttingDown(Unavailable):
-    category = "shutting_down"
-    title = "Shutting down"
+    category, status, title = "shutting_down", 503, "Shutting down"
 
 
 class ServerExited(Unavailable):
-    category = "server_exited"
-    title = "The server ended by itself"
+    category, status, title = "server_exited", 503, "The server exited"
 
 
 class WrongProcess(Unavailable):
-    category = "wrong_process"
-    title = "The orchestrator belongs to another process"
+    category, status, title = "wrong_process", 503, "The orchestrator belongs to another process"
 
 
 class SlotOccupied(Unavailable):
-    category = "slot_occupied"
-    title = "A server of this slot would not die"
+    category, status, title = "slot_occupied", 503, "A server of this slot could not be stopped"
 
 
 class SlotOwned(OrchestratorError):
-    category = "slot_owned"
-    status = 409
-    title = "Another orchestrator owns this slot"
+    category, status, title = "slot_owned", 409, "Another orchestrator owns this slot"
 
 
 class StateDirError(OrchestratorError):
-    category = "state_dir"
-    title = "The slot's directory cannot be used"
+    category, status, title = "state_dir", 500, "The state directory cannot be used"
 
 
 class CacheDirError(OrchestratorError):
-    category = "cache_dir"
-    title = "The cache of models cannot be used"
+    category, status, title = "cache_dir", 500, "The model cache cannot be used"
 
 
 class UnsupportedPlatform(OrchestratorError):
-    category = "unsupported_platform"
-    title = "Unsupported platform"
-
-
-def _tree(cls: type[OrchestratorError]) -> dict[str, type[OrchestratorError]]:
-    found = {cls.category: cls}
-    for sub in cls.__subclasses__():
-        found |= _tree(sub)
-    return found
-
-
-_CLASSES = _tree(OrchestratorError)
+    category, status, title = "unsupported_platform", 500, "Unsupported platform"

@@ -22,7 +22,7 @@ from orchestrator.models.variants import Variant
 from orchestrator.runtime.history import LoadRecord
 from orchestrator.runtime.ports import Progress as PhaseProgress
 from orchestrator.runtime.snapshot import Snapshot
-from orchestrator.settings.fields import SETTINGS, SHOWN, AsAsked, Kind
+from orchestrator.settings.fields import ECHOED, SETTINGS, EchoedFields, Kind
 from orchestrator.settings.files import ModelFiles
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import ReloadReason, Target
@@ -32,10 +32,10 @@ ProgressOf = Callable[[Generation], PhaseProgress | None]
 
 
 @dataclass(frozen=True, slots=True)
-class LoadOutcome(Record, AsAsked):
+class LoadOutcome(Record, EchoedFields):
     """The answer to a load, and what `status` shows as `loaded`.
 
-    The settings of `AsAsked` are left out of `as_dict` where they are what is meant anyway.
+    `as_dict` leaves out settings of `EchoedFields` that have their default.
 
     Attributes:
         status: `loaded`, or `already_loaded` when nothing had to be done.
@@ -75,7 +75,7 @@ class LoadOutcome(Record, AsAsked):
         }
         members |= {
             name: value
-            for name in SHOWN
+            for name in ECHOED
             if (value := getattr(self, name)) != SETTINGS[name].default
         }
         members["reload_reasons"] = [reason.as_dict() for reason in self.reload_reasons]
@@ -418,9 +418,9 @@ def _settings(target: Target) -> dict[str, Any]:
         "note": target.model.hub.note if target.model.hub else None,
         "requested_context_length": target.request.max_seq_length,
         "cache_type_kv": target.request.cache_type_kv,
-        "speculative_type": target.drafting,
+        "speculative_type": target.effective_speculative_type,
         "llama_extra_args": list(target.extra_args),
-        **{name: target.request.meant(name) for name in SHOWN},
+        **{name: target.request.effective(name) for name in ECHOED},
     }
 
 

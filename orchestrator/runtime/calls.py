@@ -52,8 +52,9 @@ from orchestrator.runtime.snapshot import Observer
 from orchestrator.server.slot import cache_dir
 from orchestrator.settings.argv import build_argv
 from orchestrator.settings.checks import checked_seconds
+from orchestrator.settings.drafting import accepted_modes
 from orchestrator.settings.fields import SETTINGS, LoadFields, StrPath
-from orchestrator.settings.flags import CACHE_TYPES, accepted_modes
+from orchestrator.settings.flags import CACHE_TYPES
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import NO_SERVER, Target
 

@@ -50,7 +50,7 @@ class History:
         """
         total_s, answer, timings = now - ended.accepted_at, ended.answer, ended.timings
         if isinstance(answer, Problem):
-            answer = answer.told(story)
+            answer = replace(answer, story=story)
         if isinstance(answer, Loaded) and answer.generation == ended.generation:
             timings = answer.timings  # as its callers were told
         else:

@@ -360,7 +360,7 @@ class Owner:
     def _settle(self, command: Settle) -> None:
         answer = command.answer
         if isinstance(answer, Problem):
-            answer = answer.told(self.snapshot.story)
+            answer = replace(answer, story=self.snapshot.story)
         call = self._calls.pop(command.ticket, None)
         if call is not None:
             if isinstance(answer, Problem) and not call.accepted.done():

@@ -1,1 +1,1 @@
-"""What may be asked for: requests, flags, identity. Pure."""
+"""Load requests, llama-server flags, and when two loads are the same. Pure."""

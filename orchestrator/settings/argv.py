@@ -1,35 +1,32 @@
-"""The server's whole command line, from a target.
+"""The server's command line.
 
-Pure. The order is stable: managed flags first, the caller's extra args last, so that an explicit
-flag wins over a field (llama-server lets the last one win). Nothing secret is ever in it.
+Managed flags come first, in a fixed order, and the caller's extra args last, so that an explicit
+flag wins over a field: llama-server lets the last one win. It never contains a secret.
 """
 
 from __future__ import annotations
 
+from orchestrator.settings.drafting import speculative_flags
 from orchestrator.settings.fields import SETTINGS
-from orchestrator.settings.flags import speculative_flags
 from orchestrator.settings.target import Target
 
 
 def build_argv(target: Target, *, template_file: str | None) -> tuple[str, ...]:
-    """Return the server's whole command line. The port is always 0: the server picks a free one
-    and the address is read from the server itself, so no picked port can be lost.
+    """Return the whole command line. The port is 0: the server picks a free one and reports it, so
+    no other process can take it in between.
 
     Args:
-        target: What to run; its extra args are already the effective ones.
-        template_file: Where the chat template override was written, if there is one.
+        target: What to run, with its effective extra args.
+        template_file: Path of the chat template override, if there is one.
     """
-    request = target.request
-    weights = target.model.weights
-    model = weights[0].path if weights else f"<{target.request.model_path}>"  # to be downloaded
-    argv = [*target.server.command, "-m", model]
-    argv += ["--host", "127.0.0.1", "--port", "0"]
-    if target.model.projector is not None:
-        argv += ["--mmproj", target.model.projector.path]
+    model, server = target.model, target.server
+    path = model.weights[0].path if model.weights else f"<{target.request.model_path}>"
+    argv = [*server.command, "-m", path, "--host", "127.0.0.1", "--port", "0"]
+    if model.projector is not None:
+        argv += ["--mmproj", model.projector.path]
     for name, row in SETTINGS.items():
-        argv += row.words(request.meant(name))
-    catalogue = target.server.catalogue
-    argv += speculative_flags(target.speculative_type, target.extra_args, catalogue)
+        argv += row.to_argv(target.request.effective(name))
+    argv += speculative_flags(target.speculative_type, target.extra_args, server.catalogue)
     if template_file is not None:
         argv += ["--jinja", "--chat-template-file", template_file]
     return (*argv, *target.extra_args)

@@ -1,7 +1,7 @@
-"""What the values of settings may be: each check returns the normal form of a value, or refuses it.
+"""Checks of setting values: each returns the normal form of a value or raises.
 
-A check takes the name of the field and the value, whatever JSON or Python can hold. Blank text is
-None. Pure.
+A check takes the name of the field and any value that JSON or Python can hold. It returns None for
+blank text, which means the default.
 """
 
 from __future__ import annotations
@@ -20,39 +20,57 @@ MAX_SECONDS: Final = 30 * 24 * 3600.0
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
 
-def malformed(field: str, wanted: str, value: object) -> MalformedRequest:
-    """Return the refusal of a value for its type."""
+def malformed(field: str, expected: str, value: object) -> MalformedRequest:
+    """Return the error for a value of the wrong type."""
     kind = type(value).__name__
-    return MalformedRequest.because(f"{field} must be {wanted}, not {kind}", field=field)
+    return MalformedRequest.because(f"{field} must be {expected}, not {kind}", field=field)
+
+
+def invalid(field: str, value: object, expected: str) -> InvalidRequest:
+    """Return the error for a value that cannot be used."""
+    if isinstance(value, str):
+        shown = repr(value[:40])
+    elif isinstance(value, int) and abs(value) >= 10**18:  # str() raises above 4300 digits
+        shown = "a number of more than 18 digits"
+    else:
+        shown = str(value) if isinstance(value, int | float) else f"a {type(value).__name__}"
+    return InvalidRequest.because(f"{field} is {shown}: it must be {expected}", field=field)
+
+
+def string(field: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise malformed(field, "a string", value)
+    return value
 
 
 def text(field: str, value: object) -> str | None:
-    """Stripped; blank means None."""
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise malformed(field, "a string", value)
-    if not flags.is_encodable(value):
+    """Text, stripped."""
+    stripped = string(field, value).strip()
+    if not flags.is_encodable(stripped):
         raise InvalidRequest.because(f"{field} is not valid Unicode text", field=field)
-    return value.strip() or None
+    return stripped or None
 
 
 def line(field: str, value: object) -> str | None:
     """Text without control characters."""
     found = text(field, value)
-    if found is not None and flags.holds_control(found):
-        raise InvalidRequest.because(f"{field} holds a control character", field=field)
+    if found is not None and flags.has_control_character(found):
+        raise InvalidRequest.because(f"{field} contains a control character", field=field)
     return found
 
 
+def word(field: str, value: object) -> str | None:
+    """A line in lower case."""
+    found = line(field, value)
+    return found and found.lower()
+
+
 def path(field: str, value: object) -> str | None:
-    """A line, or a path object."""
+    """A line or an `os.PathLike`."""
     return line(field, os.fspath(value) if isinstance(value, os.PathLike) else value)
 
 
 def model_path(field: str, value: object) -> str:
-    if value is None:
-        raise malformed(field, "a string", value)
     if (found := path(field, value)) is None:
         raise InvalidRequest.because(
             f"{field} is empty: give a .gguf file, a folder with one, or a Hub repo id", field=field
@@ -61,8 +79,8 @@ def model_path(field: str, value: object) -> str:
 
 
 def template(field: str, value: object) -> str | None:
-    """Kept exactly as written, because white space means something in a template."""
-    return None if text(field, value) is None else str(value)
+    """Text exactly as written: white space matters in a template."""
+    return string(field, value) if text(field, value) else None
 
 
 def boolean(field: str, value: object) -> bool:
@@ -71,60 +89,16 @@ def boolean(field: str, value: object) -> bool:
     return value
 
 
-def whole(low: int, high: int) -> Check:
-    """A whole number from `low` to `high`."""
-
-    def check(field: str, value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise malformed(field, "a whole number", value)
-        if not low <= value <= high:
-            shown = _number(value)
-            raise InvalidRequest.because(f"{field} is {shown}: use {low} to {high}", field=field)
-        return value
-
-    return check
+def integer(field: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise malformed(field, "an integer", value)
+    return value
 
 
 def seconds(field: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise malformed(field, "a number of seconds", value)
-    if not 0 < value <= MAX_SECONDS:  # false for NaN too, and safe for a huge int
-        raise InvalidRequest.because(
-            f"{field} is {_number(value)}: use more than 0 to {MAX_SECONDS:.0f} seconds",
-            field=field,
-        )
-    return float(value)
-
-
-def one_of(*choices: str) -> Check:
-    """One of these words, exactly as it is."""
-
-    def check(field: str, value: object) -> str:
-        if not isinstance(value, str):
-            raise malformed(field, "a string", value)
-        if value not in choices:
-            raise InvalidRequest.because(
-                f"{field} is {value[:40]!r}: use one of {', '.join(choices)}", field=field
-            )
-        return value
-
-    return check
-
-
-def word_of(*choices: str) -> Check:
-    """One of these words, whatever its case and padding."""
-    exact = one_of(*choices)
-
-    def check(field: str, value: object) -> str | None:
-        word = line(field, value)
-        return None if word is None else str(exact(field, word.lower()))
-
-    return check
-
-
-def optional(check: Check) -> Check:
-    """As `check`; None stays None."""
-    return lambda field, value: None if value is None else check(field, value)
+    return checked_seconds(field, value, zero=False)
 
 
 def request_id(field: str, value: object) -> str | None:
@@ -137,29 +111,19 @@ def request_id(field: str, value: object) -> str | None:
     return found
 
 
-def checked_seconds(field: str, value: object, *, zero: bool = True) -> float:
-    """Return a setting of an orchestrator in seconds, or say what is wrong with it.
+def checked_seconds(field: str, value: Any, *, zero: bool = True) -> float:
+    """Return an option of an orchestrator in seconds.
 
     Raises:
-        InvalidRequest: not a number, negative, or more than a clock can wait (field as given).
+        InvalidRequest: not a number, negative, more than 30 days, or 0 where `zero` is false.
     """
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not 0 <= value <= MAX_SECONDS
-        or (value == 0 and not zero)
-    ):
-        least = "0" if zero else "more than 0"
-        message = f"{field} is no time to wait: use {least} to {MAX_SECONDS:.0f} seconds"
-        raise InvalidRequest.because(message, field=field)
-    return float(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and (0 < value <= MAX_SECONDS or (zero and value == 0)):  # false for NaN
+        return float(value)
+    least = "at least 0" if zero else "more than 0"
+    raise invalid(field, value, f"{least} and at most {MAX_SECONDS:.0f} seconds")
 
 
 def printable(name: str) -> str:
-    """What an error can carry: text that any answer can hold, of a bounded length."""
+    """Return a name that any answer can carry: encodable, and of bounded length."""
     return name[:64].encode(errors="backslashreplace").decode()
-
-
-def _number(value: float) -> str:
-    """A number as an error shows it; Python refuses to write out one of more than 4300 digits."""
-    return "out of range" if abs(value) > 1e18 else str(value)

@@ -1,32 +1,22 @@
-"""Every setting of a load, once: a row says what it is, and everything else derives from it.
+"""Every setting of a load, once: a row defines it, and everything else derives from the row.
 
-From a row come its normal form, its part in identity, its flags and what extra args may do with
-them, the body and the document of HTTP, the option of the command line, the control in the panel
-and the reference. Beside its row, a setting has one line in `LoadFields`, for type checkers; a test
-compares the two.
+That is its normal form, its part in identity, its flags and their place in extra args, the HTTP
+body and schema, the command-line option, the control in the panel and the reference. `LoadFields`
+repeats names and types for type checkers; a test compares the two.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
-from types import MappingProxyType
-from typing import (
-    Any,
-    Final,
-    Literal,
-    TypedDict,
-    TypeVar,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, Final, Literal, TypedDict, TypeVar, get_args, get_type_hints
 
 from orchestrator.settings import checks, flags
+from orchestrator.settings.drafting import OFF
 
 Kind = Literal["chat", "embedding", "rerank"]
 Pooling = Literal["none", "mean", "cls", "last", "rank"]
@@ -35,8 +25,8 @@ StrPath = str | os.PathLike[str]
 
 _T = TypeVar("_T")
 _REQUIRED: Final[Any] = dataclasses.MISSING
-_MAX_CONTEXT: Final = 1 << 30
-_MAX_CACHE_MIB: Final = 1 << 30
+_MAX: Final = 1 << 30  # tokens or MiB
+_MODE: Final = re.compile(r"[a-z0-9][a-z0-9_,-]*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,105 +34,107 @@ class Setting:
     """One row.
 
     Attributes:
-        default: What is meant where nothing is said.
-        check: Returns the normal form of a value, or refuses it.
-        help: What it means, in one line, for every reference.
-        argv: What it adds to the server's command line where it is set: words with `{}` for the
-            value, or words by value.
-        flags: Every spelling of the flags that mean the same; `!` marks one without a value.
-        in_extra_args: May extra args have these flags? Then they are taken out of *inherited* ones
-            where the field is set; otherwise they are refused there.
-        implied: What is meant by other fields where it is None.
-        is_identity: Is a change of it a reload, by its value alone?
-        is_secret: Never shown.
-        option: Its names on the command line, if they are not made from its own; () = none.
-        metavar: What the command line calls its value.
-        choices: The words it may be.
-        least, most: The bounds of a number.
-        label: What the panel calls it among the plain controls; "" = it draws this one by hand.
-        blank: What the panel shows while nothing is written there.
+        default: Its value where a request omits it; None may be given only where this is None.
+        check: Returns the normal form of a value, or None for a blank one, which is the default.
+        help: Its meaning in one line.
+        argv: The flags it becomes unless it has its default, with `{}` for the value.
+        refused: Flags with this meaning that extra args may not contain, in every spelling.
+        shadowed: Those that may be in extra args; *inherited* ones are removed where the field is
+            set. `!` marks a flag without a value.
+        implied: Returns the value that None stands for, from the other fields.
+        is_identity: Whether another value needs a reload.
+        is_secret: Whether it is left out of everything that is shown.
+        option: Its names on the command line, if not derived from its name; () = no option.
+        metavar: Its placeholder on the command line; default: the choices.
+        bounds: The least and the greatest integer.
+        label: Its label in the panel; "" = the panel has no plain control for it.
+        blank: The panel's placeholder for an empty control.
     """
 
     default: Any
     check: checks.Check
     help: str
-    argv: str | Mapping[str, str] = ""
-    flags: str = ""
-    in_extra_args: bool = True
+    argv: str = ""
+    refused: str = ""
+    shadowed: str = ""
     implied: Callable[[Any], Any] | None = None
     is_identity: bool = False
     is_secret: bool = False
     option: tuple[str, ...] | None = None
     metavar: str | None = None
     choices: tuple[str, ...] = ()
-    least: float | None = None
-    most: float | None = None
+    bounds: tuple[int, int] | None = None
     label: str = ""
     blank: str = ""
 
-    def words(self, value: Any) -> list[str]:
-        """Return what a value adds to the command line."""
-        if value == self.default or not self.argv:
-            return []
-        words = self.argv if isinstance(self.argv, str) else self.argv.get(value, "")
-        return [str(value) if word == "{}" else word for word in words.split()]
+    def normal(self, name: str, value: object) -> Any:
+        """Return the normal form of a value.
+
+        Raises:
+            InvalidRequest: the value cannot be used; field `name`.
+        """
+        if value is None and self.default is None:
+            return None
+        if (found := self.check(name, value)) is None:
+            return self.default
+        if self.choices and found not in self.choices:
+            expected = f"one of {', '.join(self.choices)}"
+        elif self.bounds and not self.bounds[0] <= found <= self.bounds[1]:
+            expected = "between {} and {}".format(*self.bounds)
+        else:
+            return found
+        raise checks.invalid(name, found, expected)
+
+    def to_argv(self, value: Any) -> list[str]:
+        """Return the flags that a value becomes."""
+        words = [] if value == self.default else self.argv.split()
+        return [word.replace("{}", str(value)) for word in words]
 
 
 def setting(default: _T, check: checks.Check, help_: str, **about: Any) -> _T:
-    """Return the field of a row."""
+    """Return the dataclass field of a row."""
     row = Setting(default=default, check=check, help=help_, **about)
     return field(default=default, metadata={"setting": row})
 
 
-def _extra_args(name: str, value: object) -> tuple[str, ...] | None:
-    if value is None:
-        return None
+def _extra_args(name: str, value: object) -> tuple[str, ...]:
     if isinstance(value, str | bytes | bytearray | memoryview) or not isinstance(value, Sequence):
         raise checks.malformed(name, "a list of strings", value)
-    args = tuple(value)
-    for token in args:
+    for token in value:
         if not isinstance(token, str):
             raise checks.malformed(name, "a list of strings", token)
+    args = tuple(value)
     check_extra_args(args)
     return args
 
 
-def _cache_type(name: str, value: object) -> str | None:
-    return flags.normal_cache_type(checks.line(name, value))
-
-
 def _speculative_type(name: str, value: object) -> str | None:
-    return flags.normal_speculative_type(checks.line(name, value))
-
-
-def _kind(name: str, value: object) -> object:
-    if value is None:
-        raise checks.malformed(name, "a string", value)
-    return checks.word_of(*get_args(Kind))(name, value) or "chat"
+    mode = checks.word(name, value)
+    if mode is not None and not _MODE.fullmatch(mode):
+        raise checks.invalid(name, mode, "default, off or a type that the server lists")
+    return OFF if mode == "none" else mode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AsAsked:
-    """The settings that answers show as they were asked for."""
+class EchoedFields:
+    """The settings that answers repeat as they were requested."""
 
     kind: Kind = setting(
         "chat",
-        _kind,
+        checks.word,
         "what the server is for",
-        argv=MappingProxyType({"embedding": "--embedding", "rerank": "--rerank"}),
-        flags="--embedding! --embeddings! --rerank! --reranking!",
-        in_extra_args=False,
+        argv="--{}",
+        refused="--embedding --embeddings --rerank --reranking",
         is_identity=True,
         choices=get_args(Kind),
         label="Kind",
     )
     pooling: Pooling | None = setting(
         None,
-        checks.word_of(*get_args(Pooling)),
-        "how the kinds embedding and rerank make one vector of many; null = the model's own",
+        checks.word,
+        "how the kinds embedding and rerank pool vectors; null = the model's own way",
         argv="--pooling {}",
-        flags="--pooling",
-        in_extra_args=False,
+        refused="--pooling",
         is_identity=True,
         choices=get_args(Pooling),
         label="Pooling",
@@ -150,15 +142,14 @@ class AsAsked:
     )
     cache_ram_mib: int | None = setting(
         None,
-        checks.optional(checks.whole(0, _MAX_CACHE_MIB)),
-        "host memory for cached prompts, MiB; null = the server's own for chat, 0 for other kinds",
+        checks.integer,
+        "host memory for cached prompts, MiB; null = the server's default for chat, 0 otherwise",
         argv="--cache-ram {}",
-        flags="-cram --cache-ram",
+        shadowed="-cram --cache-ram",
         implied=lambda request: None if request.kind == "chat" else 0,
         is_identity=True,
         metavar="N",
-        least=0,
-        most=_MAX_CACHE_MIB,
+        bounds=(0, _MAX),
         label="Prompt cache, MiB",
         blank="default",
     )
@@ -166,40 +157,37 @@ class AsAsked:
         None,
         checks.template,
         "Jinja text; null = the model's own template",
-        flags="--chat-template --chat-template-file --chat-template-kwargs --jinja! --no-jinja!",
+        shadowed="--chat-template --chat-template-file --chat-template-kwargs --jinja! --no-jinja!",
         is_identity=True,
         option=(),
     )
     mmproj_path: str | None = setting(
         None,
         checks.path,
-        "vision projector file; found by itself for a Hub model",
-        flags="-mm --mmproj -mmu --mmproj-url",
-        in_extra_args=False,
+        "vision projector file; found automatically for a Hub model",
+        refused="-mm --mmproj -mmu --mmproj-url",
         option=("--mmproj", "--mmproj-path"),
         metavar="F",
         label="Vision projector (file)",
-        blank="found by itself",
+        blank="found automatically",
     )
     n_parallel: int | None = setting(
         None,
-        checks.optional(checks.whole(1, 64)),
-        "requests served at the same time; null = as many as the server chooses",
+        checks.integer,
+        "requests served at the same time; null = the server chooses",
         argv="--parallel {}",
-        flags="-np --parallel --n-parallel",
-        in_extra_args=False,
+        refused="-np --parallel --n-parallel",
         is_identity=True,
         option=("-np", "--parallel", "--n-parallel"),
         metavar="N",
-        least=1,
-        most=64,
+        bounds=(1, 64),
         label="Parallel slots",
         blank="default",
     )
     idle_ttl_s: float | None = setting(
         None,
-        checks.optional(checks.seconds),
-        "unload after this long without use, seconds; null = the orchestrator's",
+        checks.seconds,
+        "unload after this long without use, seconds; null = the orchestrator's default",
         option=(),
         label="Idle unload, seconds",
         blank="default",
@@ -207,14 +195,14 @@ class AsAsked:
     pinned: bool = setting(
         False,
         checks.boolean,
-        "never unload it for being idle",
+        "never unload this model when idle",
         label="Pinned: never unload when idle",
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fields(AsAsked):
-    """The rows of a `LoadRequest`; `model_path` comes first."""
+class Fields(EchoedFields):
+    """The rows of a `LoadRequest`."""
 
     model_path: str = setting(
         _REQUIRED,
@@ -225,7 +213,7 @@ class Fields(AsAsked):
     gguf_variant: str | None = setting(
         None,
         checks.line,
-        "quant label, e.g. Q4_K_M, or a path inside the repo or folder; null = pick",
+        "quant label, e.g. Q4_K_M, or a path in the repo or folder; null = pick one",
         metavar="V",
     )
     revision: str | None = setting(
@@ -247,29 +235,29 @@ class Fields(AsAsked):
     )
     max_seq_length: int = setting(
         0,
-        checks.whole(0, _MAX_CONTEXT),
+        checks.integer,
         "context in tokens; 0 = Auto (the server decides)",
         argv="-c {}",
-        flags="-c --ctx-size",
+        shadowed="-c --ctx-size",
         is_identity=True,
         metavar="N",
-        least=0,
-        most=_MAX_CONTEXT,
+        bounds=(0, _MAX),
     )
     cache_type_kv: str | None = setting(
         None,
-        _cache_type,
-        "KV cache type for K and V, e.g. q8_0; null = the server's own",
+        checks.word,
+        "KV cache type for K and V, e.g. q8_0; null = the server's default",
         argv="-ctk {} -ctv {}",
-        flags="-ctk --cache-type-k -ctv --cache-type-v",
+        shadowed="-ctk --cache-type-k -ctv --cache-type-v",
         is_identity=True,
         metavar="T",
+        choices=flags.CACHE_TYPES,
     )
     speculative_type: str | None = setting(
         None,
         _speculative_type,
-        "drafting: default, off, ngram-mod or a type the server lists; null = off, inherited stay",
-        flags=(
+        "drafting: default, off, ngram-mod or a type the server lists; null = off unless inherited",
+        shadowed=(
             "--spec-default! --spec-type --spec-ngram-size-n --spec-ngram-size --draft --draft-n "
             "--draft-max --draft-min --draft-n-min --spec-ngram-mod-n-match --spec-ngram-mod-n-min "
             "--spec-ngram-mod-n-max --spec-draft-n-max --spec-draft-n-min --spec-draft-p-min "
@@ -290,7 +278,7 @@ class Fields(AsAsked):
     )
     on_busy: OnBusy = setting(
         "supersede",
-        checks.one_of(*get_args(OnBusy)),
+        checks.string,
         "what to do when another load is in flight",
         option=(),
         choices=get_args(OnBusy),
@@ -302,7 +290,7 @@ class Fields(AsAsked):
     prefetch: bool = setting(
         False,
         checks.boolean,
-        "download first, while what runs keeps serving",
+        "download first, while the running model keeps serving",
         label="Download first, while the running model serves",
     )
     restore_previous: bool = setting(
@@ -320,8 +308,8 @@ class Fields(AsAsked):
     )
     deadline_s: float | None = setting(
         None,
-        checks.optional(checks.seconds),
-        "give up after this long in all, seconds; who joins a load in flight shares its limits",
+        checks.seconds,
+        "give up after this long in total, seconds; a caller that joins a load gets its deadline",
         option=("--deadline",),
         metavar="S",
         label="Deadline, seconds",
@@ -357,45 +345,34 @@ class LoadFields(TypedDict, total=False):
     deadline_s: float | None
 
 
-def _rows() -> dict[str, Setting]:
-    """Return the rows in the order in which they are shown."""
-    rows: dict[str, Setting] = {f.name: f.metadata["setting"] for f in fields(Fields)}
-    return {name: rows[name] for name in LoadFields.__annotations__}
+_ROWS: Final[dict[str, Setting]] = {f.name: f.metadata["setting"] for f in fields(Fields)}
+SETTINGS: Final = {name: _ROWS[name] for name in LoadFields.__annotations__}  # in reading order
+ECHOED: Final = tuple(name for name in SETTINGS if name in {f.name for f in fields(EchoedFields)})
+SHADOWED: Final = {name: row.shadowed for name, row in SETTINGS.items() if row.shadowed}
+"""Flags that are removed from *inherited* args where a request sets the field."""
 
-
-SETTINGS: Final = _rows()
-SHOWN: Final = tuple(name for name in SETTINGS if name in {f.name for f in fields(AsAsked)})
-SHADOWED: Final = {
-    name: row.flags for name, row in SETTINGS.items() if row.flags and row.in_extra_args
+REFUSED: Final = flags.REFUSED | {
+    f"use the field {name} instead": row.refused for name, row in SETTINGS.items() if row.refused
 }
-"""Flags that a field takes over from *inherited* args."""
-
-REFUSED: Final = {
-    **flags.REFUSED,
-    **{
-        f"use the field {name}": row.flags.replace("!", "")
-        for name, row in SETTINGS.items()
-        if not row.in_extra_args
-    },
-}
-check_extra_args: Final = flags.Refused(REFUSED).check
+check_extra_args: Final = flags.RefusedFlags(REFUSED).check
 
 
 def strip_shadowed(args: tuple[str, ...], names: Iterable[str]) -> tuple[str, ...]:
-    """Return `args` without the flags, and their values, that the given fields own."""
+    """Return `args` without the flags of these fields and their values."""
     return flags.without(args, (flag for name in names for flag in SHADOWED[name].split()))
 
 
 @cache
 def types() -> dict[str, Any]:
-    """Return the annotation of every setting; to read them all takes a while."""
+    """Return the annotation of every setting; cached because resolving them is slow."""
     return get_type_hints(Fields)
 
 
 def type_of(name: str) -> type:
-    """Return the plain type of a setting: str, int, float, bool or tuple."""
-    hint = types()[name]
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
-    plain = kinds[0] if kinds and get_origin(hint) is not Literal else hint
-    origin = get_origin(plain)
-    return cast("type", str if origin is Literal else origin or plain)
+    """Return bool, int, float or, for everything else, str."""
+    numbers: dict[checks.Check, type] = {
+        checks.boolean: bool,
+        checks.integer: int,
+        checks.seconds: float,
+    }
+    return numbers.get(SETTINGS[name].check, str)

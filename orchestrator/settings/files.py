@@ -1,7 +1,4 @@
-"""A model on disk, as the kernel and the Hub know it: its files, and where they come from.
-
-A replaced file is another file; what the Hub has not answered yet is said to be unknown.
-"""
+"""A model's files on disk, and where on the Hub they come from."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from orchestrator.base.paths import PathNames
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """A file as the kernel knows it: a replaced file is another file."""
+    """A file as the kernel identifies it: a replaced file is another file."""
 
     path: str
     device: int
@@ -26,11 +23,11 @@ class HubModel:
     """Where on the Hub a model comes from.
 
     Attributes:
-        repo: `owner/name`; upper and lower case mean the same.
-        revision: As it was asked for; None = the default branch.
-        commit: What that is, once it is known.
-        is_settled: The Hub has nothing to add: it has answered, or it need not be asked.
-        note: What is worth knowing about it, e.g. that the Hub could not be asked.
+        repo: `owner/name`, without regard to case.
+        revision: As requested; None = the default branch.
+        commit: The commit of that revision, once known.
+        is_settled: Whether the Hub has answered, or need not be asked.
+        note: A remark for the caller, e.g. that the Hub could not be reached.
     """
 
     repo: str
@@ -42,10 +39,12 @@ class HubModel:
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """A model on disk: every shard in order, and the projector of a vision model.
+    """Every shard of a model in order, and the projector of a vision model.
 
-    Of a Hub model that is not here there are no weights; until the Hub has answered, the variant is
-    the one that was asked for. `names` says what its paths are called where strangers see them.
+    Attributes:
+        weights: Empty for a Hub model that is not downloaded.
+        variant: The resolved variant; the requested one until the Hub has answered.
+        names: Public names of these paths, see `base.paths`.
     """
 
     weights: tuple[FileIdentity, ...]
@@ -60,17 +59,17 @@ class ModelFiles:
 
     @property
     def is_resolved(self) -> bool:
-        """Is it known which files it is, be they here or not?"""
+        """Whether it is known which files these are, downloaded or not."""
         return self.hub is None or self.hub.commit is not None
 
     @property
     def is_settled(self) -> bool:
-        """Is there nothing left that the Hub has to be asked before a server is stopped for it?"""
+        """Whether the Hub need not be asked before a server is stopped for this model."""
         return self.hub is None or self.hub.is_settled
 
     @property
     def name(self) -> str:
-        """What the model is called: its repo, or its first file."""
+        """The repo, or the path of the first file."""
         return self.hub.repo.lower() if self.hub is not None else self.weights[0].path
 
     @property

@@ -1,7 +1,7 @@
-"""What a llama-server can do, read from its own `--help`.
+"""The flags of a llama-server, read from its own `--help`.
 
-Pure; servers.py asks the binary. Text that does not look like help is None, an answer that
-switches nothing off. A flag that is listed only as removed is known, and not supported.
+Text that does not look like help gives None, which disables nothing. A flag that is only listed as
+removed is known, and not supported.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ class FlagHelp:
 
     Attributes:
         names: Every spelling, as listed.
-        takes_value: A value must follow.
-        choices: The values it lists, if it lists them.
-        is_removed: Listed only to say that it is gone; using it aborts the start.
+        choices: The values it lists, if any.
+        is_removed: Listed as removed; using it aborts the start.
     """
 
     names: tuple[str, ...]
@@ -44,13 +43,13 @@ class Catalogue:
         return next((flag for flag in self.flags if name in flag.names), None)
 
     def has(self, *names: str) -> bool:
-        """Does it know all of these, and still accept them, wherever it lists them?"""
+        """Return whether all of these are listed, and none of them as removed."""
         removed = {name for flag in self.flags if flag.is_removed for name in flag.names}
         return removed.isdisjoint(names) and all(self.get(name) is not None for name in names)
 
 
 def parse_help(text: str) -> Catalogue | None:
-    """Return what a `--help` says, or None when it does not look like one."""
+    """Return the flags of a `--help`, or None where the text does not look like one."""
     entries: list[tuple[str, list[str]]] = []
     for line in text.splitlines():
         if line.startswith("-"):
@@ -62,7 +61,7 @@ def parse_help(text: str) -> Catalogue | None:
 
 
 def _entry(line: str, more_lines: list[str]) -> FlagHelp | None:
-    """Read one entry; its text begins in a fixed column, or on the next line."""
+    """Parse one entry; its description begins in a fixed column, or on the next line."""
     names: list[str] = []
     at, more = 0, True
     while more and (found := _FLAG.match(line, at)):
@@ -70,8 +69,8 @@ def _entry(line: str, more_lines: list[str]) -> FlagHelp | None:
         at, more = found.end(), bool(found.group(2))
     if not names:
         return None
-    has_room = at < _COLUMN < len(line) and line[_COLUMN - 1] == " "
-    end = _COLUMN if has_room else len(line)
+    is_on_this_line = at < _COLUMN < len(line) and line[_COLUMN - 1] == " "
+    end = _COLUMN if is_on_this_line else len(line)
     hint = line[at:end].strip()
     about = " ".join(" ".join([line[end:], *more_lines]).split())
     return FlagHelp(tuple(names), bool(hint), _choices(hint, about), _REMOVED in about)

@@ -1,4 +1,4 @@
-"""Names of Hub repos, as a request may give them. Pure text; nobody is asked."""
+"""Hub repos as a request names them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ _MAX_REPO_CHARACTERS: Final = 96
 
 
 def split_reference(model_path: str) -> tuple[str, str | None] | None:
-    """Return the repo id and the variant of `owner/name` or `owner/name:VARIANT`.
-
-    Returns:
-        None where it cannot be a Hub repo: a path, or characters that the Hub does not allow.
+    """Return the repo id and the variant of `owner/name` or `owner/name:VARIANT`, or None where it
+    cannot be a Hub repo: a path, or characters that the Hub does not allow.
 
     Source: the rules of `huggingface_hub.utils.validate_repo_id`.
     """

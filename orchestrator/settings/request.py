@@ -1,8 +1,4 @@
-"""What a caller asks for: a `LoadRequest`, validated and normalised when it is made.
-
-Unknown fields are refused, never dropped; blank means the default. What the fields are is said in
-fields.py. Pure.
-"""
+"""A load request, validated and normalised when it is made; fields.py defines the fields."""
 
 from __future__ import annotations
 
@@ -17,73 +13,66 @@ from orchestrator.settings.fields import SETTINGS, Fields, LoadFields
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
 class LoadRequest(Fields):
-    """One load as the caller wants it; field names are the public vocabulary."""
+    """One load as a caller requests it.
 
-    def __init__(self, **given: Unpack[LoadFields]) -> None:
+    Raises:
+        MalformedRequest: a field is unknown, or has the wrong type.
+        InvalidRequest: a field has a value that cannot be used.
+
+    Attributes:
+    """
+
+    def __init__(self, /, **given: Unpack[LoadFields]) -> None:
         values: dict[str, Any] = {**given}
-        _check_names(values)
+        for name in values.keys() - SETTINGS.keys():
+            shown = printable(name)
+            message = f"unknown field {shown!r}; known fields: {', '.join(sorted(SETTINGS))}"
+            raise MalformedRequest.because(message, field=shown)
         if "model_path" not in values:
             raise MalformedRequest.because("model_path is required", field="model_path")
         for name, row in SETTINGS.items():
-            object.__setattr__(self, name, row.check(name, values.get(name, row.default)))
+            object.__setattr__(self, name, row.normal(name, values.get(name, row.default)))
         if self.kind == "chat" and self.pooling is not None:
             raise InvalidRequest.because(
-                f"pooling is {self.pooling!r}, and kind is chat: "
-                "use it with the kinds embedding and rerank",
+                f"pooling is {self.pooling!r}, but kind is chat: set kind to embedding or rerank",
                 field="pooling",
             )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build a request from JSON-like data; unknown fields are refused, never dropped.
+        """Build a request from JSON-like data.
 
         Raises:
             MalformedRequest: a field is unknown, or has the wrong type.
-            InvalidRequest: a field has a value that cannot be honoured.
+            InvalidRequest: a field has a value that cannot be used.
         """
         if not isinstance(values, Mapping):
             raise MalformedRequest.because(
-                f"a load request is an object of named fields, not {type(values).__name__}"
+                f"a load request must be an object, not {type(values).__name__}"
             )
-        _check_names(values)
-        return cls(**values)
+        return cls(**{n if isinstance(n, str) else type(n).__name__: v for n, v in values.items()})
 
     def as_dict(self) -> dict[str, Any]:
-        """The request as it may be posted back, without the token."""
+        """Return the fields as they may be posted back, without the token."""
         values = {n: getattr(self, n) for n, row in SETTINGS.items() if not row.is_secret}
         if self.llama_extra_args is not None:
             values["llama_extra_args"] = list(self.llama_extra_args)
         return values
 
-    def meant(self, name: str) -> Any:
-        """Return the value of a setting, also where other fields imply it."""
+    def effective(self, name: str) -> Any:
+        """Return the value of a setting, or what the other fields imply where it is None."""
         value, implied = getattr(self, name), SETTINGS[name].implied
         return implied(self) if value is None and implied is not None else value
 
     def __repr__(self) -> str:
-        shown = (
+        changed = (
             f"{name}={getattr(self, name)!r}"
             for name, row in SETTINGS.items()
             if not row.is_secret and getattr(self, name) != row.default
         )
-        return f"LoadRequest({', '.join(shown)})"
+        return f"LoadRequest({', '.join(changed)})"
 
 
-def _check_names(values: Mapping[Any, object]) -> None:
-    for name in values:
-        if name not in SETTINGS:
-            shown = printable(name) if isinstance(name, str) else type(name).__name__
-            message = f"unknown field {shown!r}; known fields: {', '.join(sorted(SETTINGS))}"
-            raise MalformedRequest.because(message, field=shown)
-
-
-LoadRequest.__doc__ = "\n".join(
-    (
-        LoadRequest.__doc__ or "",
-        "\nAttributes:",
-        *(f"    {name}: {row.help}." for name, row in SETTINGS.items()),
-        "\nRaises:",
-        "    MalformedRequest: a field has the wrong type, or is unknown.",
-        "    InvalidRequest: a field has a value that cannot be honoured.",
-    )
+LoadRequest.__doc__ = (LoadRequest.__doc__ or "").rstrip() + "".join(
+    f"\n        {name}: {row.help}." for name, row in SETTINGS.items()
 )

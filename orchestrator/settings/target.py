@@ -1,7 +1,7 @@
-"""What exactly would run, and what differs between two of these.
+"""What a server would run, and what differs between two of these.
 
-A `Target` is a request whose model and server binary have been looked up, by somebody else. Two
-targets are "the same" exactly when `differences` is empty; nothing else compares settings.
+A `Target` is a request whose model and server binary have been looked up. Two targets are the same
+exactly when `differences` is empty; nothing else compares settings.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Final, Literal
 
 from orchestrator.base.paths import PathNames
 from orchestrator.base.record import Record
-from orchestrator.settings import flags
+from orchestrator.settings import drafting
 from orchestrator.settings.fields import SETTINGS, SHADOWED, Kind, strip_shadowed
 from orchestrator.settings.files import FileIdentity, ModelFiles
 from orchestrator.settings.help_text import Catalogue
@@ -22,13 +22,17 @@ from orchestrator.settings.request import LoadRequest
 
 _COMPARED: Final = tuple(name for name, row in SETTINGS.items() if row.is_identity)
 
+Source = tuple[str, str | None, Kind]
+"""Key of inherited extra args: the model's name, its resolved variant, the kind."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServerBinary:
-    """What is started: a llama-server (`command` is its path) or the embedded one.
+    """The program to start: a llama-server (`command` is its path) or the embedded one.
 
-    Its catalogue (None = not asked, or no clear answer) is knowledge about it, not identity, and so
-    is what its paths are called where strangers see them.
+    Attributes:
+        catalogue: Its flags; None if its help was not read, or could not be.
+        names: Public names of its paths.
     """
 
     kind: Literal["external", "embedded"]
@@ -38,15 +42,13 @@ class ServerBinary:
     names: PathNames = field(default=(), compare=False, repr=False)
 
 
-Source = tuple[str, str | None, Kind]
-
 NO_SERVER: Final = ServerBinary("external", (), FileIdentity("", 0, 0, 0, 0))
-"""Of a target that is only fetched."""
+"""For a target that is only downloaded."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReloadReason(Record):
-    """One setting that makes a running server the wrong one."""
+    """One setting in which a running server differs from a request."""
 
     field: str
     running: object
@@ -59,15 +61,12 @@ class ReloadReason(Record):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A request that has been looked at on disk: what exactly would run."""
-
     request: LoadRequest
     model: ModelFiles
     server: ServerBinary
 
     @property
     def source(self) -> Source:
-        """What extra args are inherited by: the model's name, its resolved variant, the kind."""
         return self.model.name, self.model.variant, self.request.kind
 
     @property
@@ -79,32 +78,27 @@ class Target:
         return self.model.projector is not None
 
     @property
-    def speculative_type(self) -> str | None:
-        """The mode whose flags are managed; None where nothing is: a vision model never drafts,
-        and extra args that name modes themselves are left alone.
-        """
-        mode = self.request.speculative_type
-        is_manual = mode == self._manual or flags.names_modes(self.extra_args)
-        return None if self.is_vision or is_manual or mode == flags.OFF else mode
-
-    @property
-    def drafting(self) -> str:
-        """The mode that applies, managed or manual, as it may be posted back."""
-        if self.is_vision:
-            return flags.OFF
-        return self.speculative_type or self._manual
-
-    @property
-    def _manual(self) -> str:
-        return flags.manual_mode(self.extra_args)
-
-    @property
     def names(self) -> PathNames:
-        """What its paths are called where strangers see them."""
         return (*self.model.names, *self.server.names)
 
+    @property
+    def speculative_type(self) -> str | None:
+        """The mode whose flags we add: none for a vision model, which cannot draft, and none where
+        the extra args select modes themselves.
+        """
+        mode, args = self.request.speculative_type, self.extra_args
+        is_explicit = drafting.has_explicit_mode(args) or mode == drafting.explicit_mode(args)
+        return None if self.is_vision or is_explicit or mode == drafting.OFF else mode
+
+    @property
+    def effective_speculative_type(self) -> str:
+        """The mode in use, by our flags or by extra args, as it may be posted back."""
+        if self.is_vision:
+            return drafting.OFF
+        return self.speculative_type or drafting.explicit_mode(self.extra_args)
+
     def is_called(self, model: str) -> bool:
-        """Would somebody call it so? By its file, its repo, or repo and variant."""
+        """Return whether a caller may mean this model: by its file, its repo, or repo:variant."""
         if model in {self.request.model_path, self.model.name}:
             return True
         repo, variant = split_reference(model) or (model, None)
@@ -122,66 +116,47 @@ class Target:
             committed: Extra args of the last load that became Healthy, by source.
         """
         if self.request.llama_extra_args is not None or not self.model.is_resolved:
-            return self  # what it inherits depends on the variant that is found
-        inherited, groups = committed.get(self.source, ()), groups_set_by(self.request)
-        if self.request.speculative_type == flags.manual_mode(inherited):
-            groups -= {"speculative_type"}  # posted back as it was shown: it must not change
-        kept = strip_shadowed(inherited, groups)
-        return replace(self, request=replace(self.request, llama_extra_args=kept))
+            return self  # the source depends on the resolved variant
+        inherited, names = committed.get(self.source, ()), shadowing_fields(self.request)
+        if self.request.speculative_type == drafting.explicit_mode(inherited):
+            names -= {"speculative_type"}  # the reported mode is posted back: nothing changes
+        args = strip_shadowed(inherited, names)
+        return replace(self, request=replace(self.request, llama_extra_args=args))
 
-    def kept_as(self, request: LoadRequest) -> Target:
-        """Return this target, kept loaded for as long as the newest request for it says."""
+    def with_retention(self, request: LoadRequest) -> Target:
+        """Return this target with the `idle_ttl_s` and `pinned` of a newer request for it."""
         ttl_s, pinned = request.idle_ttl_s, request.pinned
         if (ttl_s, pinned) == (self.request.idle_ttl_s, self.request.pinned):
             return self
         return replace(self, request=replace(self.request, idle_ttl_s=ttl_s, pinned=pinned))
 
-    def asked(self, other: Target) -> dict[str, object]:
-        """What can be compared with a Hub model of which one of the two is not resolved: what was
-        asked for, and what that has turned out to be where the other asks for it by name.
-        """
-        hub, theirs, variant = self.model.hub, other.model.hub, self._asked_variant
-        revision = hub and hub.revision
-        if hub is not None and hub.commit is not None:
-            variant = self.model.variant if other._asked_variant else variant
-            revision = hub.commit if theirs and theirs.revision == hub.commit else revision
-        return {
-            "gguf_variant": variant and variant.upper(),
-            "revision": revision,
-            "mmproj_path": self.request.mmproj_path,
-        }
-
-    @property
-    def _asked_variant(self) -> str | None:
-        _, in_path = split_reference(self.request.model_path) or (None, None)
-        return self.request.gguf_variant or in_path
-
     def identity(self) -> dict[str, object]:
-        """Everything "the same" means, by the name a reload reason uses."""
+        """Return everything that two equal targets share, by the field of a reload reason."""
         request, model = self.request, self.model
         return {
             "model_path": model.weights if model.hub is None else model.name,
             "gguf_variant": model.variant,
             "revision": model.hub and (model.hub.commit or model.hub.revision),
             "mmproj_path": model.projector,
-            **{name: request.meant(name) for name in _COMPARED},
+            **{name: request.effective(name) for name in _COMPARED},
             "speculative_type": self.speculative_type,
             "llama_extra_args": self.extra_args,
             "llama_server": self.server,
         }
 
 
-def groups_set_by(request: LoadRequest) -> frozenset[str]:
-    """Return the fields of this request that take over flags of inherited args."""
+def shadowing_fields(request: LoadRequest) -> frozenset[str]:
+    """Return the fields of a request that remove flags from inherited args."""
     return frozenset(n for n in SHADOWED if getattr(request, n) != SETTINGS[n].default)
 
 
 def differences(running: Target, requested: Target) -> tuple[ReloadReason, ...]:
-    """Return what keeps `running` from serving `requested`; empty means they are the same."""
+    """Return why `running` cannot serve `requested`; empty means they are the same."""
     ours, theirs = running.identity(), requested.identity()
     if not (running.model.is_resolved and requested.model.is_resolved):
-        ours, theirs = ours | running.asked(requested), theirs | requested.asked(running)
-    elif running.model.is_on_disk != requested.model.is_on_disk:  # which projector, nobody knows
+        ours |= _as_requested(running, requested)
+        theirs |= _as_requested(requested, running)
+    elif running.model.is_on_disk != requested.model.is_on_disk:  # one projector is unknown
         ours["mmproj_path"] = running.request.mmproj_path
         theirs["mmproj_path"] = requested.request.mmproj_path
     names = (*running.names, *requested.names)
@@ -193,17 +168,38 @@ def differences(running: Target, requested: Target) -> tuple[ReloadReason, ...]:
 
 
 def is_same_model(one: Target, other: Target) -> bool:
-    """Would both be made of the same files?"""
+    """Return whether both are made of the same files."""
     names = {"model_path", "gguf_variant", "revision", "mmproj_path"}
     return not any(reason.field in names for reason in differences(one, other))
+
+
+def _as_requested(target: Target, other: Target) -> dict[str, object]:
+    """Return the parts of a Hub model to compare while one of two targets is not resolved: what was
+    requested, or what it was resolved to where the other requests that by name.
+    """
+    hub, other_hub, variant = target.model.hub, other.model.hub, _requested_variant(target)
+    revision = hub and hub.revision
+    if hub is not None and hub.commit is not None:
+        variant = target.model.variant if _requested_variant(other) else variant
+        revision = hub.commit if other_hub and other_hub.revision == hub.commit else revision
+    return {
+        "gguf_variant": variant and variant.upper(),
+        "revision": revision,
+        "mmproj_path": target.request.mmproj_path,
+    }
+
+
+def _requested_variant(target: Target) -> str | None:
+    _, in_path = split_reference(target.request.model_path) or (None, None)
+    return target.request.gguf_variant or in_path
 
 
 def _shown(value: object) -> object:
     match value:
         case (FileIdentity() as only,):
             return _shown(only)
-        case (FileIdentity(), *_):
-            return [_shown(shard) for shard in value]
+        case tuple():
+            return [_shown(part) for part in value]
         case FileIdentity():
             return (
                 f"{value.path} ({value.size_bytes} bytes, mtime {value.mtime_ns}, "
@@ -211,7 +207,5 @@ def _shown(value: object) -> object:
             )
         case ServerBinary():
             return f"{value.kind}: {_shown(value.identity)}"
-        case tuple():
-            return list(value)
         case _:
             return value

@@ -1,4 +1,4 @@
-"""The rows of the settings: each stands once, and what must be written twice is compared."""
+"""The rows of the settings."""
 
 from __future__ import annotations
 
@@ -8,52 +8,49 @@ from typing import Any, get_type_hints
 import pytest
 
 from orchestrator import LoadRequest
-from orchestrator.settings.fields import (
-    SETTINGS,
-    SHADOWED,
-    Fields,
-    LoadFields,
-    StrPath,
-    type_of,
-)
+from orchestrator.settings.fields import SETTINGS, Fields, LoadFields, StrPath
 
-WIDER: dict[str, Any] = {
+WIDER_INPUT: dict[str, Any] = {
     "model_path": StrPath,
     "mmproj_path": StrPath | None,
     "llama_extra_args": Sequence[str] | None,
 }
-"""What may be given, where that is more than what is kept."""
+"""Fields that accept more types than their normal form has."""
 
 
-def test_checkers_see_the_types_of_the_rows() -> None:
-    assert get_type_hints(LoadFields) == {**get_type_hints(Fields), **WIDER}
+def test_load_fields_repeats_names_and_types_of_the_rows() -> None:
+    assert get_type_hints(LoadFields) == {**get_type_hints(Fields), **WIDER_INPUT}
     assert list(SETTINGS) == list(get_type_hints(LoadFields))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_row_says_what_is_needed_to_use_it(name: str) -> None:
-    """What is meant by nothing is allowed; a bound is one that is checked; help is a line."""
+def test_row_agrees_with_itself(name: str) -> None:
+    """The default is in normal form, and no choice and no bound is refused by the row itself."""
     row = SETTINGS[name]
     if name != "model_path":
-        assert row.check(name, row.default) == row.default
-    assert row.help
-    assert not row.help.endswith(".")
-    assert "\n" not in row.help
-    assert f"    {name}: {row.help}." in (LoadRequest.__doc__ or "")
+        assert row.normal(name, row.default) == row.default
     for choice in row.choices:
-        assert row.check(name, choice) == choice
-    for bound, beyond in ((row.least, -1), (row.most, 1)):
-        if bound is not None:
-            assert row.check(name, type_of(name)(bound)) == bound
-            with pytest.raises(ValueError, match=name):
-                row.check(name, type_of(name)(bound) + beyond)
-    assert name not in SHADOWED or row.in_extra_args
+        assert row.normal(name, choice) == choice
+    for bound, beyond in zip(row.bounds or (), (-1, 1), strict=False):
+        assert row.normal(name, bound) == bound
+        with pytest.raises(ValueError, match=name):
+            row.normal(name, bound + beyond)
+    assert not (row.refused and row.shadowed)
 
 
-def test_the_server_gets_the_words_of_a_value_that_was_asked_for() -> None:
-    words = {name: row.words for name, row in SETTINGS.items()}
-    assert words["kind"]("chat") == words["max_seq_length"](0) == words["pooling"](None) == []
-    assert words["kind"]("rerank") == ["--rerank"]
-    assert words["cache_type_kv"]("q8_0") == ["-ctk", "q8_0", "-ctv", "q8_0"]
-    assert words["cache_ram_mib"](0) == ["--cache-ram", "0"]
-    assert words["hf_token"]("hf_x") == words["revision"]("main") == []
+@pytest.mark.parametrize("name", SETTINGS)
+def test_help_is_one_line_and_documents_the_request(name: str) -> None:
+    help_ = SETTINGS[name].help
+    assert help_
+    assert not help_.endswith(".")
+    assert "\n" not in help_
+    assert f"        {name}: {help_}." in (LoadRequest.__doc__ or "")
+
+
+def test_a_value_becomes_flags_unless_it_is_the_default() -> None:
+    to_argv = {name: row.to_argv for name, row in SETTINGS.items()}
+    assert to_argv["kind"]("chat") == to_argv["max_seq_length"](0) == to_argv["pooling"](None) == []
+    assert to_argv["kind"]("rerank") == ["--rerank"]
+    assert to_argv["cache_type_kv"]("q8_0") == ["-ctk", "q8_0", "-ctv", "q8_0"]
+    assert to_argv["cache_ram_mib"](0) == ["--cache-ram", "0"]
+    assert to_argv["hf_token"]("hf_x") == to_argv["revision"]("main") == []
