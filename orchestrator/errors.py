@@ -177,11 +177,6 @@ class OrchestratorError(Exception):
         """Build an error of this class."""
         return cls(Problem(cls.category, message, field, log_tail=log_tail, reason=reason))
 
-    def naming(self, names: PathNames) -> Self:
-        """Add public names of local paths in its texts."""
-        self.problem = replace(self.problem, names=(*self.problem.names, *names))
-        return self
-
     def __str__(self) -> str:
         lines = [self.message]
         if self.restored is not None:
@@ -201,7 +196,7 @@ def naming(names: PathNames) -> Iterator[None]:
     try:
         yield
     except OrchestratorError as error:
-        error.naming(names)
+        error.problem = replace(error.problem, names=(*error.problem.names, *names))
         raise
 
 

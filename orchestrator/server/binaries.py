@@ -25,7 +25,7 @@ from orchestrator.base import launch, paths
 from orchestrator.base.json_file import write_json
 from orchestrator.base.log import event_log
 from orchestrator.base.paths import PathNames
-from orchestrator.errors import ServerUnavailable
+from orchestrator.errors import ServerUnavailable, naming
 from orchestrator.models.local import identity_of
 from orchestrator.server import process_table
 from orchestrator.server.environment import inherited_environment
@@ -80,7 +80,8 @@ def _external(choice: str, origin: str) -> ServerBinary:
     except (OSError, RuntimeError) as error:  # too long, or removed meanwhile; no such user
         problem = f"cannot be looked up ({getattr(error, 'strerror', None) or error})"
     message = f"{origin}: {choice[:200]!r} {problem}"
-    raise ServerUnavailable.because(message, field="llama_server").naming(names)
+    with naming(names):
+        raise ServerUnavailable.because(message, field="llama_server")
 
 
 def _problem_of(path: Path) -> str | None:

@@ -33,14 +33,25 @@ def invalid(field: str, value: object, expected: str) -> InvalidRequest:
     elif isinstance(value, int) and abs(value) >= 10**18:  # str() raises above 4300 digits
         shown = "a number of more than 18 digits"
     else:
-        shown = str(value) if isinstance(value, int | float) else f"a {type(value).__name__}"
+        shown = str(value) if isinstance(value, int | float | None) else f"a {type(value).__name__}"
     return InvalidRequest.because(f"{field} is {shown}: it must be {expected}", field=field)
 
 
-def string(field: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise malformed(field, "a string", value)
-    return value
+def of_type(expected: str, *types: type) -> Check:
+    """Return a check of the type; a bool is no number."""
+
+    def check(field: str, value: object) -> Any:
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise malformed(field, expected, value)
+        return value
+
+    return check
+
+
+string: Final = of_type("a string", str)
+boolean: Final = of_type("true or false", bool)
+integer: Final = of_type("an integer", int)
+number_of_seconds: Final = of_type("a number of seconds", int, float)
 
 
 def text(field: str, value: object) -> str | None:
@@ -83,22 +94,8 @@ def template(field: str, value: object) -> str | None:
     return string(field, value) if text(field, value) else None
 
 
-def boolean(field: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise malformed(field, "true or false", value)
-    return value
-
-
-def integer(field: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise malformed(field, "an integer", value)
-    return value
-
-
 def seconds(field: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise malformed(field, "a number of seconds", value)
-    return checked_seconds(field, value, zero=False)
+    return checked_seconds(field, number_of_seconds(field, value), zero=False)
 
 
 def request_id(field: str, value: object) -> str | None:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Any, Final, Literal, TypedDict, TypeVar, get_args, get_type_hints
+from typing import Any, Final, Literal, TypedDict, get_args, get_type_hints
 
 from orchestrator.settings import checks, flags
 from orchestrator.settings.drafting import OFF
@@ -23,7 +23,6 @@ Pooling = Literal["none", "mean", "cls", "last", "rank"]
 OnBusy = Literal["supersede", "queue", "reject"]
 StrPath = str | os.PathLike[str]
 
-_T = TypeVar("_T")
 _REQUIRED: Final[Any] = dataclasses.MISSING
 _MAX: Final = 1 << 30  # tokens or MiB
 _MODE: Final = re.compile(r"[a-z0-9][a-z0-9_,-]*")
@@ -34,9 +33,9 @@ class Setting:
     """One row.
 
     Attributes:
-        default: Its value where a request omits it; None may be given only where this is None.
         check: Returns the normal form of a value, or None for a blank one, which is the default.
         help: Its meaning in one line.
+        default: Its value where a request omits it; None may be given only where this is None.
         argv: The flags it becomes unless it has its default, with `{}` for the value.
         refused: Flags with this meaning that extra args may not contain, in every spelling.
         shadowed: Those that may be in extra args; *inherited* ones are removed where the field is
@@ -51,9 +50,9 @@ class Setting:
         blank: The panel's placeholder for an empty control.
     """
 
-    default: Any
     check: checks.Check
     help: str
+    default: Any
     argv: str = ""
     refused: str = ""
     shadowed: str = ""
@@ -91,7 +90,7 @@ class Setting:
         return [word.replace("{}", str(value)) for word in words]
 
 
-def setting(default: _T, check: checks.Check, help_: str, **about: Any) -> _T:
+def setting(check: checks.Check, help_: str, *, default: Any = None, **about: Any) -> Any:
     """Return the dataclass field of a row."""
     row = Setting(default=default, check=check, help=help_, **about)
     return field(default=default, metadata={"setting": row})
@@ -120,9 +119,9 @@ class EchoedFields:
     """The settings that answers repeat as they were requested."""
 
     kind: Kind = setting(
-        "chat",
         checks.word,
         "what the server is for",
+        default="chat",
         argv="--{}",
         refused="--embedding --embeddings --rerank --reranking",
         is_identity=True,
@@ -130,7 +129,6 @@ class EchoedFields:
         label="Kind",
     )
     pooling: Pooling | None = setting(
-        None,
         checks.word,
         "how the kinds embedding and rerank pool vectors; null = the model's own way",
         argv="--pooling {}",
@@ -141,7 +139,6 @@ class EchoedFields:
         blank="the model's own",
     )
     cache_ram_mib: int | None = setting(
-        None,
         checks.integer,
         "host memory for cached prompts, MiB; null = the server's default for chat, 0 otherwise",
         argv="--cache-ram {}",
@@ -154,7 +151,6 @@ class EchoedFields:
         blank="default",
     )
     chat_template_override: str | None = setting(
-        None,
         checks.template,
         "Jinja text; null = the model's own template",
         shadowed="--chat-template --chat-template-file --chat-template-kwargs --jinja! --no-jinja!",
@@ -162,7 +158,6 @@ class EchoedFields:
         option=(),
     )
     mmproj_path: str | None = setting(
-        None,
         checks.path,
         "vision projector file; found automatically for a Hub model",
         refused="-mm --mmproj -mmu --mmproj-url",
@@ -172,7 +167,6 @@ class EchoedFields:
         blank="found automatically",
     )
     n_parallel: int | None = setting(
-        None,
         checks.integer,
         "requests served at the same time; null = the server chooses",
         argv="--parallel {}",
@@ -185,7 +179,6 @@ class EchoedFields:
         blank="default",
     )
     idle_ttl_s: float | None = setting(
-        None,
         checks.seconds,
         "unload after this long without use, seconds; null = the orchestrator's default",
         option=(),
@@ -193,9 +186,9 @@ class EchoedFields:
         blank="default",
     )
     pinned: bool = setting(
-        False,
         checks.boolean,
         "never unload this model when idle",
+        default=False,
         label="Pinned: never unload when idle",
     )
 
@@ -205,19 +198,17 @@ class Fields(EchoedFields):
     """The rows of a `LoadRequest`."""
 
     model_path: str = setting(
-        _REQUIRED,
         checks.model_path,
         "a .gguf file, a folder with one, or a Hub repo owner/name[:VARIANT]",
+        default=_REQUIRED,
         option=(),
     )
     gguf_variant: str | None = setting(
-        None,
         checks.line,
         "quant label, e.g. Q4_K_M, or a path in the repo or folder; null = pick one",
         metavar="V",
     )
     revision: str | None = setting(
-        None,
         checks.line,
         "branch, tag or commit on the Hub; null = the repo's default branch",
         metavar="R",
@@ -225,7 +216,6 @@ class Fields(EchoedFields):
         blank="main",
     )
     hf_token: str | None = setting(
-        None,
         checks.line,
         "Hub token; never shown",
         is_secret=True,
@@ -234,9 +224,9 @@ class Fields(EchoedFields):
         blank="never stored",
     )
     max_seq_length: int = setting(
-        0,
         checks.integer,
         "context in tokens; 0 = Auto (the server decides)",
+        default=0,
         argv="-c {}",
         shadowed="-c --ctx-size",
         is_identity=True,
@@ -244,7 +234,6 @@ class Fields(EchoedFields):
         bounds=(0, _MAX),
     )
     cache_type_kv: str | None = setting(
-        None,
         checks.word,
         "KV cache type for K and V, e.g. q8_0; null = the server's default",
         argv="-ctk {} -ctv {}",
@@ -254,7 +243,6 @@ class Fields(EchoedFields):
         choices=flags.CACHE_TYPES,
     )
     speculative_type: str | None = setting(
-        None,
         _speculative_type,
         "drafting: default, off, ngram-mod or a type the server lists; null = off unless inherited",
         shadowed=(
@@ -267,47 +255,46 @@ class Fields(EchoedFields):
         metavar="S",
     )
     llama_extra_args: tuple[str, ...] | None = setting(
-        None, _extra_args, "llama-server flags; null = inherit, [] = clear", option=()
+        _extra_args, "llama-server flags; null = inherit, [] = clear", option=()
     )
     force_reload: bool = setting(
-        False,
         checks.boolean,
         "reload even when nothing differs",
+        default=False,
         option=(),
         label="Reload even when nothing differs",
     )
     on_busy: OnBusy = setting(
-        "supersede",
         checks.string,
         "what to do when another load is in flight",
+        default="supersede",
         option=(),
         choices=get_args(OnBusy),
         label="While another load runs",
     )
     load_request_id: str | None = setting(
-        None, checks.request_id, "the caller's handle for a scoped cancel", option=()
+        checks.request_id, "the caller's handle for a scoped cancel", option=()
     )
     prefetch: bool = setting(
-        False,
         checks.boolean,
         "download first, while the running model keeps serving",
+        default=False,
         label="Download first, while the running model serves",
     )
     restore_previous: bool = setting(
-        False,
         checks.boolean,
         "if this start fails, bring the previous model back",
+        default=False,
         label="Bring the previous model back if this one fails",
     )
     stall_timeout_s: float = setting(
-        600.0,
         checks.seconds,
         "give up after this long without any progress, seconds",
+        default=600.0,
         option=("--stall-timeout",),
         metavar="S",
     )
     deadline_s: float | None = setting(
-        None,
         checks.seconds,
         "give up after this long in total, seconds; a caller that joins a load gets its deadline",
         option=("--deadline",),
