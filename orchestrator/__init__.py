@@ -1,7 +1,7 @@
 """llama-orchestrator: owns one llama-server process, from Idle to Healthy and back.
 
-The public names are below; they are imported on first use, so that `import orchestrator` is cheap
-and a child process that needs one module does not pay for all of them.
+The public names are imported on first use, which keeps `import orchestrator` cheap for child
+processes that need one module only.
 """
 
 from __future__ import annotations
@@ -69,31 +69,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "errors": (
-        "Busy CacheDirError Cancelled DeadlineExceeded DiskFull HubCorrupt HubError HubGated "
-        "HubRateLimited HubUnauthorized HubUnreachable Interrupted InvalidModel InvalidRequest "
-        "MalformedRequest ModelNotFound NotLoaded OrchestratorError Problem RefusedArgument "
-        "ServerExited ServerStartFailed ServerUnavailable ShuttingDown SlotOccupied SlotOwned "
-        "Stalled StateDirError Superseded TimedOut Unavailable UnsupportedPlatform WrongKind "
-        "WrongProcess"
-    ),
-    "runtime.events": "Event",
-    "runtime.orchestrator": "AsyncOrchestrator Orchestrator",
-    "machine.plan": "Plan",
-    "machine.recovery": "RestartPolicy",
-    "settings.fields": "LoadFields",
-    "settings.request": "LoadRequest",
-    "settings.target": "ReloadReason",
-    "machine.states": "State",
-    "models.variants": "Variant",
-    "runtime.answers": (
-        "LeasedServer LoadOutcome LoadProgress Options PastLoad PrefetchOutcome Status "
-        "UnloadOutcome Variants"
-    ),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
-
 __all__ = [
     "AsyncOrchestrator",
     "Busy",
@@ -152,13 +127,29 @@ __all__ = [
 ]
 
 
+_HOMES = {
+    "runtime.events": "Event",
+    "runtime.orchestrator": "AsyncOrchestrator Orchestrator",
+    "machine.plan": "Plan",
+    "machine.recovery": "RestartPolicy",
+    "machine.states": "State",
+    "models.variants": "Variant",
+    "settings.fields": "LoadFields",
+    "settings.request": "LoadRequest",
+    "settings.target": "ReloadReason",
+    "runtime.answers": (
+        "LeasedServer LoadOutcome LoadProgress Options PastLoad PrefetchOutcome Status "
+        "UnloadOutcome Variants"
+    ),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+
 def __getattr__(name: str) -> Any:
-    home = _HOME_OF.get(name)
-    if home is None:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
-    globals()[name] = value
-    return value
+    home = importlib.import_module(f"{__name__}.{_HOME_OF.get(name, 'errors')}")
+    return globals().setdefault(name, getattr(home, name))
 
 
 def __dir__() -> list[str]:

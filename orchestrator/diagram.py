@@ -1,4 +1,4 @@
-"""The door to the pictures of the machine: `python -m orchestrator.diagram FOLDER` writes them."""
+"""Diagrams of the state machine. `python -m orchestrator.diagram FOLDER` writes all of them."""
 
 from __future__ import annotations
 

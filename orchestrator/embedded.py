@@ -1,4 +1,4 @@
-"""The door to the embedded server: `python -m orchestrator.embedded` takes llama-server's flags."""
+"""The embedded server: `python -m orchestrator.embedded` takes the flags of llama-server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The door to the tiny model that demos and tests make: `write_tiny_model`."""
+"""A tiny model for demos and tests."""
 
 from __future__ import annotations
 

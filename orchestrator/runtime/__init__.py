@@ -1,1 +1,1 @@
-"""The owner, what it carries out, and the facades that callers use."""
+"""The owner of a slot, its effects, and the public facades."""

@@ -1,7 +1,7 @@
-"""What happened, in order: a bounded log of numbered events that any number of readers follow.
+"""A bounded log of numbered events that any number of readers follow.
 
-Readers keep a position, not a queue: a slow one loses the oldest events and nobody waits for it.
-Numbers never repeat within an orchestrator, so a reader can resume after the last one it saw.
+A reader keeps a position and no queue: a slow reader misses the oldest events and delays nobody.
+Numbers are unique within an orchestrator, so a reader can resume after the last one it has seen.
 """
 
 from __future__ import annotations
@@ -10,22 +10,23 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any, Final
 
 from orchestrator.base.record import Record
 
-KEPT: Final = 1024
+MAX_EVENTS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Event(Record):
-    """One thing that happened.
+    """One event. The members of `data` are attributes too, such as `event.dest`.
 
     Attributes:
         id: Sequence number, from 1.
-        kind: What it is; `transition` so far.
-        data: For a transition: `source`, `dest`, `trigger`, `generation`, `at` (Unix seconds).
+        kind: `transition`; there may be more kinds later.
+        data: Of a transition: `source`, `dest`, `trigger`, `generation`, `at` (Unix seconds).
     """
 
     id: int
@@ -33,7 +34,6 @@ class Event(Record):
     data: dict[str, Any] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Any:
-        """What the data holds reads like a field: `event.dest`."""
         try:
             return object.__getattribute__(self, "data")[name]
         except (KeyError, AttributeError):
@@ -44,60 +44,46 @@ class Event(Record):
 
 
 class EventLog:
-    """Written by the owner's thread, read from anywhere."""
+    """The last `MAX_EVENTS` events. The owner's thread writes, any thread reads."""
 
     def __init__(self) -> None:
-        self._events: deque[Event] = deque(maxlen=KEPT)
+        self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._changed = threading.Condition()
-        self._last = 0
-        self._closed = False
         self._wakers: dict[int, Callable[[], None]] = {}
-
-    @property
-    def last_id(self) -> int:
-        return self._last
-
-    @property
-    def is_closed(self) -> bool:
-        return self._closed
+        self.last_id = 0
+        self.is_closed = False
 
     def append(self, kind: str, data: dict[str, Any]) -> None:
         with self._changed:
-            self._last += 1
-            self._events.append(Event(self._last, kind, data))
+            self.last_id += 1
+            self._events.append(Event(self.last_id, kind, data))
         self.wake()
 
     def close(self) -> None:
-        """Nothing more will happen; readers end after what is there."""
+        """End all readers after the events that are there."""
         with self._changed:
-            self._closed = True
+            self.is_closed = True
         self.wake()
 
     def since(self, after: int) -> list[Event]:
-        """Return what happened after that number, oldest first, as far as it is still kept."""
+        """Return the events after number `after` that are still there, oldest first."""
         with self._changed:
-            newest = [*islice(reversed(self._events), max(0, self._last - after))]
+            newest = [*islice(reversed(self._events), max(0, self.last_id - after))]
         return newest[::-1]
 
     def wait(self, after: int) -> list[Event]:
-        """Block until something happened after that number; [] when the log is closed."""
+        """Block until there is an event after number `after`; [] if the log is closed first."""
         with self._changed:
-            self._changed.wait_for(lambda: self._last > after or self._closed)
+            self._changed.wait_for(lambda: self.last_id > after or self.is_closed)
         return self.since(after)
 
-    def subscribe(self, waker: Callable[[], None]) -> Callable[[], None]:
-        """Call `waker` whenever something happens; returns how to stop that."""
-
-        def stop() -> None:
-            with self._changed:
-                self._wakers.pop(id(waker), None)
-
-        with self._changed:
-            self._wakers[id(waker)] = waker
-        return stop
+    def subscribe(self, waker: Callable[[], None]) -> Callable[[], object]:
+        """Call `waker` at every event, until the returned function is called."""
+        self._wakers[id(waker)] = waker
+        return partial(self._wakers.pop, id(waker), None)
 
     def wake(self) -> None:
-        """Let the readers look, at events or at something else that they wait for."""
+        """Wake all readers: there is an event, or a load has ended without one."""
         with self._changed:
             self._changed.notify_all()
             wakers = tuple(self._wakers.values())

@@ -1,27 +1,18 @@
 """The public facades: `Orchestrator` for synchronous code, `AsyncOrchestrator` for asyncio.
 
-Both are thin: a call takes its place in the order of calls, looks up what it names, posts one
-fact and waits for its one answer. They may be used from any number of threads and event loops;
-a caller that goes away withdraws only itself.
+A call takes its place in the order of calls, looks up its model, posts one fact and waits for one
+answer. Any number of threads and event loops may call; one that goes away withdraws only itself.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from typing import Final, Self, Unpack, cast
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from typing import Any, Final, Self, Unpack
 
-from orchestrator.base.tokens import Generation
+from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import Problem
-from orchestrator.machine.commands import (
-    Answer,
-    CancelAnswer,
-    LeaseGranted,
-    Loaded,
-    Prefetched,
-    Unloaded,
-)
 from orchestrator.runtime import answers
 from orchestrator.runtime.answers import (
     LeasedServer,
@@ -30,37 +21,43 @@ from orchestrator.runtime.answers import (
     UnloadOutcome,
     Variants,
 )
-from orchestrator.runtime.calls import Facade, Wanted, request_of
+from orchestrator.runtime.calls import Facade, MakeFact, RequestLike, request_of, unwrap
 from orchestrator.runtime.events import Event, EventLog
 from orchestrator.runtime.owner import Call, Owner
 from orchestrator.settings.fields import LoadFields
-from orchestrator.settings.request import LoadRequest
 
-_LOG_EVERY_S: Final = 0.2
+_LOG_INTERVAL_S: Final = 0.2
 
 
 class Orchestrator(Facade):
-    """Owns one llama-server, for synchronous code. Safe from any number of threads.
+    """Owns one llama-server process, for synchronous code. All methods are thread-safe.
 
-    Example:
         >>> with Orchestrator() as orch:  # doctest: +SKIP
-        ...     outcome = orch.load("model.gguf", max_seq_length=4096)
+        ...     outcome = orch.load("owner/name-GGUF", gguf_variant="Q4_K_M", max_seq_length=4096)
         ...     with orch.lease() as server:
-        ...         print(server.base_url)
+        ...         print(server.base_url)  # for any OpenAI-compatible client
+
+    The server is stopped at the end of the block. Where a method takes a `request`, pass a
+    `LoadRequest` or a `model_path`, and further fields by name. Interrupting a call (Ctrl-C)
+    withdraws that caller; a load goes on for its other callers.
     """
 
     def start(self) -> Self:
-        """Claim the slot now instead of at the first call.
+        """Claim the slot. Without this, the first call does.
 
         Raises:
-            SlotOwned: another orchestrator has it.
-            StateDirError: the slot's directory cannot be used.
+            SlotOwned: another orchestrator owns the slot.
+            StateDirError: the state directory cannot be used.
         """
         self._start()
         return self
 
     def close(self) -> None:
-        """Cancel loads, stop the server, wait until the slot is verified empty. Idempotent."""
+        """Cancel all loads, stop the server and release the slot. May be called more than once.
+
+        Raises:
+            SlotOccupied: a process of the slot could not be killed.
+        """
         self._close()
 
     def __enter__(self) -> Self:
@@ -69,110 +66,135 @@ class Orchestrator(Facade):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def load(self, request: Wanted = None, **fields: Unpack[LoadFields]) -> LoadOutcome:
-        """Make this model Healthy with these settings, and return what runs.
+    def load(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> LoadOutcome:
+        """Load a model and wait until its server is Healthy.
+
+        A running server that matches the request is kept, any other is replaced. A load in flight
+        is joined if its target is the same, and superseded otherwise (see `on_busy`). A request
+        that can be refused is refused before the running server is stopped.
 
         Args:
-            request: What to load; a string or a path is its `model_path`.
-            **fields: Fields of `LoadRequest` by name, to set or replace.
+            request: A `LoadRequest`, or its `model_path`: a Hub repo `owner/name[:VARIANT]`, a
+                `.gguf` file, or a folder with one.
+            **fields: Fields of `LoadRequest`. They replace those of `request`.
 
         Raises:
-            OrchestratorError: see `orchestrator.errors` for the tree.
+            InvalidRequest, ModelNotFound: `field` names what to change.
+            HubError, DiskFull: the model could not be downloaded.
+            ServerStartFailed: the server did not become Healthy; see `reason` and `log_tail`.
+            Superseded, Cancelled: the load was ended from elsewhere.
+            Busy: `on_busy` is `reject` and another load is in flight, or too many are queued.
+            TimedOut: `stall_timeout_s` or `deadline_s` has passed.
+            SlotOccupied: a process of the slot could not be killed.
         """
-        call = self._begin(self._ask_load, request_of(request, fields))
-        return answers.load_outcome(cast("Loaded", self._result(call)))
+        return answers.load_outcome(self._answer(self._load_fact(request_of(request, fields))))
 
-    def submit(self, request: Wanted = None, **fields: Unpack[LoadFields]) -> Generation:
-        """Begin a load that nobody waits for, and return its generation for `outcome`."""
-        call = self._begin(self._ask_load, request_of(request, fields))
-        return _accepted(self._wait(call.accepted, call))
+    def submit(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> Generation:
+        """Begin a load and return its generation, for `outcome` and `cancel`.
 
-    def prefetch(self, request: Wanted = None, **fields: Unpack[LoadFields]) -> PrefetchOutcome:
-        """Make a model whole on disk while another may keep serving; a load then finds it there.
-
-        Callers of the same model share one download; `cancel` by `load_request_id` ends it.
-
-        Raises:
-            Busy: as many models are being fetched as may be at once.
-            OrchestratorError: see `orchestrator.errors`; HubError and DiskFull among them.
+        Raises what `load` raises up to the moment at which the load is accepted.
         """
-        wanted = request_of(request, fields)
-        call = self._begin(self._ask_prefetch, wanted)
-        return answers.prefetch_outcome(wanted, cast("Prefetched", self._result(call)).model)
+        call = self._ask(self._load_fact(request_of(request, fields)))
+        return Generation(unwrap(self._wait(call, call.accepted)))
 
-    def variants(self, request: Wanted = None, **fields: Unpack[LoadFields]) -> Variants:
-        """Return what a model on disk or on the Hub could be loaded as, with sizes.
+    def prefetch(
+        self, request: RequestLike = None, **fields: Unpack[LoadFields]
+    ) -> PrefetchOutcome:
+        """Download a model and wait until it is on disk. The running server keeps serving.
 
-        Of the request only the model, its revision and the token count. The Hub is given 20 s.
-
-        Raises:
-            OrchestratorError: as `load` would for such a model; HubError among them.
+        Callers of the same model share one download. `cancel` ends it by `load_request_id`. Raises
+        `Busy` if too many downloads are in flight, and else what `load` raises for a model.
         """
         wanted = request_of(request, fields)
-        looking = self._begin_listing(wanted)
+        return answers.prefetch_outcome(wanted, self._answer(self._prefetch_fact(wanted)).model)
+
+    def variants(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> Variants:
+        """Return the variants of a model, on disk or on the Hub, with their sizes.
+
+        Uses `model_path`, `revision` and `hf_token` of the request. The Hub is given 20 s. Raises
+        what `load` raises for a model.
+        """
+        self._check_usable()
+        wanted = request_of(request, fields)
+        listing = self._listings.begin(wanted)
         try:
-            return Variants(wanted.model_path, looking.result())
+            return Variants(wanted.model_path, listing.result())
         except BaseException:
-            looking.cancel()
+            listing.cancel()
             raise
 
     def unload(self, model_path: str | None = None) -> UnloadOutcome:
-        """Stop the server, ending any load in flight; returns when the slot is verified empty.
+        """Stop the server, cancel the load in flight, and wait until the slot is empty.
 
         Args:
-            model_path: End this model and its loads only, by its file, its repo or `repo:VARIANT`;
-                None ends whatever there is.
+            model_path: Unload only this model: its file, `owner/name` or `owner/name:VARIANT`.
+                None = whatever is loaded or loading.
+
+        Raises:
+            SlotOccupied: a process of the slot could not be killed.
         """
-        return _unload_outcome(self._result(self._ask_unload(model_path)))
+        return answers.unload_outcome(self._answer(self._unload_fact(model_path)))
 
     def cancel(self, load_request_id: str | None = None, generation: int | None = None) -> bool:
-        """End one load that is in flight, never a resident model. True when there was one."""
-        return cast(
-            "CancelAnswer", self._result(self._ask_cancel(load_request_id, generation))
-        ).cancelled
+        """Cancel one load that is in flight, and return whether there was one.
+
+        A model that is loaded stays loaded. A `load_request_id` that is not known yet is remembered
+        for 60 s, so that a cancel may arrive before its load.
+        """
+        return bool(self._answer(self._cancel_fact(load_request_id, generation)).cancelled)
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[LeasedServer]:
-        """Keep the Healthy server from being stopped by a swap; waits for a load in flight.
+        """Hold a lease on the loaded server, after waiting for a load in flight.
 
-        Raises:
-            NotLoaded: no model is Healthy and none is on its way.
+        A swap or an unload waits until the lease is released, for at most `drain_timeout_s`. Raises
+        `NotLoaded` if no model is loaded or loading.
         """
-        call = self._ask_lease()
+        call = self._ask(self._lease_fact)
         try:
-            yield answers.leased_server(cast("LeaseGranted", self._result(call)))
-        finally:  # also when the wait was interrupted in the moment of the grant
-            self._end_lease(call)
+            yield answers.leased_server(unwrap(self._wait(call, call.settled)))
+        finally:  # the lease may have been granted when the wait was interrupted
+            self._release(call)
 
     def events(self, after: int | None = None) -> Iterator[Event]:
-        """Iterate over what happens from now on (or after event `after`), until closed."""
+        """Iterate over the events from now on, or after the event with the id `after`.
+
+        Blocks for each event and ends when the orchestrator closes. The last 1024 are kept.
+        """
         log = self._start().events
         return _follow(log, log.last_id if after is None else after)
 
-    def _result(self, call: Call) -> Answer:
-        return _raised(self._wait(call.settled, call))
-
-    def _begin(self, ask: Callable[[Call, LoadRequest], None], wanted: LoadRequest) -> Call:
+    def _ask(self, make_fact: MakeFact) -> Call:
         call = self._start().call()
-        try:
-            ask(call, wanted)
-        except BaseException:
-            call.settled.cancel()
-            raise
+        with call.withdrawn_on_error():
+            self._send(call, make_fact)
         return call
+
+    def _answer(self, make_fact: MakeFact) -> Any:
+        call = self._ask(make_fact)
+        return unwrap(self._wait(call, call.settled))
 
 
 class AsyncOrchestrator(Facade):
-    """Owns one llama-server, for asyncio. Usable from several event loops at once."""
+    """Owns one llama-server process, for asyncio. Several event loops may use it at once.
+
+        >>> async with AsyncOrchestrator() as orch:  # doctest: +SKIP
+        ...     outcome = await orch.load("owner/name-GGUF", gguf_variant="Q4_K_M")
+        ...     async with orch.lease() as server:
+        ...         print(server.base_url)  # for any OpenAI-compatible client
+
+    The methods are those of `Orchestrator`. Cancelling an `await` withdraws that caller; a load
+    goes on for its other callers. Of the methods without `async` only `plan` and `options` block.
+    """
 
     async def start(self) -> Self:
-        """Claim the slot now instead of at the first call; errors as `Orchestrator.start`."""
+        """Claim the slot; see `Orchestrator.start`."""
         await self._started()
         return self
 
     async def close(self) -> None:
-        """Cancel loads, stop the server, wait until the slot is verified empty. Idempotent."""
-        closing = asyncio.wrap_future(self._parts.workers.submit(self._close))
+        """Cancel all loads, stop the server and release the slot, even if cancelled."""
+        closing = asyncio.wrap_future(self._parts.workers().submit(self._close))
         await asyncio.shield(closing)
 
     async def __aenter__(self) -> Self:
@@ -181,66 +203,60 @@ class AsyncOrchestrator(Facade):
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def load(self, request: Wanted = None, **fields: Unpack[LoadFields]) -> LoadOutcome:
-        """As `Orchestrator.load`; a cancelled `await` withdraws only its caller."""
-        call = await self._begin(self._ask_load, request_of(request, fields))
-        return answers.load_outcome(cast("Loaded", await _answer(call)))
+    async def load(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> LoadOutcome:
+        """Load a model and wait until its server is Healthy; see `Orchestrator.load`."""
+        make_fact = self._load_fact(request_of(request, fields))
+        return answers.load_outcome(await self._answer(make_fact, blocking=True))
 
-    async def submit(self, request: Wanted = None, **fields: Unpack[LoadFields]) -> Generation:
-        """As `Orchestrator.submit`."""
-        call = await self._begin(self._ask_load, request_of(request, fields))
-        try:
-            return _accepted(await asyncio.wrap_future(call.accepted))
-        except asyncio.CancelledError:
-            call.settled.cancel()
-            raise
+    async def submit(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> Generation:
+        """Begin a load and return its generation for `settled`; see `Orchestrator.submit`."""
+        call = await self._ask(self._load_fact(request_of(request, fields)), blocking=True)
+        with call.withdrawn_on_error():
+            accepted = await asyncio.wrap_future(call.accepted)
+        return Generation(unwrap(accepted))
 
     async def prefetch(
-        self, request: Wanted = None, **fields: Unpack[LoadFields]
+        self, request: RequestLike = None, **fields: Unpack[LoadFields]
     ) -> PrefetchOutcome:
-        """As `Orchestrator.prefetch`; a cancelled `await` ends only its own interest."""
+        """Download a model and wait until it is on disk; see `Orchestrator.prefetch`."""
         wanted = request_of(request, fields)
-        call = await self._begin(self._ask_prefetch, wanted)
-        return answers.prefetch_outcome(wanted, cast("Prefetched", await _answer(call)).model)
+        answer = await self._answer(self._prefetch_fact(wanted), blocking=True)
+        return answers.prefetch_outcome(wanted, answer.model)
 
-    async def variants(self, request: Wanted = None, **fields: Unpack[LoadFields]) -> Variants:
-        """As `Orchestrator.variants`; a cancelled `await` ends the listing."""
+    async def variants(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> Variants:
+        """Return the variants of a model; see `Orchestrator.variants`."""
+        self._check_usable()
         wanted = request_of(request, fields)
-        found = await asyncio.wrap_future(self._begin_listing(wanted))
+        found = await asyncio.wrap_future(self._listings.begin(wanted))
         return Variants(wanted.model_path, found)
 
     async def unload(self, model_path: str | None = None) -> UnloadOutcome:
-        """As `Orchestrator.unload`."""
-        ticket = self._ticket()
-        await self._started()
-        return _unload_outcome(await _answer(self._ask_unload(model_path, ticket)))
+        """Stop the server and wait until the slot is empty; see `Orchestrator.unload`."""
+        return answers.unload_outcome(await self._answer(self._unload_fact(model_path)))
 
     async def cancel(
         self, load_request_id: str | None = None, generation: int | None = None
     ) -> bool:
-        """As `Orchestrator.cancel`."""
-        await self._started()
-        call = self._ask_cancel(load_request_id, generation)
-        return cast("CancelAnswer", await _answer(call)).cancelled
+        """Cancel one load that is in flight; see `Orchestrator.cancel`."""
+        return bool((await self._answer(self._cancel_fact(load_request_id, generation))).cancelled)
 
     @contextlib.asynccontextmanager
     async def lease(self) -> AsyncIterator[LeasedServer]:
-        """As `Orchestrator.lease`."""
-        await self._started()
-        call = self._ask_lease()
+        """Hold a lease on the loaded server; see `Orchestrator.lease`."""
+        call = await self._ask(self._lease_fact)
         try:
-            yield answers.leased_server(cast("LeaseGranted", await _answer(call)))
-        finally:
-            self._end_lease(call)
+            yield answers.leased_server(unwrap(await asyncio.wrap_future(call.settled)))
+        finally:  # the lease may have been granted when the wait was cancelled
+            self._release(call)
 
     def events(self, after: int | None = None) -> AsyncGenerator[Event, None]:
-        """As `Orchestrator.events`."""
+        """Iterate over the events from now on; see `Orchestrator.events`."""
         return self._follow(self.last_event_id if after is None else after)
 
     async def follow_logs(self, lines: int = 200) -> AsyncGenerator[str, None]:
-        """Iterate over what the servers print: the last lines, then every new one, until closed.
+        """Iterate over the output of the servers until the orchestrator closes.
 
-        A reader that is slower than the server loses what the ring has lost.
+        Begins with the last lines. A slow reader misses lines that are no longer kept.
         """
         owner = await self._started()
         position, new = owner.effects.log_since((0, 0))
@@ -251,19 +267,16 @@ class AsyncOrchestrator(Facade):
             if not new:
                 if owner.has_ended:
                     return
-                await asyncio.sleep(_LOG_EVERY_S)
+                await asyncio.sleep(_LOG_INTERVAL_S)
             position, new = owner.effects.log_since(position)
 
     async def settled(
         self, generation: int, timeout_s: float | None = None
     ) -> LoadOutcome | Problem | None:
-        """Wait for what becomes of a load that was submitted; None when it is still in flight.
-
-        Args:
-            timeout_s: Seconds; None waits as long as it takes.
+        """Wait for the end of a load and return its `outcome`; None after `timeout_s` seconds.
 
         Raises:
-            KeyError: as `outcome`.
+            KeyError: as for `outcome`.
         """
         owner = await self._started()
         with contextlib.suppress(TimeoutError), _changes(owner.events) as changed:
@@ -287,31 +300,35 @@ class AsyncOrchestrator(Facade):
                 changed.clear()
 
     async def _started(self) -> Owner:
-        """Start in another thread: to claim a slot may mean to end what a dead owner left in it."""
+        """Claiming a slot may block: processes of a dead owner have to be killed first."""
         if self._owner is None:
-            await asyncio.wrap_future(self._parts.workers.submit(self._start))
+            await asyncio.wrap_future(self._parts.workers().submit(self._start))
         return self._start()
 
-    async def _begin(self, ask: Callable[[Call, LoadRequest], None], wanted: LoadRequest) -> Call:
-        """Take the call's place in the order of calls, and have its model looked up."""
-        ticket = self._ticket()
-        owner = await self._started()
-        call = owner.call(ticket)
-        try:
-            await asyncio.wrap_future(self._parts.workers.submit(lambda: ask(call, wanted)))
-        except BaseException:
-            call.settled.cancel()
-            raise
+    async def _ask(self, make_fact: MakeFact, *, blocking: bool = False) -> Call:
+        """Open a call and post its request; a `blocking` look-up runs on a worker thread."""
+        ticket = Ticket(next(self._tickets))  # first: a wait for a thread must not change the order
+        call = (await self._started()).call(ticket)
+        with call.withdrawn_on_error():
+            if blocking:
+                sending = self._parts.workers().submit(lambda: self._send(call, make_fact))
+                await asyncio.wrap_future(sending)
+            else:
+                self._send(call, make_fact)
         return call
+
+    async def _answer(self, make_fact: MakeFact, *, blocking: bool = False) -> Any:
+        call = await self._ask(make_fact, blocking=blocking)
+        return unwrap(await asyncio.wrap_future(call.settled))  # cancelled with the `await`
 
 
 @contextlib.contextmanager
 def _changes(log: EventLog) -> Iterator[asyncio.Event]:
-    """Have an event set in this loop whenever something happens; who waits for it clears it."""
+    """Yield an event of this loop that is set at every change; the waiter clears it."""
     loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
     def wake() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has been closed under us
+        with contextlib.suppress(RuntimeError):  # the loop may have been closed
             loop.call_soon_threadsafe(changed.set)
 
     stop = log.subscribe(wake)
@@ -326,25 +343,3 @@ def _follow(log: EventLog, position: int) -> Iterator[Event]:
         for event in batch:
             position = event.id
             yield event
-
-
-async def _answer(call: Call) -> Answer:
-    """Wait for a call's answer; cancelling the wait cancels the call's future, which withdraws."""
-    return _raised(await asyncio.wrap_future(call.settled))
-
-
-def _raised(answer: Answer) -> Answer:
-    if isinstance(answer, Problem):
-        raise answer.error()
-    return answer
-
-
-def _unload_outcome(answer: Answer) -> UnloadOutcome:
-    changed = cast("Unloaded", answer).changed
-    return UnloadOutcome("unloaded" if changed else "not_loaded")
-
-
-def _accepted(told: Generation | Problem) -> Generation:
-    if isinstance(told, Problem):
-        raise told.error()
-    return told

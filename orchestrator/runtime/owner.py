@@ -1,12 +1,13 @@
 """The owner: one thread, one inbox, and the only place that steps the machine.
 
-`pump` processes one fact: it adds the evidence only the operating system has, steps, carries out
-the commands and publishes a new snapshot. Production calls it from the owner's thread, tests call
-it by hand. Every call is answered exactly once; nothing a caller reads can gate a change.
+`pump` processes one fact: it adds the evidence that only the operating system has, steps the
+machine, publishes a new snapshot and carries out the commands. The owner's thread calls it in
+production, and tests call it by hand. Every call is answered exactly once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import queue
 import random
@@ -15,83 +16,58 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field, replace
-from typing import Final, TypeVar
+from typing import Any, Final, cast
 
 from orchestrator.base.log import event_log
 from orchestrator.base.tokens import CancelToken, Generation, Ticket
 from orchestrator.errors import OrchestratorError, Problem
-from orchestrator.machine.commands import (
-    Accept,
-    Answer,
-    Command,
-    Concluded,
-    Download,
-    DropStale,
-    Effect,
-    Kill,
-    Post,
-    Probe,
-    Resolve,
-    ServerEnded,
-    SetTimer,
-    Settle,
-    SetToken,
-    Spawn,
-    failure_of,
-)
+from orchestrator.machine import commands, facts
+from orchestrator.machine.commands import Answer, Command, Effect, Settle
 from orchestrator.machine.context import Context, Policy
-from orchestrator.machine.facts import (
-    BecameReady,
-    Fact,
-    Fetched,
-    LeaseRequested,
-    LoadRequested,
-    Promoted,
-    Request,
-    SlotEvidence,
-    Timer,
-    TimerFired,
-    Withdrawn,
-)
+from orchestrator.machine.facts import Fact, Request, SlotEvidence, Timer
 from orchestrator.machine.guards import is_current
 from orchestrator.machine.states import State
 from orchestrator.machine.step import Lifecycle, lifecycle
 from orchestrator.runtime.events import EventLog
-from orchestrator.runtime.history import History
 from orchestrator.runtime.ports import Clock, Effects, SlotLock
-from orchestrator.runtime.snapshot import Observer, Snapshot, StepReport
+from orchestrator.runtime.snapshot import Observer, Snapshot, StepReport, ended_load
 
-_T = TypeVar("_T")
-
-_STORY_LINES: Final = 32
+_MAX_STORY: Final = 32
+_MAX_HISTORY: Final = 256
 _log = event_log("orchestrator.owner")
 
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One call on the orchestrator, from any thread.
+    """One call, from any thread.
 
     Attributes:
-        accepted: For a load: its generation, as soon as there is one, or why there is none.
-        settled: The answer; a `Problem` is an answer too. Cancelling it withdraws the caller.
+        accepted: For a load: its generation, or the problem if it is refused.
+        settled: The answer, which may be a `Problem`. Cancelling it withdraws the caller.
     """
 
     ticket: Ticket
     accepted: Future[Generation | Problem] = field(default_factory=Future)
     settled: Future[Answer] = field(default_factory=Future)
 
+    @contextlib.contextmanager
+    def withdrawn_on_error(self) -> Iterator[None]:
+        """Withdraw the caller if the body raises, as at Ctrl-C or a cancelled `await`."""
+        try:
+            yield
+        except BaseException:
+            self.settled.cancel()
+            raise
+
 
 class Owner:
     """Steps one machine over one set of effects.
 
     Args:
-        effects: What the commands are carried out by.
-        policy: Fixed decisions of the embedding backend.
-        clock: Monotonic seconds; tests use a virtual one.
-        machine: The interpreter of the table.
-        observers: Told of every step, on the owner's thread; they must be quick.
-        tickets: Numbers the calls; a facade whose calls begin before the owner does has its own.
-        jitter: Which part of the wait for a restart is waited, 0.5 to 1.
+        effects: Makes the effects, given the function to which they post their facts.
+        observers: Called after every step, on the owner's thread.
+        tickets: Numbers for calls that are opened without a ticket.
+        jitter: Factor of the wait before a restart, 0.5 to 1.
     """
 
     def __init__(
@@ -106,65 +82,60 @@ class Owner:
         jitter: Callable[[], float] = lambda: random.uniform(0.5, 1.0),  # noqa: S311
     ) -> None:
         self.clock = clock
-        self._jitter = jitter
         self.events: EventLog = EventLog()
+        self.has_ended: bool = False
+        ctx = Context(policy or Policy())
+        self.snapshot: Snapshot = Snapshot(State.IDLE, ctx, time.time(), clock())
+        self._jitter = jitter
         self._machine = machine or lifecycle()
         self._observers = observers
         self._inbox: queue.SimpleQueue[Fact | None] = queue.SimpleQueue()
         self._tickets = tickets or itertools.count(1)
         self._calls: dict[Ticket, Call] = {}
         self._tokens: dict[Generation, CancelToken] = {}
-        self._timers: dict[tuple[Timer, Generation], float] = {}  # few: the least is looked for
-        self.history: History = History()
-        self.has_ended: bool = False
-        now = clock()
-        self.snapshot: Snapshot = Snapshot(
-            State.IDLE, Context(policy or Policy()), time.time(), now
-        )
-        self.effects: Effects = effects(self.post)
+        self._timers: dict[tuple[Timer, Generation], float] = {}  # too few to sort
         self._thread: threading.Thread | None = None
+        self.effects: Effects = effects(self.post)
 
     # ---------------------------------------------------------------------------- from any thread
 
     def call(self, ticket: Ticket | None = None) -> Call:
-        """Open a call; its ticket, taken now if not before, is its place in the order of calls."""
+        """Open a call. Its ticket is its place in the order of calls."""
         call = Call(Ticket(next(self._tickets)) if ticket is None else ticket)
         self._calls[call.ticket] = call
-        call.settled.add_done_callback(
-            lambda done: self._withdraw(call) if done.cancelled() else None
-        )
+        call.settled.add_done_callback(lambda _: self._withdraw(call))
         return call
 
     def ask(self, call: Call, fact: Request) -> None:
-        """Post a call's request. A caller that left before it got here has not left unnoticed."""
+        """Post the request of a call."""
         self.post(fact)
-        self._withdraw(call)
+        self._withdraw(call)  # again: the machine did not know a caller that left before this
 
     def answer(self, call: Call, answer: Answer) -> None:
-        """Answer a call that never became a request."""
+        """Answer a call without a request."""
         self._settle(Settle(call.ticket, answer))
 
     def post(self, fact: Fact) -> None:
-        """Put a fact into the inbox. After the end, whoever posts also answers what is there."""
+        """Put a fact into the inbox. After the end, refuse the calls that are still open."""
         self._inbox.put(fact)
         if self.has_ended:
-            self._refuse_rest()
+            self._refuse_calls()
 
     def _withdraw(self, call: Call) -> None:
-        """Tell the machine that the caller has gone, if it has."""
+        """Report a caller that has gone away to the machine."""
         if call.settled.cancelled():
             self._calls.pop(call.ticket, None)
-            self.post(Withdrawn(call.ticket, self.clock()))
+            self.post(facts.Withdrawn(call.ticket, self.clock()))
 
     # ------------------------------------------------------------------------ the owner's thread
 
     def start(self, name: str) -> None:
-        """Let a thread of our own pump until `stop`."""
+        """Process facts on a thread of its own until `stop`."""
         self._thread = threading.Thread(target=self._run, name=f"llama-owner-{name}", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread and the effects; the machine has been shut down before."""
+        """End the thread and the effects, after the machine has been shut down."""
         self._inbox.put(None)
         if self._thread is not None:
             self._thread.join()
@@ -172,11 +143,10 @@ class Owner:
             self.effects.close()
         finally:
             self.has_ended = True
-            self._refuse_rest()
+            self._refuse_calls()
             self.events.close()
 
-    def _refuse_rest(self) -> None:
-        """Nobody pumps any more: answer every call that was not answered in time."""
+    def _refuse_calls(self) -> None:
         problem = Problem("shutting_down", "the orchestrator has been closed")
         for ticket in tuple(self._calls):
             self._settle(Settle(ticket, problem))
@@ -195,25 +165,22 @@ class Owner:
             self.pump(fact)
 
     def pump(self, fact: Fact) -> None:
-        """Process one fact, whole: evidence, step, commands, snapshot."""
+        """Process one fact: evidence, step, snapshot, commands."""
         lock: SlotLock | None = None
         try:
             fact, lock = self._with_evidence(fact)
             before = self.snapshot
-            state, ctx, commands = self._machine.step(before.state, before.ctx, fact)
-            shown = self._shown(fact, state, ctx)
-            concluded = [c for c in commands if isinstance(c, Concluded)]
-            for ended in concluded:
-                self.history.add(ended, now=self.clock(), story=shown.story)
-            self.snapshot = shown
+            state, ctx, commanded = self._machine.step(before.state, before.ctx, fact)
+            concluded = [c for c in commanded if isinstance(c, commands.Concluded)]
+            after = self.snapshot = self._next_snapshot(fact, state, ctx, concluded)
             if state is not before.state:
-                self._tell(fact, before, shown)
+                self._report_transition(fact, before, after)
             if concluded:
                 self.events.wake()
-            self._observe(StepReport(fact, before, shown, commands))
-            for command in commands:
+            self._call_observers(StepReport(fact, before, after, commanded))
+            for command in commanded:
                 self._carry_out_safely(command, lock)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 (it outlives what it cannot digest)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (this thread must survive)
             _log("exception", "owner.failed", trigger=getattr(fact, "trigger", type(fact).__name__))
             if (ticket := getattr(fact, "ticket", None)) is not None:
                 problem = Problem("internal", f"{type(error).__name__}: {error}")
@@ -223,26 +190,22 @@ class Owner:
                 lock.release()
 
     def _with_evidence(self, fact: Fact) -> tuple[Fact, SlotLock | None]:
-        """Ask the operating system what only it knows, in the same step that uses the answer."""
-        match fact:
-            case Fetched() if is_current(self.snapshot.ctx, fact):
-                evidence, lock = self._take_slot()
-                return replace(fact, slot=evidence), lock
-            case LoadRequested() | LeaseRequested() | BecameReady() | Promoted():
-                return replace(fact, child_is_alive=self._child_is_alive()), None
-            case _:
-                return fact, None
+        """Ask the operating system in the same step that uses the answer."""
+        if isinstance(fact, facts.Fetched) and is_current(self.snapshot.ctx, fact):
+            evidence, lock = self._take_slot()
+            return replace(fact, slot=evidence), lock
+        if hasattr(fact, "child_is_alive"):
+            return replace(cast("Any", fact), child_is_alive=self._child_is_alive()), None
+        return fact, None
 
     def _take_slot(self) -> tuple[SlotEvidence, SlotLock | None]:
-        """A slot that cannot be asked is not known to be empty."""
         try:
             return self.effects.take_slot()
-        except Exception as error:  # noqa: BLE001 (an answer must follow: the load waits for it)
+        except Exception as error:  # noqa: BLE001 (without an answer the load would wait for ever)
             _log("exception", "slot.not_answering")
-            return SlotEvidence(is_empty=False, reason=f"it cannot be asked: {error}"), None
+            return SlotEvidence(is_empty=False, reason=f"it cannot be checked: {error}"), None
 
     def _child_is_alive(self) -> bool:
-        """A child that cannot be asked for is not known to be alive."""
         child = self.snapshot.ctx.child
         try:
             return child is not None and self.effects.child_is_alive(child)
@@ -250,122 +213,116 @@ class Owner:
             _log("exception", "child.not_answering", pid=child.pid if child else None)
             return False
 
-    def _shown(self, fact: Fact, state: State, ctx: Context) -> Snapshot:
-        """Return the snapshot after a step."""
-        before = self.snapshot
-        if state is before.state:
-            return replace(before, ctx=ctx)
-        generation = _generation(ctx)
-        line = f"{before.state} -> {state} on {fact.trigger} (generation {generation})"
-        story = (*before.story, line)[-_STORY_LINES:]
-        return Snapshot(state, ctx, time.time(), self.clock(), story)
+    def _next_snapshot(
+        self, fact: Fact, state: State, ctx: Context, concluded: Sequence[commands.Concluded]
+    ) -> Snapshot:
+        before, story = self.snapshot, self.snapshot.story
+        since, entered_at = before.since, before.entered_at
+        if state is not before.state:
+            since, entered_at = time.time(), self.clock()
+            line = f"{before.state} -> {state} on {fact.trigger} (generation {_generation(ctx)})"
+            story = (*story, line)[-_MAX_STORY:]
+        history = before.history
+        if concluded:
+            ended = (ended_load(load, self.clock(), story) for load in concluded)
+            history = (*history, *ended)[-_MAX_HISTORY:]
+        return Snapshot(state, ctx, since, entered_at, story, history)
 
-    def _observe(self, report: StepReport) -> None:
-        """Tell the observers; one that fails costs the others nothing."""
-        for observer in tuple(self._observers):
-            try:
-                observer(report)
-            except (Exception, SystemExit):  # noqa: BLE001 (somebody else's code on our thread)
-                _log("exception", "observer.failed", trigger=report.fact.trigger)
-
-    def _tell(self, fact: Fact, before: Snapshot, shown: Snapshot) -> None:
-        """One event and one line of the log for each transition."""
-        ctx = shown.ctx
-        generation, pid = _generation(ctx), ctx.child.pid if ctx.child else None
-        self.events.append(
-            "transition",
-            {
-                "source": before.state.value,
-                "dest": shown.state.value,
-                "trigger": fact.trigger,
-                "generation": generation,
-                "at": shown.since,
-                "pid": pid,
-            },
-        )
-        target = ctx.job.target if ctx.job else ctx.running.target if ctx.running else None
+    def _report_transition(self, fact: Fact, before: Snapshot, after: Snapshot) -> None:
+        """Append one event and log one line."""
+        ctx, load = after.ctx, after.ctx.job or after.ctx.running
+        data = {
+            "source": before.state.value,
+            "dest": after.state.value,
+            "trigger": fact.trigger,
+            "generation": _generation(ctx),
+            "at": after.since,
+            "pid": ctx.child.pid if ctx.child else None,
+        }
+        self.events.append("transition", data)
         _log(
             "info",
             "lifecycle.transitioned",
-            source=before.state.value,
-            dest=shown.state.value,
+            source=data["source"],
+            dest=data["dest"],
             trigger=fact.trigger,
-            generation=generation,
-            model=target.request.model_path if target else None,
-            pid=pid,
-            after_ms=round((shown.entered_at - before.entered_at) * 1000, 3),
+            generation=data["generation"],
+            model=load.target.request.model_path if load else None,
+            pid=data["pid"],
+            after_ms=round((after.entered_at - before.entered_at) * 1000, 3),
         )
 
+    def _call_observers(self, report: StepReport) -> None:
+        for observer in tuple(self._observers):
+            try:
+                observer(report)
+            except (Exception, SystemExit):  # noqa: BLE001 (code of the host)
+                _log("exception", "observer.failed", trigger=report.fact.trigger)
+
+    # -------------------------------------------------------------------------------- commands
+
     def _carry_out_safely(self, command: Command, lock: SlotLock | None) -> None:
-        """One command that cannot be carried out must not cost the step the ones behind it."""
+        """A command that fails must not prevent those behind it: the step has been taken."""
         try:
             self._carry_out(command, lock)
-        except Exception:  # noqa: BLE001 (the machine has taken the step already)
+        except Exception:  # noqa: BLE001 (as above)
             _log("exception", "command.failed", command=type(command).__name__)
 
     def _carry_out(self, command: Command, lock: SlotLock | None) -> None:
+        if isinstance(command, Effect):
+            self._start(command, lock)
+            return
         match command:
-            case Kill() | Resolve() | Download() | Spawn() | Probe():
-                self._start(command, lock)
-            case SetToken():
+            case commands.SetToken():
                 self._token(command.generation).set(command.reason)
-            case SetTimer():
-                after_s = command.after_s
-                if command.kind == "restart":
-                    after_s *= self._jitter()
-                self._timers[command.kind, command.generation] = self.clock() + after_s
-            case Accept():
+            case commands.SetTimer(generation, kind, after_s):
+                factor = self._jitter() if kind == "restart" else 1.0
+                self._timers[kind, generation] = self.clock() + after_s * factor
+            case commands.Accept():
                 self._accept(command)
             case Settle():
                 self._settle(command)
-            case Post():
-                self.post(command.fact)
-            case Concluded() | ServerEnded():
-                pass  # said to the history and to who counts, before the snapshot was shown
-            case DropStale():
-                trigger, generation = command.trigger, command.generation
+            case commands.Post(fact):
+                self.post(fact)
+            case commands.DropStale(generation, trigger):
                 _log("info", "completion.fenced", trigger=trigger, generation=generation)
+            case commands.Concluded() | commands.ServerEnded():
+                pass  # for the history and the observers
 
     def _start(self, effect: Effect, lock: SlotLock | None) -> None:
         try:
             self.effects.start(effect, self._token(effect.generation), lock)
-        except Exception as error:  # noqa: BLE001 (an effect that cannot begin has failed)
+        except Exception as error:  # noqa: BLE001 (an effect that cannot start has failed)
             _log("exception", "effect.failed", effect=type(effect).__name__)
             problem = Problem("internal", repr(error))
             if isinstance(error, OrchestratorError):
                 problem = error.problem
-            self.post(failure_of(effect, problem, self.clock()))
+            self.post(commands.failure_of(effect, problem, self.clock()))
 
     def _token(self, generation: Generation) -> CancelToken:
         return self._tokens.setdefault(generation, CancelToken(generation))
 
-    def _accept(self, command: Accept) -> None:
+    def _accept(self, command: commands.Accept) -> None:
         self._token(command.generation)
         ctx = self.snapshot.ctx
         loads = (ctx.job, *ctx.queue, *ctx.prefetches, ctx.effect)  # an effect may outlive its load
         in_use = {load.generation for load in loads if load} | {ctx.generation}
         for ended in self._tokens.keys() - in_use:
             del self._tokens[ended]
-        call = self._calls.get(command.ticket)
-        if call is not None:
-            _resolve(call.accepted, command.generation)
-        _log(
-            "info",
-            "load.accepted",
-            generation=command.generation,
-            ticket=command.ticket,
-            joined=command.joined,
-        )
+        ticket, generation, joined = command.ticket, command.generation, command.joined
+        if (call := self._calls.get(ticket)) is not None:
+            _resolve(call.accepted, generation)
+        _log("info", "load.accepted", generation=generation, ticket=ticket, joined=joined)
 
     def _settle(self, command: Settle) -> None:
-        answer = command.answer
+        call, answer = self._calls.pop(command.ticket, None), command.answer
+        if call is None:
+            return
         if isinstance(answer, Problem):
             answer = replace(answer, story=self.snapshot.story)
-        call = self._calls.pop(command.ticket, None)
-        if call is not None:
-            if isinstance(answer, Problem) and not call.accepted.done():
+            if not call.accepted.done():
                 _resolve(call.accepted, answer)
-            _resolve(call.settled, answer)
+        _resolve(call.settled, answer)
 
     # ------------------------------------------------------------------------------------- timers
 
@@ -373,22 +330,20 @@ class Owner:
         return max(0.0, min(self._timers.values()) - self.clock()) if self._timers else None
 
     def _due_timer(self) -> Fact | None:
-        if not self._timers:
+        first = min(self._timers, key=self._timers.__getitem__, default=None)
+        if first is None or self._timers[first] > self.clock():
             return None
-        (kind, generation), due = min(self._timers.items(), key=lambda timer: timer[1])
-        if due > self.clock():
-            return None
-        del self._timers[kind, generation]
-        return TimerFired(generation, due, kind)
+        kind, generation = first
+        return facts.TimerFired(generation, self._timers.pop(first), kind)
 
 
 def _generation(ctx: Context) -> Generation:
-    """The load a transition is about: the one in flight, else the last one."""
+    """Return the load that a transition belongs to: the one in flight, else the last one."""
     return ctx.job.generation if ctx.job else ctx.generation
 
 
-def _resolve(future: Future[_T], value: _T) -> None:
-    """Set a result; a caller that has gone meanwhile does not want it."""
+def _resolve(future: Future[Any], value: object) -> None:
+    """Set a result, unless the caller has gone away."""
     try:
         future.set_result(value)
     except InvalidStateError:

@@ -1,42 +1,34 @@
-"""What the owner needs from the world: effects and a clock. Tests put gates here.
+"""What the owner needs from the operating system. Tests implement these protocols with gates.
 
-An effect is started and returns at once; it reports exactly one completion through `post`, however
-it ends, and it honours the token of its load by ending early, never by staying silent.
+`Effects.start` returns at once. Every effect posts exactly one completion, however it ends; when
+the token of its load is set it ends early, but never silently.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from orchestrator.base.tokens import CancelToken, Generation
 from orchestrator.machine.commands import Effect
 from orchestrator.machine.facts import Child, SlotEvidence
 
+Clock = Callable[[], float]
+"""Returns monotonic seconds."""
+
 LogPosition = tuple[int, int]
-"""A server's generation, and how many of its lines have been seen."""
-
-
-class ClaimedSlot(Protocol):
-    """A process slot that one orchestrator claims for itself."""
-
-    name: str
-
-    def claim(self) -> None:
-        """Become the owner, or raise SlotOwned."""
-
-    def release(self) -> None:
-        """Stop being the owner."""
+"""The generation of a server and a number of its output lines."""
 
 
 class SlotLock(Protocol):
-    """The held answer "the slot is empty"; nobody else can find it empty meanwhile."""
+    """Proof that the slot is empty: while it is held, no server can start in the slot."""
 
     def release(self) -> None:
-        """Let go; does nothing once the lock has been handed to a server."""
+        """Release the lock. Does nothing once a server has inherited it."""
 
 
 class Progress(Protocol):
-    """Bytes of the phase under way, for display."""
+    """Bytes processed in the present phase, for display."""
 
     bytes_done: int
     bytes_total: int | None
@@ -46,27 +38,22 @@ class Effects(Protocol):
     """Everything that touches the operating system on behalf of one owner."""
 
     def take_slot(self) -> tuple[SlotEvidence, SlotLock | None]:
-        """Ask whether the slot is empty and hold the answer. Owner's thread."""
+        """Check whether the slot is empty, and lock it if so. Owner's thread."""
 
     def child_is_alive(self, child: Child) -> bool:
-        """Ask the kernel, now. Owner's thread."""
+        """Ask the kernel. Owner's thread."""
 
     def start(self, effect: Effect, token: CancelToken, lock: SlotLock | None) -> None:
-        """Begin one effect; a spawn is carried out at once. Owner's thread."""
+        """Start an effect; a spawn is carried out before this returns. Owner's thread."""
 
     def progress(self, generation: Generation) -> Progress | None:
-        """What is being done for a load so far; None when nothing is, or no bytes are counted."""
+        """Return the bytes of the effect in flight; None if there is none, or it has no bytes."""
 
     def log_since(self, position: LogPosition) -> tuple[LogPosition, tuple[str, ...]]:
-        """The lines after a position, of the present or last server, and where they end."""
+        """Return the output after `position` of the present or last server, and the new end."""
 
     def log_tail(self, count: int) -> tuple[str, ...]:
-        """The last lines of the present or last server."""
+        """Return the last lines of the present or last server."""
 
     def close(self) -> None:
-        """Give everything back; the slot is empty or given up."""
-
-
-class Clock(Protocol):
-    def __call__(self) -> float:
-        """Monotonic seconds."""
+        """Release everything. The slot is empty, or could not be emptied."""

@@ -347,4 +347,4 @@ def test_readers_come_and_go_and_each_sees_every_event_once(actions: list[str]) 
             assert [e.id for e in batch] == list(range(positions[reader] + 1, log.last_id + 1))
             positions[reader] = log.last_id
     assert len(log._wakers) == len(leaving)
-    assert len(log._events) <= events.KEPT
+    assert len(log._events) <= events.MAX_EVENTS

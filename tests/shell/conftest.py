@@ -1,4 +1,4 @@
-"""Of every test of the shell: nothing fails behind its back, and no thread outlives it."""
+"""Fixtures: a test of the shell fails if the library logs an error that it does not expect."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.kit.shell.facade import House
+from tests.kit.shell.harness import Harness
 from tests.kit.shell.records import Entry, only_failures
 
 
 @pytest.fixture(autouse=True)
 def failures() -> Iterator[list[Entry]]:
-    """What was logged as an error; a test that provokes one takes it out."""
+    """The errors that were logged; a test that provokes one removes it."""
     with only_failures() as entries:
         yield entries
         assert entries == []
 
 
 @pytest.fixture
-def house(failures: list[Entry]) -> Iterator[House]:
-    """The orchestrators it makes have everything under their owner replaced."""
-    house = House()
-    yield house
-    assert house.os.most_alive <= 1, "two servers were alive at once"
+def harness(failures: list[Entry]) -> Iterator[Harness]:
+    harness = Harness()
+    yield harness
+    assert harness.os.most_alive <= 1, "two servers were alive at once"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Events: every transition, in order, for any number of readers, none of whom is waited for."""
+"""Events: every transition, in order, for any number of readers that delay nobody."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from typing import Any
 
 import pytest
 
-from orchestrator.runtime.events import KEPT, Event, EventLog
-from tests.kit.shell.facade import PATIENCE_S, House
-from tests.shell.test_facades import run
+from orchestrator.runtime.events import MAX_EVENTS, Event, EventLog
+from tests.kit.shell.harness import PATIENCE_S, Harness, run
 
 LOAD = ["Killing", "Downloading", "Spawning", "WaitingHealth", "Healthy"]
 
 
-def test_a_load_is_told_transition_by_transition(house: House) -> None:
-    with house.sync() as orch:
+def test_a_load_emits_one_event_per_transition(harness: Harness) -> None:
+    with harness.sync() as orch:
         events = orch.events()
         orch.load("A")
         told = list(islice(events, 5))
@@ -32,16 +31,16 @@ def test_a_load_is_told_transition_by_transition(house: House) -> None:
         assert (first["kind"], first["trigger"], first["generation"]) == ("transition", "load", 1)
 
 
-def test_from_now_on_means_from_the_call_and_not_from_the_first_look(house: House) -> None:
-    """Who asks for events and then does something must not miss what comes of it."""
-    with house.sync() as orch:
+def test_events_begin_at_the_call_not_at_the_first_iteration(harness: Harness) -> None:
+    """A caller that asks for events and then acts must not miss the first of them."""
+    with harness.sync() as orch:
         orch.load("A")
         events = orch.events()
         orch.unload()
         assert next(events).data["dest"] == "Killing"
 
     async def main() -> None:
-        orch = house.asynchronous()
+        orch = harness.asynchronous()
         early = orch.events()
         await orch.load("A")
         assert (await anext(early)).data["dest"] == "Killing"
@@ -55,8 +54,8 @@ def test_from_now_on_means_from_the_call_and_not_from_the_first_look(house: Hous
     run(main)
 
 
-def test_a_reader_resumes_after_the_last_event_it_saw(house: House) -> None:
-    with house.sync() as orch:
+def test_a_reader_resumes_after_a_given_event(harness: Harness) -> None:
+    with harness.sync() as orch:
         orch.load("A")
         seen = [event.id for event in islice(orch.events(after=0), 3)]
         assert seen == [1, 2, 3]
@@ -64,7 +63,7 @@ def test_a_reader_resumes_after_the_last_event_it_saw(house: House) -> None:
         assert orch.last_event_id == 5
 
     async def main() -> None:
-        async with house.asynchronous() as orch:
+        async with harness.asynchronous() as orch:
             await orch.load("A")
             events = orch.events(after=3)
             async with contextlib.aclosing(events):
@@ -73,10 +72,10 @@ def test_a_reader_resumes_after_the_last_event_it_saw(house: House) -> None:
     run(main)
 
 
-def test_closing_ends_every_reader_after_what_there_is_to_tell(
-    house: House, pool: ThreadPoolExecutor
+def test_close_ends_every_reader_after_the_last_event(
+    harness: Harness, pool: ThreadPoolExecutor
 ) -> None:
-    orch = house.sync().start()
+    orch = harness.sync().start()
     readers = [pool.submit(lambda: [e.data["dest"] for e in orch.events(after=0)]) for _ in "abc"]
     orch.load("A")
     orch.close()
@@ -84,7 +83,7 @@ def test_closing_ends_every_reader_after_what_there_is_to_tell(
         assert reader.result(PATIENCE_S) == [*LOAD, "Killing", "Idle"]
 
     async def main() -> None:
-        orch = await house.asynchronous().start()  # a reader that begins after the end is refused
+        orch = await harness.asynchronous().start()  # events after close would be refused
 
         async def read() -> list[str]:
             return [event.data["dest"] async for event in orch.events(after=0)]
@@ -97,10 +96,10 @@ def test_closing_ends_every_reader_after_what_there_is_to_tell(
     run(main)
 
 
-def test_readers_in_several_loops_and_threads_see_the_same(
-    house: House, pool: ThreadPoolExecutor
+def test_readers_in_several_loops_see_the_same_events(
+    harness: Harness, pool: ThreadPoolExecutor
 ) -> None:
-    orch = house.asynchronous()
+    orch = harness.asynchronous()
     begun = threading.Barrier(4)
 
     async def read() -> list[int]:
@@ -120,34 +119,34 @@ def test_readers_in_several_loops_and_threads_see_the_same(
     run(act)
     seen = [reader.result(PATIENCE_S) for reader in readers]
     assert seen == [list(range(1, len(seen[0]) + 1))] * 3
-    assert not house.events._wakers
+    assert not harness.events._wakers
 
 
-def test_a_reader_that_goes_away_is_not_woken_any_more(house: House) -> None:
+def test_a_cancelled_reader_is_unsubscribed(harness: Harness) -> None:
     async def main() -> None:
-        async with house.asynchronous() as orch:
+        async with harness.asynchronous() as orch:
 
             async def read() -> None:
                 async for _ in orch.events():
                     raise AssertionError("nothing happens")
 
             reader = asyncio.create_task(read())
-            await asyncio.to_thread(house.until_read)
+            await asyncio.to_thread(harness.until_followed)
             reader.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await reader
-            assert not house.events._wakers
+            assert not harness.events._wakers
 
     run(main)
 
 
-def test_a_reader_whose_loop_was_closed_stops_nobody(house: House) -> None:
-    """The owner wakes readers from its own thread; a loop that is gone must not end it."""
-    orch = house.asynchronous()
+def test_a_reader_with_a_closed_loop_does_not_stop_the_owner(harness: Harness) -> None:
+    """The owner wakes readers from its own thread."""
+    orch = harness.asynchronous()
     loop = asyncio.new_event_loop()
     events = orch.events()
     reader: Any = loop.create_task(anext(events))
-    loop.run_until_complete(loop.run_in_executor(None, house.until_read))
+    loop.run_until_complete(loop.run_in_executor(None, harness.until_followed))
     loop.run_until_complete(loop.shutdown_default_executor())
     loop.close()
 
@@ -163,17 +162,19 @@ def test_a_reader_whose_loop_was_closed_stops_nobody(house: House) -> None:
 # ---------------------------------------------------------------------------------------- the log
 
 
-def test_a_slow_reader_loses_the_oldest_and_nobody_waits_for_it() -> None:
+def test_the_log_keeps_the_newest_events() -> None:
     log = EventLog()
-    for number in range(KEPT + 10):
+    for number in range(MAX_EVENTS + 10):
         log.append("transition", {"n": number})
-    assert len(log.since(0)) == KEPT
+    assert len(log.since(0)) == MAX_EVENTS
     assert log.since(0)[0] == Event(11, "transition", {"n": 10})
-    assert log.since(KEPT + 9) == [Event(KEPT + 10, "transition", {"n": KEPT + 9})]
-    assert log.last_id == KEPT + 10
+    assert log.since(MAX_EVENTS + 9) == [
+        Event(MAX_EVENTS + 10, "transition", {"n": MAX_EVENTS + 9})
+    ]
+    assert log.last_id == MAX_EVENTS + 10
 
 
-def test_numbers_neither_repeat_nor_skip_whoever_reads_meanwhile(pool: ThreadPoolExecutor) -> None:
+def test_concurrent_readers_see_every_number_once(pool: ThreadPoolExecutor) -> None:
     log = EventLog()
 
     def read() -> list[int]:
@@ -188,7 +189,7 @@ def test_numbers_neither_repeat_nor_skip_whoever_reads_meanwhile(pool: ThreadPoo
     for _ in range(500):
         log.append("transition", {})
     stop()
-    stop()  # once more changes nothing
+    stop()  # idempotent
     log.close()
     for reader in readers:
         assert reader.result(PATIENCE_S) == list(range(1, 501))

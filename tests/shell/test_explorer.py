@@ -1,8 +1,8 @@
-"""Layer B: the real owner keeps its promises in every order of everything.
+"""Layer B: the real owner keeps its promises in every schedule.
 
-Each scene is explored to the end: calls, cancels, callers that leave, completions, failures, failed
-kills, crashes and timers in every order, two facts in the inbox at once in both orders. `pytest -s`
-shows the sizes.
+Each scene is explored completely: calls, cancels, callers that leave, completions, failures, failed
+kills, crashes and timers in every order, and two facts in the inbox in both orders. `pytest -s`
+prints the sizes.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ RESTART = Policy(restart=RestartPolicy(limit=1))
 IDLE = Policy(idle_ttl_s=1.0)
 
 SCENES = (
-    # who supersedes, joins, queues, rejects
+    # supersede, join, queue, reject
     Scene("load A | load B | unload"),
     Scene("load A | load B", mishaps=2, pairs=2),
     Scene("load A | load B queue | load A queue", pairs=0),
     Scene("load A | load B queue | unload B", pairs=0),
     Scene("load A | load B reject"),
     Scene("load A", warm="A", mishaps=3, pairs=2),
-    # a cancel, and one that overtakes its load
+    # a cancel, and one that arrives before its load
     Scene("load A; cancel", mishaps=2),
     Scene("load A id=x; cancel x | load A id=y"),
     Scene("cancel x | load A slow id=x | load B", pairs=0),
-    # callers that go away: waiting, looking up, joined, queued
+    # callers that leave: waiting, looking up, joined, queued
     Scene("load A; withdraw", mishaps=2),
     Scene("load A slow; withdraw", mishaps=2),
     Scene("load A; withdraw | load A", mishaps=2, pairs=0),
@@ -42,16 +42,16 @@ SCENES = (
     Scene("load A; withdraw | load B queue", policy=CONTINUE),
     Scene("load B | load A queue; withdraw", warm="A", pairs=0),
     Scene("load A | load B queue; cancel | load A queue; withdraw", policy=CONTINUE, mishaps=0),
-    # leases, drains, and a drain that takes too long
+    # leases, drains, and drains that time out
     Scene("lease; release | load B", warm="A", mishaps=2),
     Scene("lease; withdraw | load B; cancel", warm="A", pairs=0),
     Scene("lease | load A | unload"),
-    # a shutdown and a crash in every moment
+    # a shutdown or a crash at any moment
     Scene("load A | shutdown", mishaps=2),
     Scene("load B | load A queue | shutdown", warm="A", pairs=0),
     Scene("lease | shutdown; load B", warm="A", mishaps=2),
     Scene("unload", warm="A", mishaps=3),
-    # time
+    # prefetches and deadlines
     Scene("load o/B prefetch; cancel", warm="A", mishaps=2),
     Scene("load A slow | load o/B prefetch; withdraw", pairs=0),
     Scene("load o/B prefetch | unload o/B", warm="A", pairs=0),
@@ -59,27 +59,27 @@ SCENES = (
     Scene("prefetch o/B id=x | cancel x | shutdown", pairs=0),
     Scene("load A deadline", mishaps=2),
     Scene("load A deadline | load B queue deadline", mishaps=0),
-    # calls that arrive in another order than they were made, or not at all
+    # calls that arrive in another order, or not at all
     Scene("load A slow | load B slow | unload A", kinds=USUAL_MISHAPS | {"look-up"}, pairs=0),
-    # what ran before comes back, and a server that ended is started again
+    # the previous model is restored, and a crashed server restarted
     Scene("load B restore; withdraw", warm="A", mishaps=2),
     Scene("load B restore deadline | unload A", warm="A", mishaps=2, pairs=0),
     Scene("load B restore | load A queue", warm="A", pairs=0),
     Scene("load A", policy=RESTART, mishaps=3),
     Scene("lease; withdraw | unload", warm="A", policy=RESTART, mishaps=2),
     Scene("load A | shutdown", warm="A", policy=RESTART, mishaps=2, pairs=0),
-    # a server nobody uses
+    # an idle server
     Scene("lease; release | load B", warm="A", policy=IDLE, mishaps=2),
     Scene("lease; withdraw | load A", policy=IDLE, pairs=2),
-    # a slot that is not as empty as it seemed
+    # a slot with an unknown process
     Scene("load A | unload", kinds=frozenset({"stray", "kill", "spawn"}), mishaps=3),
 )
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.program)
-def test_the_owner_keeps_every_promise(scene: Scene) -> None:
-    """What the machine decides is done, told and shown, whatever comes between."""
+def test_owner_keeps_every_promise(scene: Scene) -> None:
+    """Every decision of the machine is carried out and published, in any order of facts."""
     report = explore(scene)
     print(f"\n{report}")
     assert report.counterexample is None, report.counterexample.story
@@ -97,16 +97,16 @@ WALKS = (
 
 
 @pytest.mark.parametrize("walk", WALKS, ids=lambda scene: scene.program)
-def test_the_owner_keeps_every_promise_in_longer_programs(walk: Scene) -> None:
-    """Too many schedules to take them all: some hundred, chosen by chance, always the same."""
+def test_owner_keeps_every_promise_in_longer_programs(walk: Scene) -> None:
+    """Too many schedules to explore: some hundred of them, random but the same in every run."""
     report = wander(replace(walk, mishaps=4, pairs=8, kinds=ALL_MISHAPS), schedules=400)
     print(f"\n{report}")
     assert report.counterexample is None, report.counterexample.story
     assert report.stages > 400
 
 
-def test_a_stage_that_was_reached_before_has_no_other_future() -> None:
-    """Pruning is sound: without it the same stages are reached, in many more schedules."""
+def test_pruning_loses_no_stage() -> None:
+    """Without pruning the same stages are reached, in many more schedules."""
     for program in ("load A; cancel", "load A | unload"):
         scene = Scene(program, mishaps=0, pairs=1)
         pruned, whole = explore(scene), explore(scene, prune=False)
@@ -115,7 +115,7 @@ def test_a_stage_that_was_reached_before_has_no_other_future() -> None:
         assert pruned.moves < whole.moves
 
 
-def test_an_exploration_is_deterministic() -> None:
+def test_exploration_is_deterministic() -> None:
     """A counterexample that changes from run to run cannot be discussed."""
     first, second = (explore(Scene("load A | unload")) for _ in range(2))
     assert (first.schedules, first.stages, first.moves) == (
@@ -125,12 +125,11 @@ def test_an_exploration_is_deterministic() -> None:
     )
 
 
-def test_the_explorer_refuses_to_stop_half_way() -> None:
+def test_exploration_raises_at_its_bound() -> None:
     """A bound that cuts off in silence would call an unexplored owner correct."""
     with pytest.raises(MemoryError, match="more than 100 schedules"):
         explore(Scene("load A | load B | unload"), max_schedules=100)
 
 
 def test_promises_and_invariants_have_different_names() -> None:
-    """A counterexample names what it broke."""
     assert not PROMISES & INVARIANTS

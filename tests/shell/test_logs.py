@@ -1,4 +1,4 @@
-"""What is logged: one line for each transition, bound to its load, and never a secret."""
+"""Logging: one line for each transition, with the generation of its load, and no secrets."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import structlog
 from structlog.testing import capture_logs
 
 from orchestrator import OrchestratorError
-from tests.kit.shell.facade import House
+from tests.kit.shell.harness import Harness
 
 SECRET = "hf_abcdefghijklmnopqrstuvwxyz123456"
 
 
 @pytest.fixture
-def log(failures: list[Any], house: House) -> Iterator[list[Any]]:
+def log(failures: list[Any], harness: Harness) -> Iterator[list[Any]]:
     """Everything that is logged."""
     structlog.reset_defaults()
     with capture_logs() as entries:
@@ -29,13 +29,13 @@ def of(entries: list[Any], event: str) -> list[Any]:
     return [entry for entry in entries if entry["event"] == event]
 
 
-def test_one_line_for_each_transition_bound_to_its_load(log: list[Any], house: House) -> None:
-    with house.sync() as orch:
+def test_each_transition_is_one_log_line(log: list[Any], harness: Harness) -> None:
+    with harness.sync() as orch:
         orch.load("A")
         orch.load("B")
         orch.load("B")
         orch.unload()
-    told = [(e.data["source"], e.data["dest"]) for e in house.events.since(0)]
+    told = [(e.data["source"], e.data["dest"]) for e in harness.events.since(0)]
     lines = of(log, "lifecycle.transitioned")
     assert [(line["source"], line["dest"]) for line in lines] == told
     for line in lines:
@@ -46,42 +46,41 @@ def test_one_line_for_each_transition_bound_to_its_load(log: list[Any], house: H
     assert [line["pid"] for line in lines[3:5]] == [101, 101]
 
 
-def test_accepted_joined_and_fenced_are_told(
-    log: list[Any], house: House, pool: ThreadPoolExecutor
+def test_accepted_joined_and_stale_are_logged(
+    log: list[Any], harness: Harness, pool: ThreadPoolExecutor
 ) -> None:
-    house.open_gates = frozenset()
-    with house.sync() as orch:
+    harness.open_gates = frozenset()
+    with harness.sync() as orch:
         first = pool.submit(orch.load, "A", deadline_s=5)
-        house.effects.wait_for("kill")
+        harness.effects.wait_for("kill")
         second = pool.submit(orch.load, "A", deadline_s=5)
-        house.until_callers(2)
-        house.effects.open()
+        harness.until_callers(2)
+        harness.effects.open()
         assert first.result().generation == second.result().generation == 1
-        house.pass_time(6)
+        harness.pass_time(6)
     accepted = of(log, "load.accepted")
     assert [(a["generation"], a["joined"]) for a in accepted] == [(1, False), (1, True)]
     assert [line["trigger"] for line in of(log, "completion.fenced")] == ["deadline_expired"]
     assert not [entry for entry in log if entry["log_level"] == "error"]
 
 
-def test_no_secret_is_logged_whatever_happens(
-    log: list[Any], house: House, pool: ThreadPoolExecutor
+def test_no_secret_in_logs_errors_events_or_status(
+    log: list[Any], harness: Harness, pool: ThreadPoolExecutor
 ) -> None:
-    """Not in a line, not in a status, not in an event, not in an error, not in its traceback."""
 
     def refuse(effect: object, _: object) -> None:
         if type(effect).__name__ == "Probe":
             raise RuntimeError(f"no probe for {effect}")
 
-    with house.sync() as orch:
+    with harness.sync() as orch:
         outcome = orch.load("A", hf_token=SECRET)
-        house.effects.watch = refuse
+        harness.effects.watch = refuse
         with pytest.raises(OrchestratorError) as error:
             orch.load("B", hf_token=SECRET)
-        owner = house.owner
+        owner = harness.owner
         nonsense: Any = type("Nonsense", (), {"trigger": "load", "target": owner.snapshot})()
         owner.post(nonsense)
-        house.catch_up()
+        harness.catch_up()
         with pytest.raises(PermissionError):
             orch.load("unreadable", hf_token=SECRET)
         shown = [outcome, orch.status(), orch.plan("A", hf_token=SECRET), error.value]
@@ -93,10 +92,10 @@ def test_no_secret_is_logged_whatever_happens(
         assert SECRET not in str(what)
 
 
-def test_no_secret_is_logged_by_a_console_that_shows_local_variables(
-    house: House, failures: list[Any]
+def test_no_secret_in_a_traceback_with_local_variables(
+    harness: Harness, failures: list[Any]
 ) -> None:
-    """structlog's own default with `rich` installed prints the locals of every frame."""
+    """structlog's default prints the locals of every frame if `rich` is installed."""
     written = io.StringIO()
     structlog.reset_defaults()
     structlog.configure(
@@ -107,15 +106,15 @@ def test_no_secret_is_logged_by_a_console_that_shows_local_variables(
     def refuse(*_: object) -> None:
         raise RuntimeError("it cannot begin")
 
-    with house.sync() as orch:
+    with harness.sync() as orch:
         orch.start()
-        house.effects.watch = refuse
+        harness.effects.watch = refuse
         with pytest.raises(OrchestratorError):
             orch.load("A", hf_token=SECRET)
         nonsense: Any = type("Nonsense", (), {"trigger": "load"})()
-        house.owner.post(nonsense)
-        house.catch_up()
-        house.effects.watch = lambda *_: None
+        harness.owner.post(nonsense)
+        harness.catch_up()
+        harness.effects.watch = lambda *_: None
     assert "it cannot begin" in written.getvalue()
     assert "owner.failed" in written.getvalue()
     assert SECRET not in written.getvalue()

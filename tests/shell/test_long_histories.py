@@ -1,8 +1,8 @@
-"""Days of virtual time: restarts, idle times, deadlines and drains, whatever else happens.
+"""Days of virtual time with restarts, idle times, deadlines and drains.
 
-The explorer enumerates short schedules; this plays long ones on the same stage, and every step is
-held to the same invariants. Hypothesis draws how the dice fall and for how long they are thrown: it
-shortens a history that fails to its shortest beginning.
+The explorer enumerates short schedules; this plays long random ones on the same stage and checks
+every step against the same invariants. Hypothesis draws the seed and the length, and shortens a
+history that fails.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from tests.kit.shell.stage import Stage
 
 DAY_S: Final = 86_400.0
 CLIENTS: Final = 5
-CALLS: Final = 24  # each: with the restarts fewer loads than outcomes are kept
+CALLS: Final = 24  # of each client: with restarts, fewer loads than the history holds
 POLICY: Final = Policy(
     drain_timeout_s=30.0,
     restart=RestartPolicy(backoff_s=60.0, backoff_max_s=3600.0, limit=3, cool_down_s=7200.0),
     idle_ttl_s=3 * 3600.0,
 )
 OTHERS: Final = 0.12
-"""How often somebody calls or something goes wrong while there is something to wait for."""
+"""Probability of a call or a failure while something else can happen by itself."""
 LOADS: Final = ("", "", "slow", "queue", "reject", "force", "restore", "deadline", "pinned")
 
 
@@ -40,8 +40,8 @@ class History:
     """One long schedule.
 
     Attributes:
-        seen: Every state it was in.
-        fired: Every kind of timer that fired.
+        seen: The states it was in.
+        fired: The kinds of timers that fired.
     """
 
     stage: Stage
@@ -50,7 +50,7 @@ class History:
     fired: set[str]
 
     def play(self, moves: int) -> None:
-        """Let so many things happen, and then all that happens by itself."""
+        """Make so many moves, then those that happen by themselves."""
         for _ in range(moves):
             self.one_move(only_own=False)
         for _ in range(5_000):
@@ -59,7 +59,7 @@ class History:
         self.stage.check_rest()
 
     def one_move(self, *, only_own: bool) -> bool:
-        """Something happens, at once or some time later; False when nothing can."""
+        """Make a move, at once or some time later. Returns False if there is none."""
         stage = self.stage
         found = [move for move in stage.moves() if move.is_own or not only_own]
         if not found:
@@ -77,14 +77,14 @@ class History:
         return True
 
     def let_time_pass(self) -> None:
-        """Up to the next timer: nothing later may come before it."""
+        """Advance the clock, at most to the next timer."""
         clock, timers = self.stage.clock, self.stage.owner._timers.values()
         later = clock.now + self.dice.choice([0.0, 0.1, 10.0, 600.0, 5 * 3600.0])
         clock.now = max(clock.now, min([later, *timers]))
 
 
 def program(dice: random.Random) -> str:
-    """What the clients do, as `tests.kit.machine.programs` writes it."""
+    """Return a random program in the notation of `tests.kit.machine.programs`."""
 
     def client() -> str:
         calls: list[str] = []
@@ -143,7 +143,7 @@ DEEP = settings(QUICK, max_examples=1_000, derandomize=False)
 def test_days_of_calls_crashes_and_timers_keep_every_promise(
     profile: settings, failures: list[object]
 ) -> None:
-    """What no short schedule shows: a timer of yesterday, the fifth restart, a lease for hours."""
+    """No short schedule has a timer of yesterday, a fifth restart or a lease of hours."""
     machine = RecordedLifecycle()
     seen: set[State] = set()
     fired: set[str] = set()

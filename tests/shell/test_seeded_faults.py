@@ -1,7 +1,6 @@
-"""Faults put into the owner on purpose: the explorer finds each, as what it is.
+"""Seeded faults in the owner and the machine: the explorer must find each one.
 
-An explorer that has never found anything may be looking the wrong way. Each fault is one a careful
-person might commit; `pytest -s` shows the stories.
+Each is a mistake that a careful programmer might make; `pytest -s` prints the stories.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from orchestrator.machine.commands import (
 from orchestrator.machine.facts import CancelRequested, Fact, Request, SlotEvidence
 from orchestrator.machine.states import State
 from orchestrator.machine.table import TABLE, Row
-from orchestrator.runtime.history import LoadRecord
+from orchestrator.runtime.answers import PastLoad, load_outcome
 from orchestrator.runtime.owner import Call, Owner
 from orchestrator.runtime.ports import SlotLock
 from orchestrator.runtime.snapshot import Snapshot
@@ -40,7 +39,7 @@ from tests.kit.shell.scene import RecordedLifecycle, Scene
 
 
 def caught(report: Report, *names: str, within: int) -> None:
-    """The fault is found, as the right thing, and the story is short enough to be read."""
+    """Assert that the fault broke one of these invariants, in a story of at most `within` moves."""
     print(f"\n{report}")
     found = report.counterexample
     assert found is not None, "the seeded fault was not found"
@@ -50,7 +49,7 @@ def caught(report: Report, *names: str, within: int) -> None:
 
 @dataclass(frozen=True)
 class Fault:
-    """A broken owner, where it shows, and as what."""
+    """A faulty owner, a scene that shows it, and the invariants that it breaks."""
 
     owner: type[Owner]
     scene: Scene
@@ -62,21 +61,21 @@ class Fault:
 
 
 class TakesOldPulse(Owner):
-    """A child that was alive once is believed to be alive."""
+    """Takes a child for alive because it was alive once."""
 
     def _child_is_alive(self) -> bool:
         return self.snapshot.ctx.child is not None
 
 
 class TakesOldEmptiness(Owner):
-    """A slot that a kill has emptied is believed to be empty when the model is there."""
+    """Takes the slot for empty at the spawn because a kill had emptied it."""
 
     def _take_slot(self) -> tuple[SlotEvidence, SlotLock | None]:
         return SlotEvidence(is_empty=True), super()._take_slot()[1]
 
 
 class KeepsTheLock(Owner):
-    """Evidence is taken, no spawn follows, and nobody lets go of the lock."""
+    """Does not release the lock if no spawn follows."""
 
     def _take_slot(self) -> tuple[SlotEvidence, SlotLock | None]:
         evidence, lock = super()._take_slot()
@@ -94,14 +93,14 @@ class UnreleasedLock(HeldLock):
 
 
 class SharesTheToken(Owner):
-    """One token for all loads."""
+    """Has one token for all loads."""
 
     def _token(self, generation: Generation) -> CancelToken:
         return super()._token(Generation(1))
 
 
 class RenewsTheToken(Owner):
-    """Every effect gets a fresh one: the cancel sets another."""
+    """Gives every effect a new token, so that a cancel sets another one."""
 
     def _token(self, generation: Generation) -> CancelToken:
         self._tokens.pop(generation, None)
@@ -126,7 +125,7 @@ class AnswersTwice(Owner):
 
 
 class LosesAnswers(Owner):
-    """Who has been superseded is not told."""
+    """Does not answer superseded callers."""
 
     def _settle(self, command: Settle) -> None:
         answer = command.answer
@@ -135,7 +134,7 @@ class LosesAnswers(Owner):
 
 
 class AnswersOnlyTheFirst(Owner):
-    """One answer a step: callers that joined wait for ever."""
+    """Answers one call per step, so that callers that joined wait for ever."""
 
     def pump(self, fact: Fact) -> None:
         self._answered = False
@@ -161,7 +160,7 @@ class ForgetsTheGeneration(Owner):
 
 
 class KeepsCalls(Owner):
-    """A caller that has gone is remembered for ever."""
+    """Retains a caller that has gone away."""
 
     def _withdraw(self, call: Call) -> None:
         super()._withdraw(call)
@@ -173,14 +172,14 @@ class KeepsCalls(Owner):
 
 
 class ForgetsWhoLeftEarly(Owner):
-    """A caller that left while its model was looked up is not noticed."""
+    """Does not notice a caller that left during its look-up."""
 
     def ask(self, call: Call, fact: Request) -> None:
         self.post(fact)
 
 
 class CancelsForEverybody(Owner):
-    """A caller that leaves takes the load along."""
+    """Cancels the load when one of its callers leaves."""
 
     def _withdraw(self, call: Call) -> None:
         if call.settled.cancelled():
@@ -192,7 +191,7 @@ class CancelsForEverybody(Owner):
 
 
 class PublishesLast(Owner):
-    """Commands first, then the snapshot: who is answered reads what was true before."""
+    """Carries out the commands before it publishes the snapshot."""
 
     def pump(self, fact: Fact) -> None:
         lock: SlotLock | None = None
@@ -200,34 +199,34 @@ class PublishesLast(Owner):
             fact, lock = self._with_evidence(fact)
             before = self.snapshot
             state, ctx, commands = self._machine.step(before.state, before.ctx, fact)
-            shown = self._shown(fact, state, ctx)
-            for ended in (c for c in commands if isinstance(c, Concluded)):
-                self.history.add(ended, now=self.clock(), story=shown.story)
+            concluded = [c for c in commands if isinstance(c, Concluded)]
+            after = self._next_snapshot(fact, state, ctx, concluded)
             for command in commands:
                 self._carry_out_safely(command, lock)
-            self.snapshot = shown
+            self.snapshot = after
             if state is not before.state:
-                self._tell(fact, before, shown)
+                self._report_transition(fact, before, after)
         finally:
             if lock is not None:
                 lock.release()
 
 
 class ShowsOnlyTransitions(Owner):
-    """A step that stays in its state is not published."""
+    """Publishes a step only if the state changes."""
 
-    def _shown(self, fact: Fact, state: State, ctx: Any) -> Snapshot:
-        return self.snapshot if state is self.snapshot.state else super()._shown(fact, state, ctx)
+    def _next_snapshot(self, fact: Fact, state: State, *rest: Any) -> Snapshot:
+        before = self.snapshot
+        return before if state is before.state else super()._next_snapshot(fact, state, *rest)
 
 
 class TellsNoTransition(Owner):
-    def _tell(self, fact: Fact, before: Snapshot, shown: Snapshot) -> None:
-        if shown.state is not State.KILLING:
-            super()._tell(fact, before, shown)
+    def _report_transition(self, fact: Fact, before: Snapshot, after: Snapshot) -> None:
+        if after.state is not State.KILLING:
+            super()._report_transition(fact, before, after)
 
 
 class TellsTheLastAnswer(Owner):
-    """What became of a load is what its last caller was told."""
+    """Records the last answer to a caller as the outcome of the load."""
 
     def _accept(self, command: Accept) -> None:
         super()._accept(command)
@@ -235,18 +234,22 @@ class TellsTheLastAnswer(Owner):
 
     def _settle(self, command: Settle) -> None:
         super()._settle(command)
-        if (generation := getattr(self, "_of", {}).get(command.ticket)) is not None:
-            records, answer = self.history.records, cast("Any", command.answer)
-            known = records.get(generation)
-            target = known.target if known else cast("Any", self.snapshot.ctx.job).target
-            records[generation] = LoadRecord(generation, target, 0.0, Timings(), answer)
+        generation, answer = (
+            getattr(self, "_of", {}).get(command.ticket),
+            cast("Any", command.answer),
+        )
+        if generation is not None:
+            outcome = answer if isinstance(answer, Problem) else load_outcome(answer)
+            told = PastLoad(generation, State.IDLE, "", None, 0.0, 0.0, Timings(), outcome)
+            others = (load for load in self.snapshot.history if load.generation != generation)
+            self.snapshot = replace(self.snapshot, history=(*others, told))
 
 
 # ------------------------------------------------------------------------------- commands, and time
 
 
 class DropsItsOwnFacts(Owner):
-    """A queued load is never told that it may start."""
+    """Drops the fact that starts a queued load."""
 
     def _carry_out(self, command: Command, lock: SlotLock | None) -> None:
         if not isinstance(command, Post):
@@ -260,7 +263,7 @@ class ForgetsTheTime(Owner):
 
 
 class SwallowsAFailedStart(Owner):
-    """An effect that cannot begin never reports."""
+    """Posts no completion for an effect that cannot start."""
 
     def _start(self, effect: Effect, lock: SlotLock | None) -> None:
         with contextlib.suppress(OSError):
@@ -268,7 +271,7 @@ class SwallowsAFailedStart(Owner):
 
 
 class StopsAtTheFirstCommand(Owner):
-    """What is behind a command that raises is lost."""
+    """Drops the commands behind one that raises."""
 
     def _carry_out_safely(self, command: Command, lock: SlotLock | None) -> None:
         self._carry_out(command, lock)
@@ -276,7 +279,7 @@ class StopsAtTheFirstCommand(Owner):
             raise OSError(9, "Bad file descriptor")
 
 
-STEP = "promise_every_fact_is_digested"
+STEP = "promise_every_fact_is_processed"
 FAULTS = (
     Fault(TakesOldPulse, Scene("load A", warm="A"), ("inv_loaded_is_what_was_asked",)),
     Fault(
@@ -301,7 +304,7 @@ FAULTS = (
     Fault(AnswersOnlyTheFirst, Scene("load A | load A", mishaps=0), ("promise_answers_arrive",)),
     Fault(AnswersSomethingElse, Scene("load A | load B", mishaps=0), ("promise_answers_arrive",)),
     Fault(ForgetsTheGeneration, Scene("load A"), ("promise_answers_arrive",)),
-    Fault(KeepsCalls, Scene("load A; withdraw"), ("promise_nothing_is_kept",)),
+    Fault(KeepsCalls, Scene("load A; withdraw"), ("promise_no_call_is_retained",)),
     Fault(
         ForgetsWhoLeftEarly,
         Scene("load A slow; withdraw"),
@@ -310,11 +313,11 @@ FAULTS = (
     Fault(
         CancelsForEverybody,
         Scene("load A; withdraw | load A", mishaps=0),
-        ("inv_answered_once", "inv_cancelled_only_if_asked", "promise_nothing_is_kept"),
+        ("inv_answered_once", "inv_cancelled_only_if_asked", "promise_no_call_is_retained"),
     ),
     Fault(PublishesLast, Scene("load A"), ("promise_the_snapshot_comes_first",)),
     Fault(ShowsOnlyTransitions, Scene("load A | load B"), ("promise_the_snapshot_is_the_machine",)),
-    Fault(TellsNoTransition, Scene("load A"), ("promise_every_transition_is_told",)),
+    Fault(TellsNoTransition, Scene("load A"), ("promise_every_transition_is_an_event",)),
     Fault(
         TellsTheLastAnswer,
         Scene("load A | load A id=x; cancel x", mishaps=0),
@@ -332,8 +335,8 @@ FAULTS = (
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.owner.__name__)
-def test_a_fault_in_the_owner_is_found(fault: Fault) -> None:
-    """Each breaks a promise in some order of events, and the story says in which."""
+def test_explorer_finds_a_faulty_owner(fault: Fault) -> None:
+    """Each fault breaks a promise in some order of events."""
     sound = explore(fault.scene)
     assert sound.counterexample is None
     report = explore(replace(fault.scene, owner=fault.owner))
@@ -344,8 +347,8 @@ def test_a_fault_in_the_owner_is_found(fault: Fault) -> None:
 # ------------------------------------------------------------------------- faults in the machine
 
 
-def test_a_failed_kill_that_forgets_the_pid_is_found() -> None:
-    """The next load would start a second server beside what would not die."""
+def test_explorer_finds_a_failed_kill_that_forgets_the_pid() -> None:
+    """The next load would start a second server."""
 
     def fail_all(s: Step[Any]) -> None:
         actions.fail_all(s)
@@ -356,16 +359,15 @@ def test_a_failed_kill_that_forgets_the_pid_is_found() -> None:
     caught(report, "inv_a_server_ends_once", within=6)
 
 
-def test_a_second_server_beside_the_first_is_found() -> None:
-    """The slot is asked, and the answer is not listened to."""
+def test_explorer_finds_a_spawn_into_an_occupied_slot() -> None:
     machine = RecordedLifecycle(slot_is_empty=lambda _, __: True)
     kinds: Any = frozenset({"stray"})
     report = explore(Scene("load A", kinds=kinds, machine=machine))
     caught(report, "inv_spawning_is_verified", within=10)
 
 
-def test_a_cancelled_spawn_that_is_presumed_dead_is_found() -> None:
-    """It may still hand over a live child, and then nobody would know of it."""
+def test_explorer_finds_a_cancelled_spawn_presumed_dead() -> None:
+    """It may still hand over a live child, which nobody would know of."""
 
     def forgetful(row: Row) -> Row:
         cancelled = row.trigger == "spawned" and row.guards == ("is_current",)
@@ -376,8 +378,7 @@ def test_a_cancelled_spawn_that_is_presumed_dead_is_found() -> None:
     caught(report, "inv_no_server_is_forgotten", within=16)
 
 
-def test_a_cancel_that_comes_too_late_to_be_heard_is_found() -> None:
-    """The token is looked at before the wait, and not after it."""
+def test_explorer_finds_a_token_that_is_not_checked_after_the_wait() -> None:
     ready = ("is_current", "token_is_unset", "child_is_alive")
 
     def deaf(row: Row) -> Row:

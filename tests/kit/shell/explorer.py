@@ -1,13 +1,13 @@
-"""Schedule explorer: every order of everything, depth first, over the real owner.
+"""Schedule explorer: all schedules of a scene over the real owner, depth first.
 
 A schedule is a list of decisions: which of the moves of a stage (`stage.py`) comes next, and
 whether a server can be started. `explore` takes the first alternative everywhere, then goes back to
-the last decision that has another one, replays what led to it and goes on from there. Two facts may
-be in the inbox at once, in both orders; how often, and how many things may go wrong, are budgets of
-the scene. Where a stage is reached again that was reached before, its futures are known.
+the last decision that has another one, replays what led to it and continues from there. Two facts
+may be in the inbox at once, in both orders; how often, and how many failures there are, is limited
+by the scene. A stage that was reached before is not explored again.
 
-A broken invariant is looked for in simpler scenes, then replayed with ever fewer moves until none
-can be left out, and told as a story.
+A broken invariant is searched for in simpler scenes. Then its schedule is shortened until no move
+can be left out, and reported as a story.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _SIMPLER_SCHEDULES = 3000
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What an exploration saw.
+    """The size and the result of an exploration.
 
     Attributes:
-        schedules: Runs of the owner, each in an order of its own.
-        stages: Different situations reached.
-        moves: Everything that happened, replays included.
+        schedules: Number of schedules.
+        stages: Number of different stages that were reached.
+        moves: Number of moves, replays included.
     """
 
     scene: Scene
@@ -62,27 +62,24 @@ class _Decision:
 
 
 class _KnownError(Exception):
-    """From here on everything has been seen."""
+    """A stage that was reached before."""
 
 
 def explore(scene: Scene, *, prune: bool = True, max_schedules: int = MAX_SCHEDULES) -> Report:
     """Explore a scene to the end, or to the first broken invariant.
 
     Args:
-        prune: Go no further from a stage that was reached before.
-        max_schedules: A bound that is never reached in silence.
+        prune: Stop at a stage that was reached before.
 
     Raises:
-        MemoryError: more schedules than that; nothing is cut off in silence.
+        MemoryError: there are more than `max_schedules`.
     """
     with only_failures():
         return _Exploration(scene, prune=prune).run(max_schedules)
 
 
 def wander(scene: Scene, schedules: int) -> Report:
-    """Explore so many schedules of a scene that has too many, chosen by chance, but always the
-    same ones.
-    """
+    """Explore some schedules of a scene that has too many: random ones, the same in every run."""
     with only_failures():
         return _Exploration(scene, prune=False).wander(schedules)
 
@@ -161,7 +158,7 @@ class _Exploration:
     # --------------------------------------------------------------------------------- stories
 
     def _simplest(self, violation: Violation) -> Counterexample | None:
-        """The same invariant may break with fewer clients, mishaps or pairs."""
+        """Try to break the same invariant with fewer clients, mishaps or pairs."""
         for scene in self._scene.simpler():
             logged().clear()
             with contextlib.suppress(MemoryError):
@@ -171,7 +168,7 @@ class _Exploration:
         return None
 
     def _shorten(self, labels: list[str], violation: Violation) -> list[str]:
-        """Leave out every move without which the same invariant breaks as well."""
+        """Leave out every move that is not needed to break the same invariant."""
         at = len(labels) - 1
         while at >= 0:
             fewer = labels[:at] + labels[at + 1 :]
@@ -183,7 +180,7 @@ class _Exploration:
         return labels
 
     def _replay(self, labels: Sequence[str]) -> tuple[Stage, BrokenError | None]:
-        """Play these moves as far as they are possible, then let everything end well."""
+        """Play these moves as far as they are possible, then let everything succeed."""
         script = list(labels)
 
         def choose(options: Sequence[str]) -> int:
@@ -218,7 +215,7 @@ class _Exploration:
 
 
 class _Run:
-    """Follows a prefix of decisions, then takes the first alternative or any, and remembers."""
+    """Takes a prefix of decisions, then the first alternative or a random one, and records all."""
 
     def __init__(self, prefix: Sequence[_Decision], chance: random.Random | None = None) -> None:
         self._prefix = prefix
@@ -227,7 +224,7 @@ class _Run:
 
     @property
     def is_new(self) -> bool:
-        """The last decision of the prefix has been taken: nobody has been here."""
+        """Whether the last decision of the prefix has been taken."""
         return len(self.decisions) >= len(self._prefix)
 
     def choose(self, options: Sequence[str]) -> int:

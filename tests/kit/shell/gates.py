@@ -1,9 +1,9 @@
 """Effects that stop at a gate, over an abstract operating system and a virtual clock.
 
-To the owner, `GatedEffects` are effects like any other. An effect that is started parks at a gate
-and ends once, when and how the test says; what it reports then is what the operating system behind
-it makes true. A server lives from the moment its spawn is carried out, the slot is empty when
-nothing lives in it and nobody holds its lock, and an exit is noticed when the test lets it be.
+An effect that is started parks at a gate and ends once, when and how the test says; it reports what
+is then true in the operating system behind it. A server lives from the moment of its spawn, the
+slot is empty if nothing lives in it and its lock is free, and an exit is noticed when the test
+says so.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ KINDS: Final[dict[type, WorkKind]] = {
     Probe: "probe",
 }
 _PROBLEMS: Final[dict[WorkKind, Problem]] = {
-    "resolve": Problem("hub_unreachable", "the hub is away"),
-    "kill": Problem("slot_occupied", "it will not die"),
-    "download": Problem("hub_unreachable", "the hub is away"),
+    "resolve": Problem("hub_unreachable", "the Hub does not answer"),
+    "kill": Problem("slot_occupied", "the process survived SIGKILL"),
+    "download": Problem("hub_unreachable", "the Hub does not answer"),
     "spawn": Problem("server_unavailable", "no such file"),
     "probe": Problem("server_start_failed", "it does not answer", reason="exited"),
 }
 
 
 class VirtualClock:
-    """Monotonic seconds that pass when a test says so."""
+    """Monotonic seconds that pass only when a test advances them."""
 
     def __init__(self, now: float = 1000.0) -> None:
         self.now = now
@@ -88,7 +88,7 @@ class OperatingSystem:
         return process
 
     def intrude(self) -> Process:
-        """Let a process nobody recorded hold the slot."""
+        """Let an unknown process occupy the slot."""
         stray = Process(7, Generation(0), "?")
         self._add(stray)
         return stray
@@ -109,7 +109,7 @@ class OperatingSystem:
 
 @dataclass(eq=False, slots=True)
 class HeldLock:
-    """The slot's lock in the owner's hand, until it is released or handed to a server."""
+    """The slot's lock while the owner holds it."""
 
     os: OperatingSystem
 
@@ -117,18 +117,18 @@ class HeldLock:
         self.hand_over()
 
     def hand_over(self) -> None:
-        """From now on whoever inherited it holds it."""
+        """Let go of the lock: from now on the server holds it."""
         if self.os.lock is self:
             self.os.lock = None
 
 
 @dataclass(eq=False, slots=True)
 class Gate:
-    """One effect under way.
+    """One effect.
 
     Attributes:
-        child: The server a spawn has started; None where it could not.
-        fact: What it has reported; None while it is under way.
+        child: The server that a spawn has started, if it could.
+        fact: Its completion; None while it is in flight.
     """
 
     effects: GatedEffects
@@ -143,11 +143,11 @@ class Gate:
         return self.effect.generation
 
     def succeed(self) -> None:
-        """Let it end well: a kill has killed, a server answers."""
+        """Let it succeed: a kill has killed, a server answers."""
         self.effects.end(self, self._success())
 
     def fail(self, problem: Problem | None = None) -> None:
-        """Let it end badly; what a failed kill was to kill is still alive."""
+        """Let it fail; after a failed kill the server is still alive."""
         problem = problem or _PROBLEMS[self.kind]
         self.effects.end(self, failure_of(self.effect, problem, self.effects.clock()))
 
@@ -157,7 +157,7 @@ class Gate:
             case Kill(generation, child):
                 self.effects.kill_everything()
                 exits = {e.exit.pid: e.exit for e in self.effects.exits}
-                for exited in tuple(self.effects.exits):  # who reaps has seen it end
+                for exited in tuple(self.effects.exits):  # reaping notices the exit
                     self.effects.notice_exit(exited)
                 return Emptied(generation, at, exits.get(child.pid) if child else None)
             case Resolve(generation, target):
@@ -174,16 +174,13 @@ class Gate:
 
 @dataclass(eq=False)
 class GatedEffects:
-    """Effects of one owner (`ports.Effects`), each behind a gate. Safe from any thread.
+    """Effects of one owner (`ports.Effects`), each behind a gate. Thread-safe.
 
     Args:
-        post: Where facts go.
-        clock: Stamps them.
-        os: The operating system behind it.
-        open_gates: Kinds of effects that end well by themselves, in the call that starts them.
-        notices_exits: Report an exit at once; otherwise it waits in `exits` to be noticed.
-        watch: Told of every effect before it is started; may raise what a start may raise.
-        plan_spawn: Decides what becomes of a spawn in the moment it is carried out.
+        open_gates: Kinds of effects that succeed at once, in the call that starts them.
+        notices_exits: Report an exit at once; otherwise it waits in `exits` for `notice_exit`.
+        watch: Called before an effect is started; may raise what a start may raise.
+        plan_spawn: Decides the result of a spawn.
     """
 
     post: Callable[[Fact], None]
@@ -198,7 +195,7 @@ class GatedEffects:
     is_closed: bool = False
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
-    # ------------------------------------------------------------------------ what the owner asks
+    # -------------------------------------------------------------------------------- for the owner
 
     def take_slot(self) -> tuple[SlotEvidence, SlotLock | None]:
         return self.os.take_lock()
@@ -232,7 +229,7 @@ class GatedEffects:
 
     def _spawn(self, gate: Gate, spawn: Spawn, lock: SlotLock | None) -> None:
         if not isinstance(lock, HeldLock) or self.os.lock is not lock:
-            raise TypeError("a spawn needs the lock of the slot it spawns into")
+            raise TypeError("a spawn needs the lock of its slot")
         plan = self.plan_spawn(spawn)
         if plan == "raises":
             raise OSError(12, "Cannot allocate memory")
@@ -241,15 +238,15 @@ class GatedEffects:
             process = self.os.start(spawn.generation, spawn.target.request.model_path)
             gate.child = Child(spawn.generation, process.pid)
 
-    # ----------------------------------------------------------------------------- what tests do
+    # ----------------------------------------------------------------------------------- for tests
 
     @property
     def parked(self) -> list[Gate]:
-        """Effects under way, oldest first."""
+        """The effects in flight, oldest first."""
         return [gate for gate in self.gates if gate.fact is None]
 
     def wait_for(self, kind: WorkKind, generation: int | None = None) -> Gate:
-        """Return the oldest effect of this kind that is under way; wait for it to be started."""
+        """Wait for an effect of this kind to be in flight, and return the oldest."""
 
         def found() -> Gate | None:
             return next(
@@ -263,12 +260,12 @@ class GatedEffects:
         return gate
 
     def let_through(self, *kinds: WorkKind) -> None:
-        """Let the next effect of each of these kinds end well, in this order."""
+        """Let the next effect of each of these kinds succeed, in this order."""
         for kind in kinds:
             self.wait_for(kind).succeed()
 
     def open(self, kinds: Iterable[WorkKind] = ALL_KINDS) -> None:
-        """Let every effect of these kinds end well from now on, and those under way."""
+        """Let every effect of these kinds succeed, those in flight and all later ones."""
         with self._changed:
             self.open_gates = frozenset(kinds)
             parked = self.parked
@@ -277,7 +274,7 @@ class GatedEffects:
                 gate.succeed()
 
     def crash(self, pid: int) -> None:
-        """Let a server end by itself."""
+        """Let a server exit by itself."""
         self._note_exit(self.os.end(pid), -11)
 
     def notice_exit(self, exited: Exited) -> None:

@@ -1,7 +1,7 @@
-"""Who has asked for what, how far the machine has got with it, and who has ended whose load.
+"""The calls of a schedule: what each requested, how far it is, and which loads must not succeed.
 
-Kept beside the owner, from the facts it processes and the answers the machine gives: what is true
-of the calls, whatever the owner makes of it.
+Derived from the facts that the owner processes and the answers of the machine, independently of
+what the owner does with them.
 """
 
 from __future__ import annotations
@@ -46,24 +46,24 @@ class Caller:
 
     @property
     def is_known(self) -> bool:
-        """The machine has heard of its load or prefetch."""
+        """Whether its load or prefetch has reached the machine."""
         return self.action.verb in _ENDABLE and self.status > Status.LOOKING_ENDED
 
     @property
     def is_told(self) -> bool:
-        """It has its answer, or has gone away."""
+        """Whether it has its answer or has gone away."""
         return self.call is not None and self.call.settled.done()
 
     @property
     def answer(self) -> object:
-        """What it has been told: an answer, `gone`, or None."""
+        """Its answer, `gone` if it was withdrawn, or None."""
         if self.call is None or not self.call.settled.done():
             return None
         return "gone" if self.call.settled.cancelled() else self.call.settled.result()
 
     @property
     def known_generation(self) -> int | None:
-        """The generation a client knows its load by."""
+        """The generation of its load, if the client knows it."""
         told = self.call.accepted if self.call else None
         if told is None or not told.done() or told.cancelled():
             return None
@@ -75,7 +75,7 @@ class Caller:
 
 
 class Ledger:
-    """Every call that was ever opened."""
+    """All calls of a schedule."""
 
     def __init__(self, actions: Sequence[Action]) -> None:
         self.callers = [Caller(action) for action in actions]
@@ -98,7 +98,7 @@ class Ledger:
 
     @property
     def was_shut_down(self) -> bool:
-        """A shutdown has arrived."""
+        """Whether a shutdown has reached the machine."""
         return any(
             caller.action.verb == "shutdown" and caller.status > Status.LOOKING_ENDED
             for caller in self._by_ticket.values()
@@ -107,7 +107,7 @@ class Ledger:
     # -------------------------------------------------------------------------------- requests
 
     def hear(self, fact: Fact) -> None:
-        """Note what a fact means for the calls, in the step that processes it."""
+        """Update the calls when the owner processes a fact."""
         caller = self.caller(getattr(fact, "ticket", None))
         match fact:
             case UnloadRequested(ticket, model):
@@ -134,7 +134,7 @@ class Ledger:
             caller.status = Status.ENDED if is_ended else Status.WAITING
 
     def _cancel(self, fact: CancelRequested) -> None:
-        """An id never seen may belong to a load on its way; the cancel wins all the same."""
+        """An unknown id may belong to a load whose look-up has not ended."""
         name = fact.request_id
         if name is None:
             self._end(lambda c: c.generation == fact.generation)
@@ -145,7 +145,7 @@ class Ledger:
             self._end(lambda c: c.action.request_id == name)
 
     def _end(self, ends: Callable[[Caller], bool]) -> None:
-        """Note which loads must not succeed any more."""
+        """Mark loads that must not succeed any more."""
         for caller in self.callers:
             is_endable = caller.call is not None and caller.action.verb in _ENDABLE
             if is_endable and ends(caller):
@@ -154,7 +154,7 @@ class Ledger:
     # --------------------------------------------------------------------------------- answers
 
     def note(self, command: Command) -> None:
-        """Note what the machine says to a call."""
+        """Update a call when the machine answers it."""
         caller = self.caller(getattr(command, "ticket", None))
         if caller is None:
             return

@@ -1,8 +1,8 @@
-"""What the owner promises beyond the machine: invariants of one processed fact, and of rest.
+"""The promises of the owner: invariants that hold after every fact, and at rest.
 
-The machine decides; the owner has to do exactly that, once, in the right order, and to show it. A
-`promise_*` function looks at a stage after a fact has been processed and returns None, or one
-sentence that says what went wrong.
+The owner must carry out what the machine decides, once and in order, and publish it. A `promise_*`
+function checks a stage after a fact has been processed, and returns None or one sentence that says
+what is wrong.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from orchestrator.base.tokens import Generation
 from orchestrator.errors import Problem
-from orchestrator.machine.commands import Accept, Loaded, SetTimer, Settle
+from orchestrator.machine.commands import Accept, SetTimer, Settle
 from orchestrator.machine.facts import Fact
 from orchestrator.machine.step import Stepped
+from orchestrator.runtime.answers import LoadOutcome
 from tests.kit.machine.invariants import Violation
 from tests.kit.machine.world import Status
 from tests.kit.shell.records import logged, outcomes
@@ -26,15 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """One fact the owner has processed, and what the machine said to it."""
+    """One fact that the owner has processed, and the step of the machine."""
 
     stage: Stage
     fact: Fact
     stepped: Stepped
 
 
-def promise_every_fact_is_digested(done: Done) -> str | None:
-    """What the table can step, the owner can process."""
+def promise_every_fact_is_processed(done: Done) -> str | None:
+    """The owner can process what the table can step."""
     for entry in logged():
         if entry["event"] != "effect.failed":  # that one is planned
             what = str(entry.get("exception", "")).strip().splitlines()[-1:]
@@ -43,7 +44,7 @@ def promise_every_fact_is_digested(done: Done) -> str | None:
 
 
 def promise_the_snapshot_is_the_machine(done: Done) -> str | None:
-    """What is shown is what the machine is."""
+    """The snapshot is the state of the machine."""
     shown, real = done.stage.owner.snapshot, done.stepped
     if shown.state is not real.state or shown.ctx is not real.ctx:
         return f"the snapshot shows {shown.state}, the machine is in {real.state}"
@@ -53,22 +54,22 @@ def promise_the_snapshot_is_the_machine(done: Done) -> str | None:
 
 
 def promise_the_snapshot_comes_first(done: Done) -> str | None:
-    """Who is answered, and what is started, finds the new snapshot: it was published before."""
+    """The snapshot is published before calls are answered and effects are started."""
     for seen in done.stage.heard:
         if seen.ctx is not done.stepped.ctx or seen.state is not done.stepped.state:
-            return f"somebody was told while the snapshot still showed {seen.state}"
+            return f"a call or an effect still found the snapshot of {seen.state}"
     return None
 
 
 def promise_the_lock_is_not_kept(done: Done) -> str | None:
-    """The slot's lock, taken as evidence, is handed to a server or released in the same step."""
+    """The slot's lock is handed to a server or released in the step that took it."""
     if done.stage.effects.os.lock is not None:
         return "the slot's lock is still held after the step"
     return None
 
 
 def promise_a_token_belongs_to_one_load(done: Done) -> str | None:
-    """A token is of the load it was made for, is the only one of it, and is set when told."""
+    """A load has one token, given to its effects only, and set when the load is cancelled."""
     stage = done.stage
     first: dict[int, object] = {}
     for generation, token in stage.given:
@@ -80,42 +81,42 @@ def promise_a_token_belongs_to_one_load(done: Done) -> str | None:
     for generation, token in stage.given:
         wanted = job is not None and job.generation == generation and job.token is None
         if wanted and token.is_set():
-            return f"load {generation} is wanted, and its effect was told to end"
+            return f"load {generation} is wanted, and its token is set"
         if job is not None and job.generation == generation and job.token and not token.is_set():
-            return f"load {generation} was ended, and its effect was not told"
+            return f"load {generation} was cancelled, and its token is not set"
     return None
 
 
 def promise_answers_arrive(done: Done) -> str | None:
-    """Every answer of the machine reaches its caller, as it is, in the step that gives it."""
+    """Every answer of the machine reaches its caller unchanged in the same step."""
     for command in done.stepped.commands:
         caller = done.stage.ledger.caller(getattr(command, "ticket", None))
         if caller is None or caller.call is None:
             continue
         if isinstance(command, Settle) and caller.answer != "gone":
             if _plain(caller.answer) != _plain(command.answer):
-                return f"call {command.ticket} was to hear {command.answer}: {caller.answer}"
+                return f"call {command.ticket} got {caller.answer} instead of {command.answer}"
             if isinstance(caller.answer, Problem) and (
                 caller.answer.story != done.stage.owner.snapshot.story
             ):
-                return f"call {command.ticket} hears an error without its story"
+                return f"call {command.ticket} got an error without its story"
         if isinstance(command, Accept) and caller.answer != "gone":
             accepted = caller.call.accepted
             if not accepted.done() or accepted.result() != command.generation:
-                return f"call {command.ticket} is not told its generation {command.generation}"
+                return f"call {command.ticket} did not get its generation {command.generation}"
     return None
 
 
-def promise_nobody_is_answered_unasked(done: Done) -> str | None:
-    """A caller the machine has not answered is still waiting."""
+def promise_no_answer_is_invented(done: Done) -> str | None:
+    """A call that the machine has not answered has no answer."""
     for caller in done.stage.ledger.callers:
         if caller.status in (Status.WAITING, Status.ENDED) and caller.answer not in (None, "gone"):
-            return f"call {caller.ticket} hears {caller.answer}, which the machine never said"
+            return f"call {caller.ticket} got {caller.answer}, which the machine never said"
     return None
 
 
 def promise_timers_are_kept(done: Done) -> str | None:
-    """Every timer the machine sets is due at its time."""
+    """Every timer of the machine is set and is due at its time."""
     for command in done.stepped.commands:
         if isinstance(command, SetTimer):
             due = done.stage.clock() + command.after_s
@@ -125,7 +126,7 @@ def promise_timers_are_kept(done: Done) -> str | None:
 
 
 def promise_the_outcome_is_the_loads(done: Done) -> str | None:
-    """A load is unsettled or has an outcome, never both: what became of it, not of one caller."""
+    """A load is in flight or has an outcome, never both; it is that of the load, not of a call."""
     owner, ctx = done.stage.owner, done.stage.owner.snapshot.ctx
     waiting = (
         c for c in done.stage.ledger.open_calls if c.status in (Status.WAITING, Status.ENDED)
@@ -139,7 +140,7 @@ def promise_the_outcome_is_the_loads(done: Done) -> str | None:
             return f"load {number} is in flight, and its outcome is {outcome}"
         if number not in unsettled and outcome is None:
             return f"load {number} has ended without an outcome"
-        ran = outcome.generation if isinstance(outcome, Loaded) else None
+        ran = outcome.generation if isinstance(outcome, LoadOutcome) else None
         if ran is not None and ran not in done.stage.held:  # its own, or one it found running
             return f"load {ran} did not become Healthy, and the outcome of {number} says so"
         if number in done.stage.held and ran != number:
@@ -147,7 +148,7 @@ def promise_the_outcome_is_the_loads(done: Done) -> str | None:
     return None
 
 
-def promise_every_transition_is_told(done: Done) -> str | None:
+def promise_every_transition_is_an_event(done: Done) -> str | None:
     """One event for each change of state, no more and no less."""
     if done.stage.owner.events.last_id != done.stage.transitions:
         return f"{done.stage.transitions} transitions, {done.stage.owner.events.last_id} events"
@@ -155,43 +156,43 @@ def promise_every_transition_is_told(done: Done) -> str | None:
 
 
 STEP_PROMISES: tuple[Callable[[Done], str | None], ...] = (
-    promise_every_fact_is_digested,
+    promise_every_fact_is_processed,
     promise_the_snapshot_is_the_machine,
     promise_the_snapshot_comes_first,
     promise_the_lock_is_not_kept,
     promise_a_token_belongs_to_one_load,
     promise_answers_arrive,
-    promise_nobody_is_answered_unasked,
+    promise_no_answer_is_invented,
     promise_timers_are_kept,
     promise_the_outcome_is_the_loads,
-    promise_every_transition_is_told,
+    promise_every_transition_is_an_event,
 )
 
 
-def promise_everybody_was_answered(stage: Stage) -> str | None:
-    """At rest every caller has one answer, or has gone away."""
+def promise_every_call_is_answered(stage: Stage) -> str | None:
+    """At rest every call has its answer or was withdrawn."""
     for caller in stage.ledger.callers:
         if caller.call is not None and not caller.call.settled.done():
-            return f"nothing more will happen, and call {caller.ticket} has no answer"
+            return f"at rest, call {caller.ticket} has no answer"
     return None
 
 
-def promise_nothing_is_kept(stage: Stage) -> str | None:
-    """At rest the owner remembers no call: what it keeps per call, it would keep for ever."""
+def promise_no_call_is_retained(stage: Stage) -> str | None:
+    """At rest the owner has no call: it would retain it for ever."""
     if stage.owner._calls:
-        return f"nothing more will happen, and calls {sorted(stage.owner._calls)} are still kept"
+        return f"at rest, the owner still has the calls {sorted(stage.owner._calls)}"
     return None
 
 
 REST_PROMISES: tuple[Callable[[Stage], str | None], ...] = (
-    promise_everybody_was_answered,
-    promise_nothing_is_kept,
+    promise_every_call_is_answered,
+    promise_no_call_is_retained,
 )
 PROMISES = frozenset(promise.__name__ for promise in (*STEP_PROMISES, *REST_PROMISES))
 
 
 def check_step(stage: Stage, fact: Fact, stepped: Stepped | None) -> Violation | None:
-    """Return the first promise broken by the fact that has just been processed."""
+    """Return the first promise that the last fact has broken."""
     if stepped is None:
         return Violation(STEP_PROMISES[0].__name__, f"{fact.trigger} was not stepped")
     done = Done(stage, fact, stepped)
@@ -202,7 +203,7 @@ def check_step(stage: Stage, fact: Fact, stepped: Stepped | None) -> Violation |
 
 
 def check_rest(stage: Stage) -> Violation | None:
-    """Return the first promise broken now that nothing more happens by itself."""
+    """Return the first promise that is broken at rest."""
     for promise in REST_PROMISES:
         if (message := promise(stage)) is not None:
             return Violation(promise.__name__, message)

@@ -1,7 +1,6 @@
-"""What was logged, kept instead of printed, and what became of loads: evidence, not noise.
+"""Captured log entries, and the outcomes of loads.
 
-The library only ever asks structlog for a logger; how it is configured is the host's business, and
-here the host is a test.
+The library leaves the configuration of structlog to its host, and here the host is a test.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import structlog
 
 from orchestrator.base.tokens import Generation
 from orchestrator.errors import Problem
-from orchestrator.machine.commands import Loaded
+from orchestrator.runtime.answers import LoadOutcome
 from orchestrator.runtime.owner import Owner
 
 Entry = MutableMapping[str, Any]
@@ -30,7 +29,7 @@ def _keep(_: object, method: str, entry: Entry) -> NoReturn:
 
 @contextmanager
 def only_failures() -> Iterator[list[Entry]]:
-    """Keep what is logged as an error; everything below that costs next to nothing."""
+    """Capture what is logged as an error, and drop the rest cheaply."""
     before, outside = structlog.get_config(), list(_entries)
     _entries.clear()
     structlog.configure(
@@ -48,6 +47,7 @@ def logged() -> list[Entry]:
     return _entries
 
 
-def outcomes(owner: Owner) -> dict[Generation, Loaded | Problem]:
-    """What became of the loads that have ended, oldest generation first."""
-    return {g: record.answer for g, record in sorted(owner.history.records.items())}
+def outcomes(owner: Owner) -> dict[Generation, LoadOutcome | Problem]:
+    """Return the outcomes of the loads that have ended, oldest generation first."""
+    ended = sorted(owner.snapshot.history, key=lambda load: load.generation)
+    return {load.generation: load.outcome for load in ended if load.outcome is not None}

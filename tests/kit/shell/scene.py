@@ -1,4 +1,4 @@
-"""What is explored: programs of clients, what may go wrong, the owner and machine that face it."""
+"""What is explored: the programs of the clients, what may fail, and the owner and machine."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class RecordedLifecycle(Lifecycle):
 
     @property
     def last(self) -> Stepped | None:
-        """The step taken since this was asked for."""
+        """The step taken since the last `take_last`."""
         return self._last
 
     def take_last(self) -> Stepped | None:
-        """Return the step taken since this was asked last, if there was one."""
+        """Return the step taken since the last call of this, if there was one."""
         last, self._last = self._last, None
         return last
 
@@ -63,17 +63,17 @@ SHIPPED: Final = RecordedLifecycle()
 
 @dataclass(frozen=True)
 class Scene:
-    """What never changes from one schedule to the next.
+    """What is the same in all schedules.
 
     Attributes:
         program: What the clients do (see `tests.kit.machine.programs`).
         warm: A model that is Healthy at the start.
-        mishaps: How many things may go wrong in one schedule.
-        kinds: Which.
-        pairs: How often a fact may arrive while another is still unread in the inbox.
+        mishaps: How many failures one schedule may have.
+        kinds: Their kinds.
+        pairs: How often a fact may arrive while the inbox holds another one.
         owner: The owner under test; a seeded fault is a subclass.
         machine: The machine it steps; a seeded fault is another table, guard or action.
-        stage: Where it is played; None calls the owner itself, without a facade.
+        stage: The kind of stage; None = clients call the owner, without a facade.
     """
 
     program: str
@@ -87,7 +87,7 @@ class Scene:
     stage: type[Stage] | None = None
 
     def simpler(self) -> Iterator[Scene]:
-        """Scenes with one thing less in them, to find a shorter story in."""
+        """Yield smaller scenes, in which a counterexample is shorter."""
         texts = self.program.split("|")
         if len(texts) > 1:
             for left_out in range(len(texts)):

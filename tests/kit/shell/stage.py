@@ -1,8 +1,8 @@
-"""One run: a real owner pumped by hand, clients that follow a program, and all that may happen.
+"""One schedule: a real owner, pumped by hand, and clients that follow a program.
 
-A stage offers its moves; somebody else chooses. Before and after every fact the owner processes it
-looks at the machine, the operating system and the callers, and holds them to the invariants of the
-machine (`tests.kit.machine.invariants`) and of the owner (`promises`).
+A stage lists the moves that may come next, and the explorer chooses. Before and after every fact
+it checks the machine, the operating system and the callers against the invariants of the machine
+(`tests.kit.machine.invariants`) and the promises of the owner (`promises`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, cast, get_args
 
 from orchestrator.base.tokens import CancelToken, Generation, Ticket
 from orchestrator.errors import Problem
-from orchestrator.machine.commands import Effect, LeaseGranted, Loaded, Probe, ServerEnded, Spawn
+from orchestrator.machine.commands import Effect, LeaseGranted, Probe, ServerEnded, Spawn
 from orchestrator.machine.context import Context, EffectInFlight, EffectKind
 from orchestrator.machine.facts import (
     CancelRequested,
@@ -30,6 +30,7 @@ from orchestrator.machine.facts import (
 )
 from orchestrator.machine.states import State
 from orchestrator.machine.step import Stepped
+from orchestrator.runtime.answers import LoadOutcome
 from orchestrator.runtime.owner import Call, Owner
 from orchestrator.runtime.snapshot import Snapshot
 from orchestrator.settings.target import Target
@@ -40,11 +41,12 @@ from tests.kit.machine.world import Status, target
 from tests.kit.shell import promises
 from tests.kit.shell.gates import KINDS, Gate, GatedEffects, SpawnPlan, VirtualClock
 from tests.kit.shell.ledger import Caller, Ledger
+from tests.kit.shell.pumped import PumpedOwner
 from tests.kit.shell.records import outcomes
 from tests.kit.shell.scene import Mishap, Scene
 
 Choose = Callable[[Sequence[str]], int]
-"""Picks one of several alternatives, by their names."""
+"""Returns the index of one of several alternatives, given by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class Move:
     """Something that may happen next.
 
     Attributes:
-        is_own: It happens by itself: nobody has to want it, and nothing goes wrong in it.
+        is_own: It happens by itself: no client has to act, and nothing fails.
     """
 
     who: str
@@ -67,7 +69,7 @@ class Move:
 
 @dataclass(frozen=True)
 class Instant:
-    """One instant as the invariants want to see it: a `tests.kit.machine.observed.World`."""
+    """The state of a stage as the invariants read it: a `tests.kit.machine.observed.World`."""
 
     state: State
     ctx: Context
@@ -94,25 +96,15 @@ class BrokenError(Exception):
         self.violation = violation
 
 
-class Inbox:
-    """The owner's inbox, open to view."""
-
-    def __init__(self) -> None:
-        self.facts: list[Fact] = []
-
-    def put(self, fact: Fact) -> None:
-        self.facts.append(fact)
-
-
-class Stage:
+class Stage(PumpedOwner):
     """One schedule, as far as it has got.
 
     Attributes:
-        told: What has happened so far, for the story.
-        heard: The snapshot in each moment somebody was answered or something was started.
-        given: The token every effect was started with.
-        held: Loads that became Healthy.
-        is_checking: Hold every step to the invariants; not needed where one was taken before.
+        told: The moves so far, for the story.
+        heard: The snapshots that were published when a call was answered or an effect started.
+        given: The tokens of the effects that were started.
+        held: The loads that became Healthy.
+        is_checking: Check every step; not needed for steps that were checked before.
     """
 
     def __init__(self, scene: Scene, choose: Choose) -> None:
@@ -120,10 +112,7 @@ class Stage:
         self.choose = choose
         self.clock = VirtualClock()
         self.machine = scene.machine
-        self.owner = self._make_owner()
-        self.effects = cast("GatedEffects", self.owner.effects)
-        self.inbox = Inbox()
-        self.owner._inbox = cast("Any", self.inbox)
+        super().__init__(self._make_owner())
         self.ledger = Ledger(scene.actions)
         self.progress = [0] * len(scene.clients)
         self.looking: list[Caller] = []
@@ -163,26 +152,22 @@ class Stage:
         """Make a model Healthy, and start from there."""
         caller = Caller(parse(f"load {model}")[0][0])
         self._open(caller)
-        self._ask(caller)
-        while self.inbox.facts or self.effects.parked:
-            if self.inbox.facts:
-                self._pump_next()
-            else:
-                self.effects.parked[0].succeed()
-        assert self.owner.snapshot.state is State.HEALTHY, self.owner.snapshot
+        self._send(caller)
+        self.settle()
+        assert self.state is State.HEALTHY, self.owner.snapshot
         self.told.clear()
 
     def close(self) -> None:
-        """Leave the stage, wherever it has got to."""
+        """End this schedule, in any state."""
 
     # -------------------------------------------------------------------------- what may happen
 
     def moves(self) -> list[Move]:
-        """Everything that may happen next; what happens by itself comes first."""
+        """Return the moves that may come next; those that happen by themselves come first."""
         found: list[Move] = []
         if self.inbox.facts:
             text = f"takes up {_named(self.inbox.facts[0])}"
-            found.append(Move("owner", text, self._pump_next))
+            found.append(Move("owner", text, self.pump_next))
             if not self.pairs:
                 return found
         found += self._own_moves()
@@ -193,7 +178,7 @@ class Stage:
         return found
 
     def do(self, move: Move) -> None:
-        """Let it happen; what comes while a fact is unread costs a pair."""
+        """Carry out a move. One that happens while the inbox holds a fact uses up a pair."""
         is_pair = bool(self.inbox.facts) and move.who != "owner"
         before, told = self.owner.snapshot.state, len(self.told)
         move.act()
@@ -216,7 +201,7 @@ class Stage:
             yield Move("clock", text, self._fire_timer)
 
     def _ends_of(self, gate: Gate) -> Iterator[Move]:
-        """How an effect may end: well, badly, or early because its load was cancelled."""
+        """Yield how an effect may end: it succeeds, fails, or was cancelled."""
         what = f"the {gate.kind} of load {gate.generation}"
         effect, alive = gate.effect, self.effects.os.alive
         is_dead = isinstance(effect, Probe) and effect.child.pid not in alive
@@ -225,8 +210,8 @@ class Stage:
         if is_dead or never_lived:
             yield fails
             return
-        yield Move("system", f"{what} ends well", gate.succeed)
-        kind = "download" if gate.kind == "resolve" else gate.kind  # either way it may not be had
+        yield Move("system", f"{what} succeeds", gate.succeed)
+        kind = "download" if gate.kind == "resolve" else gate.kind  # both fail alike
         if gate.token.is_set() and kind in ("download", "probe"):
             yield fails
         elif kind != "spawn" and self._may(cast("Mishap", kind)):
@@ -278,7 +263,7 @@ class Stage:
             case "withdraw":
                 assert about.call is not None
                 about.call.settled.cancel()
-                if about.action.verb == "lease":  # as the facades do: it may just be granted
+                if about.action.verb == "lease":  # as the facades do: it may have been granted
                     self.owner.post(LeaseReleased(about.ticket, self.clock()))
             case "release":
                 self.owner.post(LeaseReleased(about.ticket, self.clock()))
@@ -287,7 +272,7 @@ class Stage:
                 self.looking.append(caller)
             case _:
                 self._open(caller)
-                self._ask(caller, about)
+                self._send(caller, about)
 
     def _open(self, caller: Caller) -> None:
         self._note_call(caller, self.owner.call())
@@ -300,16 +285,16 @@ class Stage:
 
     def _end_look_up(self, caller: Caller) -> None:
         self.looking.remove(caller)
-        self._ask(caller)
+        self._send(caller)
 
     def _refuse(self, caller: Caller) -> None:
-        """What a look-up finds missing never becomes a request."""
+        """Let a look-up fail, so that the call has no request."""
         assert caller.call is not None
         self.looking.remove(caller)
         self.owner.answer(caller.call, Problem("model_not_found", "no such file"))
         caller.status = Status.DONE
 
-    def _ask(self, caller: Caller, about: Caller | None = None) -> None:
+    def _send(self, caller: Caller, about: Caller | None = None) -> None:
         action, ticket, now = caller.action, caller.ticket, self.clock()
         fact: Request
         match action.verb:
@@ -359,12 +344,9 @@ class Stage:
         self.clock.now = max(self.clock.now, min(self.owner._timers.values()))
         fact = self.owner._due_timer()
         assert fact is not None
-        self._pump(fact)
+        self.pump(fact)
 
-    def _pump_next(self) -> None:
-        self._pump(self.inbox.facts.pop(0))
-
-    def _pump(self, fact: Fact) -> None:
+    def pump(self, fact: Fact) -> None:
         self.ledger.hear(fact)
         before, state = self._instant() if self.is_checking else None, self.owner.snapshot.state
         if isinstance(fact, get_args(Completion)):
@@ -415,7 +397,7 @@ class Stage:
             frozenset(self.effects.os.alive.values()),
             tuple(self.owed),
             frozenset(self.beside),
-            frozenset(self.owner.history.records),
+            frozenset(load.generation for load in snapshot.history),
             self._told_of_child(),
             frozenset(g for g, token in self.owner._tokens.items() if token.is_set()),
             self.ledger.having(Status.WAITING, Status.ENDED),
@@ -432,7 +414,7 @@ class Stage:
         return frozenset(self.told_ended & {child.pid} if child is not None else ())
 
     def key(self) -> tuple[object, ...]:
-        """Everything the future depends on: equal keys have equal futures."""
+        """Return all that the future depends on: equal keys have equal futures."""
         owner, os, callers = self.owner, self.effects.os, self.ledger.callers
         return (
             owner.snapshot.state,
@@ -448,7 +430,7 @@ class Stage:
             tuple(caller.ticket for caller in self.looking),
             frozenset(owner._timers.items()),
             frozenset((g, token.is_set()) for g, token in owner._tokens.items()),
-            tuple((g, isinstance(answer, Loaded)) for g, answer in outcomes(owner).items()),
+            tuple((g, isinstance(o, LoadOutcome)) for g, o in outcomes(owner).items()),
             frozenset(self.beside),
             self._told_of_child(),
             frozenset(owner._calls),
@@ -468,7 +450,7 @@ class Stage:
         _raise(promises.check_step(self, fact, stepped))
 
     def check_rest(self) -> None:
-        """Hold the stage to what must be true when nothing more happens by itself."""
+        """Check what must be true when nothing more happens by itself."""
         if self.is_quiescent:
             _raise(check_world(self._instant()))
             _raise(promises.check_rest(self))

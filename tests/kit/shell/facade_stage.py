@@ -1,9 +1,8 @@
-"""The stage behind a facade: clients are tasks of one event loop, or threads, and go one at a time.
+"""Stages whose clients call a real facade, as tasks of one event loop or as threads.
 
-A task goes from one `await` to the next, a thread from one wait to the next, and a look-up takes
-until somebody lets it end; which of them goes on, and what ends meanwhile, is a move like any
-other. So every order in which callbacks, cancelled tasks, interrupted threads, completions and the
-owner can meet is explored, on the real facades.
+They run one at a time: a task up to its next `await`, a thread up to its next wait. Which of them
+continues, and when a look-up ends, are moves like any other. So the explorer covers every order of
+callbacks, cancelled tasks, interrupted threads, completions and facts.
 """
 
 from __future__ import annotations
@@ -14,23 +13,19 @@ from asyncio import events as running
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, Final, cast
 
 from orchestrator.base.tokens import Ticket
 from orchestrator.errors import OrchestratorError
 from orchestrator.machine.commands import LeaseGranted
-from orchestrator.machine.facts import Fact
 from orchestrator.runtime.orchestrator import AsyncOrchestrator, Orchestrator
 from orchestrator.runtime.owner import Call, Owner
-from orchestrator.runtime.parts import Parts
-from orchestrator.runtime.ports import Effects
 from orchestrator.settings.files import ModelFiles
 from orchestrator.settings.request import LoadRequest
-from orchestrator.settings.target import ServerBinary
 from tests.kit.machine.invariants import Violation
 from tests.kit.machine.programs import Action
 from tests.kit.machine.world import target
+from tests.kit.shell.fakes import fake_parts
 from tests.kit.shell.ledger import Caller
 from tests.kit.shell.scene import Scene
 from tests.kit.shell.stage import BrokenError, Choose, Move, Stage
@@ -38,58 +33,28 @@ from tests.kit.shell.stage import BrokenError, Choose, Move, Stage
 _PATIENCE_S: Final = 20.0
 
 
-class StageParts(Parts):
-    """What a facade is made of on a stage: its owner is the stage's, and nothing runs by itself."""
-
-    def __init__(self, stage: FacadeStage) -> None:
-        self._stage = stage
-
-    @property
-    def workers(self) -> Any:
-        return self._stage
-
-    def slot(self, *_: object) -> Any:
-        return SimpleNamespace(name="stage", claim=lambda: None, release=lambda: None)
-
-    def source(self, *_: object) -> Any:
-        return SimpleNamespace(look_up=self._stage.look_up, check_args=lambda _: None)
-
-    def server(self, _: str) -> ServerBinary:
-        return target(LoadRequest(model_path="A")).server
-
-    def effects(self, _: object, post: Callable[[Fact], None], *__: object) -> Effects:
-        return self._stage._make_effects(post)
-
-    def owner(self, effects: Any, **settings: Any) -> Owner:
-        return self._stage.own(effects, settings["tickets"])
-
-    def wait(self, future: Future[Any]) -> Any:
-        return self._stage.wait(future)
-
-    def at_exit(self, close: object) -> None:
-        """Nobody closes it."""
-
-
 class FacadeStage(Stage):
-    """A stage whose clients call a facade; its owner is still pumped by hand."""
+    """A stage whose clients call a facade."""
 
     facade: type[AsyncOrchestrator | Orchestrator]
 
     def _make_owner(self) -> Owner:
-        self.orch: Any = self.facade(llama_server="/llama", parts=StageParts(self))
+        parts = fake_parts(
+            look_up=self.look_up,
+            clock=self.clock,
+            workers=lambda: self,
+            effects=lambda _, post, *__: self._make_effects(post),
+            owner=self._make_unstarted,
+            wait=self.wait,
+        )
+        self.orch: Any = self.facade(llama_server="/llama", parts=parts)
         owner: Owner = self.orch._start()
         return owner
 
-    def own(self, make: Callable[..., Any], tickets: Iterator[int]) -> Owner:
-        """The owner under test, that knows whose calls it opens and has no thread."""
-        made = self.scene.owner(
-            make,
-            policy=self.scene.policy,
-            clock=self.clock,
-            machine=self.machine,
-            jitter=lambda: 1.0,
-            tickets=tickets,
-        )
+    def _make_unstarted(self, make: Callable[..., Any], **settings: Any) -> Owner:
+        """Return the owner under test: without a thread, and with a record of who calls it."""
+        settings |= {"policy": self.scene.policy, "machine": self.machine, "jitter": lambda: 1.0}
+        made = self.scene.owner(make, **settings)
         open_call = made.call
 
         def call(ticket: Ticket | None = None) -> Call:
@@ -108,7 +73,7 @@ class FacadeStage(Stage):
         return future.result()
 
     def _who(self) -> Caller | None:
-        """Whose code runs now."""
+        """Return the caller whose code is running."""
         raise NotImplementedError
 
     def _client_moves(self, number: int, action: Action) -> Iterator[Move]:
@@ -122,14 +87,14 @@ class FacadeStage(Stage):
             yield Move(f"client {number + 1}", action.text, act, is_own=False)
 
     def _can_withdraw(self, index: int) -> bool:
-        """Whether a caller is where it can go away."""
+        """Can this caller be cancelled or interrupted now?"""
         raise NotImplementedError
 
     def _act(self, number: int, action: Action) -> None:
-        """Do the next thing of a client's program."""
+        """Carry out the next action of a client."""
         raise NotImplementedError
 
-    # --------------------------------------------------------------------------- what they heard
+    # -------------------------------------------------------------------------------- results
 
     def check_rest(self) -> None:
         super().check_rest()
@@ -139,31 +104,31 @@ class FacadeStage(Stage):
                     raise BrokenError(Violation("promise_callers_hear_their_answer", message))
 
     def _misled(self, caller: Caller) -> str | None:
-        """What a caller has been told by the facade is what its call was answered."""
-        has_ended, heard = self._heard(caller)
+        """Return how what the facade did differs from the answer to its call."""
+        has_ended, heard = self._result_of(caller)
         name, answer = caller.action.text, caller.answer
         if caller.call is None:
             return None
         if has_ended and caller.ticket in self.owner.snapshot.ctx.leases:
-            return f"{name} is over, and its lease still counts"
+            return f"{name} has ended, and its lease still counts"
         if not has_ended:
             is_holding = isinstance(answer, LeaseGranted) and not self._was_ended(caller)
-            return None if is_holding else f"{name} goes on, though it was answered {answer}"
+            return None if is_holding else f"{name} still waits, and its answer is {answer}"
         if isinstance(heard, asyncio.CancelledError | KeyboardInterrupt):
-            return None if self._was_ended(caller) else f"{name} was ended by nobody"
+            return None if self._was_ended(caller) else f"{name} ended without a cause"
         if isinstance(heard, OrchestratorError):
             heard = heard.problem
-            return None if heard == answer else f"{name} raises {heard}, and was answered {answer}"
+            return None if heard == answer else f"{name} raises {heard}, and its answer is {answer}"
         if isinstance(heard, BaseException):
             return f"{name} raises {heard!r}"
-        return f"{name} returns, and was told to go" if answer == "gone" else None
+        return f"{name} returns, and was withdrawn" if answer == "gone" else None
 
-    def _heard(self, caller: Caller) -> tuple[bool, object]:
-        """Whether a caller's code has ended, and with what."""
+    def _result_of(self, caller: Caller) -> tuple[bool, object]:
+        """Return whether the code of a caller has ended, and its result or exception."""
         raise NotImplementedError
 
     def _was_ended(self, caller: Caller) -> bool:
-        """Whether the caller was to go away."""
+        """Was this caller cancelled or interrupted?"""
         raise NotImplementedError
 
 
@@ -171,7 +136,7 @@ class FacadeStage(Stage):
 
 
 class SteppedLoop(asyncio.BaseEventLoop):
-    """An event loop that runs one callback when it is told to."""
+    """An event loop that runs one callback at a time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -199,11 +164,11 @@ class SteppedLoop(asyncio.BaseEventLoop):
             running._set_running_loop(None)
 
     def _write_to_self(self) -> None:
-        """Nobody sleeps, so nobody has to be woken."""
+        """The loop never sleeps, so it need not be woken."""
 
 
 class LoopStage(FacadeStage):
-    """Clients are tasks of one loop; look-ups are jobs of its threads."""
+    """Clients are tasks of one loop; look-ups are jobs of worker threads."""
 
     facade = AsyncOrchestrator
 
@@ -216,7 +181,7 @@ class LoopStage(FacadeStage):
         super().__init__(scene, choose)
 
     def submit(self, work: Callable[[], object]) -> Future[object]:
-        """Take the place of the workers, which look models up."""
+        """Act as the worker threads."""
         done: Future[object] = Future()
         self.jobs.append((done, work, self._who()))
         return done
@@ -284,7 +249,7 @@ class LoopStage(FacadeStage):
                     await given_back.wait()
                 return server
 
-    # ------------------------------------------------------------------------------- looking
+    # ------------------------------------------------------------------------------- checking
 
     @property
     def is_quiescent(self) -> bool:
@@ -293,7 +258,7 @@ class LoopStage(FacadeStage):
     def check_rest(self) -> None:
         if self.loop.failures:
             what = str(self.loop.failures[0])
-            raise BrokenError(Violation("promise_the_loop_has_nothing_to_complain_of", what))
+            raise BrokenError(Violation("promise_the_loop_reports_no_error", what))
         super().check_rest()
 
     def key(self) -> tuple[object, ...]:
@@ -306,7 +271,7 @@ class LoopStage(FacadeStage):
             frozenset(i for i, event in self.given_back.items() if event.is_set()),
         )
 
-    def _heard(self, caller: Caller) -> tuple[bool, object]:
+    def _result_of(self, caller: Caller) -> tuple[bool, object]:
         task = self.tasks.get(caller.action.index)
         if task is None or not task.done():
             return False, None
@@ -318,7 +283,7 @@ class LoopStage(FacadeStage):
         return caller.action.index in self.ended
 
     def close(self) -> None:
-        """Nothing of this loop is told any more, and nobody is to complain of that."""
+        """Drop all tasks, without asyncio's warnings about tasks that are still pending."""
         for task in self.tasks.values():
             task._log_destroy_pending = False  # type: ignore[attr-defined]
             if task.done() and not task.cancelled():
@@ -329,7 +294,7 @@ class LoopStage(FacadeStage):
 
 
 def _position(task: asyncio.Task[object]) -> tuple[object, ...]:
-    """Where a task is: every frame it waits in, and whether it is to be cancelled."""
+    """Return where a task is: every frame it waits in, and whether it is being cancelled."""
     frames, at = [], cast("Any", task.get_coro())
     while at is not None:
         frame = getattr(at, "cr_frame", None) or getattr(at, "ag_frame", None)
@@ -345,15 +310,16 @@ def _position(task: asyncio.Task[object]) -> tuple[object, ...]:
 
 
 class _OverError(BaseException):
-    """The stage is left: whoever still waits goes home."""
+    """The schedule has ended: raised in threads that still wait."""
 
 
 class Puppet:
-    """A thread that runs only while somebody waits for it to pause.
+    """A thread that runs only between `go` and its next `pause`.
 
     Attributes:
-        waits_for: What it waits for, in words; empty while it runs, and at its end.
-        is_ready: Whether it could go on by itself.
+        waits_for: What it waits for, in words; empty while it runs and at its end.
+        is_ready: Whether it could continue by itself.
+        result: What its function returned or raised.
     """
 
     def __init__(self, work: Callable[[], object]) -> None:
@@ -363,7 +329,7 @@ class Puppet:
         self.waits_for = "its turn"
         self.is_ready: Callable[[], bool] = lambda: True
         self.has_ended = False
-        self.heard: object = None
+        self.result: object = None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
@@ -371,20 +337,20 @@ class Puppet:
         assert self._go.acquire(timeout=_PATIENCE_S)
         try:
             if self._raises is None:
-                self.heard = self._work()
-        except BaseException as error:  # noqa: BLE001 (whatever a caller may hear)
-            self.heard = error
+                self.result = self._work()
+        except BaseException as error:  # noqa: BLE001 (whatever a call may raise)
+            self.result = error
         self.waits_for, self.has_ended = "", True
         self._paused.release()
 
     def go(self, raises: BaseException | None = None) -> None:
-        """Let it run to its next pause, or have what it waits for raise."""
+        """Let it run to its next pause, or let its wait raise."""
         self._raises = raises
         self._go.release()
         assert self._paused.acquire(timeout=_PATIENCE_S), f"{self.waits_for} blocks"
 
     def pause(self, waits_for: str, is_ready: Callable[[], bool]) -> None:
-        """From its own thread: let the others go on."""
+        """Called in the thread itself: let the others run."""
         self.waits_for, self.is_ready = waits_for, is_ready
         self._paused.release()
         assert self._go.acquire(timeout=_PATIENCE_S)
@@ -394,7 +360,7 @@ class Puppet:
 
 
 class ThreadStage(FacadeStage):
-    """Clients are threads; a caller that goes away is interrupted where it waits."""
+    """Clients are threads; one that goes away is interrupted where it waits."""
 
     facade = Orchestrator
 
@@ -461,10 +427,10 @@ class ThreadStage(FacadeStage):
             case _:
                 with orch.lease() as server:
                     is_over = partial(self.given_back.__contains__, action.index)
-                    self.puppets[action.index].pause("the end of its use", is_over)
+                    self.puppets[action.index].pause("the end of its lease", is_over)
                 return server
 
-    # ------------------------------------------------------------------------------- looking
+    # ------------------------------------------------------------------------------- checking
 
     @property
     def is_quiescent(self) -> bool:
@@ -479,9 +445,9 @@ class ThreadStage(FacadeStage):
             frozenset(self.given_back),
         )
 
-    def _heard(self, caller: Caller) -> tuple[bool, object]:
+    def _result_of(self, caller: Caller) -> tuple[bool, object]:
         puppet = self.puppets.get(caller.action.index)
-        return (False, None) if puppet is None else (puppet.has_ended, puppet.heard)
+        return (False, None) if puppet is None else (puppet.has_ended, puppet.result)
 
     def _was_ended(self, caller: Caller) -> bool:
         return caller.action.index in self.ended

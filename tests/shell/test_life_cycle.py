@@ -1,4 +1,4 @@
-"""A facade's life: it starts once, belongs to one process, and ends once, whoever asks."""
+"""The life cycle of a facade: it starts once, belongs to one process, and ends once."""
 
 from __future__ import annotations
 
@@ -23,27 +23,22 @@ from orchestrator import (
     WrongProcess,
 )
 from orchestrator.base import workers
-from tests.kit.shell.facade import (
-    PATIENCE_S,
-    House,
-    HouseParts,
-    ctrl_c,
-)
-from tests.shell.test_facades import error_of, run
+from tests.kit.sentences import assert_sentence
+from tests.kit.shell.harness import PATIENCE_S, Harness, ctrl_c, error_of, run
 
 
-def test_nothing_is_claimed_before_the_first_call_and_then_once(house: House) -> None:
-    orch = house.sync()
+def test_the_slot_is_claimed_once_at_the_first_call(harness: Harness) -> None:
+    orch = harness.sync()
     assert orch.status().state is State.IDLE
-    assert house.claims == 0
+    assert harness.claims == 0
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda _: orch.start(), range(8)))
-    assert house.claims == 1
+    assert harness.claims == 1
     orch.close()
 
 
-def test_nobody_sees_an_owner_before_it_can_be_used(house: House) -> None:
-    """Calls of other threads take no lock: what they see must be whole."""
+def test_an_owner_is_published_only_when_it_is_complete(harness: Harness) -> None:
+    """Other threads read it without a lock."""
     published: list[int] = []
 
     class Watched(Orchestrator):
@@ -52,26 +47,24 @@ def test_nobody_sees_an_owner_before_it_can_be_used(house: House) -> None:
                 published.append(self._pid)
             super().__setattr__(name, value)
 
-    with Watched(llama_server="/llama", parts=HouseParts(house)):
+    with Watched(llama_server="/llama", parts=harness.parts()):
         assert published == [os.getpid()]
 
 
-def test_a_slot_that_could_not_be_claimed_may_be_free_later(house: House) -> None:
-    """The orchestrator is as good as new; what it had claimed is given back."""
+def test_a_failed_start_can_be_repeated(harness: Harness) -> None:
+    """What it had claimed is released."""
 
-    class OwnedOnce(HouseParts):
-        is_owned = True
+    refusals = [SlotOwned.because("another orchestrator owns it")]
 
-        def effects(self, slot: Any, post: Any, *rest: Any) -> Any:
-            if self.is_owned:
-                self.is_owned = False
-                raise SlotOwned.because("somebody else has it")
-            return super().effects(slot, post, *rest)
+    def effects(*args: Any) -> Any:
+        if refusals:
+            raise refusals.pop()
+        return harness.make_effects(*args)
 
-    orch = Orchestrator(llama_server="/llama", parts=OwnedOnce(house))
+    orch = Orchestrator(llama_server="/llama", parts=harness.parts(effects=effects))
     with pytest.raises(SlotOwned):
         orch.start()
-    assert (house.claims, house.releases) == (1, 1)
+    assert (harness.claims, harness.releases) == (1, 1)
     assert orch.load("A").status == "loaded"
     orch.close()
 
@@ -80,10 +73,12 @@ def test_a_slot_that_could_not_be_claimed_may_be_free_later(house: House) -> Non
 
 
 def calls_on(orch: Orchestrator) -> tuple[Callable[[], object], ...]:
-    """Every call that needs a living orchestrator."""
+    """Return every call that needs the owner."""
     return (
         lambda: orch.load("A"),
         lambda: orch.submit("A"),
+        lambda: orch.prefetch("o/A"),
+        lambda: orch.variants("A"),
         lambda: orch.unload(),
         lambda: orch.cancel("x"),
         lambda: orch.plan("A"),
@@ -94,30 +89,31 @@ def calls_on(orch: Orchestrator) -> tuple[Callable[[], object], ...]:
     )
 
 
-def test_after_close_every_call_says_so(house: House) -> None:
-    orch = house.sync()
+def test_every_call_after_close_raises_shutting_down(harness: Harness) -> None:
+    orch = harness.sync()
     orch.load("A")
     orch.close()
-    assert not house.os.alive
+    assert not harness.os.alive
     for call in calls_on(orch):
-        with pytest.raises(ShuttingDown):
+        with pytest.raises(ShuttingDown) as refused:
             call()
+        assert_sentence("facade.closed", refused.value.message)
     assert orch.status().state is State.IDLE
     assert orch.status().loaded is None
 
 
-def test_an_orchestrator_that_was_never_used_can_be_closed(house: House) -> None:
-    orch = house.sync()
+def test_an_orchestrator_that_was_never_used_can_be_closed(harness: Harness) -> None:
+    orch = harness.sync()
     orch.close()
     orch.close()
-    assert house.claims == 0
+    assert harness.claims == 0
     with pytest.raises(ShuttingDown):
         orch.load("A")
     with pytest.raises(ShuttingDown):
         orch.plan("A")
 
     async def main() -> None:
-        never = house.asynchronous()
+        never = harness.asynchronous()
         await never.close()
         with pytest.raises(ShuttingDown):
             await never.load("A")
@@ -125,161 +121,158 @@ def test_an_orchestrator_that_was_never_used_can_be_closed(house: House) -> None
     run(main)
 
 
-def test_close_may_be_called_again_and_by_several_at_once(house: House) -> None:
-    """Each returns when everything has ended, and it ends once."""
-    house.open_gates = frozenset()
-    orch = house.sync().start()
+def test_concurrent_closes_return_after_the_shutdown(harness: Harness) -> None:
+    harness.open_gates = frozenset()
+    orch = harness.sync().start()
     with ThreadPoolExecutor(8) as threads:
         load = threads.submit(orch.load, "A")
-        house.effects.wait_for("kill")
+        harness.effects.wait_for("kill")
         closes = [threads.submit(orch.close) for _ in range(6)]
-        house.until(lambda shown: shown.ctx.is_shutting_down)
+        harness.until(lambda shown: shown.ctx.is_shutting_down)
         assert not any(close.done() for close in closes)
-        house.effects.open()
+        harness.effects.open()
         for close in closes:
             close.result(PATIENCE_S)
         assert isinstance(error_of(load), ShuttingDown)
     orch.close()
-    assert house.effects.is_closed
-    assert not house.os.started
+    assert harness.effects.is_closed
+    assert not harness.os.started
 
 
-def test_async_close_may_be_called_by_several_at_once(house: House) -> None:
+def test_concurrent_async_closes_return_after_the_shutdown(harness: Harness) -> None:
     async def main() -> None:
-        orch = house.asynchronous()
+        orch = harness.asynchronous()
         await orch.load("A")
         await asyncio.gather(*(orch.close() for _ in range(6)))
         await orch.close()
         assert orch.status().state is State.IDLE
 
     run(main)
-    assert not house.os.alive
+    assert not harness.os.alive
 
 
-def test_a_close_that_was_interrupted_can_be_finished(
-    house: House, pool: ThreadPoolExecutor
-) -> None:
-    """A second Ctrl-C must not be the reason that a server outlives its host."""
-    house.open_gates = frozenset({"download", "spawn", "probe"})
-    orch = house.sync().start()
+def test_an_interrupted_close_can_be_repeated(harness: Harness, pool: ThreadPoolExecutor) -> None:
+    """A second Ctrl-C must not let the server outlive its host."""
+    harness.open_gates = frozenset({"download", "spawn", "probe"})
+    orch = harness.sync().start()
     load = pool.submit(orch.load, "A")
-    house.effects.let_through("kill")
+    harness.effects.let_through("kill")
     pid = load.result(PATIENCE_S).pid
-    with ctrl_c(pool, lambda: house.effects.wait_for("kill")):
+    with ctrl_c(pool, lambda: harness.effects.wait_for("kill")):
         orch.close()
-    assert pid in house.os.alive
-    house.effects.open()
+    assert pid in harness.os.alive
+    harness.effects.open()
     orch.close()
-    assert not house.os.alive
-    assert house.effects.is_closed
+    assert not harness.os.alive
+    assert harness.effects.is_closed
 
 
-def test_a_close_that_leaves_something_alive_says_so_and_lets_go(
-    house: House, pool: ThreadPoolExecutor
+def test_close_raises_if_a_process_survives_and_releases_the_slot(
+    harness: Harness, pool: ThreadPoolExecutor
 ) -> None:
-    orch = house.sync()
+    orch = harness.sync()
     orch.load("A")
-    house.effects.open_gates = frozenset()
+    harness.effects.open_gates = frozenset()
     close = pool.submit(orch.close)
-    house.effects.wait_for("kill").fail()
+    harness.effects.wait_for("kill").fail()
     assert isinstance(error_of(close), SlotOccupied)
-    assert house.effects.is_closed
+    assert harness.effects.is_closed
     orch.close()
-    house.os.alive.clear()
+    harness.os.alive.clear()
 
 
-def test_effects_that_cannot_be_closed_leave_nobody_waiting(
-    house: House, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+def test_an_error_in_close_leaves_no_caller_waiting(
+    harness: Harness, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever goes wrong at the end: it is the end, and everybody hears so."""
 
     def broken() -> None:
         raise OSError(5, "Input/output error")
 
-    house.hold_look_ups_of("A")
-    orch = house.sync().start()
+    harness.hold_look_ups_of("A")
+    orch = harness.sync().start()
     reader = pool.submit(list, orch.events())
     load = pool.submit(orch.load, "A")
-    house.look_up_has_begun("A")
-    monkeypatch.setattr(house.effects, "close", broken)
+    harness.until_look_up_of("A")
+    monkeypatch.setattr(harness.effects, "close", broken)
     with pytest.raises(OSError, match="Input/output error"):
         orch.close()
     told = [event.data["dest"] for event in reader.result(PATIENCE_S)]
     assert told == ["Killing", "Idle"], "the shutdown itself"
-    house.let_look_ups_go("A")
+    harness.release_look_ups_of("A")
     assert isinstance(error_of(load), ShuttingDown)
     with pytest.raises(ShuttingDown):
         orch.unload()
     orch.close()
 
 
-def test_a_load_that_is_looked_up_during_the_close_is_refused(
-    house: House, pool: ThreadPoolExecutor
+def test_a_load_looked_up_during_close_is_refused(
+    harness: Harness, pool: ThreadPoolExecutor
 ) -> None:
-    """It asks an owner that listens no more: it must hear so, and not wait for ever."""
-    house.hold_look_ups_of("A")
-    orch = house.sync().start()
+    """Its request reaches an owner that no longer reads its inbox."""
+    harness.hold_look_ups_of("A")
+    orch = harness.sync().start()
     load = pool.submit(orch.load, "A")
-    house.look_up_has_begun("A")
+    harness.until_look_up_of("A")
     orch.close()
-    house.let_look_ups_go("A")
+    harness.release_look_ups_of("A")
     assert isinstance(error_of(load), ShuttingDown | Cancelled)
-    assert not house.os.started
+    assert not harness.os.started
 
 
-def test_an_async_load_that_is_looked_up_during_the_close_is_refused(house: House) -> None:
-    house.hold_look_ups_of("A")
+def test_an_async_load_looked_up_during_close_is_refused(harness: Harness) -> None:
+    harness.hold_look_ups_of("A")
 
     async def main() -> None:
-        orch = house.asynchronous()
+        orch = harness.asynchronous()
         loads = [asyncio.create_task(orch.load("A")) for _ in range(6)]
-        await asyncio.to_thread(house.look_up_has_begun, "A")
+        await asyncio.to_thread(harness.until_look_up_of, "A")
         await orch.close()
-        house.let_look_ups_go("A")
+        harness.release_look_ups_of("A")
         for load in loads:
             with pytest.raises(ShuttingDown):
                 await load
 
     run(main)
-    assert not house.os.started
-    assert not house.owner._calls
+    assert not harness.os.started
+    assert not harness.owner._calls
 
 
-def test_a_load_that_nobody_can_look_up_leaves_nothing_behind(house: House) -> None:
-    """Where no thread can be started, the caller hears that, and its load never comes later."""
+def test_a_load_without_a_worker_thread_raises_and_leaves_no_call(harness: Harness) -> None:
 
     class NoThreads:
         def submit(self, _: object) -> NoReturn:
             raise RuntimeError("can't start new thread")
 
     async def main() -> None:
-        async with house.asynchronous() as orch:
-            house.workers = NoThreads()
+        async with harness.asynchronous() as orch:
+            harness.workers = NoThreads()
             for ask in (orch.load, orch.submit, orch.prefetch):
                 with pytest.raises(RuntimeError, match="new thread"):
                     await ask("A")
-            house.workers = workers.shared()
+            harness.workers = workers.shared()
 
     run(main)
-    assert not house.os.started
-    assert not house.owner._calls
+    assert not harness.os.started
+    assert not harness.owner._calls
 
 
-def test_a_close_wakes_whoever_waits_for_a_lease(house: House, pool: ThreadPoolExecutor) -> None:
-    house.open_gates = frozenset()
-    orch = house.sync().start()
+def test_close_answers_callers_waiting_for_a_lease(
+    harness: Harness, pool: ThreadPoolExecutor
+) -> None:
+    harness.open_gates = frozenset()
+    orch = harness.sync().start()
     load = pool.submit(orch.load, "A")
-    house.effects.wait_for("kill")
+    harness.effects.wait_for("kill")
 
     def lease() -> None:
         with orch.lease():
             pass
 
     waiting = pool.submit(lease)
-    house.until(lambda shown: bool(shown.ctx.lease_waiters))
+    harness.until(lambda shown: bool(shown.ctx.lease_waiters))
     closing = pool.submit(orch.close)
-    house.until(lambda shown: shown.ctx.is_shutting_down)
-    house.effects.open()
+    harness.until(lambda shown: shown.ctx.is_shutting_down)
+    harness.effects.open()
     closing.result(PATIENCE_S)
     assert error_of(waiting).status == 503
     assert isinstance(error_of(load), ShuttingDown)
@@ -288,19 +281,17 @@ def test_a_close_wakes_whoever_waits_for_a_lease(house: House, pool: ThreadPoolE
 # ------------------------------------------------------------------------------------------ forks
 
 
-def test_a_forked_worker_is_told_that_it_owns_nothing(
-    house: House, pool: ThreadPoolExecutor
+def test_every_call_in_a_forked_process_raises_wrong_process(
+    harness: Harness, pool: ThreadPoolExecutor
 ) -> None:
-    """It has a copy of everything but the threads: a call would wait for ever, and so would a
-    lock that another thread held in the moment of the fork.
-    """
+    """A fork has no owner thread, and may have a lock that is held for ever."""
     is_held, is_over = threading.Event(), threading.Event()
-    with house.sync() as orch:
+    with harness.sync() as orch:
         pid = orch.load("A").pid
         calls = calls_on(orch)
 
         def hold() -> None:
-            with orch._life:  # as somebody who is starting or closing does
+            with orch._life:  # as `start` and `close` do
                 is_held.set()
                 is_over.wait(PATIENCE_S)
 
@@ -312,7 +303,7 @@ def test_a_forked_worker_is_told_that_it_owns_nothing(
             child = os.fork()
         if child == 0:
             said = b""
-            signal.alarm(int(PATIENCE_S))  # a worker that hangs must not outlive the test
+            signal.alarm(int(PATIENCE_S))  # the fork must not outlive the test if it hangs
             try:
                 for call in calls:
                     try:
@@ -331,4 +322,4 @@ def test_a_forked_worker_is_told_that_it_owns_nothing(
             assert told.read() == b"w" * len(calls) + b"c"
         assert os.waitpid(child, 0)[1] == 0
         assert orch.load("A").pid == pid
-    assert not house.os.alive
+    assert not harness.os.alive

@@ -1,7 +1,7 @@
 """Layer B through the facades: no order of callbacks, threads and facts breaks a promise.
 
-The scenes of `test_explorer.py` call the owner; here real tasks and real threads do, through
-`AsyncOrchestrator` and `Orchestrator`. `pytest -s` shows the sizes.
+In the scenes of `test_explorer.py` clients call the owner; here they are real tasks and threads
+that call `AsyncOrchestrator` and `Orchestrator`. `pytest -s` prints the sizes.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ from typing import Any, Unpack, cast
 
 import pytest
 
-from orchestrator.machine.commands import LeaseGranted
 from orchestrator.machine.context import Policy
 from orchestrator.runtime import answers
-from orchestrator.runtime import orchestrator as facades
 from orchestrator.runtime.answers import LeasedServer, LoadOutcome
-from orchestrator.runtime.calls import Wanted
+from orchestrator.runtime.calls import RequestLike, unwrap
 from orchestrator.runtime.orchestrator import AsyncOrchestrator, Orchestrator
 from orchestrator.settings.fields import LoadFields
 from tests.kit.shell.explorer import explore
-from tests.kit.shell.fronts import FacadeStage, LoopStage, ThreadStage
+from tests.kit.shell.facade_stage import FacadeStage, LoopStage, ThreadStage
 from tests.kit.shell.scene import Scene
 
 CONTINUE = Policy(abandoned_load="continue")
@@ -47,8 +45,8 @@ SCENES = (
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("stage", [LoopStage, ThreadStage], ids=["asyncio", "threads"])
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.program)
-def test_whoever_calls_hears_what_the_machine_says(scene: Scene, stage: type[FacadeStage]) -> None:
-    """A cancel that crosses an answer, a grant that crosses an interrupt: nothing is lost."""
+def test_callers_get_the_answer_of_the_machine(scene: Scene, stage: type[FacadeStage]) -> None:
+    """Also if a cancel crosses an answer, or an interrupt crosses a grant."""
     report = explore(replace(scene, stage=stage))
     print(f"\n{stage.facade.__name__}: {report}")
     assert report.counterexample is None, report.counterexample
@@ -69,10 +67,10 @@ DEEP = (
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("stage", [LoopStage, ThreadStage], ids=["asyncio", "threads"])
 @pytest.mark.parametrize("scene", DEEP, ids=lambda scene: scene.program)
-def test_whoever_calls_hears_it_in_longer_scenes_too(
+def test_callers_get_the_answer_of_the_machine_in_longer_scenes(
     scene: Scene, stage: type[FacadeStage]
 ) -> None:
-    """Two callers that leave, each at any moment, while a third one stops everything."""
+    """Two callers that leave at any moment, while a third one stops everything."""
     report = explore(replace(scene, stage=stage), max_schedules=10**7)
     print(f"\n{stage.facade.__name__}: {report}")
     assert report.counterexample is None, report.counterexample
@@ -86,13 +84,12 @@ class KeepsLeases(AsyncOrchestrator):
 
     @contextlib.asynccontextmanager
     async def lease(self) -> AsyncIterator[LeasedServer]:
-        await self._started()
-        call = self._ask_lease()
-        granted = await facades._answer(call)
+        call = await self._ask(self._lease_fact)
+        granted = unwrap(await asyncio.wrap_future(call.settled))
         try:
-            yield answers.leased_server(cast("LeaseGranted", granted))
+            yield answers.leased_server(granted)
         finally:
-            self._end_lease(call)
+            self._release(call)
 
 
 class KeepsLeasesInThreads(Orchestrator):
@@ -100,18 +97,18 @@ class KeepsLeasesInThreads(Orchestrator):
 
     @contextlib.contextmanager
     def lease(self) -> Iterator[LeasedServer]:
-        call = self._ask_lease()
-        granted = self._result(call)
+        call = self._ask(self._lease_fact)
+        granted = unwrap(self._wait(call, call.settled))
         try:
-            yield answers.leased_server(cast("LeaseGranted", granted))
+            yield answers.leased_server(granted)
         finally:
-            self._end_lease(call)
+            self._release(call)
 
 
 class Swallows(AsyncOrchestrator):
     """Takes a cancelled wait for a failed one."""
 
-    async def load(self, request: Wanted = None, **fields: Unpack[LoadFields]) -> LoadOutcome:
+    async def load(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> LoadOutcome:
         try:
             return await super().load(request, **fields)
         except asyncio.CancelledError:
@@ -126,10 +123,9 @@ class Swallows(AsyncOrchestrator):
         (LoopStage, Swallows, "load B; withdraw"),
     ],
 )
-def test_a_facade_that_loses_something_is_found(
+def test_explorer_finds_a_facade_that_loses_an_answer(
     stage: type[FacadeStage], facade: type[Any], scene: str
 ) -> None:
-    """What the exploration is for: a grant or an answer that crosses the caller's leaving."""
     faulty = type("Faulty", (stage,), {"facade": facade})
     report = explore(Scene(scene, warm="A", mishaps=0, stage=faulty))
     print(f"\n{report}")

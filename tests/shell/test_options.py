@@ -1,0 +1,71 @@
+"""The options of a facade and the arguments of its calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orchestrator import InvalidRequest, LoadRequest, MalformedRequest, Orchestrator, RestartPolicy
+from tests.kit.sentences import assert_sentence
+from tests.kit.shell.harness import Harness
+
+OPTIONS = (
+    ({"abandoned_load": "keep"}, "abandoned_load"),
+    ({"drain_policy": "never"}, "drain_policy"),
+    ({"kill_grace_s": -1}, "kill_grace_s"),
+    ({"drain_timeout_s": float("nan")}, "drain_timeout_s"),
+    ({"idle_ttl_s": 0}, "idle_ttl_s"),
+    ({"restart": "always"}, "restart"),
+    ({"restart": RestartPolicy(backoff_s=-1)}, "restart.backoff_s"),
+    ({"restart": RestartPolicy(limit=0)}, "restart.limit"),
+    ({"restart": RestartPolicy(limit=True)}, "restart.limit"),
+    ({"protect_server": "a,b"}, "protect_server"),
+    ({"protect_server": 1}, "protect_server"),
+    ({"models_dir": "/does/not/exist"}, "models_dir"),
+)
+
+
+@pytest.mark.parametrize(("options", "field"), OPTIONS, ids=str)
+def test_an_unusable_option_is_refused(options: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        Orchestrator(**options)
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"drain_policy": "never"}, "option.choice"),
+        ({"restart": "always"}, "option.restart"),
+        ({"restart": RestartPolicy(limit=0)}, "option.restart.limit"),
+        ({"protect_server": "a,b"}, "option.protect_server"),
+    ],
+    ids=str,
+)
+def test_a_refused_option_says_what_to_use(options: dict[str, Any], key: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        Orchestrator(**options)
+    assert_sentence(key, refused.value.message)
+
+
+def test_cancel_needs_exactly_one_argument(harness: Harness) -> None:
+    orch = harness.sync()
+    for arguments in ((), ("x", 1)):
+        with pytest.raises(InvalidRequest) as refused:
+            orch.cancel(*arguments)
+        assert refused.value.field == "load_request_id"
+        assert_sentence("cancel.arguments", refused.value.message)
+    assert harness.claims == 0
+
+
+def test_a_request_and_fields_make_one_request(harness: Harness) -> None:
+    with harness.sync() as orch:
+        wanted = LoadRequest(model_path="A", n_parallel=2)
+        assert orch.load(wanted, max_seq_length=512).n_parallel == 2
+        assert orch.load("A", n_parallel=2, max_seq_length=512).status == "already_loaded"
+        assert orch.load(model_path="A", n_parallel=2, max_seq_length=512).generation == 1
+        with pytest.raises(MalformedRequest) as refused:
+            orch.load("A", model_path="B")
+        assert refused.value.field == "model_path"
+        assert_sentence("model_path.twice", refused.value.message)
