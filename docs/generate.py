@@ -1,8 +1,7 @@
-"""The pages of the site that are read from the code, made while MkDocs builds it.
+"""Generate the pages of the site that come from the code: an MkDocs hook, named in mkdocs.yml.
 
-A hook of MkDocs (mkdocs.yml names it). The other pages are Markdown that also reads well in the
-repository; their links out of docs/ are turned here into what the site has. Nothing is written
-into the sources, and no page may ask another host for anything.
+The other pages are Markdown that also reads well in the repository; their links out of docs/ are
+rewritten here. Nothing is written into the sources, and no page loads anything from another host.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import orchestrator
 from orchestrator.cli import app as cli
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import CLASSES, OrchestratorError
 from orchestrator.http import create_app
 from orchestrator.http.metrics import Metrics
 from orchestrator.http.problems import CATEGORIES
@@ -47,26 +46,25 @@ _FOREIGN: Final = re.compile(
     r"<(?:script|img|iframe)[^>]*\ssrc=\"?(?:https?:)?//|"
     r"<link[^>]*rel=\"?(?:stylesheet|preconnect)\"?[^>]*href=\"?(?:https?:)?//"
 )
-_EVENT_NAME: Final = re.compile(r"[a-z_]+\.[a-z_]+")
 
 
 # ------------------------------------------------------------------------------------- the hooks
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add what is generated."""
+    """Add the generated pages."""
     for name, content in _generated():
         files.append(File.generated(config, name, content=content))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    """Turn links out of docs/: diagrams are on the site too, source files are only named."""
+    """Rewrite links out of docs/: diagrams are on the site too, source files become plain text."""
     depth = page.file.src_uri.count("/")
 
     def on_site(found: re.Match[str]) -> str:
         bang, text, up, target, anchor = found.groups()
-        if page.file.src_uri in _FROM_THE_ROOT.values():  # one folder higher than it was
+        if page.file.src_uri in _FROM_THE_ROOT.values():  # its source is one folder higher
             target = target.removeprefix("docs/")
         elif len(up) // 3 <= depth:
             return found[0]
@@ -81,7 +79,7 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
 def on_post_page(output: str, page: Page, **_: object) -> str:
     """Refuse a page that would load something from another host."""
     if found := _FOREIGN.search(output):
-        raise PluginError(f"{page.file.src_uri} asks another host: {found[0]}")
+        raise PluginError(f"{page.file.src_uri} loads from another host: {found[0]}")
     return output
 
 
@@ -102,8 +100,8 @@ def _generated() -> Iterator[tuple[str, str]]:
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     def line(cells: Iterable[object]) -> str:
-        told = (" ".join(str(cell).split()).replace("|", "\\|") for cell in cells)
-        return "| " + " | ".join(told) + " |"
+        texts = (" ".join(str(cell).split()).replace("|", "\\|") for cell in cells)
+        return "| " + " | ".join(texts) + " |"
 
     head = list(head)
     return "\n".join([line(head), line("---" for _ in head), *map(line, rows)]) + "\n"
@@ -117,7 +115,7 @@ def _code(value: object) -> str:
 
 
 def _api() -> str:
-    """Every public name but the errors, which have a page of their own."""
+    """Return every public name but the errors, which have a page of their own."""
     first = ["AsyncOrchestrator", "Orchestrator", "LoadRequest"]
     others = [
         name
@@ -127,8 +125,8 @@ def _api() -> str:
     parts = [
         "# Python",
         (
-            "What `from orchestrator import ...` has; `orchestrator.http` is at the end. Errors "
-            "are on [their own page](errors.md)."
+            "The names in `from orchestrator import ...`, and those of `orchestrator.http` at the "
+            "end. Errors are on [their own page](errors.md)."
         ),
         "## Options of both facades",
         (
@@ -138,7 +136,7 @@ def _api() -> str:
         *(f"::: orchestrator.{name}" for name in first),
         "### The fields of a load",
         _table(
-            ["field", "default", "what"],
+            ["field", "default", "meaning"],
             (
                 (_code(name), "" if name == "model_path" else f"`{row.default!r}`", row.help)
                 for name, row in SETTINGS.items()
@@ -170,12 +168,11 @@ def _http() -> str:
     parts = [
         "# HTTP",
         (
-            "The routes of the running program, as its OpenAPI document has them "
-            "([openapi.json](openapi.json), also at `/openapi.json` and `/docs` of the program). "
-            "How they are meant is in [HTTP](../http.md)."
+            "The routes of the OpenAPI document ([openapi.json](openapi.json), also served at "
+            "`/openapi.json` and `/docs`). [HTTP](../http.md) explains them."
         ),
         _table(
-            ["route", "what"],
+            ["route", "summary"],
             (
                 (f"[`{method.upper()} {path}`](#{_anchor(method, path)})", operation["summary"])
                 for path, method, operation in _operations()
@@ -288,19 +285,17 @@ def _metrics() -> str:
         (_code(name), family.type, labels[name], family.documentation)
         for family in text_string_to_metric_families(text)
         for name in (family.name.removeprefix("llama_orchestrator_"),)
-        if name in labels  # not what the client adds of its own, `_created`
+        if name in labels  # leaves out `_created`, which the client library adds
     )
     return (
-        "# Metrics\n\n`GET /metrics`, for Prometheus. All names begin with `llama_orchestrator_`; "
-        "a counter is told with `_total` after its name, a histogram as `_bucket`, `_sum` and "
-        "`_count`.\n\n" + _table(["name", "type", "labels", "what"], rows)
+        "# Metrics\n\n`GET /metrics`, for Prometheus. All names begin with `llama_orchestrator_`. "
+        "A counter ends in `_total`; a histogram has `_bucket`, `_sum` and `_count`.\n\n"
+        + _table(["name", "type", "labels", "meaning"], rows)
     )
 
 
 def _labels_in_http_page() -> dict[str, str]:
-    """A metric without samples does not say which labels it has; docs/http.md does, and a test
-    compares both.
-    """
+    """Return the labels by metric, also of metrics without samples; a test checks this page."""
     found = {}
     table = (_ROOT / "docs" / "http.md").read_text().partition("## Metrics")[2]
     for names, labels in re.findall(r"^\|([^|]*`[^|]*)\|([^|]*)\|", table, re.MULTILINE):
@@ -314,39 +309,40 @@ def _events() -> str:
     return "\n\n".join(
         [
             "# Events",
-            "## Of the stream",
+            "## The event stream",
             (
                 "`events()` and `GET /api/inference/events`. Over HTTP there are also events named "
-                "`progress`, whose data are those of `progress()`; they have the number of the "
-                "event before them, because there is no need to resume at one. Which transitions "
-                "there are is in [the table](../diagrams/lifecycle.md)."
+                "`progress` with the data of `progress()`; they repeat the id of the event before "
+                "them, because a client need not resume at one. "
+                "[The table](../diagrams/lifecycle.md) lists all transitions."
             ),
             (
                 "::: orchestrator.runtime.events.Event\n    options:\n      members: false\n"
                 "      show_root_heading: false\n      show_root_toc_entry: false"
             ),
-            "## Of the log",
-            "Events of `structlog`, as the code has them.",
+            "## The log",
+            "Every event that the code logs through `structlog`.",
             _table(["event", "level", "keys"], rows),
         ]
     )
 
 
 def _logged() -> set[tuple[str, str, tuple[str, ...]]]:
-    """Every event that some line of the package logs: name, level, keys."""
+    """Return name, level and keys of every event that the package logs."""
     found = set()
     for path in (_ROOT / "orchestrator").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
                 continue
-            called = ast.unparse(node.func)
-            words = [a.value for a in node.args if isinstance(a, ast.Constant)]
-            names = [w for w in words if isinstance(w, str) and _EVENT_NAME.fullmatch(w)]
-            if not names or not (called.startswith("_log.") or called.endswith("say")):
-                continue
-            level = called.removeprefix("_log.") if called.startswith("_log.") else str(words[0])
-            keys = tuple(keyword.arg for keyword in node.keywords if keyword.arg)
-            found.add((names[0], level, keys))
+            words = [str(a.value) for a in node.args if isinstance(a, ast.Constant)]
+            match ast.unparse(node.func).split("."):  # `_log(level, event)` or `_log.level(event)`
+                case ["_log"]:
+                    level, name = words
+                case ["_log", level]:
+                    (name,) = words
+                case _:
+                    continue
+            found.add((name, level, tuple(keyword.arg for keyword in node.keywords if keyword.arg)))
     return found
 
 
@@ -355,7 +351,7 @@ def _logged() -> set[tuple[str, str, tuple[str, ...]]]:
 
 def _errors() -> str:
     tree = inspect.getdoc(inspect.getmodule(OrchestratorError)) or ""
-    own = [(_code(c.category), c.status, c.title, _code(c.__name__)) for c in _tree()]
+    own = [(_code(c.category), c.status, c.title, _code(c.__name__)) for c in CLASSES.values()]
     of_http = [
         (_code(category), status, HTTPStatus(status).phrase, "")
         for status, categories in CATEGORIES.items()
@@ -370,11 +366,11 @@ def _errors() -> str:
             "```text\n" + tree.split("\n\n")[1] + "\n```",
             "## By category",
             _table(["category", "status", "title", "class"], [*own, *of_http]),
-            "Those without a class are HTTP's own.",
+            "Categories without a class occur over HTTP only.",
             "## Why a server did not start",
             (
-                "`reason` of `server_start_failed`, the field to change, and what the message "
-                "advises (one of several wordings each; words in braces are filled in)."
+                "`reason` of `server_start_failed`, the field to change, and the advice in the "
+                "message (one of several wordings; words in braces are filled in)."
             ),
             _table(["reason", "field", "advice"], reasons),
             "## As data",
@@ -383,9 +379,3 @@ def _errors() -> str:
             "::: orchestrator.errors.OrchestratorError",
         ]
     )
-
-
-def _tree(cls: type[OrchestratorError] = OrchestratorError) -> Iterator[type[OrchestratorError]]:
-    yield cls
-    for sub in cls.__subclasses__():
-        yield from _tree(sub)

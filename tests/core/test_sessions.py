@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pytest
 from hypothesis import given, settings
@@ -11,84 +11,54 @@ from hypothesis import strategies as st
 
 from orchestrator.base.tokens import Ticket
 from orchestrator.errors import Problem
-from orchestrator.machine.commands import Accept, Answer, Loaded, Settle, Spawn
-from orchestrator.machine.context import Context
-from orchestrator.machine.facts import (
-    BecameReady,
-    Child,
-    Completion,
-    Emptied,
-    Fact,
-    Fetched,
-    LoadRequested,
-    NotReady,
-    ServerFacts,
-    SlotEvidence,
-    Spawned,
-)
+from orchestrator.machine.commands import Accept, Loaded, Spawn
+from orchestrator.machine.facts import BecameReady, Fact, LoadRequested, ServerFacts
 from orchestrator.machine.plan import Plan, plan_load
-from orchestrator.machine.states import State
-from orchestrator.machine.step import step
 from orchestrator.settings.argv import build_argv
 from orchestrator.settings.drafting import explicit_mode
 from orchestrator.settings.fields import strip_shadowed
 from orchestrator.settings.target import Source, Target, differences, shadowing_fields
+from tests.kit.machine.run import Run
 from tests.kit.settings import flat, local, repeatable, target, written
 
 fewer = settings(repeatable, max_examples=60)
 
 
-class Session:
-    """The machine, driven one effect at a time, with the commands that matter here."""
+class Session(Run):
+    """A machine that records what it accepted and spawned; its servers report 2048 tokens."""
 
     def __init__(self) -> None:
-        self.state, self.ctx = State.IDLE, Context()
-        self.tickets = 0
-        self.answers: dict[int, Answer] = {}
+        super().__init__()
         self.accepted: list[Accept] = []
-        self.spawned: list[Target] = []
+        self.spawned_targets: list[Target] = []
 
-    def do(self, fact: Fact) -> None:
-        self.state, self.ctx, commands = step(self.state, self.ctx, fact)
-        for command in commands:
-            match command:
-                case Settle():
-                    self.answers[command.ticket] = command.answer
-                case Accept():
-                    self.accepted.append(command)
-                case Spawn():
-                    self.spawned.append(command.target)
+    def do(self, fact: Fact) -> Self:
+        super().do(fact)
+        self.accepted += self.commands_of(Accept)
+        self.spawned_targets += [command.target for command in self.commands_of(Spawn)]
+        return self
 
-    def load(self, wanted: Target) -> Ticket:
-        self.tickets += 1
-        self.do(LoadRequested(Ticket(self.tickets), wanted, at=0.0))
-        return Ticket(self.tickets)
+    def request(self, wanted: Target) -> Ticket:
+        ticket = self.ticket()
+        self.do(LoadRequested(ticket, wanted, self.now))
+        return ticket
 
-    def next(self, *, succeeds: bool = True) -> bool:
+    def ready(self, *, alive: bool = True) -> Self:
+        server = ServerFacts("http://127.0.0.1:1", context_length=2048)
+        return self.do(BecameReady(self.effect, self.now, server, alive))
+
+    def advance(self, *, succeeds: bool = True) -> bool:
         """End the effect in flight and return True, or return False if there is none."""
         if self.ctx.effect is None:
             return False
-        generation = self.ctx.effect.generation
-        job = self.ctx.job
-        fact: Completion
-        match self.ctx.effect.kind:
-            case "kill":
-                fact = Emptied(generation, 0.0)
-            case "download":
-                assert job is not None
-                fact = Fetched(generation, 0.0, job.target.model, SlotEvidence(is_empty=True))
-            case "spawn":
-                fact = Spawned(generation, 0.0, Child(generation, 40 + generation))
-            case _ if succeeds:
-                server = ServerFacts("http://127.0.0.1:1", context_length=2048)
-                fact = BecameReady(generation, 0.0, server)
-            case _:
-                fact = NotReady(generation, 0.0, Problem("server_start_failed", "it failed"))
-        self.do(fact)
+        if self.ctx.effect.kind == "probe" and not succeeds:
+            self.fail()
+        else:
+            self._succeed()
         return True
 
     def finish(self, *, succeeds: bool = True) -> None:
-        while self.next(succeeds=succeeds):
+        while self.advance(succeeds=succeeds):
             pass
 
 
@@ -161,8 +131,8 @@ def test_a_plan_is_what_the_load_then_does_and_args_stay_with_their_source(
         is_same = running is not None and not differences(running, explicit)
         plan = plan_load(session.state, session.ctx, wanted)
         assert (plan.action == "none") == (is_same and not wanted.request.force_reload)
-        before = len(session.spawned)
-        ticket = session.load(wanted)
+        before = len(session.spawned_targets)
+        ticket = session.request(wanted)
         session.finish(succeeds=load.succeeds)
         answer = session.answers[ticket]
 
@@ -170,13 +140,13 @@ def test_a_plan_is_what_the_load_then_does_and_args_stay_with_their_source(
             assert running is not None
             assert isinstance(answer, Loaded)
             assert answer.already
-            assert len(session.spawned) == before
+            assert len(session.spawned_targets) == before
             assert shown_argv(running) == plan.argv
             assert running.extra_args == expected
             continue
         assert plan.action == ("load" if running is None else "reload")
-        assert len(session.spawned) == before + 1
-        started = session.spawned[-1]
+        assert len(session.spawned_targets) == before + 1
+        started = session.spawned_targets[-1]
         assert started.extra_args == expected
         assert shown_argv(started) == plan.argv
         if running is not None:
@@ -200,26 +170,25 @@ def test_a_plan_during_a_load_is_what_a_second_load_then_does(
 ) -> None:
     """`none` means joined; anything else is a load of its own."""
     session = Session()
-    session.load(first.target())
+    session.request(first.target())
     session.finish()
-    session.load(loading.target())
+    session.request(loading.target())
     for _ in range(effects - 1):
-        session.next()
+        session.advance()
     is_in_flight = session.ctx.job is not None
     plan = plan_load(session.state, session.ctx, second.target())
-    accepted, spawned = len(session.accepted), len(session.spawned)
-    ticket = session.load(second.target())
+    accepted, spawned = len(session.accepted), len(session.spawned_targets)
+    ticket = session.request(second.target())
     newest = session.accepted[accepted]
     if is_in_flight:
         assert newest.joined == (plan.action == "none")
     session.finish()
     assert isinstance(session.answers[ticket], Loaded)
     if plan.action == "none":
-        assert session.ctx.running is not None
-        assert shown_argv(session.ctx.running.target) == plan.argv
+        assert shown_argv(session.running.target) == plan.argv
     else:
-        assert len(session.spawned) > spawned
-        assert shown_argv(session.spawned[-1]) == plan.argv
+        assert len(session.spawned_targets) > spawned
+        assert shown_argv(session.spawned_targets[-1]) == plan.argv
         assert newest.generation == session.ctx.generation
 
 
@@ -254,10 +223,9 @@ def test_the_requested_context_is_compared_never_the_effective_one(
 ) -> None:
     """B29: the server reports 2048 in every case, but requesting 2048 differs from Auto."""
     session = Session()
-    session.load(target(max_seq_length=running))
+    session.request(target(max_seq_length=running))
     session.finish()
-    assert session.ctx.running is not None
-    assert session.ctx.running.server.context_length == 2048
+    assert session.running.server.context_length == 2048
     plan = plan_load(session.state, session.ctx, target(max_seq_length=requested))
     assert plan.action == ("none" if requested == running else "reload")
     shown = [(reason.running, reason.requested) for reason in plan.reload_reasons]
@@ -266,13 +234,13 @@ def test_the_requested_context_is_compared_never_the_effective_one(
 
 def test_a_queued_load_is_compared_with_the_load_before_it() -> None:
     session = Session()
-    session.load(target(max_seq_length=512))
-    session.load(target(max_seq_length=1024, on_busy="queue"))
+    session.request(target(max_seq_length=512))
+    session.request(target(max_seq_length=1024, on_busy="queue"))
     wanted = target(max_seq_length=2048, on_busy="queue")
     plan = plan_load(session.state, session.ctx, wanted)
     shown = [reason.as_dict() for reason in plan.reload_reasons]
     assert (plan.action, plan.argv) == ("reload", shown_argv(wanted))
     assert shown == [{"field": "max_seq_length", "running": 1024, "requested": 2048}]
-    session.load(wanted)
+    session.request(wanted)
     joined = plan_load(session.state, session.ctx, wanted)
     assert joined == Plan("none", [], plan.argv)
