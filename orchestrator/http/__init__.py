@@ -1,7 +1,7 @@
-"""The HTTP surface, for FastAPI (extra `http`): `create_app` and `router`.
+"""The HTTP API, for FastAPI (extra `http`): `create_app` and `router`.
 
-Everything here translates between HTTP and `AsyncOrchestrator`; nothing is decided here. The names
-are imported on first use, so that the package can be named without FastAPI installed.
+Everything here translates between HTTP and `AsyncOrchestrator`; nothing is decided here. Names are
+imported on first use, so that this package can be imported without FastAPI.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ __all__ = ["PassThrough", "create_app", "router"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from orchestrator.http import app, passthrough
+    from orchestrator.http import app
 
-    return getattr(passthrough if name == "PassThrough" else app, name)
+    return getattr(app, name)
 
 
 def __dir__() -> list[str]:

@@ -1,15 +1,14 @@
 """Routes under `/api/inference`, and an app of our own around them.
 
-Each route reads its body, asks the orchestrator and sends the answer's `as_dict`. Nothing here
-blocks the event loop: what looks at files runs in a thread, what waits is awaited. A client that
-goes away during a load withdraws only itself.
+A route reads its body, calls the orchestrator and sends `as_dict` of the answer. Nothing blocks the
+event loop: what reads files runs in a thread. A client that disconnects withdraws only itself.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response
@@ -19,31 +18,20 @@ from starlette.responses import StreamingResponse
 
 import orchestrator
 from orchestrator.errors import NotLoaded
-from orchestrator.http import openapi, pages, schemas
-from orchestrator.http.bodies import checked, json_body, while_connected
-from orchestrator.http.guards.headers import AnswerHeaders
-from orchestrator.http.guards.keys import PROBED_PATHS, RequireKey, shareable
-from orchestrator.http.guards.limits import MAX_BODY_BYTES, LimitBody
-from orchestrator.http.guards.origins import RefuseForeign, checked_hosts
-from orchestrator.http.metrics import MEDIA_TYPE as MEDIA_TYPE_METRICS
-from orchestrator.http.metrics import Metrics
-from orchestrator.http.openapi import answers, problems, sends, takes
-from orchestrator.http.passthrough import HELD_S, MAX_HELD, Below, PassThrough
-from orchestrator.http.problems import Answers, Json
+from orchestrator.http import metrics, openapi, pages, schemas
+from orchestrator.http.bodies import json_body, validated, while_connected
+from orchestrator.http.guards import guard, keys, limits, origins
+from orchestrator.http.openapi import documented
+from orchestrator.http.passthrough import HELD_S, MAX_HELD, PassThrough, below
+from orchestrator.http.problems import Responder
+from orchestrator.machine import diagram
 from orchestrator.machine.commands import CancelAnswer
 from orchestrator.machine.plan import Plan
 from orchestrator.machine.states import State
-from orchestrator.runtime.answers import (
-    LoadOutcome,
-    LoadProgress,
-    Options,
-    Status,
-    UnloadOutcome,
-    Variants,
-)
+from orchestrator.runtime import answers
 from orchestrator.runtime.orchestrator import AsyncOrchestrator
 from orchestrator.server.output import MAX_LINES
-from orchestrator.settings import checks
+from orchestrator.settings.fields import SETTINGS
 from orchestrator.settings.request import LoadRequest
 
 PREFIX: Final = "/api/inference"
@@ -56,7 +44,7 @@ def create_app(
     *,
     api_keys: Iterable[str] = (),
     allowed_hosts: Iterable[str] = (),
-    max_body_bytes: int = MAX_BODY_BYTES,
+    max_body_bytes: int = limits.MAX_BODY_BYTES,
     held_s: float = HELD_S,
     max_held: int = MAX_HELD,
     **orchestrator_options: Any,
@@ -65,30 +53,29 @@ def create_app(
 
     Args:
         orch: The orchestrator to serve; None makes one of `orchestrator_options`.
-        api_keys: When given, every request but the health routes needs one as a Bearer token.
-        allowed_hosts: Names by which the service may be called, beside `localhost` and its
-            addresses. Others are refused, as are requests of web pages of another origin.
-        max_body_bytes: The most that a request may send.
+        api_keys: If given, every request needs one as a Bearer token, except for the health routes
+            and the panel's files.
+        allowed_hosts: Host names of the service besides `localhost` and IP addresses. Requests for
+            other names, and requests of web pages of another origin, are refused.
+        max_body_bytes: The largest body that a request may have.
         held_s: Seconds that a request below `/v1` waits for a load in flight.
-        max_held: How many requests may wait so.
-        **orchestrator_options: As for `AsyncOrchestrator`; with keys, `protect_server` is on, so
-            that nobody gets round them by the server's own port, which takes the same keys.
+        max_held: How many requests may wait.
+        **orchestrator_options: As for `AsyncOrchestrator`. With keys, `protect_server` is on, so
+            that the server's own port is no way around them; it accepts the same keys.
 
     Raises:
         TypeError: both an orchestrator and options for one.
-        InvalidRequest: an option is not usable.
+        InvalidRequest: an option cannot be used.
 
-    An ASGI server waits for open requests before it ends a lifespan: give it a limit for that
-    (uvicorn: `timeout_graceful_shutdown`), because an event stream ends with the orchestrator only.
+    An ASGI server waits for open requests before it ends the lifespan, and an event stream ends
+    only with the orchestrator: limit that wait (uvicorn: `timeout_graceful_shutdown`).
     """
     if orch is not None and orchestrator_options:
         raise TypeError("give an orchestrator or the options for one, not both")
-    keys = tuple(api_keys)
-    options = {"protect_server": shareable(keys), **orchestrator_options}
-    served = AsyncOrchestrator(**options) if orch is None else orch
-    hosts = checked_hosts(allowed_hosts)
-    passed_on = PassThrough(served, held_s=held_s, max_held=max_held)
-    metrics = Metrics(served, lambda: passed_on.held)
+    api_keys = tuple(api_keys)
+    options = {"protect_server": keys.shareable(api_keys), **orchestrator_options}
+    orch = orch or AsyncOrchestrator(**options)
+    passed_on = PassThrough(orch, held_s=held_s, max_held=max_held)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -98,29 +85,30 @@ def create_app(
     app = FastAPIOffline(
         redoc_url=None,
         title="llama-orchestrator",
+        description=openapi.DESCRIPTION,
         version=orchestrator.__version__,
         lifespan=lifespan,
     )
-    told = Answers(served.known_paths)
-    told.install(app)
-    app.include_router(router(served))
-    app.include_router(_health(served, metrics, told))
+    responder = Responder(orch.known_paths)
+    responder.install(app)
+    app.include_router(router(orch))
+    app.include_router(_health(orch, responder, lambda: passed_on.held))
     app.router.routes.extend(pages.routes())
-    openapi.describe(app, wants_key=bool(keys))
-    app.add_middleware(Below, prefix="/v1/", app_below=passed_on)
-    app.add_middleware(LimitBody, max_bytes=max_body_bytes)
-    if keys:
-        app.add_middleware(RequireKey, keys=keys)
-    app.add_middleware(RefuseForeign, allowed_hosts=hosts)
-    app.add_middleware(AnswerHeaders, fleeting=(PREFIX, "/metrics", *PROBED_PATHS))
+    openapi.complete(app, needs_key=bool(api_keys))
+    app.add_middleware(below, prefix="/v1/", other=passed_on)
+    app.add_middleware(limits.limit_body, max_bytes=max_body_bytes)
+    checks = [origins.refuse_foreign(origins.checked_hosts(allowed_hosts))]
+    if api_keys:
+        checks.append(keys.require_key(api_keys))
+    not_stored = (PREFIX, "/metrics", *keys.PROBED_PATHS)
+    app.add_middleware(guard, checks=checks, not_stored=not_stored)
     return app
 
 
 def router(orch: AsyncOrchestrator) -> APIRouter:
-    """Return the routes of an orchestrator, to be included in an app that exists already.
+    """Return the routes of an orchestrator, to be included in an existing app.
 
-    They bring a lifespan that starts the orchestrator and closes it, which FastAPI joins to the
-    app's own.
+    They bring a lifespan that starts the orchestrator and closes it; FastAPI joins it to the app's.
     """
 
     @contextlib.asynccontextmanager
@@ -128,163 +116,124 @@ def router(orch: AsyncOrchestrator) -> APIRouter:
         async with orch:
             yield
 
-    told = Answers(orch.known_paths)
+    responder = Responder(orch.known_paths)
     routes = APIRouter(
-        prefix=PREFIX,
-        route_class=told.route(),
-        tags=["inference"],
-        lifespan=lifespan,
+        prefix=PREFIX, route_class=responder.route_class(), tags=["inference"], lifespan=lifespan
     )
-    _add_loads(routes, orch, told)
-    _add_requests(routes, orch, told)
-    _add_views(routes, orch, told)
-    _add_streams(routes, orch)
+    _add_loads(routes, orch, responder)
+    _add_requests(routes, orch, responder)
+    _add_queries(routes, orch, responder)
+    _add_events(routes, orch)
     return routes
 
 
-def _add_loads(routes: APIRouter, orch: AsyncOrchestrator, told: Answers) -> None:
-    """A load, and what became of it."""
+def _add_loads(routes: APIRouter, orch: AsyncOrchestrator, responder: Responder) -> None:
+    document = documented(answers.LoadOutcome, *openapi.LOAD, body=schemas.LoadBody)
+    document["responses"][202] = {"model": schemas.Accepted, "description": "With `wait=false`"}
 
-    @routes.post(
-        "/load",
-        openapi_extra=takes(schemas.LoadBody),
-        responses={
-            **answers(LoadOutcome, *openapi.LOAD),
-            202: {"model": schemas.Accepted, "description": "Accepted (`wait=false`)"},
-        },
-    )
+    @routes.post("/load", **document)
     async def load(request: Request, *, wait: bool = True) -> Response:
         wanted = LoadRequest.from_dict(await json_body(request))
         if wait:
-            return told.json((await while_connected(request, orch.load(wanted))).as_dict())
+            return responder.json((await while_connected(request, orch.load(wanted))).as_dict())
         generation = await orch.submit(wanted)
         where = request.url_for("load_state", generation=str(generation)).path
-        return told.json({"generation": generation}, 202, {"Location": where})
+        members = {"generation": generation}
+        return responder.json(members, status_code=202, headers={"Location": where})
 
-    @routes.get(
-        "/loads/{generation}",
-        responses=answers(schemas.LoadState, 404, *openapi.READ),
-    )
+    @routes.get("/loads/{generation}", **documented(schemas.LoadState, 404, *openapi.QUERY))
     async def load_state(
         generation: int,
         wait_s: Annotated[float, Query(ge=0, le=_MAX_WAIT_S, allow_inf_nan=False)] = 0.0,
     ) -> Response:
-        """Say what became of a load. With `wait_s` the answer waits for that for so long, which
-        follows a long load through proxies that cut a silent request.
+        """Return the state of a load, and its outcome once it has one. The answer waits up to
+        `wait_s` seconds for it, to follow a long load through proxies that cut silent requests.
         """
         try:
-            found = orch.past_load(generation).as_dict()
-            if "outcome" not in found and wait_s:
+            found = orch.past_load(generation)
+            if found.outcome is None and wait_s:
                 await orch.settled(generation, wait_s)
-                found = orch.past_load(generation).as_dict()
+                found = orch.past_load(generation)
         except KeyError:
             raise HTTPException(404, f"no load has generation {generation}") from None
-        return told.json(
-            {name: found[name] for name in schemas.LoadState.model_fields if name in found}
-        )
+        members = found.as_dict().items()
+        return responder.json({n: v for n, v in members if n in schemas.LoadState.model_fields})
 
-    @routes.get("/loads", responses=answers(schemas.Loads, *openapi.READ))
+    @routes.get("/loads", **documented(schemas.Loads, *openapi.QUERY))
     async def loads(limit: Annotated[int, Query(ge=1, le=256)] = 20) -> Response:
-        return told.json({"loads": [load.as_dict() for load in orch.history(limit)]})
+        return responder.json({"loads": [load.as_dict() for load in orch.history(limit)]})
 
 
-def _add_requests(routes: APIRouter, orch: AsyncOrchestrator, told: Answers) -> None:
-    """What changes something beside a load, or would."""
-
+def _add_requests(routes: APIRouter, orch: AsyncOrchestrator, responder: Responder) -> None:
     @routes.post(
         "/unload",
-        openapi_extra=takes(schemas.UnloadBody, required=False),
-        responses=answers(UnloadOutcome, *openapi.ASK),
+        **documented(
+            answers.UnloadOutcome, *openapi.CHANGE, body=schemas.UnloadBody, required=False
+        ),
     )
     async def unload(request: Request) -> Response:
-        body = checked(schemas.UnloadBody, await json_body(request, required=False))
-        return told.json((await orch.unload(body.model_path)).as_dict())
+        body = validated(schemas.UnloadBody, await json_body(request, required=False))
+        return responder.json((await orch.unload(body.model_path)).as_dict())
 
-    @routes.post(
-        "/cancel",
-        openapi_extra=takes(schemas.CancelBody),
-        responses=answers(CancelAnswer, *openapi.ASK),
-    )
+    @routes.post("/cancel", **documented(CancelAnswer, *openapi.CHANGE, body=schemas.CancelBody))
     async def cancel(request: Request) -> Response:
-        body = checked(schemas.CancelBody, await json_body(request))
-        request_id = checks.request_id("load_request_id", body.load_request_id)
-        return told.json({"cancelled": await orch.cancel(request_id, body.generation)})
+        body = validated(schemas.CancelBody, await json_body(request))
+        request_id = SETTINGS["load_request_id"].normal("load_request_id", body.load_request_id)
+        return responder.json({"cancelled": await orch.cancel(request_id, body.generation)})
 
-    @routes.post(
-        "/plan",
-        openapi_extra=takes(schemas.LoadBody),
-        responses=answers(Plan, *openapi.PLAN),
-    )
+    @routes.post("/plan", **documented(Plan, *openapi.LOAD, body=schemas.LoadBody))
     async def plan(request: Request) -> Response:
         wanted = LoadRequest.from_dict(await json_body(request))
         plan = await asyncio.to_thread(orch.plan, wanted)
-        return told.json(plan.as_dict(), names=plan.names)
+        return responder.json(plan.as_dict(), plan.names)
 
     @routes.post(
-        "/variants",
-        openapi_extra=takes(schemas.VariantsBody),
-        responses=answers(Variants, *openapi.VARIANTS),
+        "/variants", **documented(answers.Variants, *openapi.VARIANTS, body=schemas.VariantsBody)
     )
     async def variants(request: Request) -> Response:
-        body = checked(schemas.VariantsBody, await json_body(request))
+        body = validated(schemas.VariantsBody, await json_body(request))
         wanted = LoadRequest.from_dict(body.model_dump(exclude_unset=True))
-        return told.json((await while_connected(request, orch.variants(wanted))).as_dict())
+        return responder.json((await while_connected(request, orch.variants(wanted))).as_dict())
 
 
-def _add_views(routes: APIRouter, orch: AsyncOrchestrator, told: Answers) -> None:
-    """What only reads: answered in microseconds, also while a load runs."""
+def _add_queries(routes: APIRouter, orch: AsyncOrchestrator, responder: Responder) -> None:
+    """Routes that only read; a load in flight does not delay them."""
 
-    @routes.get("/status", responses=answers(Status, *openapi.LOOK))
+    @routes.get("/status", **documented(answers.Status))
     async def status() -> Response:
-        return told.json(orch.status().as_dict())
+        return responder.json(orch.status().as_dict())
 
-    @routes.get(
-        "/load-progress",
-        responses=answers(LoadProgress, *openapi.LOOK),
-    )
+    @routes.get("/load-progress", **documented(answers.LoadProgress))
     async def load_progress() -> Response:
-        return told.json(orch.progress().as_dict())
+        return responder.json(orch.progress().as_dict())
 
-    @routes.get("/logs", responses=answers(schemas.Logs, *openapi.READ))
+    @routes.get("/logs", **documented(schemas.Logs, *openapi.QUERY))
     async def logs(
         lines: Annotated[int, Query(ge=1, le=MAX_LINES)] = 200, *, follow: bool = False
     ) -> Response:
         if follow:
-            coming = (told.paths.now().text(line) + "\n" async for line in orch.follow_logs(lines))
-            return StreamingResponse(coming, media_type="text/plain; charset=utf-8")
-        return told.json({"lines": list(orch.logs(lines))})
+            renamed = (
+                responder.renamer().text(line) + "\n" async for line in orch.follow_logs(lines)
+            )
+            return StreamingResponse(renamed, media_type="text/plain; charset=utf-8")
+        return responder.json({"lines": list(orch.logs(lines))})
 
-    @routes.get(
-        "/options",
-        responses=answers(Options, 424, *openapi.READ),
-    )
+    @routes.get("/options", **documented(answers.Options, 424, *openapi.QUERY))
     async def options() -> Response:
-        return told.json((await asyncio.to_thread(orch.options)).as_dict())
+        return responder.json((await asyncio.to_thread(orch.options)).as_dict())
 
-    @routes.get(
-        "/diagram.svg",
-        response_class=Response,
-        responses=sends("image/svg+xml"),
-    )
+    @routes.get("/diagram.svg", **documented("image/svg+xml"))
     async def diagram_svg() -> Response:
-        from orchestrator.machine import diagram
-
         return Response(diagram.svg(orch.status().state), media_type="image/svg+xml")
 
-    @routes.get(
-        "/diagram.mmd",
-        response_class=Response,
-        responses=sends("text/plain"),
-    )
+    @routes.get("/diagram.mmd", **documented("text/plain"))
     async def diagram_mmd() -> Response:
-        from orchestrator.machine import diagram
-
         return Response(diagram.mermaid(orch.status().state), media_type="text/plain")
 
 
-def _add_streams(routes: APIRouter, orch: AsyncOrchestrator) -> None:
+def _add_events(routes: APIRouter, orch: AsyncOrchestrator) -> None:
     async def position(last_event_id: Annotated[int | None, Header(ge=0)] = None) -> int:
-        """Decided before the answer begins, so that nothing after it can be missed."""
+        """Taken before the answer begins, so that it misses no event after that."""
         newest = orch.last_event_id
         if last_event_id is None:
             return newest
@@ -294,50 +243,47 @@ def _add_streams(routes: APIRouter, orch: AsyncOrchestrator) -> None:
         "/events",
         dependencies=[Depends(orch.start)],
         response_class=EventSourceResponse,
-        responses=problems(*openapi.READ, 409),
+        responses=openapi.problems(*openapi.QUERY, 409),
     )
     async def events(after: int = Depends(position)) -> AsyncIterator[ServerSentEvent]:
-        async with contextlib.aclosing(orch.events(after)) as happened:
-            told = None
-            coming = asyncio.ensure_future(anext(happened, None))
+        async with contextlib.aclosing(orch.events(after)) as stream:
+            sent = None
+            upcoming = asyncio.ensure_future(anext(stream, None))
             try:
                 while True:
-                    await asyncio.wait({coming}, timeout=_PROGRESS_EVERY_S)
-                    if coming.done():
-                        if (event := coming.result()) is None:
+                    await asyncio.wait({upcoming}, timeout=_PROGRESS_EVERY_S)
+                    if upcoming.done():
+                        if (event := upcoming.result()) is None:
                             return
                         after = event.id
                         yield ServerSentEvent(id=str(after), event=event.kind, data=event.data)
-                        coming = asyncio.ensure_future(anext(happened, None))
-                    elif (step := orch.progress()) != told and step.bytes_done is not None:
-                        # a step has the number of the event before it: to resume there is enough
-                        told = step
+                        upcoming = asyncio.ensure_future(anext(stream, None))
+                    elif (step := orch.progress()) != sent and step.bytes_done is not None:
+                        # it has the id of the event before it, from which a client can resume
+                        sent = step
                         yield ServerSentEvent(id=str(after), event="progress", data=step.as_dict())
             finally:
-                coming.cancel()
-                await asyncio.gather(coming, return_exceptions=True)
+                upcoming.cancel()
+                await asyncio.gather(upcoming, return_exceptions=True)
 
 
-def _health(orch: AsyncOrchestrator, metrics: Metrics, told: Answers) -> APIRouter:
-    routes = APIRouter(route_class=told.route(), tags=["health"])
+def _health(orch: AsyncOrchestrator, responder: Responder, held: Callable[[], int]) -> APIRouter:
+    routes = APIRouter(route_class=responder.route_class(), tags=["health"])
+    counted = metrics.Metrics(orch, held)
 
-    @routes.get("/healthz", responses=answers(schemas.Health))
-    async def healthz() -> Response:
-        return Json({"status": "alive"})
+    @routes.get("/healthz", responses=openapi.problems())
+    async def healthz() -> schemas.Health:
+        return schemas.Health(status="alive")
 
-    @routes.get("/readyz", responses=answers(schemas.Health, 503))
-    async def readyz() -> Response:
+    @routes.get("/readyz", responses=openapi.problems(503))
+    async def readyz() -> schemas.Health:
         state = orch.status().state
         if state is not State.HEALTHY:
             raise NotLoaded.because(f"no model is Healthy: the state is {state}")
-        return Json({"status": "ready"})
+        return schemas.Health(status="ready")
 
-    @routes.get(
-        "/metrics",
-        response_class=Response,
-        responses=sends("text/plain"),
-    )
+    @routes.get("/metrics", **documented("text/plain"))
     async def prometheus() -> Response:
-        return Response(metrics.render(), media_type=MEDIA_TYPE_METRICS)
+        return Response(counted.render(), media_type=metrics.MEDIA_TYPE)
 
     return routes

@@ -1,49 +1,40 @@
-"""What the OpenAPI document says beside the models: every failure by status, keys, `/v1`.
+"""The OpenAPI document: bodies, answers, failures by status, keys and `/v1`.
 
-The statuses a route may answer are listed with it; what each means is read from the exception
-tree, so that the document cannot promise another. A fuzz test holds the routes to it.
+Routes list the statuses they may answer; the categories come from the exception tree. A fuzz test
+compares the routes with the document.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from http import HTTPStatus
 from typing import Any, Final
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 from pydantic import BaseModel
 
-from orchestrator.errors import OrchestratorError
+from orchestrator.errors import CLASSES
 from orchestrator.http.problems import CATEGORIES, MEDIA_TYPE
 from orchestrator.http.schemas import EXAMPLES, Problem
 
-_DESCRIPTION: Final = """
+DESCRIPTION: Final = """\
 Owns one `llama-server` process: loads, swaps and unloads models, never two at once.
 
-Failures are problem documents (RFC 9457) whose `category` says what happened; `detail` says what to
-do. `/v1/*` is passed to the server that runs.
+Failures are problem documents (RFC 9457): `category` names the failure, `detail` describes it and
+what to do. `/v1/*` is passed to the running server.
 """
-_REQUEST: Final = (400, 413, 422)
-_ALWAYS: Final = (400, 401, 403)
-"""Of a request that is not answered at all: no Host, no key, a page of another origin."""
+_ALWAYS: Final = (400, 401, 403, 500)  # no Host, no key, a page of another origin, a bug
+_BODY: Final = (413, 422)
 
-LOAD: Final = (*_REQUEST, 404, 409, 424, 500, 502, 503, 504, 507)
-PLAN: Final = (*_REQUEST, 404, 409, 424, 500, 502, 503, 504, 507)
-VARIANTS: Final = (*_REQUEST, 404, 409, 500, 502, 503, 504, 507)
-ASK: Final = (*_REQUEST, 409, 500, 503)
-READ: Final = (422, 500, 503)
-LOOK: Final = (500,)
-
-
-def _tree(cls: type[OrchestratorError]) -> Iterator[type[OrchestratorError]]:
-    yield cls
-    for sub in cls.__subclasses__():
-        yield from _tree(sub)
+LOAD: Final = (*_BODY, 404, 409, 424, 502, 503, 504, 507)
+VARIANTS: Final = (*_BODY, 404, 409, 502, 503, 504, 507)
+CHANGE: Final = (*_BODY, 409, 503)
+QUERY: Final = (422, 503)
+_ANY: Final[dict[str, Any]] = {"content": {"*/*": {"schema": {}}}}
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the documentation of these failures, and of those that every request may meet."""
+    """Document these failures, and those of any request."""
     content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {
         status: {"description": _meaning(status), "content": content}
@@ -52,89 +43,76 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _meaning(status: int) -> str:
-    named = [cls.category for cls in _tree(OrchestratorError) if cls.status == status]
-    named += [name for known, names in CATEGORIES.items() for name in names if known == status]
-    return f"{HTTPStatus(status).phrase}: {', '.join(dict.fromkeys(named))}"
+    categories = [category for category, error in CLASSES.items() if error.status == status]
+    categories += CATEGORIES.get(status, ())
+    return f"{HTTPStatus(status).phrase}: {', '.join(dict.fromkeys(categories))}"
 
 
-def takes(model: type[BaseModel], *, required: bool = True) -> dict[str, Any]:
-    """Document the body of a route that reads it itself."""
-    content = {"application/json": {"schema": model.model_json_schema(), **_example(model)}}
-    return {"requestBody": {"required": required, "content": content}}
+def documented(
+    answer: type | str, *statuses: int, body: type[BaseModel] | None = None, required: bool = True
+) -> dict[str, Any]:
+    """Return the arguments of a route that document it.
 
-
-def answers(model: type, *statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the documentation of an answer, and of the failures there may be instead."""
-    content = {"application/json": _example(model)}
-    return {200: {"model": model, "content": content}, **problems(*statuses)}
+    Args:
+        answer: The model of a JSON answer, or the media type of a text.
+        statuses: The failures besides those of any request.
+        body: The model of the body, which the route reads itself.
+    """
+    route: dict[str, Any] = {"responses": problems(*statuses)}
+    if isinstance(answer, str):
+        route["response_class"] = Response
+        route["responses"][200] = {"content": {answer: {"schema": {"type": "string"}}}}
+    else:
+        content = {"application/json": _example(answer)}
+        route["responses"][200] = {"model": answer, "content": content}
+    if body is not None:
+        content = {"application/json": {"schema": body.model_json_schema(), **_example(body)}}
+        route["openapi_extra"] = {"requestBody": {"required": required, "content": content}}
+    return route
 
 
 def _example(model: type) -> dict[str, Any]:
     return {"example": EXAMPLES[model]} if model in EXAMPLES else {}
 
 
-def sends(media_type: str) -> dict[int | str, dict[str, Any]]:
-    """Return the documentation of an answer that is text."""
-    content = {media_type: {"schema": {"type": "string"}}}
-    return {200: {"description": "OK", "content": content}, **problems(*LOOK)}
-
-
-def describe(app: FastAPI, *, wants_key: bool) -> None:
-    """Have the document of an app say what no route of FastAPI's says."""
-    app.description = _DESCRIPTION.strip()
-    made = app.openapi
+def complete(app: FastAPI, *, needs_key: bool) -> None:
+    """Add to the document of an app what FastAPI does not know."""
+    generate = app.openapi
 
     @cache
     def openapi() -> dict[str, Any]:
-        document = made()
-        components = document.setdefault("components", {})
-        # what stands for a failure in an answer is its document, not the library's own record
-        schemas = components.setdefault("schemas", {})
-        schemas.update(_problem_schemas())
-        for schema in schemas.values():
-            schema.get("properties", {}).pop("names", None)  # of paths: they stay here
-        document["paths"]["/v1/{path}"] = {method: _passed_on(method) for method in ("get", "post")}
-        if wants_key:
-            schemes = components.setdefault("securitySchemes", {})
-            schemes["key"] = {"type": "http", "scheme": "bearer"}
+        document = generate()
+        components = document["components"]
+        # a failure in an answer is a document, not the library's own `Problem`
+        ours = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        ours["$defs"]["Problem"]["examples"] = [EXAMPLES[Problem]]
+        components["schemas"].update(ours["$defs"])
+        for schema in components["schemas"].values():
+            schema.get("properties", {}).pop("names", None)  # of local paths, which are hidden
+        document["paths"]["/v1/{path}"] = {
+            "get": _passed_on("get", "models"),
+            "post": {**_passed_on("post", "chat/completions"), "requestBody": _ANY},
+        }
+        if needs_key:
+            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             document["security"] = [{"key": []}]
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _problem_schemas() -> dict[str, Any]:
-    made = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
-    found: dict[str, Any] = made["$defs"]
-    found["Problem"]["examples"] = [EXAMPLES[Problem]]
-    return found
-
-
-def _passed_on(method: str) -> dict[str, Any]:
-    """`/v1` is no route of FastAPI's: it goes past the framework."""
-    any_body: dict[str, Any] = {"*/*": {"schema": {}}}
-    documented: dict[str, Any] = {
+def _passed_on(method: str, example: str) -> dict[str, Any]:
+    """Document `/v1`, which bypasses FastAPI."""
+    path = {"name": "path", "in": "path", "required": True, "schema": {"type": "string"}}
+    failures = {str(status): problem for status, problem in problems(404, 413, 503).items()}
+    return {
         "tags": ["pass-through"],
-        "summary": "Passed to the server that runs, with any method",
+        "summary": "Passed to the running server, with any method",
         "description": (
-            "OpenAI's API as llama-server has it, streaming both ways. Held while a load is in "
-            "flight; 503 with `Retry-After` when that takes too long."
+            "The OpenAI API of llama-server, streaming both ways. Held while a load is in flight; "
+            "503 with `Retry-After` if that takes too long."
         ),
         "operationId": f"pass_on_{method}",
-        "parameters": [
-            {
-                "name": "path",
-                "in": "path",
-                "required": True,
-                "schema": {"type": "string"},
-                "example": "chat/completions" if method == "post" else "models",
-            }
-        ],
-        "responses": {
-            "default": {"description": "What the server answered", "content": any_body},
-            **{str(status): told for status, told in problems(404, 413, 503).items()},
-        },
+        "parameters": [{**path, "example": example}],
+        "responses": {"default": {"description": "The server's answer", **_ANY}, **failures},
     }
-    if method == "post":
-        documented["requestBody"] = {"content": any_body}
-    return documented

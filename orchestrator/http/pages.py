@@ -1,8 +1,8 @@
-"""The panel at `/`: static files, sent with headers that leave a browser no room.
+"""The panel at `/`: static files with strict headers.
 
-Only scripts and styles of this origin run, nothing may frame the page, and nothing inside it
-reaches another host. The files hold no secret: they are sent without a key. Two are made here: the
-style of the drawing, which may not be inside it, and the settings that get a plain control.
+Only scripts and styles of this origin run, nothing may frame the page, and it reaches no other
+host. The files hold no secret and are sent without a key. Two are generated: the style of the
+diagram, which the policy forbids inside it, and the settings with a plain control.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import mimetypes
 from importlib import resources
-from typing import Any, Final
+from typing import Final
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,7 +18,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from orchestrator.machine import diagram
-from orchestrator.settings.fields import SETTINGS, SHOWN, type_of
+from orchestrator.settings.fields import ECHOED, SETTINGS, type_of
 
 _FOLDER: Final = resources.files("orchestrator.http") / "panel"
 _PAGE: Final = "index.html"
@@ -32,17 +32,17 @@ HEADERS: Final = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-cache",  # an update of this package must not meet old scripts
+    "Cache-Control": "no-cache",  # after an update, no script may be of the old version
 }
-
+"""Sent with every file, by `guard`."""
 
 mimetypes.add_type("text/javascript", ".js")  # some registries say text/plain
 
 
 def _fields() -> str:
-    """Return the settings that have a label, as a module of the panel's."""
+    """Return a module of the panel with the settings that have a label."""
     controls = {int: "number", float: "number", bool: "check"}
-    told = [
+    fields = [
         {
             "name": name,
             "label": row.label,
@@ -50,40 +50,33 @@ def _fields() -> str:
             "choices": row.choices or None,
             "blank": row.blank,
             "standard": row.default,
-            "isShown": name in SHOWN,
+            "isShown": name in ECHOED,
         }
         for name, row in SETTINGS.items()
         if row.label
     ]
-    return f"export const FIELDS = {json.dumps(told, indent=1)};\n"
+    return f"export const FIELDS = {json.dumps(fields, indent=1)};\n"
 
 
-_MADE: Final = {
+_GENERATED: Final = {
     "/panel/diagram.css": (diagram.STYLE, "text/css"),
     "/panel/fields.js": (_fields(), "text/javascript"),
 }
 PATHS: Final = frozenset(
-    {"/", *_MADE, *(f"/panel/{file.name}" for file in _FOLDER.iterdir() if file.name != _PAGE)}
+    {"/", *_GENERATED, *(f"/panel/{file.name}" for file in _FOLDER.iterdir() if file.name != _PAGE)}
 )
-"""What is sent without a key."""
-
-
-class _Files(StaticFiles):
-    def file_response(self, *args: Any, **kwargs: Any) -> Response:
-        response = super().file_response(*args, **kwargs)
-        response.headers.update(HEADERS)
-        return response
 
 
 def routes() -> list[BaseRoute]:
     """Return the routes of the panel; they answer GET and HEAD."""
-    files = _Files(directory=str(_FOLDER))
+    files = StaticFiles(directory=str(_FOLDER))
 
     async def page(request: Request) -> Response:
         return await files.get_response(_PAGE, request.scope)
 
-    async def made(request: Request) -> Response:
-        text, kind = _MADE[request.url.path]
-        return Response(text, headers=HEADERS, media_type=kind)
+    async def generated(request: Request) -> Response:
+        text, media_type = _GENERATED[request.url.path]
+        return Response(text, media_type=media_type)
 
-    return [Route("/", page), *(Route(path, made) for path in _MADE), Mount("/panel", files)]
+    ours = [Route(path, generated) for path in _GENERATED]
+    return [Route("/", page), *ours, Mount("/panel", files)]

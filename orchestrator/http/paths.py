@@ -1,103 +1,76 @@
 """Hide local paths in text that leaves over HTTP.
 
-A path is shown as it was sent, or by the folder it is kept in, as far as this orchestrator knows
-it. The Python API and the logs of this process keep the truth.
+A path is replaced by what the caller sent, or named by the folder that holds it, as far as the
+orchestrator knows it. The Python API and the logs of this process keep the real paths.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from orchestrator.base.paths import PathNames
 from orchestrator.models.hub import cache
 
-_BEGINS: Final = re.compile(r"(?<![\w.~-])/")
-_GOES_ON: Final = re.compile(r"[\w-]|\.\w")
+_START: Final = re.compile(r"(?<![\w.~-])/")
+_CONTINUES: Final = re.compile(r"[\w-]|\.\w")
 _TEXTS: Final = frozenset(
     ("detail", "log_tail", "story", "argv", "running", "requested", "note", "lines")
 )
-"""Members that are read by people. Settings are not: they may be posted back."""
+"""Members that people read. Settings are left alone, because they may be posted back."""
 
 
-class Renamed:
-    """Texts with every path that is known called by its name."""
+class PathRenamer:
+    """Replaces paths in texts by their names."""
 
     def __init__(self, names: Iterable[PathNames]) -> None:
-        self._named: dict[str, str] = {path: name for some in names for path, name in some}
-
-    @cached_property
-    def _known(self) -> tuple[str, ...]:
-        """Longest first, so that what is inside of a place goes before the place."""
-        return tuple(sorted((path for path in self._named if len(path) > 1), key=len, reverse=True))
+        named = {path: name for some in names for path, name in some if len(path) > 1}
+        # longest first: what is in a folder goes before the folder
+        self._names = sorted(named.items(), key=lambda item: len(item[0]), reverse=True)
+        self._paths = tuple(path for path, _ in self._names)
 
     def text(self, text: str) -> str:
-        """Rename in one pass, so that a name is not renamed again. There is no pattern of all
-        names: to compile one takes 10 ms and more.
+        """Replace every path in one pass, so that a name is not replaced again.
+
+        One pattern of all paths would be simpler, but takes 10 ms and more to compile.
         """
-        said, done = [], 0
-        for found in _BEGINS.finditer(text):
-            at = found.start()
-            if at < done or not text.startswith(self._known, at):
+        parts, done = [], 0
+        for found in _START.finditer(text):
+            start = found.start()
+            if start < done or not text.startswith(self._paths, start):
                 continue
-            for path in self._known:
-                end = at + len(path)
-                if text.startswith(path, at) and not _GOES_ON.match(text, end):
-                    said += [text[done:at], self._named[path]]
+            for path, name in self._names:
+                end = start + len(path)
+                if text.startswith(path, start) and not _CONTINUES.match(text, end):
+                    parts += [text[done:start], name]
                     done = end
                     break
-        return "".join([*said, text[done:]])
+        return "".join([*parts, text[done:]])
 
-    def members(self, answer: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what an answer says, its texts renamed."""
-
-        def say(value: Any, is_text: bool) -> Any:
-            match value:
-                case str() if is_text:
-                    return self.text(value)
-                case Mapping():
-                    return {
-                        name: say(member, is_text or name in _TEXTS)
-                        for name, member in value.items()
-                    }
-                case list() | tuple():
-                    return [say(member, is_text) for member in value]
-                case _:
-                    return value
-
-        return {name: say(member, name in _TEXTS) for name, member in answer.items()}
+    def members(self, answer: Any, is_text: bool = False) -> Any:
+        """Return an answer with the paths in its texts replaced."""
+        match answer:
+            case str() if is_text:
+                return self.text(answer)
+            case Mapping():
+                return {
+                    name: self.members(member, is_text or name in _TEXTS)
+                    for name, member in answer.items()
+                }
+            case list() | tuple():
+                return [self.members(member, is_text) for member in answer]
+            case _:
+                return answer
 
 
-class Paths:
-    """What one orchestrator's texts are shown as.
-
-    Args:
-        known: Returns the names it knows now; the same tuple as long as these are the same.
-    """
-
-    def __init__(self, known: Callable[[], tuple[PathNames, ...]]) -> None:
-        self._known = known
-        self._last: tuple[tuple[PathNames, ...], tuple[str, str], Renamed] | None = None
-
-    def now(self, *more: PathNames) -> Renamed:
-        """Return how texts are shown now.
-
-        Args:
-            more: Names that go with the answer itself.
-        """
-        known, places = self._known(), (os.path.expanduser("~"), str(cache.directory()))
-        if more and any(more):
-            return Renamed((*known, *more, *_places(*places)))
-        if self._last is None or self._last[0] is not known or self._last[1] != places:
-            self._last = known, places, Renamed((*known, *_places(*places)))
-        return self._last[2]
+def own_folders() -> tuple[tuple[str, str], ...]:
+    """Return this user's home and Hub cache, and their names."""
+    return (os.path.expanduser("~"), "~"), (str(cache.directory()), "<hub cache>")
 
 
-def _places(home: str, hub: str) -> tuple[PathNames, ...]:
-    return tuple(
-        ((place.rstrip("/"), name), (os.path.realpath(place), name))
-        for place, name in ((home, "~"), (hub, "<hub cache>"))
-    )
+def names_of(folders: Iterable[tuple[str, str]]) -> Iterator[PathNames]:
+    """Yield the names of folders, also where they are links."""
+    for folder, name in folders:
+        yield (folder.rstrip("/"), name), (os.path.realpath(folder), name)

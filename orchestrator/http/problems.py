@@ -1,8 +1,8 @@
-"""Answers, and every failure as `application/problem+json` (RFC 9457), whatever raised it.
+"""JSON responses, and every failure as `application/problem+json` (RFC 9457).
 
-`Answers.route` does it for the routes of our router wherever that is included; `install` does it
-for what happens around them in an app of our own: unknown paths, wrong methods, crashes. What the
-library raised on purpose keeps its words; anything else is logged and not shown.
+`Responder.route_class` does it for the routes of our router, wherever that is included; `install`
+for everything else in an app of our own: unknown paths, wrong methods, crashes. Errors of this
+library keep their sentence; any other is logged, and only its type is sent.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from orchestrator.base.paths import PathNames
 from orchestrator.errors import OrchestratorError, Problem
 from orchestrator.http.bodies import malformed
-from orchestrator.http.paths import Paths
+from orchestrator.http.paths import PathRenamer, names_of, own_folders
 
 MEDIA_TYPE: Final = "application/problem+json"
 CATEGORIES: Final[Mapping[int, tuple[str, ...]]] = {
@@ -35,79 +36,81 @@ CATEGORIES: Final[Mapping[int, tuple[str, ...]]] = {
     413: ("too_large",),
     500: ("internal",),
 }
-"""Of failures that are HTTP's own; where there are several, whoever refuses says which."""
+"""Of failures that have no exception in the tree; the first is the default."""
 
 _log = structlog.get_logger("orchestrator.http")
 
 
-class Json(JSONResponse):
-    """JSON in plain ASCII: a file name that was never UTF-8 must not cost the answer."""
+class AsciiJSON(JSONResponse):
+    """JSON in ASCII, which can hold a file name that is not UTF-8."""
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
-def respond(members: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
-    """Send a problem document with the status it names."""
-    told = dict(headers or {})
-    if (wait_s := members.get("retry_after_s")) is not None:
-        told["Retry-After"] = str(max(1, math.ceil(wait_s)))
-    return Json(dict(members), members["status"], told, MEDIA_TYPE)
-
-
-def http_problem(status: int, detail: str, *, category: str | None = None) -> dict[str, Any]:
-    """Return the document of a failure that is HTTP's own and has no exception in the tree."""
-    return {
+def http_problem(
+    status: int, detail: str, headers: Mapping[str, str] | None = None, category: str = ""
+) -> Response:
+    """Return the problem document of a failure that has no exception in the tree."""
+    document = {
         "type": "about:blank",
         "title": HTTPStatus(status).phrase,
         "status": status,
         "detail": detail,
         "category": category or CATEGORIES.get(status, ("http_error",))[0],
     }
+    return AsciiJSON(document, status, headers, MEDIA_TYPE)
 
 
-class Answers:
-    """What an orchestrator tells strangers: this is where it leaves, and paths stay here.
+class Responder:
+    """Makes the responses of one orchestrator, with local paths hidden.
 
     Args:
-        known: Returns the names of its paths; see `Facade.known_paths`.
+        known: Returns the names of its paths; the same tuple while none has changed.
     """
 
     def __init__(self, known: Callable[[], tuple[PathNames, ...]]) -> None:
-        self.paths: Paths = Paths(known)
+        self._known = known
+        self._last: tuple[object, object, PathRenamer] | None = None
 
-    def json(
-        self,
-        members: Mapping[str, Any],
-        status: int = 200,
-        headers: Mapping[str, str] | None = None,
-        *,
-        names: PathNames = (),
-    ) -> Response:
-        """Send an answer; `names` are those that go with it."""
-        return Json(self.paths.now(names).members(members), status, headers)
+    def renamer(self, names: PathNames = ()) -> PathRenamer:
+        """Return what hides local paths; `names` are those that only this answer has."""
+        known, folders = self._known(), own_folders()
+        if names:
+            return PathRenamer((*known, names, *names_of(folders)))
+        if self._last is None or self._last[0] is not known or self._last[1] != folders:
+            self._last = known, folders, PathRenamer((*known, *names_of(folders)))
+        return self._last[2]
 
-    def failure(self, error: Exception, request: Request) -> Response:
-        """Send what tells of an exception."""
+    def json(self, members: Mapping[str, Any], names: PathNames = (), **sent: Any) -> Response:
+        """Return an answer; `names` as for `renamer`."""
+        return AsciiJSON(self.renamer(names).members(members), **sent)
+
+    async def failure(self, request: Request, error: Exception) -> Response:
+        """Return the problem document of an exception."""
+        path = request.url.path
         match error:
-            case OrchestratorError(problem=problem):
-                return respond(self.paths.now(problem.names).members(problem.as_dict()))
+            case OrchestratorError():
+                problem = error.problem
             case RequestValidationError():
-                return respond(malformed(error.errors()[0]).as_dict())
+                problem = malformed(error.errors()[0])
             case HTTPException():
-                detail = str(error.detail)
-                if error.status_code == HTTPStatus.NOT_FOUND and detail == "Not Found":
-                    detail = f"there is nothing at {request.url.path}"
-                return respond(http_problem(error.status_code, detail), error.headers)
+                is_unknown = (error.status_code, error.detail) == (404, "Not Found")
+                detail = f"no route has the path {path}" if is_unknown else error.detail
+                return http_problem(error.status_code, detail, error.headers)
+            case ClientDisconnect():
+                problem = Problem("cancelled", "the client has disconnected")
             case _:
-                _log.error("request.failed", path=request.url.path, exc_info=error)
+                _log.error("request.failed", path=path, exc_info=error)
                 message = f"an unexpected {type(error).__name__}: see the log of this process"
-                return respond(Problem("internal", message).as_dict())
+                problem = Problem("internal", message)
+        document = self.renamer(problem.names).members(problem.as_dict())
+        wait_s = problem.retry_after_s
+        headers = None if wait_s is None else {"Retry-After": str(max(1, math.ceil(wait_s)))}
+        return AsciiJSON(document, problem.status, headers, MEDIA_TYPE)
 
-    def route(self) -> type[APIRoute]:
-        """Return a class of routes whose failures are problem documents, in whatever app they are
-        included.
-        """
+    def route_class(self) -> type[APIRoute]:
+        """Return a class of routes that answer with problem documents in whatever app they are."""
         failure = self.failure
 
         class ProblemRoute(APIRoute):
@@ -117,18 +120,14 @@ class Answers:
                 async def answer(request: Request) -> Response:
                     try:
                         return await handle(request)
-                    except Exception as error:  # noqa: BLE001 (here every error gets its answer)
-                        return failure(error, request)
+                    except Exception as error:  # noqa: BLE001 (every error gets its answer here)
+                        return await failure(request, error)
 
                 return answer
 
         return ProblemRoute
 
     def install(self, app: FastAPI) -> None:
-        """Let an app answer with problem documents outside of our routes too."""
-
-        async def handler(request: Request, error: Exception) -> Response:
-            return self.failure(error, request)
-
+        """Have an app answer with problem documents outside of our routes too."""
         for kind in (OrchestratorError, RequestValidationError, HTTPException, Exception):
-            app.add_exception_handler(kind, handler)
+            app.add_exception_handler(kind, self.failure)

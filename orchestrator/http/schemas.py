@@ -1,15 +1,14 @@
-"""What OpenAPI says of bodies and answers, from the library's own classes.
+"""Models of the OpenAPI document, from the library's own classes.
 
-The body of a load is made from the rows of its settings and checked by `LoadRequest`; the small
-bodies are checked by these models. Answers are the library's dataclasses as pydantic reads them.
+The body of a load is made from the rows of its settings, and `LoadRequest` checks it; the models of
+the small bodies check them. Answers are the library's dataclasses as pydantic reads them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, Field, create_model
 
 from orchestrator import errors
 from orchestrator.machine.plan import Plan
@@ -17,39 +16,32 @@ from orchestrator.runtime.answers import LoadOutcome, LoadProgress, PastLoad
 from orchestrator.settings.fields import SETTINGS, types
 
 
-class Body(BaseModel):
-    """A body that is checked: known fields only, and nothing converted."""
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(
-        extra="forbid", strict=True, protected_namespaces=()
-    )
+class Body(BaseModel, extra="forbid", strict=True, protected_namespaces=()):
+    """A request body: known fields only, and no value is converted."""
 
 
-def _of_settings(title: str, *names: str) -> type[BaseModel]:
-    """Return a body of these settings; what they may be in full is said by their checks."""
+def _body_of_settings(title: str, *names: str) -> type[BaseModel]:
     members: dict[str, Any] = {}
     for name in names:
         row = SETTINGS[name]
-        extra: dict[str, Any] | None = {"writeOnly": True} if row.is_secret else None
-        members[name] = (
-            types()[name],
-            Field(
-                ... if name == "model_path" else row.default,
-                description=row.help,
-                ge=row.least,
-                le=row.most,
-                json_schema_extra=extra,
-            ),
+        least, greatest = row.bounds or (None, None)
+        field = Field(
+            ... if name == "model_path" else row.default,
+            description=row.help,
+            ge=least,
+            le=greatest,
+            json_schema_extra={"writeOnly": True} if row.is_secret else None,
         )
+        members[name] = types()[name], field
     return create_model(title, __base__=Body, **members)
 
 
-LoadBody: Final = _of_settings("LoadBody", *SETTINGS)
-VariantsBody: Final = _of_settings("VariantsBody", "model_path", "revision", "hf_token")
+LoadBody: Final = _body_of_settings("LoadBody", *SETTINGS)
+VariantsBody: Final = _body_of_settings("VariantsBody", "model_path", "revision", "hf_token")
 
 
 class UnloadBody(Body):
-    model_path: str | None = Field(None, description="unload only this model; null = whatever runs")
+    model_path: str | None = Field(None, description="unload only this model; null = any")
 
 
 class CancelBody(Body):
@@ -59,38 +51,25 @@ class CancelBody(Body):
     generation: int | None = None
 
 
-@dataclass
-class Accepted:
-    generation: int
+Accepted: Final = create_model("Accepted", generation=(int, ...))
+Logs: Final = create_model("Logs", lines=(list[str], ...))
+Loads: Final = create_model("Loads", __doc__="Newest first.", loads=(list[PastLoad], ...))
 
 
 class LoadState(BaseModel):
-    """`state` is where this load is, or where it ended: Healthy or Idle."""
+    """`state` is where the load is, or where it ended: Healthy or Idle."""
 
     generation: int
     state: str
     outcome: LoadOutcome | errors.Problem | None = None
 
 
-@dataclass
-class Loads:
-    """Newest first."""
-
-    loads: list[PastLoad]
-
-
-@dataclass
-class Logs:
-    lines: list[str]
-
-
-@dataclass
-class Health:
+class Health(BaseModel):
     status: str
 
 
 class Problem(BaseModel):
-    """RFC 9457, made of an `errors.Problem`; members without a value are left out."""
+    """RFC 9457; members without a value are left out."""
 
     type: str
     title: str
@@ -116,51 +95,30 @@ class Restored(BaseModel):
     problem: Problem | None = None
 
 
-_REASON: Final = {"field": "max_seq_length", "running": 4096, "requested": 8192}
+_MODEL: Final = {"model_path": "unsloth/Qwen3-0.6B-GGUF", "gguf_variant": "Q4_K_M"}
+_SET: Final = {"cache_type_kv": "q8_0", "llama_extra_args": ["--top-k", "20"]}
+_WHY: Final = {"field": "max_seq_length", "running": 4096, "requested": 8192}
 EXAMPLES: Final[dict[type, dict[str, Any]]] = {
-    LoadBody: {
-        "model_path": "unsloth/Qwen3-0.6B-GGUF",
-        "gguf_variant": "Q4_K_M",
-        "max_seq_length": 8192,
-        "cache_type_kv": "q8_0",
-        "llama_extra_args": ["--top-k", "20"],
-    },
+    LoadBody: {**_MODEL, "max_seq_length": 8192, **_SET},
     CancelBody: {"load_request_id": "apply-17"},
     LoadOutcome: {
         "status": "loaded",
         "generation": 7,
         "joined": False,
-        "model_path": "unsloth/Qwen3-0.6B-GGUF",
-        "gguf_variant": "Q4_K_M",
+        **_MODEL,
         "revision": "50968a4468ef4233ed78cd7c3de230dd1d61a56b",
         "pid": 4242,
         "base_url": "http://127.0.0.1:36017",
         "context_length": 8192,
         "requested_context_length": 8192,
-        "cache_type_kv": "q8_0",
         "speculative_type": "off",
-        "llama_extra_args": ["--top-k", "20"],
+        **_SET,
         "is_vision": False,
-        "reload_reasons": [_REASON],
-        "timings_s": {
-            "kill": 0.004,
-            "download": 0.011,
-            "spawn": 0.002,
-            "health": 1.9,
-            "total": 1.917,
-        },
+        "reload_reasons": [_WHY],
+        "timings_s": {"kill": 0.1, "download": 0.2, "spawn": 0.1, "health": 1.9, "total": 2.3},
     },
-    Plan: {
-        "action": "reload",
-        "reload_reasons": [_REASON],
-        "argv": ["llama-server", "-m", "model.gguf", "--host", "127.0.0.1", "--port", "0"],
-    },
-    LoadProgress: {
-        "phase": "downloading",
-        "bytes_done": 268435456,
-        "bytes_total": 396705472,
-        "fraction": 0.68,
-    },
+    Plan: {"action": "reload", "reload_reasons": [_WHY], "argv": ["llama-server", "-m", "a.gguf"]},
+    LoadProgress: {"phase": "loading", "bytes_done": 6000, "bytes_total": 8000, "fraction": 0.75},
     Problem: {
         "type": "about:blank",
         "title": "A llama-server flag is refused",
@@ -170,4 +128,3 @@ EXAMPLES: Final[dict[type, dict[str, Any]]] = {
         "field": "llama_extra_args",
     },
 }
-"""People copy examples before they read anything else."""

@@ -1,8 +1,4 @@
-"""A real uvicorn on a port of its own, and a llama.cpp server that waits at a gate.
-
-The gate makes "while it loads" last as long as a test needs: the server process is there, and goes
-on to be a real server when the gate is opened.
-"""
+"""An app of each test's own, on a real uvicorn."""
 
 from __future__ import annotations
 
@@ -14,15 +10,12 @@ import httpx
 import pytest
 
 from orchestrator.http import create_app
-from tests.kit.http import (
-    Serve,
-    serving,
-)
+from tests.kit.http import Serve, serving
 
 
 @pytest.fixture
 def serve(state_dir: Path) -> Serve:
-    """Serve an orchestrator of this test's own."""
+    """Serve an app with these options; the state directory is the test's own."""
 
     def start(
         llama_server: str = "embedded", **options: Any

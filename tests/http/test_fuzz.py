@@ -1,8 +1,7 @@
-"""The OpenAPI document against the running app: what it promises holds for whatever is sent.
+"""The OpenAPI document against the running app, with requests generated from the document.
 
-Requests are made of the document itself, valid and not; a fake server is loaded and unloaded all
-the while. Every answer is one the document names, of its type and shape, and no request may cost
-the machine its health: afterwards a model loads as before.
+Valid and invalid requests load and unload a fake server. Every answer must be documented, with its
+type and shape, and afterwards a model must load as before.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ LOAD = PREFIX + "/load"
 ENDLESS = frozenset({PREFIX + "/events"})
 UNFIT = frozenset(
     {
-        "not_a_server_error",  # 502, 503 and the like are documented; 500 is looked for below
-        "positive_data_acceptance",  # a path that fits the schema may be that of no model
+        "not_a_server_error",  # 502, 503 and the like are documented; 500 is checked below
+        "positive_data_acceptance",  # a path that fits the schema may have no model
     }
 )
 
@@ -35,14 +34,14 @@ UNFIT = frozenset(
 def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fake]:
     server = Fake(tmp_path_factory.mktemp("fuzzed") / "fake")
     yield server
-    assert not server.living()
+    assert not server.running()
 
 
 @pytest.fixture(scope="module")
 def fuzzed(
     fake: Fake, tiny_model: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[httpx.Client]:
-    """An app that may look for models in one folder, and asks no Hub."""
+    """An app that is confined to one folder and queries no Hub."""
     folder = Path(tiny_model).parent
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
@@ -63,16 +62,16 @@ schema = schemathesis.openapi.from_dict(create_app(llama_server="embedded").open
 
 @schema.exclude(path=sorted(ENDLESS)).parametrize()
 @settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
-def test_every_answer_is_one_the_document_names(
+def test_every_answer_is_documented(
     case: schemathesis.Case[Any], fuzzed: httpx.Client, tiny_model: str
 ) -> None:
     """A 500 is a bug, whatever was sent."""
     if isinstance(case.query, dict) and "follow" in case.query:
-        case.query["follow"] = "false"  # the other one never ends
+        case.query["follow"] = "false"  # a followed log never ends
     is_valid = case.meta is not None and case.meta.generation.mode.is_positive
     body = case.body if is_valid and isinstance(case.body, dict) else {}
     if "model_path" in body and len(str(body)) % 3:
-        body["model_path"] = tiny_model  # so that some of them are loads that hold
+        body["model_path"] = tiny_model  # so that some loads succeed
     response = case.call(base_url=str(fuzzed.base_url))
     unfit = UNFIT | {"unsupported_method"} if case.path.startswith("/v1") else UNFIT
     excluded: Any = [check for check in CHECKS.get_all() if check.__name__ in unfit]

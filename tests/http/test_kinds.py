@@ -1,4 +1,4 @@
-"""Servers for chats, embeddings and reranking: what they answer, and what is refused of them."""
+"""Servers for chats, embeddings and reranking: what they answer, and what they refuse."""
 
 from __future__ import annotations
 
@@ -30,10 +30,8 @@ def client(request: pytest.FixtureRequest, serve: Serve) -> Iterator[httpx.Clien
         yield client
 
 
-def test_a_server_answers_what_it_is_for_and_nothing_else(
-    client: httpx.Client, tiny_model: str
-) -> None:
-    """One model, three kinds, by turns: each turn is a reload that says so."""
+def test_server_answers_only_routes_of_its_kind(client: httpx.Client, tiny_model: str) -> None:
+    """Each change of kind is a reload with that reason."""
     running = None
     for kind in ("embedding", "rerank", "chat"):
         body = {"model_path": tiny_model, "kind": kind}
@@ -59,10 +57,10 @@ def test_a_server_answers_what_it_is_for_and_nothing_else(
         assert client.get("/v1/models").status_code == 200
 
 
-def test_the_answers_of_each_kind_are_those_of_the_model(
+def test_embeddings_and_rankings_depend_on_their_input(
     client: httpx.Client, tiny_model: str
 ) -> None:
-    """Vectors differ where texts do, and pooling decides how many there are."""
+    """So the model has really computed them."""
     wanted = {"model_path": tiny_model, "kind": "embedding"}
     client.post(LOAD, json={**wanted, "pooling": "last"})
     answer = client.post("/v1/embeddings", json=BODIES["embeddings"][1]).json()
@@ -88,7 +86,7 @@ def test_the_answers_of_each_kind_are_those_of_the_model(
         ({"llama_extra_args": ["--pooling=cls"], "kind": "embedding"}, "llama_extra_args"),
     ],
 )
-def test_what_is_wrong_with_a_kind_is_said_by_its_field(
+def test_unusable_kind_settings_name_their_field(
     serve: Serve, tiny_model: str, body: dict[str, Any], field: str
 ) -> None:
     with serve() as client:
@@ -98,7 +96,7 @@ def test_what_is_wrong_with_a_kind_is_said_by_its_field(
         assert "use the field" in answer.json()["detail"]
 
 
-def test_flags_do_not_cross_from_one_kind_to_another(serve: Serve, tiny_model: str) -> None:
+def test_extra_args_are_not_inherited_across_kinds(serve: Serve, tiny_model: str) -> None:
     """Extra args are inherited by model, variant and kind."""
     with serve() as client:
         client.post(LOAD, json={"model_path": tiny_model, "llama_extra_args": ["--top-k", "7"]})

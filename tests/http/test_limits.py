@@ -1,13 +1,11 @@
-"""Bodies are bounded, and answers say what browsers may do with them."""
+"""Limits of request bodies, and the headers of answers."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import http.client
 import json
-import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import fastapi
@@ -17,46 +15,27 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from orchestrator.base.tokens import Generation
-from orchestrator.http.guards.limits import MAX_BODY_BYTES, LimitBody
-from orchestrator.runtime.answers import LeasedServer
+from orchestrator.http.guards.limits import MAX_BODY_BYTES, limit_body
 from tests.kit.http import (
     DEADLINE_S,
     PREFIX,
     Gate,
+    Lender,
     Serve,
-    is_held,
-    passing_on,
+    is_at_gate,
+    pass_through_app,
     problem,
     serving,
     until,
 )
 
-MOST = 100_000
-
-
-class Upstream:
-    """A server that reads slowly what it is sent, and notices when the sender goes away."""
-
-    def __init__(self, base_url: str) -> None:
-        self.base_url = base_url
-        self.given_back = threading.Event()
-
-    def known_paths(self) -> tuple[()]:
-        return ()
-
-    @contextlib.asynccontextmanager
-    async def lease(self) -> AsyncIterator[LeasedServer]:
-        try:
-            yield LeasedServer(self.base_url, 1, Generation(1))
-        finally:
-            self.given_back.set()
+MAX = 100_000
 
 
 @pytest.fixture
 def counting() -> Iterator[tuple[str, list[int]]]:
-    """A server that counts bytes; 0 is written down for a body that broke off."""
-    seen: list[int] = []
+    """A server that records the size of each body, and 0 for one that was cut."""
+    sizes: list[int] = []
 
     async def count(request: Request) -> PlainTextResponse:
         size = 0
@@ -64,25 +43,25 @@ def counting() -> Iterator[tuple[str, list[int]]]:
             async for chunk in request.stream():
                 size += len(chunk)
         except Exception:
-            seen.append(0)
+            sizes.append(0)
             raise
-        seen.append(size)
+        sizes.append(size)
         return PlainTextResponse(str(size))
 
     app = fastapi.FastAPI()
     app.router.routes.append(Route("/v1/{path:path}", count, methods=["POST"]))
     with serving(app) as client:
-        yield str(client.base_url), seen
+        yield str(client.base_url), sizes
 
 
 @pytest.fixture
-def limited(counting: tuple[str, list[int]]) -> Iterator[tuple[httpx.Client, Upstream]]:
-    """A pass-through that takes bodies of up to MOST bytes."""
-    upstream = Upstream(counting[0])
-    app = passing_on(upstream)
-    app.add_middleware(LimitBody, max_bytes=MOST)
+def limited(counting: tuple[str, list[int]]) -> Iterator[tuple[httpx.Client, Lender]]:
+    """A pass-through for bodies of up to MAX bytes."""
+    lender = Lender(counting[0])
+    app = pass_through_app(lender)
+    app.add_middleware(limit_body, max_bytes=MAX)
     with serving(app) as client:
-        yield client, upstream
+        yield client, lender
 
 
 def _chunks(total: int) -> Iterator[bytes]:
@@ -90,63 +69,61 @@ def _chunks(total: int) -> Iterator[bytes]:
         yield b"x" * 1000
 
 
-def test_a_body_up_to_the_limit_passes(
-    limited: tuple[httpx.Client, Upstream], counting: tuple[str, list[int]]
+def test_body_up_to_the_limit_passes(
+    limited: tuple[httpx.Client, Lender], counting: tuple[str, list[int]]
 ) -> None:
-    """Also to the byte, of a declared length or of none."""
+    """To the byte, whether the length is declared or not."""
     client, _ = limited
-    assert client.post("/v1/x", content=b"x" * MOST).text == str(MOST)
-    assert client.post("/v1/x", content=_chunks(MOST)).text == str(MOST)
-    assert counting[1] == [MOST, MOST]
+    assert client.post("/v1/x", content=b"x" * MAX).text == str(MAX)
+    assert client.post("/v1/x", content=_chunks(MAX)).text == str(MAX)
+    assert counting[1] == [MAX, MAX]
 
 
-def test_a_declared_length_over_the_limit_is_refused_at_once(
-    limited: tuple[httpx.Client, Upstream],
+def test_declared_length_over_the_limit_is_refused_at_once(
+    limited: tuple[httpx.Client, Lender],
 ) -> None:
-    """CVE-2024-12537 in a peer. Not a byte of the body has been sent when the answer is there."""
-    client, upstream = limited
-    for length in (MOST + 1, 10**17, 10**40):
+    """The answer arrives before any byte of the body is sent (CVE-2024-12537 in a peer)."""
+    client, lender = limited
+    for length in (MAX + 1, 10**17, 10**40):
         address = client.base_url.host, client.base_url.port
         connection = http.client.HTTPConnection(*address, timeout=DEADLINE_S)
         connection.putrequest("POST", "/v1/x")
         connection.putheader("Content-Length", str(length))
         connection.endheaders()
         answer = connection.getresponse()
-        if length > 10**19:  # h11 takes no such number for a length
+        if length > 10**19:  # h11 refuses such a length itself
             assert answer.status in {400, 413}
         else:
             assert answer.status == 413
             assert json.loads(answer.read())["category"] == "too_large"
             assert answer.headers["Connection"] == "close"
         connection.close()
-    assert not upstream.given_back.is_set()
+    assert not lender.is_returned.is_set()
 
 
-def test_a_body_of_unknown_length_is_cut_in_the_middle(
-    limited: tuple[httpx.Client, Upstream], counting: tuple[str, list[int]]
+def test_body_of_unknown_length_is_refused_at_the_limit(
+    limited: tuple[httpx.Client, Lender], counting: tuple[str, list[int]]
 ) -> None:
-    """The client hears 413 while it could go on for ever; the server's request ends, and the lease
-    is given back.
-    """
-    client, upstream = limited
+    """The client gets 413 although it never ends; the request to the server and the lease end."""
+    client, lender = limited
     address = client.base_url.host, client.base_url.port
     connection = http.client.HTTPConnection(*address, timeout=DEADLINE_S)
     connection.putrequest("POST", "/v1/x")
     connection.putheader("Transfer-Encoding", "chunked")
     connection.endheaders()
     chunk = b"3e8\r\n" + b"x" * 1000 + b"\r\n"
-    for _ in range(MOST // 1000 + 1):  # and never the end
+    for _ in range(MAX // 1000 + 1):  # without an end
         connection.send(chunk)
     answer = connection.getresponse()
     assert answer.status == 413
     assert json.loads(answer.read())["category"] == "too_large"
     connection.close()
-    assert upstream.given_back.wait(DEADLINE_S)
+    assert lender.is_returned.wait(DEADLINE_S)
     assert client.post("/v1/x", content=b"1").text == "1"
-    assert set(counting[1]) <= {0, 1}  # never a whole one that was cut
+    assert set(counting[1]) <= {0, 1}  # never the size of a cut body
 
 
-def test_an_app_of_ours_has_a_limit(serve: Serve) -> None:
+def test_app_limits_bodies(serve: Serve) -> None:
     assert MAX_BODY_BYTES == 256 << 20
     with serve(max_body_bytes=10) as client:
         assert problem(client.post("/v1/x", content=b"x" * 11)) == (413, "too_large")
@@ -156,9 +133,9 @@ def test_an_app_of_ours_has_a_limit(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("has_begun", [False, True])
-def test_an_answer_that_has_begun_cannot_be_taken_back(has_begun: bool) -> None:
-    """What an app says after its client has gone away, in its eyes, is not passed on as an answer
-    of its own; what it has begun ends as it ends.
+def test_answer_that_has_begun_is_not_replaced_by_413(has_begun: bool) -> None:
+    """The app believes that its client has disconnected: an answer that it begins after that is
+    replaced, one that has begun is not.
     """
     sent: list[Any] = []
 
@@ -177,7 +154,7 @@ def test_an_answer_that_has_begun_cannot_be_taken_back(has_begun: bool) -> None:
         sent.append(message)
 
     scope = {"type": "http", "headers": [(b"transfer-encoding", b"chunked")], "method": "POST"}
-    asyncio.run(LimitBody(app, 3)(scope, receive, send))
+    asyncio.run(limit_body(app, 3)(scope, receive, send))  # type: ignore[arg-type]
     statuses = [message["status"] for message in sent if "status" in message]
     assert statuses == [200 if has_begun else 413]
 
@@ -185,17 +162,13 @@ def test_an_answer_that_has_begun_cannot_be_taken_back(has_begun: bool) -> None:
 # ---------------------------------------------------------------------------------------- headers
 
 
-def test_answers_say_what_browsers_may_do_with_them(
-    serve: Serve, gate: Gate, tiny_model: str
-) -> None:
-    """No guessing of types, nothing kept, nothing embedded elsewhere; what has its own say, keeps
-    it; and the server does not say what it is made of.
-    """
+def test_answers_carry_browser_headers(serve: Serve, gate: Gate, tiny_model: str) -> None:
+    """Headers that an answer sets itself, as an event stream does, are kept."""
     with serve(gate.binary, api_keys=["k"]) as client:
         client.headers["Authorization"] = "Bearer k"
         body = {"model_path": tiny_model}
         accepted = client.post(PREFIX + "/load?wait=false", json=body)
-        until(client, is_held)
+        until(client, is_at_gate)
         answers = [accepted, client.get("/healthz"), client.get("/readyz")]
         answers += [client.get(PREFIX + path) for path in ("/status", "/diagram.svg", "/nothing")]
         answers.append(client.get(PREFIX + "/status", headers={"Authorization": "Bearer x"}))
@@ -212,7 +185,7 @@ def test_answers_say_what_browsers_may_do_with_them(
         assert "Cache-Control" not in passed.headers
 
 
-def test_a_foreign_host_and_a_wrong_key_are_answered_alike_in_their_headers(serve: Serve) -> None:
+def test_refusals_carry_browser_headers(serve: Serve) -> None:
     with serve(api_keys=["k"]) as client:
         for headers in ({"Host": "evil.example"}, {"Origin": "null"}, {}):
             answer = client.get("/nowhere", headers=headers)

@@ -1,4 +1,4 @@
-"""Loads over HTTP, on real servers: what callers are told, and who is affected by whom."""
+"""Loads over HTTP, on real servers: what callers get, and how they affect each other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.kit.http import PREFIX, Gate, Serve, is_held, problem, until
+from tests.kit.http import PREFIX, Gate, Serve, is_at_gate, problem, until
 from tests.kit.process.support import Background
 
 LOAD = PREFIX + "/load"
@@ -28,8 +28,8 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield threads
 
 
-def test_a_load_answers_when_the_model_is_healthy(serve: Serve, tiny_model: str) -> None:
-    """The main job: load, ask the server, see the same in the status, unload."""
+def test_load_answers_when_the_model_is_healthy(serve: Serve, tiny_model: str) -> None:
+    """The main job: load, query the server, compare the status, unload."""
     with serve() as client:
         assert problem(client.get("/readyz")) == (503, "not_loaded")
         answer = client.post(LOAD, json={"model_path": tiny_model, "max_seq_length": 512})
@@ -56,7 +56,7 @@ def test_a_load_answers_when_the_model_is_healthy(serve: Serve, tiny_model: str)
         assert client.get(PREFIX + "/status").json()["loaded"] is None
 
 
-def test_the_same_load_again_is_answered_at_once(serve: Serve, tiny_model: str) -> None:
+def test_same_load_again_is_already_loaded(serve: Serve, tiny_model: str) -> None:
     with serve() as client:
         first = client.post(LOAD, json={"model_path": tiny_model}).json()
         again = client.post(LOAD, json={"model_path": tiny_model}).json()
@@ -64,8 +64,8 @@ def test_the_same_load_again_is_answered_at_once(serve: Serve, tiny_model: str) 
         assert again["pid"] == first["pid"]
 
 
-def test_the_extra_args_of_the_status_may_be_posted_back(serve: Serve, tiny_model: str) -> None:
-    """The round trip of the contract: what is shown means the same when it is sent."""
+def test_extra_args_of_the_status_can_be_posted_back(serve: Serve, tiny_model: str) -> None:
+    """They mean the same when they are sent."""
     flags = ["--top-k", "7", "--seed", "42"]
     with serve() as client:
         client.post(LOAD, json={"model_path": tiny_model, "llama_extra_args": flags})
@@ -75,15 +75,17 @@ def test_the_extra_args_of_the_status_may_be_posted_back(serve: Serve, tiny_mode
         assert client.post(LOAD, json=again).json()["status"] == "already_loaded"
 
 
-def test_a_load_need_not_be_waited_for(serve: Serve, gate: Gate, tiny_model: str) -> None:
-    """202 with a place to ask; its outcome is what the load would have answered."""
+def test_load_without_wait_is_accepted_and_can_be_polled(
+    serve: Serve, gate: Gate, tiny_model: str
+) -> None:
+    """202 with a `Location`, where the outcome is what the load would have answered."""
     with serve(gate.binary) as client:
         accepted = client.post(LOAD + "?wait=false", json={"model_path": tiny_model})
         assert accepted.status_code == 202
         assert accepted.json() == {"generation": 1}
         where = accepted.headers["location"]
         assert where == PREFIX + "/loads/1"
-        until(client, is_held)
+        until(client, is_at_gate)
         assert client.get(where).json() == {"generation": 1, "state": "WaitingHealth"}
         queued = {"model_path": tiny_model, "max_seq_length": 256, "on_busy": "queue"}
         assert client.post(LOAD + "?wait=false", json=queued).json() == {"generation": 2}
@@ -100,10 +102,10 @@ def test_a_load_need_not_be_waited_for(serve: Serve, gate: Gate, tiny_model: str
         assert problem(client.get(PREFIX + "/loads/first")) == (422, "malformed")
 
 
-def test_a_long_load_is_followed_through_a_proxy_that_cuts_silent_requests(
+def test_poll_with_wait_s_answers_in_time_and_with_the_outcome(
     serve: Serve, gate: Gate, tiny_model: str
 ) -> None:
-    """B64: each answer comes in the time that was asked for, the last when the load is settled."""
+    """B64: a proxy that cuts silent requests must not end a long load."""
     with serve(gate.binary) as client:
         accepted = client.post(LOAD + "?wait=false", json={"model_path": tiny_model})
         where = accepted.headers["location"]
@@ -111,35 +113,35 @@ def test_a_long_load_is_followed_through_a_proxy_that_cuts_silent_requests(
         assert "outcome" not in still
         waiting = Background(client.get, where, params={"wait_s": 60})
         gate.open()
-        told = waiting.result().json()
-        assert (told["state"], told["outcome"]["status"]) == ("Healthy", "loaded")
-        assert client.get(where, params={"wait_s": 60}).json() == told
+        settled = waiting.result().json()
+        assert (settled["state"], settled["outcome"]["status"]) == ("Healthy", "loaded")
+        assert client.get(where, params={"wait_s": 60}).json() == settled
         assert problem(client.get(PREFIX + "/loads/99?wait_s=60")) == (404, "not_found")
         assert problem(client.get(where + "?wait_s=nan")) == (422, "malformed")
 
 
-def test_who_waits_for_a_load_hears_also_when_it_fails_or_never_begins(
+def test_poll_answers_when_a_queued_load_times_out(
     serve: Serve, gate: Gate, tiny_model: str, other_model: str
 ) -> None:
-    """A queued load that times out makes no transition; who waits for it is woken all the same."""
+    """It makes no transition, and still wakes the poll."""
     with serve(gate.binary) as client:
         client.post(LOAD + "?wait=false", json={"model_path": tiny_model})
-        until(client, is_held)
+        until(client, is_at_gate)
         queued = {"model_path": other_model, "on_busy": "queue", "deadline_s": 0.2}
         where = client.post(LOAD + "?wait=false", json=queued).headers["location"]
-        told = client.get(where, params={"wait_s": 60}).json()
-        assert (told["state"], told["outcome"]["category"]) == ("Idle", "deadline")
+        settled = client.get(where, params={"wait_s": 60}).json()
+        assert (settled["state"], settled["outcome"]["category"]) == ("Idle", "deadline")
         gate.open()
 
 
-def test_everything_that_reads_answers_while_a_load_runs(
+def test_queries_answer_while_a_load_is_in_flight(
     serve: Serve, gate: Gate, tiny_model: str, pool: ThreadPoolExecutor
 ) -> None:
-    """Status, progress, logs and plan wait for nobody; an unload ends the load and its caller."""
+    """Status, progress, logs and plan do not wait; an unload ends the load."""
     body = {"model_path": tiny_model}
     with serve(gate.binary) as client:
         waiting = pool.submit(client.post, LOAD, json=body)
-        loading = until(client, is_held)["loading"]
+        loading = until(client, is_at_gate)["loading"]
         assert loading["model_path"] == tiny_model
         assert loading["phase"] == client.get(PREFIX + "/load-progress").json()["phase"]
         assert client.get(PREFIX + "/logs").json() == {"lines": []}
@@ -147,18 +149,18 @@ def test_everything_that_reads_answers_while_a_load_runs(
         assert not waiting.done()
         named = client.post(PREFIX + "/unload", json={"model_path": "another"})
         assert named.json() == {"status": "not_loaded"}
-        assert is_held(client.get(PREFIX + "/status").json())
+        assert is_at_gate(client.get(PREFIX + "/status").json())
         assert client.post(PREFIX + "/unload", json={}).json() == {"status": "unloaded"}
         assert problem(waiting.result()) == (409, "cancelled")
         assert client.get(PREFIX + "/status").json()["state"] == "Idle"
 
 
-def test_a_newer_load_supersedes_and_a_rejecting_one_is_refused(
+def test_newer_load_supersedes_and_rejecting_load_is_busy(
     serve: Serve, gate: Gate, tiny_model: str, other_model: str, pool: ThreadPoolExecutor
 ) -> None:
     with serve(gate.binary) as client:
         older = pool.submit(client.post, LOAD, json={"model_path": tiny_model})
-        until(client, is_held)
+        until(client, is_at_gate)
         polite = {"model_path": other_model, "on_busy": "reject"}
         assert problem(client.post(LOAD, json=polite)) == (409, "busy")
         assert not older.done()
@@ -168,18 +170,18 @@ def test_a_newer_load_supersedes_and_a_rejecting_one_is_refused(
         assert newer.result().json()["model_path"] == other_model
 
 
-def test_a_cancel_ends_the_load_it_names_and_no_model(
+def test_cancel_ends_the_named_load_but_no_loaded_model(
     serve: Serve, gate: Gate, tiny_model: str, pool: ThreadPoolExecutor
 ) -> None:
     cancel = PREFIX + "/cancel"
     with serve(gate.binary) as client:
         body = {"model_path": tiny_model, "load_request_id": "mine"}
         waiting = pool.submit(client.post, LOAD, json=body)
-        until(client, is_held)
+        until(client, is_at_gate)
         assert client.post(cancel, json={"load_request_id": "yours"}).json() == {"cancelled": False}
         assert client.post(cancel, json={"load_request_id": "mine"}).json() == {"cancelled": True}
         assert problem(waiting.result()) == (409, "cancelled")
-        # one that overtakes its load still wins
+        # the cancel of "yours" came before its load, and wins
         assert problem(client.post(LOAD, json=body | {"load_request_id": "yours"}))[0] == 409
         gate.open()
         loaded = client.post(LOAD, json={"model_path": tiny_model}).json()
@@ -188,13 +190,13 @@ def test_a_cancel_ends_the_load_it_names_and_no_model(
         assert client.get("/readyz").status_code == 200
 
 
-def test_a_client_that_goes_away_withdraws_only_itself(
+def test_client_that_disconnects_withdraws_only_itself(
     serve: Serve, gate: Gate, tiny_model: str, pool: ThreadPoolExecutor
 ) -> None:
-    """B23: one client's disconnect must not end the load of those who joined it."""
+    """B23: the disconnect must not end the load of clients that joined it."""
     with serve(gate.binary) as client:
         leaving = _post_and_keep_open(client, {"model_path": tiny_model})
-        until(client, is_held)
+        until(client, is_at_gate)
         staying = pool.submit(client.post, LOAD, json={"model_path": tiny_model})
         until(client, lambda status: status["loading"]["callers"] == 2)
         leaving.close()
@@ -204,18 +206,18 @@ def test_a_client_that_goes_away_withdraws_only_itself(
         assert (answer["status"], answer["joined"]) == ("loaded", True)
 
 
-def test_a_load_that_nobody_waits_for_any_more_is_ended(
+def test_load_whose_last_client_disconnects_is_cancelled(
     serve: Serve, gate: Gate, tiny_model: str
 ) -> None:
     with serve(gate.binary) as client:
         leaving = _post_and_keep_open(client, {"model_path": tiny_model})
-        until(client, is_held)
+        until(client, is_at_gate)
         leaving.close()
         status = until(client, lambda status: status["state"] == "Idle")
         assert status["loading"] is None
 
 
-def test_a_plan_says_what_a_load_would_do(serve: Serve, tiny_model: str) -> None:
+def test_plan_predicts_the_load(serve: Serve, tiny_model: str) -> None:
     plan = PREFIX + "/plan"
     with serve() as client:
         first = client.post(plan, json={"model_path": tiny_model}).json()
@@ -230,7 +232,7 @@ def test_a_plan_says_what_a_load_would_do(serve: Serve, tiny_model: str) -> None
         assert problem(client.post(plan, json={"model_path": "gone.gguf"}))[0] == 404
 
 
-def test_a_start_that_fails_shows_the_servers_last_lines(serve: Serve, tiny_model: str) -> None:
+def test_failed_start_reports_the_last_lines_of_output(serve: Serve, tiny_model: str) -> None:
     with serve() as client:
         body = {"model_path": tiny_model, "llama_extra_args": ["--bogus"]}
         answer = client.post(LOAD, json=body)
@@ -238,24 +240,24 @@ def test_a_start_that_fails_shows_the_servers_last_lines(serve: Serve, tiny_mode
         members = answer.json()
         assert any("--bogus" in line for line in members["log_tail"])
         last_error = client.get(PREFIX + "/status").json()["last_error"]
-        assert _but_for_the_story(last_error) == _but_for_the_story(members)
+        assert _without_story(last_error) == _without_story(members)
         settled = client.get(f"{PREFIX}/loads/{members['generation']}").json()
         assert settled["state"] == "Idle"
-        assert _but_for_the_story(settled["outcome"]) == _but_for_the_story(members)
+        assert _without_story(settled["outcome"]) == _without_story(members)
 
 
-def test_closing_answers_whoever_waits(
+def test_app_that_ends_during_a_load_leaves_no_server(
     serve: Serve, gate: Gate, tiny_model: str, pool: ThreadPoolExecutor
 ) -> None:
-    """An app that ends with a load in flight leaves no server (the fixture looks)."""
+    """`state_dir` fails the test if a server is left."""
     with serve(gate.binary) as client:
         body = {"model_path": tiny_model}
         assert client.post(LOAD + "?wait=false", json=body).status_code == 202
-        until(client, is_held)
+        until(client, is_at_gate)
 
 
-def _but_for_the_story(problem: dict[str, object]) -> dict[str, object]:
-    """It is told up to the moment: each of them shows another one."""
+def _without_story(problem: dict[str, object]) -> dict[str, object]:
+    """Each answer has the story up to its own time."""
     return {name: value for name, value in problem.items() if name != "story"}
 
 
@@ -268,19 +270,19 @@ def _post_and_keep_open(
     return connection
 
 
-def test_an_unload_of_a_model_that_waits_its_turn_leaves_the_one_that_loads(
+def test_unload_of_a_queued_model_leaves_the_load_in_flight(
     serve: Serve, gate: Gate, tiny_model: str, other_model: str
 ) -> None:
-    """It is answered now, although the slot will not be empty; the other load is not touched."""
+    """It is answered at once, although the slot is not empty."""
     with serve(gate.binary) as client:
         client.post(LOAD + "?wait=false", json={"model_path": tiny_model})
-        until(client, is_held)
+        until(client, is_at_gate)
         queued = {"model_path": other_model, "on_busy": "queue"}
         waiting = Background(client.post, LOAD, json=queued)
         until(client, lambda status: status["loading"]["queued"] == 1)
         unloaded = client.post(PREFIX + "/unload", json={"model_path": other_model})
         assert unloaded.json() == {"status": "unloaded"}
-        assert is_held(client.get(PREFIX + "/status").json())
+        assert is_at_gate(client.get(PREFIX + "/status").json())
         assert problem(waiting.result()) == (409, "cancelled")
         gate.open()
         status = until(client, lambda status: status["state"] == "Healthy")

@@ -1,4 +1,4 @@
-"""What a scrape gets, counted on real processes."""
+"""Metrics, counted on real processes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from orchestrator.http.metrics import Metrics
 from orchestrator.machine.facts import Emptied, Exit, Exited, Fact, NotReady
 from orchestrator.machine.states import State
 from orchestrator.runtime.snapshot import Snapshot, StepReport
-from tests.core.test_machine import Run
-from tests.kit.http import PREFIX, Gate, Serve, is_held, until
+from tests.kit.http import PREFIX, Gate, Serve, is_at_gate, until
+from tests.kit.machine.run import Run
 from tests.kit.process.support import Background
 
 LOAD = PREFIX + "/load"
@@ -43,10 +43,8 @@ def value(found: dict[Key, float], name: str, **labels: Any) -> float:
     return found.get((name, tuple(sorted(labels.items()))), 0.0)
 
 
-def test_loads_reloads_and_exits_are_counted_by_what_became_of_them(
-    serve: Serve, tiny_model: str
-) -> None:
-    """Each load once, whoever asked for it; each server's end once, and whose doing it was."""
+def test_loads_reloads_and_exits_are_counted_once(serve: Serve, tiny_model: str) -> None:
+    """Each load by its outcome, each exit by its cause."""
     with serve() as client:
         body = {"model_path": tiny_model}
         assert client.post(LOAD, json=body).json()["status"] == "loaded"
@@ -72,19 +70,19 @@ def test_loads_reloads_and_exits_are_counted_by_what_became_of_them(
     assert value(found, "phase_seconds_bucket", phase="health", le="+Inf") == 4
 
 
-@pytest.mark.parametrize("is_told_first", [True, False])
+@pytest.mark.parametrize("is_exit_first", [True, False])
 @pytest.mark.parametrize("found_dead", [True, False])
-def test_who_waits_for_its_health_may_find_a_server_dead_before_its_exit_is_told(
-    is_told_first: bool, found_dead: bool
+def test_exit_during_start_is_counted_once_whichever_fact_is_first(
+    is_exit_first: bool, found_dead: bool
 ) -> None:
-    """Two threads look at the same end, and either may be first; a stall is ended by us."""
+    """Two threads notice the same exit; a server that stalls is stopped by us."""
     metrics = Metrics(AsyncOrchestrator())
     run = Run()
 
     def do(fact: Fact) -> None:
         before = Snapshot(run.state, run.ctx, 0.0, 0.0)
         after = Snapshot(run.do(fact).state, run.ctx, 0.0, 0.0)
-        metrics._see(StepReport(fact, before, after, tuple(run.commands)))
+        metrics._count_step(StepReport(fact, before, after, tuple(run.commands)))
 
     run.load("A")
     run.go(State.WAITING_HEALTH)
@@ -93,8 +91,8 @@ def test_who_waits_for_its_health_may_find_a_server_dead_before_its_exit_is_told
     category = "server_start_failed" if found_dead else "stalled"
     not_ready = NotReady(child.generation, at, Problem(category, "it failed"))
     exited = Exited(child.generation, at, Exit(child.pid, 1))
-    by_itself = found_dead or is_told_first
-    for fact in (exited, not_ready) if is_told_first else (not_ready, exited):
+    by_itself = found_dead or is_exit_first
+    for fact in (exited, not_ready) if is_exit_first else (not_ready, exited):
         do(fact)
     do(Emptied(run.effect, at, Exit(child.pid, 1)))
     text = metrics.render().decode()
@@ -102,8 +100,8 @@ def test_who_waits_for_its_health_may_find_a_server_dead_before_its_exit_is_told
     assert ('exits_total{how="stopped"} 1.0' in text) is not by_itself
 
 
-def test_the_state_and_the_time_in_it_are_told(serve: Serve, tiny_model: str) -> None:
-    """One state is 1; the seconds of all of them together are the time that has passed."""
+def test_state_and_time_in_states_are_reported(serve: Serve, tiny_model: str) -> None:
+    """One state is 1, and only its time increases."""
     with serve() as client:
         before = scrape(client)
         assert [value(before, "state", state=state) for state in State] == [1, 0, 0, 0, 0, 0]
@@ -119,12 +117,12 @@ def test_the_state_and_the_time_in_it_are_told(serve: Serve, tiny_model: str) ->
     assert spent[1][5] > spent[0][5]
 
 
-def test_what_is_held_and_what_is_leased_is_told(serve: Serve, gate: Gate, tmp_path: Path) -> None:
-    """A stream that no buffer between here and there can take whole is a use to its end."""
+def test_held_requests_and_leases_are_reported(serve: Serve, gate: Gate, tmp_path: Path) -> None:
+    """A stream that is too long for any buffer holds its lease to the end."""
     model = write_tiny_model(tmp_path / "long.gguf", context_length=1 << 17)
     with serve(gate.binary) as client:
         client.post(LOAD + "?wait=false", json={"model_path": str(model)})
-        until(client, is_held)
+        until(client, is_at_gate)
         held = Background(client.get, "/v1/models")
         until(client, lambda _: value(scrape(client), "held_requests") == 1)
         assert value(scrape(client), "leases") == 0
@@ -132,15 +130,15 @@ def test_what_is_held_and_what_is_leased_is_told(serve: Serve, gate: Gate, tmp_p
         held.result()
         endless = {"prompt": "a", "max_tokens": 1_000_000, "stream": True, "ignore_eos": True}
         with client.stream("POST", "/v1/completions", json=endless) as stream:
-            pieces = stream.iter_raw()  # kept: with it the stream would be closed
-            next(pieces)
+            chunks = stream.iter_raw()  # a variable: the stream is closed with its iterator
+            next(chunks)
             found = scrape(client)
             assert (value(found, "leases"), value(found, "held_requests")) == (1, 0)
         until(client, lambda _: value(scrape(client), "leases") == 0)
 
 
-def test_a_scrape_or_a_look_is_no_use_of_a_model(serve: Serve, tiny_model: str) -> None:
-    """B66: a metrics scrape keeps the server awake."""
+def test_scrapes_and_queries_do_not_postpone_idle_unload(serve: Serve, tiny_model: str) -> None:
+    """B66: a metrics scrape kept the server loaded."""
     with serve(idle_ttl_s=0.3) as client:
         client.post(LOAD, json={"model_path": tiny_model})
 

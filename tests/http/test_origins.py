@@ -1,4 +1,4 @@
-"""Whose requests are answered: over real sockets, byte by byte, and from within the process."""
+"""Checks of Host and Origin: over real sockets, byte by byte, and from within the process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import InvalidRequest
 from orchestrator.http import create_app
-from orchestrator.http.guards import origins
+from orchestrator.http.guards import guard, origins
 from tests.kit.http import DEADLINE_S, PREFIX, problem, serving
 
 STATUS = PREFIX + "/status"
@@ -78,7 +78,7 @@ def at(client: httpx.Client) -> str:
         *("box.example", "BOX.example:9", "box.example.", "[2001:DB8:0::1]"),
     ],
 )
-def test_this_machines_own_names_and_the_allowed_ones_are_answered(ask: Ask, host: str) -> None:
+def test_local_and_allowed_hosts_are_answered(ask: Ask, host: str) -> None:
     assert ask([("Host", host)])[0] == 200
 
 
@@ -90,8 +90,8 @@ def test_this_machines_own_names_and_the_allowed_ones_are_answered(ask: Ask, hos
         *("10.0.0.1", "[2001:db8::2]", "0.0.0.0", "169.254.169.254", "2130706433"),
     ],
 )
-def test_a_rebound_name_is_refused_before_anything_happens(ask: Ask, host: str) -> None:
-    """DNS rebinding (CVE-2024-28224 in a peer): the page's own name, resolved to this machine."""
+def test_foreign_host_is_refused_on_every_route(ask: Ask, host: str) -> None:
+    """DNS rebinding (CVE-2024-28224 in a peer): a page's own name, resolved to this machine."""
     for path in (STATUS, "/v1/models", "/openapi.json", "/healthz", "/nowhere"):
         assert ask([("Host", host)], path=path)[:2] == (403, "forbidden_host")
     sent = [("Host", host), ("Origin", f"http://{host}"), ("Content-Type", "application/json")]
@@ -101,7 +101,7 @@ def test_a_rebound_name_is_refused_before_anything_happens(ask: Ask, host: str) 
     assert ask([("Host", "localhost")])[0] == 200
 
 
-def test_a_refusal_says_what_would_allow_it(served: httpx.Client) -> None:
+def test_refusal_of_a_host_names_the_option_that_allows_it(served: httpx.Client) -> None:
     answer = served.get(STATUS, headers={"Host": "evil.example:1"})
     assert problem(answer) == (403, "forbidden_host")
     assert "--allowed-host evil.example" in answer.json()["detail"]
@@ -116,21 +116,21 @@ def test_a_refusal_says_what_would_allow_it(served: httpx.Client) -> None:
         *(["localhost:\N{SUPERSCRIPT TWO}"], ["b\xfccher.example"], ["-"], ["a..b/"]),
     ],
 )
-def test_no_host_or_more_than_one_or_none_at_all_is_400(ask: Ask, hosts: list[str]) -> None:
-    """RFC 9112 section 3.2; two of them are how one is smuggled past a proxy."""
+def test_missing_repeated_or_malformed_host_is_400(ask: Ask, hosts: list[str]) -> None:
+    """RFC 9112 section 3.2; a second one smuggles a name past a proxy."""
     assert ask([("Host", host) for host in hosts])[0] == 400
 
 
 @pytest.mark.parametrize("forged", ["testclient", "testserver", "127.0.0.1"])
-def test_forwarded_headers_do_not_make_anybody_ours(ask: Ask, forged: str) -> None:
-    """A page can send them, and uvicorn believes them of the client's address."""
+def test_forwarded_headers_do_not_allow_a_host(ask: Ask, forged: str) -> None:
+    """A page can send them, and uvicorn takes the client's address from them."""
     headers = [("X-Forwarded-For", forged), ("X-Forwarded-Host", "localhost")]
     headers.append(("Forwarded", f"for={forged};host=localhost"))
     assert ask([("Host", "testserver"), *headers])[:2] == (403, "forbidden_host")
 
 
 @pytest.mark.parametrize(
-    ("arrived", "host", "is_ours"),
+    ("arrived", "host", "is_local"),
     [
         (("192.168.1.5", 80), "192.168.1.5", True),
         (("172.17.0.2", 80), "192.168.1.5:8642", True),  # forwarded to a container
@@ -145,19 +145,18 @@ def test_forwarded_headers_do_not_make_anybody_ours(ask: Ask, forged: str) -> No
         (("evil.example", 80), "evil.example", False),  # a server that copies the Host header
     ],
 )
-def test_an_address_cannot_be_rebound_where_it_can_be_reached(
-    arrived: tuple[str, int] | None, host: str, is_ours: bool
+def test_host_is_local_depending_on_where_the_request_arrived(
+    arrived: tuple[str, int] | None, host: str, is_local: bool
 ) -> None:
     found = origins.authority(host)
     assert found is not None
-    guard = origins.RefuseForeign(lambda *_: None)  # type: ignore[arg-type]
-    assert guard._is_ours(found, arrived) is is_ours
+    assert origins.is_local(found, arrived) is is_local
 
 
 # ----------------------------------------------------------------------------------------- Origin
 
 
-def test_a_page_of_our_own_may_do_everything(served: httpx.Client, ask: Ask) -> None:
+def test_page_of_the_same_origin_is_answered(served: httpx.Client, ask: Ask) -> None:
     host = ("Host", at(served))
     own = [host, ("Origin", f"http://{at(served)}"), ("Sec-Fetch-Site", "same-origin")]
     assert ask(own)[0] == 200
@@ -179,10 +178,10 @@ def test_a_page_of_our_own_may_do_everything(served: httpx.Client, ask: Ask) -> 
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "DELETE"])
-def test_a_page_of_another_origin_is_refused(
+def test_page_of_another_origin_is_refused(
     served: httpx.Client, ask: Ask, origin: str, method: str
 ) -> None:
-    """CSRF: whatever it sends, and whether or not a browser would ask first."""
+    """CSRF: whatever it sends, with or without a preflight."""
     given = origin.format(port=served.base_url.port)
     for path in (LOAD, "/v1/chat/completions", "/healthz"):
         status, category, headers = ask([("Host", at(served)), ("Origin", given)], method, path)
@@ -190,12 +189,14 @@ def test_a_page_of_another_origin_is_refused(
         assert not [name for name in headers if name.lower().startswith("access-control")]
 
 
-def test_two_origins_are_none_of_ours(served: httpx.Client, ask: Ask) -> None:
+def test_two_origin_headers_are_refused(served: httpx.Client, ask: Ask) -> None:
     own = ("Origin", f"http://{at(served)}")
     assert ask([("Host", at(served)), own, own])[:2] == (403, "forbidden_origin")
 
 
-def test_a_preflight_is_refused_and_nothing_is_ever_shared(served: httpx.Client, ask: Ask) -> None:
+def test_preflight_is_refused_and_no_answer_has_cors_headers(
+    served: httpx.Client, ask: Ask
+) -> None:
     asked = [("Access-Control-Request-Method", "POST"), ("Access-Control-Request-Headers", "x")]
     foreign = [("Host", at(served)), ("Origin", "http://localhost:5173"), *asked]
     assert ask(foreign, "OPTIONS", LOAD)[0] == 403
@@ -220,24 +221,24 @@ def test_a_preflight_is_refused_and_nothing_is_ever_shared(served: httpx.Client,
         ("nonsense", "", "", "GET", False),
     ],
 )
-def test_what_a_browser_says_of_the_page_is_heard(
+def test_fetch_metadata_of_another_site_is_refused(
     served: httpx.Client, ask: Ask, site: str, mode: str, dest: str, method: str, is_answered: bool
 ) -> None:
-    """Some cross-site requests carry no Origin; a followed link is no page's request."""
+    """Some cross-site requests carry no Origin; following a link to the panel is allowed."""
     said = [("Sec-Fetch-Site", site), ("Sec-Fetch-Mode", mode), ("Sec-Fetch-Dest", dest)]
     status, category, _ = ask([("Host", at(served)), *said], method)
     assert (category != "forbidden_origin") == is_answered
     assert (status == 403) == (not is_answered)
 
 
-def test_programs_say_nothing_and_are_answered(served: httpx.Client) -> None:
+def test_program_without_browser_headers_is_answered(served: httpx.Client) -> None:
     """curl and the SDKs send neither Origin nor Sec-Fetch headers."""
     assert served.get(STATUS).status_code == 200
     assert problem(served.get("/v1/models")) == (503, "not_loaded")
 
 
-def test_a_websocket_is_refused_too(served: httpx.Client, ask: Ask) -> None:
-    """A browser asks nobody before it opens one."""
+def test_foreign_websocket_is_refused(served: httpx.Client, ask: Ask) -> None:
+    """A browser opens one without a preflight."""
     upgrade = [("Connection", "Upgrade"), ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")]
     upgrade.append(("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="))
     foreign = [("Host", at(served)), ("Origin", "http://evil.example"), *upgrade]
@@ -247,24 +248,24 @@ def test_a_websocket_is_refused_too(served: httpx.Client, ask: Ask) -> None:
 
 
 async def _unreachable(*_: object) -> None:
-    raise AssertionError("it was let in")
+    raise AssertionError("the request reached the app")
 
 
 def _refused(kind: str, headers: list[tuple[bytes, bytes]]) -> Any:
-    """What the guard itself says, whatever HTTP server is in front of it."""
+    """Return the first message of the guard itself."""
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
         sent.append(message)
 
     scope = {"type": kind, "path": "/", "headers": headers, "server": ("127.0.0.1", 80)}
-    guard = origins.RefuseForeign(_unreachable)
-    asyncio.run(guard(scope, _unreachable, send))  # type: ignore[arg-type]
+    guarded = guard(_unreachable, [origins.refuse_foreign()], ())
+    asyncio.run(guarded(scope, _unreachable, send))  # type: ignore[arg-type]
     return sent[0]
 
 
-def test_servers_that_look_less_closely_than_ours_change_nothing() -> None:
-    """h11 refuses these itself and has no WebSockets without a library; others do not, or have."""
+def test_host_and_origin_are_checked_whatever_the_http_server_checks() -> None:
+    """uvicorn refuses some of these itself, and has no WebSockets without a library."""
     for headers in ([], [(b"host", b"localhost")] * 2):
         assert _refused("http", headers)["status"] == 400
     foreign = [(b"host", b"localhost"), (b"origin", b"http://evil.example")]
@@ -275,8 +276,8 @@ def test_servers_that_look_less_closely_than_ours_change_nothing() -> None:
 # ----------------------------------------------------------------------------- within the process
 
 
-def test_a_test_client_needs_nothing_special(state_dir: Path) -> None:
-    """It has no socket: it says where it believes to be, and calls us so."""
+def test_test_client_is_answered(state_dir: Path) -> None:
+    """It has no socket, and gives the name by which it calls the app."""
     with TestClient(create_app(llama_server="embedded", state_dir=state_dir)) as client:
         assert client.get(STATUS).json()["state"] == "Idle"
         assert client.post(PREFIX + "/cancel", json={"generation": 1}).status_code == 200
@@ -289,7 +290,7 @@ def test_a_test_client_needs_nothing_special(state_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("base_url", ["http://test", "http://testserver", "http://127.0.0.1:1"])
-def test_an_asgi_transport_needs_nothing_special(state_dir: Path, base_url: str) -> None:
+def test_asgi_transport_is_answered(state_dir: Path, base_url: str) -> None:
     async def main() -> None:
         app = create_app(llama_server="embedded", state_dir=state_dir)
         transport = httpx.ASGITransport(app)
@@ -311,18 +312,18 @@ def test_an_asgi_transport_needs_nothing_special(state_dir: Path, base_url: str)
         *("x@box", "box\n", "b\xfccher", None, 3, ".", ":80"),
     ],
 )
-def test_an_allowed_host_is_one_name_or_address(host: object) -> None:
-    """A pattern that matches nothing, or everything, must not pass for protection."""
+def test_allowed_host_must_be_a_bare_name_or_address(host: object) -> None:
+    """A pattern would protect from nothing, or allow nothing."""
     hosts: Any = [host]
     if host == "box\n":
-        assert create_app(allowed_hosts=hosts)  # white space around a name is no part of it
+        assert create_app(allowed_hosts=hosts)  # white space is stripped
         return
     with pytest.raises(InvalidRequest) as refused:
         create_app(allowed_hosts=hosts)
     assert refused.value.field == "allowed_hosts"
 
 
-def test_allowed_hosts_mean_the_same_in_every_spelling() -> None:
+def test_allowed_hosts_are_normalised() -> None:
     given = ("Box.Example.", "::1", "[2001:DB8::0:1]", "10.0.0.1")
     assert origins.checked_hosts(given) == {"box.example", "::1", "2001:db8::1", "10.0.0.1"}
     assert origins.checked_hosts("box") == {"box"}
@@ -332,8 +333,8 @@ def test_allowed_hosts_mean_the_same_in_every_spelling() -> None:
     st.text(max_size=40) | st.from_regex(r"\[?[0-9a-z:.%]{0,20}\]?(:[0-9]{0,6})?", fullmatch=True)
 )
 @settings(deadline=None)
-def test_any_text_is_a_host_or_is_none(text: str) -> None:
-    """What is taken for one has no character that means something in a URL, and comes back."""
+def test_authority_of_any_text_is_safe_or_none(text: str) -> None:
+    """A parsed name has no character that a URL reserves, and parses to itself."""
     found = origins.authority(text)
     if found is None:
         return
@@ -343,8 +344,8 @@ def test_any_text_is_a_host_or_is_none(text: str) -> None:
     assert found.port is None or 0 < found.port < 65536
 
 
-def test_nobody_can_open_a_raw_connection_without_a_host(served: httpx.Client) -> None:
-    """HTTP/1.0 knows none; a page cannot send it, and neither do clients of today."""
+def test_http_1_0_request_without_host_is_400(served: httpx.Client) -> None:
+    """HTTP/1.0 has no Host; no page can send such a request."""
     address = str(served.base_url.host), int(served.base_url.port or 0)
     with socket.create_connection(address, timeout=DEADLINE_S) as raw:
         raw.sendall(f"GET {STATUS} HTTP/1.0\r\n\r\n".encode())

@@ -1,4 +1,4 @@
-"""What a panel asks for beside a load: its own files, the last loads, variants and options."""
+"""What the panel requests besides loads: its files, the last loads, variants and options."""
 
 from __future__ import annotations
 
@@ -13,29 +13,28 @@ import pytest
 from orchestrator.demo import tiny_model
 from orchestrator.http import create_app, pages
 from orchestrator.machine import diagram
-from tests.kit.http import PREFIX, Gate, Serve, is_held, problem, serving, until
+from tests.kit.http import PREFIX, Gate, Serve, is_at_gate, problem, serving, until
 
 LOAD, LOADS, VARIANTS = PREFIX + "/load", PREFIX + "/loads", PREFIX + "/variants"
 
 
 @pytest.fixture(scope="module")
 def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """One app for all the tests that start no server; it wants a key of everybody."""
+    """One app, with a key, for all tests that start no server."""
     state_dir = tmp_path_factory.mktemp("idle")
     app = create_app(llama_server="embedded", state_dir=state_dir, api_keys=["s3cret"])
     with serving(app) as client:
         yield client
 
 
-def with_key(client: httpx.Client) -> dict[str, str]:
-    return {"Authorization": "Bearer s3cret"}
+WITH_KEY = {"Authorization": "Bearer s3cret"}
 
 
 # ------------------------------------------------------------------------------- the panel's files
 
 
-def test_every_file_of_the_panel_is_sent_without_a_key(idle: httpx.Client) -> None:
-    """With a type of its own, so that nothing is guessed, and nothing inline in the page."""
+def test_panel_files_need_no_key_and_have_strict_headers(idle: httpx.Client) -> None:
+    """Each has its own type, and the page has no inline script or style."""
     kinds = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
     assert {"/", "/panel/main.js", "/panel/panel.css", "/panel/diagram.css"} < pages.PATHS
     for path in pages.PATHS:
@@ -51,7 +50,7 @@ def test_every_file_of_the_panel_is_sent_without_a_key(idle: httpx.Client) -> No
         assert idle.get("/" + name).status_code == 200, name
 
 
-def test_a_file_that_is_known_already_is_not_sent_again(idle: httpx.Client) -> None:
+def test_unchanged_panel_file_is_304(idle: httpx.Client) -> None:
     first = idle.get("/panel/main.js")
     again = idle.get("/panel/main.js", headers={"If-None-Match": first.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
@@ -62,17 +61,17 @@ def test_a_file_that_is_known_already_is_not_sent_again(idle: httpx.Client) -> N
     assert (head.status_code, head.content) == (200, b"")
 
 
-def test_only_the_panels_own_files_are_there(idle: httpx.Client) -> None:
-    """Nothing is looked up by what a client sends, and the API stays locked."""
+def test_only_panel_files_are_served(idle: httpx.Client) -> None:
+    """No path leads out of the folder, and the API needs its key."""
     for path in ("/panel/", "/panel/../pages.py", "/panel/%2e%2e/pages.py", "/panel/none.js"):
         assert problem(idle.get(path)) == (401, "unauthorized")
-        assert problem(idle.get(path, headers=with_key(idle))) == (404, "not_found")
+        assert problem(idle.get(path, headers=WITH_KEY)) == (404, "not_found")
     for path in (LOADS, PREFIX + "/options", PREFIX + "/diagram.svg"):
         assert problem(idle.get(path)) == (401, "unauthorized")
 
 
-def test_the_drawing_is_styled_by_what_is_inside_it(idle: httpx.Client) -> None:
-    """The policy forbids the style inside: the file says the same."""
+def test_diagram_stylesheet_equals_the_style_in_the_diagram(idle: httpx.Client) -> None:
+    """The policy forbids the style inside the diagram."""
     assert idle.get("/panel/diagram.css").text == diagram.STYLE
     assert f"<style>{diagram.STYLE}" in diagram.svg()
 
@@ -80,19 +79,19 @@ def test_the_drawing_is_styled_by_what_is_inside_it(idle: httpx.Client) -> None:
 # ---------------------------------------------------------------------------------- the last loads
 
 
-def told(client: httpx.Client, query: str = "") -> list[dict[str, Any]]:
+def listed(client: httpx.Client, query: str = "") -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = client.get(LOADS + query).json()["loads"]
     return found
 
 
-def test_the_last_loads_are_told_newest_first(serve: Serve, tiny_model: str) -> None:
-    """What they were, when, how long each phase took, also of one that failed."""
+def test_loads_are_listed_newest_first(serve: Serve, tiny_model: str) -> None:
+    """With the time of each phase, even of a failed load."""
     with serve() as client:
-        assert told(client) == []
+        assert listed(client) == []
         good = client.post(LOAD, json={"model_path": tiny_model}).json()
         client.post(LOAD, json={"model_path": tiny_model})  # already loaded: no load of its own
         bad = client.post(LOAD, json={"model_path": tiny_model, "llama_extra_args": ["--nope"]})
-        failed, loaded = told(client)
+        failed, loaded = listed(client)
         assert loaded["outcome"] == good
         assert loaded["timings_s"] == good["timings_s"]
         assert loaded["took_s"] == good["timings_s"]["total"]
@@ -103,40 +102,40 @@ def test_the_last_loads_are_told_newest_first(serve: Serve, tiny_model: str) -> 
         assert all(seconds > 0 for seconds in phases)
         assert failed["took_s"] >= sum(phases) * 0.99
         assert loaded["accepted_at"] <= failed["accepted_at"]
-        assert told(client, "?limit=1") == [failed]
+        assert listed(client, "?limit=1") == [failed]
         for bad_limit in ("0", "257", "x"):
             assert problem(client.get(f"{LOADS}?limit={bad_limit}")) == (422, "malformed")
 
 
-def test_a_load_in_flight_is_among_them(
+def test_loads_in_flight_are_listed_without_an_outcome(
     serve: Serve, gate: Gate, tiny_model: str, other_model: str
 ) -> None:
-    """Without an outcome until it has one; the one behind it in the queue has not begun."""
+    """A queued load has no phase yet."""
     with serve(gate.binary) as client:
         client.post(LOAD + "?wait=false", json={"model_path": tiny_model})
         queued = {"model_path": other_model, "on_busy": "queue"}
         client.post(LOAD + "?wait=false", json=queued)
-        until(client, is_held)
-        second, first = told(client)
+        until(client, is_at_gate)
+        second, first = listed(client)
         assert (first["state"], second["state"]) == ("WaitingHealth", "Idle")
         assert first["took_s"] is second["took_s"] is None
         assert "outcome" not in first
         assert first["timings_s"]["spawn"] > 0
         assert first["timings_s"]["health"] is second["timings_s"]["kill"] is None
         client.post(PREFIX + "/cancel", json={"generation": 1})
-        first = next(load for load in told(client) if load["generation"] == 1)
+        first = next(load for load in listed(client) if load["generation"] == 1)
         assert first["outcome"]["category"] == "cancelled"
         assert first["timings_s"]["health"] > 0
         gate.open()
         until(client, lambda s: s["loaded"] and s["loaded"]["model_path"] == other_model)
-        assert told(client)[0]["outcome"]["generation"] == 2
+        assert listed(client)[0]["outcome"]["generation"] == 2
 
 
 # ---------------------------------------------------------------------------- variants and options
 
 
-def test_the_variants_of_a_folder(serve: Serve, tmp_path: Path) -> None:
-    """The preferred one first; what is no model, and what is not whole, is none of them."""
+def test_variants_of_a_folder_are_listed_preferred_first(serve: Serve, tmp_path: Path) -> None:
+    """Files that are no models, and incomplete ones, are left out."""
     folder = tmp_path / "models"
     folder.mkdir()
     sizes = {}
@@ -179,23 +178,23 @@ def test_the_variants_of_a_folder(serve: Serve, tmp_path: Path) -> None:
         ({"model_path": "owner/name", "revision": "a b"}, 400, "revision"),
     ],
 )
-def test_variants_are_refused_as_a_load_would_be(
+def test_variants_are_refused_like_a_load(
     idle: httpx.Client, tmp_path: Path, body: dict[str, Any], code: int, field: str
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
     places = {"{empty}": str(tmp_path / "empty"), "{broken}": str(tmp_path / "broken.gguf")}
     wanted = {name: places.get(value, value) for name, value in body.items()}
-    answer = idle.post(VARIANTS, json=wanted, headers=with_key(idle))
+    answer = idle.post(VARIANTS, json=wanted, headers=WITH_KEY)
     assert problem(answer)[0] == code
     assert answer.json()["field"] == field
     if code == 404 or "revision" in body:
-        load = idle.post(LOAD, json=wanted, headers=with_key(idle))
+        load = idle.post(LOAD, json=wanted, headers=WITH_KEY)
         assert problem(load) == problem(answer)
 
 
-def test_the_options_are_what_loads_accept(serve: Serve, tiny_model: str) -> None:
-    """Whatever is offered can be asked for, and nothing has to be written down twice."""
+def test_every_option_is_accepted_by_a_load(serve: Serve, tiny_model: str) -> None:
+    """They come from the server binary, not from a list of ours."""
     with serve() as client:
         options = client.get(PREFIX + "/options").json()
         assert options["speculative_type"][:2] == ["off", "default"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import http.server
 import json
@@ -11,7 +10,7 @@ import signal
 import socket
 import struct
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,16 +21,15 @@ import pytest
 from fastapi.testclient import TestClient
 from openai.types.chat import ChatCompletion
 
-from orchestrator.base.tokens import Generation
 from orchestrator.http import create_app
-from orchestrator.runtime.answers import LeasedServer
 from tests.kit.http import (
     DEADLINE_S,
     PREFIX,
     Gate,
+    Lender,
     Serve,
-    is_held,
-    passing_on,
+    is_at_gate,
+    pass_through_app,
     problem,
     serving,
     until,
@@ -51,9 +49,7 @@ def client_of(client: httpx.Client) -> openai.OpenAI:
 # ------------------------------------------------------------------------------ the real server
 
 
-def test_the_openai_client_works_unchanged_also_across_a_swap(
-    serve: Serve, tiny_model: str, other_model: str
-) -> None:
+def test_openai_client_works_across_a_swap(serve: Serve, tiny_model: str, other_model: str) -> None:
     """Base URL and nothing else: answers, streams and the list of models."""
     with serve() as client:
         client.post(LOAD, json={"model_path": tiny_model})
@@ -74,7 +70,7 @@ def test_the_openai_client_works_unchanged_also_across_a_swap(
             assert Path(ai.models.list().data[0].id).name in other_model
 
 
-def test_tools_arrive_through_the_openai_client(serve: Serve, tiny_model: str) -> None:
+def test_tools_reach_the_prompt_through_the_openai_client(serve: Serve, tiny_model: str) -> None:
     """What the tools are is read from the prompt that the server made of them, and a result goes
     back. (A model of noise calls none itself.)
     """
@@ -103,7 +99,7 @@ def test_tools_arrive_through_the_openai_client(serve: Serve, tiny_model: str) -
         assert list(ai.chat.completions.create(**wanted, stream=True))
 
 
-def test_streams_one_after_the_other_leave_no_dead_connection_behind(
+def test_stream_leaves_no_dead_connection_for_the_next_request(
     serve: Serve, tiny_model: str
 ) -> None:
     """llama-server closes a connection after a stream, whatever its headers said; what comes next
@@ -167,13 +163,13 @@ def test_no_request_fails_while_models_are_swapped_fifty_times(
         assert min(answered) > 0
 
 
-def test_a_request_is_held_while_a_load_is_in_flight(
+def test_request_is_held_while_a_load_is_in_flight(
     serve: Serve, gate: Gate, tiny_model: str
 ) -> None:
     """Not refused: it gets the model that is on its way."""
     with serve(gate.binary) as client:
         client.post(LOAD + "?wait=false", json={"model_path": tiny_model})
-        until(client, is_held)
+        until(client, is_at_gate)
         asked = Background(client.get, "/v1/models")
         gate.open()
         answer = asked.result()
@@ -181,12 +177,12 @@ def test_a_request_is_held_while_a_load_is_in_flight(
         assert answer.json()["data"]
 
 
-def test_without_a_model_a_request_is_refused_at_once(serve: Serve) -> None:
+def test_request_without_a_model_is_refused_at_once(serve: Serve) -> None:
     with serve() as client:
         assert problem(client.get("/v1/models")) == (503, "not_loaded")
 
 
-def test_a_swap_waits_for_the_stream_and_a_client_that_leaves_lets_it_go(
+def test_swap_waits_for_a_stream_until_its_client_disconnects(
     serve: Serve, tiny_model: str, other_model: str
 ) -> None:
     """B61, and no generation goes on for somebody who has gone."""
@@ -202,7 +198,7 @@ def test_a_swap_waits_for_the_stream_and_a_client_that_leaves_lets_it_go(
         assert swap.result().json()["model_path"] == other_model
 
 
-def test_a_server_that_dies_in_the_middle_cuts_the_answer(serve: Serve, tiny_model: str) -> None:
+def test_answer_is_cut_when_the_server_dies(serve: Serve, tiny_model: str) -> None:
     """An answer that was cut must not look like a whole one."""
     with serve() as client:
         pid = client.post(LOAD, json={"model_path": tiny_model}).json()["pid"]
@@ -214,7 +210,7 @@ def test_a_server_that_dies_in_the_middle_cuts_the_answer(serve: Serve, tiny_mod
                 list(chunks)
 
 
-def test_a_key_is_asked_for_and_not_passed_on(serve: Serve, tiny_model: str) -> None:
+def test_pass_through_needs_a_key(serve: Serve, tiny_model: str) -> None:
     with serve(api_keys=["s3cret-key"]) as client:
         assert client.get("/v1/models").status_code == 401
         headers = {"Authorization": "Bearer s3cret-key"}
@@ -266,26 +262,6 @@ for _method in ("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"):
     setattr(Echo, f"do_{_method}", Echo.answer)
 
 
-class Lender:
-    """Lends one server, or makes everybody wait."""
-
-    def __init__(self, base_url: str | None) -> None:
-        self.base_url = base_url
-        self.given_back = threading.Event()
-
-    def known_paths(self) -> tuple[()]:
-        return ()
-
-    @contextlib.asynccontextmanager
-    async def lease(self) -> AsyncIterator[LeasedServer]:
-        if self.base_url is None:
-            await asyncio.Event().wait()
-        try:
-            yield LeasedServer(self.base_url or "", 1, Generation(1))
-        finally:
-            self.given_back.set()
-
-
 @pytest.fixture
 def echo() -> Iterator[str]:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
@@ -303,13 +279,13 @@ def through() -> Iterator[Callable[..., httpx.Client]]:
     with contextlib.ExitStack() as stack:
 
         def start(lender: Lender, **options: Any) -> httpx.Client:
-            return stack.enter_context(serving(passing_on(lender, **options)))
+            return stack.enter_context(serving(pass_through_app(lender, **options)))
 
         yield start
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
-def test_method_query_and_bytes_arrive_as_they_were_sent(
+def test_method_query_and_body_are_passed_unchanged(
     through: Callable[..., httpx.Client], echo: str, method: str
 ) -> None:
     lender = Lender(echo)
@@ -321,12 +297,10 @@ def test_method_query_and_bytes_arrive_as_they_were_sent(
     assert (seen["method"], seen["path"]) == (method, "/v1/a%20b/c?x=1&x=2&y=%2F")
     assert bytes.fromhex(seen["body"]) == body
     assert seen["headers"]["content-length"] == str(len(body))
-    assert lender.given_back.wait(DEADLINE_S)
+    assert lender.is_returned.wait(DEADLINE_S)
 
 
-def test_an_answer_without_a_body_keeps_its_head(
-    through: Callable[..., httpx.Client], echo: str
-) -> None:
+def test_head_answer_keeps_its_headers(through: Callable[..., httpx.Client], echo: str) -> None:
     """HEAD: the length that is told is that of another answer, and the connection goes on."""
     client = through(Lender(echo))
     for _ in range(2):
@@ -336,7 +310,7 @@ def test_an_answer_without_a_body_keeps_its_head(
         assert client.get("/v1/x").status_code == 207
 
 
-def test_a_client_that_waits_to_be_told_to_go_on_is_told(
+def test_expect_100_continue_is_answered_here(
     through: Callable[..., httpx.Client], echo: str
 ) -> None:
     """`Expect: 100-continue`, as curl sends it with a large body, concerns one connection only."""
@@ -346,7 +320,7 @@ def test_a_client_that_waits_to_be_told_to_go_on_is_told(
     assert "expect" not in seen["headers"]
 
 
-def test_a_multipart_body_and_one_of_unknown_length_arrive(
+def test_multipart_and_chunked_bodies_are_passed(
     through: Callable[..., httpx.Client], echo: str
 ) -> None:
     client = through(Lender(echo))
@@ -358,7 +332,7 @@ def test_a_multipart_body_and_one_of_unknown_length_arrive(
     assert bytes.fromhex(streamed.json()["body"]) == b"onetwo"
 
 
-def test_what_concerns_one_connection_or_only_us_is_not_passed_on(
+def test_hop_by_hop_and_private_headers_are_not_passed(
     through: Callable[..., httpx.Client], echo: str
 ) -> None:
     """The key of this API is none of the server's business, nor is it a browser's door."""
@@ -383,7 +357,7 @@ def test_what_concerns_one_connection_or_only_us_is_not_passed_on(
 
 
 @pytest.mark.parametrize("path", ["/v1/../slots", "/v1/%2e%2e/slots", "/v1/x/%2E./y", "/v1/..%2fz"])
-def test_nothing_beside_v1_can_be_reached(
+def test_paths_out_of_v1_are_404(
     through: Callable[..., httpx.Client], echo: str, path: str
 ) -> None:
     client = through(Lender(echo))
@@ -392,7 +366,7 @@ def test_nothing_beside_v1_can_be_reached(
     assert client.send(request).status_code == 404
 
 
-def test_a_kept_connection_that_was_given_up_costs_nobody_an_answer(
+def test_request_is_resent_when_a_reused_connection_was_closed(
     through: Callable[..., httpx.Client],
 ) -> None:
     """A server may let go of an idle connection in the moment it is used again."""
@@ -425,7 +399,7 @@ def test_a_kept_connection_that_was_given_up_costs_nobody_an_answer(
         thread.join(DEADLINE_S)
 
 
-def test_waiting_is_bounded_in_time_and_in_number(through: Callable[..., httpx.Client]) -> None:
+def test_held_requests_are_bounded_in_time_and_number(through: Callable[..., httpx.Client]) -> None:
     """503 with Retry-After, never a queue without an end."""
     client = through(Lender(None), held_s=0.2)
     late = client.get("/v1/models")
@@ -435,14 +409,14 @@ def test_waiting_is_bounded_in_time_and_in_number(through: Callable[..., httpx.C
     assert problem(full.get("/v1/models")) == (503, "unavailable")
 
 
-def test_a_server_that_cannot_be_reached_is_said_so(through: Callable[..., httpx.Client]) -> None:
+def test_unreachable_server_is_503(through: Callable[..., httpx.Client]) -> None:
     client = through(Lender("http://127.0.0.1:1"))
     answer = client.get("/v1/models")
     assert problem(answer) == (503, "server_exited")
     assert answer.headers["Retry-After"]
 
 
-def test_an_app_of_our_own_passes_on_below_v1_only(serve: Serve, tmp_path: Path) -> None:
+def test_app_passes_only_paths_below_v1(serve: Serve, tmp_path: Path) -> None:
     """Also below a path of another app, where a backend may have mounted it."""
     with serve() as client:
         assert problem(client.get("/v1/models")) == (503, "not_loaded")

@@ -1,4 +1,4 @@
-"""The HTTP surface itself: bodies, problems, keys, events, OpenAPI, and being embedded."""
+"""The HTTP API itself: bodies, problems, keys, events, OpenAPI, and embedding in another app."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import fastapi
 import httpx
 import pydantic
 import pytest
+from fastapi.testclient import TestClient
 
 import orchestrator.http
 from orchestrator import AsyncOrchestrator, LoadRequest
-from orchestrator.http import bodies, create_app, router, schemas
+from orchestrator.http import bodies, create_app, pages, router, schemas
 from orchestrator.settings.fields import SETTINGS
 from tests.kit.http import PREFIX, Serve, problem, serving
 from tests.kit.process.support import is_running
@@ -33,13 +34,13 @@ def client(serve: Serve) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """One app for all the tests that start no server."""
+    """One app for all tests that start no server."""
     app = create_app(llama_server="embedded", state_dir=tmp_path_factory.mktemp("idle"))
     with serving(app) as client:
         yield client
 
 
-# ---------------------------------------------------------------------------------- what is sent
+# ---------------------------------------------------------------------------------------- bodies
 
 
 @pytest.mark.parametrize(
@@ -59,8 +60,10 @@ def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         (b'{"model_path": "x", "pinned": "yes"}', "pinned"),
     ],
 )
-def test_a_malformed_load_is_refused(idle: httpx.Client, body: bytes, field: str | None) -> None:
-    """A misspelt setting is never silently dropped, and nothing a client sends is a 500."""
+def test_load_with_malformed_body_is_refused(
+    idle: httpx.Client, body: bytes, field: str | None
+) -> None:
+    """A misspelt setting is never silently dropped, and no body causes a 500."""
     answer = idle.post(LOAD, content=body, headers=JSON if body else {})
     assert problem(answer) == (422, "malformed")
     assert answer.json().get("field") == field
@@ -78,7 +81,7 @@ def test_a_malformed_load_is_refused(idle: httpx.Client, body: bytes, field: str
         ({"load_request_id": "-"}, "invalid_request", "load_request_id"),
     ],
 )
-def test_a_setting_that_cannot_be_honoured_is_refused(
+def test_load_with_unusable_setting_is_refused(
     idle: httpx.Client, members: dict[str, object], category: str, field: str
 ) -> None:
     answer = idle.post(LOAD, json={"model_path": "x"} | members)
@@ -86,16 +89,16 @@ def test_a_setting_that_cannot_be_honoured_is_refused(
     assert answer.json()["field"] == field
 
 
-def test_a_form_of_another_page_is_not_taken_for_json(idle: httpx.Client) -> None:
-    """What a browser sends across origins without asking cannot start a server."""
+def test_body_of_another_content_type_is_refused(idle: httpx.Client) -> None:
+    """A browser sends these across origins without a preflight; they cannot start a server."""
     for kind in ("text/plain", "application/x-www-form-urlencoded"):
         body = b'{"model_path": "x"}'
         answer = idle.post(LOAD, content=body, headers={"Content-Type": kind})
         assert problem(answer) == (422, "malformed")
 
 
-def test_a_body_is_bounded(idle: httpx.Client) -> None:
-    """Also one that does not say how long it is."""
+def test_body_over_one_mebibyte_is_refused(idle: httpx.Client) -> None:
+    """Even if it does not declare its length."""
     chunks = (b" " * 65536 for _ in range(bodies.MAX_BODY_BYTES // 65536 + 1))
     assert problem(idle.post(LOAD, content=chunks, headers=JSON)) == (413, "too_large")
 
@@ -114,7 +117,7 @@ def test_a_body_is_bounded(idle: httpx.Client) -> None:
         ("/cancel", {"id": "x"}, 422, "id"),
     ],
 )
-def test_unload_and_cancel_refuse_what_they_do_not_know(
+def test_unload_and_cancel_refuse_malformed_bodies(
     idle: httpx.Client, path: str, body: dict[str, object], code: int, field: str
 ) -> None:
     answer = idle.post(PREFIX + path, json=body)
@@ -122,14 +125,16 @@ def test_unload_and_cancel_refuse_what_they_do_not_know(
     assert answer.json()["field"] == field
 
 
-def test_an_id_means_the_same_to_load_and_cancel(client: httpx.Client, tiny_model: str) -> None:
-    """Both take white space off; here the cancel overtakes the load."""
+def test_load_request_id_is_stripped_by_load_and_cancel(
+    client: httpx.Client, tiny_model: str
+) -> None:
+    """Here the cancel overtakes the load."""
     client.post(PREFIX + "/cancel", json={"load_request_id": " mine "})
     answer = client.post(LOAD, json={"model_path": tiny_model, "load_request_id": "mine"})
     assert problem(answer) == (409, "cancelled")
 
 
-def test_unload_takes_no_body_at_all(idle: httpx.Client) -> None:
+def test_unload_needs_no_body(idle: httpx.Client) -> None:
     assert idle.post(PREFIX + "/unload").json() == {"status": "unloaded"}
     assert idle.post(PREFIX + "/unload", json={}).json() == {"status": "unloaded"}
 
@@ -137,7 +142,7 @@ def test_unload_takes_no_body_at_all(idle: httpx.Client) -> None:
 # ------------------------------------------------------------------------------------- problems
 
 
-def test_an_unknown_path_and_a_wrong_method_are_problems_too(idle: httpx.Client) -> None:
+def test_unknown_path_and_wrong_method_are_problems(idle: httpx.Client) -> None:
     assert problem(idle.get("/nowhere")) == (404, "not_found")
     assert problem(idle.get(PREFIX + "/nowhere")) == (404, "not_found")
     answer = idle.get(LOAD)
@@ -145,13 +150,13 @@ def test_an_unknown_path_and_a_wrong_method_are_problems_too(idle: httpx.Client)
     assert answer.headers["allow"] == "POST"
 
 
-def test_logs_are_bounded(idle: httpx.Client) -> None:
+def test_number_of_log_lines_is_bounded(idle: httpx.Client) -> None:
     assert idle.get(PREFIX + "/logs").json() == {"lines": []}
     assert problem(idle.get(PREFIX + "/logs?lines=0")) == (422, "malformed")
     assert problem(idle.get(PREFIX + "/logs?lines=1000000")) == (422, "malformed")
 
 
-def test_a_crash_is_a_problem_without_its_details(
+def test_unexpected_exception_is_answered_without_its_message(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def crash(_: object) -> None:
@@ -186,7 +191,7 @@ def _events(client: httpx.Client, after: int, count: int) -> list[dict[str, Any]
     return found
 
 
-def test_events_are_numbered_and_can_be_resumed(client: httpx.Client, tiny_model: str) -> None:
+def test_events_have_ids_and_can_be_resumed(client: httpx.Client, tiny_model: str) -> None:
     client.post(LOAD, json={"model_path": tiny_model})
     events = _events(client, 0, 5)
     assert [event["id"] for event in events] == ["1", "2", "3", "4", "5"]
@@ -197,11 +202,11 @@ def test_events_are_numbered_and_can_be_resumed(client: httpx.Client, tiny_model
         assert event["data"].keys() >= {"source", "dest", "trigger", "generation", "at"}
         assert event["data"]["generation"] == 1
     assert _events(client, 3, 2) == events[3:]
-    # an id of an earlier orchestrator, whose numbers went further
+    # an id of an earlier orchestrator, which had more events
     assert _events(client, 1_000_000, 5) == events
 
 
-def test_without_an_id_events_begin_now(client: httpx.Client, tiny_model: str) -> None:
+def test_events_without_last_event_id_begin_now(client: httpx.Client, tiny_model: str) -> None:
     client.post(LOAD, json={"model_path": tiny_model})
     with client.stream("GET", PREFIX + "/events") as stream:
         client.post(PREFIX + "/unload")
@@ -210,13 +215,13 @@ def test_without_an_id_events_begin_now(client: httpx.Client, tiny_model: str) -
         assert json.loads(data.removeprefix("data: "))["trigger"] == "unload"
 
 
-def test_an_event_id_is_a_number(idle: httpx.Client) -> None:
+def test_last_event_id_must_be_a_natural_number(idle: httpx.Client) -> None:
     for bad in ("x", "-1", "1.5"):
         answer = idle.get(PREFIX + "/events", headers={"Last-Event-ID": bad})
         assert problem(answer) == (422, "malformed")
 
 
-def test_the_diagrams_mark_the_present_state(client: httpx.Client, tiny_model: str) -> None:
+def test_diagrams_mark_the_current_state(client: httpx.Client, tiny_model: str) -> None:
     svg = client.get(PREFIX + "/diagram.svg")
     assert svg.headers["content-type"] == "image/svg+xml"
     assert svg.text.startswith("<svg")
@@ -230,7 +235,7 @@ def test_the_diagrams_mark_the_present_state(client: httpx.Client, tiny_model: s
 # ----------------------------------------------------------------------------------------- keys
 
 
-def test_a_key_is_wanted_everywhere_but_for_health(serve: Serve) -> None:
+def test_every_route_but_health_needs_a_key(serve: Serve) -> None:
     with serve(api_keys=["s3cret", "another"]) as client:
         assert client.get("/healthz").json() == {"status": "alive"}
         assert problem(client.get("/readyz")) == (503, "not_loaded")
@@ -240,8 +245,8 @@ def test_a_key_is_wanted_everywhere_but_for_health(serve: Serve) -> None:
             assert answer.headers["www-authenticate"] == "Bearer"
         wrong = ("Bearer", "Bearer S3cret", "Basic s3cret", "s3cret", "Bearer s3cretx")
         for header in (*wrong, "Bearer s3cr\u00e9t"):
-            shown = {b"Authorization": header.encode("latin-1")}
-            assert client.get(PREFIX + "/status", headers=shown).status_code == 401, header
+            sent = {b"Authorization": header.encode("latin-1")}
+            assert client.get(PREFIX + "/status", headers=sent).status_code == 401, header
         for good in ("Bearer s3cret", "bearer another"):
             headers = {"Authorization": good}
             assert client.get(PREFIX + "/status", headers=headers).status_code == 200
@@ -250,8 +255,8 @@ def test_a_key_is_wanted_everywhere_but_for_health(serve: Serve) -> None:
 # ----------------------------------------------------------------------------- OpenAPI, embedding
 
 
-def test_the_documented_bodies_have_the_fields_of_the_library() -> None:
-    """The models document; they must not drift from what validates and answers."""
+def test_openapi_load_body_has_the_fields_of_load_request() -> None:
+    """The model only documents; `LoadRequest` validates."""
     documented: dict[str, Any] = schemas.LoadBody.model_fields
     fields = {field.name: field for field in dataclasses.fields(LoadRequest)}
     assert documented.keys() == fields.keys()
@@ -262,7 +267,7 @@ def test_the_documented_bodies_have_the_fields_of_the_library() -> None:
         assert documented[name].description == SETTINGS[name].help
 
 
-def test_openapi_tells_the_whole_contract(idle: httpx.Client) -> None:
+def test_openapi_lists_every_route_and_failure(idle: httpx.Client) -> None:
     document = idle.get("/openapi.json").json()
     routes = {(path, method) for path, methods in document["paths"].items() for method in methods}
     assert routes == {
@@ -281,44 +286,31 @@ def test_openapi_tells_the_whole_contract(idle: httpx.Client) -> None:
     load = document["paths"][LOAD]["post"]
     body = load["requestBody"]["content"]["application/json"]["schema"]
     assert "max_seq_length" in body["properties"]
-    documented = {
-        "200",
-        "202",
-        "400",
-        "404",
-        "409",
-        "413",
-        "422",
-        "424",
-        "502",
-        "503",
-        "504",
-        "507",
-    }
-    assert documented <= load["responses"].keys()
+    failures = {"400", "404", "409", "413", "422", "424", "502", "503", "504", "507"}
+    assert {"200", "202"} | failures <= load["responses"].keys()
     assert "superseded" in load["responses"]["409"]["description"]
-    for status in documented - {"200", "202"}:
+    for status in failures:
         assert list(load["responses"][status]["content"]) == ["application/problem+json"]
 
 
 @pytest.mark.parametrize("model", schemas.EXAMPLES)
-def test_every_example_is_one(model: type) -> None:
-    """People copy examples before they read anything else."""
+def test_openapi_examples_are_valid(model: type) -> None:
+    """Users copy examples."""
     example = schemas.EXAMPLES[model]
     pydantic.TypeAdapter(model).validate_json(json.dumps(example))
     if model is schemas.LoadBody:
         assert LoadRequest.from_dict(example).gguf_variant == "Q4_K_M"
 
 
-def test_the_document_says_when_a_key_is_wanted() -> None:
-    """A generated client has to know."""
+def test_openapi_declares_keys_only_where_needed() -> None:
+    """A generated client must know."""
     wanted = create_app(llama_server="embedded", api_keys=["k"]).openapi()
     assert wanted["security"] == [{"key": []}]
     assert "security" not in create_app(llama_server="embedded").openapi()
 
 
-def test_the_router_brings_its_problems_into_another_app(state_dir: Path) -> None:
-    """Nobody has started the orchestrator: the first request does."""
+def test_router_answers_with_problems_in_another_app(state_dir: Path) -> None:
+    """The first request starts the orchestrator."""
     orch = AsyncOrchestrator(llama_server="embedded", state_dir=state_dir)
 
     @contextlib.asynccontextmanager
@@ -336,8 +328,10 @@ def test_the_router_brings_its_problems_into_another_app(state_dir: Path) -> Non
         assert client.get("/nowhere").headers["content-type"] == "application/json"
 
 
-def test_the_router_starts_and_closes_the_orchestrator(state_dir: Path, tiny_model: str) -> None:
-    """A backend that only includes it can lose no server, whether it has a lifespan or not."""
+def test_router_lifespan_starts_and_closes_the_orchestrator(
+    state_dir: Path, tiny_model: str
+) -> None:
+    """So a backend that only includes the router leaves no server behind."""
     ended: list[str] = []
 
     @contextlib.asynccontextmanager
@@ -356,7 +350,7 @@ def test_the_router_starts_and_closes_the_orchestrator(state_dir: Path, tiny_mod
     assert orch.status().loaded is None
 
 
-def test_a_closed_orchestrator_answers_503(state_dir: Path) -> None:
+def test_closed_orchestrator_answers_503(state_dir: Path) -> None:
     orch = AsyncOrchestrator(llama_server="embedded", state_dir=state_dir)
     app = fastapi.FastAPI()
     app.include_router(router(orch))
@@ -372,14 +366,27 @@ def test_a_closed_orchestrator_answers_503(state_dir: Path) -> None:
         assert client.get(PREFIX + "/status").json()["state"] == "Idle"
 
 
-def test_an_app_takes_an_orchestrator_or_its_options() -> None:
+def test_create_app_takes_an_orchestrator_or_its_options() -> None:
     with pytest.raises(TypeError, match="not both"):
         create_app(AsyncOrchestrator(), slot="x")
     with pytest.raises(ValueError, match="kill_grace_s"):
         create_app(kill_grace_s=-1)
 
 
-def test_the_package_exports_three_names_and_imports_nothing_for_them() -> None:
+def test_mounted_app_recognises_its_own_paths(state_dir: Path) -> None:
+    """Health and the panel need no key, and answers carry the same headers, below any path."""
+    app = fastapi.FastAPI()
+    app.mount("/llama", create_app(llama_server="embedded", state_dir=state_dir, api_keys=["k"]))
+    with TestClient(app) as client:
+        assert client.get("/llama/healthz").json() == {"status": "alive"}
+        assert client.get("/llama/healthz").headers["Cache-Control"] == "no-store"
+        panel = client.get("/llama/panel/main.js")
+        assert panel.status_code == 200
+        assert panel.headers["Content-Security-Policy"] == pages.CSP
+        assert client.get("/llama" + PREFIX + "/status").status_code == 401
+
+
+def test_http_package_exports_three_names() -> None:
     assert dir(orchestrator.http) == ["PassThrough", "create_app", "router"]
     with pytest.raises(AttributeError, match="has no attribute 'app_of_dreams'"):
         orchestrator.http.app_of_dreams  # noqa: B018

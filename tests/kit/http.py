@@ -1,7 +1,8 @@
-"""An app on a real uvicorn, on a port of its own, and what its tests ask of it."""
+"""An app on a real uvicorn, on a port of its own, and helpers to query it."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import threading
@@ -18,7 +19,9 @@ import uvicorn
 from starlette.routing import Route
 
 from orchestrator import AsyncOrchestrator
+from orchestrator.base.tokens import Generation
 from orchestrator.http import PassThrough
+from orchestrator.runtime.answers import LeasedServer
 
 PREFIX = "/api/inference"
 DEADLINE_S = 20.0
@@ -45,7 +48,10 @@ def serving(app: fastapi.FastAPI, port: int = 0) -> Iterator[httpx.Client]:
 
 @dataclass(frozen=True)
 class Gate:
-    """A server binary whose processes wait until the gate is opened."""
+    """A llama.cpp server whose processes begin only when the gate is opened.
+
+    So a load is in flight for as long as a test needs.
+    """
 
     binary: str
     key: Path
@@ -54,8 +60,28 @@ class Gate:
         self.key.touch()
 
 
-def passing_on(lender: object, **options: Any) -> fastapi.FastAPI:
-    """An app that is nothing but a pass-through to whoever lends a server."""
+class Lender:
+    """An orchestrator, as far as a pass-through can see; None as URL: no model becomes Healthy."""
+
+    def __init__(self, base_url: str | None) -> None:
+        self.base_url = base_url
+        self.is_returned = threading.Event()
+
+    def known_paths(self) -> tuple[()]:
+        return ()
+
+    @contextlib.asynccontextmanager
+    async def lease(self) -> AsyncIterator[LeasedServer]:
+        if self.base_url is None:
+            await asyncio.Event().wait()
+        try:
+            yield LeasedServer(self.base_url or "", 1, Generation(1))
+        finally:
+            self.is_returned.set()
+
+
+def pass_through_app(lender: Lender, **options: Any) -> fastapi.FastAPI:
+    """Return an app that is nothing but a pass-through."""
     passed_on = PassThrough(cast("AsyncOrchestrator", lender), **options)
 
     @contextlib.asynccontextmanager
@@ -69,22 +95,22 @@ def passing_on(lender: object, **options: Any) -> fastapi.FastAPI:
 
 
 def until(client: httpx.Client, holds: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
-    """Ask for the status until it is as wanted, and return it."""
+    """Poll the status until `holds` returns true for it, and return it."""
     ends = time.monotonic() + DEADLINE_S
     while time.monotonic() < ends:
         status: dict[str, Any] = client.get(PREFIX + "/status").json()
         if holds(status):
             return status
-    raise AssertionError(f"never happened; the status is {status}")
+    raise AssertionError(f"timed out; the status is {status}")
 
 
-def is_held(status: dict[str, Any]) -> bool:
-    """A load waits at the gate."""
+def is_at_gate(status: dict[str, Any]) -> bool:
+    """Return whether a load waits at the gate."""
     return bool(status["state"] == "WaitingHealth")
 
 
 def problem(answer: httpx.Response) -> tuple[int, str]:
-    """The status and category of what must be a problem document."""
+    """Return status and category of an answer, which must be a problem document."""
     assert answer.headers["content-type"] == "application/problem+json", answer.text
     members = answer.json()
     assert members["status"] == answer.status_code

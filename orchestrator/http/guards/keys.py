@@ -1,55 +1,47 @@
-"""The API key: every request carries it as a Bearer token, or is answered with 401.
+"""API keys, sent as Bearer tokens and compared in constant time.
 
-Compared in constant time, against every key. Only the two health routes need none (probes carry
-no secrets and learn nothing from them), and the panel's own files, which ask for the key.
+The health routes need none, because probes carry no secrets, nor do the panel's files, which ask
+for the key.
 """
 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.responses import Response
+from starlette.types import Scope
 
 from orchestrator.http import pages
-from orchestrator.http.problems import http_problem, respond
+from orchestrator.http.guards import Check, own_path
+from orchestrator.http.problems import http_problem
 
 PROBED_PATHS: Final = ("/healthz", "/readyz")
 OPEN_PATHS: Final = frozenset({*PROBED_PATHS, *pages.PATHS})
 
 
 def shareable(keys: Sequence[str]) -> Sequence[str] | bool:
-    """Return `protect_server` for an API with these keys: a server takes those it can be given
-    (llama-server reads them from a list with commas), and is protected whatever they are.
+    """Return the `protect_server` of an API with these keys: those that llama-server can read from
+    its comma-separated list, or True if it can read none of them.
     """
-    given = [key for key in keys if "," not in key and key.isascii() and key.isprintable()]
-    return given or bool(keys)
+    readable = [key for key in keys if "," not in key and key.isascii() and key.isprintable()]
+    return readable or bool(keys)
 
 
-class RequireKey:
-    """ASGI middleware.
+def require_key(keys: Sequence[str]) -> Check:
+    """Return the check that a request has one of these keys, which must not be empty."""
+    if not all(keys):
+        raise ValueError("an API key must not be empty")
 
-    Args:
-        keys: Any of these is good; not empty.
-    """
+    def check(scope: Scope) -> Response | None:
+        scheme, _, sent = Headers(scope=scope).get("authorization", "").partition(" ")
+        given = sent.strip().encode("latin-1", "replace")
+        matches = [hmac.compare_digest(given, key.encode()) for key in keys]
+        if own_path(scope) in OPEN_PATHS or (scheme.lower() == "bearer" and any(matches)):
+            return None
+        detail = "send the API key as `Authorization: Bearer KEY`"
+        return http_problem(401, detail, {"WWW-Authenticate": "Bearer"})
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
-        self._app = app
-        self._keys = tuple(key.encode() for key in keys)
-        if not self._keys or not all(self._keys):
-            raise ValueError("an API key must not be empty")
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS or self._admits(scope):
-            await self._app(scope, receive, send)
-            return
-        problem = http_problem(401, "give the API key as `Authorization: Bearer KEY`")
-        await respond(problem, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
-
-    def _admits(self, scope: Scope) -> bool:
-        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        shown = given.strip().encode("latin-1", "replace")
-        found = [hmac.compare_digest(shown, key) for key in self._keys]
-        return scheme.lower() == "bearer" and any(found)
+    return check
