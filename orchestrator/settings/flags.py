@@ -15,48 +15,36 @@ from orchestrator.errors import InvalidRequest, RefusedArgument
 
 CACHE_TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
-# reason -> flags with every alias; fields.py adds those that a field replaces. Their environment
-# variables never reach the server: its environment is an allow-list (server/environment.py).
-REFUSED: Final[dict[str, str]] = {
-    "the model is chosen by model_path and gguf_variant": (
-        "-m --model -mu --model-url -dr --docker-repo -hf -hfr --hf-repo -hff --hf-file -hfv -hfrv "
-        "--hf-repo-v -hffv --hf-file-v -hft --hf-token -a --alias"
-    ),
-    "the orchestrator sets the server's address": (
-        "--host --port --path --api-prefix --reuse-port"
-    ),
-    "the orchestrator sets keys and TLS": (
-        "--api-key --api-key-file --ssl-key-file --ssl-cert-file"
-    ),
-    "the server's web UI is always off": (
-        "--webui --no-webui --ui --no-ui --ui-config --webui-config --ui-config-file "
-        "--webui-config-file --ui-mcp-proxy --no-ui-mcp-proxy --webui-mcp-proxy "
-        "--no-webui-mcp-proxy"
-    ),
-    "router mode is not supported: one server serves one model": (
-        "--models-dir --models-preset --models-max --models-autoload --no-models-autoload"
-    ),
-    "server-side tools run code on this machine": (
-        "--tools --tools-runtime -ag --agent -no-ag --no-agent --mcp-servers-config "
-        "--mcp-servers-json"
-    ),
-    "the orchestrator sets the CORS rules": (
-        "--cors-origins --cors-methods --cors-headers --cors-credentials --no-cors-credentials"
-    ),
-    "it reads or writes arbitrary files": (
-        "--media-path --slot-save-path --log-file --log-disable --log-prompts-dir"
-    ),
-    "the server would print and exit": (
-        "-h --help --usage --version --list-devices -cl --cache-list --completion-bash"
-    ),
-    "it sets a model and a port of its own": (
-        "--embd-gemma-default --embd-bge-small-en-default --embd-e5-small-en-default "
-        "--embd-gte-small-default --fim-qwen-1.5b-default --fim-qwen-3b-default "
-        "--fim-qwen-7b-default --fim-qwen-7b-spec --fim-qwen-14b-spec --fim-qwen-30b-default "
-        "--gpt-oss-20b-default --gpt-oss-120b-default --vision-gemma-4b-default "
-        "--vision-gemma-12b-default"
-    ),
-}
+# Reasons, and flags with every alias; fields.py adds the flags that a field replaces. Their
+# environment variables never reach the server, see server/environment.py.
+_REFUSED: Final = """
+the model is chosen by model_path and gguf_variant:
+    -m --model -mu --model-url -dr --docker-repo -hf -hfr --hf-repo -hff --hf-file -hfv -hfrv
+    --hf-repo-v -hffv --hf-file-v -hft --hf-token -a --alias
+the orchestrator sets the server's address:
+    --host --port --path --api-prefix --reuse-port
+the orchestrator sets keys and TLS:
+    --api-key --api-key-file --ssl-key-file --ssl-cert-file
+the server's web UI is always off:
+    --webui --no-webui --ui --no-ui --ui-config --webui-config --ui-config-file
+    --webui-config-file --ui-mcp-proxy --no-ui-mcp-proxy --webui-mcp-proxy --no-webui-mcp-proxy
+router mode is not supported:
+    --models-dir --models-preset --models-max --models-autoload --no-models-autoload
+server-side tools run code on this machine:
+    --tools --tools-runtime -ag --agent -no-ag --no-agent --mcp-servers-config --mcp-servers-json
+the orchestrator sets the CORS rules:
+    --cors-origins --cors-methods --cors-headers --cors-credentials --no-cors-credentials
+it reads or writes arbitrary files:
+    --media-path --slot-save-path --log-file --log-disable --log-prompts-dir
+the server would print and exit:
+    -h --help --usage --version --list-devices -cl --cache-list --completion-bash
+it sets a model and a port of its own:
+    --embd-gemma-default --embd-bge-small-en-default --embd-e5-small-en-default
+    --embd-gte-small-default --fim-qwen-1.5b-default --fim-qwen-3b-default --fim-qwen-7b-default
+    --fim-qwen-7b-spec --fim-qwen-14b-spec --fim-qwen-30b-default --gpt-oss-20b-default
+    --gpt-oss-120b-default --vision-gemma-4b-default --vision-gemma-12b-default
+"""
+REFUSED: Final = dict(re.findall(r"^(\S.*):\n((?: .*\n)+)", _REFUSED, re.MULTILINE))
 _LONGER: Final = frozenset({"-md", "-mg", "-mmdev", "-hfd", "-hfrd"})  # begin like a refused one
 
 # Flags that are refused where models are confined to folders: FILES if the file is outside of them,
@@ -124,7 +112,7 @@ class RefusedFlags:
             for flag in self._readings(token):
                 if reason := self._reasons.get(flag):
                     raise RefusedArgument.because(
-                        f"llama_extra_args: {flag} is refused: {reason}", field="llama_extra_args"
+                        f"{flag} is refused in llama_extra_args: {reason}", field="llama_extra_args"
                     )
 
     def _readings(self, token: str) -> tuple[str, ...]:

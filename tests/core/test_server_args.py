@@ -71,7 +71,7 @@ def test_a_flag_the_orchestrator_owns_is_refused_in_every_spelling(flag: str) ->
         with pytest.raises(RefusedArgument) as caught:
             check_extra_args(args)
         assert caught.value.field == "llama_extra_args"
-        assert f"{flag} is refused: " in str(caught.value), args
+        assert str(caught.value).startswith(f"{flag} is refused in "), args
         with pytest.raises(RefusedArgument):
             request(llama_extra_args=args)
 
@@ -257,7 +257,7 @@ def test_a_flag_refused_in_one_spelling_is_refused_in_all(
     check_extra_args(tuple(others))
     with pytest.raises(RefusedArgument) as caught:
         check_extra_args(args)
-    assert f" {flag} is refused: " in str(caught.value), args
+    assert str(caught.value).startswith(f"{flag} is refused in "), args
 
 
 EDITS = st.sampled_from(["-", "_", "--", "n", "o", "=", " ", "8", "/", "M", "host", "\u2003", "."])
