@@ -14,9 +14,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from huggingface_hub import close_session, constants
 
 from orchestrator.demo.tiny_model import write_tiny_model
 from orchestrator.server import embedded
+from tests.kit.fake_hub import Hub
 from tests.kit.http import Gate
 from tests.kit.process.servers import servers_of
 
@@ -55,6 +57,45 @@ def state_dir(tmp_path: Path) -> Iterator[Path]:
     for pid in left:
         psutil.Process(pid).kill()
     assert not left, f"servers left behind: {left}"
+
+
+@pytest.fixture
+def hf_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home of `huggingface_hub` for this test alone: empty, without token, Xet and telemetry.
+
+    Both the environment, for child processes, and the constants that were read from it are set.
+    """
+    home = tmp_path / "hf"
+    flags = {"HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_PROGRESS_BARS"}
+    paths = {
+        "HF_HOME": home,
+        "HF_HUB_CACHE": home / "hub",
+        "HF_ASSETS_CACHE": home / "assets",
+        "HF_XET_CACHE": home / "xet",
+        "HF_TOKEN_PATH": home / "token",
+        "HF_STORED_TOKENS_PATH": home / "stored_tokens",
+    }
+    for name, path in paths.items():
+        monkeypatch.setenv(name, str(path))
+        monkeypatch.setattr(constants, name, str(path))
+    for name in flags:
+        monkeypatch.setenv(name, "1")
+        monkeypatch.setattr(constants, name, True)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    yield home
+    close_session()  # its idle connections would be reported as resources that were never closed
+
+
+@pytest.fixture
+def hub(hf_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """An empty hub, running; child processes use it as the Hub."""
+    with Hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        yield hub
 
 
 def pytest_configure() -> None:

@@ -1,7 +1,6 @@
-"""A real Chromium on a real uvicorn. Every page is watched: its console, its errors, its requests.
+"""A real Chromium on a real uvicorn.
 
-A page that is closed must not have run into its own content security policy, thrown, or asked
-another host for anything.
+No page may violate its own content security policy, throw, or send a request to another host.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import pytest
 from playwright.sync_api import Browser, sync_playwright
 
 from orchestrator.http import create_app
-from tests.hub.conftest import hf_home, hub  # noqa: F401 (fixtures)
 from tests.kit.http import serving
 from tests.kit.panel import DESKTOP, FLAGS, Open, Panel, Start
 
@@ -32,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="package")
 def chromium() -> Iterator[Browser]:
     path = shutil.which("chromium")
-    assert path, "no chromium: `apt-get install chromium`, or leave these out by -m 'not browser'"
+    assert path, "no chromium: `apt-get install chromium`, or deselect with -m 'not browser'"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield browser
@@ -41,7 +39,7 @@ def chromium() -> Iterator[Browser]:
 
 @pytest.fixture
 def start(state_dir: Path) -> Iterator[Start]:
-    """Start a backend that runs until its panels have been closed."""
+    """Start a backend, which ends after its panels are closed."""
     with contextlib.ExitStack() as running:
 
         def starting(llama_server: str = "embedded", **options: Any) -> httpx.Client:
@@ -52,7 +50,7 @@ def start(state_dir: Path) -> Iterator[Start]:
 
 
 @pytest.fixture
-def panel(start: Start, chromium: Browser) -> Iterator[Open]:
+def open_panel(start: Start, chromium: Browser) -> Iterator[Open]:
     """Open the panel of a backend."""
     opened: list[Panel] = []
 
@@ -68,5 +66,5 @@ def panel(start: Start, chromium: Browser) -> Iterator[Open]:
     yield opening
     for one in opened:
         one.page.context.close()
-        assert not one.wrong, one.wrong
+        assert not one.errors, one.errors
         assert one.hosts == {urlsplit(one.base_url).netloc}

@@ -1,6 +1,6 @@
-"""Writes the README's picture of the panel: a tiny model, Healthy, after a few loads.
+"""Write the README's picture of the panel: a tiny model, Healthy, after a few real loads.
 
-`make screenshot`. Everything in the picture happens for real, in a folder of its own.
+`make screenshot` runs this.
 """
 
 from __future__ import annotations

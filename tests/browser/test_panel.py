@@ -1,4 +1,4 @@
-"""The panel as a person meets it: what it says, what it sends, and what becomes of it."""
+"""The panel as a user sees it: what it shows, and what it sends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orchestrator import RestartPolicy
 from orchestrator.demo.tiny_model import write_tiny_model
 from orchestrator.http import create_app
 from tests.kit.fake_hub import Hub, Repo
-from tests.kit.http import PREFIX, Gate, is_held, serving, until
+from tests.kit.http import PREFIX, Gate, is_at_gate, serving, until
 from tests.kit.panel import DESKTOP, PHONE, Open, Start
 from tests.kit.process.servers import servers_of
 
@@ -31,51 +31,53 @@ def loads(client: httpx.Client) -> list[dict[str, Any]]:
 
 
 def test_ten_rapid_applies_leave_one_server_with_the_last_settings(
-    start: Start, panel: Open, tiny_model: str, state_dir: Path
+    start: Start, open_panel: Open, tiny_model: str, state_dir: Path
 ) -> None:
     """Apply is never disabled: every click is a load of its own, and the last one wins."""
     client = start()
-    shown = panel(client).is_live()
-    shown.page.fill("#model_path", tiny_model)
+    panel = open_panel(client).until_live()
+    panel.page.fill("#model_path", tiny_model)
     contexts = [str(256 + 32 * n) for n in range(10)]
     for context in contexts:
-        shown.apply(max_seq_length=context)
+        panel.apply(max_seq_length=context)
     settled = until(
         client, lambda s: s["loaded"] and s["loaded"]["requested_context_length"] == 544
     )
-    shown.shows("Healthy")
-    expect(shown.page.locator("#facts")).to_contain_text("asked: 544")
-    assert [body["max_seq_length"] for body in shown.sent] == [int(c) for c in contexts]
-    assert len({body["load_request_id"] for body in shown.sent}) == 10
+    panel.expect_state("Healthy")
+    expect(panel.page.locator("#facts")).to_contain_text("requested: 544")
+    assert [body["max_seq_length"] for body in panel.sent] == [int(c) for c in contexts]
+    assert len({body["load_request_id"] for body in panel.sent}) == 10
     assert len(servers_of(state_dir)) == 1, settled
-    became = {load["outcome"].get("category", "loaded") for load in loads(client)}
-    assert became <= {"loaded", "superseded"}
-    expect(shown.page.locator("#error")).to_be_empty()
-    expect(shown.page.locator("#sent")).to_contain_text("is Healthy")
+    outcomes = {load["outcome"].get("category", "loaded") for load in loads(client)}
+    assert outcomes <= {"loaded", "superseded"}
+    expect(panel.page.locator("#error")).to_be_empty()
+    expect(panel.page.locator("#sent")).to_contain_text("is Healthy")
 
 
-def test_it_says_what_apply_would_do_and_why(start: Start, panel: Open, tiny_model: str) -> None:
+def test_plan_shows_what_apply_would_do_and_why(
+    start: Start, open_panel: Open, tiny_model: str
+) -> None:
     client = start()
-    shown = panel(client).is_live()
-    shown.plan_says("Name a model")
-    shown.page.fill("#model_path", tiny_model)
-    shown.plan_says("Load")
-    shown.page.click("#apply")
-    shown.shows("Healthy")
-    shown.plan_says("Nothing to do: this runs already.")
-    shown.page.fill("#max_seq_length", "512")
-    shown.plan_says("max_seq_length 0 → 512")
-    shown.page.get_by_text("Command line").click()
-    expect(shown.page.locator("#argv")).to_contain_text("-c 512")
-    shown.page.click("#match")
-    expect(shown.page.locator("#max_seq_length")).to_have_value("0")
-    shown.plan_says("Nothing to do: this runs already.")
+    panel = open_panel(client).until_live()
+    panel.expect_sentence("#plan", "panel.plan.no_model")
+    panel.page.fill("#model_path", tiny_model)
+    panel.expect_text("#plan", "Load")
+    panel.page.click("#apply")
+    panel.expect_state("Healthy")
+    panel.expect_sentence("#plan", "panel.plan.loaded")
+    panel.page.fill("#max_seq_length", "512")
+    panel.expect_text("#plan", "max_seq_length 0 → 512")
+    panel.page.get_by_text("Command line").click()
+    expect(panel.page.locator("#argv")).to_contain_text("-c 512")
+    panel.page.click("#match")
+    expect(panel.page.locator("#max_seq_length")).to_have_value("0")
+    panel.expect_sentence("#plan", "panel.plan.loaded")
 
 
-def test_apply_needs_no_mouse(start: Start, panel: Open, tiny_model: str) -> None:
-    """Also the tri-state of the extra arguments is reached and changed by keys alone."""
+def test_form_can_be_used_by_keyboard(start: Start, open_panel: Open, tiny_model: str) -> None:
+    """Even the three-way choice of the extra arguments."""
     client = start()
-    page = panel(client).is_live().page
+    page = open_panel(client).until_live().page
     keys = page.keyboard
 
     def tab_to(name: str) -> None:
@@ -83,7 +85,7 @@ def test_apply_needs_no_mouse(start: Start, panel: Open, tiny_model: str) -> Non
             if page.evaluate("document.activeElement.id || document.activeElement.name") == name:
                 return
             keys.press("Tab")
-        pytest.fail(f"no way by Tab to {name}")
+        pytest.fail(f"Tab does not reach {name}")
 
     tab_to("model_path")
     keys.type(tiny_model)
@@ -103,85 +105,87 @@ def test_apply_needs_no_mouse(start: Start, panel: Open, tiny_model: str) -> Non
 # ----------------------------------------------------------------------------------- the settings
 
 
-def test_a_manual_drafting_mode_survives_the_round_trip(
-    start: Start, panel: Open, tiny_model: str
+def test_manual_drafting_mode_survives_the_round_trip(
+    start: Start, open_panel: Open, tiny_model: str
 ) -> None:
-    """It is shown as itself, and what is sent back means the same."""
+    """It is shown as it is, and means the same when it is sent back."""
     flags = ["--spec-type", "ngram-simple,ngram-mod"]
     client = start()
     body = {"model_path": tiny_model, "llama_extra_args": flags}
     first = client.post(PREFIX + "/load", json=body).json()
     assert first["speculative_type"] == "ngram-simple,ngram-mod"
-    shown = panel(client).is_live()
-    mode = shown.page.locator("#speculative_type")
+    panel = open_panel(client).until_live()
+    mode = panel.page.locator("#speculative_type")
     expect(mode).to_have_value("ngram-simple,ngram-mod")
     expect(mode.locator("option:checked")).to_have_text("ngram-simple,ngram-mod (manual)")
-    shown.plan_says("Nothing to do: this runs already.")
-    shown.page.click("#apply")
-    expect(shown.page.locator("#sent")).to_have_text("Generation 1 runs already.")
+    panel.expect_sentence("#plan", "panel.plan.loaded")
+    panel.page.click("#apply")
+    panel.expect_sentence("#sent", "panel.sent.loaded_already", generation=1)
     assert client.get(PREFIX + "/status").json()["loaded"]["pid"] == first["pid"]
-    shown.apply(max_seq_length="512")
+    panel.apply(max_seq_length="512")
     until(client, lambda s: s["loaded"] and s["loaded"]["requested_context_length"] == 512)
     second = client.get(PREFIX + "/status").json()["loaded"]
     assert second["llama_extra_args"] == flags
     assert second["speculative_type"] == "ngram-simple,ngram-mod"
-    assert shown.sent[-1]["speculative_type"] == "ngram-simple,ngram-mod"
-    assert "llama_extra_args" not in shown.sent[-1]
+    assert panel.sent[-1]["speculative_type"] == "ngram-simple,ngram-mod"
+    assert "llama_extra_args" not in panel.sent[-1]
 
 
-def test_inherit_none_and_set_are_three_things(start: Start, panel: Open, tiny_model: str) -> None:
-    """Quoting is a shell's; what is shown of what runs can be set again unchanged."""
+def test_extra_args_can_be_inherited_cleared_or_set(
+    start: Start, open_panel: Open, tiny_model: str
+) -> None:
+    """Text is quoted as in a shell, and the running arguments can be set again unchanged."""
     client = start()
-    shown = panel(client).is_live()
-    shown.page.fill("#model_path", tiny_model)
-    shown.set_extra("--top-k 7  --alias-of-mine\\ x 'it''s' \"a \\\"b\\\"\"\n")
-    shown.page.click("#apply")
-    expect(shown.page.locator("#error")).to_contain_text("--alias-of-mine x")
-    assert shown.sent[-1]["llama_extra_args"] == [
+    panel = open_panel(client).until_live()
+    panel.page.fill("#model_path", tiny_model)
+    panel.set_extra("--top-k 7  --alias-of-mine\\ x 'it''s' \"a \\\"b\\\"\"\n")
+    panel.page.click("#apply")
+    expect(panel.page.locator("#error")).to_contain_text("--alias-of-mine x")
+    assert panel.sent[-1]["llama_extra_args"] == [
         *("--top-k", "7", "--alias-of-mine x", "its", 'a "b"')
     ]
-    shown.set_extra("--top-k 7")
-    shown.page.click("#apply")
-    shown.shows("Healthy")
-    shown.choose_extra("Inherit")
-    expect(shown.page.locator("#extra-hint")).to_contain_text("Now: --top-k 7")
-    shown.plan_says("Nothing to do")
-    shown.choose_extra("None")
-    shown.plan_says("llama_extra_args")
-    shown.page.click("#apply")
+    panel.set_extra("--top-k 7")
+    panel.page.click("#apply")
+    panel.expect_state("Healthy")
+    panel.choose_extra("Inherit")
+    expect(panel.page.locator("#extra-hint")).to_contain_text("Now: --top-k 7")
+    panel.expect_sentence("#plan", "panel.plan.loaded")
+    panel.choose_extra("None")
+    panel.expect_text("#plan", "llama_extra_args")
+    panel.page.click("#apply")
     until(client, lambda s: s["loaded"] and s["loaded"]["llama_extra_args"] == [])
-    assert shown.sent[-1]["llama_extra_args"] == []
+    assert panel.sent[-1]["llama_extra_args"] == []
 
 
-def test_the_variants_of_a_folder_are_offered_with_their_sizes(
-    start: Start, panel: Open, tmp_path: Path
+def test_variants_are_offered_with_their_sizes(
+    start: Start, open_panel: Open, tmp_path: Path
 ) -> None:
     (tmp_path / "models").mkdir()
     for seed, label in enumerate(("Q4_K_M", "Q8_0")):
         write_tiny_model(tmp_path / "models" / f"tiny-{label}.gguf", seed=seed)
     client = start()
-    shown = panel(client).is_live()
-    shown.page.fill("#model_path", str(tmp_path / "models"))
-    shown.page.keyboard.press("Tab")
-    expect(shown.page.locator("#gguf_variant option")).to_have_text(
+    panel = open_panel(client).until_live()
+    panel.page.fill("#model_path", str(tmp_path / "models"))
+    panel.page.keyboard.press("Tab")
+    expect(panel.page.locator("#gguf_variant option")).to_have_text(
         ["Auto (Q4_K_M)", "Q4_K_M · 470 KB · on disk", "Q8_0 · 470 KB · on disk"]
     )
-    shown.page.select_option("#gguf_variant", "Q8_0")
-    shown.page.click("#apply")
-    shown.shows("Healthy")
-    expect(shown.page.locator("#model")).to_contain_text("Q8_0")
+    panel.page.select_option("#gguf_variant", "Q8_0")
+    panel.page.click("#apply")
+    panel.expect_state("Healthy")
+    expect(panel.page.locator("#model")).to_contain_text("Q8_0")
 
 
 # -------------------------------------------------------------------------------------- the machine
 
 
-def test_the_picture_shows_where_it_is_and_how_it_came_there(
-    start: Start, panel: Open, tiny_model: str
+def test_diagram_shows_the_state_and_the_path_of_the_load(
+    start: Start, open_panel: Open, tiny_model: str
 ) -> None:
-    """Also of a load that was before this page; in the colours the policy would have kept out."""
+    """Even of a load before the page was opened, and in colour, although its style is blocked."""
     client = start()
     client.post(PREFIX + "/load", json={"model_path": tiny_model})
-    page = panel(client).is_live().page
+    page = open_panel(client).until_live().page
     expect(page.locator("#diagram .current")).to_have_id("state-Healthy")
     expect(page.locator("#diagram .traced")).to_have_count(5)
     fill = "getComputedStyle(document.querySelector('#state-Healthy rect')).fill"
@@ -191,221 +195,218 @@ def test_the_picture_shows_where_it_is_and_how_it_came_there(
     expect(page.locator("#diagram .traced")).to_have_count(2)
 
 
-def test_a_load_is_cancelled_while_the_server_starts(
-    start: Start, panel: Open, gate: Gate, tiny_model: str, state_dir: Path
+def test_cancel_while_the_server_starts(
+    start: Start, open_panel: Open, gate: Gate, tiny_model: str, state_dir: Path
 ) -> None:
     client = start(gate.binary)
-    shown = panel(client).is_live()
-    expect(shown.page.locator("#cancel")).to_be_hidden()
-    shown.apply(model_path=tiny_model)
-    shown.shows("WaitingHealth")
-    until(client, is_held)
-    shown.page.click("#cancel")
-    shown.shows("Idle")
-    expect(shown.page.locator("#sent")).to_have_text("Generation 1 was cancelled.")
-    expect(shown.page.locator("#error")).to_be_empty()
+    panel = open_panel(client).until_live()
+    expect(panel.page.locator("#cancel")).to_be_hidden()
+    panel.apply(model_path=tiny_model)
+    panel.expect_state("WaitingHealth")
+    until(client, is_at_gate)
+    panel.page.click("#cancel")
+    panel.expect_state("Idle")
+    panel.expect_sentence("#sent", "panel.sent.cancelled", generation=1)
+    expect(panel.page.locator("#error")).to_be_empty()
     assert not servers_of(state_dir)
 
 
-def test_a_load_is_cancelled_while_it_downloads(
-    start: Start, panel: Open, hub: Hub, tmp_path: Path
+def test_cancel_while_the_model_downloads(
+    start: Start, open_panel: Open, hub: Hub, tmp_path: Path
 ) -> None:
-    """With the bytes that are there, and what is still to come, shown meanwhile."""
+    """Meanwhile bytes, rate and remaining time are shown."""
     big = write_tiny_model(tmp_path / "big.gguf", padding_bytes=6 << 20)
     hub.add(Repo("org/Tiny-GGUF", {"tiny-Q8_0.gguf": big, "mmproj-F16.gguf": b"no model"}))
     hub.fail(bytes_per_s=1 << 20, path="/cdn/")
     client = start()
-    shown = panel(client).is_live()
-    shown.page.fill("#model_path", "org/Tiny-GGUF")
-    shown.page.keyboard.press("Tab")
-    options = shown.page.locator("#gguf_variant option")
+    panel = open_panel(client).until_live()
+    panel.page.fill("#model_path", "org/Tiny-GGUF")
+    panel.page.keyboard.press("Tab")
+    options = panel.page.locator("#gguf_variant option")
     expect(options).to_have_text(["Auto (Q8_0)", re.compile(r"^Q8_0 · 6\.\d MB$")])
-    shown.plan_says("after a download of")
-    shown.page.click("#apply")
-    shown.shows("Downloading")
-    expect(shown.page.locator("#progress-text")).to_contain_text(
+    expect(panel.page.locator("#plan")).to_contain_text(re.compile(r"6\.\d MB"))
+    panel.page.click("#apply")
+    panel.expect_state("Downloading")
+    expect(panel.page.locator("#progress-text")).to_contain_text(
         re.compile(r"Downloading · .* of 6\.\d MB · .*/s · .* left")
     )
-    shown.page.click("#cancel")
-    shown.shows("Idle")
-    expect(shown.page.locator("#sent")).to_have_text("Generation 1 was cancelled.")
+    panel.page.click("#cancel")
+    panel.expect_state("Idle")
+    panel.expect_sentence("#sent", "panel.sent.cancelled", generation=1)
     assert loads(client)[0]["outcome"]["category"] == "cancelled"
 
 
-def test_a_model_is_downloaded_while_another_runs_until_that_is_cancelled(
-    start: Start, panel: Open, hub: Hub, tmp_path: Path, tiny_model: str
+def test_cancelled_download_leaves_the_running_model(
+    start: Start, open_panel: Open, hub: Hub, tmp_path: Path, tiny_model: str
 ) -> None:
-    """It is a load like any other, shown with its rate, and what runs stays on the page."""
+    """A load that downloads first is shown with its rate, beside the running model."""
     big = write_tiny_model(tmp_path / "big.gguf", padding_bytes=6 << 20)
     hub.add(Repo("org/Tiny-GGUF", {"tiny-Q8_0.gguf": big}))
     hub.fail(bytes_per_s=1 << 20, path="/cdn/")
     client = start()
     pid = client.post(PREFIX + "/load", json={"model_path": tiny_model}).json()["pid"]
-    shown = panel(client).is_live()
-    shown.page.get_by_text("More").click()
-    shown.page.get_by_label("Download first").check()
-    shown.apply(model_path="org/Tiny-GGUF")
-    expect(shown.page.locator("#notes")).to_contain_text("org/Tiny-GGUF is being fetched")
-    expect(shown.page.locator("#progress-text")).to_contain_text("Downloading · ")
-    shown.shows("Healthy")
-    shown.page.click("#cancel")
-    expect(shown.page.locator("#sent")).to_have_text("Generation 2 was cancelled.")
+    panel = open_panel(client).until_live()
+    panel.page.get_by_text("More").click()
+    panel.page.get_by_label("Download first").check()
+    panel.apply(model_path="org/Tiny-GGUF")
+    expect(panel.page.locator("#notes")).to_contain_text("org/Tiny-GGUF")
+    expect(panel.page.locator("#progress-text")).to_contain_text("Downloading · ")
+    panel.expect_state("Healthy")
+    panel.page.click("#cancel")
+    panel.expect_sentence("#sent", "panel.sent.cancelled", generation=2)
     status = until(client, lambda s: not s["loading"])
     assert status["loaded"]["pid"] == pid
-    expect(shown.page.locator("#notes")).to_be_empty()
-    expect(shown.page.locator("#cancel")).to_be_hidden()
+    expect(panel.page.locator("#notes")).to_be_empty()
+    expect(panel.page.locator("#cancel")).to_be_hidden()
 
 
-def test_a_server_that_ended_by_itself_is_told_with_what_is_done_about_it(
-    start: Start, panel: Open, tiny_model: str
-) -> None:
+def test_crash_is_shown_with_its_recovery(start: Start, open_panel: Open, tiny_model: str) -> None:
     client = start(restart=RestartPolicy(backoff_s=1.0, limit=1, cool_down_s=60))
     loaded = client.post(PREFIX + "/load", json={"model_path": tiny_model}).json()
-    shown = panel(client).is_live()
-    shown.shows("Healthy")
+    panel = open_panel(client).until_live()
+    panel.expect_state("Healthy")
     psutil.Process(loaded["pid"]).kill()
-    notes = shown.page.locator("#notes")
-    expect(notes).to_contain_text("ended by itself (1 in a row) and starts again in")
-    shown.shows("Healthy")
+    notes = panel.page.locator("#notes")
+    panel.expect_sentence("#notes", "panel.note.restart", failures=1)
+    panel.expect_state("Healthy")
     expect(notes).to_be_empty()
     psutil.Process(client.get(PREFIX + "/status").json()["loaded"]["pid"]).kill()
-    expect(notes).to_contain_text("cools down for")
+    panel.expect_sentence("#notes", "panel.note.cool_down", failures=2)
 
 
-def test_the_last_loads_are_told_with_what_became_of_them(
-    start: Start, panel: Open, tiny_model: str
+def test_last_loads_are_shown_with_their_outcomes(
+    start: Start, open_panel: Open, tiny_model: str
 ) -> None:
     client = start()
     client.post(PREFIX + "/load", json={"model_path": tiny_model})
     bad = {"model_path": tiny_model, "llama_extra_args": ["--nope"]}
     client.post(PREFIX + "/load", json=bad)
-    page = panel(client).is_live().page
+    page = open_panel(client).until_live().page
     rows = page.locator("#loads li")
     expect(rows).to_have_count(2)
     expect(rows.nth(0)).to_contain_text("server start failed")
     expect(rows.nth(1)).to_contain_text("loaded")
     expect(rows.nth(1).locator(".bar i")).to_have_count(4)
     rows.nth(0).get_by_text("What happened").click()
-    expect(rows.nth(0)).to_contain_text("does not know --nope")
+    expect(rows.nth(0).locator(".problem")).to_contain_text("--nope")
 
 
 # --------------------------------------------------------------------------------------- failures
 
 
-def test_the_error_of_a_failed_start_is_readable_and_leads_to_its_field(
-    start: Start, panel: Open, tiny_model: str
+def test_failed_start_is_explained_and_links_to_its_field(
+    start: Start, open_panel: Open, tiny_model: str
 ) -> None:
     client = start()
-    shown = panel(client).is_live()
-    shown.page.fill("#model_path", tiny_model)
-    shown.set_extra("--nope")
-    shown.page.click("#apply")
-    alert = shown.page.get_by_role("alert").filter(has_text="The server did not start")
-    expect(alert).to_contain_text("this llama-server does not know --nope: remove it")
-    expect(alert).to_contain_text("error: invalid argument: --nope")
-    expect(alert).to_contain_text("Last lines of its output")
+    panel = open_panel(client).until_live()
+    panel.page.fill("#model_path", tiny_model)
+    panel.set_extra("--nope")
+    panel.page.click("#apply")
+    alert = panel.page.get_by_role("alert").filter(has_text="server_start_failed")
+    expect(alert.locator("p").first).to_contain_text("--nope")
+    expect(alert.locator("pre").first).to_contain_text("error: invalid argument: --nope")
     alert.get_by_role("button", name="Go to “Extra arguments”").click()
-    expect(shown.page.locator("#extra-text")).to_be_focused()
+    expect(panel.page.locator("#extra-text")).to_be_focused()
     alert.get_by_text("Story").click()
     expect(alert).to_contain_text("WaitingHealth -> Killing on not_ready")
-    expect(shown.page.locator("#sent")).to_have_text("Generation 1 failed.")
+    panel.expect_sentence("#sent", "panel.sent.failed", generation=1)
 
 
 @pytest.mark.parametrize(
-    ("fields", "extra", "field", "said"),
+    ("fields", "extra", "field", "value"),
     [
-        ({"max_seq_length": "many"}, "", "max_seq_length", "max_seq_length must be"),
-        ({}, "--port 1", "extra-text", "--port is refused"),
-        ({}, "'open", "extra-text", "a ' is not closed"),
-        ({"model_path": "/no/<b>such</b>"}, "", "model_path", "/no/<b>such</b> does not exist"),
+        ({"max_seq_length": "many"}, "", "max_seq_length", "max_seq_length"),
+        ({}, "--port 1", "extra-text", "--port"),
+        ({}, "'open", "extra-text", "'"),
+        ({"model_path": "/no/<b>such</b>"}, "", "model_path", "/no/<b>such</b>"),
     ],
 )
-def test_what_is_refused_is_said_beside_its_field(
+def test_refusal_is_shown_beside_its_field(
     start: Start,
-    panel: Open,
+    open_panel: Open,
     tiny_model: str,
     fields: dict[str, str],
     extra: str,
     field: str,
-    said: str,
+    value: str,
 ) -> None:
-    """Before anything is asked for, and again by Apply, which puts the cursor there."""
+    """By the plan, and again by Apply, which focuses the field."""
     client = start()
-    shown = panel(client).is_live()
-    shown.page.fill("#model_path", tiny_model)
+    panel = open_panel(client).until_live()
+    panel.page.fill("#model_path", tiny_model)
     if extra:
-        shown.set_extra(extra)
+        panel.set_extra(extra)
     for name, text in fields.items():
-        shown.page.fill(f"#{name}", text)
-    shown.plan_says(said)
-    expect(shown.page.locator("#field-error")).to_contain_text(said)
-    expect(shown.page.locator(f"#{field}")).to_have_attribute("aria-invalid", "true")
-    shown.page.click("#apply")
-    expect(shown.page.get_by_role("alert").filter(has_text=said)).to_be_visible()
-    expect(shown.page.locator(f"#{field}")).to_be_focused()
-    shown.shows("Idle")
+        panel.page.fill(f"#{name}", text)
+    panel.expect_text("#plan", value)
+    panel.expect_text("#field-error", value)
+    expect(panel.page.locator(f"#{field}")).to_have_attribute("aria-invalid", "true")
+    panel.page.click("#apply")
+    expect(panel.page.get_by_role("alert").filter(has_text=value)).to_be_visible()
+    expect(panel.page.locator(f"#{field}")).to_be_focused()
+    panel.expect_state("Idle")
 
 
-def test_it_comes_back_by_itself_after_the_backend_was_restarted(
-    panel: Open, state_dir: Path, tiny_model: str, other_model: str
+def test_panel_reconnects_after_the_backend_restarts(
+    open_panel: Open, state_dir: Path, tiny_model: str, other_model: str
 ) -> None:
-    """With what is true then: the events of the new backend have smaller numbers."""
+    """It shows the new status, although the ids of the new events are smaller."""
     with serving(create_app(llama_server="embedded", state_dir=state_dir)) as client:
-        shown = panel(client).is_live()
+        panel = open_panel(client).until_live()
         for model in (other_model, tiny_model):
             client.post(PREFIX + "/load", json={"model_path": model})
-        shown.shows("Healthy")
+        panel.expect_state("Healthy")
         port = client.base_url.port or 0
-    expect(shown.page.locator("#link")).to_have_text("reconnecting …")
+    expect(panel.page.locator("#link")).to_have_text("reconnecting …")
     app = create_app(llama_server="embedded", state_dir=state_dir)
     with serving(app, port) as client:
         client.post(PREFIX + "/load", json={"model_path": other_model, "max_seq_length": 640})
-        shown.is_live()
-        expect(shown.page.locator("#facts")).to_contain_text("asked: 640")
-        expect(shown.page.locator("#loads li")).to_have_count(1)
+        panel.until_live()
+        expect(panel.page.locator("#facts")).to_contain_text("requested: 640")
+        expect(panel.page.locator("#loads li")).to_have_count(1)
         client.post(PREFIX + "/unload")
-        shown.shows("Idle")
+        panel.expect_state("Idle")
 
 
-def test_a_key_is_asked_for_and_kept_in_this_tab_only(
-    start: Start, panel: Open, tiny_model: str
+def test_key_is_requested_and_kept_in_this_tab(
+    start: Start, open_panel: Open, tiny_model: str
 ) -> None:
     client = start(api_keys=["s3cret"])
-    shown = panel(client)
-    field = shown.page.get_by_label("API key")
+    panel = open_panel(client)
+    field = panel.page.get_by_label("API key")
     expect(field).to_be_focused()
-    expect(shown.page.locator("#link")).to_have_text("locked")
-    for key, said in (("wrong", "That key was not accepted."), ("s3cret", "")):
-        field.fill(key)
-        shown.page.keyboard.press("Enter")
-        if said:
-            expect(shown.page.get_by_role("alert").filter(has_text=said)).to_be_visible()
-    shown.is_live()
+    expect(panel.page.locator("#link")).to_have_text("locked")
+    field.fill("wrong")
+    panel.page.keyboard.press("Enter")
+    panel.expect_sentence("#key-error", "panel.key.refused")
+    field.fill("s3cret")
+    panel.page.keyboard.press("Enter")
+    panel.until_live()
     expect(field).to_be_hidden()
-    shown.apply(model_path=tiny_model)
-    shown.shows("Healthy")
-    assert shown.page.evaluate("Object.values(sessionStorage)") == ["s3cret"]
-    assert shown.page.evaluate("localStorage.length + document.cookie.length") == 0
-    expect(panel(client).page.get_by_label("API key")).to_be_visible()
+    panel.apply(model_path=tiny_model)
+    panel.expect_state("Healthy")
+    assert panel.page.evaluate("Object.values(sessionStorage)") == ["s3cret"]
+    assert panel.page.evaluate("localStorage.length + document.cookie.length") == 0
+    expect(open_panel(client).page.get_by_label("API key")).to_be_visible()
 
 
-# ----------------------------------------------------------------------------------- for everybody
+# --------------------------------------------------------------------------------- accessibility
 
 
 def violations(page: Page) -> str:
-    """What axe objects to, in words."""
+    """Return the report of axe; "" if it finds nothing."""
     found = Axe().run(page)
     return str(found.generate_report()) if found.violations_count else ""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
-def test_it_is_accessible_and_fits(
-    start: Start, panel: Open, tiny_model: str, size: tuple[int, int], scheme: str
+def test_panel_is_accessible_and_fits(
+    start: Start, open_panel: Open, tiny_model: str, size: tuple[int, int], scheme: str
 ) -> None:
-    """Idle, with everything unfolded; Healthy; and after a failure."""
+    """With everything unfolded: Idle, Healthy, and after a failure."""
     client = start()
-    page = panel(client, size=size, scheme=scheme).is_live().page
+    page = open_panel(client, size=size, scheme=scheme).until_live().page
     for state, extra in (("Idle", None), ("Healthy", []), ("Idle", ["--nope"])):
         if extra is not None:
             body = {"model_path": tiny_model, "llama_extra_args": extra}
@@ -420,20 +421,16 @@ def test_it_is_accessible_and_fits(
         assert page.evaluate(wide) == 0
 
 
-# ------------------------------------------------------------------------------- the list of routes
+# ----------------------------------------------------------------------------------------- /docs
 
 
-def test_the_list_of_routes_needs_no_other_host_and_can_be_tried(
-    start: Start, chromium: Browser
-) -> None:
-    """A page of this origin may do all that its user may, so no script of somebody else runs in it;
-    and a host without the internet has documentation, too.
-    """
+def test_docs_page_works_without_other_hosts(start: Start, chromium: Browser) -> None:
+    """A script of another host could do all that the user may, and the page must work offline."""
     client = start()
     context = chromium.new_context()
     page = context.new_page()
-    asked: set[str] = set()
-    page.on("request", lambda request: asked.add(urlsplit(request.url).netloc))
+    hosts: set[str] = set()
+    page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
     page.goto(f"{client.base_url}/docs")
     route = page.locator("#operations-inference-status_api_inference_status_get")
     route.click()
@@ -441,4 +438,4 @@ def test_the_list_of_routes_needs_no_other_host_and_can_be_tried(
     route.get_by_role("button", name="Execute").click()
     expect(route.locator(".live-responses-table")).to_contain_text('"state": "Idle"')
     context.close()
-    assert {host for host in asked if host} == {urlsplit(str(client.base_url)).netloc}
+    assert {host for host in hosts if host} == {urlsplit(str(client.base_url)).netloc}

@@ -1,4 +1,4 @@
-"""The panel in a real Chromium: its console, its errors and its requests are recorded."""
+"""The panel in a real Chromium, with its console, errors and requests recorded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 
 import httpx
 from playwright.sync_api import Page, Request, expect
+
+from tests.kit.sentences import sentence
 
 FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-background-networking"),
@@ -26,41 +28,41 @@ class Panel:
 
     Attributes:
         sent: The bodies of its loads, in order.
-        wrong: What it said on its console that no panel should.
-        hosts: Whom it asked.
+        errors: Errors and warnings of its console, and exceptions.
+        hosts: The hosts it has sent requests to.
     """
 
     def __init__(self, page: Page, base_url: str) -> None:
         self.page = page
         self.base_url = base_url
         self.sent: list[dict[str, Any]] = []
-        self.wrong: list[str] = []
+        self.errors: list[str] = []
         self.hosts: set[str] = set()
-        page.on("console", lambda said: self._hear(said.type, said.text))
-        page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        page.on("request", self._note)
+        page.on("console", lambda message: self._record_message(message.type, message.text))
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("request", self._record_request)
 
-    def _hear(self, kind: str, text: str) -> None:
-        # an answer that is an error is told by the browser itself, wanted or not
+    def _record_message(self, kind: str, text: str) -> None:
+        # Chromium itself reports every answer with an error status
         if kind in {"error", "warning"} and not text.startswith("Failed to load resource"):
-            self.wrong.append(text)
+            self.errors.append(text)
 
-    def _note(self, request: Request) -> None:
-        where = urlsplit(request.url)
-        if where.scheme != "data":
-            self.hosts.add(where.netloc)
-        if where.path.endswith("/load") and request.method == "POST":
+    def _record_request(self, request: Request) -> None:
+        url = urlsplit(request.url)
+        if url.scheme != "data":
+            self.hosts.add(url.netloc)
+        if url.path.endswith("/load") and request.method == "POST":
             self.sent.append(request.post_data_json or {})
 
     def open(self) -> Panel:
         self.page.goto(self.base_url)
         return self
 
-    def is_live(self) -> Panel:
+    def until_live(self) -> Panel:
         expect(self.page.locator("#link")).to_have_text("live")
         return self
 
-    def shows(self, state: str) -> None:
+    def expect_state(self, state: str) -> None:
         expect(self.page.locator("#state")).to_have_text(state)
 
     def apply(self, **fields: str) -> None:
@@ -75,5 +77,9 @@ class Panel:
     def choose_extra(self, name: str) -> None:
         self.page.get_by_role("radio", name=name).check()
 
-    def plan_says(self, text: str) -> None:
-        expect(self.page.locator("#plan")).to_contain_text(text)
+    def expect_text(self, selector: str, text: str) -> None:
+        expect(self.page.locator(selector)).to_contain_text(text)
+
+    def expect_sentence(self, selector: str, key: str, **values: object) -> None:
+        """Wait for a sentence of tests/sentences.txt."""
+        self.expect_text(selector, sentence(key, **values))

@@ -20,6 +20,11 @@ def recorded() -> dict[str, str]:
     return dict(line.split(": ", 1) for line in lines)
 
 
+def sentence(key: str, **values: object) -> str:
+    """Return a recorded sentence with its values, to wait for where a text is still to come."""
+    return recorded()[key].format(**values)
+
+
 def assert_sentence(key: str, text: str, **values: object) -> None:
     """Assert that a text is the recorded sentence.
 
@@ -34,7 +39,7 @@ def assert_sentence(key: str, text: str, **values: object) -> None:
     assert "\n" not in text
     sentences = recorded()
     if os.environ.get("REWRITE_SENTENCES") and sentences.get(key) != text:
-        rewritten = sorted((sentences | {key: text}).items())
-        FILE.write_text("".join(f"{k}: {s}\n" for k, s in rewritten), encoding="utf-8")
+        rewritten = (sentences | {key: text}).items()
+        FILE.write_text("".join(sorted(f"{k}: {s}\n" for k, s in rewritten)), encoding="utf-8")
         return
     assert text == sentences.get(key), f"{key}: update tests/sentences.txt if this is meant"

@@ -106,7 +106,7 @@ def _is_origin_of(origin: str, host: Authority) -> bool:
 
 @lru_cache(maxsize=256)
 def authority(text: str) -> Authority | None:
-    """Parse a Host header (RFC 9110, 7.2) or an origin without its scheme; None if it is no such."""
+    """Parse a Host header (RFC 9110), or an origin without its scheme; None if it is neither."""
     found = _AUTHORITY.fullmatch(text.lower())
     if found is None:
         return None

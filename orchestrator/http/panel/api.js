@@ -1,9 +1,9 @@
-/** Speaks to the backend: one place for the key, for problem documents, and for streams. */
+/** Requests to the backend: the key, and problem documents as errors. */
 
 const BASE = new URL("../api/inference/", import.meta.url);
-const KEPT = "llama-orchestrator key"; // this tab's own, gone with it
+const KEPT = "llama-orchestrator key"; // in sessionStorage, which ends with the tab
 
-/** A problem document (RFC 9457), or a failure to get any answer. */
+/** A problem document (RFC 9457), or no answer at all. */
 export class Failed extends Error {
   /** @param {Record<string, any>} problem */
   constructor(problem) {
@@ -12,7 +12,7 @@ export class Failed extends Error {
   }
 }
 
-/** Called whenever the backend wants a key, or another one. */
+/** Called when the backend refuses a request without a valid key. */
 export const gate = { onLocked: () => {} };
 
 export const keepKey = (key) => sessionStorage.setItem(KEPT, key);

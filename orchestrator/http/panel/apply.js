@@ -1,4 +1,4 @@
-/** Apply: what it would do and why, said beforehand; and what became of what was asked for. */
+/** Apply: what it would do and why, before the click; and the outcome of each load after it. */
 
 import { get, post } from "./api.js";
 import { $, bytes, el, named, put, say, seconds, value } from "./dom.js";
@@ -8,11 +8,11 @@ const PLAN_AFTER_MS = 300;
 
 let timer = 0;
 let planning = new AbortController();
-let sending = Promise.resolve(); // one after the other: the last click must be the last to arrive
-const mine = new Set(); // generations asked for here, without an outcome so far
+let sending = Promise.resolve(); // one at a time: the last click must arrive last
+const mine = new Set(); // generations submitted here, without an outcome yet
 let status = null;
 
-/** Say what Apply would do, when nobody has typed for a moment. */
+/** Show what Apply would do, once the user has stopped typing. */
 export function planSoon() {
   clearTimeout(timer);
   timer = setTimeout(plan, PLAN_AFTER_MS);
@@ -23,16 +23,16 @@ async function plan() {
   planning = new AbortController();
   try {
     const { hf_token: _, ...body } = read();
-    if (!body.model_path) return showPlan(el("p", {}, "Name a model, and Apply loads it."));
+    if (!body.model_path) return showPlan(el("p", {}, "Enter a model to load."));
     const found = await post("plan", body, planning.signal);
     showFieldError(null);
     showPlan(...sentences(found, body), found.argv);
   } catch (error) {
     const { name, message, problem } = /** @type {any} */ (error);
     if (name === "AbortError") return;
-    const told = problem ?? { field: "llama_extra_args", detail: message };
-    showFieldError(told);
-    if ($("plan").textContent !== told.detail) showPlan(el("p", { class: "wrong" }, told.detail)); // an alert stays
+    const failure = problem ?? { field: "llama_extra_args", detail: message };
+    showFieldError(failure);
+    if ($("plan").textContent !== failure.detail) showPlan(el("p", { class: "wrong" }, failure.detail)); // an alert stays
   }
 }
 
@@ -40,7 +40,7 @@ function sentences(found, body) {
   const [loading, variant] = [status?.loading, chosenVariant()];
   const needs = variant && !variant.is_cached ? `, after a download of ${bytes(variant.size_bytes)}` : "";
   const over = loading && body.on_busy === "supersede" ? el("p", {}, `It supersedes generation ${loading.generation}.`) : null;
-  if (found.action === "none") return [el("p", {}, loading ? "Nothing new: this is on its way." : "Nothing to do: this runs already.")];
+  if (found.action === "none") return [el("p", {}, loading ? "Nothing to do: this load is in flight." : "Nothing to do: this model is loaded with these settings.")];
   if (found.action === "load") return [el("p", {}, el("strong", {}, "Load"), ` ${named(body)}${needs}.`), over];
   const reasons = found.reload_reasons.map((one) =>
     el("li", {}, el("code", {}, one.field), ` ${value(one.running)} → ${value(one.requested)}`),
@@ -55,7 +55,7 @@ function showPlan(...parts) {
   say($("argv"), argv ? argv.join(" ") : "");
 }
 
-/** Ask for what the form means now. Every click is a load of its own; ends when it is accepted. */
+/** Submit the form. Every click is a load of its own; resolves when it is accepted. */
 export async function apply() {
   let body;
   try {
@@ -72,9 +72,9 @@ async function submit(body) {
   try {
     const { generation } = await post("load?wait=false", body);
     showFieldError(null);
-    if (status?.loaded?.generation === generation) return say($("sent"), `Generation ${generation} runs already.`);
+    if (status?.loaded?.generation === generation) return say($("sent"), `Generation ${generation} is already loaded.`);
     mine.add(generation);
-    say($("sent"), `Asked for: generation ${generation}.`);
+    say($("sent"), `Submitted as generation ${generation}.`);
     settle((await get("loads?limit=50")).loads);
   } catch (error) {
     refused(/** @type {any} */ (error).problem);
@@ -88,23 +88,23 @@ function refused(problem) {
   if (problem.field) focusField(problem.field);
 }
 
-/** Tell what became of the loads asked for here. */
+/** Show the outcome of loads that were submitted here. */
 export function settle(loads) {
   for (const { generation, outcome } of [...loads].reverse()) {
     if (!outcome || !mine.delete(generation)) continue;
-    say($("sent"), told(generation, outcome));
+    say($("sent"), outcomeText(generation, outcome));
   }
 }
 
-function told(generation, outcome) {
-  if (outcome.category === "superseded") return `Generation ${generation} gave way to a newer load.`;
+function outcomeText(generation, outcome) {
+  if (outcome.category === "superseded") return `Generation ${generation} was superseded by a newer load.`;
   if (outcome.category === "cancelled") return `Generation ${generation} was cancelled.`;
   if (outcome.category) return `Generation ${generation} failed.`;
   return `Generation ${generation} is Healthy (loaded in ${seconds(outcome.timings_s.total)}).`;
 }
 
-/** Take note of what is true now; the plan depends on it. */
-export function noteStatus(now) {
+/** Plan again when the status has changed. */
+export function onStatus(now) {
   const key = (of) => JSON.stringify([of?.state, of?.loaded?.generation, of?.loading?.generation]);
   const isNew = key(now) !== key(status);
   status = now;

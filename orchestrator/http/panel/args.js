@@ -1,4 +1,4 @@
-/** Arguments as a person types them, quoted as in a shell, and back. */
+/** Arguments as typed, quoted as in a shell, and back. */
 
 /**
  * @param {string} text
@@ -16,7 +16,7 @@ export function split(text) {
     } else if (c === "'" || c === '"') {
       word ??= "";
       for (at += 1; text[at] !== c; at += 1) {
-        if (at >= text.length) throw new Error(`a ${c} is not closed`);
+        if (at >= text.length) throw new Error(`the quote ${c} is not closed`);
         if (c === '"' && text[at] === "\\" && /["\\]/.test(text[at + 1] ?? "")) at += 1;
         word += text[at];
       }

@@ -1,4 +1,4 @@
-/** The generated picture of the machine, alive: the present state lit, the path of this load traced. */
+/** The state diagram, with the current state marked and the path of the load traced. */
 
 import { request } from "./api.js";
 import { $ } from "./dom.js";
@@ -8,7 +8,7 @@ let path = new Set();
 let generation = 0;
 let current = "";
 
-/** Fetch the drawing; its colours are diagram.css, because a style inside it would not be allowed. */
+/** Fetch the diagram. Its style is diagram.css, because the policy forbids a style inside it. */
 export async function draw() {
   const text = (await (await request("diagram.svg")).text()).replace(/<style>[^<]*<\/style>/, "");
   const svg = new DOMParser().parseFromString(text, "image/svg+xml").documentElement;
@@ -16,7 +16,7 @@ export async function draw() {
   show();
 }
 
-/** A load begins where the machine was at rest, or where another one ended. */
+/** A path begins with a load: from a state at rest, or with another generation. */
 export function step(event) {
   if (SETTLED.has(event.source) || event.generation !== generation) path = new Set();
   generation = event.generation;

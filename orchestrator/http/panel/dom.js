@@ -1,12 +1,12 @@
-/** The few things every module needs of the document, and how values are written. Text only. */
+/** Helpers for the document, and the format of values. */
 
 /** @param {string} id @returns {any} */
 export const $ = (id) => document.getElementById(id);
 
 /**
- * Make an element. Data gets in as text, never as markup.
+ * Make an element. Data is inserted as text, never as markup.
  * @param {string} tag
- * @param {Record<string, any>} [props] properties; `class` and what has a "-" are attributes
+ * @param {Record<string, any>} [props] properties; `class`, `role` and names with a "-" are attributes
  * @param {...(Node|string|null|undefined|false)} children
  */
 export function el(tag, props = {}, ...children) {
@@ -22,7 +22,7 @@ export function el(tag, props = {}, ...children) {
 /** Replace the children of a node. */
 export const put = (node, ...children) => node.replaceChildren(...children.flat().filter(Boolean));
 
-/** Show text, and touch the document only when it changed: live regions stay quiet. */
+/** Set text only when it has changed, so that live regions are not read again. */
 export function say(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
@@ -44,13 +44,13 @@ export function seconds(s) {
   return `${Math.floor(s / 3600)} h ${Math.round((s % 3600) / 60)} min`;
 }
 
-/** A model with its variant, as one name; of a path only its end. */
+/** A model with its variant; of a path only its last part. */
 export function named({ model_path: path, gguf_variant: variant }, whole = false) {
   const shown = path.startsWith("/") && !whole ? path.replace(/^.*\/(?=[^/])/, "…/") : path;
   return variant ? `${shown} · ${variant}` : shown;
 }
 
-/** A value of a setting, as a person reads it. */
+/** A value of a setting, for display. */
 export function value(of) {
   if (of === null || of === undefined || of === "") return "default";
   if (Array.isArray(of)) return of.length ? of.map((one) => (typeof one === "object" ? JSON.stringify(one) : one)).join(" ") : "none";

@@ -1,11 +1,11 @@
-/** The form: what it asks for, what runs put back into it, which variants there are, what is wrong. */
+/** The form: its request, the running settings, the variants of a model, and errors of fields. */
 
 import { post } from "./api.js";
 import { join, split } from "./args.js";
 import { $, bytes, el, put, say } from "./dom.js";
 import { FIELDS } from "./fields.js";
 
-const DRAWN = ["gguf_variant", "cache_type_kv", "speculative_type"]; // by hand, beside the plain ones
+const SELECTS = ["gguf_variant", "cache_type_kv", "speculative_type"]; // written in index.html
 const MODES = { off: "Off", default: "On" };
 
 const form = $("form");
@@ -13,14 +13,14 @@ const extra = $("extra-text");
 for (const one of FIELDS) (one.control === "check" ? $("checks") : $("plain")).append(drawn(one));
 
 let isTouched = false;
-let running = null; // the args of what runs
+let running = null; // extra arguments of the running server
 let variants = [];
 let listing = new AbortController();
 
-/** The load request that the form means. @throws {Error} the extra arguments cannot be read */
+/** The load request of the form. @throws {Error} the extra arguments cannot be parsed */
 export function read() {
   const body = { model_path: $("model_path").value.trim() };
-  for (const name of DRAWN) if ($(name).value.trim()) body[name] = $(name).value.trim();
+  for (const name of SELECTS) if ($(name).value.trim()) body[name] = $(name).value.trim();
   if ($("max_seq_length").value.trim()) body.max_seq_length = number($("max_seq_length").value);
   for (const { name, control, standard } of FIELDS) {
     const text = $(name).value.trim();
@@ -32,10 +32,10 @@ export function read() {
   return body;
 }
 
-/** What a text means as a number; the backend says what is wrong with another. */
+/** A text as a number, if it is one; the backend refuses anything else. */
 const number = (text) => (Number.isNaN(Number(text)) ? text.trim() : Number(text));
 
-/** The control of a setting that needs no care of its own. */
+/** The control of a setting that index.html does not have. */
 function drawn({ name, label, control, choices, blank, standard }) {
   if (control === "check") return el("label", { "data-field": name }, el("input", { type: "checkbox", id: name, name }), ` ${label}`);
   const words = [...(standard === null ? [[blank, ""]] : []), ...(choices ?? []).map((word) => [word, word])];
@@ -46,7 +46,7 @@ function drawn({ name, label, control, choices, blank, standard }) {
   return el("div", { class: "field", "data-field": name }, el("label", { htmlFor: name }, label), input);
 }
 
-/** Put the settings of what runs into the form, unless somebody has begun to write there. */
+/** Put the running settings into the form, unless the user has changed it. */
 export function fill(loaded, { force = false } = {}) {
   running = loaded?.llama_extra_args ?? null;
   $("match").hidden = !loaded;
@@ -69,7 +69,7 @@ export function fill(loaded, { force = false } = {}) {
   listVariants();
 }
 
-/** Offer what the server binary accepts. */
+/** Offer the values that the server binary accepts. */
 export function offer(options) {
   for (const name of ["cache_type_kv", "speculative_type"]) {
     const kept = $(name).value;
@@ -79,17 +79,17 @@ export function offer(options) {
   }
 }
 
-/** Select a value; one that is not offered is offered from now on, as itself. */
+/** Select a value, and add it to the options if it is not one. */
 function choose(select, wanted, label = wanted) {
   if (![...select.options].some((option) => option.value === wanted)) select.append(el("option", { value: wanted }, label));
   select.value = wanted;
 }
 
-/** The variant that a load would take, as far as it is known. */
+/** The variant that a load would take; undefined before they are listed. */
 export const chosenVariant = () =>
   variants.find((one) => ($("gguf_variant").value ? one.gguf_variant === $("gguf_variant").value : one.is_default));
 
-/** Ask what the model could be loaded as. */
+/** List the variants of the model. */
 export async function listVariants() {
   const [model_path, hint, select] = [$("model_path").value.trim(), $("gguf_variant-hint"), $("gguf_variant")];
   listing.abort();
@@ -104,17 +104,17 @@ export async function listVariants() {
     if (isListed || (kept && !variants.length)) choose(select, kept);
   };
   if (!model_path) return say(hint, "");
-  say(hint, "Looking for variants …");
+  say(hint, "Listing variants …");
   const body = { model_path };
   for (const name of ["revision", "hf_token"]) if ($(name).value.trim()) body[name] = $(name).value.trim();
   try {
     variants = (await post("variants", body, listing.signal)).variants;
     const [first] = variants;
     const isOne = variants.length === 1;
-    say(hint, isOne ? `One: ${bytes(first.size_bytes)}${first.is_cached ? ", on disk" : ""}.` : `${variants.length} variants.`);
+    say(hint, isOne ? `1 variant: ${bytes(first.size_bytes)}${first.is_cached ? ", on disk" : ""}.` : `${variants.length} variants.`);
   } catch (error) {
     if (/** @type {any} */ (error).name === "AbortError") return;
-    say(hint, `No list of variants: ${/** @type {any} */ (error).message}`);
+    say(hint, `Variants cannot be listed: ${/** @type {any} */ (error).message}`);
   }
   shown();
   form.dispatchEvent(new Event("listed"));
@@ -122,25 +122,25 @@ export async function listVariants() {
 
 const described = (one) => `${one.gguf_variant} · ${bytes(one.size_bytes)}${one.is_cached ? " · on disk" : ""}`;
 
-/** Inherit, none and set look different and say what they mean. */
+/** Explain the choice of extra arguments. */
 function showExtra() {
   const choice = form.elements.extra.value;
   extra.hidden = choice !== "set";
   if (choice === "set" && !extra.value && running?.length) extra.value = join(running);
   const now = running?.length ? ` Now: ${join(running)}` : "";
   const hints = {
-    inherit: `As in the last successful load of this model.${now}`,
-    clear: "No extra arguments, whatever the last load had.",
+    inherit: `Those of the last successful load of this model.${now}`,
+    clear: "No extra arguments.",
     set: "Exactly these, quoted as in a shell; blank = none.",
   };
   say($("extra-hint"), hints[choice]);
 }
 
-/** Is there such a field here? */
+/** The element of a field, or null. */
 export const fieldBox = (name) => form.querySelector(`[data-field="${CSS.escape(name ?? "")}"]`);
 export const fieldLabel = (name) => fieldBox(name)?.querySelector("label, legend")?.textContent.trim();
 
-/** Put the cursor where something is to be changed. */
+/** Focus the control of a field. */
 export function focusField(name) {
   const box = fieldBox(name);
   const fold = box?.closest("details");
@@ -149,7 +149,7 @@ export function focusField(name) {
   (isSet ? extra : box?.querySelector("input:checked, input:not([type=radio]), select, textarea"))?.focus();
 }
 
-/** Say beside a field what is wrong with it; null = nothing is. */
+/** Show an error beside its field; null clears it. */
 export function showFieldError(problem) {
   for (const old of form.querySelectorAll("[aria-invalid]")) {
     old.removeAttribute("aria-invalid");
@@ -165,7 +165,7 @@ export function showFieldError(problem) {
   control.setAttribute("aria-errormessage", "field-error");
 }
 
-/** @param {() => void} onChange called when the form means something else */
+/** @param {() => void} onChange called when the request of the form has changed */
 export function watch(onChange) {
   form.addEventListener("input", () => {
     isTouched = true;

@@ -1,10 +1,10 @@
-/** The last loads: how long each phase took, and what became of them. */
+/** The last loads: the time of each phase, and the outcome. */
 
 import { $, el, named, seconds } from "./dom.js";
 import { problem } from "./view.js";
 
 const PHASES = { kill: "kill", download: "download", spawn: "spawn", health: "load" };
-const shown = new Map(); // generation -> what its row was made of
+const shown = new Map(); // generation -> the data of its row
 
 /** @param {any[]} loads newest first */
 export function show(loads) {
@@ -32,7 +32,7 @@ function rowOf(load) {
     part.style.flexGrow = String(load.timings_s[name] / (total(load) || 1));
     return part;
   });
-  const [word, css] = became(load);
+  const [word, css] = outcomeWord(load);
   const spent = phases(load).map((name) => `${PHASES[name]} ${seconds(load.timings_s[name])}`).join(", ");
   const row = el(
     "li",
@@ -48,7 +48,7 @@ function rowOf(load) {
   return row;
 }
 
-function became({ outcome, state }) {
+function outcomeWord({ outcome, state }) {
   if (!outcome) return [state === "Idle" ? "queued" : state, "busy"];
   if (!outcome.category) return ["loaded", "good"];
   const isQuiet = outcome.category === "superseded" || outcome.category === "cancelled";

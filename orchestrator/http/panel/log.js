@@ -1,4 +1,4 @@
-/** The tail of what the servers print, followed as long as somebody wants it. */
+/** The last lines of the servers' output, followed while the switch is on. */
 
 import { $ } from "./dom.js";
 import { follow } from "./stream.js";
@@ -7,14 +7,14 @@ const KEPT_CHARACTERS = 60000;
 let stream = null;
 let isNew = true;
 
-/** Begin or end following, as the switch says. */
+/** Begin or stop following, after the switch was changed. */
 export function toggle() {
   stream?.stop();
   stream = null;
   if (!$("follow").checked) return;
   stream = follow("logs?follow=true&lines=200", {
     mayBeSilent: true,
-    onOpen: () => (isNew = true), // the tail comes again
+    onOpen: () => (isNew = true), // the last lines are sent again
     onText: add,
     onLost: () => {},
   });

@@ -1,7 +1,7 @@
-/** Wires the panel: events make it ask what is true now, and everything shown comes from the answer. */
+/** Wires the panel: each event triggers a request of the status, and only that is shown. */
 
 import { dropKey, gate, get, hasKey, keepKey, post } from "./api.js";
-import { apply, noteStatus, planSoon, settle } from "./apply.js";
+import { apply, onStatus, planSoon, settle } from "./apply.js";
 import * as diagram from "./diagram.js";
 import { $, say } from "./dom.js";
 import { fill, offer, watch } from "./form.js";
@@ -11,15 +11,15 @@ import { eventParser, follow } from "./stream.js";
 import * as view from "./view.js";
 
 const ROWS = 12;
-const RESTING_S = 15; // between two looks at what no event tells of, when nothing moves
+const RESTING_S = 15; // between two requests of the status while nothing changes
 
-let lastEvent = "0"; // what happened before this page came is of interest, too
+let lastEvent = "0"; // events from before this page trace the path in the diagram
 let status = null;
 let asking = null;
 let askAgain = false;
 let lastRest = "";
 
-/** Ask what is true now; when something happens meanwhile, once more. */
+/** Request the status, and once more if an event arrives meanwhile. */
 function refresh() {
   if (asking) return void (askAgain = true);
   asking = (async () => {
@@ -27,7 +27,7 @@ function refresh() {
       const [now, past] = [await get("status"), await get(`loads?limit=${ROWS}`)];
       show(now, past.loads);
     } catch {
-      // the event stream says that the backend is away, and asks again when it is back
+      // the event stream shows that the backend is away, and refreshes when it is back
     } finally {
       asking = null;
       if (askAgain) refresh();
@@ -42,12 +42,12 @@ function show(now, loads) {
   history.show(loads);
   settle(loads);
   fill(now.loaded);
-  noteStatus(now);
+  onStatus(now);
   if (!now.loading) diagram.light(now.state);
   announce(now);
 }
 
-/** For whoever does not see it: where the machine rests. */
+/** Tell screen readers the state in which the machine rests. */
 function announce(now) {
   const rests = now.state === "Healthy" ? `Healthy: ${now.loaded?.model_path}` : now.state;
   if (!now.loading && rests !== lastRest) say($("announce"), rests);
@@ -58,7 +58,7 @@ const isMoving = () => status?.loading || status?.recovery || status?.prefetchin
 let rested = 0;
 
 /** Once a second. */
-function look() {
+function poll() {
   view.tick();
   rested = isMoving() ? RESTING_S : rested + 1;
   if (document.hidden || !status || rested < RESTING_S) return;
@@ -74,7 +74,7 @@ const events = follow("events", {
     $("key").hidden = true;
     refresh();
     if (!$("diagram").firstChild) await diagram.draw().catch(() => {});
-    get("options").then(offer, () => {}); // without a server binary, the plan says so
+    get("options").then(offer, () => {}); // without a server binary, the plan shows the error
     log.retry();
   },
   onText: eventParser(({ id, kind, data }) => {
@@ -125,4 +125,4 @@ $("follow").addEventListener("change", log.toggle);
 watch(planSoon);
 log.toggle();
 planSoon();
-setInterval(look, 1000);
+setInterval(poll, 1000);

@@ -1,24 +1,24 @@
-/** Streams that come back by themselves: after a restart of the backend, a pause, a lost network. */
+/** Streams that reconnect: after a restart of the backend, a pause or a lost network. */
 
 import { request } from "./api.js";
 
 const FIRST_WAIT_MS = 250;
 const LONGEST_WAIT_MS = 8000;
-const SILENCE_MS = 45000; // the event stream says something every 15 s
+const SILENCE_MS = 45000; // the event stream has a keep-alive every 15 s
 
 /**
- * Read a stream of text for ever. While the page is hidden it is given up: a browser allows only six
- * connections to one host, and other tabs want some.
+ * Read a stream of text until it is stopped. A hidden page closes it: a browser allows six
+ * connections to a host, and other tabs need some.
  * @param {string} path
- * @param {object} told
- * @param {() => Record<string, string>} [told.headers] asked before every connection
- * @param {() => void} told.onOpen
- * @param {(text: string) => void} told.onText
- * @param {(why: "lost"|"locked", waitMs: number) => void} told.onLost
- * @param {boolean} [told.mayBeSilent]
+ * @param {object} handlers
+ * @param {() => Record<string, string>} [handlers.headers] called before every connection
+ * @param {() => void} handlers.onOpen
+ * @param {(text: string) => void} handlers.onText
+ * @param {(why: "lost"|"locked", waitMs: number) => void} handlers.onLost
+ * @param {boolean} [handlers.mayBeSilent]
  * @returns {{stop: () => void, retry: () => void}}
  */
-export function follow(path, told) {
+export function follow(path, handlers) {
   let stopped = false;
   let wake = () => {};
   let current = new AbortController();
@@ -30,16 +30,16 @@ export function follow(path, told) {
   async function once() {
     current = new AbortController();
     const { signal } = current;
-    const answer = await request(path, { headers: told.headers?.() ?? {}, signal });
-    told.onOpen();
+    const answer = await request(path, { headers: handlers.headers?.() ?? {}, signal });
+    handlers.onOpen();
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
     let timer;
     for (;;) {
-      if (!told.mayBeSilent) timer = setTimeout(() => current.abort(), SILENCE_MS);
+      if (!handlers.mayBeSilent) timer = setTimeout(() => current.abort(), SILENCE_MS);
       const { value, done } = await reader.read();
       clearTimeout(timer);
       if (done) return;
-      told.onText(value);
+      handlers.onText(value);
     }
   }
 
@@ -57,7 +57,7 @@ export function follow(path, told) {
       if (stopped) return;
       failures = Date.now() - at > LONGEST_WAIT_MS ? 0 : failures + 1;
       const waitMs = Math.min(FIRST_WAIT_MS * 2 ** failures, LONGEST_WAIT_MS) * (0.75 + Math.random() / 4);
-      told.onLost(locked ? "locked" : "lost", waitMs);
+      handlers.onLost(locked ? "locked" : "lost", waitMs);
       await new Promise((resolve) => {
         wake = () => resolve(undefined);
         if (!locked) setTimeout(wake, waitMs);
@@ -76,7 +76,7 @@ export function follow(path, told) {
 }
 
 /**
- * Take server-sent events apart.
+ * Parse server-sent events.
  * @param {(event: {id: string, kind: string, data: any}) => void} onEvent
  * @returns {(text: string) => void}
  */

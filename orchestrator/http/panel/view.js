@@ -1,4 +1,4 @@
-/** What is true now: the state, what runs, how far a load is, what went wrong and what helps. */
+/** The status: the state, the running model, the progress of a load, and errors. */
 
 import { $, bytes, el, named, put, say, seconds, value } from "./dom.js";
 import { fieldBox, fieldLabel, focusField } from "./form.js";
@@ -21,7 +21,7 @@ export function show(now) {
   const isFailed = state === "Idle" && error && !QUIET.has(error.category);
   say($("state"), state);
   $("dot").className = `dot ${isFailed ? "failed" : state.toLowerCase()}`;
-  const about = loaded ?? loading; // what runs, also while the next one is fetched
+  const about = loaded ?? loading; // the running model, even while the next one is downloaded
   document.title = about ? `${state} · ${named(about)}` : `${state} · llama-orchestrator`;
   say($("model"), about ? named(about, true) : "Nothing is loaded.");
   $("cancel").hidden = !loading;
@@ -39,16 +39,16 @@ export const tick = () => status && say($("since"), `for ${seconds(Math.max(1, M
 
 function facts(loaded) {
   if (!loaded) return [];
-  const asked = loaded.requested_context_length || "Auto";
+  const requested = loaded.requested_context_length || "Auto";
   const rows = [
-    ["Context", `${loaded.context_length?.toLocaleString("en") ?? "?"} tokens (asked: ${asked})`],
+    ["Context", `${loaded.context_length?.toLocaleString("en") ?? "?"} tokens (requested: ${requested})`],
     ["KV cache", value(loaded.cache_type_kv)],
     ["Speculative", { off: "Off", default: "On" }[loaded.speculative_type] ?? loaded.speculative_type],
     ...FIELDS.filter(({ name, control, isShown }) => isShown && control !== "check" && name in loaded).map(({ name, label }) => [label, value(loaded[name])]),
     ["Extra arguments", value(loaded.llama_extra_args)],
     ["Vision", loaded.is_vision && "yes"],
     ["Revision", loaded.revision?.slice(0, 12)],
-    ["Clients", `${location.origin}/v1`],
+    ["API", `${location.origin}/v1`],
     ["Server", loaded.base_url],
     ["Process", `pid ${loaded.pid}`],
     ["Loaded in", `${seconds(loaded.timings_s.total)} (generation ${loaded.generation})`],
@@ -58,23 +58,23 @@ function facts(loaded) {
 
 function notes(now) {
   const { loaded, loading, recovery, last_exit: exit, last_error: error } = now;
-  const told = [];
-  if (loading && loaded) told.push(`${named(loading)} is being fetched; ${named(loaded)} keeps serving until then.`);
-  if (loading?.queued) told.push(`${loading.queued} more in the queue.`);
+  const texts = [];
+  if (loading && loaded) texts.push(`${named(loading)} is downloading; ${named(loaded)} keeps serving until then.`);
+  if (loading?.queued) texts.push(`${loading.queued} more queued.`);
   for (const one of now.prefetching) {
     const all = one.bytes_total ? ` of ${bytes(one.bytes_total)}` : "";
-    told.push(`Prefetching ${named(one)}: ${bytes(one.bytes_done)}${all}.`);
+    texts.push(`Prefetching ${named(one)}: ${bytes(one.bytes_done)}${all}.`);
   }
   if (recovery) {
     const left = seconds(recovery.left_s);
-    const what = { waiting: `starts again in ${left}`, trying: "is starting again", cooling_down: `cools down for ${left}` };
-    told.push(`${recovery.model_path} ended by itself (${recovery.failures} in a row) and ${what[recovery.phase]}.`);
+    const what = { waiting: `restarts in ${left}`, trying: "is restarting", cooling_down: `cools down for ${left}` };
+    texts.push(`${recovery.model_path} exited unexpectedly (${recovery.failures} in a row) and ${what[recovery.phase]}.`);
   }
-  if (now.occupied_by) told.push(`Process ${now.occupied_by} would not die and keeps the slot occupied.`);
-  if (!loaded && !loading && !recovery && exit && !error) told.push(`The last server (pid ${exit.pid}) ended with exit code ${exit.returncode ?? "?"}.`);
-  if (error && QUIET.has(error.category)) told.push(error.detail);
-  if (loaded?.note) told.push(loaded.note);
-  return told;
+  if (now.occupied_by) texts.push(`Process ${now.occupied_by} could not be stopped and occupies the slot.`);
+  if (!loaded && !loading && !recovery && exit && !error) texts.push(`The last server (pid ${exit.pid}) exited with code ${exit.returncode ?? "?"}.`);
+  if (error && QUIET.has(error.category)) texts.push(error.detail);
+  if (loaded?.note) texts.push(loaded.note);
+  return texts;
 }
 
 /** @param {any} step of a load: phase, bytes_done, bytes_total, fraction */
@@ -98,7 +98,7 @@ export function progress(step) {
   say($("progress-text"), parts.join(" · "));
 }
 
-/** An error stays until something became Healthy; a load that gave way is no error. */
+/** An error is shown until a model is Healthy; a superseded load is not an error. */
 function showError(error) {
   const isShown = error && !QUIET.has(error.category);
   const key = isShown ? JSON.stringify([error.generation, error.category, error.detail]) : "";
@@ -107,11 +107,11 @@ function showError(error) {
   put($("error"), isShown ? problem(error) : null);
 }
 
-/** A problem document, readable: what happened, what helps, and the evidence. */
+/** A problem document: what happened, what to do, and the evidence. */
 export function problem(error) {
   const marks = [error.category, error.reason, error.generation && `generation ${error.generation}`];
   const back = error.restored;
-  const backText = back && `${back.model_path} ${back.status === "loaded" ? "runs again" : `could not be brought back: ${back.problem?.detail}`}.`;
+  const backText = back && `${back.model_path} ${back.status === "loaded" ? "is loaded again" : `could not be restored: ${back.problem?.detail}`}.`;
   return el(
     "div",
     { class: "problem" },
@@ -120,7 +120,7 @@ export function problem(error) {
     backText && el("p", {}, backText),
     el("p", { class: "soft" }, marks.filter(Boolean).join(" · ")),
     fieldBox(error.field) && el("button", { type: "button", onclick: () => focusField(error.field) }, `Go to “${fieldLabel(error.field)}”`),
-    fold("Last lines of its output", error.log_tail, true),
+    fold("Last lines of the output", error.log_tail, true),
     fold("Story", error.story, false),
   );
 }
