@@ -1,6 +1,6 @@
-"""What is worth remembering about this machine: small JSON files, whole or not there.
+"""Small JSON files that cache what was learned about this machine.
 
-A note is never needed: one that cannot be written costs its writer some time the next time.
+A file is only a cache: one that cannot be written costs time the next time, and nothing else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def write_json(path: Path, members: Any) -> None:
-    """Write a note in one step, so that who reads it meanwhile finds the old one or the new."""
+    """Replace a file atomically; errors of the file system are ignored."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")

@@ -1,9 +1,8 @@
-"""Starting a child from a host that we know nothing about.
+"""Start child processes from a host program that we do not control.
 
-It may not be a Python interpreter, and its other threads may fork. A fork copies every descriptor
-there is at that moment; one that falls into a spawn copies the pipe by which `Popen` learns of the
-exec, and `Popen` then waits for as long as that worker lives. So a fork waits for the spawn, about
-a millisecond; nothing else happens while it is made to wait.
+Other threads of the host may fork at any time. A fork in the middle of `Popen` copies the pipe on
+which `Popen` waits for the exec, and `Popen` then hangs until that fork exits. So a fork waits for
+a spawn in progress, about a millisecond.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ if hasattr(os, "register_at_fork"):
 
 
 def popen(command: tuple[str, ...], **settings: Any) -> subprocess.Popen[bytes]:
-    """Start a process; as `subprocess.Popen`."""
+    """Start a process, as `subprocess.Popen` does."""
     with _spawning:
         return subprocess.Popen(command, **settings)
 
 
 def interpreter() -> str | None:
-    """Return a Python to run our own programs with; None when there is none.
+    """Return a Python interpreter for our helper programs, or None if there is none.
 
-    In a frozen application or a server that embeds Python, `sys.executable` is that program.
+    In a frozen application, or one that embeds Python, `sys.executable` is that application.
     """
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     beside = os.path.join(sys.exec_prefix, "bin", version)

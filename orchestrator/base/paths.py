@@ -1,7 +1,6 @@
-"""What callers call the paths they have sent, and the names of our own folders.
+"""Display names for local paths, which replace them in text that leaves over HTTP (`http.paths`).
 
-Names go with what was looked up, and with what went wrong, for whoever shows texts to strangers
-(`http.paths`). Nothing is kept here.
+A path that a caller sent keeps the caller's spelling; a folder of ours has a name like `<state>`.
 """
 
 from __future__ import annotations
@@ -9,14 +8,11 @@ from __future__ import annotations
 import os
 
 PathNames = tuple[tuple[str, str], ...]
-"""Paths, and what each is called."""
+"""Pairs of a path and its display name."""
 
 
 def names_as_sent(path: str | os.PathLike[str], text: str) -> PathNames:
-    """A caller calls this path so; where it really leads, and what is beside it, is called alike.
-
-    Looks at the disk.
-    """
+    """Name a path, its target and their folders as in the caller's `text`. Reads the disk."""
     beside = os.path.realpath(os.path.dirname(path) or os.curdir)
     names = {beside: os.path.dirname(text) or os.curdir, os.path.realpath(path): text}
     names |= {os.fspath(path): text} if os.path.isabs(path) else {}
@@ -24,5 +20,5 @@ def names_as_sent(path: str | os.PathLike[str], text: str) -> PathNames:
 
 
 def names_of_own(path: str | os.PathLike[str], name: str) -> PathNames:
-    """This path is a place of ours, called so. Looks at the disk."""
+    """Give one name to a path of ours and to its target. Reads the disk."""
     return tuple(dict.fromkeys((os.path.abspath(path), os.path.realpath(path)), name).items())

@@ -1,9 +1,8 @@
-"""Secrets do not leave through text: one place that blanks them in whatever is shown.
+"""Redact secrets in text: the server's output, command lines, errors.
 
-Applied to every line of the server's output before it is kept. What a secret looks like is a
-table; a false positive costs a word of a log line, a false negative costs a key. `token` is the
-exception: llama.cpp talks of tokens in every other line, so there the value must look secret too.
-Every pattern takes linear time, whatever the line.
+The patterns prefer false positives: those cost a word of a log line, a missed secret costs a key.
+The exception is `token`, a word of every other line of llama.cpp: its value must look like a
+secret too. Every pattern takes linear time on any line.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ _NAMES: Final = (
     r"(?:api[ _-]?key|secret|passw(?:or)?d|passphrase|credential|(?:access|private)[_-]?key)"
 )
 
-# words, one of which is in every text (lower case) that the pattern can match; the pattern,
-# whose only group is kept
+# (words, pattern): a text that the pattern matches has one of the words, in lower case or not;
+# the pattern's only group is kept
 _SECRETS: Final = (
-    # by their own form
+    # recognised by their own form
     ("hf_", r"(hf_)(?:(?=[a-z]{0,40}[A-Z0-9])[A-Za-z0-9]{8,}|[a-z]{20,})"),
     (
         "sk- gh github_pat_ glpat- xox api_org_ aiza",
@@ -32,7 +31,7 @@ _SECRETS: Final = (
     ("eyj", r"\b(eyJ)[\w-]{8,}+\.[\w-]++(?:\.[\w-]*+)?"),
     ("://", r"(?<=://)([^/\s:@]{0,256}+:)?[^/\s]{1,1024}(?=@)"),
     ("key= sig= auth= signature=", r"(?i)([?&](?:[\w-]{0,16}signature|key|sig|auth)=)[^\s\"'&]+"),
-    # by what stands before them
+    # recognised by what precedes them
     ("authorization", rf"(?i)(authorization{_IS}{_SCHEME})[^\s\"'\\,]+"),
     ("bearer", r"(?i)(\bbearer\s{1,8}+)[\w.~+/=-]{8,}"),
     ("cookie", r"(?i)(cookie\s{0,8}+:\s{0,8}+)\S.*"),
@@ -50,7 +49,7 @@ _SECRETS: Final = (
             r"(?:(?<=[\"'])[^\"'\\]+|[^\s\"'\\;&]+)"
         ),
     ),
-    # `token`, as an environment names it, or with a value that is neither a number nor a word
+    # `token` in the name of an environment variable, or with a value that is no number and no word
     ("token", rf"((?:[A-Z]_|\b)TOKEN{_IS})[^\s\"'\\;&]{{4,}}"),
     (
         "token",
@@ -64,7 +63,7 @@ _PATTERNS: Final = tuple((words.split(), re.compile(pattern)) for words, pattern
 
 
 def redact(text: str) -> str:
-    """Return the text with everything that looks like a secret blanked."""
+    """Return the text with `[redacted]` in place of everything that looks like a secret."""
     lowered = text.lower()
     for words, pattern in _PATTERNS:
         if any(word in lowered for word in words):

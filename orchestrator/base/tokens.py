@@ -1,7 +1,7 @@
-"""Generations and cancel tokens: what keeps one load's fate apart from another's.
+"""Generations, tickets and cancel tokens, which keep one load apart from another.
 
-A token belongs to one load, exists from its acceptance, is set at most once, and is never
-cleared, rebound or shared. Only the owner sets it; effects read it and are woken by it.
+A token belongs to one load from its acceptance. It is set at most once, and never cleared, rebound
+or shared. Only the owner sets it; effects read it or are called back.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from enum import StrEnum
 from typing import NewType
 
 Generation = NewType("Generation", int)
-"""Number of an accepted load, from 1, or of a prefetch, from -1 downwards; carried by every command
-and completion."""
+"""Number of an accepted load, counted up from 1, or of a prefetch, counted down from -1. Every
+command and completion carries one."""
 
 Ticket = NewType("Ticket", int)
-"""Number of one call on the orchestrator; each is answered exactly once."""
+"""Number of a call on the orchestrator, in the order of calls. Each call is answered once."""
 
 
 class CancelReason(StrEnum):
-    """Who ended a load before its commit."""
+    """Why a load was ended before its commit."""
 
     USER = "user"
     SUPERSEDED = "superseded"
@@ -29,10 +29,10 @@ class CancelReason(StrEnum):
 
 
 class CancelToken:
-    """The one-way switch of one load.
+    """A one-way switch.
 
-    `set` keeps the first reason and wakes every registered callback once. Callbacks run on the
-    owner's thread, must not block and must not raise; one added after the fact runs at once.
+    `set` keeps the first reason and runs every registered callback once, on the owner's thread.
+    Callbacks must not block or raise.
     """
 
     __slots__ = ("_callbacks", "_guard", "_reason", "generation")
@@ -45,7 +45,7 @@ class CancelToken:
 
     @property
     def reason(self) -> CancelReason | None:
-        """Why the load was cancelled; None while it is wanted."""
+        """Why the load was cancelled; None if it was not."""
         return self._reason
 
     def is_set(self) -> bool:
@@ -61,13 +61,9 @@ class CancelToken:
             callback()
 
     def on_set(self, callback: Callable[[], None]) -> None:
-        """Run `callback` when the token is set, or now if it already is."""
+        """Run `callback` when the token is set, or at once if it is set already."""
         with self._guard:
             if self._reason is None:
                 self._callbacks.append(callback)
                 return
         callback()
-
-    def __repr__(self) -> str:
-        state = self._reason or "unset"
-        return f"CancelToken(generation={self.generation}, {state})"

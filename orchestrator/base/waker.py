@@ -1,4 +1,4 @@
-"""A wait that other threads can end: what a cancel, an exit or a line of output wakes."""
+"""A wait that other threads can end, for a cancel, an exit or new output."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import BinaryIO
 
 
 class Waker:
-    """A pipe that other threads write to: everything the wait is woken by."""
+    """A pipe to wait on; `wake` may be called from any thread."""
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         os.set_blocking(self._read, False)
         self._is_open = True
-        self._guard = threading.Lock()  # no write may hit a descriptor that was closed and reused
+        self._guard = threading.Lock()  # no write may reach a descriptor that was closed and reused
 
     def wake(self) -> None:
         with self._guard, contextlib.suppress(BlockingIOError):
@@ -25,7 +25,7 @@ class Waker:
                 os.write(self._write, b"x")
 
     def wait(self, seconds: float, also: BinaryIO | None = None) -> tuple[bool, bool]:
-        """Return (something happened, `also` may be read) after at most so long."""
+        """Return (was woken, `also` is readable) after at most `seconds`."""
         poll = select.poll()  # select() ends at descriptor 1024
         poll.register(self._read, select.POLLIN)
         if also is not None:

@@ -1,9 +1,9 @@
-"""Daemon threads for work that may block: look-ups, questions to the Hub, downloads, probes.
+"""Daemon threads for work that may block: look-ups, Hub requests, downloads, probes.
 
-One set serves every orchestrator of a process. A thread that is free takes the next job at once; a
-new one is started only when none is free, and ends when it has had nothing to do for a while.
-Nobody joins them, so that a mount that never answers holds up neither a close nor the exit of the
-interpreter.
+All orchestrators of a process share one set. A job goes to an idle thread; a new thread starts
+only if none is idle, and ends after a while without a job. The threads are never joined, so a
+mount that does not answer delays neither `close()` nor the exit of the interpreter, which waits
+for the threads of `concurrent.futures`.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ _Job = tuple[Future[Any], Callable[[], Any]]
 
 
 class Workers:
-    """A bounded number of daemon threads.
+    """A bounded set of daemon threads.
 
     Args:
-        most: How many there are at most; further jobs wait for one that is free.
-        idle_s: Seconds without a job after which one ends.
+        most: The largest number of threads; further jobs wait for an idle one.
+        idle_s: Seconds without a job after which a thread ends.
     """
 
     def __init__(self, most: int = MOST, idle_s: float = _IDLE_S) -> None:
         self._most = most
         self._idle_s = idle_s
         self._guard = threading.Lock()  # of the three below
-        self._free: list[queue.SimpleQueue[_Job]] = []
+        self._idle: list[queue.SimpleQueue[_Job]] = []
         self._backlog: deque[_Job] = deque()
         self._count = 0
 
     def submit(self, work: Callable[[], _T]) -> Future[_T]:
-        """Have it done, and return its future; cancelling that before it begins drops it.
+        """Run `work` on a thread; cancelling the future before it starts drops it.
 
         Raises:
-            RuntimeError: no thread can be started, and none is there.
+            RuntimeError: no thread can be started, and none is running.
         """
         future: Future[_T] = Future()
         with self._guard:
-            if self._free:
-                self._free.pop().put((future, work))
+            if self._idle:
+                self._idle.pop().put((future, work))
             elif self._count == self._most or not self._start((future, work)):
                 self._backlog.append((future, work))
         return future
@@ -72,29 +72,27 @@ class Workers:
             future, work = job
             if future.set_running_or_notify_cancel():
                 try:
-                    result = work()
-                except BaseException as error:  # noqa: BLE001 (it is for whoever waits)
+                    future.set_result(work())
+                except BaseException as error:  # noqa: BLE001 (the future carries it)
                     future.set_exception(error)
-                else:
-                    future.set_result(result)
             del job, future, work
             with self._guard:
                 if self._backlog:
                     box.put(self._backlog.popleft())
                 else:
-                    self._free.append(box)
+                    self._idle.append(box)
 
     def _next(self, box: queue.SimpleQueue[_Job]) -> _Job | None:
-        """Return the next job of a thread; None when it may end."""
+        """Return the thread's next job, or None if it should end."""
         try:
             return box.get(timeout=self._idle_s)
         except queue.Empty:
             with self._guard:
-                if box in self._free:
-                    self._free.remove(box)
+                if box in self._idle:
+                    self._idle.remove(box)
                     self._count -= 1
                     return None
-            return box.get()  # it was handed over in this moment
+            return box.get()  # a job was assigned between the timeout and the lock
 
 
 @cache

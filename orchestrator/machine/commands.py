@@ -1,31 +1,21 @@
-"""Commands that go out, and the answers that callers hear: frozen data, with its generation."""
+"""Commands and answers: the machine's output, frozen data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from orchestrator.base.record import Record
 from orchestrator.base.tokens import CancelReason, Generation, Ticket
 from orchestrator.errors import Problem
-from orchestrator.machine.facts import (
-    Child,
-    Completion,
-    FetchFailed,
-    KillFailed,
-    NotReady,
-    Promoted,
-    ServerFacts,
-    SpawnFailed,
-    Timer,
-)
+from orchestrator.machine import facts
 from orchestrator.settings.files import ModelFiles
 from orchestrator.settings.target import ReloadReason, Target
 
 
 @dataclass(frozen=True, slots=True)
 class Timings(Record):
-    """Seconds spent in each phase of a load; None for a phase it did not enter."""
+    """Seconds that a load spent in each phase; None for a phase it did not enter."""
 
     kill: float | None = None
     download: float | None = None
@@ -36,12 +26,12 @@ class Timings(Record):
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The answer to a load that holds."""
+    """The answer to a load that succeeded."""
 
     generation: Generation
     target: Target
-    child: Child
-    server: ServerFacts
+    child: facts.Child
+    server: facts.ServerFacts
     timings: Timings
     reload_reasons: tuple[ReloadReason, ...] = ()
     already: bool = False
@@ -50,14 +40,14 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Unloaded:
-    """The answer to an unload; `changed` is False when it named a model that is not there."""
+    """The answer to an unload; `changed` is False if it named a model that is not there."""
 
     changed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Prefetched:
-    """The answer to a prefetch: the model is whole on disk."""
+    """The answer to a prefetch: all files of the model are on disk."""
 
     model: ModelFiles
 
@@ -71,29 +61,30 @@ class CancelAnswer:
 class LeaseGranted:
     ticket: Ticket
     target: Target
-    child: Child
-    server: ServerFacts
+    child: facts.Child
+    server: facts.ServerFacts
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The shutdown is complete."""
+    """The answer to a shutdown."""
 
 
-Answer = Loaded | Prefetched | Unloaded | CancelAnswer | LeaseGranted | Done | Problem
+Outcome = Loaded | Problem
+Answer = Outcome | Prefetched | Unloaded | CancelAnswer | LeaseGranted | Done
 
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """Empty the slot; `child` is what it is known to hold."""
+    """Empty the slot, which holds `child` as far as the machine knows."""
 
     generation: Generation
-    child: Child | None
+    child: facts.Child | None
 
 
 @dataclass(frozen=True, slots=True)
 class Resolve:
-    """Ask the Hub for a load that waits; the state stays as it is."""
+    """Ask the Hub about the model of a queued load."""
 
     generation: Generation
     target: Target
@@ -101,7 +92,7 @@ class Resolve:
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """Make the model whole on disk: as the effect of Downloading, or for a load that waits."""
+    """Bring a model to disk: in Downloading, for a queued load, or for a prefetch."""
 
     generation: Generation
     target: Target
@@ -116,10 +107,13 @@ class Spawn:
 @dataclass(frozen=True, slots=True)
 class Probe:
     generation: Generation
-    child: Child
+    child: facts.Child
     stall_timeout_s: float
     size_bytes: int
     extra_args: tuple[str, ...] = ()
+
+
+Effect = Kill | Resolve | Download | Spawn | Probe
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,18 +124,19 @@ class SetToken:
 
 @dataclass(frozen=True, slots=True)
 class SetTimer:
-    """Wait; a `restart` waits for somewhere between half of it and all of it. A timer of the same
-    kind and generation that runs already is set anew.
+    """Start a timer, or restart the one of the same kind and generation.
+
+    A `restart` timer fires at a random moment between half of `after_s` and all of it.
     """
 
     generation: Generation
-    kind: Timer
+    kind: facts.Timer
     after_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Accept:
-    """Tell the caller of `ticket` which generation its load is."""
+    """Tell a caller the generation of its load."""
 
     ticket: Ticket
     generation: Generation
@@ -150,7 +145,7 @@ class Accept:
 
 @dataclass(frozen=True, slots=True)
 class Settle:
-    """Answer a call, once and for all."""
+    """Answer a call; each call is answered once."""
 
     ticket: Ticket
     answer: Answer
@@ -158,23 +153,18 @@ class Settle:
 
 @dataclass(frozen=True, slots=True)
 class Concluded:
-    """A load has ended, once and for all, and what became of it; callers may have left before.
-
-    Attributes:
-        accepted_at: Monotonic seconds.
-        timings: Seconds in each phase; of a failed load `total` is not counted here.
-    """
+    """A load has ended, with or without callers; each load ends once."""
 
     generation: Generation
     target: Target
-    accepted_at: float
-    timings: Timings
-    answer: Loaded | Problem
+    accepted_at: float  # monotonic seconds
+    timings: Timings  # `total` is 0 if the load failed
+    answer: Outcome
 
 
 @dataclass(frozen=True, slots=True)
 class ServerEnded:
-    """A server has ended: `stopped` by us, else by itself: by `exit`, `signal` or `unknown`."""
+    """A server has ended: stopped by us, or by itself by an exit, a signal or in an unknown way."""
 
     pid: int
     how: Literal["stopped", "exit", "signal", "unknown"]
@@ -182,34 +172,38 @@ class ServerEnded:
 
 @dataclass(frozen=True, slots=True)
 class Post:
-    """Put a fact of our own behind what is already in the inbox."""
+    """Append a fact to the inbox."""
 
-    fact: Promoted
+    fact: facts.Promoted
 
 
 @dataclass(frozen=True, slots=True)
 class DropStale:
-    """A completion nobody waits for any more was settled, not believed (for the log)."""
+    """A fact about something that is over was ignored (for the log)."""
 
     generation: Generation
     trigger: str
 
 
-Effect = Kill | Resolve | Download | Spawn | Probe
 Command = (
     Effect | SetToken | SetTimer | Accept | Settle | Concluded | ServerEnded | Post | DropStale
 )
 
 
-def failure_of(effect: Effect, problem: Problem, at: float) -> Completion:
-    """Return the completion of an effect that could not be carried out at all."""
-    generation = effect.generation
-    match effect:
-        case Kill():
-            return KillFailed(generation, at, problem)
-        case Resolve() | Download():
-            return FetchFailed(generation, at, problem)
-        case Spawn():
-            return SpawnFailed(generation, at, problem)
-        case Probe():
-            return NotReady(generation, at, problem)
+_FAILURES: Final[
+    dict[
+        type[Effect],
+        type[facts.Failure],
+    ]
+] = {
+    Kill: facts.KillFailed,
+    Resolve: facts.FetchFailed,
+    Download: facts.FetchFailed,
+    Spawn: facts.SpawnFailed,
+    Probe: facts.NotReady,
+}
+
+
+def failure_of(effect: Effect, problem: Problem, at: float) -> facts.Completion:
+    """Return the completion of an effect that could not be started."""
+    return _FAILURES[type(effect)](effect.generation, at, problem)

@@ -1,7 +1,7 @@
-"""What the machine remembers between two facts: one frozen value, replaced by every step.
+"""The machine's memory between two facts: one frozen value, which actions replace.
 
-Only actions (actions.py) make a new one. Everything a decision may depend on is in here; what
-the operating system knows better arrives as evidence on the fact itself.
+Everything a decision depends on is in here, except what only the operating system knows: that
+arrives as evidence on the fact.
 """
 
 from __future__ import annotations
@@ -12,44 +12,33 @@ from typing import Any, Final, Literal
 
 from orchestrator.base.tokens import CancelReason, Generation, Ticket
 from orchestrator.errors import Problem
-from orchestrator.machine.commands import Answer, Concluded, Loaded, Timings
+from orchestrator.machine.commands import Concluded, Loaded, Settle, Timings
 from orchestrator.machine.facts import Child, Exit, ServerFacts
 from orchestrator.machine.recovery import Recovery, RestartPolicy
 from orchestrator.settings.target import ReloadReason, Source, Target
 
 EffectKind = Literal["kill", "download", "spawn", "probe"]
-"""What a state has in flight; what is done for a load that waits is no effect of a state."""
+"""The effects of states. What is done for queued loads and prefetches is not among them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What the embedding backend decided once.
+    """Settings of the embedding program, which never change."""
 
-    Attributes:
-        drain_timeout_s: How long a swap or unload waits for leases to be given back.
-        abandoned_load: What becomes of a load whose last caller went away.
-        restart: How a server that ended by itself is started again; None = it is not.
-        idle_ttl_s: A server is stopped after this long without use; None = never.
-        max_waiting: How many loads wait in the queue.
-        max_prefetches: How many models are fetched beside what loads or runs.
-    """
-
-    drain_timeout_s: float = 30.0
-    abandoned_load: Literal["cancel", "continue"] = "cancel"
-    restart: RestartPolicy | None = None
-    idle_ttl_s: float | None = None
-    max_waiting: int = 64
-    max_prefetches: int = 4
+    drain_timeout_s: float = 30.0  # how long a swap or an unload waits for leases
+    abandoned_load: Literal["cancel", "continue"] = "cancel"  # a load without callers
+    restart: RestartPolicy | None = None  # of a server that ended by itself; None = never
+    idle_ttl_s: float | None = None  # stop a server after this time without use; None = never
+    max_waiting: int = 64  # queued loads
+    max_prefetches: int = 4  # downloads beside the load in flight
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """One call that waits for a load.
+    """A call that waits for a load.
 
-    Attributes:
-        joined: Another call had asked for the same.
-        failure: How the load it asked for has failed; it waits to hear whether what ran before
-            comes back.
+    `failure` is set if the load it requested has failed: it now waits for the load that restores
+    the previous model, and is answered with both outcomes.
     """
 
     ticket: Ticket
@@ -60,36 +49,24 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """An accepted load that has not ended.
-
-    Attributes:
-        callers: Who still waits for it; empty once it is cancelled.
-        newest_before: The newest load (`Context.newest_load`) when it was accepted.
-        token: Mirror of its cancel token; only the step that cancels it sets both.
-        phase_at: When it entered its present phase, monotonic seconds.
-        attempts: How often the slot was found occupied again between kill and spawn.
-        awaits: What it waits for in the queue: what the Hub says of its model, or all its files.
-        after: The failure it makes good: nobody asked for this load, and it needs no caller.
-        failed: The load that has failed and is concluded with this one, which brings back what
-            ran before.
-    """
+    """An accepted load that has not ended."""
 
     generation: Generation
     target: Target
-    callers: tuple[Caller, ...]
+    callers: tuple[Caller, ...]  # empty once it is cancelled
     accepted_at: float
-    phase_at: float
+    phase_at: float  # when its current phase began, monotonic seconds
     timings: Timings = Timings()
     reload_reasons: tuple[ReloadReason, ...] = ()
-    newest_before: Ticket = Ticket(0)
-    token: CancelReason | None = None
-    attempts: int = 0
-    awaits: Literal["answer", "files"] | None = None
-    after: Problem | None = None
-    failed: Concluded | None = None
+    newest_before: Ticket = Ticket(0)  # `Context.newest_load` when it was accepted
+    token: CancelReason | None = None  # mirrors its cancel token; both are set in one step
+    attempts: int = 0  # how often the slot was occupied again between kill and spawn
+    awaits: Literal["answer", "files"] | None = None  # of the Hub, while it is queued
+    after: Problem | None = None  # the failure that it repairs; such a load needs no caller
+    failed: Concluded | None = None  # the failed load that it follows; concluded together
 
     def spent(self, phase: str, at: float) -> Timings:
-        """Return the timings with the present phase booked up to `at`."""
+        """Return the timings including the current phase up to `at`."""
         so_far = (getattr(self.timings, phase) or 0.0) + at - self.phase_at
         return replace(self.timings, **{phase: so_far})
 
@@ -104,12 +81,7 @@ class EffectInFlight:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """What a Healthy server was started with: committed, and compared with later requests.
-
-    Attributes:
-        idle_at: When it is stopped if nobody uses it before, monotonic seconds; None = never, or
-            it is in use.
-    """
+    """What the Healthy server was started with; later requests are compared with it."""
 
     generation: Generation
     target: Target
@@ -117,11 +89,11 @@ class Running:
     server: ServerFacts
     timings: Timings
     reload_reasons: tuple[ReloadReason, ...]
-    at: float
-    idle_at: float | None = None
+    at: float  # when it became Healthy, monotonic seconds
+    idle_at: float | None = None  # when it will be stopped; None = never, or it is in use
 
-    def loaded(self, *, already: bool = False, joined: bool = False) -> Loaded:
-        """The answer to a load that this is the outcome of."""
+    def loaded(self, *, already: bool = False) -> Loaded:
+        """Return the answer to a load that ends with this server."""
         return Loaded(
             self.generation,
             self.target,
@@ -129,85 +101,62 @@ class Running:
             self.server,
             self.timings,
             () if already else self.reload_reasons,
-            already=already,
-            joined=joined,
+            already,
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Waiter:
-    """A call that is answered when the slot has been verified empty."""
-
-    ticket: Ticket
-    answer: Answer
-
-
-@dataclass(frozen=True, slots=True)
 class Context:
-    """The machine's whole memory.
-
-    Attributes:
-        child: The process the slot may hold; forgotten only when the slot is verified empty.
-        job: The load in flight. A cancelled one stays until its effect has ended.
-        queue: Accepted loads that come after it, oldest first. One that awaits something keeps
-            those behind it waiting, and what runs running.
-        prefetches: Downloads that no load follows.
-        end_is_known: The child has ended by itself: found dead (`found`), and told (`told`).
-        running: What the child was committed with; kept until it is stopped, for comparison.
-        leases: Who keeps the running server from being stopped.
-        ending: Loads that are concluded when the slot is verified empty, as `waiters` are answered.
-        newest_load: The latest call whose load was accepted; who leaves a load does not count.
-        unloads: The latest unload of each model, by the name it was given; None is of any model.
-        cancelled_ids: Cancels that came before their load, with the time they were made.
-        seen_ids: Ids of recent loads; a cancel of one of these is late, not early.
-        committed_args: Extra args of the last load that became Healthy, by source.
-        previous: What ran before the loads in flight; `restore_previous` brings it back.
-        recovery: What is done about a server that ended by itself.
-    """
+    """The machine's memory."""
 
     policy: Policy = field(default_factory=Policy)
     generation: Generation = Generation(0)
     last_prefetch: Generation = Generation(0)
-    job: Job | None = None
-    queue: tuple[Job, ...] = ()
-    prefetches: tuple[Job, ...] = ()
+    job: Job | None = None  # the load in flight; a cancelled one stays until its effect has ended
+    queue: tuple[Job, ...] = ()  # accepted loads, oldest first; one that awaits blocks the others
+    prefetches: tuple[Job, ...] = ()  # downloads that no load follows
     effect: EffectInFlight | None = None
-    child: Child | None = None
-    end_is_known: Literal["found", "told"] | None = None
-    running: Running | None = None
+    child: Child | None = None  # what the slot may hold; cleared when it is verified empty
+    child_end: Literal["found", "reported"] | None = None  # by itself: found dead, or reported
+    running: Running | None = None  # what the child was committed with; cleared when it is stopped
     leases: frozenset[Ticket] = frozenset()
     lease_waiters: tuple[Ticket, ...] = ()
-    waiters: tuple[Waiter, ...] = ()
-    ending: tuple[Concluded, ...] = ()
-    newest_load: Ticket = Ticket(0)
-    unloads: tuple[tuple[str | None, Ticket], ...] = ()
+    waiters: tuple[Settle, ...] = ()  # answers to give when the slot is verified empty
+    ending: tuple[Concluded, ...] = ()  # loads to conclude at that moment
+    newest_load: Ticket = Ticket(0)  # the latest accepted call, without callers that have left
+    unloads: tuple[tuple[str | None, Ticket], ...] = ()  # the latest of each model; None is any
     is_shutting_down: bool = False
-    cancelled_ids: tuple[tuple[str, float], ...] = ()
-    seen_ids: tuple[str, ...] = ()
-    committed_args: tuple[tuple[Source, tuple[str, ...]], ...] = ()
-    previous: Target | None = None
+    cancelled_ids: tuple[tuple[str, float], ...] = ()  # cancels that came before their load
+    seen_ids: tuple[str, ...] = ()  # a cancel of one of these is late, not early
+    committed_args: tuple[tuple[Source, tuple[str, ...]], ...] = ()  # of the last Healthy load
+    previous: Target | None = None  # what ran before the load in flight, to be restored
     recovery: Recovery | None = None
     last_error: Problem | None = None
     last_exit: Exit | None = None
 
-    def having(self, **changes: Any) -> Context:
-        """As `dataclasses.replace`, at a third of its cost: every request of a model comes by."""
+    def updated(self, **changes: Any) -> Context:
+        """Do what `dataclasses.replace` does in a third of the time: every step needs it."""
         values = list(_values(self))
         for name, value in changes.items():
-            values[_PLACES[name]] = value
+            values[_INDEX[name]] = value
         return Context(*values)
 
     @property
+    def loading(self) -> Job | None:
+        """The load in flight, unless it was cancelled."""
+        return self.job if self.job is not None and self.job.token is None else None
+
+    @property
     def wanted(self) -> tuple[Job, ...]:
-        """Every load that somebody still wants, oldest first."""
+        """The loads that have not been cancelled, oldest first."""
         return tuple(job for job in (self.job, *self.queue) if job and job.token is None)
 
     @property
     def is_due(self) -> bool:
-        """Does a load wait for its turn, and for nothing else?"""
+        """Whether the first load in the queue waits for its turn only."""
         return bool(self.queue) and self.queue[0].awaits is None
 
 
 _NAMES: Final = tuple(f.name for f in fields(Context))
-_PLACES: Final = {name: place for place, name in enumerate(_NAMES)}
+_INDEX: Final = {name: index for index, name in enumerate(_NAMES)}
 _values = attrgetter(*_NAMES)

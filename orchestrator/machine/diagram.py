@@ -1,7 +1,7 @@
-"""TABLE as pictures: Mermaid, Graphviz, SVG and a Markdown table.
+"""The transition table as Mermaid, Graphviz, SVG and Markdown.
 
-Everything shown is read from the table, so a picture cannot say what the code does not do. Rows
-that keep the state are in the Markdown table only. A current state may be marked, for live views.
+Everything is generated from the table. Rows that keep the state are only in the Markdown table.
+Live views can mark the current state.
 """
 
 from __future__ import annotations
@@ -31,12 +31,9 @@ class Edge:
         return tuple(dict.fromkeys(row.trigger for row in self.rows))
 
     @property
-    def is_forward(self) -> bool:
-        return _ORDER.index(self.dest) == _ORDER.index(self.source) + 1
-
-    @property
-    def length(self) -> int:
-        return abs(_ORDER.index(self.dest) - _ORDER.index(self.source))
+    def step(self) -> int:
+        """How many states it goes forward; negative for an edge that leads back."""
+        return _ORDER.index(self.dest) - _ORDER.index(self.source)
 
 
 def edges() -> tuple[Edge, ...]:
@@ -62,8 +59,7 @@ def dot(current: State | None = None) -> str:
     """Return a Graphviz digraph."""
     lines = ["digraph lifecycle {", "  rankdir=LR;", '  node [shape=box, style="rounded,filled"];']
     for state in _ORDER:
-        fill = "#2f6feb" if state is current else "#f6f8fa"
-        font = "white" if state is current else "black"
+        fill, font = ("#2f6feb", "white") if state is current else ("#f6f8fa", "black")
         lines.append(f'  {state} [fillcolor="{fill}", fontcolor="{font}"];')
     for edge in edges():
         label = "\\n".join(edge.triggers)
@@ -72,21 +68,16 @@ def dot(current: State | None = None) -> str:
 
 
 def markdown() -> str:
-    """Return the whole table, one line a row, in the order in which rows are tried."""
-    lines = [
-        "| trigger | from | guards | to | actions |",
-        "|---|---|---|---|---|",
-    ]
+    """Return the whole table, one line per row, in the order in which rows are tried."""
+    lines = ["| trigger | from | guards | to | actions |", "|---|---|---|---|---|"]
     for row in TABLE:
         sources = "any" if len(row.sources) == len(_ORDER) else ", ".join(row.sources)
-        dest = row.dest or "(stays)"
         guards = ", ".join(f"`{name}`" for name in row.guards) or "otherwise"
         actions = ", ".join(f"`{name}`" for name in row.actions)
+        dest = row.dest or "(stays)"
         lines.append(f"| {row.trigger} | {sources} | {guards} | {dest} | {actions} |")
     return "\n".join(lines) + "\n"
 
-
-# ------------------------------------------------------------------------------------------- SVG
 
 _BOX_W: Final = 132
 _BOX_H: Final = 54
@@ -96,6 +87,7 @@ _LANE: Final = 44
 _FIRST_LANE: Final = 46
 _SPREAD: Final = 17
 _GATE_LEFT: Final = 96
+_CORNER: Final = 12
 
 STYLE: Final = """
     svg { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #8c959f;
@@ -119,40 +111,46 @@ STYLE: Final = """
     #tip path { fill: var(--soft); }
 """
 
+_FRAME: Final = """\
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" \
+aria-labelledby="title">
+  <title id="title">Lifecycle of a llama-server: {states}</title>
+  <style>{style}  </style>
+  <defs><marker id="tip" viewBox="0 0 10 10" refX="8.5" refY="5" markerWidth="7" \
+markerHeight="7" orient="auto-start-reverse"><path d="M0 0 L10 5 L0 10 z"/></marker></defs>
+  <rect class="paper" width="{width}" height="{height}" rx="10"/>
+{parts}
+</svg>
+"""
+
 
 def svg(current: State | None = None) -> str:
     """Return a drawing that follows the reader's light or dark theme.
 
-    The way to Healthy runs left to right; every way back to Killing runs below it, every way back
-    to Idle above it. Elements carry ids (`state-Idle`, `edge-Idle-Killing`) for live views.
+    The path to Healthy runs from left to right, edges back to Idle above it and edges back to
+    Killing below it. Elements have ids (`state-Idle`, `edge-Idle-Killing`) for live views.
     """
-    all_edges = edges()
-    above = [e for e in all_edges if not e.is_forward and e.dest is State.IDLE]
-    below = [e for e in all_edges if not e.is_forward and e.dest is not State.IDLE]
-    top = 24 + _FIRST_LANE + _LANE * max((e.length - 1 for e in above), default=0)
+    forward = [edge for edge in edges() if edge.step == 1]
+    back = sorted((edge for edge in edges() if edge.step < 0), key=lambda edge: edge.step)
+    above = [edge for edge in back if edge.dest is State.IDLE]
+    below = [edge for edge in back if edge.dest is not State.IDLE]
+    top = 24 + _lane(above[0])
     width = 2 * _LEFT + _PITCH * (len(_ORDER) - 1) + _BOX_W
-    lanes = max((e.length - 1 for e in below), default=0)
-    height = top + _BOX_H + _FIRST_LANE + _LANE * lanes + 30
+    height = top + _BOX_H + _lane(below[0]) + 30
     parts = [
-        (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
-            'aria-labelledby="title">'
-        ),
-        f'  <title id="title">Lifecycle of a llama-server: {", ".join(_ORDER)}</title>',
-        f"  <style>{STYLE}  </style>",
-        (
-            '  <defs><marker id="tip" viewBox="0 0 10 10" refX="8.5" refY="5" markerWidth="7" '
-            'markerHeight="7" orient="auto-start-reverse"><path d="M0 0 L10 5 L0 10 z"/></marker>'
-            "</defs>"
-        ),
-        f'  <rect class="paper" width="{width}" height="{height}" rx="10"/>',
+        *(_arc(edge, top) for edge in (*above, *below)),
+        *(_arrow(edge, top) for edge in forward),
+        *(_state(state, top, is_current=state is current) for state in _ORDER),
+        *(_gate(edge, top) for edge in forward if edge.dest is State.SPAWNING),
     ]
-    parts += [_arc(edge, top, side=-1) for edge in sorted(above, key=lambda e: -e.length)]
-    parts += [_arc(edge, top, side=1) for edge in sorted(below, key=lambda e: -e.length)]
-    parts += [_arrow(edge, top) for edge in all_edges if edge.is_forward]
-    parts += [_state(state, top, is_current=state is current) for state in _ORDER]
-    parts += [_gate(edge, top) for edge in all_edges if edge.dest is State.SPAWNING]
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    return _FRAME.format(
+        width=width, height=height, states=", ".join(_ORDER), style=STYLE, parts="\n".join(parts)
+    )
+
+
+def _lane(edge: Edge) -> int:
+    """How far from the boxes an edge back runs."""
+    return _FIRST_LANE + _LANE * (-edge.step - 1)
 
 
 def _x(state: State) -> int:
@@ -170,7 +168,6 @@ def _state(state: State, top: int, *, is_current: bool) -> str:
 
 
 def _arrow(edge: Edge, top: int) -> str:
-    """A step forward: a straight arrow between neighbours."""
     y = top + _BOX_H // 2
     start, end = _x(edge.source) + _BOX_W // 2, _x(edge.dest) - _BOX_W // 2 - 3
     first, *others = edge.triggers
@@ -180,20 +177,20 @@ def _arrow(edge: Edge, top: int) -> str:
     return _edge(edge, f"M{start} {y} H{end}", text, "edge forward")
 
 
-def _arc(edge: Edge, top: int, *, side: int) -> str:
-    """A way back: out of the box, along a lane of its own, into the box again."""
+def _arc(edge: Edge, top: int) -> str:
+    """An edge back: out of the box, along a lane of its own, into the other box."""
+    side = -1 if edge.dest is State.IDLE else 1
     base = top if side < 0 else top + _BOX_H
-    lane = base + side * (_FIRST_LANE + _LANE * (edge.length - 1))
+    lane = base + side * _lane(edge)
     start = _x(edge.source) - (10 if side < 0 else 0)
-    spread = 2.5 - edge.length if side > 0 else 3 - 2 * edge.length
-    end = round(_x(edge.dest) + _SPREAD * spread)
-    r = 12
+    spread = 2.5 + edge.step if side > 0 else 3 + 2 * edge.step
+    end, r = round(_x(edge.dest) + _SPREAD * spread), _CORNER
     path = (
         f"M{start} {base} V{lane - side * r} Q{start} {lane} {start - r} {lane} "
         f"H{end + r} Q{end} {lane} {end} {lane - side * r} V{base + side * 3}"
     )
     label, middle = " · ".join(edge.triggers), (start + end) // 2
-    if edge.length == 1:  # too short to be written on
+    if edge.step == -1:  # too short for a label on the line
         return _edge(edge, path, _text(middle, lane + (17 if side > 0 else -8), label), "edge")
     half = round(3.9 * len(label)) + 6
     chip = f'<rect x="{middle - half}" y="{lane - 9}" width="{2 * half}" height="18"/>'
@@ -205,7 +202,11 @@ def _text(x: int, y: int, label: str) -> str:
 
 
 def _edge(edge: Edge, path: str, text: str, css: str) -> str:
-    rows = "\n".join(_sentence(row) for row in edge.rows)
+    rows = "\n".join(
+        f"{row.trigger}{' when ' if row.guards else ''}{', '.join(row.guards)}: "
+        f"{', '.join(row.actions)}"
+        for row in edge.rows
+    )
     return (
         f'  <g class="{css}" id="edge-{edge.source}-{edge.dest}">'
         f'<title>{escape(rows)}</title><path d="{path}"/>{text}</g>'
@@ -213,12 +214,9 @@ def _edge(edge: Edge, path: str, text: str, css: str) -> str:
 
 
 def _gate(edge: Edge, top: int) -> str:
-    """The guards of the one way into Spawning, written out."""
-    guards = [name for name in edge.rows[0].guards if name != "is_current"]
-    x = (_x(edge.source) + _x(edge.dest)) // 2
-    text = " and ".join(guards)
-    width = 8 * len(text) + 24
-    y = top - _FIRST_LANE
+    """The guards of the only way into Spawning, written out."""
+    text = " and ".join(name for name in edge.rows[0].guards if name != "is_current")
+    x, y, width = (_x(edge.source) + _x(edge.dest)) // 2, top - _FIRST_LANE, 8 * len(text) + 24
     return (
         f'  <g class="gate"><line x1="{x}" y1="{y + 13}" x2="{x}" y2="{top + 6}"/>'
         f'<rect x="{x - _GATE_LEFT}" y="{y - 13}" width="{width}" height="26" rx="13"/>'
@@ -226,30 +224,17 @@ def _gate(edge: Edge, top: int) -> str:
     )
 
 
-def _sentence(row: Row) -> str:
-    when = f" when {', '.join(row.guards)}" if row.guards else ""
-    return f"{row.trigger}{when}: {', '.join(row.actions)}"
-
-
-FORMATS: Final[dict[str, Callable[[], str]]] = {
-    "mermaid": mermaid,
-    "dot": dot,
-    "svg": svg,
-    "md": markdown,
+FILES: Final[dict[str, Callable[[], str]]] = {
+    "lifecycle.mmd": mermaid,
+    "lifecycle.dot": dot,
+    "lifecycle.svg": svg,
+    "lifecycle.md": markdown,
 }
-"""What `diagram --format` knows, without a current state."""
-
-FILES: Final = {
-    "lifecycle.mmd": "mermaid",
-    "lifecycle.dot": "dot",
-    "lifecycle.svg": "svg",
-    "lifecycle.md": "md",
-}
-"""The generated files of `diagrams/` and the format of each."""
+"""The generated files of `diagrams/`."""
 
 
 def write(folder: Path) -> None:
     """Write the generated files into `folder`."""
     folder.mkdir(exist_ok=True)
-    for name, kind in FILES.items():
-        (folder / name).write_text(FORMATS[kind](), encoding="utf-8")
+    for name, draw in FILES.items():
+        (folder / name).write_text(draw(), encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Facts that come in: frozen data, each with its generation or its ticket.
+"""Facts: the machine's input, frozen data with the ticket of a call or the generation of a load.
 
-A fact's `trigger` is the name of the event in the table. Callers post requests, effects post
-exactly one completion per command, and the owner adds evidence (fields that say so) in the same
-step, because only the operating system can answer for it.
+`trigger` is the name of a fact's rows in the table. Callers post requests, and every effect posts
+one completion per command. A field marked as evidence is filled in by the owner in the step that
+processes the fact, because only the operating system can answer it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Timer = Literal["drain", "deadline", "restart", "idle"]
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """The server process a slot may hold, from spawn until its exit is confirmed."""
+    """The server process of the slot, from its spawn until its exit is confirmed."""
 
     generation: Generation
     pid: int
@@ -29,7 +29,7 @@ class Child:
 
 @dataclass(frozen=True, slots=True)
 class Exit(Record):
-    """How a server ended. `returncode` is negative for a signal and None when nobody saw it."""
+    """How a server ended. `returncode` is negative for a signal, None if it is unknown."""
 
     pid: int
     returncode: int | None
@@ -38,7 +38,7 @@ class Exit(Record):
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
-    """What a healthy server says of itself, and the key it wants to hear."""
+    """What a healthy server reports about itself, and the key it accepts."""
 
     base_url: str
     context_length: int | None = None
@@ -48,7 +48,7 @@ class ServerFacts:
 
 @dataclass(frozen=True, slots=True)
 class SlotEvidence:
-    """The operating system's answer to "is the slot empty?", taken in the same step."""
+    """The operating system's answer to "is the slot empty?", obtained in the same step."""
 
     is_empty: bool
     reason: str = ""
@@ -65,7 +65,7 @@ class LoadRequested:
 
 @dataclass(frozen=True, slots=True)
 class PrefetchRequested:
-    """Make a model whole on disk, and start nothing."""
+    """Download a model and start nothing."""
 
     trigger: ClassVar[str] = "prefetch"
     ticket: Ticket
@@ -75,7 +75,7 @@ class PrefetchRequested:
 
 @dataclass(frozen=True, slots=True)
 class UnloadRequested:
-    """`model` limits the unload to that model (compared as text); None means whatever is there."""
+    """Unload `model`, compared as text, or any model if it is None."""
 
     trigger: ClassVar[str] = "unload"
     ticket: Ticket
@@ -94,7 +94,7 @@ class CancelRequested:
 
 @dataclass(frozen=True, slots=True)
 class Withdrawn:
-    """The caller of `ticket` has gone away; only its own interest ends."""
+    """The caller of `ticket` has gone away."""
 
     trigger: ClassVar[str] = "withdraw"
     ticket: Ticket
@@ -119,129 +119,112 @@ class LeaseReleased:
 @dataclass(frozen=True, slots=True)
 class ShutdownRequested:
     trigger: ClassVar[str] = "shutdown"
+    model: ClassVar[None] = None  # it ends every load
     ticket: Ticket
     at: float
 
 
 @dataclass(frozen=True, slots=True)
-class Emptied:
-    """The kill ladder is done and the slot was verified empty."""
+class _OfLoad:
+    generation: Generation
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Emptied(_OfLoad):
+    """The kill ladder has ended, and the slot was verified empty."""
 
     trigger: ClassVar[str] = "emptied"
     effect: ClassVar[str] = "kill"
-    generation: Generation
-    at: float
     exit: Exit | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class KillFailed:
-    """Something of the slot is still alive after the whole ladder."""
+class KillFailed(_OfLoad):
+    """A process of the slot has survived the whole kill ladder."""
 
     trigger: ClassVar[str] = "kill_failed"
     effect: ClassVar[str] = "kill"
-    generation: Generation
-    at: float
     problem: Problem
 
 
 @dataclass(frozen=True, slots=True)
-class Resolved:
-    """The Hub has answered: which commit and files the model is, and that it may be had."""
+class Resolved(_OfLoad):
+    """The Hub has named the commit and the files of a model and grants access to them."""
 
     trigger: ClassVar[str] = "resolved"
     effect: ClassVar[str] = "resolve"
-    generation: Generation
-    at: float
     model: ModelFiles
 
 
 @dataclass(frozen=True, slots=True)
-class Fetched:
+class Fetched(_OfLoad):
     trigger: ClassVar[str] = "fetched"
     effect: ClassVar[str] = "download"
-    generation: Generation
-    at: float
     model: ModelFiles
     slot: SlotEvidence = SlotEvidence(is_empty=False, reason="not asked")  # evidence
 
 
 @dataclass(frozen=True, slots=True)
-class FetchFailed:
-    """The model cannot be had: the Hub says so, or its files do not arrive."""
+class FetchFailed(_OfLoad):
+    """The Hub refuses the model, or its files cannot be downloaded."""
 
     trigger: ClassVar[str] = "fetch_failed"
     effect: ClassVar[str] = "download"
-    generation: Generation
-    at: float
     problem: Problem
 
 
 @dataclass(frozen=True, slots=True)
-class Spawned:
+class Spawned(_OfLoad):
     trigger: ClassVar[str] = "spawned"
     effect: ClassVar[str] = "spawn"
-    generation: Generation
-    at: float
     child: Child
 
 
 @dataclass(frozen=True, slots=True)
-class SpawnFailed:
+class SpawnFailed(_OfLoad):
     trigger: ClassVar[str] = "spawn_failed"
     effect: ClassVar[str] = "spawn"
-    generation: Generation
-    at: float
     problem: Problem
 
 
 @dataclass(frozen=True, slots=True)
-class BecameReady:
+class BecameReady(_OfLoad):
     trigger: ClassVar[str] = "ready"
     effect: ClassVar[str] = "probe"
-    generation: Generation
-    at: float
     server: ServerFacts
     child_is_alive: bool = True  # evidence
 
 
 @dataclass(frozen=True, slots=True)
-class NotReady:
+class NotReady(_OfLoad):
     trigger: ClassVar[str] = "not_ready"
     effect: ClassVar[str] = "probe"
-    generation: Generation
-    at: float
     problem: Problem
 
 
 @dataclass(frozen=True, slots=True)
-class Exited:
-    """Our own child has ended, whether we asked for it or not."""
+class Exited(_OfLoad):
+    """Our own child has ended, whether or not we ended it."""
 
     trigger: ClassVar[str] = "exited"
-    generation: Generation
-    at: float
     exit: Exit
 
 
 @dataclass(frozen=True, slots=True)
-class Promoted:
-    """A queued load may start now (posted by the machine to itself)."""
+class Promoted(_OfLoad):
+    """A queued load may start now. The machine posts this to itself."""
 
     trigger: ClassVar[str] = "promote"
-    generation: Generation
-    at: float
     child_is_alive: bool = True  # evidence
 
 
 @dataclass(frozen=True, slots=True)
-class TimerFired:
-    """A deadline of generation's load, the drain of its server, its time without use, or the wait
-    for a restart after it is over.
+class TimerFired(_OfLoad):
+    """A timer of `generation` has run out: the deadline of that load, the drain or the idle time
+    of its server, or the wait before that server is restarted.
     """
 
-    generation: Generation
-    at: float
     kind: Timer
 
     @property
@@ -249,25 +232,11 @@ class TimerFired:
         return "restart_due" if self.kind == "restart" else f"{self.kind}_expired"
 
 
-Completion = (
-    Emptied
-    | KillFailed
-    | Resolved
-    | Fetched
-    | FetchFailed
-    | Spawned
-    | SpawnFailed
-    | BecameReady
-    | NotReady
-)
-Request = (
-    LoadRequested
-    | PrefetchRequested
-    | UnloadRequested
-    | CancelRequested
-    | Withdrawn
-    | LeaseRequested
-    | LeaseReleased
-    | ShutdownRequested
-)
-Fact = Request | Completion | Exited | Promoted | TimerFired
+ModelRequested = LoadRequested | PrefetchRequested
+EndRequested = UnloadRequested | CancelRequested | Withdrawn | ShutdownRequested
+Request = ModelRequested | EndRequested | LeaseRequested | LeaseReleased
+Failure = KillFailed | FetchFailed | SpawnFailed | NotReady
+Completion = Emptied | Resolved | Fetched | Spawned | BecameReady | Failure
+Report = Completion | Exited | Promoted | TimerFired
+Fact = Request | Report
+WithChildEvidence = LoadRequested | LeaseRequested | BecameReady | Promoted

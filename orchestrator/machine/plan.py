@@ -1,7 +1,4 @@
-"""What a load would do: the table is asked, without doing it.
-
-Pure: all times are monotonic seconds given by the caller.
-"""
+"""What a load would do: the answer of the table, without the effects."""
 
 from __future__ import annotations
 
@@ -30,10 +27,10 @@ class Plan(Record):
     """What a load would do now.
 
     Attributes:
-        action: `none` (it runs already, or is on its way), `load`, or `reload`.
-        reload_reasons: What keeps the running server from serving it.
-        argv: The command line it would start, with nothing secret in it.
-        names: What its paths are called where strangers see them.
+        action: `none` if the model is running or loading already, else `load` or `reload`.
+        reload_reasons: The differences from the running server.
+        argv: The command line that it would start, with secrets redacted.
+        names: Display names of the local paths in it.
     """
 
     action: Action
@@ -47,17 +44,15 @@ class Plan(Record):
 
 
 def plan_load(state: State, ctx: Context, target: Target, *, at: float = 0.0) -> Plan:
-    """Return what the table would do with this load: by asking it, without doing it.
+    """Return what a load of `target` would do in this state.
 
     Args:
-        state, ctx: What is true now.
-        target: What would be asked for.
         at: Monotonic seconds.
 
     Raises:
         OrchestratorError: the load would be refused at once.
     """
-    ticket = Ticket(sys.maxsize)  # asked for after everything else
+    ticket = Ticket(sys.maxsize)  # newer than every call
     stepped = step(state, ctx, LoadRequested(ticket, target, at))
     before = [ctx.running.target] if ctx.running else []
     before += [job.target for job in stepped.ctx.wanted[:-1]]

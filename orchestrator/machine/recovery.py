@@ -1,12 +1,12 @@
-"""What follows when a healthy server has ended by itself: a restart, a longer wait, or a pause.
+"""What follows when a healthy server ends by itself: a restart, or a cool-down.
 
-Pure. Restarts back off exponentially up to a ceiling; too many failures in a row lead to a
-cool-down in which nothing is started; a server that held for a while makes the count start again.
+Restarts back off exponentially up to a ceiling. Too many failures in a row lead to a cool-down in
+which nothing is started. A server that stays Healthy for a while resets the count.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from orchestrator.base.record import Record
@@ -17,15 +17,16 @@ from orchestrator.settings.target import Target
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy(Record):
-    """How a server that ended by itself is started again (`restart="on-crash"`).
+    """How a server that ended by itself is restarted (`restart="on-crash"`).
 
     Attributes:
-        backoff_s: The longest wait before the first restart, seconds; each further one doubles
-            it. The wait itself is drawn from its upper half, so that hosts do not march in step.
+        backoff_s: The longest wait before the first restart, seconds; it doubles with each
+            further one. The actual wait is random, between half of it and all of it, so that many
+            hosts do not restart at once.
         backoff_max_s: The ceiling of that wait, seconds.
         limit: Restarts in a row; the failure after the last one begins the cool-down.
         cool_down_s: How long nothing is started after that, seconds.
-        stable_after_s: A server that was Healthy for this long starts the count again, seconds.
+        stable_after_s: A server that was Healthy for this long resets the count, seconds.
     """
 
     backoff_s: float = 1.0
@@ -37,74 +38,47 @@ class RestartPolicy(Record):
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """A server that ended by itself, and what is being done about it.
+    """The recovery from a server that ended by itself.
 
-    Attributes:
-        target: What ran.
-        generation: The load that failed last; names the timer of the restart.
-        failures: How many in a row.
-        phase: `waiting` for the restart, `trying` it (also once it holds), or `cooling_down`.
-        until: When the wait or the cool-down is over at the latest, monotonic seconds.
-        problem: How it failed the last time.
+    The phase is `trying` from the start of the restart on, also after it has succeeded.
     """
 
     target: Target
-    generation: Generation
-    failures: int
+    generation: Generation  # of the load that failed last; the timer of the restart carries it
+    failures: int  # in a row
     phase: Literal["waiting", "trying", "cooling_down"]
-    until: float
-    problem: Problem
-
-    def trying(self) -> Recovery:
-        return replace(self, phase="trying")
+    until: float  # the latest end of the wait or the cool-down, monotonic seconds
+    problem: Problem  # the last failure
 
 
 def backoff_s(policy: RestartPolicy, failures: int) -> float:
-    """Return the longest wait before the restart that follows the n-th failure in a row."""
-    doublings = min(failures - 1, 64)  # beyond that a float is full, and the ceiling far below
+    """Return the longest wait before the restart after the n-th failure in a row."""
+    doublings = min(failures - 1, 64)  # 2.0**1024 overflows; the ceiling is reached long before
     return min(policy.backoff_s * 2.0**doublings, policy.backoff_max_s)
 
 
-def after_exit(
+def after_failure(
     policy: RestartPolicy,
     last: Recovery | None,
-    *,
     target: Target,
     generation: Generation,
-    ran_s: float,
-    at: float,
     problem: Problem,
+    *,
+    at: float,
+    ran_s: float | None,
 ) -> Recovery:
-    """Return what is done about a server that was Healthy for `ran_s` seconds and has ended.
+    """Return what follows a server that ended by itself, or a restart that failed.
 
     Args:
-        policy: What the embedding backend decided.
-        last: What was being done before; only the same target counts on.
-        target, generation: What ran.
-        ran_s: How long it was Healthy.
+        last: The recovery so far; its count goes on for the same target only.
+        target, generation: What ran or was restarted.
+        problem: How it failed.
         at: Monotonic seconds.
-        problem: How it ended.
+        ran_s: How long the server was Healthy; None if it never was.
     """
-    goes_on = last is not None and ran_s < policy.stable_after_s and last.target == target
-    before = last.failures if last is not None and goes_on else 0
-    return _decided(policy, target, generation, before + 1, problem, at)
-
-
-def after_failed_restart(
-    policy: RestartPolicy, last: Recovery, *, at: float, generation: Generation, problem: Problem
-) -> Recovery:
-    """Return what is done about a restart that did not become Healthy."""
-    return _decided(policy, last.target, generation, last.failures + 1, problem, at)
-
-
-def _decided(
-    policy: RestartPolicy,
-    target: Target,
-    generation: Generation,
-    failures: int,
-    problem: Problem,
-    at: float,
-) -> Recovery:
+    was_stable = ran_s is not None and ran_s >= policy.stable_after_s
+    goes_on = last is not None and last.target == target and not was_stable
+    failures = 1 + (last.failures if last is not None and goes_on else 0)
     if failures > policy.limit:
         until = at + policy.cool_down_s
         return Recovery(target, generation, failures, "cooling_down", until, problem)

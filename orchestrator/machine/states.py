@@ -1,7 +1,6 @@
-"""The six states of the lifecycle, and the named sets the rest of the code reasons in.
+"""The six states of the lifecycle. Status, events, diagrams and logs use exactly these words.
 
-The names are user vocabulary: status, events, diagrams and logs show exactly these words.
-Failure is not a state: a load that fails ends in Idle and its outcome travels with its caller.
+Failure is not a state: a load that fails ends in Idle, and its callers get the error.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import Final
 
 
 class State(StrEnum):
-    """Where the one server of a slot is in its life."""
+    """The state of a slot and its one server."""
 
     IDLE = "Idle"
     KILLING = "Killing"
@@ -21,17 +20,6 @@ class State(StrEnum):
     HEALTHY = "Healthy"
 
 
-BUSY: Final = frozenset({State.KILLING, State.DOWNLOADING, State.SPAWNING, State.WAITING_HEALTH})
-"""Something is under way: an effect, a drain, or a load."""
-
-SETTLED: Final = frozenset({State.IDLE, State.HEALTHY})
-"""The machine rests here when nothing more will happen by itself."""
-
-MAY_OWN_PROCESS: Final = frozenset(
-    {State.KILLING, State.SPAWNING, State.WAITING_HEALTH, State.HEALTHY}
-)
-"""A server process of ours may exist. (In Idle only one that refused to die: `occupied`.)"""
-
 PHASES: Final = {
     State.KILLING: "killing",
     State.DOWNLOADING: "downloading",
@@ -39,7 +27,7 @@ PHASES: Final = {
     State.WAITING_HEALTH: "loading",
     State.HEALTHY: "ready",
 }
-"""The word `progress` uses for a state; Idle has none."""
+"""The `phase` of a load's progress in each state; Idle has none."""
 
 TIMED: Final = {
     State.KILLING: "kill",
@@ -47,4 +35,4 @@ TIMED: Final = {
     State.SPAWNING: "spawn",
     State.WAITING_HEALTH: "health",
 }
-"""The word for the time spent in a state, in `timings_s` and in metrics."""
+"""The name of the time spent in each state, in `timings_s` and in metrics."""

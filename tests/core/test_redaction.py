@@ -1,4 +1,4 @@
-"""What the server prints is shown to people: no secret leaves with it, no useful word is lost."""
+"""The server's output: secrets and control sequences are removed, useful text is kept."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.kit.labels import label
 S = "Xy9zSecretValue42"
 
 
-def shown(*pieces: bytes | str) -> tuple[str, ...]:
-    """What is left of the output."""
+def kept_lines(*pieces: bytes | str) -> tuple[str, ...]:
+    """Return the lines that are kept of an output."""
     ring = OutputRing()
     for piece in pieces:
         ring.feed(piece.encode() if isinstance(piece, str) else piece)
@@ -32,6 +32,8 @@ def shown(*pieces: bytes | str) -> tuple[str, ...]:
         f"<hf_{S}>",
         f"model_hf_{S}",
         f"ghp_{S}",
+        f"sk-{S}",
+        f"MY_API_KEY='{S}'",
         f"eyJhbGciOiJIUzI1NiJ9.{S}.{S}",
         f"Bearer {S}",
         f"bearer   {S}",
@@ -69,8 +71,8 @@ def shown(*pieces: bytes | str) -> tuple[str, ...]:
         f"GET /?X-Amz-Signature={S}&a=b",
     ],
 )
-def test_a_secret_is_blanked_in_every_dress(text: str) -> None:
-    """In argv, JSON, headers, URLs and environments, wherever in the line it stands."""
+def test_secret_is_redacted_in_any_syntax(text: str) -> None:
+    """In command lines, JSON, headers, URLs and environments, anywhere in the line."""
     for line in (
         text,
         f"0.00.001 I srv  init: {text}",
@@ -78,14 +80,14 @@ def test_a_secret_is_blanked_in_every_dress(text: str) -> None:
         f"({text}",
         f"x\t{text}",
     ):
-        [kept] = shown(line)
+        [kept] = kept_lines(line)
         assert S not in kept
         assert HIDDEN in kept
         assert redact(kept) == kept
 
 
 @pytest.mark.parametrize("name", ["password: ", "secret=", "HF_TOKEN=", "--api-key "])
-def test_where_the_name_says_secret_a_short_one_is_blanked_too(name: str) -> None:
+def test_short_secret_is_redacted_after_a_secret_name(name: str) -> None:
     """A weak key is still a key."""
     assert redact(f"{name}x9yz") == name + HIDDEN
 
@@ -95,18 +97,17 @@ def test_where_the_name_says_secret_a_short_one_is_blanked_too(name: str) -> Non
     ["\x1b[0m", "\x1b[38;5;214m", "\x1b]0;title\x07", "\x9b31m", "\x00", "\r", "\x1b(B", "\u200b"],
     ids=label,
 )
-def test_a_secret_split_by_what_is_removed_is_whole_again_first(cut: str) -> None:
-    """Colours inside a token must not carry it past the patterns."""
+def test_secret_split_by_control_sequences_is_redacted(cut: str) -> None:
     for at in (1, 3, 5, 12):
         text = f"hf_{S}"
-        [kept] = shown(f"token {text[:at]}{cut}{text[at:]} here")
+        [kept] = kept_lines(f"token {text[:at]}{cut}{text[at:]} here")
         assert kept == f"token hf_{HIDDEN} here"
 
 
-def test_a_secret_in_pieces_or_without_a_line_end_is_blanked() -> None:
+def test_secret_in_pieces_or_without_a_line_end_is_redacted() -> None:
     """A pipe is read at any byte, and the last line may have no end."""
-    assert shown("HF_TO", "KEN=", S[:5], S[5:]) == (f"HF_TOKEN={HIDDEN}",)
-    assert shown(f"HF_TOKEN={S}\r\n", "next") == (f"HF_TOKEN={HIDDEN}", "next")
+    assert kept_lines("HF_TO", "KEN=", S[:5], S[5:]) == (f"HF_TOKEN={HIDDEN}",)
+    assert kept_lines(f"HF_TOKEN={S}\r\n", "next") == (f"HF_TOKEN={HIDDEN}", "next")
 
 
 @pytest.mark.parametrize(
@@ -142,9 +143,9 @@ def test_a_secret_in_pieces_or_without_a_line_end_is_blanked() -> None:
         "key = value",
     ],
 )
-def test_a_useful_line_survives(line: str) -> None:
-    """llama.cpp talks of tokens in every other line, and of keys in many."""
-    assert shown(line) == (line,)
+def test_useful_line_is_not_redacted(line: str) -> None:
+    """llama.cpp writes of tokens in every other line, and of keys in many."""
+    assert kept_lines(line) == (line,)
 
 
 @pytest.mark.parametrize(
@@ -165,14 +166,14 @@ def test_a_useful_line_survives(line: str) -> None:
     ],
     ids=label,
 )
-def test_terminal_control_is_removed_and_text_is_kept(raw: bytes, kept: str) -> None:
-    """A log line may not move the cursor, retitle the window or reverse what is read."""
-    assert shown(raw) == (kept,)
+def test_control_sequences_are_removed_and_text_is_kept(raw: bytes, kept: str) -> None:
+    """A log line must not move the cursor, retitle the window or reverse the text."""
+    assert kept_lines(raw) == (kept,)
 
 
 @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=200))
 def test_no_text_can_control_the_terminal_or_become_two_lines(text: str) -> None:
-    for line in shown(text):
+    for line in kept_lines(text):
         assert len(line.splitlines()) <= 1
         assert not [c for c in line if unicodedata.category(c) == "Cc" and c != "\t"]
         assert not [c for c in line if unicodedata.bidirectional(c) in {"RLO", "LRO", "RLI", "PDF"}]
@@ -197,7 +198,7 @@ PIECES = [
 
 
 def cpu_s(text: str) -> float:
-    """Seconds of CPU that cleaning a line takes at best: a busy machine is not the pattern's."""
+    """Return the CPU seconds that a line takes at best, whatever else the machine does."""
     ring = OutputRing()
     ring.feed(text.encode() + b"\n")
     took = []
@@ -210,17 +211,14 @@ def cpu_s(text: str) -> float:
 
 
 @pytest.mark.parametrize("piece", PIECES, ids=label)
-def test_no_line_takes_long_to_clean(piece: str) -> None:
-    """A status call must not hang because of what a model's metadata says: no pattern is quadratic.
-
-    Eight times the line takes eight times as long, where a quadratic pattern takes 64 times.
-    """
+def test_redaction_takes_linear_time(piece: str) -> None:
+    """Eight times the line takes eight times as long; a quadratic pattern would take 64 times."""
     longest = (piece * MAX_LINE_BYTES)[: MAX_LINE_BYTES // 2]
     assert cpu_s(longest) < 24 * cpu_s(longest[: len(longest) // 8]) + 0.001
 
 
-def test_a_whole_ring_of_the_longest_lines_is_cleaned() -> None:
-    """16 MB of log at once, as `logs(2000)` asks for it."""
+def test_whole_ring_of_the_longest_lines_is_redacted() -> None:
+    """16 MB of log at once, as `logs(2000)` reads it."""
     ring = OutputRing()
     line = (f"load_model: n_tokens = 5, local path 'm.gguf' HF_TOKEN={S} " * 200).encode()
     ring.feed((line[: MAX_LINE_BYTES - 1] + b"\n") * MAX_LINES)
@@ -229,9 +227,44 @@ def test_a_whole_ring_of_the_longest_lines_is_cleaned() -> None:
     assert not [line for line in kept if S in line]
 
 
-def test_the_tail_reaches_back_behind_a_backtrace() -> None:
-    """The reason of an abort stands before what a debugger prints of every thread."""
+def test_tail_reaches_back_past_a_backtrace() -> None:
+    """The reason of an abort precedes the debugger's output about every thread."""
     backtrace = [f"[New LWP {n}]" for n in range(120)]
     ring = OutputRing()
     ring.feed("\n".join(["GGML_ASSERT(x) failed", *backtrace, ""]).encode())
     assert ring.tail()[0] == "GGML_ASSERT(x) failed"
+
+
+@given(st.text())
+def test_redaction_is_idempotent(text: str) -> None:
+    assert redact(redact(text)) == redact(text)
+
+
+@given(st.lists(st.binary(max_size=300), max_size=20))
+def test_any_bytes_in_any_pieces_become_clean_lines(pieces: list[bytes]) -> None:
+    ring = OutputRing()
+    for piece in pieces:
+        ring.feed(piece)
+    ring.close()
+    assert ring.bytes_seen == sum(map(len, pieces))
+    for line in ring.tail(MAX_LINES):
+        assert not any(ord(c) < 32 and c != "\t" for c in line)
+
+
+def test_ring_keeps_the_last_lines_and_bounds_their_length() -> None:
+    ring = OutputRing()
+    ring.feed(b"".join(b"line %d\n" % n for n in range(3 * MAX_LINES)))
+    assert ring.tail(1) == (f"line {3 * MAX_LINES - 1}",)
+    assert len(ring.tail(10 * MAX_LINES)) == MAX_LINES
+    for _ in range(64):
+        ring.feed(b"x" * 65536)
+    ring.feed(b"\n")
+    assert len(ring.tail(1)[0]) <= 8192
+
+
+def test_address_is_read_from_a_line_in_pieces() -> None:
+    ring = OutputRing()
+    for piece in (b"0.1 I srv  llama_server: listen", b"ing on http://127.0.0.1:43", b"210\n"):
+        assert ring.announced == ()
+        ring.feed(piece)
+    assert ring.announced == ("http://127.0.0.1:43210",)

@@ -1,13 +1,13 @@
-"""Names for parameters of a test: plain ASCII without a backslash.
+"""Ids of test parameters in plain ASCII without a backslash.
 
-pytest escapes anything else in a name each time it collects in one process, so that the second time
-(`make mutants`) nobody finds a test by the name it had the first time.
+pytest escapes other characters again each time it collects in one process, so that a second run
+(`make mutants`) would not find a test by its first id.
 """
 
 from __future__ import annotations
 
 
 def label(value: object) -> str:
-    """Return a value as it is written, or the words of several."""
+    """Return the repr of a value, or the words of a tuple."""
     text = " ".join(value) if isinstance(value, tuple) else repr(value)
     return ascii(text)[1:-1].replace("\\", "/")

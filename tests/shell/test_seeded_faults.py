@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator.base.tokens import CancelToken, Generation
 from orchestrator.errors import Problem
-from orchestrator.machine import actions
+from orchestrator.machine.actions import ending
 from orchestrator.machine.actions.working import Step
 from orchestrator.machine.commands import (
     Accept,
@@ -281,7 +281,7 @@ class StopsAtTheFirstCommand(Owner):
 
 STEP = "promise_every_fact_is_processed"
 FAULTS = (
-    Fault(TakesOldPulse, Scene("load A", warm="A"), ("inv_loaded_is_what_was_asked",)),
+    Fault(TakesOldPulse, Scene("load A", warm="A"), ("inv_loaded_is_what_was_requested",)),
     Fault(
         TakesOldEmptiness,
         Scene("load A", kinds=frozenset({"stray"})),
@@ -308,12 +308,12 @@ FAULTS = (
     Fault(
         ForgetsWhoLeftEarly,
         Scene("load A slow; withdraw"),
-        ("inv_answered_once", "inv_an_end_before_the_commit_wins"),
+        ("inv_answered_once", "inv_cancel_before_the_commit_wins"),
     ),
     Fault(
         CancelsForEverybody,
         Scene("load A; withdraw | load A", mishaps=0),
-        ("inv_answered_once", "inv_cancelled_only_if_asked", "promise_no_call_is_retained"),
+        ("inv_answered_once", "inv_only_meant_calls_are_cancelled", "promise_no_call_is_retained"),
     ),
     Fault(PublishesLast, Scene("load A"), ("promise_the_snapshot_comes_first",)),
     Fault(ShowsOnlyTransitions, Scene("load A | load B"), ("promise_the_snapshot_is_the_machine",)),
@@ -351,7 +351,7 @@ def test_explorer_finds_a_failed_kill_that_forgets_the_pid() -> None:
     """The next load would start a second server."""
 
     def fail_all(s: Step[Any]) -> None:
-        actions.fail_all(s)
+        ending.fail_all(s)
         s.put(child=None)
 
     machine = RecordedLifecycle(fail_all=fail_all)
@@ -387,6 +387,6 @@ def test_explorer_finds_a_token_that_is_not_checked_after_the_wait() -> None:
 
     machine = RecordedLifecycle([deaf(row) for row in TABLE])
     report = explore(Scene("load A; cancel", machine=machine))
-    caught(report, "inv_healthy_is_earned", within=20)
+    caught(report, "inv_healthy_is_proven", within=20)
     assert report.counterexample is not None
     assert "ready of load 1" in report.counterexample.story

@@ -1,151 +1,20 @@
-"""Named actions of the table: each replaces the frozen context and appends commands. No I/O.
+"""Actions of the table: each replaces the frozen context and appends commands. No I/O.
 
-An action takes the step under way. Its order inside a row matters and is part of the row: first
-what ends (supersede, cancel, fail), then what follows (`take_next`), then the new effect.
+The order of the actions in a row matters: first what ends (supersede, cancel, fail), then what
+follows (`take_next`), then the new effect.
 """
 
 from __future__ import annotations
 
-from orchestrator.machine.actions.asking import (
-    answer_already_loaded,
-    answer_next_already_loaded,
-    answer_prefetched,
-    begin_prefetch,
-    enqueue,
-    follow_queue,
-    join_loading,
-    join_newest,
-    join_prefetch,
-    note_answer,
-    refuse_busy,
-    refuse_cancelled,
-    refuse_cooling_down,
-    refuse_full,
-    refuse_shutting_down,
-    refuse_superseded,
-    take_next,
-)
-from orchestrator.machine.actions.effects import (
-    begin_download,
-    begin_kill,
-    begin_probe,
-    begin_spawn,
-    commit,
-    count_attempt,
-    end_effect,
-    enqueue_restart,
-    fence,
-    forget_child,
-    kill_when_drained,
-    lose_server,
-    note_death,
-    record_child,
-    record_exit,
-    tell_exit,
-)
-from orchestrator.machine.actions.ending import (
-    answer_cancelled,
-    answer_unchanged,
-    answer_unloaded,
-    answer_waiters,
-    answer_waiters_occupied,
-    cancel_all,
-    cancel_callers,
-    cancel_job,
-    cancel_queued,
-    fail_all,
-    fail_awaiting,
-    fail_job,
-    fail_job_exited,
-    fail_job_slot_occupied,
-    fail_prefetch,
-    forget_ticket,
-    latch_shutdown,
-    remember_cancel,
-    supersede_all,
-    supersede_queue,
-    time_out_job,
-    time_out_queued,
-    wait_for_empty,
-    wait_for_end,
-    wait_for_shutdown,
-)
-from orchestrator.machine.actions.leases import (
-    await_idle,
-    drop_lease,
-    grant_lease,
-    grant_waiting_leases,
-    refuse_lease,
-    rest,
-    revoke_leases,
-    wait_for_lease,
-)
+from collections.abc import Callable
+from typing import Any, Final
 
-__all__ = [
-    "answer_already_loaded",
-    "answer_cancelled",
-    "answer_next_already_loaded",
-    "answer_prefetched",
-    "answer_unchanged",
-    "answer_unloaded",
-    "answer_waiters",
-    "answer_waiters_occupied",
-    "await_idle",
-    "begin_download",
-    "begin_kill",
-    "begin_prefetch",
-    "begin_probe",
-    "begin_spawn",
-    "cancel_all",
-    "cancel_callers",
-    "cancel_job",
-    "cancel_queued",
-    "commit",
-    "count_attempt",
-    "drop_lease",
-    "end_effect",
-    "enqueue",
-    "enqueue_restart",
-    "fail_all",
-    "fail_awaiting",
-    "fail_job",
-    "fail_job_exited",
-    "fail_job_slot_occupied",
-    "fail_prefetch",
-    "fence",
-    "follow_queue",
-    "forget_child",
-    "forget_ticket",
-    "grant_lease",
-    "grant_waiting_leases",
-    "join_loading",
-    "join_newest",
-    "join_prefetch",
-    "kill_when_drained",
-    "latch_shutdown",
-    "lose_server",
-    "note_answer",
-    "note_death",
-    "record_child",
-    "record_exit",
-    "refuse_busy",
-    "refuse_cancelled",
-    "refuse_cooling_down",
-    "refuse_full",
-    "refuse_lease",
-    "refuse_shutting_down",
-    "refuse_superseded",
-    "remember_cancel",
-    "rest",
-    "revoke_leases",
-    "supersede_all",
-    "supersede_queue",
-    "take_next",
-    "tell_exit",
-    "time_out_job",
-    "time_out_queued",
-    "wait_for_empty",
-    "wait_for_end",
-    "wait_for_lease",
-    "wait_for_shutdown",
-]
+from orchestrator.machine.actions import asking, effects, ending
+
+ACTIONS: Final[dict[str, Callable[..., Any]]] = {
+    name: value
+    for module in (asking, effects, ending)
+    for name, value in vars(module).items()
+    if callable(value) and value.__module__ == module.__name__ and not name.startswith("_")
+}
+"""Every public function of these modules, by name."""

@@ -1,175 +1,207 @@
-"""A load or a prefetch is asked for: refused, joined, answered, or accepted into the queue."""
+"""A load or a prefetch is requested: refused, joined, answered, or accepted into the queue."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from orchestrator.base.tokens import Generation
 from orchestrator.errors import Problem
-from orchestrator.machine.actions.outcomes import conclude
-from orchestrator.machine.actions.working import (
-    Step,
-    accepted,
-    begin_waiting,
-    caller_of,
-    cooling_down,
-    join,
-    kept_as,
-    known,
-    note_id,
-    note_load,
-    promote_next,
-    reasons,
-    refuse_waiting_leases,
-    set_deadline,
-)
-from orchestrator.machine.commands import Accept, Download, Prefetched, Settle
-from orchestrator.machine.facts import (
-    Fact,
-    Fetched,
-    LoadRequested,
-    PrefetchRequested,
-    Request,
-    Resolved,
-)
-from orchestrator.machine.guards import awaited_by, fetches_the_same, find
+from orchestrator.machine import facts
+from orchestrator.machine.actions.working import MAX_REMEMBERED, Step, cooling_down, require
+from orchestrator.machine.commands import Accept, Download, Prefetched, Resolve
+from orchestrator.machine.context import Caller, Job, Running
+from orchestrator.machine.guards import awaited_by, find, prefetch_of
+from orchestrator.settings.target import ReloadReason, Target, differences
 
 
-def refuse_shutting_down(s: Step[Request]) -> None:
-    s.emit(Settle(s.fact.ticket, Problem("shutting_down", "the orchestrator is shutting down")))
+def refuse_shutting_down(s: Step[facts.Request]) -> None:
+    s.answer(Problem("shutting_down", "the orchestrator is shutting down"))
 
 
-def refuse_cancelled(s: Step[Request]) -> None:
-    problem = Problem("cancelled", "this load was cancelled before it arrived")
-    s.emit(Settle(s.fact.ticket, problem))
+def refuse_cancelled(s: Step[facts.Request]) -> None:
+    s.answer(Problem("cancelled", "this load was cancelled before it arrived"))
 
 
-def refuse_superseded(s: Step[Request]) -> None:
-    problem = Problem("superseded", "superseded by a load that was asked for later")
-    s.emit(Settle(s.fact.ticket, problem))
+def refuse_superseded(s: Step[facts.Request]) -> None:
+    s.answer(Problem("superseded", "superseded by a newer load"))
 
 
-def refuse_cooling_down(s: Step[Request]) -> None:
-    s.emit(Settle(s.fact.ticket, cooling_down(known(s.ctx.recovery), s.fact.at)))
+def refuse_cooling_down(s: Step[facts.Request]) -> None:
+    s.answer(cooling_down(require(s.ctx.recovery), s.fact.at))
 
 
-def refuse_busy(s: Step[Request]) -> None:
+def refuse_busy(s: Step[facts.Request]) -> None:
     newest = s.ctx.wanted[-1]
     message = (
         f"load {newest.generation} of {newest.target.request.model_path} is in flight: "
-        "wait for it, cancel it, or use on_busy supersede or queue"
+        'wait for it, cancel it, or set on_busy to "supersede" or "queue"'
     )
-    problem = Problem("busy", message, field="on_busy", generation=newest.generation)
-    s.emit(Settle(s.fact.ticket, problem))
+    s.answer(Problem("busy", message, field="on_busy", generation=newest.generation))
 
 
-def refuse_full(s: Step[LoadRequested | PrefetchRequested]) -> None:
-    """The queue or the prefetches have their bound, for every caller together."""
-    fact = s.fact
-    if isinstance(fact, LoadRequested) and not fact.target.request.prefetch:
-        message, field_ = f"{s.ctx.policy.max_waiting} loads wait already", "on_busy"
+def refuse_full(s: Step[facts.ModelRequested]) -> None:
+    fact, policy = s.fact, s.ctx.policy
+    if isinstance(fact, facts.LoadRequested) and not fact.target.request.prefetch:
+        limit, field_ = f"{policy.max_waiting} queued loads", "on_busy"
     else:
-        message = f"{s.ctx.policy.max_prefetches} models are being fetched already"
-        field_ = "prefetch"
-    s.emit(Settle(fact.ticket, Problem("busy", f"{message}: try again later", field=field_)))
+        limit, field_ = f"{policy.max_prefetches} prefetches at a time", "prefetch"
+    message = f"the limit of {limit} is reached: try again later"
+    s.answer(Problem("busy", message, field=field_))
 
 
-def enqueue(s: Step[LoadRequested]) -> None:
-    """Accept the load: it gets its generation now and waits its turn, and for what it awaits."""
+def enqueue(s: Step[facts.LoadRequested]) -> None:
+    """Give the load its generation, and begin what it must wait for in the queue."""
     fact = s.fact
-    job = accepted(s, fact)
-    s.put(queue=(*s.ctx.queue, job))
-    note_load(s)
-    s.emit(Accept(fact.ticket, job.generation, joined=False))
-    set_deadline(s, job)
-    begin_waiting(s, job)
-
-
-def begin_prefetch(s: Step[PrefetchRequested]) -> None:
-    fact = s.fact
-    job = accepted(s, fact)
-    s.put(prefetches=(*s.ctx.prefetches, job))
-    note_id(s, fact)
-    set_deadline(s, job)
-    s.emit(Download(job.generation, job.target))
-
-
-def join_prefetch(s: Step[PrefetchRequested]) -> None:
-    fact = s.fact
-    job = known(fetches_the_same(s.ctx, fact.target))
-    joined = replace(job, callers=(*job.callers, caller_of(fact, joined=True)))
-    s.put(prefetches=tuple(joined if j is job else j for j in s.ctx.prefetches))
-    note_id(s, fact)
-
-
-def join_newest(s: Step[LoadRequested]) -> None:
-    join(s, s.ctx.wanted[-1])
-
-
-def join_loading(s: Step[LoadRequested]) -> None:
-    join(s, known(s.ctx.job))
-
-
-def answer_already_loaded(s: Step[LoadRequested]) -> None:
-    fact = s.fact
-    running = kept_as(s, fact.target)
-    note_load(s)
-    s.emit(
-        Accept(fact.ticket, running.generation, joined=False),
-        Settle(fact.ticket, running.loaded(already=True)),
+    job = Job(
+        Generation(s.ctx.generation + 1),
+        fact.target,
+        (_caller(fact, joined=False),),
+        fact.at,
+        fact.at,
+        newest_before=s.ctx.newest_load,
+        awaits=awaited_by(fact.target),
     )
+    s.put(generation=job.generation, queue=(*s.ctx.queue, job))
+    _record_load(s)
+    s.emit(Accept(fact.ticket, job.generation, joined=False))
+    s.set_deadline(job)
+    _begin_waiting(s, job)
 
 
-def answer_next_already_loaded(s: Step[Fact]) -> None:
-    first, *rest = s.ctx.queue
-    running = kept_as(s, first.target)
-    for caller in first.callers:
-        s.settle((caller,), running.loaded(already=True, joined=caller.joined))
-    conclude(s, first, running.loaded(already=True))
-    s.put(queue=tuple(rest))
-    promote_next(s)
-
-
-def note_answer(s: Step[Resolved | Fetched]) -> None:
-    """The Hub has said which files the load is of; now it waits for these, or for its turn."""
+def begin_prefetch(s: Step[facts.PrefetchRequested]) -> None:
+    """Prefetches are counted downwards from -1, so that the loads' generations have no gaps."""
     fact = s.fact
-    job = known(find(s.ctx.queue, fact.generation))
-    target = replace(job.target, model=fact.model)
+    generation = Generation(s.ctx.last_prefetch - 1)
+    callers = (_caller(fact, joined=False),)
+    job = Job(generation, fact.target, callers, fact.at, fact.at, awaits="files")
+    s.put(last_prefetch=generation, prefetches=(*s.ctx.prefetches, job))
+    _record_id(s, fact)
+    s.set_deadline(job)
+    s.emit(Download(generation, job.target))
+
+
+def _begin_waiting(s: Step[facts.Fact], job: Job) -> None:
+    if job.awaits is not None:
+        effect = Resolve if job.awaits == "answer" else Download
+        s.emit(effect(job.generation, job.target))
+
+
+def _caller(fact: facts.ModelRequested, *, joined: bool) -> Caller:
+    return Caller(fact.ticket, fact.target.request.load_request_id, joined)
+
+
+def _record_load(s: Step[facts.LoadRequested]) -> None:
+    """Every accepted load counts, even if it joins another or finds its model loaded."""
+    s.put(newest_load=max(s.ctx.newest_load, s.fact.ticket))
+    _record_id(s, s.fact)
+
+
+def _record_id(s: Step[facts.Fact], fact: facts.ModelRequested) -> None:
+    name = fact.target.request.load_request_id
+    if name is not None:
+        others = tuple(seen for seen in s.ctx.seen_ids if seen != name)
+        s.put(seen_ids=(*others, name)[-MAX_REMEMBERED:])
+
+
+def join_newest(s: Step[facts.LoadRequested]) -> None:
+    _join(s, s.ctx.wanted[-1])
+
+
+def join_loading(s: Step[facts.LoadRequested]) -> None:
+    _join(s, require(s.ctx.job))
+
+
+def _join(s: Step[facts.LoadRequested], job: Job) -> None:
+    fact = s.fact
+    target = job.target.with_retention(fact.target.request)
+    if fact.target.request.force_reload and job is not s.ctx.job:
+        # the queued load must not be answered by a server that runs when its turn comes
+        target = replace(target, request=replace(target.request, force_reload=True))
+    joined = replace(job, target=target, callers=(*job.callers, _caller(fact, joined=True)))
+    _record_load(s)
+    s.put(
+        job=joined if s.ctx.job is job else s.ctx.job,
+        queue=tuple(joined if other is job else other for other in s.ctx.queue),
+    )
+    s.emit(Accept(fact.ticket, job.generation, joined=True))
+
+
+def join_prefetch(s: Step[facts.PrefetchRequested]) -> None:
+    job = require(prefetch_of(s.ctx, s.fact.target))
+    joined = replace(job, callers=(*job.callers, _caller(s.fact, joined=True)))
+    s.put(prefetches=tuple(joined if j is job else j for j in s.ctx.prefetches))
+    _record_id(s, s.fact)
+
+
+def answer_already_loaded(s: Step[facts.LoadRequested]) -> None:
+    running = _keep_as(s, s.fact.target)
+    _record_load(s)
+    s.emit(Accept(s.fact.ticket, running.generation, joined=False))
+    s.answer(running.loaded(already=True))
+
+
+def answer_next_already_loaded(s: Step[facts.Fact]) -> None:
+    first, *rest = s.ctx.queue
+    running = _keep_as(s, first.target)
+    s.settle(first.callers, running.loaded(already=True))
+    s.conclude(first, running.loaded(already=True))
+    s.put(queue=tuple(rest))
+    s.promote_next()
+
+
+def _keep_as(s: Step[facts.Fact], wanted: Target) -> Running:
+    """The newest load that finds the model running decides how long it stays."""
+    running = require(s.ctx.running)
+    running = replace(running, target=running.target.with_retention(wanted.request))
+    s.put(running=running)
+    return running
+
+
+def answer_prefetched(s: Step[facts.Fetched]) -> None:
+    job = require(find(s.ctx.prefetches, s.fact.generation))
+    s.put(prefetches=tuple(j for j in s.ctx.prefetches if j is not job))
+    s.settle(job.callers, Prefetched(s.fact.model))
+
+
+def record_model(s: Step[facts.Resolved | facts.Fetched]) -> None:
+    """A queued load has its model resolved or downloaded; it waits for the files, or its turn."""
+    job = require(find(s.ctx.queue, s.fact.generation))
+    target = replace(job.target, model=s.fact.model)
     now = replace(job, target=target, awaits=awaited_by(target))
     s.put(queue=tuple(now if j is job else j for j in s.ctx.queue))
-    begin_waiting(s, now)
+    _begin_waiting(s, now)
 
 
-def follow_queue(s: Step[Fact]) -> None:
-    """The queue has changed: the next load may be due by that, and nobody waits for a lease in
-    vain.
-    """
+def advance_queue(s: Step[facts.Fact]) -> None:
+    """The queue has changed: promote a load that has become due, or refuse waiting leases."""
     if s.ctx.job is None and not s.was_due:
-        promote_next(s)
+        s.promote_next()
     if not s.ctx.wanted and s.ctx.job is None:
-        refuse_waiting_leases(s)
+        s.refuse_waiting_leases()
 
 
-def answer_prefetched(s: Step[Fetched]) -> None:
-    fact = s.fact
-    job = known(find(s.ctx.prefetches, fact.generation))
-    s.put(prefetches=tuple(j for j in s.ctx.prefetches if j is not job))
-    s.settle(job.callers, Prefetched(fact.model))
+def take_next(s: Step[facts.Fact]) -> None:
+    """The oldest queued load becomes the one in flight, if it is due and no other is wanted.
 
-
-def take_next(s: Step[Fact]) -> None:
-    """The oldest load in the queue becomes the one in flight, unless one is wanted already, or it
-    still awaits something.
-
-    What it inherits is decided now, after everything before it has been committed or has failed.
+    What it inherits is decided here, after everything before it was committed or has failed.
     """
-    if s.ctx.job is not None and s.ctx.job.token is None:
+    if s.ctx.loading is not None:
         return
     first, *rest = s.ctx.queue if s.ctx.is_due else (None, *s.ctx.queue)
     if first is not None:
         target = first.target.inheriting(dict(s.ctx.committed_args))
         first = replace(first, target=target, phase_at=s.fact.at)
         if first.after is None:
-            first = replace(first, reload_reasons=reasons(s, first))
+            first = replace(first, reload_reasons=_reload_reasons(s, first))
             before = s.ctx.running.target if s.ctx.running else s.ctx.previous
             s.put(previous=before, recovery=None)
     s.put(job=first, queue=tuple(rest))
+
+
+def _reload_reasons(s: Step[facts.Fact], job: Job) -> tuple[ReloadReason, ...]:
+    if s.ctx.running is None:
+        return ()
+    reasons = differences(s.ctx.running.target, job.target)
+    if job.target.request.force_reload:
+        reasons = (*reasons, ReloadReason("force_reload", running=False, requested=True))
+    return reasons or (ReloadReason("server", running="exited", requested="alive"),)

@@ -1,201 +1,217 @@
-"""Effects begin and end; a server comes, and goes."""
+"""Effects begin and end, servers come and go, and leases keep a server from being stopped."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Literal
 
+from orchestrator.base.tokens import Ticket
 from orchestrator.errors import Problem
-from orchestrator.machine.actions.outcomes import conclude, enqueue_own, plan_restart
-from orchestrator.machine.actions.working import (
-    MAX_REMEMBERED_SOURCES,
-    Step,
-    known,
-    next_phase,
-    promote_next,
-)
-from orchestrator.machine.commands import (
-    Download,
-    DropStale,
-    Kill,
-    Probe,
-    ServerEnded,
-    SetTimer,
-    Spawn,
-)
-from orchestrator.machine.context import EffectInFlight, Running
-from orchestrator.machine.facts import (
-    BecameReady,
-    Completion,
-    Emptied,
-    Exited,
-    Fact,
-    Fetched,
-    NotReady,
-    Promoted,
-    Spawned,
-    TimerFired,
-)
-from orchestrator.machine.recovery import after_exit
+from orchestrator.machine import commands, facts
+from orchestrator.machine.actions.working import MAX_REMEMBERED, NOT_LOADED, Step, require
+from orchestrator.machine.context import EffectInFlight, EffectKind, Job, Running
 
 
-def begin_kill(s: Step[Fact]) -> None:
-    """Empty the slot: at once, or when the leases are given back or their time is over."""
+def begin_kill(s: Step[facts.Fact]) -> None:
+    """Empty the slot at once, or after the leases are released or the drain times out."""
     if s.ctx.leases and s.ctx.child is not None:
-        s.emit(SetTimer(s.ctx.child.generation, "drain", s.ctx.policy.drain_timeout_s))
+        s.emit(commands.SetTimer(s.ctx.child.generation, "drain", s.ctx.policy.drain_timeout_s))
     else:
         kill_when_drained(s)
 
 
-def kill_when_drained(s: Step[Fact]) -> None:
+def kill_when_drained(s: Step[facts.Fact]) -> None:
     if s.ctx.effect is None and not s.ctx.leases:
         generation = s.ctx.job.generation if s.ctx.job else s.ctx.generation
         s.put(effect=EffectInFlight("kill", generation))
-        s.emit(Kill(generation, s.ctx.child))
+        s.emit(commands.Kill(generation, s.ctx.child))
 
 
-def begin_download(s: Step[Fact]) -> None:
-    job = next_phase(s, "kill")
-    s.put(effect=EffectInFlight("download", job.generation))
-    s.emit(Download(job.generation, job.target))
+def begin_download(s: Step[facts.Fact]) -> None:
+    job = _next_phase(s, "kill", "download")
+    s.emit(commands.Download(job.generation, job.target))
 
 
-def begin_spawn(s: Step[Fetched]) -> None:
-    fact = s.fact
-    job = next_phase(s, "download")
-    target = replace(job.target, model=fact.model).inheriting(dict(s.ctx.committed_args))
-    job = replace(job, target=target)
-    s.put(job=job, effect=EffectInFlight("spawn", job.generation))
-    s.emit(Spawn(job.generation, job.target))
+def begin_spawn(s: Step[facts.Fetched]) -> None:
+    job = _next_phase(s, "download", "spawn")
+    target = replace(job.target, model=s.fact.model).inheriting(dict(s.ctx.committed_args))
+    s.put(job=replace(job, target=target))
+    s.emit(commands.Spawn(job.generation, target))
 
 
-def begin_probe(s: Step[Fact]) -> None:
-    job = next_phase(s, "spawn")
-    s.put(effect=EffectInFlight("probe", job.generation))
-    s.emit(
-        Probe(
-            job.generation,
-            known(s.ctx.child),
-            job.target.request.stall_timeout_s,
-            job.target.model.size_bytes,
-            job.target.extra_args,
-        )
-    )
+def begin_probe(s: Step[facts.Fact]) -> None:
+    job = _next_phase(s, "spawn", "probe")
+    target, child = job.target, require(s.ctx.child)
+    stall_s, size = target.request.stall_timeout_s, target.model.size_bytes
+    s.emit(commands.Probe(job.generation, child, stall_s, size, target.extra_args))
 
 
-def record_child(s: Step[Spawned]) -> None:
-    """From here on the slot holds this process until its exit is confirmed."""
+def _next_phase(s: Step[facts.Fact], ended: str, begins: EffectKind | None) -> Job:
+    """Add the time of the phase that has ended, and return the load in flight."""
+    job = require(s.ctx.job)
+    job = replace(job, phase_at=s.fact.at, timings=job.spent(ended, s.fact.at))
+    s.put(job=job, effect=EffectInFlight(begins, job.generation) if begins else None)
+    return job
+
+
+def record_child(s: Step[facts.Spawned]) -> None:
     s.put(child=s.fact.child, effect=None)
 
 
-def end_effect(s: Step[Fact]) -> None:
+def end_effect(s: Step[facts.Fact]) -> None:
     s.put(effect=None)
 
 
-def count_attempt(s: Step[Fact]) -> None:
-    job = known(s.ctx.job)
+def count_attempt(s: Step[facts.Fact]) -> None:
+    job = require(s.ctx.job)
     s.put(job=replace(job, attempts=job.attempts + 1, phase_at=s.fact.at))
 
 
-def forget_child(s: Step[Emptied]) -> None:
-    """The exit of everything in the slot is confirmed: the only place where a pid is dropped."""
-    exit_ = s.fact.exit
-    if s.ctx.child is not None and s.ctx.end_is_known != "told":
-        by_itself = s.ctx.end_is_known == "found"
-        how = how_it_exited(exit_.returncode if exit_ else None) if by_itself else "stopped"
-        s.emit(ServerEnded(s.ctx.child.pid, how))
-    s.put(child=None, end_is_known=None, running=None, effect=None)
+def forget_child(s: Step[facts.Emptied]) -> None:
+    """Every process of the slot has exited: this is the only place that clears the pid."""
+    exit_, child = s.fact.exit, s.ctx.child
+    if child is not None and s.ctx.child_end != "reported":
+        is_own = s.ctx.child_end == "found"
+        how = _ending(exit_.returncode if exit_ else None)[0] if is_own else "stopped"
+        s.emit(commands.ServerEnded(child.pid, how))
+    s.put(child=None, child_end=None, running=None, effect=None)
     s.put(last_exit=exit_ or s.ctx.last_exit)
 
 
-def commit(s: Step[BecameReady]) -> None:
-    """The linearization point of a load: it holds, and its settings are kept for later ones."""
+def commit(s: Step[facts.BecameReady]) -> None:
+    """The load has succeeded; its settings are now those that later loads inherit."""
     fact = s.fact
-    job = next_phase(s, "health")
+    job = _next_phase(s, "health", None)
     timings = replace(job.timings, total=fact.at - job.accepted_at)
-    child = known(s.ctx.child)
+    child = require(s.ctx.child)
     running = Running(
         job.generation, job.target, child, fact.server, timings, job.reload_reasons, fact.at
     )
-    others = tuple(kept for kept in s.ctx.committed_args if kept[0] != job.target.source)
-    committed = (*others, (job.target.source, job.target.extra_args))[-MAX_REMEMBERED_SOURCES:]
-    s.put(job=None, running=running, effect=None, committed_args=committed)
-    s.put(previous=None, last_error=job.after)  # what a load made good is still worth knowing
-    conclude(s, job, running.loaded())
-    for caller in job.callers:
-        s.settle((caller,), running.loaded(joined=caller.joined))
-    promote_next(s)
+    source = job.target.source
+    others = tuple(args for args in s.ctx.committed_args if args[0] != source)
+    committed = (*others, (source, job.target.extra_args))[-MAX_REMEMBERED:]
+    s.put(job=None, running=running, committed_args=committed, previous=None)
+    s.put(last_error=job.after)  # a failure that was repaired stays visible
+    s.conclude(job, running.loaded())
+    s.settle(job.callers, running.loaded())
+    s.promote_next()
 
 
-def record_exit(s: Step[Exited]) -> None:
+def record_exit(s: Step[facts.Exited]) -> None:
     s.put(last_exit=s.fact.exit)
 
 
-def tell_exit(s: Step[Exited]) -> None:
-    """It has ended by itself, and is told once, whoever notices it first."""
-    exit_ = s.fact.exit
-    if s.ctx.end_is_known != "told":
-        s.emit(ServerEnded(exit_.pid, how_it_exited(exit_.returncode)))
-        s.put(end_is_known="told")
+def report_exit(s: Step[facts.Exited]) -> None:
+    """The server has ended by itself; that is reported once."""
+    if s.ctx.child_end != "reported":
+        exit_ = s.fact.exit
+        s.emit(commands.ServerEnded(exit_.pid, _ending(exit_.returncode)[0]))
+        s.put(child_end="reported")
 
 
-def note_death(s: Step[BecameReady | NotReady]) -> None:
-    """Whoever waits for its health may see that it is dead before its exit is noticed."""
+def record_death(s: Step[facts.BecameReady | facts.NotReady]) -> None:
+    """The probe may find the server dead before its exit is noticed."""
     fact = s.fact
-    if isinstance(fact, BecameReady):
+    if isinstance(fact, facts.BecameReady):
         is_dead = not fact.child_is_alive
     else:
         is_dead = fact.problem.category == "server_start_failed"
-    if is_dead and s.ctx.end_is_known is None:
-        s.put(end_is_known="found")
+    if is_dead and s.ctx.child_end is None:
+        s.put(child_end="found")
 
 
-def lose_server(s: Step[Exited]) -> None:
-    """The healthy server has ended by itself: it is not loaded any more, and it says why.
-
-    If the policy says so, and nothing else is wanted, it is to be started again.
-    """
-    exit_, running = s.fact.exit, known(s.ctx.running)
-    how = "with an unknown status" if exit_.returncode is None else how_it_ended(exit_.returncode)
+def plan_recovery(s: Step[facts.Exited]) -> None:
+    """The healthy server has ended by itself: plan a restart, unless another load is due."""
+    exit_, running = s.fact.exit, require(s.ctx.running)
     problem = Problem(
         "server_exited",
-        f"the server ended by itself {how}",
+        f"the server {_ending(exit_.returncode)[1]}",
         generation=running.generation,
         log_tail=exit_.log_tail,
     )
-    policy, at = s.ctx.policy.restart, s.fact.at
-    if policy is None or s.ctx.is_due:
-        what = "something else is loaded" if s.ctx.is_due else "load the model again"
-        s.put(recovery=None, last_error=replace(problem, message=f"{problem.message}: {what}"))
-        return
-    recovery = after_exit(
-        policy,
-        s.ctx.recovery,
-        target=running.target,
-        generation=running.generation,
-        ran_s=at - running.at,
-        at=at,
-        problem=problem,
-    )
-    plan_restart(s, recovery)
+    if s.ctx.policy.restart is None or s.ctx.is_due:
+        follows = "another load follows" if s.ctx.is_due else "load the model again"
+        s.put(recovery=None, last_error=replace(problem, message=f"{problem.message}: {follows}"))
+    else:
+        ran_s = s.fact.at - running.at
+        s.plan_restart(running.target, running.generation, problem, ran_s)
 
 
-def enqueue_restart(s: Step[Fact]) -> None:
-    """Nobody asked for this load; it has a generation like any other."""
-    recovery = known(s.ctx.recovery).trying()
-    enqueue_own(s, recovery.target, (), recovery.problem, None)
-    s.put(recovery=recovery)
+def enqueue_restart(s: Step[facts.Fact]) -> None:
+    recovery = require(s.ctx.recovery)
+    s.enqueue_own(recovery.target, recovery.problem)
+    s.put(recovery=replace(recovery, phase="trying"))
 
 
-def fence(s: Step[Completion | Exited | Promoted | TimerFired]) -> None:
-    s.emit(DropStale(s.fact.generation, s.fact.trigger))
+def drop_stale(s: Step[facts.Report]) -> None:
+    s.emit(commands.DropStale(s.fact.generation, s.fact.trigger))
 
 
-def how_it_exited(returncode: int | None) -> Literal["exit", "signal", "unknown"]:
+def _ending(returncode: int | None) -> tuple[Literal["exit", "signal", "unknown"], str]:
     if returncode is None:
-        return "unknown"
-    return "signal" if returncode < 0 else "exit"
+        return "unknown", "ended with an unknown status"
+    if returncode < 0:
+        return "signal", f"was killed by signal {-returncode}"
+    return "exit", f"exited with status {returncode}"
 
 
-def how_it_ended(returncode: int) -> str:
-    return f"by signal {-returncode}" if returncode < 0 else f"with exit status {returncode}"
+def grant_lease(s: Step[facts.LeaseRequested]) -> None:
+    _grant(s, s.fact.ticket)
+
+
+def grant_waiting_leases(s: Step[facts.Fact]) -> None:
+    for ticket in s.ctx.lease_waiters:
+        _grant(s, ticket)
+    s.put(lease_waiters=())
+
+
+def _grant(s: Step[facts.Fact], ticket: Ticket) -> None:
+    _set_idle_at(s, None)
+    running = require(s.ctx.running)
+    s.put(leases=s.ctx.leases | {ticket})
+    lease = commands.LeaseGranted(ticket, running.target, running.child, running.server)
+    s.emit(commands.Settle(ticket, lease))
+
+
+def wait_for_lease(s: Step[facts.LeaseRequested]) -> None:
+    s.put(lease_waiters=(*s.ctx.lease_waiters, s.fact.ticket))
+
+
+def refuse_lease(s: Step[facts.LeaseRequested]) -> None:
+    s.answer(NOT_LOADED)
+
+
+def enter_idle(s: Step[facts.Fact]) -> None:
+    """The slot is at rest: nothing is left to restore, and a restart is over or still planned."""
+    recovery = s.ctx.recovery
+    if recovery is not None and recovery.phase == "trying":
+        recovery = None
+    s.put(previous=None, recovery=recovery)
+    if not s.ctx.wanted:
+        s.refuse_waiting_leases()
+
+
+def drop_lease(s: Step[facts.LeaseReleased]) -> None:
+    s.put(leases=s.ctx.leases - {s.fact.ticket})
+
+
+def revoke_leases(s: Step[facts.Fact]) -> None:
+    s.put(leases=frozenset())
+
+
+def start_idle_timer(s: Step[facts.Fact]) -> None:
+    """Start the idle time over, unless the server is leased, pinned, or has no idle time."""
+    running = require(s.ctx.running)
+    request = running.target.request
+    ttl_s = s.ctx.policy.idle_ttl_s if request.idle_ttl_s is None else request.idle_ttl_s
+    if ttl_s is None or request.pinned or s.ctx.leases:
+        _set_idle_at(s, None)
+    else:
+        _set_idle_at(s, s.fact.at + ttl_s)
+        s.emit(commands.SetTimer(running.generation, "idle", ttl_s))
+
+
+def _set_idle_at(s: Step[facts.Fact], at: float | None) -> None:
+    running = require(s.ctx.running)
+    if running.idle_at != at:
+        s.put(running=replace(running, idle_at=at))

@@ -1,290 +1,262 @@
-"""Loads end: superseded, cancelled, timed out, failed, left; and who waits for an empty slot.
-
-The order inside a row is: first what ends, then what follows (`take_next`), then the new effect.
-"""
+"""Loads end: superseded, cancelled, timed out, failed or abandoned. Waiters get their answers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from orchestrator.base.tokens import CancelReason
 from orchestrator.errors import Problem
-from orchestrator.machine.actions.outcomes import (
-    conclude,
-    end,
-    end_at_the_end,
-    end_when_empty,
-    fail,
-    interrupt,
-)
-from orchestrator.machine.actions.working import (
-    MAX_REMEMBERED_IDS,
-    Step,
-    drop,
-    keep_callers,
-    known,
-    named_by,
-    note_unload,
-)
-from orchestrator.machine.commands import CancelAnswer, Done, Settle, Unloaded
-from orchestrator.machine.context import Job, Waiter
-from orchestrator.machine.facts import (
-    CancelRequested,
-    Fact,
-    Fetched,
-    FetchFailed,
-    KillFailed,
-    LoadRequested,
-    NotReady,
-    ShutdownRequested,
-    SpawnFailed,
-    TimerFired,
-    UnloadRequested,
-    Withdrawn,
-)
-from orchestrator.machine.guards import EARLY_CANCEL_S, cancels, find, is_meant
+from orchestrator.machine import facts
+from orchestrator.machine.actions.working import MAX_REMEMBERED, Step, require
+from orchestrator.machine.commands import CancelAnswer, Done, Unloaded
+from orchestrator.machine.context import Caller, Job
+from orchestrator.machine.guards import EARLY_CANCEL_S, cancels, find, is_meant, is_named
 
 
-def fail_awaiting(s: Step[FetchFailed]) -> None:
-    """What it would have replaced, or what loads meanwhile, goes on."""
-    job = known(find(s.ctx.queue, s.fact.generation))
-    drop(s, (job,))
-    fail(s, job, s.fact.problem, end)
-
-
-def fail_prefetch(s: Step[FetchFailed | TimerFired]) -> None:
-    job = known(find(s.ctx.prefetches, s.fact.generation))
-    if isinstance(s.fact, TimerFired):
-        message = f"not on disk within deadline_s = {job.target.request.deadline_s}"
-        problem = Problem("deadline", message, field="deadline_s")
-    else:
-        problem = s.fact.problem
-    drop(s, (job,))
-    s.settle(job.callers, problem)
-
-
-def supersede_queue(s: Step[LoadRequested]) -> None:
-    """Older loads in the queue give way; one that was asked for later stays."""
+def supersede_queue(s: Step[facts.LoadRequested]) -> None:
+    """End the queued loads that were called before this one."""
     older = [job for job in s.ctx.queue if all(c.ticket < s.fact.ticket for c in job.callers)]
-    drop(s, older)
+    s.drop(older)
     for job in older:
-        end(s, job, superseded(s, job))
+        s.end(job, _superseded(s, job), "now")
 
 
-def supersede_all(s: Step[LoadRequested]) -> None:
-    """Whatever is older gives way; its callers hear so at once."""
+def supersede_all(s: Step[facts.LoadRequested]) -> None:
     supersede_queue(s)
-    if s.ctx.job is not None and s.ctx.job.token is None:
-        problem = superseded(s, s.ctx.job)
-        end(s, s.ctx.job, problem)
+    if (job := s.ctx.loading) is not None:
+        problem = _superseded(s, job)
+        s.end(job, problem, "now")
         s.put(last_error=problem)
-        interrupt(s, CancelReason.SUPERSEDED)
+        s.interrupt(CancelReason.SUPERSEDED)
 
 
-def cancel_all(s: Step[UnloadRequested | ShutdownRequested]) -> None:
-    """A shutdown ends every load, an unload those it names; their callers hear so when the slot
-    is empty.
-    """
-    ended = named_by(s, s.ctx.wanted)
+def _superseded(s: Step[facts.LoadRequested], job: Job) -> Problem:
+    newer = s.fact.target.request.model_path
+    return _problem(job, "superseded", f"superseded by a newer load of {newer}")
+
+
+def cancel_all(s: Step[facts.UnloadRequested | facts.ShutdownRequested]) -> None:
+    """End every load of a shutdown, or those an unload names; answer when the slot is empty."""
     if s.ctx.is_shutting_down:
         reason, category, by = CancelReason.SHUTDOWN, "shutting_down", "the shutdown"
     else:
         reason, category, by = CancelReason.USER, "cancelled", "an unload"
+    message = f"cancelled by {by}"
+    ended = [job for job in s.ctx.wanted if is_named(job.target, s.fact.model)]
     for job in ended:
-        problem = Problem(category, f"ended by {by}", generation=job.generation)
-        end_when_empty(s, job, problem)
+        problem = _problem(job, category, message)
+        s.end(job, problem, "empty")
         if job is s.ctx.job:
             s.put(last_error=problem)
-            interrupt(s, reason)
-    drop(s, ended, reason)
+            s.interrupt(reason)
+    s.drop(ended, reason)
     if s.ctx.is_shutting_down:
-        fetching = s.ctx.prefetches
-        drop(s, fetching, reason)
-        for job in fetching:
-            s.settle(job.callers, Problem(category, f"ended by {by}"))
+        prefetches = s.ctx.prefetches
+        s.drop(prefetches, reason)
+        for job in prefetches:
+            s.settle(job.callers, _problem(job, category, message))
 
 
-def cancel_queued(s: Step[UnloadRequested]) -> None:
-    """Nothing of what waits runs yet: it ends at once."""
-    ended = named_by(s, s.ctx.queue)
-    drop(s, ended)
+def cancel_queued(s: Step[facts.UnloadRequested]) -> None:
+    ended = [job for job in s.ctx.queue if is_named(job.target, s.fact.model)]
+    s.drop(ended)
     for job in ended:
-        end(s, job, Problem("cancelled", "ended by an unload", generation=job.generation))
+        s.end(job, _problem(job, "cancelled", "cancelled by an unload"), "now")
 
 
-def cancel_job(s: Step[Fact]) -> None:
-    job = known(s.ctx.job)
-    problem = cancelled(job)
-    end_at_the_end(s, job, problem)
+def latch_shutdown(s: Step[facts.Fact]) -> None:
+    s.put(is_shutting_down=True, previous=None, recovery=None)
+
+
+def answer_unchanged(s: Step[facts.UnloadRequested]) -> None:
+    """The model is not there; a load of it that was called before still ends when it arrives."""
+    _record_unload(s)
+    s.answer(Unloaded(changed=False))
+
+
+def answer_unloaded(s: Step[facts.UnloadRequested]) -> None:
+    _record_unload(s)
+    s.answer(Unloaded())
+
+
+def wait_for_empty(s: Step[facts.UnloadRequested]) -> None:
+    _record_unload(s)
+    s.answer_when_empty(Unloaded())
+
+
+def wait_for_shutdown(s: Step[facts.ShutdownRequested]) -> None:
+    s.answer_when_empty(Done())
+
+
+def _record_unload(s: Step[facts.UnloadRequested]) -> None:
+    fact = s.fact
+    others = tuple(unload for unload in s.ctx.unloads if unload[0] != fact.model)
+    s.put(unloads=(*others, (fact.model, fact.ticket))[-MAX_REMEMBERED:])
+    if s.ctx.previous is not None and is_named(s.ctx.previous, fact.model):
+        s.put(previous=None)
+    if s.ctx.recovery is not None and is_named(s.ctx.recovery.target, fact.model):
+        s.put(recovery=None)
+
+
+def cancel_job(s: Step[facts.Fact]) -> None:
+    job = require(s.ctx.job)
+    problem = _problem(job, "cancelled", "cancelled by the caller")
+    s.end(job, problem, "effect_ended")
     s.put(last_error=problem, recovery=None)
-    interrupt(s, CancelReason.USER)
+    s.interrupt(CancelReason.USER)
 
 
-def time_out_job(s: Step[Fact]) -> None:
-    """A failure like any other, but for its effect, which still has to end."""
-    job = known(s.ctx.job)
-    fail(s, job, deadline(job), end_at_the_end)
-    interrupt(s, CancelReason.DEADLINE)
+def cancel_callers(s: Step[facts.CancelRequested]) -> None:
+    """Cancel for the callers that the cancel names, and drop queued loads without any other.
 
-
-def time_out_queued(s: Step[TimerFired]) -> None:
-    job = known(find(s.ctx.queue, s.fact.generation))
-    drop(s, (job,), CancelReason.DEADLINE)
-    fail(s, job, deadline(job), end)
-
-
-def cancel_callers(s: Step[CancelRequested]) -> None:
-    """Everybody else the cancel means leaves; a queued load all of whose callers leave is dropped.
-
-    One id may be that of several calls, and several calls may have joined one load.
+    Several calls may share one id, and several may have joined one load.
     """
     fact = s.fact
     for job in (*s.ctx.wanted, *s.ctx.prefetches):
-        problem = cancelled(job)
-        s.settle((caller for caller in job.callers if is_meant(job, caller, fact)), problem)
+        meant = (caller for caller in job.callers if is_meant(job, caller, fact))
+        s.settle(meant, _problem(job, "cancelled", "cancelled by the caller"))
     ended = [job for job in (*s.ctx.queue, *s.ctx.prefetches) if cancels(job, fact)]
     for job in ended:
         if job in s.ctx.queue:
-            conclude(s, job, cancelled(job))
-    drop(s, ended)
+            s.conclude(job, _problem(job, "cancelled", "cancelled by the caller"))
+    s.drop(ended)
     if fact.request_id is not None:
-        keep_callers(s, lambda caller: caller.request_id != fact.request_id)
+        _keep_callers(s, lambda caller: caller.request_id != fact.request_id)
 
 
-def answer_cancelled(s: Step[CancelRequested]) -> None:
-    s.emit(Settle(s.fact.ticket, CancelAnswer(cancelled=True)))
+def answer_cancelled(s: Step[facts.CancelRequested]) -> None:
+    s.answer(CancelAnswer(cancelled=True))
 
 
-def remember_cancel(s: Step[CancelRequested]) -> None:
-    """Nothing to cancel. An id never seen may belong to a load still on its way."""
+def wait_for_cancel(s: Step[facts.CancelRequested]) -> None:
+    """Answer the cancel when its load has ended: now, if that only waited for leases."""
+    if s.ctx.effect is None:
+        answer_cancelled(s)
+    else:
+        s.answer_when_empty(CancelAnswer(cancelled=True))
+
+
+def remember_cancel(s: Step[facts.CancelRequested]) -> None:
+    """There is nothing to cancel; a load of an unknown id may arrive later."""
     fact = s.fact
     if fact.request_id is not None and fact.request_id not in s.ctx.seen_ids:
-        recent = tuple(
-            known for known in s.ctx.cancelled_ids if fact.at - known[1] <= EARLY_CANCEL_S
-        )
-        s.put(cancelled_ids=(*recent, (fact.request_id, fact.at))[-MAX_REMEMBERED_IDS:])
-    s.emit(Settle(fact.ticket, CancelAnswer(cancelled=False)))
+        recent = tuple(id_ for id_ in s.ctx.cancelled_ids if fact.at - id_[1] <= EARLY_CANCEL_S)
+        s.put(cancelled_ids=(*recent, (fact.request_id, fact.at))[-MAX_REMEMBERED:])
+    s.answer(CancelAnswer(cancelled=False))
 
 
-def forget_ticket(s: Step[Withdrawn]) -> None:
-    """The caller has gone: nothing is owed to it any more."""
-    gone = s.fact.ticket
-    if gone == s.ctx.newest_load and s.ctx.policy.abandoned_load == "cancel":
+def forget_ticket(s: Step[facts.Withdrawn]) -> None:
+    """The caller has gone away: it gets no answer, and loads without another caller end."""
+    gone, cancels_abandoned = s.fact.ticket, s.ctx.policy.abandoned_load == "cancel"
+    if gone == s.ctx.newest_load and cancels_abandoned:
         for job in s.ctx.wanted:
             tickets = {caller.ticket for caller in job.callers}
             if gone in tickets:
                 s.put(newest_load=max({job.newest_before} | (tickets - {gone})))
-    keep_callers(s, lambda caller: caller.ticket != gone)
+    _keep_callers(s, lambda caller: caller.ticket != gone)
     s.put(
         waiters=tuple(w for w in s.ctx.waiters if w.ticket != gone),
         lease_waiters=tuple(t for t in s.ctx.lease_waiters if t != gone),
         leases=s.ctx.leases - {gone},
     )
     abandoned = [job for job in s.ctx.prefetches if not job.callers]
-    if s.ctx.policy.abandoned_load == "cancel":
+    if cancels_abandoned:
         for job in s.ctx.queue:
             if not job.callers and job.after is None:
                 abandoned.append(job)
-                message = "its last caller has gone away"
-                conclude(s, job, Problem("cancelled", message, generation=job.generation))
-    drop(s, abandoned)
+                message = "cancelled because its last caller went away"
+                s.conclude(job, _problem(job, "cancelled", message))
+    s.drop(abandoned)
 
 
-def fail_job(s: Step[FetchFailed | SpawnFailed | NotReady]) -> None:
-    """The load in flight has failed; its callers hear why when the slot is empty again, or when
-    what ran before is back.
-    """
-    job = known(s.ctx.job)
+def time_out_job(s: Step[facts.Fact]) -> None:
+    job = require(s.ctx.job)
+    s.fail(job, _deadline(job), "effect_ended")
+    s.interrupt(CancelReason.DEADLINE)
+
+
+def time_out_queued(s: Step[facts.TimerFired]) -> None:
+    job = require(find(s.ctx.queue, s.fact.generation))
+    s.drop((job,), CancelReason.DEADLINE)
+    s.fail(job, _deadline(job), "now")
+
+
+def _deadline(job: Job, goal: str = "Healthy") -> Problem:
+    message = f"the model is not {goal} after deadline_s = {job.target.request.deadline_s} seconds"
+    return _problem(job, "deadline", message, field="deadline_s")
+
+
+def fail_queued(s: Step[facts.FetchFailed]) -> None:
+    job = require(find(s.ctx.queue, s.fact.generation))
+    s.drop((job,))
+    s.fail(job, s.fact.problem, "now")
+
+
+def fail_prefetch(s: Step[facts.FetchFailed | facts.TimerFired]) -> None:
+    job = require(find(s.ctx.prefetches, s.fact.generation))
+    s.drop((job,))
+    if isinstance(s.fact, facts.TimerFired):
+        s.settle(job.callers, _deadline(job, "on disk"))
+    else:
+        s.settle(job.callers, s.fact.problem)
+
+
+def fail_job(s: Step[facts.FetchFailed | facts.SpawnFailed | facts.NotReady]) -> None:
+    """Callers are answered when the slot is empty, or when the previous model is back."""
+    _fail_job(s, s.fact.problem)
+
+
+def fail_job_exited(s: Step[facts.Fact]) -> None:
+    message = "the server exited at the moment it became ready: see its output"
+    _fail_job(s, Problem("server_start_failed", message, reason="exited"))
+
+
+def fail_job_slot_occupied(s: Step[facts.Fetched]) -> None:
+    message = f"the slot is not empty ({s.fact.slot.reason}): unload to empty it"
+    _fail_job(s, Problem("slot_occupied", message))
+
+
+def _fail_job(s: Step[facts.Fact], problem: Problem) -> None:
+    job = require(s.ctx.job)
     if job.token is None:
-        fail(s, job, s.fact.problem)
+        s.fail(job, problem)
     s.put(job=None)
 
 
-def fail_job_exited(s: Step[Fact]) -> None:
-    job = known(s.ctx.job)
-    if job.token is None:
-        message = "the server ended in the moment it became ready; see its output"
-        fail(s, job, Problem("server_start_failed", message, reason="exited"))
-    s.put(job=None)
-
-
-def fail_job_slot_occupied(s: Step[Fetched]) -> None:
-    job = known(s.ctx.job)
-    if job.token is None:
-        fail(s, job, occupied(s.fact.slot.reason))
-    s.put(job=None)
-
-
-def fail_all(s: Step[KillFailed]) -> None:
-    """The slot could not be emptied: no load can start beside what is still alive."""
+def fail_all(s: Step[facts.KillFailed]) -> None:
+    """No load can start beside what is still alive in the slot."""
     for job in s.ctx.wanted:
-        end_when_empty(s, job, replace(s.fact.problem, generation=job.generation))
-    drop(s, s.ctx.queue)
+        s.end(job, replace(s.fact.problem, generation=job.generation), "empty")
+    s.drop(s.ctx.queue)
     s.put(job=None, running=None, effect=None, recovery=None, last_error=s.fact.problem)
 
 
-def wait_for_empty(s: Step[UnloadRequested]) -> None:
-    note_unload(s)
-    s.put(waiters=(*s.ctx.waiters, Waiter(s.fact.ticket, Unloaded())))
-
-
-def wait_for_end(s: Step[CancelRequested]) -> None:
-    """As `end_at_the_end`, for the call that has ended it."""
-    if s.ctx.effect is None:
-        answer_cancelled(s)
-    else:
-        s.put(waiters=(*s.ctx.waiters, Waiter(s.fact.ticket, CancelAnswer(cancelled=True))))
-
-
-def wait_for_shutdown(s: Step[ShutdownRequested]) -> None:
-    s.put(waiters=(*s.ctx.waiters, Waiter(s.fact.ticket, Done())))
-
-
-def answer_waiters(s: Step[Fact]) -> None:
-    """The slot is verified empty: answer everyone who waited for that."""
-    s.emit(*s.ctx.ending, *(Settle(waiter.ticket, waiter.answer) for waiter in s.ctx.waiters))
+def answer_waiters(s: Step[facts.Fact]) -> None:
+    s.emit(*s.ctx.ending, *s.ctx.waiters)
     s.put(waiters=(), ending=())
 
 
-def answer_waiters_occupied(s: Step[KillFailed]) -> None:
-    """The slot is not empty: who asked for that gets the reason instead."""
+def answer_waiters_occupied(s: Step[facts.KillFailed]) -> None:
+    """Unloads and shutdowns get the reason why the slot is not empty."""
     for waiter in s.ctx.waiters:
         wanted_empty = isinstance(waiter.answer, Unloaded | Done)
-        s.emit(Settle(waiter.ticket, s.fact.problem if wanted_empty else waiter.answer))
+        s.emit(replace(waiter, answer=s.fact.problem) if wanted_empty else waiter)
     s.emit(*s.ctx.ending)
     s.put(waiters=(), ending=())
 
 
-def answer_unchanged(s: Step[UnloadRequested]) -> None:
-    """Not that model. A load of it may still be on its way: it was asked for first, and ends."""
-    note_unload(s)
-    s.emit(Settle(s.fact.ticket, Unloaded(changed=False)))
+def _problem(job: Job, category: str, message: str, field: str | None = None) -> Problem:
+    number = job.generation if job.generation > 0 else None  # that of a prefetch is not public
+    return Problem(category, message, field=field, generation=number)
 
 
-def answer_unloaded(s: Step[UnloadRequested]) -> None:
-    note_unload(s)
-    s.emit(Settle(s.fact.ticket, Unloaded()))
+def _keep_callers(s: Step[facts.Fact], keep: Callable[[Caller], bool]) -> None:
+    def kept(job: Job) -> Job:
+        return replace(job, callers=tuple(filter(keep, job.callers)))
 
-
-def latch_shutdown(s: Step[Fact]) -> None:
-    s.put(is_shutting_down=True, previous=None, recovery=None)
-
-
-def superseded(s: Step[LoadRequested], job: Job) -> Problem:
-    newer = s.fact.target.request.model_path
-    message = f"superseded by a newer load of {newer}"
-    return Problem("superseded", message, generation=job.generation)
-
-
-def cancelled(job: Job) -> Problem:
-    number = job.generation if job.generation > 0 else None  # a prefetch has none that is shown
-    return Problem("cancelled", "cancelled by the caller", generation=number)
-
-
-def deadline(job: Job) -> Problem:
-    message = f"not healthy within deadline_s = {job.target.request.deadline_s}"
-    return Problem("deadline", message, field="deadline_s", generation=job.generation)
-
-
-def occupied(reason: str) -> Problem:
-    return Problem("slot_occupied", f"the slot is not empty: {reason}; unload to try again")
+    s.put(
+        job=kept(s.ctx.job) if s.ctx.job else None,
+        queue=tuple(map(kept, s.ctx.queue)),
+        prefetches=tuple(map(kept, s.ctx.prefetches)),
+    )

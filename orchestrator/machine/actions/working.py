@@ -1,262 +1,226 @@
-"""The step under way, and what several actions do with it."""
+"""The step in progress, and the operations that several actions share.
+
+Each load is concluded exactly once, with or without callers. A failed load that is followed by the
+previous model is concluded together with the load that restores it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
-from orchestrator.base.tokens import CancelReason, Generation, Ticket
-from orchestrator.errors import Problem
-from orchestrator.machine.commands import (
-    Accept,
-    Answer,
-    Command,
-    Download,
-    LeaseGranted,
-    Post,
-    Resolve,
-    SetTimer,
-    Settle,
-    SetToken,
-)
-from orchestrator.machine.context import Caller, Context, Job, Running
-from orchestrator.machine.facts import (
-    Fact,
-    LoadRequested,
-    PrefetchRequested,
-    Promoted,
-    ShutdownRequested,
-    UnloadRequested,
-)
-from orchestrator.machine.guards import awaited_by, is_named
-from orchestrator.machine.recovery import Recovery
-from orchestrator.settings.target import ReloadReason, Target, differences
+from orchestrator.base.tokens import CancelReason, Generation
+from orchestrator.errors import Problem, Restored
+from orchestrator.machine import commands
+from orchestrator.machine.context import Caller, Context, Job
+from orchestrator.machine.facts import Fact, Promoted, Request
+from orchestrator.machine.guards import restores_previous
+from orchestrator.machine.recovery import Recovery, after_failure
+from orchestrator.settings.target import Target
 
-MAX_REMEMBERED_IDS = 256
-MAX_REMEMBERED_SOURCES = 256
+MAX_REMEMBERED = 256  # ids, unloads, and sources with their args
+NOT_LOADED = Problem("not_loaded", "no model is loaded: load one first")
 
+When = Literal["now", "empty", "effect_ended"]
+"""When the callers of a load that ends are answered: now, when the slot is verified empty, or when
+the effect in flight has ended. Without an effect the load only waits for leases, so that is now."""
 
 _T = TypeVar("_T")
 F_co = TypeVar("F_co", bound=Fact, covariant=True)
 
 
+def require(value: _T | None) -> _T:
+    """Return a value whose presence the guards of the row have checked.
+
+    Raises:
+        LookupError: it is None, which means that the table is wrong.
+    """
+    if value is None:
+        raise LookupError("no guard of this row has checked that the value is there")
+    return value
+
+
 @dataclass(slots=True)
 class Step(Generic[F_co]):
-    """One fact being processed: the context so far and the commands so far.
+    """One fact being processed: the context and the commands so far.
 
-    An action says by the type of its step which facts it is for; a test holds the table to that.
+    The type argument in an action's signature lists the facts it may be used with; a test compares
+    it with the table.
     """
 
     ctx: Context
     fact: F_co
-    commands: list[Command] = field(default_factory=list)
-    was_due: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.was_due = self.ctx.is_due
+    was_due: bool  # the next load was due when the step began
+    emitted: list[commands.Command] = field(default_factory=list)
 
     def put(self, **changes: Any) -> None:
-        self.ctx = self.ctx.having(**changes)
+        self.ctx = self.ctx.updated(**changes)
 
-    def emit(self, *commands: Command) -> None:
-        self.commands.extend(commands)
+    def emit(self, *new: commands.Command) -> None:
+        self.emitted.extend(new)
 
-    def settle(self, callers: Iterable[Caller], answer: Answer) -> None:
-        self.emit(*(Settle(caller.ticket, told_to(caller, answer)) for caller in callers))
+    def answer(self: Step[Request], answer: commands.Answer) -> None:
+        """Answer the call."""
+        self.emit(commands.Settle(self.fact.ticket, answer))
 
+    def answer_when_empty(self: Step[Request], answer: commands.Answer) -> None:
+        """Answer the call when the slot is verified empty."""
+        self.put(waiters=(*self.ctx.waiters, commands.Settle(self.fact.ticket, answer)))
 
-def known(value: _T | None) -> _T:
-    """Return what the guards of the row have found to be there.
+    def settle(self, callers: Iterable[Caller], answer: commands.Answer) -> None:
+        self.emit(*(_settled(caller, answer) for caller in callers))
 
-    Raises:
-        LookupError: they have not (a broken table).
-    """
-    if value is None:
-        raise LookupError("nothing of the kind is there, and no guard has looked")
-    return value
+    def set_deadline(self, job: Job) -> None:
+        if (deadline_s := job.target.request.deadline_s) is not None:
+            self.emit(commands.SetTimer(job.generation, "deadline", deadline_s))
 
+    def drop(self, jobs: Iterable[Job], reason: CancelReason = CancelReason.USER) -> None:
+        """Remove queued loads and prefetches, and cancel what was begun for them."""
+        gone = {job.generation for job in jobs}
+        for job in (*self.ctx.queue, *self.ctx.prefetches):
+            if job.generation in gone and job.awaits is not None:
+                self.emit(commands.SetToken(job.generation, reason))
+        self.put(
+            queue=tuple(job for job in self.ctx.queue if job.generation not in gone),
+            prefetches=tuple(job for job in self.ctx.prefetches if job.generation not in gone),
+        )
 
-def refuse_waiting_leases(s: Step[Fact]) -> None:
-    """Nothing is on its way, but perhaps a restart."""
-    recovery = s.ctx.recovery
-    if recovery is None or recovery.phase == "cooling_down":
-        why = NOT_LOADED if recovery is None else cooling_down(recovery, s.fact.at)
-        s.emit(*(Settle(ticket, why) for ticket in s.ctx.lease_waiters))
-        s.put(lease_waiters=())
+    def promote_next(self) -> None:
+        if self.ctx.is_due:
+            self.emit(commands.Post(Promoted(self.ctx.queue[0].generation, self.fact.at)))
 
+    def refuse_waiting_leases(self) -> None:
+        """Refuse them, unless a restart is planned, because no load is wanted."""
+        recovery = self.ctx.recovery
+        if recovery is None or recovery.phase == "cooling_down":
+            why = NOT_LOADED if recovery is None else cooling_down(recovery, self.fact.at)
+            self.emit(*(commands.Settle(ticket, why) for ticket in self.ctx.lease_waiters))
+            self.put(lease_waiters=())
 
-NOT_LOADED = Problem("not_loaded", "no model is loaded: load one first")
+    def interrupt(self, reason: CancelReason) -> None:
+        """Set the token of the load in flight, whose effect still has to end."""
+        job = require(self.ctx.job)
+        self.put(job=replace(job, token=reason, callers=()))
+        self.emit(commands.SetToken(job.generation, reason))
 
+    def end(self, job: Job, answer: Problem, when: When) -> None:
+        if when == "now" or (when == "effect_ended" and self.ctx.effect is None):
+            self.settle(job.callers, answer)
+            self.conclude(job, answer)
+        else:
+            waiters = (_settled(caller, answer) for caller in job.callers)
+            ending = (*self.ctx.ending, *self._conclusions(job, answer))
+            self.put(waiters=(*self.ctx.waiters, *waiters), ending=ending)
 
-def accepted(s: Step[Fact], fact: LoadRequested | PrefetchRequested) -> Job:
-    """Give a call its generation; prefetches are counted downwards, so that loads are from 1."""
-    callers = (caller_of(fact, joined=False),)
-    if isinstance(fact, PrefetchRequested):
-        generation = Generation(s.ctx.last_prefetch - 1)
-        s.put(last_prefetch=generation)
-        return Job(generation, fact.target, callers, fact.at, fact.at, awaits="files")
-    generation = Generation(s.ctx.generation + 1)
-    s.put(generation=generation)
-    return Job(
-        generation,
-        fact.target,
-        callers,
-        fact.at,
-        fact.at,
-        newest_before=s.ctx.newest_load,
-        awaits=awaited_by(fact.target),
-    )
+    def conclude(self, job: Job, answer: commands.Outcome) -> None:
+        self.emit(*self._conclusions(job, answer))
 
+    def _conclusions(self, job: Job, answer: commands.Outcome) -> tuple[commands.Concluded, ...]:
+        """Return the conclusion of a load, and that of the failed load it follows."""
+        own = self._conclusion(job, answer)
+        if job.failed is None or not isinstance(job.failed.answer, Problem):
+            return (own,)
+        problem = answer if isinstance(answer, Problem) else None
+        return own, replace(job.failed, answer=_with_restore(job.failed.answer, problem))
 
-def begin_waiting(s: Step[Fact], job: Job) -> None:
-    """Begin what a load in the queue awaits; the state stays, and so does what runs."""
-    if job.awaits is not None:
-        kind = Resolve if job.awaits == "answer" else Download
-        s.emit(kind(job.generation, job.target))
+    def _conclusion(self, job: Job, answer: commands.Outcome) -> commands.Concluded:
+        spent = self._spent(job)
+        return commands.Concluded(job.generation, job.target, job.accepted_at, spent, answer)
 
+    def _spent(self, job: Job) -> commands.Timings:
+        """Return the timings of a load, including the phase in which it ends."""
+        current = self.ctx.job
+        if current is None or current.generation != job.generation or job.token is not None:
+            return job.timings
+        kind = self.ctx.effect.kind if self.ctx.effect else "kill"  # it waits for leases
+        return job.spent("health" if kind == "probe" else kind, self.fact.at)
 
-def drop(s: Step[Fact], jobs: Iterable[Job], reason: CancelReason = CancelReason.USER) -> None:
-    """Take loads out of the queue, and prefetches; what was begun for them ends by itself."""
-    gone = {job.generation for job in jobs}
-    for job in (*s.ctx.queue, *s.ctx.prefetches):
-        if job.generation in gone and job.awaits is not None:
-            s.emit(SetToken(job.generation, reason))
-    s.put(
-        queue=tuple(job for job in s.ctx.queue if job.generation not in gone),
-        prefetches=tuple(job for job in s.ctx.prefetches if job.generation not in gone),
-    )
+    def fail(self, job: Job, problem: Problem, when: When = "empty") -> None:
+        """End a load that has failed; the previous model or a restart may follow."""
+        problem = replace(problem, generation=job.generation)
+        if job is self.ctx.job and restores_previous(self.ctx, self.fact):
+            self.enqueue_own(require(self.ctx.previous), problem, failed=job)
+            self.put(previous=None)
+            return
+        self.end(job, problem, when)
+        recovery = self.ctx.recovery
+        if job.after is not None and recovery is None:
+            self.put(last_error=_with_restore(job.after, problem))
+        elif job.after is None or recovery is None or self.ctx.is_due:
+            self.put(last_error=problem)
+        else:
+            self.plan_restart(recovery.target, job.generation, problem, ran_s=None)
 
+    def enqueue_own(self, target: Target, failure: Problem, failed: Job | None = None) -> None:
+        """Queue a load that repairs a failure, before any load that awaits its model.
 
-def caller_of(fact: LoadRequested | PrefetchRequested, *, joined: bool) -> Caller:
-    return Caller(fact.ticket, fact.target.request.load_request_id, joined)
+        The callers of the failed load, if there is one, are answered with both outcomes.
+        """
+        generation, at = Generation(self.ctx.generation + 1), self.fact.at
+        restored = Restored(generation, target.request.model_path, target.model.variant)
+        failure = replace(failure, restored=restored)
+        job = Job(
+            generation,
+            target,
+            tuple(
+                replace(caller, failure=caller.failure or failure)
+                for caller in (failed.callers if failed else ())
+            ),
+            at,
+            at,
+            newest_before=self.ctx.newest_load,
+            after=failure,
+            failed=self._conclusion(failed, failure) if failed else None,
+        )
+        queue = self.ctx.queue
+        index = next((i for i, other in enumerate(queue) if other.awaits), len(queue))
+        queue = (*queue[:index], job, *queue[index:])
+        self.put(generation=generation, queue=queue, last_error=failure)
+        self.set_deadline(job)
 
-
-def set_deadline(s: Step[Fact], job: Job) -> None:
-    if (deadline_s := job.target.request.deadline_s) is not None:
-        s.emit(SetTimer(job.generation, "deadline", deadline_s))
-
-
-def note_load(s: Step[LoadRequested]) -> None:
-    """Every accepted load counts, also one that joins or finds its model loaded."""
-    s.put(newest_load=max(s.ctx.newest_load, s.fact.ticket))
-    note_id(s, s.fact)
-
-
-def note_id(s: Step[Fact], fact: LoadRequested | PrefetchRequested) -> None:
-    name = fact.target.request.load_request_id
-    if name is not None:
-        others = tuple(known for known in s.ctx.seen_ids if known != name)
-        s.put(seen_ids=(*others, name)[-MAX_REMEMBERED_IDS:])
-
-
-def named_by(s: Step[UnloadRequested | ShutdownRequested], jobs: Iterable[Job]) -> list[Job]:
-    model = s.fact.model if isinstance(s.fact, UnloadRequested) else None  # a shutdown means any
-    return [job for job in jobs if is_named(job.target, model)]
-
-
-def note_unload(s: Step[UnloadRequested]) -> None:
-    fact = s.fact
-    others = tuple(known for known in s.ctx.unloads if known[0] != fact.model)
-    s.put(unloads=(*others, (fact.model, fact.ticket))[-MAX_REMEMBERED_IDS:])
-    if s.ctx.previous is not None and is_named(s.ctx.previous, fact.model):
-        s.put(previous=None)
-    if s.ctx.recovery is not None and is_named(s.ctx.recovery.target, fact.model):
-        s.put(recovery=None)
-
-
-def join(s: Step[LoadRequested], job: Job) -> None:
-    fact = s.fact
-    target = job.target.kept_as(fact.target.request)
-    if fact.target.request.force_reload and job is not s.ctx.job:
-        request = replace(target.request, force_reload=True)  # what runs then will not do
-        target = replace(target, request=request)
-    joined = replace(job, target=target, callers=(*job.callers, caller_of(fact, joined=True)))
-    note_load(s)
-    s.put(
-        job=joined if s.ctx.job is job else s.ctx.job,
-        queue=tuple(joined if other is job else other for other in s.ctx.queue),
-    )
-    s.emit(Accept(fact.ticket, job.generation, joined=True))
-
-
-def keep_callers(s: Step[Fact], keep: Any) -> None:
-    def kept(job: Job) -> Job:
-        return replace(job, callers=tuple(caller for caller in job.callers if keep(caller)))
-
-    s.put(
-        job=kept(s.ctx.job) if s.ctx.job else None,
-        queue=tuple(map(kept, s.ctx.queue)),
-        prefetches=tuple(map(kept, s.ctx.prefetches)),
-    )
-
-
-def next_phase(s: Step[Fact], ended: str) -> Job:
-    """Book the phase that has just ended and return the load in flight."""
-    job = known(s.ctx.job)
-    job = replace(job, phase_at=s.fact.at, timings=job.spent(ended, s.fact.at))
-    s.put(job=job)
-    return job
-
-
-def promote_next(s: Step[Fact]) -> None:
-    if s.ctx.is_due:
-        s.emit(Post(Promoted(s.ctx.queue[0].generation, s.fact.at)))
+    def plan_restart(
+        self, target: Target, generation: Generation, problem: Problem, ran_s: float | None
+    ) -> None:
+        """Start the timer of a restart, or the cool-down; `last_error` says which."""
+        policy, at = require(self.ctx.policy.restart), self.fact.at
+        recovery = after_failure(
+            policy, self.ctx.recovery, target, generation, problem, at=at, ran_s=ran_s
+        )
+        limit, wait_s = policy.limit, recovery.until - at
+        if recovery.phase == "waiting":
+            self.emit(commands.SetTimer(generation, "restart", wait_s))
+            follows = f"restart {recovery.failures} of {limit} follows within {wait_s:.3g} s"
+        else:
+            follows = (
+                f"the limit of {limit} restarts is reached: nothing is started for {wait_s:.3g} s"
+            )
+        message = f"{problem.message}; {follows}"
+        self.put(recovery=recovery, last_error=replace(problem, message=message))
 
 
-def grant(s: Step[Fact], ticket: Ticket) -> None:
-    stop_at(s, None)
-    running = known(s.ctx.running)
-    s.put(leases=s.ctx.leases | {ticket})
-    s.emit(Settle(ticket, LeaseGranted(ticket, running.target, running.child, running.server)))
+def _settled(caller: Caller, answer: commands.Answer) -> commands.Settle:
+    """Return the answer to one caller, which may be waiting since its own load has failed."""
+    if caller.failure is not None:
+        answer = _with_restore(caller.failure, answer if isinstance(answer, Problem) else None)
+    elif isinstance(answer, commands.Loaded):
+        answer = replace(answer, joined=caller.joined)
+    return commands.Settle(caller.ticket, answer)
 
 
-def kept_as(s: Step[Fact], wanted: Target) -> Running:
-    """What runs stays for as long as the newest load that finds it running says."""
-    running = known(s.ctx.running)
-    running = replace(running, target=running.target.kept_as(wanted.request))
-    s.put(running=running)
-    return running
-
-
-def stop_at(s: Step[Fact], at: float | None) -> None:
-    running = known(s.ctx.running)
-    if running.idle_at != at:
-        s.put(running=replace(running, idle_at=at))
-
-
-def reasons(s: Step[Fact], job: Job) -> tuple[ReloadReason, ...]:
-    if s.ctx.running is None:
-        return ()
-    reasons = differences(s.ctx.running.target, job.target)
-    if job.target.request.force_reload:
-        reasons = (*reasons, ReloadReason("force_reload", running=False, requested=True))
-    return reasons or (ReloadReason("server", running="exited", requested="alive"),)
+def _with_restore(failure: Problem, problem: Problem | None) -> Problem:
+    """Add the outcome of the restoring load: its problem, or None for success."""
+    return replace(failure, restored=replace(require(failure.restored), problem=problem))
 
 
 def cooling_down(recovery: Recovery, now: float) -> Problem:
     left_s = max(0.0, recovery.until - now)
-    message = (
-        f"{recovery.target.request.model_path} failed {recovery.failures} times in a row and is "
-        f"not started for another {left_s:.0f} s: change what fails, or set force_reload"
-    )
     return Problem(
         "server_start_failed",
-        message,
+        f"{recovery.target.request.model_path} failed {recovery.failures} times in a row and is "
+        f"not started for another {left_s:.0f} s: change its settings, or set force_reload",
         generation=recovery.generation,
         log_tail=recovery.problem.log_tail,
         reason="cooling_down",
         retry_after_s=left_s,
     )
-
-
-def told_to(caller: Caller, answer: Answer) -> Answer:
-    """Return what a caller hears: of its own failure too, if this load was to make that good."""
-    if caller.failure is None:
-        return answer
-    return restored_with(caller.failure, answer if isinstance(answer, Problem) else None)
-
-
-def restored_with(failure: Problem, problem: Problem | None) -> Problem:
-    restored = known(failure.restored)
-    return replace(failure, restored=replace(restored, problem=problem))

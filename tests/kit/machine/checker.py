@@ -1,15 +1,14 @@
-"""Explicit-state checker: every order of everything, breadth first, over the real `step`.
+"""Explicit-state checker: every order of events, breadth first, over the real `step`.
 
-`explore` steps the shipped table (or a mutant of it) through every interleaving of a program's
-calls, the completions of its effects, their failures, crashes, timers and late completions, and
-checks every world and every step against `invariants`. Breadth first, so the counterexample it
-finds is a shortest one; it reads as a story and as a Mermaid sequence diagram.
+`explore` steps the shipped table, or a mutant of it, through every interleaving of a program's
+calls, the completions of its effects, failures, crashes, timers and late completions. It checks
+every world and every step against `invariants`. The search is breadth first, so a counterexample
+is a shortest one; it is printed as a story and as a Mermaid sequence diagram.
 
-Some checks need more than one world: that nothing goes round in circles for ever (the moves that
-happen by themselves form no cycle, so quiescence is not only reachable but certain), that a load
-can succeed from every place where the machine rests, that every load in flight does succeed if from
-there on nothing goes wrong (no move in which nothing goes wrong takes it from its callers, and at
-rest all are answered), and that a late completion changes nothing.
+Some checks need more than one world. Quiescence is certain: the moves that happen by themselves
+form no cycle. A load can succeed from every world at rest. A load in flight succeeds if nothing
+fails: no such move takes it from its callers, and at rest all are answered. A late completion
+changes nothing.
 """
 
 from __future__ import annotations
@@ -17,13 +16,12 @@ from __future__ import annotations
 import gc
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from orchestrator.base.tokens import Ticket
-from orchestrator.machine import actions, guards
 from orchestrator.machine.actions.working import Step
 from orchestrator.machine.commands import Command, DropStale, Loaded, Settle
 from orchestrator.machine.context import Context, Policy
@@ -35,7 +33,7 @@ from tests.kit.machine.invariants import Violation, check_edge, check_world
 from tests.kit.machine.observed import Edge, answers
 from tests.kit.machine.programs import parse
 from tests.kit.machine.scenario import Move, Scenario
-from tests.kit.machine.story import Counterexample, Told, describe
+from tests.kit.machine.story import Counterexample, StoryLine, describe
 from tests.kit.machine.world import Call, Core, Faults, Status, View, Work, World, load_requested
 
 ALL_FAULTS = Faults()
@@ -43,22 +41,13 @@ CANCEL_ABANDONED = Policy()
 
 
 class TracedLifecycle(Lifecycle):
-    """A lifecycle that knows which row fired last; `table`, guards and actions may be mutants."""
+    """A lifecycle that records which row fired last; its table and functions may be mutants."""
 
-    def __init__(
-        self,
-        table: Sequence[Row] = TABLE,
-        *,
-        guard_names: Mapping[str, Callable[..., bool]] | None = None,
-        action_names: Mapping[str, Callable[..., None]] | None = None,
-    ) -> None:
+    def __init__(self, table: Sequence[Row] = TABLE, /, **replaced: Callable[..., Any]) -> None:
         self.fired: int = -1
         marks = {f"row {i}": self._mark(i) for i in range(len(table))}
-        super().__init__(
-            [replace(row, actions=(f"row {i}", *row.actions)) for i, row in enumerate(table)],
-            guard_names={**vars(guards), **(guard_names or {})},
-            action_names={**vars(actions), **(action_names or {}), **marks},
-        )
+        rows = [replace(row, actions=(f"row {i}", *row.actions)) for i, row in enumerate(table)]
+        super().__init__(rows, **replaced, **marks)
 
     def _mark(self, index: int) -> Callable[[Step[Any]], None]:
         def fires(_: Step[Any]) -> None:
@@ -75,7 +64,7 @@ class Fired(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """A step that was taken first in `world`, by which row, and what came of it."""
+    """A step, the world in which it was taken first, the row that fired, and the result."""
 
     world: World
     core: Core
@@ -87,7 +76,7 @@ class Taken(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What an exploration saw."""
+    """The result of an exploration."""
 
     program: str
     worlds: int
@@ -123,7 +112,10 @@ def explore(
         warm: A model that is Healthy at the start; None starts in Idle with nothing.
         start: A world of this program to begin in.
         without: Names of invariants to leave out, to see what a fault leads to.
-        max_worlds: Raise an error beyond this; nothing is ever cut off in silence.
+        max_worlds: The largest number of worlds.
+
+    Raises:
+        MemoryError: there are more worlds than that.
     """
     scenario = Scenario(parse(program), faults, policy)
     exploration = _Exploration(program, scenario, lifecycle or TracedLifecycle(), without)
@@ -133,7 +125,7 @@ def explore(
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Worlds make no cycles, and looking for some among a million of them costs a third."""
+    """Worlds form no reference cycles; searching a million of them costs a third of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -183,9 +175,9 @@ class _Exploration:
             first = start or self._first_world(warm)
             self._cores[first.core.state, first.core.ctx] = first.core
             self._explore(first, max_worlds)
-            self._check_for_circles()
+            self._check_for_cycles()
         except _BrokenError as broken:
-            found = self._tell(broken)
+            found = self._counterexample(broken)
         return Report(
             self._program,
             len(self._reached),
@@ -208,7 +200,7 @@ class _Exploration:
         assert isinstance(answer, Loaded), answer
         start = self._scenario.start(world.core)
         return start._replace(
-            alive=world.alive, concluded=world.concluded, told_ended=world.told_ended
+            alive=world.alive, concluded=world.concluded, reported_ended=world.reported_ended
         )
 
     def _explore(self, first: World, max_worlds: int) -> None:
@@ -233,25 +225,25 @@ class _Exploration:
 
     def _moves(self, world: World) -> Iterator[Move]:
         yield from self._scenario.moves(world)
-        if world.lies:
-            yield from self._believed(world)
+        if world.stale:
+            yield from self._accepted_stale(world)
 
-    def _believed(self, world: World) -> Iterator[Move]:
-        """The late completions that do anything; the others leave this very world, uncounted."""
+    def _accepted_stale(self, world: World) -> Iterator[Move]:
+        """Yield the late completions that change anything; the others lead back to this world."""
         key = (world.core, world.work, bool(world.alive))
         if key in self._harmless:
             return
-        lies = list(self._scenario.lies(world))
-        believed = [move for move in lies if move.fact and self._does_anything(world, move.fact)]
-        self._edges += len(lies) - len(believed)
-        if not believed:
+        stale = list(self._scenario.stale_moves(world))
+        accepted = [move for move in stale if move.fact and self._has_effect(world, move.fact)]
+        self._edges += len(stale) - len(accepted)
+        if not accepted:
             self._harmless.add(key)
-        yield from believed
+        yield from accepted
 
-    def _does_anything(self, world: World, fact: Fact) -> bool:
+    def _has_effect(self, world: World, fact: Fact) -> bool:
         try:
             core, commands = self._step(world.core, fact)
-        except Exception:  # noqa: BLE001 (a mutant may break in any way; the move will tell)
+        except Exception:  # noqa: BLE001 (a mutant may raise anything; the move will report it)
             return True
         self._where.setdefault((world.core, fact), world)
         return core is not world.core or [type(c) for c in commands] != [DropStale]
@@ -272,7 +264,7 @@ class _Exploration:
             edge = Edge(before, move.fact, View(self._scenario.actions, after), commands)
             broken = check_edge(edge, self._without)
             if broken is None and move.is_own and move.is_good:
-                broken = _fails_by_itself(edge)
+                broken = _loses_a_load(edge)
             if broken is not None:
                 raise _BrokenError(broken, _Arrival(world, move, note))
             yield note, after
@@ -291,7 +283,7 @@ class _Exploration:
             raise _BrokenError(Violation("a_load_can_succeed", answer), arrival)
 
     def _step(self, core: Core, fact: Fact) -> tuple[Core, tuple[Command, ...]]:
-        """Step, once for equal arguments: it is pure, and a test holds it to that."""
+        """Step once for equal arguments; `step` is pure, which a test checks."""
         known = self._steps.get((core, fact))
         if known is None:
             stepped = self._lifecycle.step(core.state, core.ctx, fact)
@@ -302,25 +294,25 @@ class _Exploration:
         return known[1:]
 
     def _core(self, state: State, ctx: Context) -> Core:
-        """Return the one object for this state and context, without what no guard reads."""
+        """Return the one object for this state and context, without the fields no guard reads."""
         if ctx.last_error is not None or ctx.last_exit is not None:
             ctx = replace(ctx, last_error=None, last_exit=None)
         return self._cores.setdefault((state, ctx), Core(state, ctx))
 
-    # ------------------------------------------------------------------ beyond one world at a time
+    # ----------------------------------------------------------------------- several worlds
 
     def _load_another(self, world: World) -> str | None:
-        """From where the machine rests, a load of something else succeeds if nothing goes wrong."""
+        """Return why a load of another model fails from here although nothing else fails."""
         setting = replace(self._scenario, clients=parse("load Another"))
         fresh = setting.start(world.core)._replace(
             alive=world.alive,
             tokens=world.tokens,
             concluded=world.concluded,
-            told_ended=world.told_ended,
+            reported_ended=world.reported_ended,
         )
         try:
             _, answer = self._run_happily(setting, fresh, Ticket(1000))
-        except Exception as error:  # noqa: BLE001 (a mutant may break in any way)
+        except Exception as error:  # noqa: BLE001 (a mutant may raise anything)
             return f"a load from here raises {type(error).__name__}: {error}"
         return None if isinstance(answer, Loaded) else f"a load from here ends with {answer}"
 
@@ -343,8 +335,8 @@ class _Exploration:
             world, fact, ends = move.world, move.fact, move.ends
         return world, answers[-1] if answers else None
 
-    def _check_for_circles(self) -> None:
-        """What happens by itself comes to an end: remove ends until nothing is left."""
+    def _check_for_cycles(self) -> None:
+        """Remove worlds without successors until nothing is left; what is left is a cycle."""
         before: dict[World, list[World]] = {}
         open_: dict[World, int] = {}
         for world, nexts in self._own_edges.items():
@@ -362,44 +354,43 @@ class _Exploration:
         if open_:
             arrivals = (arrival for world in open_ if (arrival := self._reached[world]) is not None)
             first = next(iter(open_))
-            nothing = _Arrival(first, Move("system", "nothing comes of it", first, None), "")
+            nothing = _Arrival(first, Move("system", "nothing changes", first, None), "")
             arrival = next(arrivals, nothing)
-            violation = Violation("quiescence_is_certain", "from here it may go round for ever")
+            violation = Violation(
+                "quiescence_is_certain", "from here the machine may never come to rest"
+            )
             raise _BrokenError(violation, arrival)
 
-    # ------------------------------------------------------------------------------- stories
+    # ---------------------------------------------------------------------- counterexamples
 
-    def _tell(self, broken: _BrokenError) -> Counterexample:
+    def _counterexample(self, broken: _BrokenError) -> Counterexample:
         arrivals: list[_Arrival] = []
         arrival: _Arrival | None = broken.last
         while arrival is not None:
             arrivals.append(arrival)
             arrival = self._reached.get(arrival.before)
-        steps = tuple(self._told(arrival) for arrival in reversed(arrivals))
+        steps = tuple(self._line(arrival) for arrival in reversed(arrivals))
         return Counterexample(broken.violation.invariant, broken.violation.message, steps)
 
-    def _told(self, arrival: _Arrival) -> Told:
+    def _line(self, arrival: _Arrival) -> StoryLine:
         before, move, note = arrival
         if move.fact is None:
-            return Told(move.who, move.text, before.core.state, before.core.state, ())
+            return StoryLine(move.who, move.text, before.core.state, before.core.state, ())
         known = self._steps.get((before.core, move.fact))
         if known is None:
-            return Told(move.who, move.text, before.core.state, before.core.state, ())
+            return StoryLine(move.who, move.text, before.core.state, before.core.state, ())
         _, core, commands = known
         outcome = tuple(filter(None, (*map(describe, commands), note)))
-        return Told(move.who, move.text, before.core.state, core.state, outcome)
+        return StoryLine(move.who, move.text, before.core.state, core.state, outcome)
 
 
-def _fails_by_itself(edge: Edge) -> Violation | None:
-    """Where nothing goes wrong, who waits for a load goes on waiting, or hears that it holds."""
-    said, left = answers(edge), {c.ticket for job in edge.after.ctx.wanted for c in job.callers}
+def _loses_a_load(edge: Edge) -> Violation | None:
+    """If nothing fails, each caller of a load goes on waiting or is answered `loaded`."""
+    answered, left = answers(edge), {c.ticket for job in edge.after.ctx.wanted for c in job.callers}
     for job in edge.before.ctx.wanted:
         for caller in job.callers:
-            answer = said.get(caller.ticket)
-            holds = isinstance(answer, Loaded)
-            if caller.failure is None and caller.ticket not in left and not holds:
-                message = (
-                    f"nothing goes wrong, and call {caller.ticket} loses load {job.generation}"
-                )
+            is_loaded = isinstance(answered.get(caller.ticket), Loaded)
+            if caller.failure is None and caller.ticket not in left and not is_loaded:
+                message = f"nothing fails, and call {caller.ticket} loses load {job.generation}"
                 return Violation("a_load_succeeds_if_nothing_fails", message)
     return None

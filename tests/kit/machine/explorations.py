@@ -1,7 +1,6 @@
-"""What Layer A explores: programs, and what may go wrong in them.
+"""The programs that Layer A explores, with their faults and policies.
 
-`explored` takes each of them once, whoever asks: the checker's own tests, and those that look at
-the steps it took.
+`explored` explores each of them once, for the tests of the checker and of the mutants together.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ IDLE_RESTART = Policy(idle_ttl_s=1.0, restart=RestartPolicy(limit=1))
 RESTART_CONTINUE = Policy(abandoned_load="continue", restart=RestartPolicy(limit=2))
 
 PROGRAMS: dict[str, dict[str, Any]] = {
-    # who supersedes, joins, queues, rejects
+    # supersede, join, queue, reject
     "load A | load B | unload": {},
     "load A | load B queue; cancel | load A queue": {},
     "load A force | load B queue | load A queue": {"warm": "A"},
@@ -52,13 +51,13 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     # between a commit and the promotion of what waits behind it
     "load A | load B queue; cancel": {"faults": NO_FAULTS},
     "load A | load B queue | unload": {"faults": NO_FAULTS},
-    # the end
+    # shutdown
     "load A | load B | shutdown": {},
     "load A | load B queue | shutdown": {},
     "load B | shutdown; unload": {"warm": "A"},
     "load A | shutdown; load B | lease": {},
     "unload | shutdown; load B | lease": {"warm": "A"},
-    # a model of the Hub: asked for, and with `prefetch` fetched, while what runs serves
+    # Hub models: resolved, and with `prefetch` downloaded, while the server runs
     "load o/B | load C": {"warm": "A"},
     "load o/B prefetch | load A | unload": {"warm": "A"},
     "load o/B prefetch id=x | cancel x | load A slow": {"warm": "A"},
@@ -79,7 +78,7 @@ PROGRAMS: dict[str, dict[str, Any]] = {
         "faults": NO_FAULTS,
     },
     "load o/B | prefetch o/C | load o/D prefetch queue": {"policy": FULL, "faults": NO_FAULTS},
-    # time
+    # deadlines
     "load A deadline | load B queue deadline": {},
     "load B deadline | lease; release": {"warm": "A"},
     # calls that arrive in another order than they were made
@@ -90,9 +89,9 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "load A slow | load A": {},
     "load A slow | unload; load A": {},
     "load A slow | load A | load B queue": {},
-    # a slot that is not as empty as it seemed
+    # a slot that fills again
     "load A | unload": {"faults": Faults(strays=4)},
-    # what ran before comes back
+    # the previous model is restored
     "load B restore": {"warm": "A"},
     "load B restore | load C": {"warm": "A"},
     "load B restore | load A": {"warm": "A"},
@@ -104,7 +103,7 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "load B restore | shutdown": {"warm": "A"},
     "load B restore | load C reject": {"warm": "A", "policy": CONTINUE},
     "load B restore | load C queue deadline": {"warm": "A"},
-    # a server that ended by itself is started again
+    # a server that ended by itself is restarted
     "load A": {"policy": RESTART_CONTINUE},
     "load A deadline": {"policy": RESTART_CONTINUE},
     "load A deadline; load B restore deadline ": {"policy": RESTART},
@@ -115,7 +114,7 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "load A; withdraw | load A; withdraw ": {"policy": RESTART},
     "load A id=x | cancel x | load B queue": {"warm": "A", "policy": RESTART},
     "shutdown | lease": {"warm": "A", "policy": RESTART},
-    # a server nobody uses
+    # an idle server
     "load A | load A": {"policy": IDLE},
     "lease; release | load A; load B": {"warm": "A", "policy": IDLE},
     "lease; withdraw | load B queue": {"warm": "A", "policy": IDLE},
@@ -126,7 +125,7 @@ PROGRAMS: dict[str, dict[str, Any]] = {
 }
 
 DEEP: dict[str, dict[str, Any]] = {
-    # four clients: every pair of the above meets two more
+    # four clients
     "load A | load B | load C | unload": {},
     "load A | load B queue | load C queue | load A queue": {},
     "load A id=x | load B id=x queue | cancel x | unload B": {},
@@ -148,7 +147,7 @@ DEEP: dict[str, dict[str, Any]] = {
     "load o/B prefetch | load C queue; cancel | lease; release | unload": {"warm": "A"},
     "load o/B prefetch restore | load o/C prefetch queue | load A slow": {"warm": "A"},
     "prefetch o/B id=x | load o/B id=x prefetch | cancel x | shutdown": {},
-    # nothing goes wrong but the order: longer programs
+    # longer programs without faults
     "load A force | load B queue; cancel | load A queue | load A force": {
         "warm": "A",
         "faults": NO_FAULTS,
@@ -158,7 +157,7 @@ DEEP: dict[str, dict[str, Any]] = {
         "faults": NO_FAULTS,
     },
 }
-"""Four clients, for nightly runs: hundreds of thousands of worlds each."""
+"""For nightly runs: hundreds of thousands of worlds each."""
 
 
 @cache

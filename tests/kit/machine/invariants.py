@@ -1,7 +1,8 @@
-"""What must always hold, as `inv_*` predicates shared by every layer of tests.
+"""What must always hold: `inv_*` predicates shared by every layer of tests.
 
-Each looks at one world, or at one step between two (see `seen`), and returns None, or one sentence
-that says what went wrong. Here are the machine's and the slot's; `promises` has the callers'.
+Each looks at one world, or at one step between two worlds (see `observed`), and returns None or a
+sentence about what is wrong. Those of the machine and the slot are here, those of the callers in
+`promises`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from orchestrator.machine.commands import (
 )
 from orchestrator.machine.context import EffectInFlight, EffectKind
 from orchestrator.machine.facts import BecameReady, Completion, Fetched, TimerFired
-from orchestrator.machine.states import SETTLED, State
+from orchestrator.machine.states import State
 from tests.kit.machine.observed import Edge, Process, World, has_changed, is_known, is_owed, pids
 from tests.kit.machine.promises import STEP_PROMISES, WORLD_PROMISES
 
@@ -31,6 +32,7 @@ __all__ = ["INVARIANTS", "Edge", "Process", "Violation", "World", "check_edge", 
 
 # ------------------------------------------------------------------------------ in every world
 
+_AT_REST = {State.IDLE, State.HEALTHY}
 _OWN_EFFECT: dict[State, EffectKind] = {
     State.KILLING: "kill",
     State.DOWNLOADING: "download",
@@ -47,35 +49,33 @@ def inv_one_server(world: World) -> str | None:
 
 
 def inv_one_effect(world: World) -> str | None:
-    """At most one effect is in flight, it is the state's own, and the machine knows it."""
-    real, own, believed = world.in_flight, _OWN_EFFECT.get(world.state), world.ctx.effect
+    """At most one effect is in flight; it belongs to the state, and the machine knows it."""
+    real, own, known = world.in_flight, _OWN_EFFECT.get(world.state), world.ctx.effect
     if len(real) > 1:
         return f"{len(real)} effects are in flight: {', '.join(e.kind for e in real)}"
-    if (real[0] if real else None) != believed:
-        return (
-            f"the machine believes {believed} is in flight, but it is {real[0] if real else None}"
-        )
+    if (real[0] if real else None) != known:
+        return f"the machine records {known} as in flight, but it is {real[0] if real else None}"
     is_draining = world.state is State.KILLING and bool(world.ctx.leases)
-    if (believed.kind if believed else None) != own and not (believed is None and is_draining):
-        return f"in {world.state} the effect in flight is {believed.kind if believed else None}"
+    if (known.kind if known else None) != own and not (known is None and is_draining):
+        return f"in {world.state} the effect in flight is {known.kind if known else None}"
     return None
 
 
-def inv_no_server_is_forgotten(world: World) -> str | None:
-    """A server alive is on record, or its `Spawned` is still on its way."""
+def inv_no_server_is_cleared(world: World) -> str | None:
+    """A live server is recorded, or its `Spawned` has not arrived yet."""
     child = world.ctx.child
     spawning = {effect.generation for effect in world.in_flight if effect.kind == "spawn"}
     for process in world.alive:
         recorded = child is not None and child.pid == process.pid
         if process.generation and not recorded and process.generation not in spawning:
-            return f"server {process.pid} is alive and no longer on record"
+            return f"server {process.pid} is alive and not recorded"
     return None
 
 
 def inv_settled_holds_no_load(world: World) -> str | None:
-    """Idle and Healthy have no load in flight; Healthy knows which server it means, Idle none."""
+    """Idle and Healthy have no load in flight; Healthy has the child running, Idle has nothing."""
     ctx = world.ctx
-    if world.state in SETTLED and ctx.job is not None:
+    if world.state in _AT_REST and ctx.job is not None:
         return f"{world.state} with load {ctx.job.generation} still in flight"
     if world.state is State.IDLE and ctx.running is not None:
         return f"Idle with server {ctx.running.child.pid} still running"
@@ -84,53 +84,53 @@ def inv_settled_holds_no_load(world: World) -> str | None:
     return None
 
 
-def inv_what_waits_is_under_way(world: World) -> str | None:
-    """A load that awaits something, and a prefetch: it is being asked for, or fetched."""
+def inv_awaited_work_is_in_progress(world: World) -> str | None:
+    """What a queued load or a prefetch awaits is in progress."""
     for job in (*world.ctx.queue, *world.ctx.prefetches):
         kind = {"answer": "resolve", "files": "prefetch"}.get(job.awaits or "")
         if kind is not None and (kind, job.generation) not in world.beside:
-            return f"load {job.generation} awaits its {job.awaits}, and nobody fetches that"
+            return f"load {job.generation} awaits its {job.awaits}, which is not in progress"
     return None
 
 
-def inv_at_rest_nothing_waits(world: World) -> str | None:
-    """Quiescent: no load waits for its turn, and every load has been concluded."""
+def inv_at_rest_no_load_is_left(world: World) -> str | None:
+    """Quiescent: no load is wanted, and every load has been concluded."""
     if not world.is_quiescent:
         return None
     if world.ctx.wanted or world.ctx.prefetches or world.ctx.ending:
-        return "nothing more will happen, and a load is still wanted, or its end is not told"
+        return "nothing more will happen, and a load is still wanted or not concluded"
     if left := set(world.accepted.values()) - world.concluded:
         return f"nothing more will happen, and load {min(left)} was never concluded"
     return None
 
 
 def inv_nothing_is_on_record_before_a_spawn(world: World) -> str | None:
-    """Downloading and Spawning come after a verified empty slot: no pid, and nothing running."""
+    """In Downloading and Spawning the slot was verified empty: no pid, and nothing running."""
     ctx = world.ctx
     if world.state in {State.DOWNLOADING, State.SPAWNING} and (ctx.child or ctx.running):
-        return f"{world.state} with {ctx.child} on record"
+        return f"{world.state} with {ctx.child} recorded"
     return None
 
 
 def inv_at_rest_is_settled(world: World) -> str | None:
-    """Quiescent means Idle or Healthy: there is no trap, and nothing is 'stopping' for ever."""
-    if world.is_quiescent and world.state not in SETTLED:
+    """Quiescent means Idle or Healthy: nothing is stopping for ever."""
+    if world.is_quiescent and world.state not in _AT_REST:
         return f"nothing more will happen, and the state is {world.state}"
     return None
 
 
 def inv_idle_at_rest_is_empty(world: World) -> str | None:
-    """Quiescent Idle: nothing is alive, unless a kill failed and its pid is still on record."""
+    """Quiescent Idle: nothing is alive, unless a kill failed and its pid is recorded."""
     if world.is_quiescent and world.state is State.IDLE:
         child = world.ctx.child
         unknown = {p for p in world.alive if p.generation and not (child and child.pid == p.pid)}
         if unknown:
-            return f"Idle while {pids(world)} is alive and not on record"
+            return f"Idle while {pids(world)} is alive and not recorded"
     return None
 
 
 def inv_healthy_at_rest_is_alive(world: World) -> str | None:
-    """Quiescent Healthy: exactly our server is alive. A corpse is never loaded."""
+    """Quiescent Healthy: exactly our server is alive."""
     if world.is_quiescent and world.state is State.HEALTHY:
         child = world.ctx.child
         if child is None or {p.pid for p in world.alive} != {child.pid}:
@@ -138,13 +138,13 @@ def inv_healthy_at_rest_is_alive(world: World) -> str | None:
     return None
 
 
-def inv_nothing_idles_for_ever(world: World) -> str | None:
-    """Quiescent Healthy: it is used, pinned, or there is no time after which it is stopped."""
+def inv_idle_server_is_stopped(world: World) -> str | None:
+    """Quiescent Healthy: the server is leased or pinned, or has no idle time."""
     ctx = world.ctx
     if world.is_quiescent and world.state is State.HEALTHY and ctx.policy.idle_ttl_s is not None:
         is_pinned = ctx.running is not None and ctx.running.target.request.pinned
         if not is_pinned and not ctx.leases:
-            return "nobody uses the server, and nothing will stop it"
+            return "the server is idle, and nothing will stop it"
     return None
 
 
@@ -152,7 +152,7 @@ def inv_nothing_idles_for_ever(world: World) -> str | None:
 
 
 def inv_spawning_is_verified(edge: Edge) -> str | None:
-    """A server is started only into a slot that is empty now, for a load nobody has ended."""
+    """A server is started only in an empty slot, and for a load that has not ended."""
     spawns = [c for c in edge.commands if isinstance(c, Spawn)]
     enters = edge.after.state is State.SPAWNING and edge.before.state is not State.SPAWNING
     if not spawns and not enters:
@@ -177,21 +177,21 @@ def inv_nothing_begins_for_an_ended_load(edge: Edge) -> str | None:
     return None
 
 
-def inv_nothing_is_stopped_for_a_model_that_may_not_be_had(edge: Edge) -> str | None:
-    """What runs serves until the Hub has said yes, and with `prefetch` until the files are here."""
+def inv_server_is_stopped_only_for_an_available_model(edge: Edge) -> str | None:
+    """The server runs until the next model is resolved, and with `prefetch` downloaded."""
     job = edge.after.ctx.job
     if edge.before.state is not State.HEALTHY or edge.after.state is State.HEALTHY or job is None:
         return None
     model, request = job.target.model, job.target.request
     if not model.is_settled:
-        return f"a healthy server is stopped for {request.model_path}, of which nothing is known"
+        return f"a healthy server is stopped for {request.model_path}, which is not resolved"
     if request.prefetch and not model.is_on_disk:
-        return f"a healthy server is stopped for {request.model_path}, which is not here yet"
+        return f"a healthy server is stopped for {request.model_path}, which is not on disk"
     return None
 
 
 def inv_concluded_once(edge: Edge) -> str | None:
-    """What became of a load is said once; that it is loaded, only if it is Healthy."""
+    """A load is concluded once, and as loaded only in Healthy."""
     ended = [c for c in edge.commands if isinstance(c, Concluded)]
     for number, command in enumerate(ended):
         again = [c.generation for c in ended[:number]]
@@ -203,23 +203,23 @@ def inv_concluded_once(edge: Edge) -> str | None:
 
 
 def inv_a_server_ends_once(edge: Edge) -> str | None:
-    """That a server has ended is said once, when it is dead, and before its pid is forgotten."""
+    """The end of a server is reported once, after it died and before its pid is cleared."""
     for command in edge.commands:
         if isinstance(command, ServerEnded):
-            if command.pid in edge.before.told_ended:
-                return f"the end of server {command.pid} is told again"
+            if command.pid in edge.before.reported_ended:
+                return f"the end of server {command.pid} is reported again"
             if command.pid in {process.pid for process in edge.before.alive}:
-                return f"server {command.pid} is told to have ended, and is alive"
+                return f"server {command.pid} is reported to have ended, and is alive"
     child = edge.before.ctx.child
-    is_forgotten = child is not None and edge.after.ctx.child != child
-    told = {command.pid for command in edge.commands if isinstance(command, ServerEnded)}
-    if child is not None and is_forgotten and child.pid not in edge.before.told_ended | told:
-        return f"server {child.pid} is forgotten, and its end was never told"
+    is_cleared = child is not None and edge.after.ctx.child != child
+    reported = {command.pid for command in edge.commands if isinstance(command, ServerEnded)}
+    if child is not None and is_cleared and child.pid not in edge.before.reported_ended | reported:
+        return f"server {child.pid} is cleared, and its end was not reported"
     return None
 
 
-def inv_healthy_is_earned(edge: Edge) -> str | None:
-    """Healthy: our own child lives, a probe of this load passed, and nobody has ended the load."""
+def inv_healthy_is_proven(edge: Edge) -> str | None:
+    """Healthy: our child is alive, a probe of this load passed, and the load has not ended."""
     before, after, fact = edge.before, edge.after, edge.fact
     if after.state is not State.HEALTHY or before.state is State.HEALTHY:
         return None
@@ -236,12 +236,12 @@ def inv_healthy_is_earned(edge: Edge) -> str | None:
     if not found:
         return f"Healthy with pid {running.child.pid}, which is dead"
     if running.target != job.target or found[0].model != job.target.request.model_path:
-        return f"Healthy with {found[0].model}, but {job.target.request.model_path} was wanted"
+        return f"Healthy with {found[0].model}, but {job.target.request.model_path} was requested"
     return None
 
 
-def inv_stale_is_fenced(edge: Edge) -> str | None:
-    """A completion of anything but the effect in flight is settled, never believed."""
+def inv_stale_is_dropped(edge: Edge) -> str | None:
+    """A completion of anything but the effect in flight is dropped."""
     fact = edge.fact
     if not isinstance(fact, get_args(Completion)):
         return None
@@ -249,14 +249,14 @@ def inv_stale_is_fenced(edge: Edge) -> str | None:
     if is_owed(completion, edge.before):
         return None
     if has_changed(edge):
-        return f"{fact.trigger} of load {completion.generation} is believed, but it is stale"
+        return f"{fact.trigger} of load {completion.generation} is stale and accepted"
     if edge.commands != (DropStale(completion.generation, completion.trigger),):
-        return f"{fact.trigger} of load {completion.generation} is stale and not fenced"
+        return f"{fact.trigger} of load {completion.generation} is stale and not dropped"
     return None
 
 
-def inv_a_timer_means_its_own(edge: Edge) -> str | None:
-    """A deadline ends its load; a timer of what is over changes nothing."""
+def inv_stale_timer_is_dropped(edge: Edge) -> str | None:
+    """A deadline ends its load; a timer of something that is over changes nothing."""
     fact, ctx = edge.fact, edge.before.ctx
     if not isinstance(fact, TimerFired):
         return None
@@ -280,9 +280,9 @@ def inv_a_timer_means_its_own(edge: Edge) -> str | None:
         is_draining = edge.before.state is State.KILLING and not edge.before.in_flight
         is_due = is_draining and ctx.child is not None and ctx.child.generation == fact.generation
     if not is_due and has_changed(edge):
-        return f"the {fact.kind} timer of load {fact.generation} is late and believed"
+        return f"the {fact.kind} timer of load {fact.generation} is late and accepted"
     if not is_due and edge.commands != (DropStale(fact.generation, fact.trigger),):
-        return f"the {fact.kind} timer of load {fact.generation} is late and not fenced"
+        return f"the {fact.kind} timer of load {fact.generation} is late and not dropped"
     return None
 
 
@@ -318,24 +318,24 @@ def inv_token_set_once(edge: Edge) -> str | None:
 WORLD_INVARIANTS: tuple[Callable[[World], str | None], ...] = (
     inv_one_server,
     inv_one_effect,
-    inv_no_server_is_forgotten,
+    inv_no_server_is_cleared,
     inv_settled_holds_no_load,
     inv_nothing_is_on_record_before_a_spawn,
     inv_at_rest_is_settled,
     inv_idle_at_rest_is_empty,
     inv_healthy_at_rest_is_alive,
-    inv_nothing_idles_for_ever,
+    inv_idle_server_is_stopped,
     *WORLD_PROMISES,
-    inv_what_waits_is_under_way,
-    inv_at_rest_nothing_waits,
+    inv_awaited_work_is_in_progress,
+    inv_at_rest_no_load_is_left,
 )
 STEP_INVARIANTS: tuple[Callable[[Edge], str | None], ...] = (
     inv_spawning_is_verified,
     inv_nothing_begins_for_an_ended_load,
-    inv_nothing_is_stopped_for_a_model_that_may_not_be_had,
-    inv_healthy_is_earned,
-    inv_stale_is_fenced,
-    inv_a_timer_means_its_own,
+    inv_server_is_stopped_only_for_an_available_model,
+    inv_healthy_is_proven,
+    inv_stale_is_dropped,
+    inv_stale_timer_is_dropped,
     inv_generations_grow,
     inv_token_set_once,
     *STEP_PROMISES,
@@ -346,7 +346,7 @@ INVARIANTS = frozenset(inv.__name__ for inv in (*WORLD_INVARIANTS, *STEP_INVARIA
 
 
 class Violation(NamedTuple):
-    """Which invariant does not hold, and how."""
+    """A broken invariant, and how it is broken."""
 
     invariant: str
     message: str

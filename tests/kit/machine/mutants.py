@@ -1,12 +1,11 @@
-"""Every mutant of the table, and what kills one.
+"""The mutants of the table, and what kills them.
 
 A mutant differs from the shipped table in one thing: a row, a guard or an action is missing, a
-guard says the opposite, a destination is another, or two rows of one trigger have changed places.
-It is killed by a counterexample of the checker (an invariant broken, a fact without a row, an error
-in an action), or else by one of the sentences about the machine (`test_machine.py` and the like).
+guard is negated, a destination is another, or two rows of one trigger are swapped. It is killed by
+a counterexample of the checker (a broken invariant, a fact without a row, an error in an action)
+or by a test of the machine (`test_machine.py` and others), called a scenario here.
 
-The checker is only sent where the mutant can be told from the shipped table at all: to programs in
-which one of the steps they took has another outcome.
+The checker explores only programs in which some step of the mutant differs from the shipped table.
 """
 
 from __future__ import annotations
@@ -54,12 +53,12 @@ _NEGATED = {_NOT + name: _negated(name) for row in TABLE for name in row.guards}
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """A table that is wrong in one row.
+    """A table with one change.
 
     Attributes:
-        name: Says where and how, whatever else is changed in the table.
-        row: Which row.
-        touches: The shipped rows whose steps may have become others.
+        name: Where and how it is changed; independent of the other rows.
+        row: The index of the row.
+        touches: The shipped rows whose steps may differ.
     """
 
     name: str
@@ -68,24 +67,24 @@ class Mutant:
     table: tuple[Row, ...]
 
     def lifecycle(self) -> Lifecycle:
-        return TracedLifecycle(self.table, guard_names=_NEGATED)
+        return TracedLifecycle(self.table, **_NEGATED)
 
 
 class Death(NamedTuple):
-    """By what a mutant was killed: `checker` or `scenario`, and which."""
+    """What killed a mutant: `checker` or `scenario`, and which."""
 
     by: str
     how: str
 
 
 def name_of(row: Row) -> str:
-    """A row's own name, that of no other row, whatever rows are added around it."""
+    """Return a unique name of a row that does not depend on the other rows."""
     sources = "".join(_LETTERS[source] for source in row.sources)
     return f"{row.trigger} in {sources}{' if ' if row.guards else ''}{' '.join(row.guards)}"
 
 
 def mutants_of(index: int) -> Iterator[Mutant]:
-    """Every mutant of one row of the table."""
+    """Yield every mutant of one row."""
     row, name = TABLE[index], name_of(TABLE[index])
     behind = frozenset(i for i in range(index, len(TABLE)) if TABLE[i].trigger == row.trigger)
 
@@ -114,7 +113,7 @@ def mutants_of(index: int) -> Iterator[Mutant]:
 
 
 def _next_of_its_trigger(index: int) -> int | None:
-    """The next row that may fire for the same fact in the same state."""
+    """Return the next row that may fire for the same fact in the same state."""
     row = TABLE[index]
     for below in range(index + 1, len(TABLE)):
         if TABLE[below].trigger == row.trigger and set(TABLE[below].sources) & set(row.sources):
@@ -122,7 +121,7 @@ def _next_of_its_trigger(index: int) -> int | None:
     return None
 
 
-# ------------------------------------------------------------------------------------- the hunt
+# -------------------------------------------------------------------------------------- killing
 
 
 def kill(mutant: Mutant, modules: tuple[ModuleType, ...], *, is_thorough: bool) -> Death | None:
@@ -130,8 +129,7 @@ def kill(mutant: Mutant, modules: tuple[ModuleType, ...], *, is_thorough: bool) 
 
     Args:
         modules: Test modules whose plain tests are run as scenarios.
-        is_thorough: Give nothing up before every program in which it differs was explored; else a
-            few of the small ones have to do, and the scenarios.
+        is_thorough: Explore every program in which it differs, not only a few small ones.
     """
     small, large = _size_order()
     death = _killed_by_checker(mutant, small, most=None if is_thorough else _FEW)
@@ -142,7 +140,7 @@ def kill(mutant: Mutant, modules: tuple[ModuleType, ...], *, is_thorough: bool) 
 
 
 def _killed_by_checker(mutant: Mutant, programs: Sequence[str], most: int | None) -> Death | None:
-    """Explore from the first step that this mutant takes otherwise: what led to it is as ever."""
+    """Explore from the first step that differs; what leads to it is as in the shipped table."""
     lifecycle, tried = mutant.lifecycle(), 0
     for program in programs:
         start = _first_difference(lifecycle, mutant, program)
@@ -154,7 +152,7 @@ def _killed_by_checker(mutant: Mutant, programs: Sequence[str], most: int | None
                 program, lifecycle=lifecycle, start=start, max_worlds=bound, **PROGRAMS[program]
             )
         except MemoryError:
-            return Death("checker", f"worlds without end in {program}")
+            return Death("checker", f"too many worlds in {program}")
         if report.counterexample is not None:
             return Death("checker", report.counterexample.invariant)
         tried += 1
@@ -164,13 +162,13 @@ def _killed_by_checker(mutant: Mutant, programs: Sequence[str], most: int | None
 
 
 def _first_difference(lifecycle: Lifecycle, mutant: Mutant, program: str) -> World | None:
-    """Return where a program takes the first step that this mutant takes otherwise."""
+    """Return the world in which the first step of a program differs."""
     by_row = _steps(program)
     steps = heapq.merge(*(by_row.get(row, ()) for row in mutant.touches), key=itemgetter(0))
     for _, taken in steps:
         try:
             state, ctx, commands = lifecycle.step(taken.core.state, taken.core.ctx, taken.fact)
-        except Exception:  # noqa: BLE001 (a mutant may break in any way)
+        except Exception:  # noqa: BLE001 (a mutant may raise anything)
             return taken.world
         ctx = replace(ctx, last_error=None, last_exit=None)
         if (state, ctx, commands) != (taken.after.state, taken.after.ctx, taken.commands):
@@ -180,7 +178,7 @@ def _first_difference(lifecycle: Lifecycle, mutant: Mutant, program: str) -> Wor
 
 @cache
 def _steps(program: str) -> dict[int, list[tuple[int, Taken]]]:
-    """The steps a program takes, by the row that fires, numbered."""
+    """Return the numbered steps of a program by the row that fires."""
     found: dict[int, list[tuple[int, Taken]]] = defaultdict(list)
     for at, taken in enumerate(explored(program).steps):
         found[taken.row].append((at, taken))
@@ -189,7 +187,7 @@ def _steps(program: str) -> dict[int, list[tuple[int, Taken]]]:
 
 @cache
 def _size_order() -> tuple[list[str], list[str]]:
-    """Programs with few interleavings, and the others, each the smaller first."""
+    """Return the programs with few calls and the others, each smallest first."""
 
     def size(program: str) -> tuple[int, int]:
         clients = parse(program)
@@ -208,14 +206,14 @@ def _killed_by_scenario(mutant: Mutant, modules: tuple[ModuleType, ...]) -> Deat
         for name, scenario in scenarios(modules):
             try:
                 scenario()
-            except Exception:  # noqa: BLE001 (a mutant may break in any way)
+            except Exception:  # noqa: BLE001 (a mutant may raise anything)
                 return Death("scenario", name)
     return None
 
 
 @cache
 def scenarios(modules: tuple[ModuleType, ...]) -> tuple[tuple[str, Callable[[], object]], ...]:
-    """Every test of those modules that takes no fixture and no random values, ready to be run."""
+    """Return every test of those modules without fixtures and random values, ready to call."""
     return tuple(
         (name, case)
         for module in modules
@@ -230,7 +228,7 @@ def _is_of(module: ModuleType, test: Callable[..., object]) -> bool:
 
 
 def _cases(test: Callable[..., object]) -> Iterator[Callable[[], object]]:
-    """One call for each combination of parameters."""
+    """Yield one call for each combination of parameters."""
     marks = [mark for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize"]
     choices: list[list[dict[str, Any]]] = []
     for mark in marks:

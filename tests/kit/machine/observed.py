@@ -1,8 +1,8 @@
-"""What an invariant looks at: one world, or one step of the machine between two.
+"""What invariants check: one world, or one step of the machine between two worlds.
 
-A world is the machine's own state and context next to what the operating system and the callers
-know to be true: an abstract one in the checker, a recorded one over the real owner. Nothing in
-the invariants believes the machine about itself.
+A world has the machine's state and context, and beside them what is true for the operating system
+and the callers. It is abstract in the checker, and recorded over the real owner. No invariant
+trusts the machine about itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from orchestrator.settings.target import Target
 
 
 class Process(NamedTuple):
-    """A process of the slot that is alive now; generation 0 is a stray nobody recorded."""
+    """A live process of the slot; generation 0 is a stray that was never recorded."""
 
     pid: int
     generation: Generation
@@ -29,7 +29,7 @@ class Process(NamedTuple):
 
 
 class World(Protocol):
-    """One instant: what the machine believes, and what is true."""
+    """One instant: the memory of the machine, and what is true."""
 
     @property
     def state(self) -> State: ...
@@ -41,19 +41,19 @@ class World(Protocol):
 
     @property
     def in_flight(self) -> tuple[EffectInFlight, ...]:
-        """What is really being carried out."""
+        """The effects that are really in progress."""
 
     @property
     def beside(self) -> frozenset[tuple[str, Generation]]:
-        """What is being done for loads that wait, and for prefetches: `resolve` or `prefetch`."""
+        """What is in progress for queued loads and prefetches: `resolve` or `prefetch`."""
 
     @property
     def concluded(self) -> frozenset[Generation]:
-        """Loads of which it has been said what became of them."""
+        """Loads that were concluded."""
 
     @property
-    def told_ended(self) -> frozenset[int]:
-        """The server on record, if it has been said that it has ended."""
+    def reported_ended(self) -> frozenset[int]:
+        """The pid of the recorded server, if its end was reported."""
 
     @property
     def tokens(self) -> frozenset[Generation]:
@@ -61,7 +61,7 @@ class World(Protocol):
 
     @property
     def unanswered(self) -> frozenset[Ticket]:
-        """Calls that have arrived, are not answered, and whose caller is still there."""
+        """Calls that have arrived and are not answered, and whose caller has not gone away."""
 
     @property
     def ended(self) -> frozenset[Ticket]:
@@ -69,15 +69,15 @@ class World(Protocol):
 
     @property
     def accepted(self) -> Mapping[Ticket, Generation]:
-        """Which load a call was told it is."""
+        """The generation that each call was given."""
 
     @property
     def asked(self) -> Mapping[Ticket, Target]:
-        """What the load calls asked for."""
+        """The targets of the load calls."""
 
     @property
     def holding(self) -> frozenset[Ticket]:
-        """Leases that were granted and not given back; the holder is still there."""
+        """Leases that were granted and not released, and whose holder has not gone away."""
 
     @property
     def was_shut_down(self) -> bool:
@@ -85,12 +85,12 @@ class World(Protocol):
 
     @property
     def is_quiescent(self) -> bool:
-        """Nothing more happens by itself: no effect, no fact on its way, no timer."""
+        """Nothing more happens by itself: no effect, no posted fact, no timer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """One step of the machine: `before` is the world at the moment the fact is processed."""
+    """One step of the machine; `before` is the world when the fact is processed."""
 
     before: World
     fact: Fact
@@ -116,14 +116,14 @@ def category(answer: Answer | None) -> str | None:
 
 
 def is_owed(completion: Completion, world: World) -> bool:
-    """Is something in flight that may report this?"""
-    under_way = (*((e.kind, e.generation) for e in world.in_flight), *world.beside)
-    return (completion.trigger, completion.generation) in owed_by(under_way)
+    """Return whether something in progress may report this."""
+    in_progress = (*((e.kind, e.generation) for e in world.in_flight), *world.beside)
+    return (completion.trigger, completion.generation) in owed_by(in_progress)
 
 
-def owed_by(under_way: Iterable[tuple[str, Generation]]) -> set[tuple[str, Generation]]:
-    """Return the triggers of what may be reported by what is being done, with its generation."""
-    return {(trigger, generation) for kind, generation in under_way for trigger in _ENDS[kind]}
+def owed_by(in_progress: Iterable[tuple[str, Generation]]) -> set[tuple[str, Generation]]:
+    """Return the triggers that may be reported by what is in progress, with their generations."""
+    return {(trigger, generation) for kind, generation in in_progress for trigger in _ENDS[kind]}
 
 
 _ENDS = {
@@ -137,5 +137,5 @@ _ENDS = {
 
 
 def is_known(accept: Accept, world: World) -> bool:
-    """Joined, or already loaded: the generation existed before."""
+    """Return whether the generation existed before: the call joined, or was already loaded."""
     return accept.generation <= world.ctx.generation

@@ -1,20 +1,18 @@
-"""Small programs for callers, as text.
+"""Programs of concurrent clients, as text.
 
-Clients are separated by `|`, what one client does one after the other by `;`:
+Clients are separated by `|`, the calls of one client by `;`:
 
     load A slow id=x | load B queue; withdraw | unload
 
-A client never waits for its answers (except that a lease is released after it was granted), so
-every order of arrival is explored. `slow` is a load whose model takes a while to be looked up: it
-has its place in the order of calls first and arrives later. A model with a `/` in its name is on
-the Hub, which is asked first; a load of it may say `prefetch`, and `prefetch o/A` fetches it and no
-more. `cancel x` is by id, `cancel` alone by
-the generation of the client's last load; `withdraw` means the client's last call.
+A client does not wait for its answers, except that a lease is released only after it was granted,
+so every order of arrival is explored. `slow` is a load whose model takes a while to look up: it is
+called first and arrives later. A model with a `/` in its name is on the Hub and must be resolved;
+its load may say `prefetch`, and `prefetch o/A` only downloads it. `cancel x` is by id, `cancel`
+alone by the generation of the client's last load; `withdraw` means the client's last call.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +23,7 @@ Verb = Literal["load", "prefetch", "unload", "cancel", "withdraw", "lease", "rel
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One thing a client does; `refers` is the index of the call it is about (its own, if none)."""
+    """One action of a client; `refers` is the index of the call it is about, or its own."""
 
     verb: Verb
     text: str
@@ -88,25 +86,24 @@ def _parse_action(text: str, index: int, earlier: list[Action]) -> Action:
 
 
 def _request(words: list[str]) -> LoadRequest:
-    name, *options = words
-    known = re.compile(r"slow|queue|reject|force|restore|prefetch|deadline|pinned|id=(\S+)")
-    values: dict[str, str | bool | float] = {"model_path": name}
-    for option in options:
-        found = known.fullmatch(option)
-        if found is None:
+    values: dict[str, str | bool | float] = {"model_path": words[0]}
+    for option in words[1:]:
+        if option.startswith("id="):
+            values["load_request_id"] = option.removeprefix("id=")
+        elif option in _OPTIONS:
+            values |= _OPTIONS[option]
+        else:
             raise ValueError(f"not an option of load: {option!r}")
-        if option in {"queue", "reject"}:
-            values["on_busy"] = option
-        elif option == "force":
-            values["force_reload"] = True
-        elif option == "restore":
-            values["restore_previous"] = True
-        elif option == "prefetch":
-            values["prefetch"] = True
-        elif option == "pinned":
-            values["pinned"] = True
-        elif option == "deadline":
-            values["deadline_s"] = 1.0
-        elif found.group(1):
-            values["load_request_id"] = found.group(1)
     return LoadRequest.from_dict(values)
+
+
+_OPTIONS: dict[str, dict[str, str | bool | float]] = {
+    "slow": {},
+    "queue": {"on_busy": "queue"},
+    "reject": {"on_busy": "reject"},
+    "force": {"force_reload": True},
+    "restore": {"restore_previous": True},
+    "prefetch": {"prefetch": True},
+    "pinned": {"pinned": True},
+    "deadline": {"deadline_s": 1.0},
+}

@@ -1,9 +1,9 @@
-"""What may happen in a world, and what comes of it: programs and faults against the machine.
+"""What may happen in a world, and the worlds that follow: programs and faults around the machine.
 
-The operating system is faithful where it matters: a server lives from the moment the spawn is
-carried out and its `Spawned` arrives later, a cancelled effect still ends (perhaps with success), a
-kill that succeeds leaves nothing alive, an exit is noticed some time after it happened, and the
-evidence on a fact is the truth of the step that processes it.
+The operating system is modelled faithfully where it matters. A server lives from its spawn on, and
+`Spawned` arrives later. A cancelled effect still ends, perhaps with success. A successful kill
+leaves nothing alive. An exit is noticed some time after it happened. The evidence of a fact is
+true in the step that processes it.
 """
 
 from __future__ import annotations
@@ -84,13 +84,13 @@ class Move(NamedTuple):
     """Something that may happen next.
 
     Attributes:
-        who: Whose doing it is: `client 2`, `system`, `clock`, `adversary`.
+        who: Who does it: `client 2`, `system`, `clock`, `adversary`.
         text: What happens, in words.
-        world: The world at the moment the fact is processed.
-        fact: What the machine is told, if anything.
-        ends: The effect that has ended with it.
-        is_own: It happens by itself: nobody has to want it, and it is no fault from outside.
-        is_good: Nothing goes wrong in it.
+        world: The world when the fact is processed.
+        fact: The fact for the machine, if there is one.
+        ends: The work that ends with it.
+        is_own: It happens by itself, without a client or a fault from outside.
+        is_good: It is not a failure.
     """
 
     who: str
@@ -104,7 +104,7 @@ class Move(NamedTuple):
 
 @dataclass(frozen=True)
 class Scenario:
-    """Programs, faults and the policy they run under: everything that never changes."""
+    """The programs of the clients, the faults and the policy."""
 
     clients: tuple[tuple[Action, ...], ...]
     faults: Faults
@@ -120,10 +120,10 @@ class Scenario:
             calls=(Call(),) * len(self.actions),
             progress=(0,) * len(self.clients),
             strays=self.faults.strays,
-            lies=self.faults.stale,
+            stale=self.faults.stale,
         )
 
-    # ------------------------------------------------------------------------- what may happen
+    # -------------------------------------------------------------------------------- moves
 
     def moves(self, world: World) -> Iterator[Move]:
         yield from self.own_moves(world)
@@ -133,7 +133,7 @@ class Scenario:
         yield from self._faults_from_outside(world)
 
     def own_moves(self, world: World) -> Iterator[Move]:
-        """Effects end, exits are noticed, posted facts arrive, timers fire."""
+        """Yield the moves that need no client: effects end, exits are noticed, timers fire."""
         for work in world.work:
             yield from getattr(self, f"_end_{work.kind}")(world, work)
         for noticed in sorted(world.noticed):
@@ -160,7 +160,7 @@ class Scenario:
                 "system", "the slot is verified empty", world, Emptied(work.generation, AT), work
             )
         if self.faults.kill:
-            fact = KillFailed(work.generation, AT, Problem("slot_occupied", "it will not die"))
+            fact = KillFailed(work.generation, AT, Problem("slot_occupied", "it survives"))
             yield Move("system", "the kill fails", world, fact, work, is_good=False)
 
     def _end_download(self, world: World, work: Work) -> Iterator[Move]:
@@ -168,22 +168,26 @@ class Scenario:
         text = f"{work.model} is downloaded"
         yield Move("system", text, world, fetched, work, is_good=not world.alive)
         if self.faults.download:
-            fact = FetchFailed(work.generation, AT, Problem("hub_unreachable", "the hub is away"))
+            fact = FetchFailed(
+                work.generation, AT, Problem("hub_unreachable", "the Hub is unreachable")
+            )
             yield Move("system", "the download fails", world, fact, work, is_good=False)
 
     def _end_resolve(self, world: World, work: Work) -> Iterator[Move]:
         fact = Resolved(work.generation, AT, resolved(work.model))
-        yield Move("system", f"the Hub says what {work.model} is", world, fact, work)
-        yield from self._refused(world, work, "the Hub refuses it")
+        yield Move("system", f"{work.model} is resolved", world, fact, work)
+        yield from self._refused(world, work, "the Hub refuses the model")
 
     def _end_prefetch(self, world: World, work: Work) -> Iterator[Move]:
         fact = Fetched(work.generation, AT, files(work.model))
-        yield Move("system", f"{work.model} is fetched", world, fact, work)
+        yield Move("system", f"{work.model} is downloaded", world, fact, work)
         yield from self._refused(world, work, "the download fails")
 
     def _refused(self, world: World, work: Work, text: str) -> Iterator[Move]:
         if self.faults.download:
-            fact = FetchFailed(work.generation, AT, Problem("hub_unreachable", "the hub is away"))
+            fact = FetchFailed(
+                work.generation, AT, Problem("hub_unreachable", "the Hub is unreachable")
+            )
             yield Move("system", text, world, fact, work, is_good=False)
 
     def _end_spawn(self, world: World, work: Work) -> Iterator[Move]:
@@ -226,7 +230,7 @@ class Scenario:
         yield Move(who, action.text, *self._arrive(world, action, ticket), is_own=False)
 
     def _arrive(self, world: World, action: Action, ticket: Ticket) -> tuple[World, Fact]:
-        """Return the world in which the machine processes the call, and what it is told."""
+        """Return the world in which the machine processes the call, and the fact."""
         mine, about = world.calls[action.index], world.calls[action.refers]
         if action.verb == "withdraw":
             gone = about.status in {Status.WAITING, Status.ENDED, Status.HELD}
@@ -263,7 +267,7 @@ class Scenario:
                 )
 
     def _cancel(self, world: World, action: Action, about: Call) -> World:
-        """An id never seen may belong to a load still on its way; the cancel wins all the same."""
+        """Mark the loads that a cancel ends; a load of an unknown id may arrive later."""
         name = action.request_id
         if name is None:
             return self._end(world, lambda _, call: call.generation == about.generation)
@@ -278,7 +282,7 @@ class Scenario:
         return self._end(world, lambda a, _: a.request_id == name)
 
     def _end(self, world: World, ends: Callable[[Action, Call], bool]) -> World:
-        """Note which loads must not succeed any more."""
+        """Mark the loads that must not succeed any more."""
         to = {Status.WAITING: Status.ENDED, Status.LOOKING: Status.LOOKING_ENDED}
         calls = tuple(
             call._replace(status=to.get(call.status, call.status))
@@ -301,11 +305,11 @@ class Scenario:
             found = world._replace(alive=frozenset({STRAY}), strays=world.strays - 1)
             yield Move("system", "a stray process holds the slot", found, None, is_own=False)
 
-    def lies(self, world: World) -> Iterator[Move]:
-        """Completions of what is not in flight: late, or reported twice."""
-        if not world.lies:
+    def stale_moves(self, world: World) -> Iterator[Move]:
+        """Yield completions of what is not in flight: late, or reported twice."""
+        if not world.stale:
             return
-        told = world._replace(lies=world.lies - 1)
+        reported = world._replace(stale=world.stale - 1)
         owed = owed_by((work.kind, work.generation) for work in world.work)
         for number in range(1, world.core.ctx.generation + 1):
             for fact in stale_completions(
@@ -313,37 +317,37 @@ class Scenario:
             ):
                 if (fact.trigger, number) not in owed:
                     text = f"a late {fact.trigger} of load {number} arrives"
-                    yield Move("adversary", text, told, fact, is_own=False)
+                    yield Move("adversary", text, reported, fact, is_own=False)
 
-    # --------------------------------------------------------------------------- what comes of it
+    # ---------------------------------------------------------------------------- commands
 
     def carry_out(
         self, world: World, ends: Work | None, core: Core, commands: tuple[Command, ...]
     ) -> Iterator[tuple[str, World]]:
-        """Return the worlds after a step: more than one where carrying it out may fail."""
-        start: Spawn | None = None
+        """Yield the worlds after a step: two if a spawn may fail."""
+        spawn: Spawn | None = None
         changes = _Changes(world, ends, core.ctx.effect)
         for command in commands:
             if isinstance(command, Spawn):
-                start = command
+                spawn = command
             else:
                 changes.carry_out(command)
         after = changes.world(core)
-        if start is None:
+        if spawn is None:
             yield "", after
             return
-        model = start.target.request.model_path
-        pid = 100 + 10 * start.generation
+        model = spawn.target.request.model_path
+        pid = 100 + 10 * spawn.generation
         while any(process.pid == pid for process in after.alive):
             pid += 1
-        born = Process(pid, start.generation, model)
-        work = Work("spawn", start.generation, pid, model)
+        born = Process(pid, spawn.generation, model)
+        work = Work("spawn", spawn.generation, pid, model)
         yield (
-            f"server {pid} of {model} lives",
+            f"server {pid} of {model} starts",
             after._replace(alive=after.alive | {born}, work=(*after.work, work)),
         )
         if self.faults.spawn:
-            work = Work("spawn", start.generation)
+            work = Work("spawn", spawn.generation)
             yield "it cannot be started", after._replace(work=(*after.work, work))
 
 
@@ -354,7 +358,7 @@ class _Changes:
         self._world = world
         self._effect = effect
         self._concluded = world.concluded
-        self._told_ended = world.told_ended
+        self._reported_ended = world.reported_ended
         self._calls = list(world.calls)
         self._index = {call.ticket: i for i, call in enumerate(world.calls) if call.status}
         self._work = [work for work in world.work if work is not ends]
@@ -377,7 +381,7 @@ class _Changes:
             case Concluded(generation):
                 self._concluded |= {generation}
             case ServerEnded(pid):
-                self._told_ended |= {pid}
+                self._reported_ended |= {pid}
             case SetToken(generation):
                 self._tokens |= {generation}
             case SetTimer(generation, kind):
@@ -407,7 +411,8 @@ class _Changes:
             timers=self._timers,
             tokens=self._tokens,
             concluded=self._concluded,
-            told_ended=self._told_ended & ({core.ctx.child.pid} if core.ctx.child else set()),
+            reported_ended=self._reported_ended
+            & ({core.ctx.child.pid} if core.ctx.child else set()),
         )
 
 
@@ -415,12 +420,12 @@ _ENDABLE = frozenset({"load", "prefetch"})
 
 
 def _is_known(call: Call) -> bool:
-    """Has the machine heard of it? (A prefetch is told no generation.)"""
+    """Return whether the machine has processed the call."""
     return call.status not in {Status.UNSENT, Status.LOOKING, Status.LOOKING_ENDED}
 
 
 def _next_ticket(world: World) -> Ticket:
-    """Tickets count the calls in the order they are made, from 1; 0 is the one that warms up."""
+    """Return the next ticket in the order of calls, from 1; 0 is the load that warms up."""
     return Ticket(1 + sum(1 for call in world.calls if call.status))
 
 

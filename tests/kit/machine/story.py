@@ -1,4 +1,4 @@
-"""Counterexamples for people: a shortest way to break an invariant, as a story and as a diagram."""
+"""Counterexamples: a shortest way to break an invariant, as a story and as a sequence diagram."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from orchestrator.machine.states import State
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class StoryLine:
     """One line of a story."""
 
     who: str
@@ -49,37 +49,37 @@ class Counterexample:
 
     invariant: str
     message: str
-    steps: tuple[Told, ...]
+    steps: tuple[StoryLine, ...]
 
     def __str__(self) -> str:
-        """The story, and the same as a diagram to be pasted where Mermaid is drawn."""
+        """The story, and the same as a Mermaid diagram."""
         return f"{self.story}\n\n{self.mermaid()}"
 
     @property
     def story(self) -> str:
         lines = [f"{self.invariant}: {self.message}"]
-        for number, told in enumerate(self.steps, 1):
-            change = "" if told.before is told.after else f"  [{told.before} -> {told.after}]"
-            lines.append(f"{number:3}. {told.who}: {told.text}{change}")
-            lines += [f"       {line}" for line in told.outcome]
+        for number, line in enumerate(self.steps, 1):
+            change = "" if line.before is line.after else f"  [{line.before} -> {line.after}]"
+            lines.append(f"{number:3}. {line.who}: {line.text}{change}")
+            lines += [f"       {outcome}" for outcome in line.outcome]
         return "\n".join(lines)
 
     def mermaid(self) -> str:
         """Return the story as a Mermaid sequence diagram."""
-        names = {told.who: told.who.replace(" ", "_") for told in self.steps}
+        names = {line.who: line.who.replace(" ", "_") for line in self.steps}
         lines = ["sequenceDiagram", "  participant machine"]
         lines += [f"  participant {alias} as {who}" for who, alias in names.items()]
-        for told in self.steps:
-            lines.append(f"  {names[told.who]}->>machine: {_plain(told.text)}")
-            if told.before is not told.after:
-                lines.append(f"  Note over machine: {told.before} to {told.after}")
-            lines += [f"  machine->>machine: {_plain(line)}" for line in told.outcome]
+        for line in self.steps:
+            lines.append(f"  {names[line.who]}->>machine: {_plain(line.text)}")
+            if line.before is not line.after:
+                lines.append(f"  Note over machine: {line.before} to {line.after}")
+            lines += [f"  machine->>machine: {_plain(outcome)}" for outcome in line.outcome]
         lines.append(f"  Note over machine: {_plain(self.message)}")
         return "\n".join(lines)
 
 
 def describe(command: Command) -> str:
-    """Return one command in words; empty where the note of the spawn says it."""
+    """Return a command in words, or nothing for one that the story shows otherwise."""
     match command:
         case Accept(ticket, generation, joined):
             return f"call {ticket} {'joins' if joined else 'is'} load {generation}"
@@ -92,7 +92,7 @@ def describe(command: Command) -> str:
         case Post(fact):
             return f"load {fact.generation} is promoted"
         case DropStale(generation, trigger):
-            return f"{trigger} of load {generation} is fenced"
+            return f"{trigger} of load {generation} is dropped as stale"
         case Concluded() | ServerEnded():
             return ""
         case Kill() | Resolve() | Download() | Spawn() | Probe():
@@ -104,7 +104,7 @@ def _begins(effect: Effect) -> str:
         case Kill(_, child):
             return f"the kill begins: {f'server {child.pid}' if child else 'nothing on record'}"
         case Resolve(generation, target):
-            return f"the Hub is asked for {target.request.model_path}, for load {generation}"
+            return f"the look-up of {target.request.model_path} begins, for load {generation}"
         case Download(generation, target):
             return f"the download of {target.request.model_path} begins, for load {generation}"
         case Probe(_, child):
@@ -119,7 +119,7 @@ def _answer(answer: Answer) -> str:
             how = "already loaded" if answer.already else "loaded"
             return f"{how} {answer.target.request.model_path}, server {answer.child.pid}"
         case Unloaded(changed):
-            return "unloaded" if changed else "not that model, unchanged"
+            return "unloaded" if changed else "unchanged, another model"
         case CancelAnswer(cancelled):
             return "cancelled" if cancelled else "nothing to cancel"
         case Prefetched():

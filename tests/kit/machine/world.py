@@ -1,7 +1,7 @@
-"""One instant of an abstract world around the real machine: callers and an operating system.
+"""One instant of an abstract world around the real machine: its callers and the operating system.
 
-A world is hashable and small, so that equal ones are explored once. `View` shows it the way the
-invariants want to see it; the facts are made here too, each once for equal arguments.
+Worlds are small and hashable, so that equal ones are explored once. `View` adapts a world to the
+invariants. The facts are made here too, once for equal arguments.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ from orchestrator.settings.target import ServerBinary, Target
 from tests.kit.machine.observed import Process
 from tests.kit.machine.programs import Action
 
-AT = 0.0  # one instant, so that worlds stay finite
+AT = 0.0  # time stands still, so that the number of worlds is finite
 STRAY = Process(7, Generation(0), "?")
 
 
 class Core:
-    """The machine's state and context; the checker keeps one object for equal ones, so that
-    worlds compare and hash by identity.
+    """The machine's state and context.
+
+    The checker has one object for equal ones, so that worlds compare and hash them by identity.
     """
 
     __slots__ = ("ctx", "state")
@@ -57,7 +58,7 @@ class Core:
 
 
 class Status(IntEnum):
-    """How far a call is."""
+    """The progress of a call; `LOOKING` is called, and its model is being looked up."""
 
     UNSENT = 0
     LOOKING = 1
@@ -70,7 +71,7 @@ class Status(IntEnum):
 
 
 class Call(NamedTuple):
-    """What the caller knows of its call."""
+    """What the caller knows about its call."""
 
     status: Status = Status.UNSENT
     ticket: Ticket = Ticket(0)
@@ -78,11 +79,11 @@ class Call(NamedTuple):
 
 
 WorkKind = EffectKind | Literal["resolve", "prefetch"]
-"""What is being done: an effect of a state, or, beside it, for a load that waits."""
+"""An effect of a state, or work for a queued load or a prefetch."""
 
 
 class Work(NamedTuple):
-    """Something that is being carried out."""
+    """Work in progress."""
 
     kind: WorkKind
     generation: Generation
@@ -91,7 +92,7 @@ class Work(NamedTuple):
 
 
 class Noticed(NamedTuple):
-    """A fact on its way that no effect owes: the exit of a server, or a promotion."""
+    """A fact on its way that is no completion: the exit of a server, or a promotion."""
 
     kind: Literal["exited", "promote"]
     generation: Generation
@@ -104,7 +105,7 @@ class Timer(NamedTuple):
 
 
 class World(NamedTuple):
-    """One instant, hashable; see `seen.World` for what the properties promise."""
+    """One instant; see `observed.World`."""
 
     core: Core
     calls: tuple[Call, ...]
@@ -115,22 +116,22 @@ class World(NamedTuple):
     timers: frozenset[Timer] = frozenset()
     tokens: frozenset[Generation] = frozenset()
     concluded: frozenset[Generation] = frozenset()
-    told_ended: frozenset[int] = frozenset()
+    reported_ended: frozenset[int] = frozenset()
     cancelled_ids: frozenset[str] = frozenset()
     strays: int = 0
-    lies: int = 0
+    stale: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """What may go wrong, at any moment. Counted faults are budgets.
+    """What may go wrong at any moment; numbers are budgets.
 
     Attributes:
-        kill: A kill ladder ends and something is still alive.
+        kill: A process survives the kill ladder.
         download, spawn, health: The effect fails.
-        crash: A server dies by itself.
-        strays: How often a process nobody recorded is found in the slot between kill and spawn.
-        stale: How many completions of ended effects arrive and are believed.
+        crash: A server ends by itself.
+        strays: How often an unrecorded process appears in the slot between kill and spawn.
+        stale: How many completions of ended effects arrive.
     """
 
     kill: bool = True
@@ -148,7 +149,7 @@ NO_FAULTS = Faults(
 
 
 class View:
-    """A world as the invariants want to see it."""
+    """A world as `observed.World`."""
 
     __slots__ = ("_actions", "_world")
 
@@ -187,8 +188,8 @@ class View:
         return self._world.concluded
 
     @property
-    def told_ended(self) -> frozenset[int]:
-        return self._world.told_ended
+    def reported_ended(self) -> frozenset[int]:
+        return self._world.reported_ended
 
     @property
     def tokens(self) -> frozenset[Generation]:
@@ -290,7 +291,7 @@ def stale_completions(
 
 @cache
 def files(model: str) -> ModelFiles:
-    """A model on disk, be it local or the Hub's."""
+    """Return a model on disk, local or of the Hub."""
     inode = ord(model.rpartition("/")[2][0])
     weights = (FileIdentity(model, device=1, inode=inode, size_bytes=1, mtime_ns=1),)
     if "/" in model:
@@ -300,13 +301,13 @@ def files(model: str) -> ModelFiles:
 
 @cache
 def resolved(model: str) -> ModelFiles:
-    """A model of which the Hub has said what it is, and that is not here."""
+    """Return a resolved Hub model that is not on disk."""
     return ModelFiles((), None, "V", HubModel(model, commit="c" * 40))
 
 
 @cache
 def target(request: LoadRequest) -> Target:
-    """What is asked for, as it is looked up: of the Hub's models nothing is here."""
+    """Return the target of a request; Hub models are neither resolved nor on disk."""
     binary = FileIdentity("/bin/llama-server", 1, 1, 1, 1)
     name = request.model_path
     model = files(name)

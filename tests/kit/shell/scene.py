@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from orchestrator.machine import actions, guards
 from orchestrator.machine.context import Context, Policy
 from orchestrator.machine.facts import Fact
 from orchestrator.machine.states import State
@@ -34,9 +33,7 @@ class RecordedLifecycle(Lifecycle):
     """
 
     def __init__(self, table: Sequence[Row] = TABLE, **names: Callable[..., Any]) -> None:
-        super().__init__(
-            table, guard_names={**vars(guards), **names}, action_names={**vars(actions), **names}
-        )
+        super().__init__(table, **names)
         self._last: Stepped | None = None
         self._steps: dict[tuple[State, Context, Fact], Stepped] = {}
 

@@ -36,7 +36,7 @@ from orchestrator.runtime.snapshot import Snapshot
 from orchestrator.settings.target import Target
 from tests.kit.machine.invariants import Edge, Process, Violation, check_edge, check_world
 from tests.kit.machine.programs import Action, parse
-from tests.kit.machine.story import Told, describe
+from tests.kit.machine.story import StoryLine, describe
 from tests.kit.machine.world import Status, target
 from tests.kit.shell import promises
 from tests.kit.shell.gates import KINDS, Gate, GatedEffects, SpawnPlan, VirtualClock
@@ -77,7 +77,7 @@ class Instant:
     in_flight: tuple[EffectInFlight, ...]
     beside: frozenset[tuple[str, Generation]]
     concluded: frozenset[Generation]
-    told_ended: frozenset[int]
+    reported_ended: frozenset[int]
     tokens: frozenset[Generation]
     unanswered: frozenset[Ticket]
     ended: frozenset[Ticket]
@@ -118,12 +118,12 @@ class Stage(PumpedOwner):
         self.looking: list[Caller] = []
         self.owed: list[EffectInFlight] = []
         self.beside: set[tuple[str, Generation]] = set()
-        self.told_ended: set[int] = set()
+        self.reported_ended: set[int] = set()
         self.given: list[tuple[Generation, CancelToken]] = []
         self.heard: list[Snapshot] = []
         self.held: set[Generation] = set()
         self.transitions = 0
-        self.told: list[Told] = []
+        self.told: list[StoryLine] = []
         self.is_checking = False
         self.mishaps = self.pairs = 0
         if scene.warm is not None:
@@ -184,7 +184,7 @@ class Stage(PumpedOwner):
         move.act()
         self.pairs -= is_pair
         if len(self.told) == told:
-            self.told.append(Told(move.who, move.text, before, before, ()))
+            self.told.append(StoryLine(move.who, move.text, before, before, ()))
 
     def _own_moves(self) -> Iterator[Move]:
         for gate in self.effects.parked:
@@ -363,7 +363,7 @@ class Stage(PumpedOwner):
             self._note(stepped, state)
         outcome = tuple(filter(None, map(describe, stepped.commands if stepped else ())))
         now = self.owner.snapshot.state
-        self.told.append(Told("owner", f"takes up {_named(fact)}", state, now, outcome))
+        self.told.append(StoryLine("owner", f"takes up {_named(fact)}", state, now, outcome))
         if before is not None:
             self._check(before, fact, stepped)
 
@@ -374,7 +374,7 @@ class Stage(PumpedOwner):
         for command in stepped.commands:
             self.ledger.note(command)
             if isinstance(command, ServerEnded):
-                self.told_ended.add(command.pid)
+                self.reported_ended.add(command.pid)
 
     # --------------------------------------------------------------------------------- looking
 
@@ -411,7 +411,7 @@ class Stage(PumpedOwner):
 
     def _told_of_child(self) -> frozenset[int]:
         child = self.owner.snapshot.ctx.child
-        return frozenset(self.told_ended & {child.pid} if child is not None else ())
+        return frozenset(self.reported_ended & {child.pid} if child is not None else ())
 
     def key(self) -> tuple[object, ...]:
         """Return all that the future depends on: equal keys have equal futures."""
