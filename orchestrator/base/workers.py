@@ -1,9 +1,8 @@
 """Daemon threads for work that may block: look-ups, Hub requests, downloads, probes.
 
-All orchestrators of a process share one set. A job goes to an idle thread; a new thread starts
-only if none is idle, and ends after a while without a job. The threads are never joined, so a
-mount that does not answer delays neither `close()` nor the exit of the interpreter, which waits
-for the threads of `concurrent.futures`.
+All orchestrators of a process share one set. A new thread starts only if none is idle, and ends
+after a while without a job. Unlike those of `concurrent.futures` the threads are never joined: a
+mount that does not answer delays neither `close()` nor the exit of the interpreter.
 """
 
 from __future__ import annotations

@@ -120,16 +120,11 @@ def queue_is_full(ctx: Context, fact: facts.LoadRequested) -> bool:
 
 def prefetches_are_full(ctx: Context, fact: facts.ModelRequested) -> bool:
     """It needs one download too many, not counting those of the loads that it supersedes."""
-    request = fact.target.request
-    stays = (
-        ()
-        if isinstance(fact, facts.LoadRequested) and request.on_busy == "supersede"
-        else ctx.queue
-    )
-    waiting = sum(job.awaits is not None and job.target.request.prefetch for job in stays)
-    is_one_more = isinstance(fact, facts.PrefetchRequested) or (
-        request.prefetch and not (fact.target.model.is_settled and fact.target.model.is_on_disk)
-    )
+    request, model = fact.target.request, fact.target.model
+    is_load = isinstance(fact, facts.LoadRequested)
+    queued = () if is_load and request.on_busy == "supersede" else ctx.queue
+    waiting = sum(job.awaits is not None and job.target.request.prefetch for job in queued)
+    is_one_more = not is_load or (request.prefetch and not (model.is_settled and model.is_on_disk))
     return is_one_more and waiting + len(ctx.prefetches) >= ctx.policy.max_prefetches
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from transitions import Machine
@@ -33,14 +33,6 @@ class Stepped(NamedTuple):
     state: State
     ctx: Context
     commands: tuple[Command, ...]
-
-
-@dataclass(slots=True)
-class _Model:
-    """What `transitions` moves: the state of one step and its working context."""
-
-    state: str
-    step: Step[Fact]
 
 
 class Lifecycle:
@@ -70,7 +62,7 @@ class Lifecycle:
         Raises:
             LookupError: the table has no row for this fact in this state, which is a bug.
         """
-        model = _Model(state.value, Step(ctx, fact, ctx.is_due))
+        model = SimpleNamespace(state=state.value, step=Step(ctx, fact, ctx.is_due))
         event = self._machine.events.get(fact.trigger)
         if event is None or state.value not in event.transitions:
             raise LookupError(f"no row for {fact.trigger} in {state}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -136,11 +137,10 @@ def test_repeated_kill_adds_to_the_kill_time_once() -> None:
     """The phases together are no longer than the total."""
     run = Run()
     ticket = run.load(A)
-    for end in (run.emptied, lambda: run.fetched(OCCUPIED), run.emptied, run.fetched, run.spawned):
+    steps = (run.emptied, partial(run.fetched, OCCUPIED), run.emptied, run.fetched, run.spawned)
+    for step in (*steps, run.ready):
         run.now += 1.0
-        end()
-    run.now += 1.0
-    run.ready()
+        step()
     timings = run.loaded(ticket).timings
     assert (timings.kill, timings.download, timings.spawn, timings.health) == (2, 1, 1, 1)
     assert timings.total == 6

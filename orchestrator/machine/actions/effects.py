@@ -123,12 +123,8 @@ def record_death(s: Step[facts.BecameReady | facts.NotReady]) -> None:
 def plan_recovery(s: Step[facts.Exited]) -> None:
     """The healthy server has ended by itself: plan a restart, unless another load is due."""
     exit_, running = s.fact.exit, require(s.ctx.running)
-    problem = Problem(
-        "server_exited",
-        f"the server {_ending(exit_.returncode)[1]}",
-        generation=running.generation,
-        log_tail=exit_.log_tail,
-    )
+    text, number = f"the server {_ending(exit_.returncode)[1]}", running.generation
+    problem = Problem("server_exited", text, generation=number, log_tail=exit_.log_tail)
     if s.ctx.policy.restart is None or s.ctx.is_due:
         follows = "another load follows" if s.ctx.is_due else "load the model again"
         s.put(recovery=None, last_error=replace(problem, message=f"{problem.message}: {follows}"))

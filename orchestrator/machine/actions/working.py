@@ -160,13 +160,11 @@ class Step(Generic[F_co]):
         generation, at = Generation(self.ctx.generation + 1), self.fact.at
         restored = Restored(generation, target.request.model_path, target.model.variant)
         failure = replace(failure, restored=restored)
+        callers = failed.callers if failed else ()
         job = Job(
             generation,
             target,
-            tuple(
-                replace(caller, failure=caller.failure or failure)
-                for caller in (failed.callers if failed else ())
-            ),
+            tuple(replace(caller, failure=caller.failure or failure) for caller in callers),
             at,
             at,
             newest_before=self.ctx.newest_load,
