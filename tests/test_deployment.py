@@ -1,6 +1,4 @@
-"""The files of the how-to pages that are no Python: a real nginx in front of a real server, and the
-unit as systemd reads it.
-"""
+"""Files of the how-to pages: the nginx site in front of a real server, and the systemd unit."""
 
 from __future__ import annotations
 
@@ -42,7 +40,7 @@ def run(*command: str | Path, returncode: int = 0) -> str:
 
 
 class Site(NamedTuple):
-    """nginx's socket and the certificate it shows; where it passes requests on to."""
+    """A running nginx: its socket, its certificate and the server behind it."""
 
     socket: Path
     certificate: Path
@@ -72,21 +70,29 @@ def behind(state_dir: Path, tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def site(behind: str, tmp_path: Path) -> Iterator[Site]:
-    """The file as it is, but for the paths and the addresses, which are this test's own."""
+    """The file as it is, except for paths and addresses."""
     nginx, openssl = tool("nginx"), tool("openssl")
     certificate, key, socket = (tmp_path / name for name in ("cert.pem", "cert.key", "socket"))
-    made_of = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
+    key_options = (
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+    )
     names = ("-subj", f"/CN={NAME}", "-addext", f"subjectAltName=DNS:{NAME}")
-    run(openssl, "req", "-x509", *made_of, *names, "-keyout", key, "-out", certificate)
+    run(openssl, "req", "-x509", *key_options, *names, "-keyout", key, "-out", certificate)
     file = (EXAMPLES / "nginx.conf").read_text()
-    for theirs, ours in {
+    for original, replacement in {
         "listen 443 ssl": f"listen unix:{socket} ssl",
         f"/etc/ssl/{NAME}.pem": str(certificate),
         f"/etc/ssl/{NAME}.key": str(key),
         "http://127.0.0.1:8642": behind,
     }.items():
-        assert file.count(theirs) == 1, theirs
-        file = file.replace(theirs, ours)
+        assert file.count(original) == 1, original
+        file = file.replace(original, replacement)
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     folders = "".join(f"{kind}_temp_path {tmp_path}/{kind};" for kind in kinds)
     main = tmp_path / "main.conf"
@@ -102,8 +108,8 @@ def site(behind: str, tmp_path: Path) -> Iterator[Site]:
         run(*command, "-s", "stop")
 
 
-def test_only_our_name_a_key_and_our_own_pages_come_through(site: Site) -> None:
-    """The proxy passes on who was asked, so that a foreign name or page is told from ours."""
+def test_proxy_passes_only_the_allowed_name_key_and_pages(site: Site) -> None:
+    """The proxy keeps the Host header, by which foreign names and pages are recognised."""
     status = "/api/inference/status"
     with site.client() as client:
         assert client.get(status).json()["state"] == "Idle"
@@ -119,8 +125,8 @@ def test_only_our_name_a_key_and_our_own_pages_come_through(site: Site) -> None:
         assert (answer.status_code, answer.json()["category"]) == (403, "forbidden_host")
 
 
-def test_a_load_is_followed_and_an_answer_is_streamed(site: Site, tiny_model: str) -> None:
-    """What is told arrives when it is told, although the answer goes on."""
+def test_proxy_streams_events_and_answers(site: Site, tiny_model: str) -> None:
+    """Events and tokens arrive while the answer goes on."""
     with site.client() as client:
         body = {"model_path": tiny_model}
         load = client.post("/api/inference/load?wait=false", json=body)
@@ -137,8 +143,8 @@ def test_a_load_is_followed_and_an_answer_is_streamed(site: Site, tiny_model: st
         assert lines[-1] == "data: [DONE]"
 
 
-def test_a_request_larger_than_what_nginx_takes_by_itself_arrives(site: Site) -> None:
-    """Pictures are sent inside of a request; what answers is what is behind, not the proxy."""
+def test_large_request_passes_the_proxy(site: Site) -> None:
+    """Images are part of a request; the server answers it, not the proxy."""
     body = {"model_path": "x" * (3 << 20)}
     with site.client() as client:
         answer = client.post("/v1/chat/completions", json=body)
@@ -146,8 +152,8 @@ def test_a_request_larger_than_what_nginx_takes_by_itself_arrives(site: Site) ->
     assert answer.json()["category"] == "not_loaded"
 
 
-def test_systemd_understands_every_line_of_the_unit(tmp_path: Path) -> None:
-    """A directive that is misspelled is ignored by systemd, with a line in a log."""
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+    """systemd only logs a misspelt directive, and ignores it."""
     analyze = tool("systemd-analyze")
     text = (EXAMPLES / "llama-orchestrator.service").read_text()
     program = "/opt/llama-orchestrator/bin/llama-orchestrator"

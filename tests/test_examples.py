@@ -1,4 +1,4 @@
-"""The examples of the documentation run as they are, on a tiny model and the embedded server."""
+"""The examples of the documentation, on a tiny model and the embedded server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Example = Callable[..., str]
 
 
 def environment(state_dir: Path, **more: str) -> dict[str, str]:
-    """As a user's, with slots of this test's own and nothing that chooses a server."""
+    """Return a user's environment, with slots for this test alone and no variable for a server."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_")}
     return clean | {
         "LLAMA_ORCHESTRATOR_STATE_DIR": str(state_dir),
@@ -36,7 +36,7 @@ def environment(state_dir: Path, **more: str) -> dict[str, str]:
 
 @pytest.fixture
 def example(state_dir: Path) -> Example:
-    """Run one to its end, and return what it printed; nothing may be left running."""
+    """Run an example to its end, and return its output; no server may be left."""
 
     def run(name: str, *args: str, returncode: int = 0) -> str:
         done = subprocess.run(
@@ -54,7 +54,7 @@ def example(state_dir: Path) -> Example:
 
 
 def started(*command: str, state_dir: Path, says: str, **env: str) -> Iterator[str]:
-    """Start a program that stays, and yield the address it prints; it must end well."""
+    """Start a program that keeps running, and yield the address that it prints."""
     with subprocess.Popen(
         [sys.executable, "-m", *command],
         stdout=subprocess.PIPE,
@@ -72,7 +72,7 @@ def started(*command: str, state_dir: Path, says: str, **env: str) -> Iterator[s
                     yield found[0]
                     break
             else:
-                pytest.fail("it never said where it serves: " + "".join(printed))
+                pytest.fail("it printed no address: " + "".join(printed))
         finally:
             process.send_signal(signal.SIGTERM)
             process.communicate(timeout=DEADLINE_S)
@@ -89,14 +89,13 @@ WSGI_APPS = ("flask_embed:app", "django_embed:application")
 
 
 def gunicorn(app: str, state_dir: Path, model: str) -> Iterator[str]:
-    """An example of the synchronous frameworks, served as its page says."""
+    """Serve an example of the synchronous frameworks, as its page says."""
     command = ("gunicorn", "--workers=1", "--threads=8", "--bind=127.0.0.1:0", app)
     yield from started(*command, state_dir=state_dir, says="Listening at", MODEL=model)
 
 
 @pytest.fixture(params=WSGI_APPS)
 def wsgi_backend(request: pytest.FixtureRequest, state_dir: Path, tiny_model: str) -> Iterator[str]:
-    """The examples of the synchronous frameworks, with a model."""
     yield from gunicorn(request.param, state_dir, tiny_model)
 
 
@@ -107,8 +106,7 @@ def serving(state_dir: Path) -> Iterator[str]:
     yield from started(*command, state_dir=state_dir, says="url")
 
 
-def test_the_fastapi_example_answers_and_shows_its_status(backend: str) -> None:
-    """The model is loaded by the first question, and by no other."""
+def test_fastapi_example_loads_once_and_answers(backend: str) -> None:
     with httpx.Client(base_url=backend, timeout=DEADLINE_S) as client:
         assert client.get("/api/inference/status").json()["state"] == "Idle"
         pids = set()
@@ -122,24 +120,21 @@ def test_the_fastapi_example_answers_and_shows_its_status(backend: str) -> None:
         assert len(pids) == 1
 
 
-def test_a_worker_with_threads_owns_one_server(wsgi_backend: str) -> None:
-    """All threads ask at once, and the model is loaded once; what cannot be is a problem."""
+def test_wsgi_example_loads_once_for_all_threads(wsgi_backend: str) -> None:
     with httpx.Client(base_url=wsgi_backend, timeout=DEADLINE_S) as client:
         assert client.get("/status").json()["state"] == "Idle"
         with ThreadPoolExecutor(8) as threads:
-            asked = [
+            answers = [
                 threads.submit(client.post, "/ask", json={"question": f"{i}?"}) for i in range(16)
             ]
-        for answer in asked:
+        for answer in answers:
             assert answer.result().json()["choices"][0]["message"]["content"] != ""
         status = client.get("/status").json()
         assert (status["state"], status["loaded"]["generation"]) == ("Healthy", 1)
 
 
-def test_a_backend_without_its_model_answers_with_the_problem(
-    state_dir: Path, tmp_path: Path
-) -> None:
-    """Both frameworks show a page about an exception unless they are told what it means."""
+def test_wsgi_example_answers_with_a_problem(state_dir: Path, tmp_path: Path) -> None:
+    """By default, both frameworks answer an exception with a page of their own."""
     for app in WSGI_APPS:
         for url in gunicorn(app, state_dir, str(tmp_path / "missing.gguf")):
             answer = httpx.post(url + "/ask", json={"question": "?"}, timeout=DEADLINE_S)
@@ -148,22 +143,21 @@ def test_a_backend_without_its_model_answers_with_the_problem(
             assert answer.json()["category"] == "model_not_found"
 
 
-def test_the_sync_script_loads_asks_reloads_and_unloads(example: Example, tiny_model: str) -> None:
+def test_sync_script_loads_asks_reloads_and_unloads(example: Example, tiny_model: str) -> None:
     printed = example("sync_script.py", tiny_model).splitlines()
     assert printed[0].startswith("loaded: pid ")
     assert printed[0].endswith("context 512")
     assert printed[-2:] == ["reloaded: max_seq_length was 512, is 1024", "unloaded"]
 
 
-def test_the_openai_example_streams_an_answer(example: Example, tiny_model: str) -> None:
-    """The tiny model prints noise, but 64 tokens of it."""
+def test_openai_example_streams_an_answer(example: Example, tiny_model: str) -> None:
+    """The tiny model prints 64 tokens of noise."""
     assert len(example("openai_client.py", tiny_model, "Why is the sky blue?").strip()) > 30
 
 
-def test_the_progress_bar_ends_ready_or_with_the_reason(
+def test_progress_bar_ends_ready_or_with_the_error(
     example: Example, tiny_model: str, tmp_path: Path
 ) -> None:
-    """Also a load that fails comes to its end, and says why."""
     printed = example("progress_bar.py", tiny_model)
     assert f"ready        [{'#' * 40}]" in printed
     assert re.search(r"^ready after \d+\.\d s$", printed, re.MULTILINE)
@@ -172,10 +166,10 @@ def test_the_progress_bar_ends_ready_or_with_the_reason(
     assert "invalid_model: " in example("progress_bar.py", str(broken), returncode=1)
 
 
-def test_the_settings_panel_shows_what_apply_would_do(
+def test_settings_panel_shows_what_apply_would_do(
     example: Example, serving: str, tiny_model: str
 ) -> None:
-    """Load, nothing, reload with its reason, and a setting that is refused and changes nothing."""
+    """Load, none, reload with its reason, and a refused setting that changes nothing."""
 
     def apply(*settings: str, returncode: int = 0) -> list[str]:
         printed = example(
@@ -195,7 +189,7 @@ def test_the_settings_panel_shows_what_apply_would_do(
     assert apply("max_seq_length=1024")[0] == "Apply would none"
 
 
-def test_the_two_slots_hold_two_models_and_no_third_owner(
+def test_two_slots_hold_two_models_and_refuse_a_third_owner(
     example: Example, tiny_model: str, other_model: str
 ) -> None:
     printed = example("two_slots.py", tiny_model, other_model).splitlines()
@@ -205,8 +199,8 @@ def test_the_two_slots_hold_two_models_and_no_third_owner(
     assert printed[3].startswith("slot 'titles' is owned by process ")
 
 
-def test_the_crash_policy_brings_the_server_back(example: Example, tiny_model: str) -> None:
-    """Another process and a newer generation, and the end of the first one is told."""
+def test_crash_policy_restarts_the_server(example: Example, tiny_model: str) -> None:
+    """By another process and generation; the example prints how the first one ended."""
     printed = example("crash_policy.py", tiny_model)
     assert "-> Healthy" in printed
     assert "the last server ended with -9" in printed
@@ -217,7 +211,7 @@ def test_the_crash_policy_brings_the_server_back(example: Example, tiny_model: s
 
 
 def test_every_example_is_tested_and_shown() -> None:
-    """One that no page includes would not be read, and one without a test would rot."""
+    """A page must include each file, and a test must run it."""
     tests = (Path(__file__), Path(__file__).with_name("test_deployment.py"))
     tested = "".join(path.read_text() for path in tests)
     pages = "".join(path.read_text() for path in ROOT.glob("docs/**/*.md"))
