@@ -1,8 +1,7 @@
-"""The commands as one, and what becomes of their errors.
+"""The commands, and the exit code of each error.
 
-A command returns its exit code or raises: a usage error ends with 2, a failure with 1 and the
-problem in the form that was asked for, an interrupt with 130. A command's module is imported when
-it is named, so that `status` does not pay for `serve`.
+A command returns its exit code or raises: a usage error ends with 2, a failure with 1, an
+interrupt with 130.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Final, cast
+from typing import Final
 
 import click
 
@@ -21,7 +20,7 @@ from orchestrator.cli.output import Failure
 from orchestrator.errors import OrchestratorError
 
 PROGRAM: Final = "llama-orchestrator"
-_HOMES: Final = {
+_COMMANDS: Final = {
     "cli.serving": "run serve",
     "cli.client": "load unload cancel status plan logs events",
     "cli.pull": "pull",
@@ -29,29 +28,30 @@ _HOMES: Final = {
     "cli.doctor": "doctor",
     "cli.picture": "diagram",
 }
-_HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names.split()}
+_MODULE_OF: Final = {name: module for module, names in _COMMANDS.items() for name in names.split()}
 
 
-class Commands(click.Group):
-    """Knows the names; finds a command in its module when it is asked for."""
+class LazyGroup(click.Group):
+    """Imports a command when it is named, so that `status` does not pay for `serve`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_HOME_OF)
+        return list(_MODULE_OF)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _HOME_OF:
+        if cmd_name not in _MODULE_OF:
             return None
-        module = importlib.import_module(f"orchestrator.{_HOME_OF[cmd_name]}")
-        return cast("click.Command", getattr(module, cmd_name))
+        module = importlib.import_module(f"orchestrator.{_MODULE_OF[cmd_name]}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
 
 
 @click.group(
-    cls=Commands,
+    cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(orchestrator.__version__, prog_name=PROGRAM)
 def commands() -> None:
-    """Owns one llama-server process: load, swap and unload models, never two at once."""
+    """Load, swap and unload models of llama.cpp, never with two llama-servers at once."""
 
 
 def run(args: Sequence[str] | None) -> int:
@@ -66,7 +66,7 @@ def run(args: Sequence[str] | None) -> int:
     except OrchestratorError as error:
         Failure(error.problem.as_dict()).show()
         return 1
-    except BrokenPipeError:  # the reader has seen enough
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return code if isinstance(code, int) else 0

@@ -1,51 +1,354 @@
-"""`doctor`: can this machine run it, and if not, what is to be done.
+"""`doctor`: what this machine lacks to run llama-orchestrator, and what to do about it.
 
-One line a check: ok, a note, or a problem with its remedy. It starts no server, and leaves no more
-behind than the slot's folder, which the first start would make too.
+A check yields what it found: ok, a note, or a problem with its remedy. What limits the models but
+not the program (no GPU, no Hub, little memory) is a note; for a given model, whatever it cannot run
+without is a problem. Checks start no server and create nothing but the slot's folder.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any, Final
+import contextlib
+import errno
+import fcntl
+import importlib.util
+import logging
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
 
 import click
 
 from orchestrator.cli import config, logs, options
-from orchestrator.cli.checks import CHECKS, Check, Wanted
-from orchestrator.cli.output import say, say_json
+from orchestrator.cli.client import Remote
+from orchestrator.cli.output import Failure, say, say_json
+from orchestrator.errors import OrchestratorError, SlotOwned
+from orchestrator.models.hub import cache
+from orchestrator.models.variants import Variant
+from orchestrator.runtime.orchestrator import Orchestrator
+from orchestrator.server import process_table
+from orchestrator.server.binaries import ask_catalogue, find_server
+from orchestrator.server.slot import Slot, cache_dir
+from orchestrator.settings.reference import split_reference
 
 _MARKS: Final = {"ok": ("✓", "green"), "note": ("·", "yellow"), "problem": ("✗", "bold red")}
+_GIB: Final = 1 << 30
+_VERSION_TIMEOUT_S: Final = 20.0
+_HUB_TIMEOUT_S: Final = 5.0
+_GPU_TOOLS: Final = ("nvidia-smi", "rocm-smi")
+_FLAGS: Final = (
+    *("--model", "--host", "--port", "--ctx-size", "--parallel", "--cache-type-k"),
+    *("--cache-type-v", "--mmproj", "--jinja", "--chat-template-file"),
+)
 
 
-@click.command()
-@click.argument("model", required=False)
-@config.config_option(is_flag=False, flag_value="")
-@config.schema_option()
-@config.serving_options()
-@options.json_option()
+@dataclass(frozen=True, slots=True)
+class Check:
+    """The result of one check; `remedy` says what to do about it."""
+
+    name: str
+    verdict: Literal["ok", "note", "problem"]
+    detail: str
+    remedy: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """What `serve` would be started with."""
+
+    llama_server: str
+    slot: str
+    state_dir: str | None
+    port: int
+    model: str | None
+
+
+def _platform(_: Intent) -> Iterator[Check]:
+    yield Check("python", "ok", f"{platform.python_version()} at {sys.executable}")
+    name = f"{platform.system()} {platform.release()} on {platform.machine()}"
+    if process_table.LINUX:
+        yield Check("platform", "ok", name)
+    else:
+        yield Check("platform", "note", name, "only Linux is tested so far")
+
+
+def _server(intent: Intent) -> Iterator[Check]:
+    try:
+        binary = find_server(intent.llama_server)
+    except OrchestratorError as error:
+        remedy = 'give --llama-server PATH, or pip install "llama-orchestrator[embedded]"'
+        yield Check("llama-server", "problem", error.message, remedy)
+        return
+    where = binary.identity.path if binary.kind == "external" else "xllamacpp, embedded"
+    try:
+        version = _version(binary.command)
+    except (OSError, subprocess.SubprocessError) as error:
+        remedy = "run it by hand: a library may be missing, or it is built for another machine"
+        yield Check("llama-server", "problem", f"{where} does not run: {error}", remedy)
+        return
+    yield Check("llama-server", "ok", f"{where}  {version}")
+    catalogue = ask_catalogue(binary, cache_dir(intent.state_dir))
+    if catalogue is None:
+        yield Check("server flags", "note", "its --help cannot be read: flags are not checked")
+    elif missing := [flag for flag in _FLAGS if not catalogue.has(flag)]:
+        detail = f"it is too old and lacks {', '.join(missing)}"
+        yield Check("server flags", "problem", detail, "use a newer build of llama.cpp")
+    else:
+        yield Check("server flags", "ok", "it has every flag that the settings use")
+
+
+def _version(command: tuple[str, ...]) -> str:
+    done = subprocess.run(
+        [*command, "--version"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=_VERSION_TIMEOUT_S,
+        check=True,
+    )
+    text = (done.stdout + done.stderr).decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines()]
+    return next((line for line in lines if "version" in line.lower()), "version unknown")
+
+
+def _embedded(_: Intent) -> Iterator[Check]:
+    if importlib.util.find_spec("xllamacpp") is not None:
+        yield Check("embedded", "ok", "xllamacpp is installed")
+    else:
+        remedy = 'for a server without a binary: pip install "llama-orchestrator[embedded]"'
+        yield Check("embedded", "note", "xllamacpp is not installed", remedy)
+
+
+def _slot(intent: Intent) -> Iterator[Check]:
+    try:
+        slot = Slot(intent.slot, intent.state_dir)
+    except OrchestratorError as error:
+        yield Check("state dir", "problem", error.message, "give another --state-dir")
+        return
+    root = slot.directory.parent
+    yield Check("state dir", "ok", f"{root} is writable")
+    free = shutil.disk_usage(root).free
+    yield _amount("disk", free, f"free at {root}", problem_gib=0.2, note_gib=0.5)
+    try:
+        slot.claim()
+    except SlotOwned as error:
+        yield Check("slot", "note", error.message)
+        return
+    except OrchestratorError as error:
+        yield Check("slot", "problem", error.message, "check the folder's permissions")
+        return
+    yield _leftovers(slot)
+    slot.release()
+
+
+def _leftovers(slot: Slot) -> Check:
+    """Report what a dead owner left in a slot that we have claimed."""
+    server = slot.recall()
+    left = {process.pid for process in slot.inhabitants()}
+    if server is not None and process_table.is_alive(server):
+        left.add(server.pid)
+    if left:
+        detail = f"{slot.name!r} is free, but a dead owner left the processes {sorted(left)}"
+        return Check("slot", "note", detail, "nothing to do: the next start ends them")
+    if slot.record_path.exists():
+        server_is = f"of process {server.pid}, which is gone" if server else "without a server"
+        detail = f"{slot.name!r} is free, with a stale record {server_is}"
+        return Check("slot", "note", detail, "nothing to do: the next start removes it")
+    return Check("slot", "ok", f"{slot.name!r} is free and empty")
+
+
+def _kernel(_: Intent) -> Iterator[Check]:
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+        yield Check("pidfd", "ok", "available")
+    except (AttributeError, OSError):
+        remedy = "use Linux 5.3 or newer; without it, exits are found by polling"
+        yield Check("pidfd", "note", "not available", remedy)
+    try:
+        with tempfile.TemporaryFile() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield Check("flock", "ok", "files can be locked")
+    except OSError as error:
+        yield Check("flock", "problem", f"not available: {error}", "use a local file system")
+    if process_table.identify(os.getpid()) is not None and process_table.boot_id():
+        yield Check("proc", "ok", "the process table can be read")
+    else:
+        yield Check("proc", "problem", "the process table cannot be read", "mount /proc")
+
+
+def _memory(_: Intent) -> Iterator[Check]:
+    available = _available_bytes()
+    if available is None:
+        yield Check("memory", "note", "unknown")
+    else:
+        yield _amount("memory", available, "available", problem_gib=0.25, note_gib=2.0)
+
+
+def _available_bytes() -> int | None:
+    """Return the memory available to a server, within the limit of its cgroup (version 2)."""
+    try:
+        with open("/proc/meminfo") as file:
+            kib = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+    try:
+        cgroups = Path("/proc/self/cgroup").read_text().splitlines()
+        (group,) = (line[3:] for line in cgroups if line.startswith("0::"))
+        limit = int(Path(f"/sys/fs/cgroup{group}/memory.max").read_text())
+    except (OSError, ValueError):  # no cgroup of version 2, or "max"
+        return kib * 1024
+    return min(kib * 1024, limit)
+
+
+def _amount(name: str, size: int, what: str, *, problem_gib: float, note_gib: float) -> Check:
+    gib = size / _GIB
+    detail = f"{gib:,.1f} GiB {what}"
+    if gib < problem_gib:
+        return Check(name, "problem", detail, "free some: even a small model does not fit")
+    if gib < note_gib:
+        return Check(name, "note", detail, "enough for small models only")
+    return Check(name, "ok", detail)
+
+
+def _gpu(_: Intent) -> Iterator[Check]:
+    if found := _gpu_tool():
+        yield Check("gpu", "ok", f"{found} is installed")
+        return
+    remedy = "with a GPU: install its driver and tools, and a llama-server built for it"
+    yield Check("gpu", "note", f"no {' or '.join(_GPU_TOOLS)}: models run on the CPU", remedy)
+
+
+def _gpu_tool() -> str | None:
+    return next(filter(None, map(shutil.which, _GPU_TOOLS)), None)
+
+
+def _port(intent: Intent) -> Iterator[Check]:
+    address = f"127.0.0.1:{intent.port}"
+    try:
+        socket.create_server(("127.0.0.1", intent.port)).close()
+    except OSError as error:
+        is_ours = error.errno == errno.EADDRINUSE and _is_orchestrator(f"http://{address}")
+        detail = f"{address} is not available: {os.strerror(error.errno or 0)}"
+        remedy = "stop the process that uses it, or serve with --port 0"
+        yield Check("port", "note" if is_ours else "problem", detail, remedy)
+    else:
+        yield Check("port", "ok", f"{address} is free")
+
+
+def _is_orchestrator(url: str) -> bool:
+    try:
+        return Remote(url).get("/healthz", timeout_s=2.0) == {"status": "alive"}
+    except Failure:
+        return False
+
+
+def _hub(_: Intent) -> Iterator[Check]:
+    folder = cache.directory()
+    free = _free_bytes(folder)
+    yield _amount("model cache", free, f"free for {folder}", problem_gib=0.2, note_gib=5.0)
+    if cache.is_offline():
+        detail = "HF_HUB_OFFLINE is set: only cached models can be loaded"
+        yield Check("hub", "note", detail, "unset it to download models")
+        return
+    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        request = urllib.request.Request(hub, method="HEAD")  # noqa: S310 (the user's own setting)
+        urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_S).close()  # noqa: S310
+    except urllib.error.HTTPError as error:  # any status proves that it is reachable
+        error.close()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "reason", error)
+        remedy = "check network and proxy; cached and local models can still be loaded"
+        yield Check("hub", "note", f"{hub} is unreachable: {why}", remedy)
+        return
+    yield Check("hub", "ok", f"{hub} is reachable")
+
+
+def _free_bytes(folder: Path) -> int:
+    """Return the free disk space at a folder, which may not exist yet."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _model(intent: Intent) -> Iterator[Check]:
+    if intent.model is None:
+        return
+    try:
+        with contextlib.closing(Orchestrator(state_dir=intent.state_dir)) as unstarted:
+            found = unstarted.variants(intent.model).variants
+    except OrchestratorError as error:
+        yield Check("model", "problem", error.message, f"a load would fail: {error.category}")
+        return
+    _, label = split_reference(intent.model) or (None, None)
+    names = ", ".join(str(one.gguf_variant) for one in found)
+    for one in found:
+        if one.is_default if label is None else (one.gguf_variant or "").lower() == label.lower():
+            yield _fit(one)
+            return
+    if label is None:
+        detail = f"{intent.model}: the default variant is incomplete"
+        yield Check("model", "problem", detail, f"name a complete variant: {names}")
+    else:  # a load accepts other names for a variant too
+        detail = f"{intent.model}: {label} is not listed, so its size is unknown"
+        yield Check("model", "note", detail, f"use a name from the list: {names}")
+
+
+def _fit(model: Variant) -> Check:
+    size, free = model.size_bytes, _free_bytes(cache.directory())
+    text = f"{size / _GIB:,.1f} GiB" if size >= _GIB else f"{size / (1 << 20):,.1f} MiB"
+    detail = f"{model.gguf_variant or 'the model'} has {text}"
+    if not model.is_cached and size > free:
+        remedy = "free some, move the cache (HF_HUB_CACHE), or choose a smaller variant"
+        return Check("model", "problem", f"{detail}, {free / _GIB:,.1f} GiB of disk free", remedy)
+    memory = _available_bytes()
+    if memory is not None and size > memory:
+        detail += f", {memory / _GIB:,.1f} GiB of memory available"
+        remedy = "choose a smaller variant, or free memory"
+        return Check("model", "note" if _gpu_tool() else "problem", detail, remedy)
+    return Check("model", "ok", f"{detail} and fits")
+
+
+CHECKS: Final[tuple[Callable[[Intent], Iterator[Check]], ...]] = (
+    *(_platform, _server, _embedded, _slot, _kernel, _memory, _gpu, _port, _hub, _model),
+)
+
+
+@click.command(
+    params=[
+        click.Argument(["model"], required=False),
+        config.config_option(is_flag=False, flag_value=""),
+        *(config.SCHEMA, *config.SERVING, options.JSON),
+    ]
+)
 @click.pass_context
 def doctor(ctx: click.Context, /, *, as_json: bool, **given: Any) -> int:
-    """Check this machine for what `serve` would be, and say what to fix.
+    """Check this machine, with the settings of `serve`, and say what to fix.
 
-    With MODEL (a file, a folder, or owner/name[:VARIANT] on the Hub) also whether that fits.
-    With --config (FILE or not), say first where every setting comes from.
+    With MODEL (a file, a folder, or owner/name[:VARIANT] on the Hub), check that it fits too. With
+    --config (a FILE may follow), first show the value and the source of every setting.
     """
-    logs.configure("warning", "console")
-    wanted = Wanted(**{name: given[name] for name in Wanted.__slots__})
-    explained = config.explain(ctx) if config.is_named(ctx) else None
-    if explained is not None and not as_json:
-        _show_settings(explained)
+    logs.configure(logging.WARNING, "console")
+    explained = {"config": config.explain(ctx)} if config.is_named(ctx) else {}
+    if explained and not as_json:
+        _show_settings(explained["config"])
+    intent = Intent(**{name: given[name] for name in Intent.__slots__})
     found = []
     for check in CHECKS:
-        for result in check(wanted):
+        for result in check(intent):
             found.append(result)
             if not as_json:
                 _show(result)
     problems = sum(result.verdict == "problem" for result in found)
     if as_json:
-        members = {} if explained is None else {"config": explained}
-        say_json({"ok": not problems, **members, "checks": [asdict(one) for one in found]})
+        say_json({"ok": not problems, **explained, "checks": [asdict(one) for one in found]})
     elif problems:
         say((f"\n{problems} to fix", "bold red"))
     else:
@@ -61,7 +364,7 @@ def _show_settings(explained: dict[str, Any]) -> None:
         source = f"{one['source']} {one['origin'] or ''}"
         say(f"  {one['name']:<15}{text:<22} ", (source.rstrip(), "dim"))
     for name in explained["unknown_variables"]:
-        say(("· ", "yellow"), f"{name} is no setting and has no effect")
+        say(("· ", "yellow"), f"{name} is not a setting and has no effect")
     say()
 
 

@@ -1,7 +1,7 @@
-"""Log lines of the process: structlog is configured here and nowhere else (a library never does).
+"""Configures structlog and `logging` for the process, which the library itself never does.
 
-They go to stderr, one line an event, as text or JSON; what the standard library's loggers say
-(uvicorn's, for one) takes the same way. Results go to stdout and are not logs.
+Log lines go to stderr, one for each event, as text or JSON, including those of other libraries
+such as uvicorn. Results go to stdout and are not logs.
 """
 
 from __future__ import annotations
@@ -21,27 +21,24 @@ _SHARED: Final[tuple[structlog.typing.Processor, ...]] = (
 )
 
 
-def configure(level: Literal["info", "warning"], form: Format) -> None:
+def configure(level: int, form: Format) -> None:
     """Send every log line of at least this level to stderr."""
-    number = getattr(logging, level.upper())
-    renderer: tuple[structlog.typing.Processor, ...] = (
-        structlog.dev.ConsoleRenderer(
-            colors=sys.stderr.isatty(),
-            exception_formatter=structlog.dev.plain_traceback,  # rich's shows locals: secrets
-        ),
-    )
-    if form == "json":
-        renderer = (structlog.processors.format_exc_info, structlog.processors.JSONRenderer())
+    renderers: list[structlog.typing.Processor]
+    renderers = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    if form == "console":
+        plain = structlog.dev.plain_traceback  # rich's shows locals: secrets
+        colors = sys.stderr.isatty()
+        renderers = [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain)]
     structlog.configure(
-        processors=[*_SHARED, *renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(number),
+        processors=[*_SHARED, *renderers],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     handler = logging.StreamHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=_SHARED,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderer],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
         )
     )
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)

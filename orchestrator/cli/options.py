@@ -1,23 +1,22 @@
-"""Options the commands share, and what tells our own from llama-server's.
+"""Options shared by the commands, and the split between our options and llama-server's flags.
 
-A command that takes a model passes every flag it does not know on to llama-server, in order and
-unread. So click never sees those: its prefix rules would take `-mg 0` for `-m g`.
+A command that takes a model passes every unknown flag on to llama-server, unread and in order.
+click never sees those, because its prefix rules would read `-mg 0` as `-m g`.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import os
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar, cast
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import click
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.settings.checks import MAX_SECONDS
 from orchestrator.settings.fields import SETTINGS, type_of
 from orchestrator.settings.request import LoadRequest
 
@@ -25,14 +24,6 @@ DEFAULT_PORT: Final = 8642
 DEFAULT_URL: Final = f"http://127.0.0.1:{DEFAULT_PORT}"
 API_KEY_VARIABLE: Final = "LLAMA_ORCHESTRATOR_API_KEY"
 _FLAGS: Final = "llama_server_flags"
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-class Decorator(Protocol):
-    """Options to put on a command."""
-
-    def __call__(self, command: F, /) -> F: ...
 
 
 class ModelCommand(click.Command):
@@ -55,28 +46,20 @@ class ModelCommand(click.Command):
 def split(args: Sequence[str], takes_value: Mapping[str, bool]) -> tuple[list[str], list[str]]:
     """Return our own tokens and llama-server's, each in order.
 
-    The model is the first bare word before any flag of llama-server's, because after one a bare
-    word may be its value. Everything after `--` is llama-server's.
-
-    Args:
-        takes_value: Every spelling of our options, and whether a value follows it.
+    MODEL must come before any llama-server flag, because after one a bare word may be the flag's
+    value. Everything after `--` is llama-server's. `takes_value` has every spelling of our options.
     """
     ours: list[str] = []
     theirs: list[str] = []
-    tokens = deque(args)
-    while tokens:
-        token = tokens.popleft()
-        name, has_value = token, False
-        if token.startswith("--"):
-            name, separator, _ = token.partition("=")
-            has_value = bool(separator)
-        if token == "--":  # noqa: S105 (a word of a command line, not a secret)
+    tokens = iter(args)
+    for token in tokens:
+        name = token.partition("=")[0] if token.startswith("--") else token
+        if token == "--":  # noqa: S105 (not a secret)
             theirs += tokens
-            break
-        if name in takes_value:
+        elif name in takes_value:
             ours.append(token)
-            if takes_value[name] and not has_value and tokens:
-                ours.append(tokens.popleft())
+            if takes_value[name] and name == token:
+                ours += islice(tokens, 1)
         elif theirs or token.startswith("-"):
             theirs.append(token)
         else:
@@ -84,116 +67,80 @@ def split(args: Sequence[str], takes_value: Mapping[str, bool]) -> tuple[list[st
     return ours, theirs
 
 
-def llama_flags() -> tuple[str, ...] | None:
-    """Return the flags for llama-server of the command being run; None when there are none."""
-    return tuple(click.get_current_context().meta.get(_FLAGS, ())) or None
+def _read(path: str, hint: str | None = None) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise click.BadParameter(f"{path}: {why}.", param_hint=hint) from error
 
 
-# ------------------------------------------------------------------------------------- the options
-
-
-def together(*decorators: Callable[[Any], Any]) -> Decorator:
-    """Apply several decorators, the first shown first in the help."""
-
-    def decorate(command: F) -> F:
-        for decorator in reversed(decorators):
-            command = cast("F", decorator(command))
-        return command
-
-    return decorate
-
-
-def json_option() -> Decorator:
-    return together(click.option("--json", "as_json", is_flag=True, help="Print JSON."))
-
-
-def hub_options() -> Decorator:
-    """Of a model that comes from the Hub."""
-    return together(
-        _setting("revision"),
-        click.option("--hf-token-file", metavar="F", help="Hub token; default: HF_TOKEN, login."),
-    )
-
-
-def model_options() -> Decorator:
-    """What to load and how, as far as a flag of llama-server's is not the better word for it."""
-    option = click.option
-    return together(
-        click.argument("model", required=False),
-        option(
-            *("-m", "--model", "model_option"),
-            metavar="MODEL",
-            help="A .gguf file, a folder, or owner/name[:VARIANT] on the Hub.",
-        ),
-        *(_setting(name) for name in SETTINGS if _is_option(name) and name != "revision"),
-        option("--chat-template-file", metavar="F", help="Jinja file instead of the model's own."),
-        hub_options(),
-    )
-
-
-def start_options() -> Decorator:
-    """Of a command that loads, beside what makes one load differ from another."""
-    return together(*(_setting(name) for name in SETTINGS if _is_option(name, switch=True)))
-
-
-def _is_option(name: str, *, switch: bool = False) -> bool:
-    row = SETTINGS[name]
-    return row.option != () and (type_of(name) is bool) is switch
-
-
-def _setting(name: str) -> Callable[[Any], Any]:
-    """Return the option of a setting; what its value may be is said when the request is made."""
+def setting(name: str, *spellings: str, metavar: str | None = None) -> click.Option:
+    """Return the option of a setting; its value is checked when the request is built."""
     row, type_ = SETTINGS[name], type_of(name)
-    names = row.option or (f"--{name.replace('_', '-')}",)
+    names = [*(spellings or row.option or (f"--{name.replace('_', '-')}",)), name]
     help_ = f"{row.help[0].upper()}{row.help[1:]}.".replace("null = ", "default: ")
-    value = "|".join(row.choices) or row.metavar
     if type_ is bool:
-        return click.option(*names, name, is_flag=True, help=help_)
-    return click.option(*names, name, type=type_, metavar=value, help=help_)
-
-
-def idle_ttl_option(help_: str, **attributes: Any) -> Decorator:
-    return together(
-        click.option(
-            *("--idle-ttl", "idle_ttl_s"),
-            type=click.FloatRange(0, MAX_SECONDS, min_open=True),
-            metavar="S",
-            help=help_,
-            **attributes,
-        )
+        return click.Option(names, is_flag=True, help=help_)
+    return click.Option(
+        names,
+        type=type_,
+        metavar=metavar or row.metavar or "|".join(row.choices),
+        help=help_,
+        shell_complete=lambda _ctx, _param, begun: [c for c in row.choices if c.startswith(begun)],
     )
+
+
+_OPTIONAL: Final = [n for n, row in SETTINGS.items() if row.option != () and n != "revision"]
+
+JSON: Final = click.Option(["--json", "as_json"], is_flag=True, help="Print JSON.")
+HUB: Final = (
+    setting("revision"),
+    click.Option(
+        ["--hf-token-file", "hf_token"],
+        type=_read,
+        metavar="F",
+        help="File with a Hub token; default: HF_TOKEN, then `hf auth login`.",
+    ),
+)
+MODEL: Final = (
+    click.Argument(["model"], required=False),
+    click.Option(
+        ["-m", "--model", "model_option"],
+        metavar="MODEL",
+        help="A .gguf file, a folder, or owner/name[:VARIANT] on the Hub.",
+    ),
+    *(setting(name) for name in _OPTIONAL if type_of(name) is not bool),
+    click.Option(
+        ["--chat-template-file", "chat_template_override"],
+        type=_read,
+        metavar="F",
+        help="File with a Jinja template; default: the model's own.",
+    ),
+    *HUB,
+)
+START: Final = tuple(setting(name) for name in _OPTIONAL if type_of(name) is bool)
 
 
 def load_request(
     model: str | None,
-    model_option: str | None,
-    chat_template_file: str | None = None,
-    hf_token_file: str | None = None,
+    model_option: str | None = None,
     *,
     url: str | None = None,
     **fields: Any,
 ) -> LoadRequest:
-    """Build the request of a command line.
-
-    Args:
-        url: The orchestrator that will read it, if that is another process.
-
-    Raises:
-        click.UsageError: no model, two models, or a setting that is not usable.
-    """
+    """Build the request of a command line; `url` is the address of its receiver, if remote."""
     if model and model_option:
-        raise click.UsageError("Give MODEL once: as a word or with -m.")
+        raise click.UsageError("MODEL is given twice: give it as a word or with -m.")
     path = model or model_option
     if not path:
-        raise click.UsageError("Give a MODEL before any llama-server flag, or -m MODEL.")
+        raise click.UsageError(
+            "MODEL is missing: give it before any llama-server flag, or with -m MODEL."
+        )
     members = {name: value for name, value in fields.items() if value is not None}
     members["model_path"] = path
-    if (flags := llama_flags()) is not None:
-        members["llama_extra_args"] = flags
-    if chat_template_file is not None:
-        members["chat_template_override"] = _read(chat_template_file, "--chat-template-file")
-    if hf_token_file is not None:
-        members["hf_token"] = _read(hf_token_file, "--hf-token-file").strip()
+    if flags := click.get_current_context().meta.get(_FLAGS):
+        members["llama_extra_args"] = tuple(flags)
     for name in ("model_path", "mmproj_path"):
         if url is not None and name in members:
             members[name] = absolute(members[name], url)
@@ -203,60 +150,35 @@ def load_request(
         raise click.UsageError(error.message) from error
 
 
-def key_option(help_: str, **attributes: Any) -> Decorator:
-    """A key is in a file or in the environment, because anybody can read a command line."""
-    return together(
-        click.option(
-            "--api-key-file",
-            type=click.Path(),
-            envvar=f"{API_KEY_VARIABLE}_FILE",
-            metavar="F",
-            help=f"{help_}; default: ${API_KEY_VARIABLE}, if set.",
-            **attributes,
-        )
-    )
-
-
 def keys_in(path: str | None) -> tuple[str, ...]:
-    """Return the API keys of a file, one a line as llama-server has it; without a file, the one of
-    the environment; () when there is none.
-    """
+    """Return the API keys in a file, one a line; without a file, those in the environment."""
     if path is not None:
-        where, text = f"--api-key-file {path}", _read(path, "--api-key-file")
+        where, text = f"--api-key-file {path}", _read(path, "'--api-key-file'")
     elif text := os.environ.get(API_KEY_VARIABLE, ""):
         where = API_KEY_VARIABLE
     else:
         return ()
-    keys = tuple(line.strip() for line in text.splitlines())
-    if not (keys := tuple(filter(None, keys))):
-        raise click.UsageError(f"{where} holds no key.")
+    keys = tuple(key for line in text.splitlines() if (key := line.strip()))
+    if not keys:
+        raise click.UsageError(f"{where} contains no key: write one key a line.")
     if not all(key.isascii() and key.isprintable() for key in keys):
-        raise click.UsageError(f"{where}: a key may only have printable ASCII.")
+        raise click.UsageError(f"{where}: a key must consist of printable ASCII characters.")
     return keys
 
 
 def absolute(path: str, url: str) -> str:
-    """Return the path of a file here as an orchestrator in another folder would find it.
-
-    One on another machine has files of its own, and a Hub repo is not a file.
+    """Make the path of an existing file absolute for an orchestrator in another folder, if it runs
+    on this machine.
     """
     is_here = is_loopback(urlsplit(url).hostname or "")
     return os.path.abspath(path) if is_here and os.path.exists(path) else path
 
 
 def is_loopback(host: str) -> bool:
-    """Does this name or address reach nobody but this machine?"""
+    """Return whether only this machine can reach this name or address."""
     if host == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _read(path: str, option: str) -> str:
-    try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise click.UsageError(f"{option} {path}: {why}.") from error

@@ -1,7 +1,7 @@
-"""What a person sees: results on stdout, problems on stderr, both as JSON when that was asked for.
+"""What the commands print: results on stdout, problems and progress on stderr.
 
-Text of others (paths, messages, a model's answer) is never read as markup. Lines are not wrapped
-or cut, so that what is piped can be searched; the terminal does that.
+Text from elsewhere (paths, messages, a model's answer) is never read as markup. Lines are not
+wrapped or cut: what is piped can be searched, and the terminal wraps.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from typing import IO, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 
 import click
 from rich.console import Console
@@ -17,21 +17,16 @@ from rich.text import Text
 
 from orchestrator.machine.states import State
 
-STYLES: Final = {
-    State.IDLE: "dim",
-    State.KILLING: "red",
-    State.DOWNLOADING: "cyan",
-    State.SPAWNING: "magenta",
-    State.WAITING_HEALTH: "yellow",
-    State.HEALTHY: "bold green",
-}
-NOTES: Final = {
-    State.IDLE: "nothing runs",
-    State.KILLING: "empty the slot, and verify it",
-    State.DOWNLOADING: "find the model's files",
-    State.SPAWNING: "start one server",
-    State.WAITING_HEALTH: "it loads the model",
-    State.HEALTHY: "it answers",
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+_STYLES_AND_MEANINGS: Final = {
+    State.IDLE: ("dim", "no server"),
+    State.KILLING: ("red", "emptying the slot"),
+    State.DOWNLOADING: ("cyan", "finding the model's files"),
+    State.SPAWNING: ("magenta", "starting the server"),
+    State.WAITING_HEALTH: ("yellow", "loading the model"),
+    State.HEALTHY: ("bold green", "the server is ready"),
 }
 _WIDTH: Final = max(map(len, State))
 _TAIL_LINES: Final = 12
@@ -40,7 +35,7 @@ Part = str | tuple[str, str]
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Return a console on the stream of this moment (tests and pipes replace it)."""
+    """Return a console on the current stream, which tests and pipes replace."""
     return Console(stderr=stderr, highlight=False, soft_wrap=True)
 
 
@@ -50,73 +45,82 @@ def say(*parts: Part, stderr: bool = False) -> None:
     (sys.stderr if stderr else sys.stdout).flush()
 
 
-def say_json(members: Mapping[str, Any], *, one_line: bool = False) -> None:
-    """Print one JSON document: indented, or a line that a reader can wait for."""
-    click.echo(json.dumps(members, indent=None if one_line else 2))
+def say_json(document: Mapping[str, Any], *, one_line: bool = False) -> None:
+    """Print a JSON document, indented or on one line."""
+    click.echo(json.dumps(document, indent=None if one_line else 2))
     sys.stdout.flush()
 
 
-def state_line(at_ms: float, state: State, pid: int | None) -> tuple[Part, ...]:
-    """Return the parts of a timeline's line."""
-    who = f"pid {pid}" if pid else ""
-    return (
-        f"  {at_ms:7,.0f} ms  ",
-        (f"{state:<{_WIDTH}}", STYLES[state]),
-        f"  {who:<12}",
-        (NOTES[state], "dim"),
+def download_bars() -> Progress:
+    """Return an empty set of progress bars on stderr; a task has a field `note`."""
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(binary_units=True),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[note]}", style="yellow"),
+        console=console(stderr=True),
     )
 
 
-def settings_line(name: str, *values: Part) -> None:
+def state_part(state: str) -> Part:
+    """Return the name of a state in its color."""
+    return state, _STYLES_AND_MEANINGS[State(state)][0]
+
+
+def state_line(at_ms: float, state: State, pid: int | None) -> tuple[Part, ...]:
+    """Return the parts of one line of a timeline."""
+    style, meaning = _STYLES_AND_MEANINGS[state]
+    process = f"pid {pid}" if pid else ""
+    name = f"{state:<{_WIDTH}}"
+    return f"  {at_ms:7,.0f} ms  ", (name, style), f"  {process:<12}", (meaning, "dim")
+
+
+def say_field(name: str, *values: Part, stderr: bool = False) -> None:
     """Print `name  value`."""
-    say((f"  {name:<9}", "dim"), *values)
+    say((f"  {name:<9}", "dim"), *values, stderr=stderr)
 
 
-def list_reasons(reasons: list[dict[str, Any]]) -> None:
-    """Print why a server has to be started anew, a line a setting."""
+def say_reload_reasons(reasons: list[dict[str, Any]]) -> None:
+    """Print each setting that requires a reload, with its running and its requested value."""
     for reason in reasons:
-        running, requested = (_short(reason[key]) for key in ("running", "requested"))
-        settings_line("differs", f"{reason['field']}: {running} → {requested}")
+        running, requested = (
+            (value if isinstance(value, str) else json.dumps(value)).partition(" (")[0]
+            for value in (reason["running"], reason["requested"])
+        )
+        say_field("differs", f"{reason['field']}: {running} → {requested}")
 
 
 class Failure(click.ClickException):
-    """A problem document on its way to the person (or program) that asked.
+    """Ends the command with a problem document (RFC 9457), printed as JSON where requested."""
 
-    Args:
-        members: RFC 9457 members, as `Problem.as_dict` and HTTP have them.
-        as_json: Print it on stdout as it is.
-    """
-
-    def __init__(self, members: Mapping[str, Any], *, as_json: bool = False) -> None:
-        super().__init__(str(members.get("detail", members.get("title", "failed"))))
-        self.members = members
-        self.as_json = as_json
+    def __init__(self, problem: Mapping[str, Any]) -> None:
+        super().__init__(str(problem.get("detail", problem)))
+        self._problem = problem
+        context = click.get_current_context(silent=True)
+        self._as_json = context is not None and context.params.get("as_json", False)
 
     def show(self, file: IO[Any] | None = None) -> None:
-        if self.as_json:
-            say_json(self.members)
-            return
-        show_problem(self.members)
+        if self._as_json:
+            say_json(self._problem)
+        else:
+            say_problem(self._problem)
 
 
-def show_problem(members: Mapping[str, Any]) -> None:
-    """Print a problem: what happened, the field to change, the server's last lines."""
-    title = str(members.get("title", "Failed"))
-    say(("✗ ", "bold red"), (title, "bold"), stderr=True)
-    say(f"  {members.get('detail', '')}", stderr=True)
-    if field := members.get("field"):
-        say(("  change  ", "dim"), str(field), stderr=True)
-    if restored := members.get("restored"):
+def say_problem(problem: Mapping[str, Any]) -> None:
+    """Print a problem on stderr, with the field to change and the server's last lines."""
+    say(("✗ ", "bold red"), (str(problem.get("title", "Failed")), "bold"), stderr=True)
+    say(f"  {problem.get('detail', problem)}", stderr=True)
+    if field := problem.get("field"):
+        say_field("change", str(field), stderr=True)
+    if restored := problem.get("restored"):
         failed = restored.get("problem")
-        what = f"could not be brought back: {failed['detail']}" if failed else "runs again"
-        say(("  before  ", "dim"), f"{restored['model_path']} {what}", stderr=True)
-    tail = [str(line) for line in members.get("log_tail", ())]
-    if tail:
-        say(("  the server's last lines", "dim"), stderr=True)
-    for line in tail[-_TAIL_LINES:]:
-        say(("  │ ", "dim"), line, stderr=True)
-
-
-def _short(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text.partition(" (")[0]
+        outcome = f"could not be restored: {failed['detail']}" if failed else "is loaded again"
+        say_field("previous", f"{restored['model_path']} {outcome}", stderr=True)
+    if tail := problem.get("log_tail"):
+        say(("  last lines of the server", "dim"), stderr=True)
+        for line in tail[-_TAIL_LINES:]:
+            say(("  │ ", "dim"), str(line), stderr=True)

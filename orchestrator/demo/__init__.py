@@ -1,1 +1,1 @@
-"""`llama-orchestrator demo`: everything on a tiny model that it makes itself."""
+"""`llama-orchestrator demo`: the main features, shown on tiny models that it makes itself."""

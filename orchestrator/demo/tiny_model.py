@@ -1,9 +1,7 @@
-"""A valid GGUF of random weights: small enough to make on the spot, real enough to load.
+"""A valid GGUF of random weights, about half a megabyte, that llama.cpp loads in milliseconds.
 
-Owns the one model this project can always have: a llama-architecture file of about half a
-megabyte with one token per byte and its own chat template, which llama.cpp loads in
-milliseconds and answers with. The same arguments give the same bytes, and the file appears
-under its name complete or not at all.
+It has the llama architecture, one token per byte and its own chat template. The same arguments give
+the same bytes, and the file appears under its name complete or not at all.
 """
 
 from __future__ import annotations
@@ -11,17 +9,17 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-_N_EMBD = 64
-_N_HEAD = 2  # heads of 32 values: a whole block of every quantised KV cache type
-_N_FF = 128
-_N_BYTE_TOKENS = 256
-_SPECIAL_TOKENS = (b"<unk>", b"<s>", b"</s>")
-_PRINTABLE = range(0x20, 0x7F)
-_MAX_EXPERTS = 256  # llama.cpp refuses more than 512
-_FF_BLOCK = 32
-_CHAT_TEMPLATE = (
+_N_EMBD: Final = 64
+_N_HEAD: Final = 2  # heads of 32 values: a whole block of every quantised KV cache type
+_N_FF: Final = 128
+_N_BYTE_TOKENS: Final = 256
+_SPECIAL_TOKENS: Final = (b"<unk>", b"<s>", b"</s>")
+_PRINTABLE: Final = range(0x20, 0x7F)
+_MAX_EXPERTS: Final = 256  # llama.cpp refuses more than 512
+_FF_BLOCK: Final = 32
+_CHAT_TEMPLATE: Final = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
@@ -40,13 +38,13 @@ def write_tiny_model(
     Its answers are printable ASCII noise and run until `max_tokens` or the context is full.
 
     Args:
-        path: Where to write; an existing file is replaced in one step.
-        seed: Same seed and sizes, same bytes.
+        path: Where to write; an existing file is replaced atomically.
+        seed: Seed of the weights.
         n_layer: Number of transformer blocks, 1 or more.
-        padding_bytes: Make the file at least this much larger. llama.cpp refuses tensors it does
-            not know, so the size comes from a mixture of experts with zero weights: all of it
-            is loaded, of which one expert in up to 256 is computed per token.
-        context_length: Context the model claims to be trained for, in tokens.
+        padding_bytes: Make the file at least this much larger. llama.cpp refuses unknown tensors,
+            so the size comes from a mixture of up to 256 experts with zero weights: all are
+            loaded, and one is computed per token.
+        context_length: Training context in the file's metadata, in tokens.
 
     Returns:
         The path written.
@@ -61,28 +59,6 @@ def write_tiny_model(
             "n_layer and context_length must be 1 or more and padding_bytes 0 or more, "
             f"not {n_layer}, {context_length} and {padding_bytes}"
         )
-    gguf, numpy = _import_writer()
-    target = Path(path)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        writer = gguf.GGUFWriter(name, "llama")
-        n_expert, n_ff = _expert_sizes(padding_bytes, n_layer)
-        _add_metadata(writer, gguf, n_layer, context_length, n_expert, n_ff)
-        _add_weights(writer, numpy, seed, n_layer, n_expert, n_ff)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        Path(name).chmod(0o644)
-        Path(name).replace(target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return target
-
-
-def _import_writer() -> tuple[Any, Any]:
     try:
         import gguf
         import numpy
@@ -90,11 +66,23 @@ def _import_writer() -> tuple[Any, Any]:
         raise ImportError(
             'making a tiny model needs the `gguf` package: pip install "llama-orchestrator[demo]"'
         ) from error
-    return gguf, numpy
+    target = Path(path)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        written = Path(folder) / target.name
+        writer = gguf.GGUFWriter(written, "llama")
+        n_expert, n_ff = _expert_sizes(padding_bytes, n_layer)
+        _add_metadata(writer, gguf, n_layer, context_length, n_expert, n_ff)
+        _add_weights(writer, numpy, seed, n_layer, n_expert, n_ff)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        written.replace(target)
+    return target
 
 
 def _expert_sizes(padding_bytes: int, n_layer: int) -> tuple[int, int]:
-    """Return the number of experts, 0 for a dense model, and the feed-forward width."""
+    """Return the number of experts (0 = a dense model) and the feed-forward width."""
     if padding_bytes == 0:
         return 0, _N_FF
     block_bytes = n_layer * 3 * _FF_BLOCK * _N_EMBD * 4
@@ -148,7 +136,7 @@ def _add_weights(
     def ones() -> Any:
         return numpy.ones(_N_EMBD, dtype=numpy.float32)
 
-    # Rows of zeros keep every other token below the best printable ones.
+    # Zeros for all other tokens keep them below the best printable ones.
     output = numpy.zeros((n_vocab, _N_EMBD), dtype=numpy.float32)
     first, last = (len(_SPECIAL_TOKENS) + byte for byte in (_PRINTABLE.start, _PRINTABLE.stop))
     output[first:last] = noise(last - first, _N_EMBD)
@@ -162,10 +150,10 @@ def _add_weights(
         for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
             writer.add_tensor(f"{block}.{name}.weight", noise(_N_EMBD, _N_EMBD))
         writer.add_tensor(f"{block}.ffn_norm.weight", ones())
-        shapes = {"gate": (n_ff, _N_EMBD), "up": (n_ff, _N_EMBD), "down": (_N_EMBD, n_ff)}
         if n_expert:
             writer.add_tensor(f"{block}.ffn_gate_inp.weight", noise(n_expert, _N_EMBD))
-        for name, shape in shapes.items():
+        for name in ("gate", "up", "down"):
+            shape = (_N_EMBD, n_ff) if name == "down" else (n_ff, _N_EMBD)
             if n_expert:
                 zeros = numpy.zeros((n_expert, *shape), dtype=numpy.float32)
                 writer.add_tensor(f"{block}.ffn_{name}_exps.weight", zeros)

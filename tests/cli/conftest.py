@@ -1,4 +1,4 @@
-"""The real command in a process of its own: its output line by line, its exit code, its signals."""
+"""Commands as processes, and a `serve` of each test's own."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.kit.command import COMMAND, DEADLINE_S, Cli, Running, Start, environm
 
 @pytest.fixture
 def start(state_dir: Path) -> Iterator[Start]:
-    """Start a command that stays."""
+    """Start a command that runs until it is stopped."""
     with contextlib.ExitStack() as stack:
 
-        def begin(*args: str) -> Running:
-            running = Running(*args)
+        def begin(*args: str, **env: str) -> Running:
+            running = Running(*args, **env)
             stack.callback(running.close)
             return running
 
@@ -44,23 +44,23 @@ def cli() -> Cli:
 
 
 @pytest.fixture
-def here(state_dir: Path) -> tuple[str, ...]:
-    """The options of an orchestrator of this test's own, on any free port."""
+def own(state_dir: Path) -> tuple[str, ...]:
+    """Options of `serve` and `run` for an orchestrator of this test's own, on a free port."""
     return ("--port", "0", "--state-dir", str(state_dir), "--llama-server", "embedded")
 
 
 @pytest.fixture
-def serving(start: Start, here: tuple[str, ...]) -> Iterator[str]:
-    """The address of a running `serve`; it must end well."""
-    running = start("serve", "--json", *here)
+def serving(start: Start, own: tuple[str, ...]) -> Iterator[str]:
+    """The URL of a running `serve`, which must end well."""
+    running = start("serve", "--json", *own)
     yield running.json_line()["url"]
     assert running.signal(signal.SIGTERM) == 0
 
 
 @pytest.fixture
-def hangs(tmp_path: Path) -> str:
-    """A server that never becomes ready, so that a load lasts until somebody ends it."""
-    binary = tmp_path / "hangs"
+def never_ready(tmp_path: Path) -> str:
+    """The path of a server that never becomes ready, so that a load lasts until it is ended."""
+    binary = tmp_path / "never-ready"
     binary.write_text("#!/bin/sh\nexec sleep 1000\n")
     binary.chmod(0o755)
     return str(binary)

@@ -1,4 +1,4 @@
-"""`load`, `unload`, `cancel`, `status` and `plan` against a running `serve`."""
+"""The client commands against a running `serve`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,18 @@ import pytest
 
 from tests.kit.command import Cli, Start
 from tests.kit.process.servers import servers_of
+from tests.kit.sentences import assert_sentence
 
 
-def test_the_commands_talk_to_a_running_one(cli: Cli, serving: str, tiny_model: str) -> None:
-    """The same words for people, and the API's own JSON for programs."""
+def wait_until_state(cli: Cli, url: str, state: str) -> None:
+    deadline = time.monotonic() + 30
+    while json.loads(cli("status", "--url", url, "--json").stdout)["state"] != state:
+        assert time.monotonic() < deadline, state
+
+
+def test_every_command_prints_text_for_people_and_json_for_programs(
+    cli: Cli, serving: str, tiny_model: str
+) -> None:
     at = ("--url", serving)
     planned = json.loads(cli("plan", tiny_model, *at, "--json", "--seed", "7").stdout)
     assert planned["action"] == "load"
@@ -33,118 +41,117 @@ def test_the_commands_talk_to_a_running_one(cli: Cli, serving: str, tiny_model: 
         {"field": "llama_extra_args", "running": ["--seed", "7"], "requested": []}
     ]
 
-    told = cli("status", *at)
-    assert told.stdout.startswith("Healthy")
-    assert tiny_model in told.stdout
+    status = cli("status", *at)
+    assert status.stdout.startswith("Healthy")
+    assert tiny_model in status.stdout
     assert json.loads(cli("status", *at, "--json").stdout)["loaded"]["pid"] == cleared["pid"]
 
-    wanted = cli("plan", tiny_model, *at, "--max-seq-length", "256")
-    assert "max_seq_length: 0 → 256" in wanted.stdout
-    assert "no such load" in cli("cancel", *at, "--generation", "99").stdout
-    nothing = cli("cancel", *at, "--load-request-id", "x", "--json")
-    assert json.loads(nothing.stdout) == {"cancelled": False}
+    plan = cli("plan", tiny_model, *at, "--max-seq-length", "256")
+    assert "max_seq_length: 0 → 256" in plan.stdout
+    unknown = cli("cancel", *at, "--generation", "99")
+    assert_sentence("cli.cancel.unknown", unknown.stdout.strip())
+    unknown_as_json = cli("cancel", *at, "--load-request-id", "x", "--json")
+    assert json.loads(unknown_as_json.stdout) == {"cancelled": False}
 
-    assert "nothing was changed" in cli("unload", "another.gguf", *at).stdout
+    other = cli("unload", "another.gguf", *at)
+    assert_sentence("cli.unload.other", other.stdout.strip(), model="another.gguf")
     assert json.loads(cli("unload", *at, "--json").stdout) == {"status": "unloaded"}
     assert cli("status", *at).stdout.startswith("Idle")
 
 
-def test_a_file_is_found_from_another_folder(
+def test_a_relative_path_starts_at_the_folder_of_the_client(
     cli: Cli, serving: str, tiny_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The orchestrator runs elsewhere; what the user names is relative to where the user is."""
+    """The orchestrator runs in another one."""
     monkeypatch.chdir(Path(tiny_model).parent)
-    done = cli("load", Path(tiny_model).name, "--url", serving, "--json")
-    assert json.loads(done.stdout)["model_path"] == tiny_model
-    named = cli("unload", Path(tiny_model).name, "--url", serving, "--json")
-    assert json.loads(named.stdout) == {"status": "unloaded"}
+    loaded = cli("load", Path(tiny_model).name, "--url", serving, "--json")
+    assert json.loads(loaded.stdout)["model_path"] == tiny_model
+    unloaded = cli("unload", Path(tiny_model).name, "--url", serving, "--json")
+    assert json.loads(unloaded.stdout) == {"status": "unloaded"}
 
 
-def test_a_load_need_not_be_waited_for(cli: Cli, serving: str, tiny_model: str) -> None:
+def test_no_wait_prints_the_generation_and_returns(cli: Cli, serving: str, tiny_model: str) -> None:
     done = cli("load", tiny_model, "--url", serving, "--no-wait", "--json")
     assert json.loads(done.stdout) == {"generation": 1}
     assert cli("load", tiny_model, "--url", serving).returncode == 0
 
 
-def test_a_refusal_ends_with_1_and_says_why(cli: Cli, serving: str, tiny_model: str) -> None:
+def test_a_refused_load_ends_with_1_and_the_reason(cli: Cli, serving: str, tiny_model: str) -> None:
     missing = cli("load", "gone.gguf", "--url", serving)
     assert (missing.returncode, missing.stdout) == (1, "")
-    assert "gone.gguf does not exist" in missing.stderr
-    bogus = cli("load", tiny_model, "--bogus", "--url", serving, "--json")
-    assert bogus.returncode == 1
-    problem = json.loads(bogus.stdout)
+    assert "gone.gguf" in missing.stderr
+    unknown_flag = cli("load", tiny_model, "--bogus", "--url", serving, "--json")
+    assert unknown_flag.returncode == 1
+    problem = json.loads(unknown_flag.stdout)
     assert problem["category"] == "server_start_failed"
     assert any("--bogus" in line for line in problem["log_tail"])
-    last = cli("status", "--url", serving)
-    assert "--bogus" in last.stderr
+    assert "--bogus" in cli("status", "--url", serving).stderr
 
 
-def test_nobody_there_is_said_so(cli: Cli) -> None:
-    nobody = ("--url", "http://127.0.0.1:9")
-    done = cli("status", *nobody)
+def test_without_an_orchestrator_the_error_says_how_to_start_one(cli: Cli) -> None:
+    url = "http://127.0.0.1:9"
+    done = cli("status", "--url", url)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "llama-orchestrator serve" in done.stderr
-    as_json = cli("unload", *nobody, "--json")
+    assert_sentence("cli.unreachable", done.stderr.splitlines()[1].strip(), url=url)
+    as_json = cli("unload", "--url", url, "--json")
     assert as_json.returncode == 1
     assert json.loads(as_json.stdout)["category"] == "unreachable"
 
 
-def test_what_is_not_an_orchestrator_is_said_so(
-    cli: Cli, start: Start, here: tuple[str, ...], tiny_model: str
+def test_another_http_server_is_not_taken_for_an_orchestrator(
+    cli: Cli, start: Start, own: tuple[str, ...], tiny_model: str
 ) -> None:
-    """A llama-server answers too, but not this."""
-    running = start("run", tiny_model, *here, "--json")
-    server = running.json_line()["outcome"]["base_url"]
-    done = cli("status", "--url", server)
+    running = start("run", tiny_model, *own, "--json")
+    llama_server = running.json_line()["outcome"]["base_url"]
+    done = cli("status", "--url", llama_server)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
 
 
 def test_ctrl_c_during_a_load_withdraws_it(
-    cli: Cli, start: Start, state_dir: Path, hangs: str, tiny_model: str
+    cli: Cli, start: Start, state_dir: Path, never_ready: str, tiny_model: str
 ) -> None:
-    serve = start("serve", "--port", "0", "--state-dir", str(state_dir), "--llama-server", hangs)
-    url = serve.line_with("API").split()[1]
+    serve = start(
+        *("serve", "--port", "0", "--state-dir", str(state_dir), "--llama-server", never_ready)
+    )
+    url = serve.api_url()
     load = start("load", tiny_model, "--url", url, "--json")
-    while json.loads(cli("status", "--url", url, "--json").stdout)["state"] != "WaitingHealth":
-        pass
+    wait_until_state(cli, url, "WaitingHealth")
     assert load.signal(signal.SIGINT) == 130
-    while json.loads(cli("status", "--url", url, "--json").stdout)["state"] != "Idle":
-        pass
+    wait_until_state(cli, url, "Idle")
     assert servers_of(state_dir) == set()
     assert serve.signal(signal.SIGTERM) == 0
 
 
-def test_logs_and_events_are_followed_until_ctrl_c(
+def test_logs_and_events_follow_until_ctrl_c(
     cli: Cli, start: Start, serving: str, tiny_model: str
 ) -> None:
-    """What an operator leaves open in another window."""
     at = ("--url", serving)
     events = start("events", *at, "--after", "0", "--json")
     logs = start("logs", *at, "--follow", "--json")
     assert cli("load", tiny_model, *at).returncode == 0
-    told: list[dict[str, Any]] = []
-    while len(told) < 5:  # progress is told between them when the machine is slow
-        told += [event] if (event := events.json_line())["kind"] == "transition" else []
-    assert [event["id"] for event in told] == [1, 2, 3, 4, 5]
-    assert told[-1]["dest"] == "Healthy"
+    transitions: list[dict[str, Any]] = []
+    while len(transitions) < 5:  # with progress between them when the machine is slow
+        transitions += [event] if (event := events.json_line())["kind"] == "transition" else []
+    assert [event["id"] for event in transitions] == [1, 2, 3, 4, 5]
+    assert transitions[-1]["dest"] == "Healthy"
     assert "line" in logs.json_line()
     for running in (events, logs):
         assert running.signal(signal.SIGINT) == 130
-    shown = cli("logs", *at, "-n", "3").stdout.splitlines()
-    assert 0 < len(shown) <= 3
-    assert json.loads(cli("logs", *at, "--json").stdout)["lines"][-len(shown) :] == shown
+    last = cli("logs", *at, "-n", "3").stdout.splitlines()
+    assert 0 < len(last) <= 3
+    assert json.loads(cli("logs", *at, "--json").stdout)["lines"][-len(last) :] == last
 
 
-def test_a_key_goes_to_the_address_it_was_given_for(cli: Cli, tmp_path: Path) -> None:
-    """Not where a redirect leads, nor through a proxy (CVE-2025-51471 in a peer)."""
-    seen: list[tuple[str, str | None]] = []
+def test_a_key_follows_neither_redirect_nor_proxy(cli: Cli) -> None:
+    """It goes to the given address only (CVE-2025-51471 in a peer)."""
+    received: list[tuple[str, str | None]] = []
 
-    class Elsewhere(http.server.BaseHTTPRequestHandler):
+    class Redirecting(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            seen.append((self.path, self.headers["Authorization"]))
+            received.append((self.path, self.headers["Authorization"]))
             self.send_response(307)
-            self.send_header("Location", here.replace("127.0.0.1", "localhost") + "/taken")
+            self.send_header("Location", url.replace("127.0.0.1", "localhost") + "/taken")
             self.send_header("WWW-Authenticate", 'Bearer realm="http://evil.example"')
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -152,26 +159,24 @@ def test_a_key_goes_to_the_address_it_was_given_for(cli: Cli, tmp_path: Path) ->
         def log_message(self, *_: object) -> None:
             """Print nothing."""
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Redirecting) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        here = f"http://127.0.0.1:{server.server_port}"
-        proxies = {"HTTP_PROXY": here + "/proxy", "http_proxy": here + "/proxy"}
+        url = f"http://127.0.0.1:{server.server_port}"
+        proxies = {"HTTP_PROXY": url + "/proxy", "http_proxy": url + "/proxy"}
         key = {"LLAMA_ORCHESTRATOR_API_KEY": "s3cret"}
-        done = cli("status", "--url", here, **key, **proxies)
+        done = cli("status", "--url", url, **key, **proxies)
         server.shutdown()
         thread.join()
     assert done.returncode == 1
-    assert seen == [("/api/inference/status", "Bearer s3cret")]
+    assert received == [("/api/inference/status", "Bearer s3cret")]
     assert "s3cret" not in done.stdout + done.stderr
 
 
-def test_a_load_says_how_long_it_may_idle(cli: Cli, serving: str, tiny_model: str) -> None:
-    """The request's own words; a pinned model stays."""
+def test_an_idle_model_is_unloaded_unless_pinned(cli: Cli, serving: str, tiny_model: str) -> None:
+    """As the load that brought it asked, whatever the default of the orchestrator."""
     at = ("--url", serving, "--json")
     loaded = json.loads(cli("load", tiny_model, *at, "--pinned", "--idle-ttl", "0.2").stdout)
     assert json.loads(cli("status", *at).stdout)["loaded"]["pid"] == loaded["pid"]
     cli("load", tiny_model, *at, "--idle-ttl", "0.05", "--force-reload", "--prefetch")
-    ends = time.monotonic() + 20
-    while json.loads(cli("status", *at).stdout)["state"] != "Idle":
-        assert time.monotonic() < ends
+    wait_until_state(cli, serving, "Idle")

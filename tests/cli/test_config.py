@@ -1,4 +1,4 @@
-"""Where a setting comes from, and that nothing in a file is lost in silence."""
+"""The source of each setting, and errors for everything in a file that is not one."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from orchestrator.cli.serving import run, serve
 from tests.kit.command import COMMAND, Cli, Start, environment
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = config.settings_of(serve)
+KEYS = list(config.PARAMETERS)
 
-# A word for every setting that no other source and no default says.
+# A value for every setting that differs from the default and from those of the other sources.
 OF_FLAG = {
     "llama_server": "embedded",
     "host": "127.0.0.2",
@@ -65,18 +65,31 @@ OF_FILE: dict[str, Any] = {
 }
 
 
+ALLOWED = {
+    "llama_server": "a non-empty string",
+    "port": "an integer from 0 to 65535",
+    "kill_grace": "a number from 0 to 2592000",
+    "idle_ttl": "a number above 0, at most 2592000",
+    "restart": '"never" or "on-crash"',
+    "models_dir": "a list of strings",
+    "allowed_host": "a list of strings",
+    "slot": "a non-empty string",
+    "api_key_file": "a non-empty string",
+}
+
+
 def toml(members: dict[str, Any]) -> str:
     return "".join(f"{key} = {json.dumps(value)}\n" for key, value in members.items())
 
 
 def explained(command: click.Command, *args: str) -> dict[str, dict[str, Any]]:
-    """What a command would take, by key; the command is not run."""
+    """Return what a command would use, by key; it does not run."""
     with command.make_context(command.name, [*args]) as ctx:
         return {one["name"]: one for one in config.explain(ctx)["settings"]}
 
 
 @pytest.fixture(autouse=True)
-def _no_file_of_this_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _no_file_in_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
 
 
@@ -87,12 +100,11 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("key", SETTINGS)
+@pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("command", [serve, run, doctor], ids=lambda one: str(one.name))
-def test_a_flag_goes_before_the_environment_before_the_file_before_the_default(
+def test_flag_wins_over_environment_over_file_over_default(
     command: click.Command, key: str, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For each setting alike, and each source is told by its name."""
     flag = f"--{key.replace('_', '-')}"
     variable = f"LLAMA_ORCHESTRATOR_{key.upper()}"
     default = explained(command)[key]
@@ -113,7 +125,7 @@ def test_a_flag_goes_before_the_environment_before_the_file_before_the_default(
     assert default["value"] != of_file["value"]
 
 
-def test_an_empty_variable_is_none(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_variable_counts_as_unset(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a unit file that has `Environment=NAME=`."""
     monkeypatch.setenv("LLAMA_ORCHESTRATOR_PORT", "")
     monkeypatch.setenv("LLAMA_ORCHESTRATOR_CONFIG", "")
@@ -121,7 +133,7 @@ def test_an_empty_variable_is_none(file: Path, monkeypatch: pytest.MonkeyPatch) 
     assert explained(serve, "--config", str(file))["port"]["value"] == 1003
 
 
-def test_the_file_is_named_by_the_flag_the_environment_or_its_place(
+def test_the_file_of_the_flag_wins_over_the_variable_over_the_usual_path(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert explained(serve)["port"]["source"] == "default"
@@ -138,14 +150,18 @@ def test_the_file_is_named_by_the_flag_the_environment_or_its_place(
     assert explained(run, "m.gguf", f"--config={file}", "--top-k", "3")["port"]["value"] == 1003
 
 
-def test_relative_paths_are_of_the_files_folder(
+def test_relative_paths_start_at_the_folder_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A service is started from anywhere."""
+    """A service is started from any folder."""
     monkeypatch.setenv("HOME", "/home/somebody")
     path = tmp_path / "settings.toml"
-    said = {"llama_server": "bin/llama-server", "state_dir": "~/state", "models_dir": ["a", "/b"]}
-    path.write_text(toml(said))
+    members = {
+        "llama_server": "bin/llama-server",
+        "state_dir": "~/state",
+        "models_dir": ["a", "/b"],
+    }
+    path.write_text(toml(members))
     monkeypatch.chdir(tmp_path)
     found = explained(serve, "--config", path.name)
     assert found["llama_server"]["value"] == str(tmp_path / "bin/llama-server")
@@ -156,51 +172,67 @@ def test_relative_paths_are_of_the_files_folder(
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "key"),
     [
-        ("prot = 1", "prot is not a setting. The settings are llama_server, host, port, "),
-        ("llama-server = 'auto'", "llama-server is not a setting"),
-        ("api_key = 's3cret'", "api_key is not a setting"),
-        ("[serve]\nport = 1", "serve is not a setting"),
-        ("port = '8642'", "port has to be an integer, 0 to 65535."),
-        ("port = 65536", "port has to be an integer, 0 to 65535."),
-        ("port = 1.0", "port has to be an integer, 0 to 65535."),
-        ("port = true", "port has to be an integer, 0 to 65535."),
-        ("kill_grace = -1", "kill_grace has to be a number, 0 to "),
-        ("kill_grace = inf", "kill_grace has to be a number, 0 to "),
-        ("kill_grace = nan", "kill_grace has to be a number, 0 to "),
-        ("idle_ttl = 0", "idle_ttl has to be a number, more than 0 to "),
-        (f"idle_ttl = {'9' * 400}", "idle_ttl has to be a number, more than 0 to "),
-        ("restart = 'sometimes'", 'restart has to be "never" or "on-crash".'),
-        ("restart = []", 'restart has to be "never" or "on-crash".'),
-        ("models_dir = '/models'", "models_dir has to be a list of strings"),
-        ("allowed_host = ['a', 1]", "allowed_host has to be a list of strings"),
-        ("slot = ''", "slot has to be a string that is not empty."),
-        ("slot = 2026-01-01", "slot has to be a string that is not empty."),
-        ("api_key_file = ['s3cret']", "api_key_file has to be a string that is not empty."),
+        ("port = '8642'", "port"),
+        ("port = 65536", "port"),
+        ("port = 1.0", "port"),
+        ("port = true", "port"),
+        ("kill_grace = -1", "kill_grace"),
+        ("kill_grace = inf", "kill_grace"),
+        ("kill_grace = nan", "kill_grace"),
+        ("idle_ttl = 0", "idle_ttl"),
+        (f"idle_ttl = {'9' * 400}", "idle_ttl"),
+        ("restart = 'sometimes'", "restart"),
+        ("restart = []", "restart"),
+        ("models_dir = '/models'", "models_dir"),
+        ("allowed_host = ['a', 1]", "allowed_host"),
+        ("slot = ''", "slot"),
+        ("slot = 2026-01-01", "slot"),
+        ("api_key_file = ['s3cret']", "api_key_file"),
+    ],
+)
+@pytest.mark.parametrize("command", [serve, run], ids=lambda one: str(one.name))
+def test_a_wrong_value_in_a_file_is_refused_by_what_its_key_allows(
+    command: click.Command, text: str, key: str, tmp_path: Path
+) -> None:
+    """The value itself is not shown: it may be an API key."""
+    assert refusal(command, text, tmp_path) == f"{key} must be {ALLOWED[key]}."
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("prot = 1", f"prot is not a setting. The settings are {', '.join(KEYS)}."),
+        ("llama-server = 'auto'", "llama-server is not a setting."),
+        ("api_key = 's3cret'", "api_key is not a setting."),
+        ("[serve]\nport = 1", "serve is not a setting."),
         ("port\n", "at line 1, column"),
         ("port = 1\nport = 2", "Cannot overwrite a value"),
         ("slot = '\udcff'", "can't decode byte"),
     ],
 )
 @pytest.mark.parametrize("command", [serve, run], ids=lambda one: str(one.name))
-def test_what_a_file_may_not_say_is_refused_by_file_and_key(
-    command: click.Command, text: str, says: str, tmp_path: Path
+def test_a_file_with_another_mistake_is_refused(
+    command: click.Command, text: str, reason: str, tmp_path: Path
 ) -> None:
-    """And by what is allowed; the value itself, which may be a key, is not shown."""
-    path = tmp_path / "settings.toml"
+    assert reason in refusal(command, text, tmp_path)
+
+
+def refusal(command: click.Command, text: str, folder: Path) -> str:
+    """Return the error for a file with this text, after the path that it starts with."""
+    path = folder / "settings.toml"
     path.write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(click.UsageError) as caught:
         explained(command, "--config", str(path))
     assert caught.value.message.startswith(f"{path}: ")
-    assert says in caught.value.message
     assert "s3cret" not in caught.value.message
+    return caught.value.message.removeprefix(f"{path}: ")
 
 
-def test_a_file_that_is_named_has_to_be_there(
+def test_a_file_given_by_flag_or_variable_must_exist(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also by the environment; only its usual place may be empty."""
     gone = tmp_path / "gone.toml"
     with pytest.raises(click.UsageError, match=r"gone\.toml: No such file"):
         explained(serve, "--config", str(gone))
@@ -212,9 +244,14 @@ def test_a_file_that_is_named_has_to_be_there(
 
 
 @pytest.mark.parametrize(
-    "key", [key for key, one in SETTINGS.items() if one.type.name not in ("text", "path")]
+    "key",
+    [
+        key
+        for key, one in config.schema()["properties"].items()
+        if "enum" in one or one["type"] in ("integer", "number")
+    ],
 )
-def test_a_wrong_variable_is_named_in_the_error(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_wrong_variable_names_it(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kubernetes sets LLAMA_ORCHESTRATOR_PORT=tcp://... for a service of this name."""
     monkeypatch.setenv(f"LLAMA_ORCHESTRATOR_{key.upper()}", "tcp://10.0.0.1:8642")
     with pytest.raises(click.UsageError) as caught:
@@ -222,9 +259,8 @@ def test_a_wrong_variable_is_named_in_the_error(key: str, monkeypatch: pytest.Mo
     assert f"LLAMA_ORCHESTRATOR_{key.upper()}" in caught.value.format_message()
 
 
-@pytest.mark.parametrize("key", SETTINGS)
-def test_the_schema_allows_what_is_read_and_nothing_else(key: str, tmp_path: Path) -> None:
-    """An editor and the program have to agree."""
+@pytest.mark.parametrize("key", KEYS)
+def test_the_schema_accepts_exactly_what_the_program_accepts(key: str, tmp_path: Path) -> None:
     schema = config.schema()
     candidates: list[Any] = [
         *(0, -1, 1, 0.5, 65535, 65536, 2592000, 2592001, True, "", "a", "never", "wait", "json"),
@@ -243,15 +279,15 @@ def test_the_schema_allows_what_is_read_and_nothing_else(key: str, tmp_path: Pat
     assert not jsonschema_rs.is_valid(schema, {f"{key}_": OF_FILE[key]})
 
 
-def test_the_committed_schema_is_what_the_options_say(cli: Cli) -> None:
-    """`make schema` writes it anew; a file that cannot be read is no hindrance."""
+def test_the_committed_schema_is_current(cli: Cli) -> None:
+    """`make schema` writes it, even with a config file that cannot be read."""
     committed = (ROOT / "docs" / "config.schema.json").read_text()
     done = cli("doctor", "--schema", LLAMA_ORCHESTRATOR_CONFIG="/nowhere")
     assert (done.returncode, done.stdout) == (0, committed)
     assert json.loads(committed) == config.schema()
 
 
-def test_the_page_has_a_row_for_every_setting_and_an_example_that_is_read(tmp_path: Path) -> None:
+def test_the_page_has_a_row_for_every_setting_and_a_valid_example(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "configuration.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \| (.*) \|$", page, re.MULTILINE)
     schemas = config.schema()["properties"]
@@ -269,14 +305,14 @@ def test_the_page_has_a_row_for_every_setting_and_an_example_that_is_read(tmp_pa
     assert config.checked(tmp_path / "c.toml", members).keys()
 
 
-def test_serve_and_run_take_what_the_file_says(
+def test_serve_and_run_use_the_settings_of_the_file(
     start: Start, state_dir: Path, tiny_model: str, tmp_path: Path
 ) -> None:
-    """Up to the model folder and the key, with flags of llama-server in between."""
+    """Including the model folder and the key, and with llama-server's flags between our own."""
     keys = tmp_path / "keys"
     keys.write_text("of-file\n")
     path = tmp_path / "settings.toml"
-    said = {
+    members = {
         "llama_server": "embedded",
         "port": 0,
         "state_dir": str(state_dir),
@@ -284,7 +320,7 @@ def test_serve_and_run_take_what_the_file_says(
         "models_dir": [str(Path(tiny_model).parent)],
         "log_format": "json",
     }
-    path.write_text(toml(said))
+    path.write_text(toml(members))
     name = Path(tiny_model).name
     running = start("run", "--config", str(path), name, "--top-k", "20", "--json")
     ready = running.json_line()
@@ -305,10 +341,10 @@ def test_serve_and_run_take_what_the_file_says(
     assert serving.signal(signal.SIGTERM) == 0
 
 
-def test_a_key_in_the_environment_goes_before_a_file_of_keys_in_the_config_file(
+def test_a_key_in_the_environment_wins_over_a_key_file_in_the_config_file(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One precedence for keys too; the key itself is told nobody."""
+    """The key itself is never part of the explanation."""
     monkeypatch.setenv("LLAMA_ORCHESTRATOR_API_KEY", "s3cret")
     found = explained(serve, "--config", str(file))["api_key_file"]
     assert found == {
@@ -323,7 +359,7 @@ def test_a_key_in_the_environment_goes_before_a_file_of_keys_in_the_config_file(
     assert explained(serve, "--config", str(file))["api_key_file"]["value"] == "of-environment"
 
 
-def test_the_doctor_says_where_every_setting_comes_from(
+def test_doctor_shows_the_source_of_every_setting(
     cli: Cli, tmp_path: Path, state_dir: Path
 ) -> None:
     path = tmp_path / "settings.toml"
@@ -336,21 +372,21 @@ def test_the_doctor_says_where_every_setting_comes_from(
     }
     done = cli(*args, "--json", **env)
     assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads(done.stdout)
-    assert told["config"]["file"] == str(path)
-    assert told["config"]["unknown_variables"] == ["LLAMA_ORCHESTRATOR_PROT"]
-    found = {one["name"]: one["source"] for one in told["config"]["settings"]}
-    assert found.keys() == SETTINGS.keys()
-    counted = {
+    report = json.loads(done.stdout)
+    assert report["config"]["file"] == str(path)
+    assert report["config"]["unknown_variables"] == ["LLAMA_ORCHESTRATOR_PROT"]
+    found = {one["name"]: one["source"] for one in report["config"]["settings"]}
+    assert list(found) == KEYS
+    by_source = {
         source: sorted(key for key in found if found[key] == source) for source in found.values()
     }
-    counted.pop("default")
-    assert counted == {
+    by_source.pop("default")
+    assert by_source == {
         "flag": ["state_dir"],
         "environment": ["api_key_file", "slot"],
         "file": ["llama_server", "models_dir", "port"],
     }
-    checks = {check["name"]: check["detail"] for check in told["checks"]}
+    checks = {check["name"]: check["detail"] for check in report["checks"]}
     assert "'mine'" in checks["slot"]
     human = cli(*args, **env)
     assert human.returncode == 0
@@ -359,7 +395,7 @@ def test_the_doctor_says_where_every_setting_comes_from(
         rf"models_dir +{tmp_path}/a, {tmp_path}/b +file {path}$",
         rf"state_dir +{state_dir} +flag --state-dir$",
         r"host +127\.0\.0\.1 +default$",
-        r"LLAMA_ORCHESTRATOR_PROT is no setting",
+        r"LLAMA_ORCHESTRATOR_PROT is not a setting",
     ):
         assert re.search(line, human.stdout, re.MULTILINE), line
     assert "s3cret" not in done.stdout + human.stdout
@@ -373,10 +409,11 @@ def test_the_doctor_says_where_every_setting_comes_from(
         ("run --drain-", "--drain-timeout --drain-policy"),
         ("run m.gguf --top-k 3 --restart ", "never on-crash"),
         ("doctor --sc", "--schema"),
+        ("load m.gguf --on-busy ", "supersede queue reject"),
     ],
 )
 def test_the_shell_completes_commands_and_options(cli: Cli, words: str, offered: str) -> None:
-    """Also where a command is only imported when it is named, and among flags of llama-server."""
+    """Although a command is imported only when it is named, and among llama-server's flags."""
     line = f"llama-orchestrator {words}"
     env = {
         "_LLAMA_ORCHESTRATOR_COMPLETE": "bash_complete",
@@ -389,7 +426,7 @@ def test_the_shell_completes_commands_and_options(cli: Cli, words: str, offered:
     assert [one.removeprefix("plain,") for one in done.stdout.split()] == offered.split()
 
 
-def test_the_shell_gets_a_script(cli: Cli) -> None:
+def test_every_shell_has_a_completion_script(cli: Cli) -> None:
     for shell in ("bash", "zsh", "fish"):
         done = cli(_LLAMA_ORCHESTRATOR_COMPLETE=f"{shell}_source")
         assert "_LLAMA_ORCHESTRATOR_COMPLETE" in done.stdout, done.stderr

@@ -1,8 +1,8 @@
-"""What the README tells a newcomer to type works, word for word but for a port of the test's own.
+"""The commands of the README work as printed, except that the test uses a port of its own.
 
 Not run here, because they need a network: `pip install` (`make` installs the same folder with the
-same extras), `pull`, and `run` of a model on the Hub; their arguments are parsed all the same.
-`make demo` and `make test` are what CI itself calls.
+same extras), `pull`, and `run` of a model on the Hub; only their arguments are parsed. CI itself
+calls `make demo` and `make test`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.kit.command import Cli, Start
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-TYPED = [
+COMMANDS = [
     shlex.split(line, comments=True)
     for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
@@ -36,26 +36,25 @@ NEED_A_NETWORK = {"pull", "run"}
 
 
 def ours() -> dict[str, list[str]]:
-    """The command lines of the README for our own program, by command."""
-    return {line[1]: line[1:] for line in TYPED if line[0] == PROGRAM}
+    """Return the README's command lines of our own program, by command."""
+    return {line[1]: line[1:] for line in COMMANDS if line[0] == PROGRAM}
 
 
-def test_nothing_is_typed_that_no_test_knows() -> None:
-    """A new command in the README needs a test here, or a reason above."""
-    assert {line[0] for line in TYPED} == {"make", "pip", PROGRAM}
+def test_every_command_of_the_readme_is_tested_here() -> None:
+    """A new one needs a test here, or a reason above."""
+    assert {line[0] for line in COMMANDS} == {"make", "pip", PROGRAM}
     assert ours().keys() == {"doctor", "serve", "load", *NEED_A_NETWORK}
 
 
 def test_ci_calls_the_same_make_targets() -> None:
     called = (ROOT / ".ci" / "run").read_text().splitlines()
-    assert [line for line in TYPED if line[0] == "make"] == [["make", "demo"], ["make", "test"]]
+    assert [line for line in COMMANDS if line[0] == "make"] == [["make", "demo"], ["make", "test"]]
     assert {"make demo", "make test"} <= {*called}
 
 
-def test_what_is_installed_exists() -> None:
-    """Of this folder, with extras that there are."""
+def test_pip_installs_this_folder_with_extras_that_exist() -> None:
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for line in TYPED:
+    for line in COMMANDS:
         if line[0] == "pip":
             found = re.fullmatch(r"\.(?:\[([\w,]+)\])?", line[2])
             assert line[1] == "install"
@@ -64,7 +63,7 @@ def test_what_is_installed_exists() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(NEED_A_NETWORK))
-def test_what_needs_a_network_is_at_least_parsed(name: str) -> None:
+def test_commands_that_need_a_network_are_parsed(name: str) -> None:
     group = cast("click.Group", commands)
     with click.Context(group, info_name=PROGRAM) as ctx:
         command = group.get_command(ctx, name)
@@ -75,7 +74,7 @@ def test_what_needs_a_network_is_at_least_parsed(name: str) -> None:
 def test_the_commands_work_one_after_the_other(
     cli: Cli, start: Start, state_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a file called model.gguf in the folder, as a reader would have one."""
+    """With a file called model.gguf in the folder."""
     monkeypatch.chdir(tmp_path)
     write_tiny_model("model.gguf")
     monkeypatch.setenv("LLAMA_ORCHESTRATOR_STATE_DIR", str(state_dir))
@@ -91,18 +90,17 @@ def test_the_commands_work_one_after_the_other(
     loaded = cli(*ours()["load"], "--url", url)
     assert loaded.returncode == 0, loaded.stderr
     assert "Healthy" in loaded.stdout
-    assert "nothing: it runs already" in cli("plan", "model.gguf", "--url", url).stdout
+    assert "already loaded" in cli("plan", "model.gguf", "--url", url).stdout
     assert "Healthy" in cli("status", "--url", url).stdout
     assert "the slot is empty" in cli("unload", "--url", url).stdout
 
 
-def test_the_ten_lines_run(
+def test_the_python_example_prints_an_address_and_the_reload_reasons(
     state_dir: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """They print an address, and why the second load was a reload."""
     (text,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     write_tiny_model("model.gguf")

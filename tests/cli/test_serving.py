@@ -1,4 +1,4 @@
-"""`run` and `serve` as a user meets them: signals at every point, failures, keys, log lines."""
+"""`run` and `serve`: signals at every point, failures, keys, log lines."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.cli import conftest
-from tests.kit.command import Cli, Start, environment
+from tests.kit.command import Cli, Start
 from tests.kit.process.servers import servers_of
+from tests.kit.sentences import assert_sentence
 
 KEY = {"LLAMA_ORCHESTRATOR_API_KEY": "s3cret key"}
 
@@ -27,14 +27,13 @@ def ask(url: str, path: str = STATUS, key: str = "") -> httpx.Response:
 
 
 def test_run_loads_serves_and_ends_with_ctrl_c(
-    start: Start, here: tuple[str, ...], tiny_model: str, state_dir: Path
+    start: Start, own: tuple[str, ...], tiny_model: str, state_dir: Path
 ) -> None:
-    """A line a state, then where everything is; 130 and no server afterwards."""
-    running = start("run", "-m", tiny_model, *here, "--top-k", "20", "--seed", "42")
-    url = running.line_with("API").split()[1]
+    running = start("run", "-m", tiny_model, *own, "--top-k", "20", "--seed", "42")
+    url = running.api_url()
     states = ["Killing", "Downloading", "Spawning", "WaitingHealth", "Healthy"]
-    told = [line.split()[2] for line in running.out if " ms  " in line]
-    assert told == states
+    printed = [line.split()[2] for line in running.out if " ms  " in line]
+    assert printed == states
     status = ask(url).json()
     assert status["loaded"]["llama_extra_args"] == ["--top-k", "20", "--seed", "42"]
     server = status["loaded"]["base_url"]
@@ -47,10 +46,10 @@ def test_run_loads_serves_and_ends_with_ctrl_c(
 
 
 @pytest.mark.parametrize("state", ["Killing", "Spawning", "WaitingHealth"])
-def test_ctrl_c_at_any_point_of_a_load_leaves_no_server(
-    start: Start, here: tuple[str, ...], tiny_model: str, state_dir: Path, state: str
+def test_ctrl_c_in_any_state_of_a_load_leaves_no_server(
+    start: Start, own: tuple[str, ...], tiny_model: str, state_dir: Path, state: str
 ) -> None:
-    running = start("run", tiny_model, *here)
+    running = start("run", tiny_model, *own)
     running.line_with(state)
     assert running.signal(signal.SIGINT) == 130
     assert servers_of(state_dir) == set()
@@ -58,10 +57,10 @@ def test_ctrl_c_at_any_point_of_a_load_leaves_no_server(
 
 
 def test_sigterm_ends_run_cleanly(
-    start: Start, here: tuple[str, ...], tiny_model: str, state_dir: Path
+    start: Start, own: tuple[str, ...], tiny_model: str, state_dir: Path
 ) -> None:
-    """Also with an event stream open, and a client that waits for a load."""
-    running = start("run", tiny_model, *here, "--json")
+    """Even with an event stream open."""
+    running = start("run", tiny_model, *own, "--json")
     url = running.json_line()["url"]
     with httpx.stream("GET", url + "/api/inference/events", trust_env=False, timeout=20) as events:
         assert running.signal(signal.SIGTERM) == 0
@@ -69,10 +68,10 @@ def test_sigterm_ends_run_cleanly(
     assert servers_of(state_dir) == set()
 
 
-def test_run_as_json_says_one_line_when_it_is_ready(
-    start: Start, here: tuple[str, ...], tiny_model: str
+def test_run_with_json_prints_one_line_when_ready(
+    start: Start, own: tuple[str, ...], tiny_model: str
 ) -> None:
-    running = start("run", tiny_model, *here, "--json", "--max-seq-length", "512")
+    running = start("run", tiny_model, *own, "--json", "--max-seq-length", "512")
     ready = running.json_line()
     assert ready["outcome"]["context_length"] == 512
     assert ask(ready["url"]).json()["loaded"] == ready["outcome"]
@@ -80,41 +79,41 @@ def test_run_as_json_says_one_line_when_it_is_ready(
     assert len(running.out) == 1
 
 
-def test_run_fails_with_the_servers_words(
-    cli: Cli, here: tuple[str, ...], tiny_model: str, state_dir: Path
+def test_run_fails_with_the_last_lines_of_the_server(
+    cli: Cli, own: tuple[str, ...], tiny_model: str, state_dir: Path
 ) -> None:
-    done = cli("run", tiny_model, *here, "--bogus", "3")
+    done = cli("run", tiny_model, *own, "--bogus", "3")
     assert done.returncode == 1
     assert "error: invalid argument: --bogus" in done.stderr
     assert "Idle" in done.stdout
     assert servers_of(state_dir) == set()
-    as_json = cli("run", tiny_model, *here, "--bogus", "3", "--json")
+    as_json = cli("run", tiny_model, *own, "--bogus", "3", "--json")
     assert as_json.returncode == 1
     assert json.loads(as_json.stdout)["category"] == "server_start_failed"
-    missing = cli("run", "gone.gguf", *here)
+    missing = cli("run", "gone.gguf", *own)
     assert missing.returncode == 1
-    assert "gone.gguf does not exist" in missing.stderr
+    assert "gone.gguf" in missing.stderr
 
 
-def test_run_says_when_its_server_dies(
-    start: Start, here: tuple[str, ...], tiny_model: str, state_dir: Path
+def test_run_reports_the_exit_of_its_server_and_serves_on(
+    start: Start, own: tuple[str, ...], tiny_model: str, state_dir: Path
 ) -> None:
-    """The API stays, so that the model can be loaded again."""
-    running = start("run", tiny_model, *here)
-    url = running.line_with("API").split()[1]
+    """So that the model can be loaded again."""
+    running = start("run", tiny_model, *own)
+    url = running.api_url()
     (pid,) = servers_of(state_dir)
     os.kill(pid, signal.SIGKILL)
     running.line_with("Idle")
     assert ask(url).json()["last_exit"]["returncode"] == -9
     assert running.signal(signal.SIGTERM) == 0
-    assert any("ended by itself" in line for line in running.err)
+    assert_sentence("cli.run.exited", running.err[-1].strip())
 
 
-def test_run_serves_on_when_a_client_wants_another_model(
-    start: Start, state_dir: Path, hangs: str, tiny_model: str, other_model: str
+def test_run_serves_on_when_a_client_loads_another_model(
+    start: Start, state_dir: Path, never_ready: str, tiny_model: str, other_model: str
 ) -> None:
-    """Its own load is superseded; ending would take the newer one down too."""
-    place = ("--port", "0", "--state-dir", str(state_dir), "--llama-server", hangs)
+    """Its own load is superseded; ending would end the newer one too."""
+    place = ("--port", "0", "--state-dir", str(state_dir), "--llama-server", never_ready)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     running = start("run", tiny_model, *place, "--port", str(port))
@@ -129,16 +128,16 @@ def test_run_serves_on_when_a_client_wants_another_model(
     assert running.signal(signal.SIGTERM) == 0
 
 
-def test_serve_refuses_a_port_and_a_slot_that_are_taken(
-    cli: Cli, start: Start, here: tuple[str, ...], state_dir: Path
+def test_serve_refuses_a_port_and_a_slot_in_use(
+    cli: Cli, start: Start, own: tuple[str, ...], state_dir: Path
 ) -> None:
-    running = start("serve", *here)
-    url = running.line_with("API").split()[1]
+    running = start("serve", *own)
+    url = running.api_url()
     port = url.rpartition(":")[2]
     taken = cli("serve", "--port", port, "--state-dir", str(state_dir))
     assert taken.returncode == 1
-    assert "it is in use" in taken.stderr
-    owned = cli("serve", *here, "--json")
+    assert_sentence("cli.address.in_use", taken.stderr.splitlines()[1].strip(), port=port)
+    owned = cli("serve", *own, "--json")
     assert owned.returncode == 1
     problem = json.loads(owned.stdout)
     assert problem["category"] == "slot_owned"
@@ -147,11 +146,11 @@ def test_serve_refuses_a_port_and_a_slot_that_are_taken(
 
 
 def test_a_key_file_guards_the_api(
-    cli: Cli, start: Start, here: tuple[str, ...], tmp_path: Path
+    cli: Cli, start: Start, own: tuple[str, ...], tmp_path: Path
 ) -> None:
     keys = tmp_path / "keys"
     keys.write_text("first\n\n  second  \n")
-    running = start("serve", *here, "--json", "--api-key-file", str(keys))
+    running = start("serve", *own, "--json", "--api-key-file", str(keys))
     url = running.json_line()["url"]
     assert ask(url).status_code == 401
     assert ask(url, key="third").status_code == 401
@@ -162,16 +161,14 @@ def test_a_key_file_guards_the_api(
 
 
 def test_a_key_may_come_from_the_environment(
-    cli: Cli, start: Start, here: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, start: Start, own: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """On both sides; a file is the better word. Never in an argument, where anybody can read it."""
-    monkeypatch.setattr(conftest, "environment", lambda: environment() | KEY)
-    running = start("serve", *here, "--json", "--host", "0.0.0.0")
+    """On both sides, and a file wins over it. Never in an argument, which every user can read."""
+    running = start("serve", *own, "--json", "--host", "0.0.0.0", **KEY)
     port = running.json_line()["url"].rpartition(":")[2]
     url = f"http://127.0.0.1:{port}"
     assert ask(url).status_code == 401
     assert ask(url, key=KEY["LLAMA_ORCHESTRATOR_API_KEY"]).status_code == 200
-    monkeypatch.undo()
     assert json.loads(cli("status", "--url", url, "--json", **KEY).stdout)["state"] == "Idle"
     assert cli("status", "--url", url).returncode == 1
     other = tmp_path / "other"
@@ -181,16 +178,16 @@ def test_a_key_may_come_from_the_environment(
     assert running.signal(signal.SIGTERM) == 0
 
 
-def test_where_another_machine_can_come_from_names_have_to_be_allowed(
-    start: Start, here: tuple[str, ...], tmp_path: Path
+def test_beyond_loopback_only_allowed_host_names_are_served(
+    start: Start, own: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """Addresses cannot be rebound: those of this machine need no option."""
+    """Addresses of this machine need no option: they cannot be rebound."""
     keys = tmp_path / "keys"
     keys.write_text("first")
     place = ("--host", "0.0.0.0", "--allowed-host", "Box.Example", "--allowed-host", "box")
-    running = start("serve", *here, "--json", "--api-key-file", str(keys), *place)
-    shown = running.json_line()["url"]
-    port = int(shown.rpartition(":")[2])
+    running = start("serve", *own, "--json", "--api-key-file", str(keys), *place)
+    url = running.json_line()["url"]
+    port = int(url.rpartition(":")[2])
     answers = {}
     for host in ("127.0.0.1", "localhost", "0.0.0.0", "box.example:1", "BOX", "evil.example"):
         headers = {"Host": host, "Authorization": "Bearer first"}
@@ -201,15 +198,15 @@ def test_where_another_machine_can_come_from_names_have_to_be_allowed(
     assert set(answers.values()) == {200}
 
 
-def test_models_are_confined_to_the_folders_that_are_named(
-    cli: Cli, start: Start, here: tuple[str, ...], tiny_model: str, tmp_path: Path
+def test_models_are_confined_to_the_models_dir(
+    cli: Cli, start: Start, own: tuple[str, ...], tiny_model: str, tmp_path: Path
 ) -> None:
-    """Relative names are of the folders, not of where the command was started."""
+    """Relative names start there, not where the command was started."""
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     for folder in (inside, outside):
         folder.mkdir()
         shutil.copy(tiny_model, folder / f"{folder.name}.gguf")
-    running = start("run", "inside.gguf", *here, "--json", "--models-dir", str(inside))
+    running = start("run", "inside.gguf", *own, "--json", "--models-dir", str(inside))
     url = running.json_line()["url"]
     outcome = ask(url).json()["loaded"]
     assert outcome["model_path"] == "inside.gguf"
@@ -222,25 +219,24 @@ def test_models_are_confined_to_the_folders_that_are_named(
     assert ask(url).json()["loaded"]["pid"] == outcome["pid"]
 
 
-def test_a_model_that_idles_is_unloaded_unless_it_is_pinned(
-    start: Start, here: tuple[str, ...], tiny_model: str, state_dir: Path
+def test_an_idle_model_is_unloaded_unless_pinned(
+    start: Start, own: tuple[str, ...], tiny_model: str, state_dir: Path
 ) -> None:
-    running = start("run", tiny_model, *here, "--idle-ttl", "0.05", "--restore-previous")
+    running = start("run", tiny_model, *own, "--idle-ttl", "0.05", "--restore-previous")
     running.line_with("Healthy")
     running.line_with("Idle")
     assert servers_of(state_dir) == set()
     assert running.signal(signal.SIGTERM) == 0
-    pinned = start("run", tiny_model, *here, "--idle-ttl", "0.05", "--pinned", "--json")
+    pinned = start("run", tiny_model, *own, "--idle-ttl", "0.05", "--pinned", "--json")
     ready = pinned.json_line()
     assert ask(ready["url"]).json()["loaded"]["pid"] == ready["outcome"]["pid"]
     assert pinned.signal(signal.SIGTERM) == 0
 
 
-def test_log_lines_are_json_when_asked_for(
-    start: Start, here: tuple[str, ...], tiny_model: str
+def test_log_lines_are_json_on_stderr_when_requested(
+    start: Start, own: tuple[str, ...], tiny_model: str
 ) -> None:
-    """And go to stderr only, below the result."""
-    running = start("serve", *here, "--json", "--log-format", "json")
+    running = start("serve", *own, "--json", "--log-format", "json")
     url = running.json_line()["url"]
     answer = httpx.post(
         url + "/api/inference/load", json={"model_path": tiny_model}, trust_env=False, timeout=20

@@ -23,11 +23,11 @@ def demo_json(cli: Cli, server: str) -> dict[str, object]:
     return found
 
 
-def check(shown: dict[str, object]) -> None:
-    """The main promise, witnessed: never two servers, none left, and everything was shown."""
-    summary = shown["summary"]
+def check(run: dict[str, object]) -> None:
+    """Never two servers, none left, and every step was shown."""
+    summary = run["summary"]
     assert isinstance(summary, dict)
-    assert shown["ok"] is True
+    assert run["ok"] is True
     assert summary["servers_alive_at_once_max"] == 1
     assert summary["servers_left"] == 0
     assert summary["unexpected"] == []
@@ -36,7 +36,7 @@ def check(shown: dict[str, object]) -> None:
     counts = [summary[name] for name in ("superseded", "cancelled", "already_loaded")]
     assert counts == [1, 1, 1]
     assert summary["loads"] == 3
-    timeline = shown["timeline"]
+    timeline = run["timeline"]
     assert isinstance(timeline, list)
     moments = [moment["ms"] for moment in timeline]
     assert moments == sorted(moments)
@@ -48,16 +48,16 @@ def check(shown: dict[str, object]) -> None:
     assert summary["servers_started"] >= len(pids)
 
 
-def test_the_demo_shows_everything_on_the_embedded_server(cli: Cli) -> None:
+def test_the_demo_passes_on_the_embedded_server(cli: Cli) -> None:
     check(demo_json(cli, "embedded"))
 
 
 @pytest.mark.external
-def test_the_demo_shows_everything_on_the_real_server(cli: Cli, llama_server: str) -> None:
+def test_the_demo_passes_on_the_real_server(cli: Cli, llama_server: str) -> None:
     check(demo_json(cli, llama_server))
 
 
-def test_the_demo_is_readable_and_cleans_up(cli: Cli, tmp_path: Path) -> None:
+def test_the_text_of_the_demo_fits_a_terminal_and_nothing_is_left(cli: Cli, tmp_path: Path) -> None:
     done = cli("demo", "--llama-server", "embedded", TMPDIR=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Servers alive at once: 1 at most" in done.stdout
@@ -67,7 +67,7 @@ def test_the_demo_is_readable_and_cleans_up(cli: Cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_demo_that_is_interrupted_leaves_nothing(start: Start, signum: int, code: int) -> None:
+def test_an_interrupted_demo_leaves_nothing(start: Start, signum: int, code: int) -> None:
     def folders() -> set[Path]:
         return set(Path(tempfile.gettempdir()).glob("llama-orchestrator-demo-*"))
 
@@ -80,13 +80,13 @@ def test_a_demo_that_is_interrupted_leaves_nothing(start: Start, signum: int, co
     assert servers_of(folder) == set()
 
 
-def test_the_demo_says_what_is_missing(cli: Cli) -> None:
+def test_the_demo_fails_without_its_server(cli: Cli) -> None:
     done = cli("demo", "--llama-server", "/nowhere/llama-server", "--json")
     assert done.returncode == 1
     assert json.loads(done.stdout)["category"] == "server_unavailable"
 
 
-def test_the_diagram_comes_in_every_format(cli: Cli) -> None:
+def test_every_format_of_the_diagram_is_printed(cli: Cli) -> None:
     drawn = {
         "mermaid": diagram.mermaid(),
         "dot": diagram.dot(),

@@ -1,4 +1,4 @@
-"""`pull` as people and programs use it: a process of its own, against the double of the Hub."""
+"""`pull`, as a process of its own, against the fake hub."""
 
 from __future__ import annotations
 
@@ -57,25 +57,22 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def test_a_model_is_pulled_and_the_second_time_it_is_there(
-    pull: Pull, repo: Repo, hub: Hub
-) -> None:
+def test_pulled_model_is_cached(pull: Pull, repo: Repo, hub: Hub) -> None:
     code, out, err = ended(pull(f"{NAME}:Q4_K_M"))
     assert code == 0, err
     assert out.splitlines()[0].split() == ["✓", f"{NAME}:Q4_K_M", "Q4_K_M"]
     path = Path(out.splitlines()[1].strip())
     assert path.is_file()
-    assert "tiny-Q4_K_M.gguf" in err, "a bar for the file"
+    assert "tiny-Q4_K_M.gguf" in err, "no bar for the file"
     hub.clear()
     code, out, _ = ended(pull(NAME, "--gguf-variant", "q4_k_m", "--revision", repo.commit))
     assert (code, Path(out.splitlines()[1].strip())) == (0, path)
-    assert not hub.requests, "a commit that is there needs no network"
+    assert not hub.requests, "a cached commit needs no request"
 
 
-def test_ctrl_c_keeps_what_is_there_and_the_next_pull_goes_on(
+def test_interrupted_pull_is_continued_by_the_next(
     pull: Pull, repo: Repo, hub: Hub, hf_home: Path
 ) -> None:
-    """130, one line, no traceback; and not a byte is asked for twice."""
     stall = hub.fail(stall_after=3 << 20, path="/cdn/", times=1)
     process = pull(f"{NAME}:Q8_0")
     hub.wait_for(lambda: stall.held)
@@ -84,7 +81,7 @@ def test_ctrl_c_keeps_what_is_there_and_the_next_pull_goes_on(
     process.send_signal(signal.SIGINT)
     code, _, err = ended(process)
     assert code == 130
-    assert "goes on from it" in err
+    assert "the next pull resumes" in err
     assert "Traceback" not in err
     hub.clear()
     code, _, err = ended(pull(f"{NAME}:Q8_0"))
@@ -93,7 +90,7 @@ def test_ctrl_c_keeps_what_is_there_and_the_next_pull_goes_on(
     assert again.range is not None
 
 
-def test_a_program_gets_lines_of_json(pull: Pull, repo: Repo) -> None:
+def test_json_output_is_one_object_a_line(pull: Pull, repo: Repo) -> None:
     code, out, _ = ended(pull(NAME, "--json"))
     assert code == 0
     *progress, outcome = map(json.loads, out.splitlines())
@@ -103,7 +100,7 @@ def test_a_program_gets_lines_of_json(pull: Pull, repo: Repo) -> None:
     assert last["bytes_done"] == last["bytes_total"] == outcome["size_bytes"]
 
 
-def test_a_failure_names_what_exists_and_ends_with_1(pull: Pull, repo: Repo) -> None:
+def test_failed_pull_lists_the_variants_and_exits_with_1(pull: Pull, repo: Repo) -> None:
     code, out, err = ended(pull(f"{NAME}:Q2_K"))
     assert (code, out) == (1, "")
     assert "Q4_K_M" in err
@@ -113,7 +110,7 @@ def test_a_failure_names_what_exists_and_ends_with_1(pull: Pull, repo: Repo) -> 
 
 
 @pytest.mark.parametrize("model", ["model.gguf", "/tmp/x", "a/b/c", ""])
-def test_what_is_no_repo_is_a_wrong_command_line(pull: Pull, model: str) -> None:
+def test_model_that_is_not_a_repo_is_a_usage_error(pull: Pull, model: str) -> None:
     code, out, err = ended(pull(model))
     assert (code, out) == (2, "")
     assert "owner/name" in err or "MODEL" in err

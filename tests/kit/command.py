@@ -22,7 +22,7 @@ Start = Callable[..., "Running"]
 
 
 def environment() -> dict[str, str]:
-    """Where the package is found, a width, and nothing that chooses a server or a setting."""
+    """Return an environment that finds the package, and selects no server and no setting."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_")}
     root = str(Path(orchestrator.__file__).parents[1])
     clean |= {"PYTHONPATH": root, "COLUMNS": "100", "PYTHONWARNINGS": "error"}
@@ -32,35 +32,33 @@ def environment() -> dict[str, str]:
 class Running:
     """A command that has not ended."""
 
-    def __init__(self, *args: str) -> None:
+    def __init__(self, *args: str, **env: str) -> None:
         self.process = subprocess.Popen(
             [*COMMAND, *args],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment(),
+            env=environment() | env,
             start_new_session=True,
         )
         self.out: list[str] = []
         self.err: list[str] = []
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._readers = [
-            threading.Thread(target=self._read, args=(self.process.stdout, self.out, True)),
-            threading.Thread(target=self._read, args=(self.process.stderr, self.err, False)),
+            threading.Thread(target=self._read_out, args=(self.process.stdout,)),
+            threading.Thread(target=self.err.extend, args=(self.process.stderr,)),
         ]
         for reader in self._readers:
             reader.start()
 
-    def _read(self, stream: IO[str], into: list[str], announce: bool) -> None:
+    def _read_out(self, stream: IO[str]) -> None:
         for line in stream:
-            into.append(line)
-            if announce:
-                self._lines.put(line)
-        if announce:
-            self._lines.put(None)
+            self.out.append(line)
+            self._lines.put(line)
+        self._lines.put(None)
 
     def line_with(self, word: str) -> str:
-        """Wait for a line on stdout that holds this word."""
+        """Wait for a line on stdout that contains this word."""
         with contextlib.suppress(queue.Empty):
             while (line := self._lines.get(timeout=DEADLINE_S)) is not None:
                 if word in line:
@@ -71,12 +69,16 @@ class Running:
         found: dict[str, Any] = json.loads(self.line_with("{"))
         return found
 
+    def api_url(self) -> str:
+        """Wait for the line that announces the API, and return its URL."""
+        return self.line_with("API").split()[1]
+
     def signal(self, signum: int) -> int:
         """Send a signal and return the exit code."""
         self.process.send_signal(signum)
-        return self.ended()
+        return self.wait()
 
-    def ended(self) -> int:
+    def wait(self) -> int:
         code = self.process.wait(DEADLINE_S)
         for reader in self._readers:
             reader.join(DEADLINE_S)
@@ -86,10 +88,10 @@ class Running:
         if self.process.poll() is None:
             self.process.terminate()
         try:
-            self.ended()
+            self.wait()
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.ended()
+            self.wait()
         for stream in (self.process.stdout, self.process.stderr):
             if stream is not None:
                 stream.close()
