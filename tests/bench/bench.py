@@ -1,7 +1,7 @@
-"""What the orchestrator costs on top of the bare process, measured in the same run.
+"""The cost of the orchestrator compared with the bare process, measured in the same run.
 
 `make bench` prints a table and, with `--json FILE`, writes the figures. Bare and orchestrated runs
-take turns, so a machine that drifts drifts for both; the ratios are what is worth quoting.
+alternate, so that a machine that slows down slows down both; quote the ratios.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from orchestrator.server.ladder import TERM_AGAIN_S
 
 @dataclass
 class Figures:
-    """Named figures, each with its unit and what it is held to."""
+    """Named figures, each with its unit and its goal."""
 
     rows: list[tuple[str, float, str, str]] = field(default_factory=list)
 
@@ -43,7 +43,7 @@ class Figures:
         print(f"{name:<58} {value:>10.3f} {unit:<6} {goal}", flush=True)
 
     def write(self, path: Path | None) -> None:
-        """Write them as JSON, if somebody wants that."""
+        """Write them as JSON, if a path is given."""
         if path is not None:
             members = {
                 name: {"value": v, "unit": u, "goal": goal} for name, v, u, goal in self.rows
@@ -53,7 +53,7 @@ class Figures:
 
 
 def bare_start(server: str, model: str, context: int) -> tuple[subprocess.Popen[bytes], float]:
-    """Spawn, then poll /health every millisecond; return the process and the seconds it took."""
+    """Spawn, poll /health every millisecond, and return the process and the seconds it took."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -77,7 +77,7 @@ def _is_ready(port: int) -> bool:
 
 
 def bare_stop(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM and wait; again where it was lost (in the moment the server begins to listen)."""
+    """Send SIGTERM and wait; repeat it, because a server that starts to listen may lose it."""
     end = os.pidfd_open(process.pid)
     try:
         process.send_signal(signal.SIGTERM)
@@ -159,7 +159,7 @@ def exits(server: str, model: str, rounds: int, figures: Figures) -> None:
 
 
 def cancels(server: str, model: str, rounds: int, figures: Figures) -> None:
-    """Cancel in every state a load passes through; settled = the load's caller knows."""
+    """Cancel in every state of a load; settled = the load's caller has its answer."""
     for state in ("Killing", "Downloading", "Spawning", "WaitingHealth"):
         settled = [_cancel_in(server, model, state) for _ in range(rounds)]
         times = sorted(s for s in settled if s is not None)

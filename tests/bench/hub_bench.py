@@ -1,8 +1,8 @@
-"""What a download through the orchestrator costs, against the client's own, in the same run.
+"""The cost of a download through the orchestrator compared with `hf_hub_download`, in the same run.
 
-`python -m tests.bench.hub_bench` serves a model of 1 GiB from a double of the Hub in a process of
-its own, fetches it by turns with `hf_hub_download` and through `prefetch` (hashed), then cancels a
-download of 200 MB a hundred times at random moments, and completes it in the end.
+`python -m tests.bench.hub_bench` serves a model of 1 GiB from a fake Hub in another process, and
+fetches it with `hf_hub_download` and with `prefetch`, which hashes it, in turns. Then it cancels a
+download of 200 MB a hundred times at random moments, and completes it at the end.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _watch(orch: Orchestrator, done: threading.Event, waits: list[float]) -> Non
 
 
 def cancels(folder: Path, file: Path, figures: Figures) -> None:
-    """Every cancel settles, and what is left is continued to the very same bytes."""
+    """Every cancel settles, and the partial download is resumed to the very same bytes."""
     os.environ["HF_HOME"] = str(folder / "hf-cancels")
     chance = random.Random(1)
     took: list[float] = []
@@ -117,7 +117,7 @@ def cancels(folder: Path, file: Path, figures: Figures) -> None:
         outcome = orch.prefetch("org/Middle")
     same = _sha256(Path(outcome.files[0])) == _sha256(file)
     took.sort()
-    assert same, "what was completed in the end is another file"
+    assert same, "the completed file differs from the source"
     figures.add(f"cancel, median of {CANCELS}", took[CANCELS // 2] * 1000, "ms")
     figures.add("cancel, p99", took[-2] * 1000, "ms", "< 1000")
     figures.add("cancel, worst", took[-1] * 1000, "ms", "< 1000")

@@ -1,8 +1,8 @@
-"""What the pass-through costs: the same requests to the server itself and through `/v1`, by turns.
+"""The cost of the pass-through: the same requests to the server itself and through `/v1`, in turns.
 
 Three processes: the real llama-server, a host that serves the orchestrator over HTTP, and a client
-that only moves bytes over its sockets, so that what is measured is what lies between. Prints a
-table; `--json FILE` writes the figures.
+that only moves bytes over its sockets, so that it adds little to the figures. Prints a table;
+`--json FILE` writes the figures.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STREAM: Final = {"prompt": "a", "max_tokens": 64, "temperature": 0, "stream": Tr
 
 @dataclass(slots=True)
 class Sample:
-    """Seconds of one kind of request, over one way."""
+    """Durations of one kind of request over one route, in seconds."""
 
     whole: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
@@ -56,8 +56,8 @@ class Sample:
 
 
 class Connection:
-    """One request at a time, on a connection that is kept until the server gives it up: when it
-    says so, and after a stream (llama-server closes then without a word).
+    """One request at a time, on a connection that is reused until the server closes it: when it
+    says so, and after a stream, which llama-server ends without `Connection: close`.
     """
 
     def __init__(self, address: tuple[str, int], request: bytes) -> None:
@@ -74,16 +74,16 @@ class Connection:
 
     def send(self) -> None:
         head = self.data[:1000].lower()
-        is_given_up = b"\r\nconnection: close" in head or b"encoding: chunked" in head
+        is_closed = b"\r\nconnection: close" in head or b"encoding: chunked" in head
         self.data, self.first_at = b"", 0.0
         self.sent_at = time.perf_counter()
-        if is_given_up:
+        if is_closed:
             self.socket.close()
             self.socket = self._connected()
         self.socket.sendall(self.request)
 
     def receive(self) -> bool:
-        """Take what is there; True when the answer is whole."""
+        """Receive what has arrived; True when the response is complete."""
         more = self.socket.recv(1 << 18)
         if not more:
             raise ConnectionError(f"cut after {self.data[:200]!r}")
@@ -102,9 +102,9 @@ class Connection:
 
 
 def drive(
-    base_url: str, body: dict[str, Any], connections: int, seconds: float, host: Host
+    base_url: str, body: dict[str, Any], connections: int, seconds: float, service: Service
 ) -> Sample:
-    """Keep so many connections busy for so long, and return what each request took."""
+    """Keep this many connections busy for this long, and return the duration of each request."""
     parts = urlsplit(base_url)
     address = (parts.hostname or "", parts.port or 0)
     payload = json.dumps(body).encode()
@@ -112,7 +112,7 @@ def drive(
         f"POST /v1/completions HTTP/1.1\r\nHost: {address[0]}:{address[1]}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
     ).encode() + payload
-    sample, cpu = Sample(), host.cpu_s()
+    sample, cpu = Sample(), service.cpu_s()
     with selectors.DefaultSelector() as selector:
         started = time.perf_counter()
         for _ in range(connections):
@@ -134,11 +134,11 @@ def drive(
                 else:
                     connection.socket.close()
         sample.took = time.perf_counter() - started
-    sample.cpu = host.cpu_s() - cpu
+    sample.cpu = service.cpu_s() - cpu
     return sample
 
 
-class Host:
+class Service:
     """`llama-orchestrator serve` in a process of its own, with a model loaded."""
 
     def __init__(self, server: str, model: str, folder: str) -> None:
@@ -153,7 +153,7 @@ class Host:
         self.direct = self._loaded()
 
     def asked(self, path: str, body: bytes | None = None) -> Any:
-        """Ask this host, whatever proxy there is."""
+        """Send a request, bypassing any proxy."""
         headers = {"Content-Type": "application/json"} if body else {}
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         return opener.open(urllib.request.Request(self.url + path, body, headers))
@@ -174,8 +174,8 @@ class Host:
         self.process.wait()
 
 
-def status_while_swapping(host: Host, models: list[str], figures: dict[str, float]) -> None:
-    """Ask for the status without pause while models are swapped, for three seconds."""
+def status_while_swapping(service: Service, models: list[str], figures: dict[str, float]) -> None:
+    """Request the status in a loop while models are swapped, for three seconds."""
     ended = threading.Event()
 
     def swap() -> None:
@@ -183,13 +183,13 @@ def status_while_swapping(host: Host, models: list[str], figures: dict[str, floa
         while not ended.is_set():
             number += 1
             body = {"model_path": models[number % 2], "llama_extra_args": ["-t", "1"]}
-            with host.asked("/api/inference/load", json.dumps(body).encode()) as answer:
+            with service.asked("/api/inference/load", json.dumps(body).encode()) as answer:
                 answer.read()
 
     thread = threading.Thread(target=swap)
     thread.start()
     took, until = [], time.perf_counter() + 3.0
-    connection = http.client.HTTPConnection(urlsplit(host.url).netloc)
+    connection = http.client.HTTPConnection(urlsplit(service.url).netloc)
     while time.perf_counter() < until:
         started = time.perf_counter()
         connection.request("GET", "/api/inference/status")
@@ -235,23 +235,25 @@ def main() -> None:
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         models = [str(write_tiny_model(Path(folder) / f"{n}.gguf", seed=n)) for n in range(2)]
-        host = Host(server, models[0], folder)
+        service = Service(server, models[0], folder)
         try:
             print(f"{'':<28} {'':<18} {'direct':>10} {'through':>10}")
             kinds = {"1 token": SHORT} if options.short else {"1 token": SHORT, STREAMED: STREAM}
             for kind, body in kinds.items():
                 for connections in (1,) if options.short else (1, 16):
-                    samples = {host.direct: Sample(), host.url: Sample()}
+                    samples = {service.direct: Sample(), service.url: Sample()}
                     for way in samples:
-                        drive(way, body, connections, 0.3, host)  # warm
+                        drive(way, body, connections, 0.3, service)  # warm
                     for number in range(options.rounds):
                         for way in list(samples)[:: 1 if number % 2 else -1]:
-                            samples[way].add(drive(way, body, connections, options.seconds, host))
+                            samples[way].add(
+                                drive(way, body, connections, options.seconds, service)
+                            )
                     name = f"{kind}, {connections} connection{'s' * (connections > 1)}"
-                    compare(name, samples[host.direct], samples[host.url], figures)
-            status_while_swapping(host, models, figures)
+                    compare(name, samples[service.direct], samples[service.url], figures)
+            status_while_swapping(service, models, figures)
         finally:
-            host.close()
+            service.close()
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=2))
 

@@ -1,7 +1,7 @@
-"""What the orchestrator costs as callers, readers, leases, models and history grow.
+"""The cost of the orchestrator as callers, readers, leases, models and history grow.
 
 `python -m tests.bench.scale_bench` prints a table; `--json FILE` writes the figures, and
-`--plots DIR` draws them as SVG (with matplotlib, which nothing else needs).
+`--plots DIR` draws them as SVG with matplotlib, which only this needs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Series = dict[int, float]
 
 
 async def join_storm(server: str, model: str, callers: int) -> tuple[float, int]:
-    """So many identical loads at once: milliseconds until all are answered, and spawns."""
+    """Return the milliseconds until this many identical loads are answered, and the spawns."""
     with tempfile.TemporaryDirectory() as state:
         async with AsyncOrchestrator(llama_server=server, state_dir=state) as orch:
             await orch.load(model, max_seq_length=256)
@@ -43,7 +43,7 @@ async def join_storm(server: str, model: str, callers: int) -> tuple[float, int]
 
 
 def fan_out(server: str, model: str, readers: int) -> float:
-    """Milliseconds from a load's first transition until every reader has seen its last."""
+    """Return the milliseconds from the end of a load until every reader has its last event."""
     with orchestrator(server) as orch:
         orch.start()
         seen = threading.Barrier(readers + 1)
@@ -73,7 +73,7 @@ def owner_of(orch: Orchestrator) -> Owner:
 
 
 def lease_us(orch: Orchestrator, rounds: int = 300) -> float:
-    """Microseconds of taking one lease and giving it back, median."""
+    """Return the median microseconds to take and return one lease."""
     took = []
     for _ in range(rounds):
         started = time.perf_counter()
@@ -94,7 +94,7 @@ def with_leases_held(server: str, model: str, held: int) -> float:
 
 
 def facts_per_second(server: str, model: str) -> float:
-    """Leases taken and given back through the inbox, as fast as the owner can."""
+    """Return how many lease facts the owner handles per second."""
     with orchestrator(server) as orch:
         orch.load(model, max_seq_length=512)
         owner, rounds = owner_of(orch), 5000
@@ -108,7 +108,7 @@ def facts_per_second(server: str, model: str) -> float:
 
 
 def with_models(server: str, folder: Path, count: int) -> float:
-    """Milliseconds of `already_loaded` by a folder that holds so many models, median."""
+    """Return the median milliseconds of `already_loaded` for a folder with this many models."""
     inside = folder / f"of-{count}"
     inside.mkdir()
     whole = write_tiny_model(inside / "model-Q4_K_M.gguf")
@@ -123,7 +123,7 @@ def with_models(server: str, folder: Path, count: int) -> float:
 
 
 def with_history(server: str, models: list[str], loads: int) -> tuple[float, float]:
-    """Microseconds of `status()` after so many loads, and MiB the process has grown by."""
+    """Return the microseconds of `status()` after this many loads, and the growth in MiB."""
     me = psutil.Process()
     with orchestrator(server) as orch:
         orch.load(models[0], max_seq_length=512)
@@ -137,7 +137,7 @@ def with_history(server: str, models: list[str], loads: int) -> tuple[float, flo
 
 
 def under_load(server: str, model: str, figures: Figures) -> None:
-    """CPU and memory while 16 threads take leases without pause for three seconds."""
+    """Measure CPU and memory while 16 threads take leases in a loop for three seconds."""
     with orchestrator(server) as orch:
         orch.load(model, max_seq_length=512)
         me, ended, count = psutil.Process(), threading.Event(), [0] * 16
@@ -164,7 +164,7 @@ def under_load(server: str, model: str, figures: Figures) -> None:
 def draw(
     folder: Path, name: str, title: str, of_what: str, unit: str, series: dict[str, Series]
 ) -> None:
-    """Draw one plot, the same bytes for the same figures."""
+    """Draw one plot; the same figures give the same bytes."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -177,7 +177,7 @@ def draw(
     axes.set(title=title, ylabel=unit, xscale="log", xlabel=of_what)
     axes.xaxis.set_major_formatter("{x:g}")
     values = [value for points in series.values() for value in points.values()]
-    if max(values) > 10 * min(values):  # what grows with its cause is a straight line here
+    if max(values) > 10 * min(values):  # proportional growth is a straight line
         axes.set(yscale="log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
@@ -191,7 +191,7 @@ def draw(
 
 
 def measured(figures: Figures, name: str, unit: str, of: Callable[[int], float]) -> Series:
-    """Measure one thing at every size."""
+    """Measure one figure at every size."""
     series = {}
     for size in SIZES:
         series[size] = of(size)
