@@ -220,7 +220,7 @@ def is_queued_job(ctx: Context, fact: facts.TimerFired) -> bool:
 
 # -------------------------------------------------------------------- restore and restart
 def restores_previous(ctx: Context, fact: facts.Fact) -> bool:
-    """The load in flight is to be followed by what ran before it, because it failed."""
+    """The previous model is restored if the load in flight fails."""
     return (
         ctx.loading is not None
         and ctx.loading.target.request.restore_previous

@@ -8,35 +8,12 @@ import pytest
 
 from orchestrator.base.tokens import CancelReason, Generation, Ticket
 from orchestrator.machine.actions.working import MAX_REMEMBERED
-from orchestrator.machine.commands import (
-    CancelAnswer,
-    Done,
-    Kill,
-    SetTimer,
-    SetToken,
-    Unloaded,
-)
+from orchestrator.machine.commands import CancelAnswer, Done, Kill, SetTimer, SetToken, Unloaded
 from orchestrator.machine.context import Policy
-from orchestrator.machine.facts import (
-    Child,
-)
+from orchestrator.machine.facts import Child
 from orchestrator.machine.guards import EARLY_CANCEL_S
 from orchestrator.machine.states import State
-from tests.kit.machine.run import (
-    BUSY_STATES,
-    A,
-    B,
-    C,
-    D,
-    H,
-    I,
-    K,
-    Run,
-    S,
-    W,
-    healthy,
-    in_flight,
-)
+from tests.kit.machine.run import BUSY_STATES, A, B, C, D, H, I, K, Run, S, W, healthy, in_flight
 
 CHILD = Child(Generation(1), 41)
 

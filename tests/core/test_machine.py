@@ -18,12 +18,7 @@ from orchestrator.machine.commands import (
     Spawn,
 )
 from orchestrator.machine.context import Policy
-from orchestrator.machine.facts import (
-    Child,
-    Fetched,
-    LoadRequested,
-    Promoted,
-)
+from orchestrator.machine.facts import Child, Fetched, LoadRequested, Promoted
 from orchestrator.machine.states import State
 from orchestrator.settings.files import HubModel
 from orchestrator.settings.request import LoadRequest

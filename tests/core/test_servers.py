@@ -6,13 +6,7 @@ import pytest
 
 from orchestrator.base.tokens import Generation
 from orchestrator.errors import Problem
-from orchestrator.machine.commands import (
-    DropStale,
-    Kill,
-    LeaseGranted,
-    SetTimer,
-    Spawn,
-)
+from orchestrator.machine.commands import DropStale, Kill, LeaseGranted, SetTimer, Spawn
 from orchestrator.machine.facts import (
     BecameReady,
     Child,

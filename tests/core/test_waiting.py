@@ -12,13 +12,7 @@ import pytest
 
 from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import Problem
-from orchestrator.machine.commands import (
-    Concluded,
-    DropStale,
-    LeaseGranted,
-    Post,
-    Prefetched,
-)
+from orchestrator.machine.commands import Concluded, DropStale, LeaseGranted, Post, Prefetched
 from orchestrator.machine.context import Policy
 from orchestrator.machine.facts import (
     BecameReady,

@@ -15,23 +15,8 @@ from typing import NamedTuple
 
 from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import Problem
-from orchestrator.machine.commands import (
-    Accept,
-    Command,
-    Concluded,
-    Download,
-    Kill,
-    LeaseGranted,
-    Post,
-    Probe,
-    Resolve,
-    ServerEnded,
-    SetTimer,
-    Settle,
-    SetToken,
-    Spawn,
-)
-from orchestrator.machine.context import EffectInFlight, Policy
+from orchestrator.machine.commands import Command, Spawn
+from orchestrator.machine.context import Policy
 from orchestrator.machine.facts import (
     CancelRequested,
     Child,
@@ -54,6 +39,7 @@ from orchestrator.machine.facts import (
     Withdrawn,
 )
 from orchestrator.machine.states import State
+from tests.kit.machine.consequences import Changes
 from tests.kit.machine.observed import Process, owed_by
 from tests.kit.machine.programs import Action
 from tests.kit.machine.world import (
@@ -64,9 +50,7 @@ from tests.kit.machine.world import (
     Faults,
     Noticed,
     Status,
-    Timer,
     Work,
-    WorkKind,
     World,
     became_ready,
     child_is_alive,
@@ -326,7 +310,7 @@ class Scenario:
     ) -> Iterator[tuple[str, World]]:
         """Yield the worlds after a step: two if a spawn may fail."""
         spawn: Spawn | None = None
-        changes = _Changes(world, ends, core.ctx.effect)
+        changes = Changes(world, ends, core.ctx.effect)
         for command in commands:
             if isinstance(command, Spawn):
                 spawn = command
@@ -349,71 +333,6 @@ class Scenario:
         if self.faults.spawn:
             work = Work("spawn", spawn.generation)
             yield "it cannot be started", after._replace(work=(*after.work, work))
-
-
-class _Changes:
-    """The parts of a world that commands change."""
-
-    def __init__(self, world: World, ends: Work | None, effect: EffectInFlight | None) -> None:
-        self._world = world
-        self._effect = effect
-        self._concluded = world.concluded
-        self._reported_ended = world.reported_ended
-        self._calls = list(world.calls)
-        self._index = {call.ticket: i for i, call in enumerate(world.calls) if call.status}
-        self._work = [work for work in world.work if work is not ends]
-        self._noticed = world.noticed
-        self._timers = world.timers
-        self._tokens = world.tokens
-
-    def carry_out(self, command: Command) -> None:
-        if isinstance(command, Kill | Resolve | Download | Probe):
-            self._work.append(self._begun(command))
-            return
-        match command:
-            case Settle(ticket, answer):
-                index = self._index[ticket]
-                status = Status.HELD if isinstance(answer, LeaseGranted) else Status.DONE
-                self._calls[index] = self._calls[index]._replace(status=status)
-            case Accept(ticket, generation):
-                index = self._index[ticket]
-                self._calls[index] = self._calls[index]._replace(generation=generation)
-            case Concluded(generation):
-                self._concluded |= {generation}
-            case ServerEnded(pid):
-                self._reported_ended |= {pid}
-            case SetToken(generation):
-                self._tokens |= {generation}
-            case SetTimer(generation, kind):
-                self._timers |= {Timer(kind, generation)}
-            case Post(fact):
-                self._noticed |= {Noticed("promote", fact.generation)}
-
-    def _begun(self, command: Kill | Resolve | Download | Probe) -> Work:
-        match command:
-            case Kill(generation):
-                return Work("kill", generation)
-            case Probe(generation, child):
-                return Work("probe", generation, child.pid)
-            case Resolve(generation, wanted):
-                return Work("resolve", generation, model=wanted.request.model_path)
-            case Download(generation, wanted):
-                is_own = self._effect == EffectInFlight("download", generation)
-                kind: WorkKind = "download" if is_own else "prefetch"
-                return Work(kind, generation, model=wanted.request.model_path)
-
-    def world(self, core: Core) -> World:
-        return self._world._replace(
-            core=core,
-            calls=tuple(self._calls),
-            work=tuple(self._work),
-            noticed=self._noticed,
-            timers=self._timers,
-            tokens=self._tokens,
-            concluded=self._concluded,
-            reported_ended=self._reported_ended
-            & ({core.ctx.child.pid} if core.ctx.child else set()),
-        )
 
 
 _ENDABLE = frozenset({"load", "prefetch"})
