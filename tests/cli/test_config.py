@@ -65,19 +65,6 @@ OF_FILE: dict[str, Any] = {
 }
 
 
-ALLOWED = {
-    "llama_server": "a non-empty string",
-    "port": "an integer from 0 to 65535",
-    "kill_grace": "a number from 0 to 2592000",
-    "idle_ttl": "a number above 0, at most 2592000",
-    "restart": '"never" or "on-crash"',
-    "models_dir": "a list of strings",
-    "allowed_host": "a list of strings",
-    "slot": "a non-empty string",
-    "api_key_file": "a non-empty string",
-}
-
-
 def toml(members: dict[str, Any]) -> str:
     return "".join(f"{key} = {json.dumps(value)}\n" for key, value in members.items())
 
@@ -197,7 +184,8 @@ def test_a_wrong_value_in_a_file_is_refused_by_what_its_key_allows(
     command: click.Command, text: str, key: str, tmp_path: Path
 ) -> None:
     """The value itself is not shown: it may be an API key."""
-    assert refusal(command, text, tmp_path) == f"{key} must be {ALLOWED[key]}."
+    allowed = config.allowed(config.schema()["properties"][key])
+    assert refusal(command, text, tmp_path) == f"{key} must be {allowed}."
 
 
 @pytest.mark.parametrize(
