@@ -174,7 +174,7 @@ def test_a_key_follows_neither_redirect_nor_proxy(cli: Cli) -> None:
 
 
 def test_an_idle_model_is_unloaded_unless_pinned(cli: Cli, serving: str, tiny_model: str) -> None:
-    """As the load that brought it asked, whatever the default of the orchestrator."""
+    """Its own load decides, whatever the default of the orchestrator."""
     at = ("--url", serving, "--json")
     loaded = json.loads(cli("load", tiny_model, *at, "--pinned", "--idle-ttl", "0.2").stdout)
     assert json.loads(cli("status", *at).stdout)["loaded"]["pid"] == loaded["pid"]
