@@ -1,13 +1,14 @@
-"""What a model could be loaded as, looked up beside the machine: in a folder, or on the Hub.
+"""List the variants of models, in a folder or on the Hub, beside the state machine.
 
-Nothing here decides what runs. A listing nobody waits for any more is ended; so many run at once,
-and no more.
+A listing that no caller waits for any more is ended.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, wait
+from functools import partial
 from typing import Final
 
 from orchestrator.base.tokens import CancelReason, CancelToken, Generation
@@ -19,57 +20,55 @@ from orchestrator.settings.request import LoadRequest
 
 MAX_AT_ONCE: Final = 8
 _ENDS_WITHIN_S: Final = 5.0
-_NONE: Final = Generation(0)  # a listing is no load
+_NO_LOAD: Final = Generation(0)
 
 
 class Listings:
-    """Every listing of one orchestrator."""
+    """The listings of one orchestrator."""
 
     def __init__(self, source: ModelSource, workers: Workers) -> None:
         self._source = source
         self._workers = workers
-        self._work: dict[Future[list[Variant]], tuple[CancelToken, Future[None]]] = {}
-        self._guard = threading.Lock()  # of the above, and nothing else
+        self._in_flight: dict[Future[list[Variant]], tuple[CancelToken, Future[None]]] = {}
+        self._guard = threading.Lock()  # of the above
 
     def begin(self, request: LoadRequest) -> Future[list[Variant]]:
-        """Begin one; cancelling the future ends it.
+        """Start a listing; cancelling the future ends it.
 
         Raises:
-            Busy: too many are under way.
+            Busy: too many are in flight.
         """
         found: Future[list[Variant]] = Future()
-        token = CancelToken(_NONE)
+        token = CancelToken(_NO_LOAD)
         with self._guard:
-            if len(self._work) >= MAX_AT_ONCE:
-                raise Busy.because(f"{MAX_AT_ONCE} listings are under way: ask again")
+            if len(self._in_flight) >= MAX_AT_ONCE:
+                raise Busy.because(f"{MAX_AT_ONCE} listings are in flight: try again later")
             done = self._workers.submit(lambda: self._run(request, token, found))
-            self._work[found] = token, done
+            self._in_flight[found] = token, done
         found.add_done_callback(lambda _: token.set(CancelReason.USER))
         return found
 
     def close(self) -> None:
-        """End all; returns when their processes are gone, or after `_ENDS_WITHIN_S`."""
+        """End all listings, and wait up to `_ENDS_WITHIN_S` for their processes to exit."""
         with self._guard:
-            work = tuple(self._work.values())
-        for token, _ in work:
+            in_flight = tuple(self._in_flight.values())
+        for token, _ in in_flight:
             token.set(CancelReason.SHUTDOWN)
-        wait([done for _, done in work], _ENDS_WITHIN_S)
+        wait([done for _, done in in_flight], _ENDS_WITHIN_S)
 
     def _run(self, request: LoadRequest, token: CancelToken, found: Future[list[Variant]]) -> None:
-        result: list[Variant] | OrchestratorError
+        answer: Callable[[], None]
         try:
-            result = self._source.variants(request, token)
+            answer = partial(found.set_result, self._source.variants(request, token))
         except Cancelled:
-            result = ShuttingDown.because("the orchestrator has been closed")
+            closed = ShuttingDown.because("the orchestrator has been closed: make a new one")
+            answer = partial(found.set_exception, closed)
         except OrchestratorError as error:
-            result = error
-        except Exception as error:  # noqa: BLE001 (somebody waits for an answer)
-            result = Problem("internal", f"{type(error).__name__}: {error}").error()
+            answer = partial(found.set_exception, error)
+        except Exception as error:  # noqa: BLE001 (the caller waits for an answer)
+            problem = Problem("internal", f"{type(error).__name__}: {error}")
+            answer = partial(found.set_exception, problem.error())
         with self._guard:
-            del self._work[found]
-        if not found.set_running_or_notify_cancel():
-            return
-        if isinstance(result, OrchestratorError):
-            found.set_exception(result)
-        else:
-            found.set_result(result)
+            del self._in_flight[found]
+        if found.set_running_or_notify_cancel():
+            answer()

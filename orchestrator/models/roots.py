@@ -1,14 +1,13 @@
-"""Where local models may be: the folders that an operator allows, and nothing outside of them.
+"""The folders that an operator confines local models to.
 
-A name is read as text first. Only what lies inside by its text is looked at on disk, and what that
-leads to has to be inside too. So nothing can be learnt about files outside: what is there and what
-is not get the same answer.
+A path is checked as text first; only one that is inside by its text is looked up on disk, and its
+target must be inside, too. So no answer depends on files outside, not even on whether they exist.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from orchestrator.base.paths import PathNames
 from orchestrator.errors import InvalidRequest, RefusedArgument
@@ -18,99 +17,59 @@ Folder = str | os.PathLike[str]
 
 
 class ModelRoots:
-    """The allowed folders. A name that is not absolute is looked for in each, in their order.
-
-    Args:
-        folders: One or more; links in their names are resolved now.
-
-    Raises:
-        InvalidRequest: one is not a folder (field `models_dir`).
-    """
+    """The allowed folders, one or more. A relative path is looked for in each, in their order."""
 
     def __init__(self, folders: Iterable[Folder]) -> None:
-        named = [os.path.abspath(os.path.expanduser(os.fspath(folder))) for folder in folders]
-        for folder in named:
+        given = [os.path.abspath(os.path.expanduser(os.fspath(folder))) for folder in folders]
+        for folder in given:
             if not os.path.isdir(folder):
-                raise InvalidRequest.because(
-                    f"models_dir {folder} is not a folder: create it first", field="models_dir"
-                )
-        self._roots = tuple(dict.fromkeys(map(os.path.realpath, named)))
-        self._called = (*self._roots, *named)
-        self.names: PathNames = tuple((folder, "<models>") for folder in self._called)
+                message = f"models_dir {folder} is not a folder: create it first"
+                raise InvalidRequest.because(message, field="models_dir")
+        self._roots = tuple(dict.fromkeys(map(os.path.realpath, given)))
+        self._spellings = (*self._roots, *given)
+        self.names: PathNames = tuple((folder, "<models>") for folder in self._spellings)
 
     def resolve(self, text: str, field: str) -> str:
-        """Return where a name leads, links resolved; there need not be anything.
-
-        Raises:
-            InvalidRequest: it leads outside (field as given).
-        """
-        led = [os.path.realpath(place) for place in self._places(text)]
-        inside = [path for path in led if _is_below(path, self._roots)]
+        """Return where a path leads, links resolved; it need not exist, but must be inside."""
+        if text == "~" or text.startswith("~/"):  # `~user` would reveal which users exist
+            text = os.path.expanduser(text)
+        places = (os.path.normpath(os.path.join(root, text)) for root in self._roots)
+        targets = [os.path.realpath(place) for place in places if _is_in(place, self._spellings)]
+        inside = [path for path in targets if _is_in(path, self._roots)]
         if not inside:
-            raise _outside(field)
+            message = f"{field} is outside of the allowed model folders: name a file inside of them"
+            raise InvalidRequest.because(message, field=field)
         return next(filter(os.path.exists, inside), inside[0])
-
-    def check(self, path: Folder, field: str) -> None:
-        """Refuse a path whose links lead outside.
-
-        Raises:
-            InvalidRequest: field as given.
-        """
-        if not self.holds(path):
-            raise _outside(field)
 
     def holds(self, path: Folder) -> bool:
         """Does this path lead inside?"""
-        return _is_below(os.path.realpath(path), self._roots)
+        return _is_in(os.path.realpath(path), self._roots)
 
     def check_args(self, args: Iterable[str]) -> None:
-        """Refuse extra args that name files outside, or that reach further than any folder.
+        """Refuse extra args that name files outside, or that reach beyond files.
 
-        The server opens these by their names, so they have to be absolute and mean what they say.
-
-        Raises:
-            RefusedArgument: names the flag.
+        The server opens them by name, so each must be absolute and free of `..`.
         """
         for flag, path in flags.named_paths(args):
             if path is None:
-                why = "is refused where models are confined to folders: it reaches further"
-            elif not self._is_plain(path):
-                why = "may only name a file inside of the model folders, by its absolute path"
+                why = "is refused where models are confined to folders: it reaches beyond them"
+            elif (
+                os.pardir in path.split(os.sep)  # after a link the kernel takes it differently
+                or not _is_in(path, self._spellings)
+                or not self.holds(path)
+            ):
+                why = "must be the absolute path of a file inside of the model folders"
             else:
                 continue
-            raise RefusedArgument.because(
-                f"llama_extra_args: {flag} {why}", field="llama_extra_args"
-            )
-
-    def _places(self, text: str) -> Iterator[str]:
-        """Yield what may be meant, as far as it lies inside by its text.
-
-        `~user` is not looked up: it would tell which users there are.
-        """
-        if text == "~" or text.startswith("~/"):
-            text = os.path.expanduser(text)
-        for root in self._roots:
-            place = os.path.normpath(os.path.join(root, text))
-            if _is_below(place, self._called):
-                yield place
-
-    def _is_plain(self, path: str) -> bool:
-        """Does it lead inside, and is there nothing that the kernel reads in another way?"""
-        is_inside = _is_below(path, self._called) and os.pardir not in path.split(os.sep)
-        return is_inside and _is_below(os.path.realpath(path), self._roots)
+            message = f"llama_extra_args: {flag} {why}"
+            raise RefusedArgument.because(message, field="llama_extra_args")
 
 
 def model_roots(models_dir: Folder | Iterable[Folder]) -> ModelRoots | None:
-    """Return the folders a caller allows; None when models may be anywhere."""
+    """Return the allowed folders; None if models may be anywhere."""
     folders = (models_dir,) if isinstance(models_dir, str | os.PathLike) else tuple(models_dir)
     return ModelRoots(folders) if folders else None
 
 
-def _is_below(path: str, folders: Iterable[str]) -> bool:
+def _is_in(path: str, folders: Iterable[str]) -> bool:
     return any(path == one or path.startswith(one.rstrip(os.sep) + os.sep) for one in folders)
-
-
-def _outside(field: str) -> InvalidRequest:
-    return InvalidRequest.because(
-        f"{field} is outside of the allowed model folders: name a file inside of them", field=field
-    )

@@ -1,118 +1,89 @@
-"""Where a model comes from: a file or folder of this machine, or the Hub. Decided here, once.
+"""Where a model comes from: this machine or the Hub. Only this module decides it.
 
-`look_up` reads the disk and asks nobody, `resolve` asks the Hub what a model is, `fetch` makes it
-whole on disk. What a request is about is local if something of that name is there, and the Hub's
-if it could be a repo.
+A `model_path` is local if something exists there; otherwise it is a repo if it can be one.
+`look_up` reads the disk and sends no request, `resolve` asks the Hub, `fetch` makes a model whole
+on disk. Errors are those of `RequestedModel` and `local.locate`.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from orchestrator.base.paths import PathNames
 from orchestrator.base.tokens import CancelToken
-from orchestrator.errors import InvalidRequest, naming
+from orchestrator.errors import InvalidRequest
 from orchestrator.models import local
-from orchestrator.models.hub.download import Hub, is_hub
+from orchestrator.models.hub.download import RequestedModel
 from orchestrator.models.hub.fetch_process import FetchProgress
+from orchestrator.models.hub.records import Records
 from orchestrator.models.roots import ModelRoots
 from orchestrator.models.variants import Variant
 from orchestrator.settings.files import ModelFiles
+from orchestrator.settings.reference import split_reference
 from orchestrator.settings.request import LoadRequest
 
 
 class ModelSource:
-    """The models one orchestrator can load.
+    """The models that one orchestrator can load.
 
     Args:
-        records: Folder for what is worth keeping about Hub models.
+        records: Folder for records about Hub models.
         roots: Folders that local models are confined to; None = anywhere.
     """
 
     def __init__(self, records: Path, roots: ModelRoots | None) -> None:
-        self._hub = Hub(records)
+        self._records = Records(records)
         self._roots = roots
 
     def look_up(self, request: LoadRequest) -> ModelFiles:
-        """Return the files of a model, or where it comes from if it is not here yet.
-
-        Raises:
-            ModelNotFound, InvalidModel, InvalidRequest: names the field.
-        """
-        with self._naming(request) as names:
-            if self._is_on_hub(request):
-                files = self._with_projector(self._hub.look_up(request), request)
-            elif request.revision is not None:
-                message = f"revision is of a Hub model, and {request.model_path} is not one"
-                raise InvalidRequest.because(message, field="revision")
-            else:
-                files = local.locate(request, self._roots)
-        return replace(files, names=(*names, *files.names))
+        """Return a model as it is on disk, without weights if it has to be fetched first."""
+        if (path := self._local_path(request)) is None:
+            return self._with_projector(RequestedModel(request, self._records).look_up(), request)
+        if request.revision is not None:
+            message = f"revision needs a Hub model, and {request.model_path} is not one"
+            raise InvalidRequest.because(message, field="revision")
+        return local.locate(path, request, self._roots)
 
     def resolve(
         self, request: LoadRequest, token: CancelToken, progress: FetchProgress | None = None
     ) -> ModelFiles:
-        """Ask the Hub what the model is and whether it may be had; see `Hub.resolve`."""
-        with self._naming(request) as names:
-            files = self._with_projector(self._hub.resolve(request, token, progress), request)
-        return replace(files, names=(*names, *files.names))
+        """Ask the Hub what a model is and whether it can be fetched."""
+        return self._with_projector(
+            RequestedModel(request, self._records).resolve(token, progress), request
+        )
 
     def recent(self, request: LoadRequest) -> ModelFiles | None:
-        """Return what `resolve` has answered within the last minute, for display."""
-        answer = self._hub.recent(request)
+        """Return what `resolve` returned within the last minute, for display."""
+        answer = RequestedModel(request, self._records).recent()
         return answer and self._with_projector(answer, request)
 
     def fetch(
-        self,
-        request: LoadRequest,
-        token: CancelToken,
-        progress: FetchProgress,
-        known: ModelFiles,
+        self, request: LoadRequest, token: CancelToken, progress: FetchProgress, known: ModelFiles
     ) -> ModelFiles:
-        """Make the model whole on disk, and look at local files again: they may have been replaced
-        since the load was accepted. See `Hub.fetch`.
-        """
-        with self._naming(request) as names:
-            if known.hub is None:
-                files, projector = local.locate(request, self._roots), None
-            else:
-                projector = local.given_projector(request, self._roots)  # nothing fetched without
-                files = self._hub.fetch(request, token, progress, known)
-        names = (*names, *files.names)
-        return replace(files, projector=projector or files.projector, names=names)
+        """Make a model whole on disk. Local files may have changed since: look them up again."""
+        if known.hub is None:
+            path = local.resolve(request.model_path, "model_path", self._roots)
+            return local.locate(path, request, self._roots)
+        given = self._with_projector(ModelFiles(()), request)  # checked before anything is fetched
+        files = RequestedModel(request, self._records).fetch(token, progress, known)
+        names = (*files.names, *given.names)
+        return replace(files, projector=given.projector or files.projector, names=names)
 
     def variants(self, request: LoadRequest, token: CancelToken) -> list[Variant]:
-        """Return what a model could be loaded as; see `Hub.variants`."""
-        with self._naming(request):
-            if self._is_on_hub(request):
-                return self._hub.variants(request, token)
-            return local.variants_of(request, self._roots)
+        """Return the variants of a model."""
+        if (path := self._local_path(request)) is None:
+            return RequestedModel(request, self._records).variants(token)
+        return local.variants_of(path, request, self._roots)
 
     def check_args(self, args: tuple[str, ...]) -> None:
-        """Refuse extra args that name files outside of the allowed folders.
-
-        Raises:
-            RefusedArgument: names the flag.
-        """
+        """Raise RefusedArgument for extra args that name files outside of the allowed folders."""
         if self._roots is not None:
             self._roots.check_args(args)
 
-    @contextlib.contextmanager
-    def _naming(self, request: LoadRequest) -> Iterator[PathNames]:
-        """Yield what the paths of a request are called; what goes wrong inside carries that too."""
-        names = local.names_of(request.model_path, "model_path", self._roots)
-        if request.mmproj_path is not None:
-            names += local.names_of(request.mmproj_path, "mmproj_path", self._roots)
-        with naming(names):
-            yield names
-
-    def _is_on_hub(self, request: LoadRequest) -> bool:
-        is_local = local.is_local(request.model_path, self._roots)
-        return not is_local and is_hub(request.model_path)
+    def _local_path(self, request: LoadRequest) -> Path | None:
+        """Return the path of a model; None if nothing is there and it may be a repo."""
+        path = local.resolve(request.model_path, "model_path", self._roots)
+        return path if path.exists() or split_reference(request.model_path) is None else None
 
     def _with_projector(self, files: ModelFiles, request: LoadRequest) -> ModelFiles:
-        projector = local.given_projector(request, self._roots)
-        return files if projector is None else replace(files, projector=projector)
+        return local.with_projector(files, request, self._roots)

@@ -1,9 +1,9 @@
-"""Which files of a listing are the model: all parts of one variant, and its projector.
+"""Choose the files of a model from a listing: all parts of one variant, and its projector.
 
-A listing is names inside one folder or Hub repo, "/" between folders. Companions are set aside and
-are never weights. A variant is meant by its path, then as `folder/label`, then by its quant label,
-then by text that only one name carries; without one the order of `PREFERENCE` decides. Nothing is
-mixed or guessed: what is incomplete, unknown or ambiguous is an error that names what there is.
+A listing is the names inside of a folder or a Hub repo, "/" between folders. Companion files are
+set aside and never chosen. A variant is matched as a path, then as `folder/label`, then by its
+quant label, then by text that only one name has; without one the order of `PREFERENCE` decides. An
+incomplete, unknown or ambiguous variant is an error that lists what there is.
 """
 
 from __future__ import annotations
@@ -42,35 +42,38 @@ _ASIDE_FILE: Final = re.compile(
 _PROJECTOR: Final = re.compile(r"(?:.*[^A-Z0-9])?mmproj", re.IGNORECASE | re.ASCII | re.DOTALL)
 _UNUSABLE: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]|^\s|(?:^|/)\.{0,2}(?:/|$)")
 _SEPARATORS: Final = re.compile(r"[^a-z0-9]+")
-_MAX_SHOWN: Final = 30
-_MAX_SHOWN_CHARACTERS: Final = 120
+_MAX_LISTED: Final = 30
+_MAX_CHARACTERS: Final = 120
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """One variant of a listing, names exactly as listed.
+    """One variant of a listing, names as listed.
 
     Attributes:
         weights: Every part, in order.
-        projector: The vision projector that belongs to it.
-        variant: The shortest name that means this variant and no other of the listing: its quant
-            label in upper case, or its file name where it has none; else `folder/label` or its
-            path. Asking for it gives the same again.
+        projector: Its vision projector.
+        variant: The shortest name that means this variant alone: its quant label in upper case,
+            or its file name if it has none; else `folder/label` or its path.
     """
 
     weights: tuple[str, ...]
     projector: str | None
     variant: str
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (*self.weights, *filter(None, (self.projector,)))
+
 
 @dataclass(frozen=True, slots=True)
 class Variant(Record):
-    """One that could be loaded.
+    """A variant that can be loaded.
 
     Attributes:
-        gguf_variant: What means it in a load request; None of a file that is named itself.
-        size_bytes: Of all its parts, and of the projector a load would take with it.
-        is_default: What a load without a variant takes.
+        gguf_variant: Its name in a load request; None for a single file.
+        size_bytes: Of all parts, and of the projector that a load would use.
+        is_default: Is it what a load without a variant would use?
         is_cached: Is all of it on this machine?
     """
 
@@ -85,7 +88,7 @@ class _Model:
     """The parts of one variant, some of which may be missing."""
 
     folder: str  # "" or with a "/" at its end
-    stem: str  # the file name without part number and ending
+    stem: str  # the file name without part number and suffix
     label: str
     count: int
     parts: dict[int, str] = field(default_factory=dict)  # in order
@@ -95,83 +98,62 @@ class _Model:
         return len(self.parts) == self.count
 
     @property
+    def first(self) -> str:
+        return next(iter(self.parts.values()))
+
+    @property
     def order(self) -> tuple[object, ...]:
-        """Root before sub-folders; a left-over part of another split after what is whole."""
-        first = min(self.parts.values())
-        return self.folder.count("/"), self.folder, self.stem, not self.is_whole, first
+        """Root before sub-folders, whole models before left-over parts."""
+        return self.folder.count("/"), self.folder, self.stem, not self.is_whole, self.first
 
 
 def choose(names: Iterable[str], variant: str | None, *, where: str) -> Chosen:
-    """Return the files of the variant that is meant; the order of the names is of no importance.
-
-    Args:
-        names: Every file in the folder or repo; "/" separates folders.
-        variant: A quant label or a path as listed; None or blank = by preference.
-        where: The folder or repo, as an error shows it.
+    """Return the files of a variant, by preference if it is None or blank.
 
     Raises:
         ModelNotFound: no such variant, or more than one (field `gguf_variant`); no model at all,
-            or parts of it are missing (field `model_path`).
+            or parts of it are missing (field `model_path`). `where` is the folder or repo.
     """
-    models, projectors, aside = _sort_out(names)
-    if not models:
-        only = f", only {_listed([*projectors, *aside])}" if projectors or aside else ""
-        raise ModelNotFound.because(f"{where} holds no .gguf model{only}", field="model_path")
-    index = _index(models)
+    listing = _Listing(names, where)
     asked = (variant or "").strip()
-    if asked:
-        model = _meant(asked, models, index, where)
-    else:
-        model = min(models, key=lambda m: _RANK.get(m.label, len(_RANK)))
+    model = listing.named(asked) if asked else listing.models[0]
     if not model.is_whole:
-        missing = list(islice(_missing(model), _MAX_SHOWN))
-        left = model.count - len(model.parts)
+        present = set(model.parts.values())
+        missing = (name for name in parts_of(model.first) if name not in present)
+        count = model.count - len(model.parts)
         raise ModelNotFound.because(
-            f"{where}: {_shown(next(iter(model.parts.values())))} is split and "
-            f"{_listed(missing, left)} {'is' if left == 1 else 'are'} missing beside it",
+            f"{where}: {_printable(model.first)} is split and "
+            f"{_joined(missing, count)} {'is' if count == 1 else 'are'} missing beside it",
             field="model_path",
         )
-    weights = tuple(model.parts.values())
-    return Chosen(weights, _projector(model, models, projectors), _variant(model, index))
+    return listing.chosen(model)
 
 
 def every(names: Iterable[str], *, where: str) -> tuple[list[Chosen], Chosen | None]:
-    """Return every variant that is whole, the preferred one first, and which one `choose` picks
-    by itself: None when parts of that one are missing.
+    """Return complete variants, preferred ones first, and the one that `choose` prefers, if any.
 
     Raises:
-        ModelNotFound: no model at all, or no whole one (field `model_path`).
+        ModelNotFound: no complete model (field `model_path`).
     """
     names = tuple(names)
-    models, projectors, _ = _sort_out(names)
-    index = _index(models)
-    models.sort(key=lambda m: _RANK.get(m.label, len(_RANK)))
-    found = [
-        Chosen(tuple(m.parts.values()), _projector(m, models, projectors), _variant(m, index))
-        for m in models
-        if m.is_whole
-    ]
+    listing = _Listing(names, where)
+    found = [listing.chosen(model) for model in listing.models if model.is_whole]
     if not found:
-        choose(names, None, where=where)  # says what is missing
-    return found, found[0] if models[0].is_whole else None
+        choose(names, None, where=where)  # raises
+    return found, found[0] if listing.models[0].is_whole else None
 
 
 def matches(name: str, label: str) -> bool:
-    """Is this file meant by a label, or by text that its name carries at its boundaries?
-
-    A quant label matches the whole label of the file, never a part of it.
-    """
+    """Does a file have exactly this label, or this text between word boundaries of its name?"""
     if label_of(name).lower() == label.lower():
         return True
-    if _LABEL.fullmatch(label):
-        return False
-    return _carrying(_stem(label)).search(_stem(name)) is not None
+    return not _LABEL.fullmatch(label) and _words(_stem(label)).search(_stem(name)) is not None
 
 
 def label_of(name: str) -> str:
-    """Return the quant label of a file, in upper case; without one, the file name.
+    """Return the quant label of a file in upper case, or its file name if it has none.
 
-    The file name counts first, its last label if it has several, then the nearest folder.
+    The last label in the file name counts, else that of the nearest folder.
     """
     slash = name.rfind("/") + 1
     file = name[slash:]
@@ -179,9 +161,7 @@ def label_of(name: str) -> str:
 
 
 def parts_of(name: str) -> Iterator[str]:
-    """Yield the names of all parts of the split model this one belongs to, in order; of a whole
-    model, its own.
-    """
+    """Yield the names of all parts of a split model, in order; of a whole model its own name."""
     if (split := _SPLIT.fullmatch(name)) is None:
         yield name
         return
@@ -189,41 +169,107 @@ def parts_of(name: str) -> Iterator[str]:
         yield f"{split['prefix']}-{number:05d}-of-{split['count']}{split['end']}"
 
 
-def _sort_out(names: Iterable[str]) -> tuple[list[_Model], list[str], list[str]]:
-    """Return the models in order, the projectors and the files set aside, both sorted."""
-    models: dict[tuple[str, str], _Model] = {}
-    projectors: list[str] = []
-    aside: list[str] = []
-    for name in sorted(set(names)):
-        if name[-5:].lower() != ".gguf":
-            continue
-        slash = name.rfind("/") + 1
-        folder, file = name[:slash], name[slash:]
-        if _ASIDE_FILE.match(file) or _ASIDE_FOLDER.match(folder) or _UNUSABLE.search(name):
-            aside.append(name)
-            continue
-        if _PROJECTOR.match(file) or folder.lower().startswith("mmproj"):
-            projectors.append(name)
-            continue
-        stem, number, count = file[:-5], 1, 1
-        key = name, ""
-        if split := _SPLIT.fullmatch(file):
-            stem, number, count = split["prefix"], int(split["number"]), int(split["count"])
-            key = f"{folder}{stem}{split['end']}", split["count"]
-            if not 1 <= number <= count:
+class _Listing:
+    """A listing, sorted into models (preferred ones first), projectors and files set aside."""
+
+    def __init__(self, names: Iterable[str], where: str) -> None:
+        self._where = where
+        self._projectors: list[str] = []
+        models: dict[tuple[str, str], _Model] = {}
+        aside: list[str] = []
+        for name in sorted(set(names)):
+            if name[-5:].lower() != ".gguf":
+                continue
+            slash = name.rfind("/") + 1
+            folder, file = name[:slash], name[slash:]
+            if _ASIDE_FILE.match(file) or _ASIDE_FOLDER.match(folder) or _UNUSABLE.search(name):
                 aside.append(name)
                 continue
-        if (model := models.get(key)) is None:
-            label = _last_label(stem) or _folder_label(folder) or file
-            model = models[key] = _Model(folder, stem, label, count)
-        model.parts[number] = name
-    return sorted(models.values(), key=lambda m: m.order), projectors, aside
+            if _PROJECTOR.match(file) or folder.lower().startswith("mmproj"):
+                self._projectors.append(name)
+                continue
+            stem, number, count = file[:-5], 1, 1
+            key = name, ""
+            if split := _SPLIT.fullmatch(file):
+                stem, number, count = split["prefix"], int(split["number"]), int(split["count"])
+                key = f"{folder}{stem}{split['end']}", split["count"]
+                if not 1 <= number <= count:
+                    aside.append(name)
+                    continue
+            if (model := models.get(key)) is None:
+                label = _last_label(stem) or _folder_label(folder) or file
+                model = models[key] = _Model(folder, stem, label, count)
+            model.parts[number] = name
+        if not models:
+            others = [*self._projectors, *aside]
+            only = f", only {_joined(others, len(others))}" if others else ""
+            raise ModelNotFound.because(f"{where} holds no .gguf model{only}", field="model_path")
+        in_order = sorted(models.values(), key=lambda model: model.order)
+        self._index = _index(in_order)
+        self.models = sorted(in_order, key=lambda model: _RANK.get(model.label, len(_RANK)))
+        self._folders = {model.folder for model in in_order}
+        self._bases = {_base(model) for model in in_order} if self._projectors else set()
+
+    def named(self, name: str) -> _Model:
+        """Return the one model with this name."""
+        if found := self._look_up(name):
+            return found
+        several: list[_Model] = []
+        if not _LABEL.fullmatch(name):
+            pattern = _words(name)
+            several = [model for model in self.models if pattern.search(model.folder + model.stem)]
+            if len(several) == 1:
+                return several[0]
+        listed = several or self.models
+        known = _joined(map(self._variant, listed), len(listed))
+        shown = repr(name[:_MAX_CHARACTERS])
+        raise ModelNotFound.because(
+            f"{shown} means more than one variant of {self._where}: name one of {known}"
+            if several
+            else f"{self._where} has no variant {shown}; it has {known}",
+            field="gguf_variant",
+        )
+
+    def chosen(self, model: _Model) -> Chosen:
+        return Chosen(tuple(model.parts.values()), self._projector(model), self._variant(model))
+
+    def _look_up(self, name: str) -> _Model | None:
+        return self._index.get(name) or self._index.get(name.lower())
+
+    def _variant(self, model: _Model) -> str:
+        """Return the shortest name that means this model."""
+        names = (model.label, model.folder + model.label)
+        return next((n for n in names if self._look_up(n.strip()) is model), model.first)
+
+    def _projector(self, model: _Model) -> str | None:
+        """Return the projector of a model: beside it, above it, or in a folder without models.
+
+        The most similar name wins, then 16 bits; one with the name of another model never does.
+        """
+        base = _base(model)
+        ranked: list[tuple[int, int, bool, str]] = []
+        for name in self._projectors:
+            folder = name[: name.rfind("/") + 1]
+            owner = self._owner(name) or base
+            is_above = model.folder.startswith(folder)
+            if (is_above or folder not in self._folders) and f"{base} ".startswith(f"{owner} "):
+                distance = len(model.folder) - len(folder) if is_above else len(model.folder) + 1
+                is_half = name.lower().endswith("-f16.gguf")
+                ranked.append((distance, -len(owner), not is_half, name))
+        return min(ranked)[-1] if ranked else None
+
+    def _owner(self, projector: str) -> str | None:
+        """Return the longest name of a model that a projector's name begins with."""
+        file = projector[projector.rfind("/") + 1 : -5].lower()
+        words = [word for word in _SEPARATORS.split(file) if word and word != "mmproj"]
+        starts = (" ".join(words[:end]) for end in range(len(words), 0, -1))
+        return next((start for start in starts if start in self._bases), None)
 
 
 def _index(models: list[_Model]) -> dict[str, _Model]:
-    """Return what every name means: the more exact one first, then the first model.
+    """Map every name to its model: a more exact name wins, then an earlier model.
 
-    Keys in lower case are those that are compared without regard to case.
+    Names in lower case are for comparisons without case.
     """
     paths = [(path, model) for model in models for path in model.parts.values()]
     paths += [(path[:-5], model) for path, model in paths]
@@ -236,73 +282,6 @@ def _index(models: list[_Model]) -> dict[str, _Model]:
     return index
 
 
-def _look_up(asked: str, index: dict[str, _Model]) -> _Model | None:
-    return index.get(asked) or index.get(asked.lower())
-
-
-def _variant(model: _Model, index: dict[str, _Model]) -> str:
-    """Return the shortest name that means this model."""
-    path = next(iter(model.parts.values()))
-    candidates = (model.label, model.folder + model.label)
-    return next((name for name in candidates if _look_up(name.strip(), index) is model), path)
-
-
-def _meant(asked: str, models: list[_Model], index: dict[str, _Model], where: str) -> _Model:
-    """Return the one model that is asked for by this name."""
-    if found := _look_up(asked, index):
-        return found
-    carriers: list[_Model] = []
-    if not _LABEL.fullmatch(asked):
-        pattern = _carrying(asked)
-        carriers = [model for model in models if pattern.search(model.folder + model.stem)]
-        if len(carriers) == 1:
-            return carriers[0]
-    listed = sorted(carriers or models, key=lambda m: _RANK.get(m.label, len(_RANK)))
-    known = _listed([_variant(m, index) for m in islice(listed, _MAX_SHOWN)], len(listed))
-    shown = repr(asked[:_MAX_SHOWN_CHARACTERS])
-    raise ModelNotFound.because(
-        f"{shown} means more than one variant of {where}: name one of {known}"
-        if carriers
-        else f"{where} has no variant {shown}; it has {known}",
-        field="gguf_variant",
-    )
-
-
-def _missing(model: _Model) -> Iterator[str]:
-    part = next(iter(model.parts.values()))
-    present = set(model.parts.values())
-    return (name for name in parts_of(part) if name not in present)
-
-
-def _projector(model: _Model, models: list[_Model], projectors: list[str]) -> str | None:
-    """Return the projector of a model: beside it, above it, or in a folder without models; the
-    one named most like it, then the one in 16 bits, and none that is named for another model.
-    """
-    if not projectors:
-        return None
-    folders = {other.folder for other in models}
-    bases = {_base(other) for other in models}
-    base = _base(model)
-    ranked: list[tuple[int, int, bool, str]] = []
-    for name in projectors:
-        folder = name[: name.rfind("/") + 1]
-        owner = _owner(name, bases) or base
-        is_above = model.folder.startswith(folder)
-        if (is_above or folder not in folders) and f"{base} ".startswith(f"{owner} "):
-            distance = len(model.folder) - len(folder) if is_above else len(model.folder) + 1
-            is_half = name.lower().endswith("-f16.gguf")
-            ranked.append((distance, -len(owner), not is_half, name))
-    return min(ranked)[-1] if ranked else None
-
-
-def _owner(projector: str, bases: set[str]) -> str | None:
-    """Return the model that a projector is named for: the longest of these in its name."""
-    file = projector[projector.rfind("/") + 1 : -5].lower()
-    words = [word for word in _SEPARATORS.split(file) if word and word != "mmproj"]
-    starts = (" ".join(words[:end]) for end in range(len(words), 0, -1))
-    return next((start for start in starts if start in bases), None)
-
-
 def _base(model: _Model) -> str:
     """Return the words of a model's name before its quant label."""
     label = model.stem.upper().rfind(model.label)
@@ -311,8 +290,8 @@ def _base(model: _Model) -> str:
 
 
 @lru_cache(maxsize=256)
-def _carrying(text: str) -> re.Pattern[str]:
-    """A pattern for text that no letter, digit or `_` goes on from; `UD-` makes another label."""
+def _words(text: str) -> re.Pattern[str]:
+    """Compile a pattern for text between word boundaries; after `UD-` it is another label."""
     boundaries = rf"(?<![A-Za-z0-9_])(?<!UD-){re.escape(text)}(?![A-Za-z0-9_])"
     return re.compile(boundaries, re.IGNORECASE | re.ASCII)
 
@@ -324,7 +303,7 @@ def _last_label(text: str) -> str | None:
 
 @lru_cache(maxsize=256)
 def _folder_label(folder: str) -> str | None:
-    """Return the label that the nearest of these folders has."""
+    """Return the label of the nearest of these folders."""
     return next(filter(None, map(_last_label, reversed(folder.split("/")))), None)
 
 
@@ -334,15 +313,14 @@ def _stem(name: str) -> str:
     return name[:-5] if name[-5:].lower() == ".gguf" else name
 
 
-def _listed(names: Iterable[str], count: int = 0) -> str:
-    """Return the first names of so many, as an error can carry them."""
-    (*all_shown,) = names
-    shown = all_shown[:_MAX_SHOWN]
-    left = max(count, len(all_shown)) - len(shown)
-    return ", ".join(map(_shown, shown)) + (f" and {left} more" if left else "")
+def _joined(names: Iterable[str], count: int) -> str:
+    """Return the first of `count` names, for an error of bounded length."""
+    shown = list(islice(names, _MAX_LISTED))
+    more = f" and {count - len(shown)} more" if count > len(shown) else ""
+    return ", ".join(map(_printable, shown)) + more
 
 
-def _shown(name: str) -> str:
-    """A listing is written by others: of bounded length, and what is not printable is escaped."""
-    name = name[:_MAX_SHOWN_CHARACTERS]
+def _printable(name: str) -> str:
+    """Return a name from a listing, which anyone may have written, shortened and escaped."""
+    name = name[:_MAX_CHARACTERS]
     return name if name.isprintable() else repr(name)[1:-1]

@@ -1,6 +1,6 @@
-"""Which files of a listing are the model: properties over listings as they are on the Hub.
+"""Choosing the files of a model: properties over listings as they are on the Hub.
 
-A listing is made from what it is known to hold, so what is chosen can be compared with that.
+Listings are generated together with what they hold, so every choice can be compared with that.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from orchestrator.errors import ModelNotFound
 from orchestrator.models.variants import PREFERENCE, Chosen, choose, label_of, matches, parts_of
 from orchestrator.settings import flags
 from orchestrator.settings.reference import split_reference
+from tests.kit.sentences import assert_sentence
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=150)
 
@@ -30,7 +31,7 @@ def chosen(names: Sequence[str], variant: str | None = None) -> Chosen:
 
 
 def answer(names: Sequence[str], variant: str | None = None) -> Chosen | ModelNotFound:
-    """What is chosen, or why nothing is."""
+    """Return the choice, or the error."""
     try:
         return chosen(names, variant)
     except ModelNotFound as error:
@@ -38,7 +39,7 @@ def answer(names: Sequence[str], variant: str | None = None) -> Chosen | ModelNo
 
 
 def refused(names: Sequence[str], variant: str | None, field: str) -> str:
-    """What the error says."""
+    """Return the message of the error."""
     error = answer(names, variant)
     assert isinstance(error, ModelNotFound)
     assert error.field == field
@@ -46,7 +47,7 @@ def refused(names: Sequence[str], variant: str | None, field: str) -> str:
 
 
 def fastest_s(call: Callable[[], object]) -> float:
-    """Seconds of CPU it takes at best, whatever else runs."""
+    """Return the least CPU time of several calls, in seconds."""
     took = []
     for _ in range(20):
         started = time.thread_time()
@@ -55,11 +56,11 @@ def fastest_s(call: Callable[[], object]) -> float:
     return min(took)
 
 
-# Listings as they are
+# Generated listings
 
 
 class Variant(NamedTuple):
-    """One variant of a listing, as it was made."""
+    """One variant of a generated listing."""
 
     label: str
     folder: str
@@ -93,7 +94,7 @@ PROJECTORS = ("mmproj-F16.gguf", "mmproj-BF16.gguf", "mmproj-F32.gguf", "mmproj-
 
 @st.composite
 def variants(draw: st.DrawFn, base: str, label: str, *, room: str = "") -> Variant:
-    """One variant flat, in a folder of its own, or with its label in that only."""
+    """A variant, flat, in a folder of its own, or with its label only in the name of that."""
     shape = draw(st.sampled_from(("flat", "folder", "bare")))
     folder = room if shape == "flat" else f"{room}{label}/"
     stem = base if shape == "bare" else f"{base}{draw(st.sampled_from('-._'))}{label}"
@@ -108,7 +109,7 @@ def variants(draw: st.DrawFn, base: str, label: str, *, room: str = "") -> Varia
 
 @st.composite
 def listings(draw: st.DrawFn, models: int = 1) -> Listing:
-    """One model in up to 25 variants, or two, with what may lie beside them."""
+    """One or two models in up to 25 variants, with projectors and companion files."""
     found: list[Variant] = []
     bases = draw(st.lists(st.sampled_from(BASES), min_size=models, max_size=models, unique=True))
     for base in bases:
@@ -125,8 +126,8 @@ ANY_LISTING = st.one_of(listings(), listings(2))
 
 @repeatable
 @given(listings())
-def test_every_variant_is_meant_by_its_label_and_by_its_path(listing: Listing) -> None:
-    """However it is asked for it is the same, so asking again reloads nothing."""
+def test_variant_is_found_by_its_label_and_by_its_path(listing: Listing) -> None:
+    """With the same result, or another spelling would reload the model."""
     for variant in listing.variants:
         expected = chosen(listing.names, variant.label)
         assert expected.weights == variant.weights
@@ -141,8 +142,8 @@ def test_every_variant_is_meant_by_its_label_and_by_its_path(listing: Listing) -
 
 @repeatable
 @given(listings(2))
-def test_two_models_in_one_listing_never_share_a_name(listing: Listing) -> None:
-    """What is reported means this one and no other: flags and "the same" go by it."""
+def test_reported_names_of_two_models_differ(listing: Listing) -> None:
+    """Identity and inherited args go by the reported name."""
     reported: dict[str, tuple[str, ...]] = {}
     for variant in listing.variants:
         (found,) = {chosen(listing.names, path) for path in variant.weights}
@@ -156,10 +157,9 @@ def test_two_models_in_one_listing_never_share_a_name(listing: Listing) -> None:
 
 @repeatable
 @given(ANY_LISTING, st.randoms(use_true_random=False), st.none() | LABELS)
-def test_the_order_of_a_listing_means_nothing(
+def test_order_and_duplicates_of_a_listing_do_not_matter(
     listing: Listing, random: Random, label: str | None
 ) -> None:
-    """The Hub and a file system list as they like, and may name a file twice."""
     shuffled = [*listing.names, *listing.names[:3]]
     random.shuffle(shuffled)
     first, second = answer(listing.names, label), answer(shuffled, label)
@@ -175,7 +175,7 @@ def test_the_order_of_a_listing_means_nothing(
 def test_weights_are_all_parts_of_one_variant_and_nothing_else(
     listing: Listing, asked: str | None
 ) -> None:
-    """A companion, or parts of two models, would fail after the old server is gone."""
+    """A companion, or parts of two models, would fail only after the old server is gone."""
     found = answer(listing.names, asked)
     if isinstance(found, ModelNotFound):
         return
@@ -187,8 +187,8 @@ def test_weights_are_all_parts_of_one_variant_and_nothing_else(
 
 @repeatable
 @given(ANY_LISTING)
-def test_without_a_name_the_preferred_one_is_chosen(listing: Listing) -> None:
-    """The first label of the order that there is; of two models, the one nearer the root."""
+def test_preferred_variant_is_chosen_without_a_name(listing: Listing) -> None:
+    """Of two models with the same label, the one nearer to the root."""
     found = chosen(listing.names)
     assert chosen(listing.names, " ") == found
     present = [label for label in PREFERENCE if label in {v.label for v in listing.variants}]
@@ -200,8 +200,8 @@ def test_without_a_name_the_preferred_one_is_chosen(listing: Listing) -> None:
 
 @repeatable
 @given(ANY_LISTING, LABELS)
-def test_an_unknown_variant_is_told_what_there_is(listing: Listing, label: str) -> None:
-    """Each once, the preferred ones first, and every name listed can be asked for."""
+def test_error_for_an_unknown_variant_lists_all(listing: Listing, label: str) -> None:
+    """Each once, preferred ones first, by a name that can be requested."""
     assume(label not in {variant.label for variant in listing.variants})
     message = refused(listing.names, label, "gguf_variant")
     before, _, known = message.partition("; it has ")
@@ -216,8 +216,8 @@ def test_an_unknown_variant_is_told_what_there_is(listing: Listing, label: str) 
 
 @repeatable
 @given(ANY_LISTING, st.data())
-def test_a_missing_part_is_named_and_never_replaced(listing: Listing, data: st.DataObject) -> None:
-    """Not by another variant's, and the model is not another one in silence."""
+def test_missing_part_is_listed_and_never_replaced(listing: Listing, data: st.DataObject) -> None:
+    """Neither by a part of another variant nor by another model."""
     split = [variant for variant in listing.variants if len(variant.weights) > 1]
     assume(split)
     variant = data.draw(st.sampled_from(split))
@@ -236,8 +236,7 @@ def test_a_missing_part_is_named_and_never_replaced(listing: Listing, data: st.D
 # Examples
 
 
-def test_the_order_of_preference_is_total() -> None:
-    """No label twice, each is read back from a name, and no two of them are ever confused."""
+def test_preferred_labels_are_never_confused() -> None:
     assert len(set(PREFERENCE)) == len(PREFERENCE) == 36
     for label in (*PREFERENCE, *RARE):
         assert label_of(f"m-{label.lower()}.gguf") == label
@@ -279,8 +278,8 @@ def test_the_order_of_preference_is_total() -> None:
         ("m-Q4_\u212a_M.gguf", "Q4_K_M", False),
     ],
 )
-def test_a_label_matches_at_its_boundaries(name: str, label: str, is_match: bool) -> None:
-    """A look-alike label is another model."""
+def test_label_matches_only_at_word_boundaries(name: str, label: str, is_match: bool) -> None:
+    """A similar label is another model."""
     assert matches(name, label) is is_match
     names = [*parts_of(name), "other-Q2_K.gguf"]
     if is_match:
@@ -303,8 +302,7 @@ def test_a_label_matches_at_its_boundaries(name: str, label: str, is_match: bool
         ("", ""),
     ],
 )
-def test_a_label_is_read_from_a_name(name: str, label: str) -> None:
-    """So that the same file has the same label, however it was asked for."""
+def test_label_is_read_from_the_file_name_and_then_the_folder(name: str, label: str) -> None:
     assert label_of(name) == label
 
 
@@ -339,49 +337,44 @@ def test_a_label_is_read_from_a_name(name: str, label: str) -> None:
          "m-0000\u0661-of-00002.gguf"),
     ],
 )  # fmt: skip
-def test_one_variant_is_meant(
+def test_name_chooses_one_variant(
     names: list[str], asked: str | None, weights: str, variant: str
 ) -> None:
-    """A path first, then `folder/label`, then a label, then text that only one name carries."""
+    """By a path, then `folder/label`, then a label, then text that only one name has."""
     found = chosen(names, asked)
     assert (found.weights, found.variant) == ((weights,), variant)
     assert chosen(names, found.variant) == found
 
 
-def test_text_that_several_names_carry_means_none_of_them() -> None:
-    """A guess would be another model than the one meant."""
+def test_text_in_several_names_is_ambiguous() -> None:
     names = ["a-Q8_0.gguf", "a-Q4_K_M.gguf", "b-Q4_K_M.gguf"]
     assert chosen(names, "b").weights == ("b-Q4_K_M.gguf",)
-    message = refused(names, "a", "gguf_variant")
-    assert message == "'a' means more than one variant of owner/name: name one of Q4_K_M, Q8_0"
+    assert_sentence("variant.ambiguous", refused(names, "a", "gguf_variant"))
 
 
 @pytest.mark.parametrize("asked", ["../m", "/etc/passwd", "m/../m", ".", "*", "m-Q8_0.ggu", "\0"])
-def test_a_variant_is_compared_and_never_a_path_to_follow(asked: str) -> None:
-    """Only what is listed can be chosen."""
+def test_variant_is_never_used_as_a_path(asked: str) -> None:
     refused(["m-Q8_0.gguf", "n-Q8_0.gguf"], asked, "gguf_variant")
 
 
-def test_a_part_belongs_to_one_folder_and_one_count() -> None:
-    """Parts of another variant have nearly the same name."""
+def test_parts_are_of_one_folder_and_one_count() -> None:
     names = [
         *("Q4_0/m-00001-of-00002.gguf", "Q4_0/m-00002-of-00003.gguf"),
         *("Q8_0/m-00001-of-00002.gguf", "Q8_0/m-00002-of-00002.gguf"),
     ]
     assert chosen(names, "Q8_0").weights == tuple(names[2:])
-    message = refused(names, "Q4_0", "model_path")
-    assert message.endswith("Q4_0/m-00002-of-00002.gguf is missing beside it")
+    assert_sentence("variant.part_missing", refused(names, "Q4_0", "model_path"))
 
 
-def test_a_model_without_a_file_says_what_is_there() -> None:
-    """Companions alone are the usual reason."""
-    assert refused([], None, "model_path") == "owner/name holds no .gguf model"
+def test_error_without_a_model_lists_companions() -> None:
+    """They are the usual reason."""
+    assert_sentence("model.none", refused([], None, "model_path"))
     message = refused(["mmproj-F16.gguf", "mtp-m.gguf", "README.md"], "Q4_0", "model_path")
-    assert message == "owner/name holds no .gguf model, only mmproj-F16.gguf, mtp-m.gguf"
+    assert_sentence("model.companions", message)
 
 
-def test_an_error_is_of_a_bounded_length() -> None:
-    """A listing is written by others; the error goes into logs and answers."""
+def test_length_of_errors_is_bounded() -> None:
+    """Anyone can write a listing, and errors go into logs and answers."""
     many = [f"m{number:04d}-{'x' * 500}.gguf" for number in range(1000)]
     known = refused(many, "Q4_0", "gguf_variant").partition("; it has ")[2]
     assert known.count(", ") == 29
@@ -391,7 +384,7 @@ def test_an_error_is_of_a_bounded_length() -> None:
     assert message.endswith(" and 970 more")
     assert len(message) < 30 * 130 + 300
     message = refused(["m-00007-of-99999.gguf"], None, "model_path")
-    assert message.endswith("m-00031-of-99999.gguf and 99968 more are missing beside it")
+    assert "m-00031-of-99999.gguf and 99968 more are missing" in message
     assert refused(["mmproj\ud800\n.gguf"], None, "model_path").endswith(r"mmproj\ud800\n.gguf")
 
 
@@ -410,19 +403,20 @@ def test_an_error_is_of_a_bounded_length() -> None:
         (["a/mmproj-F32.gguf", "mmproj-F16.gguf"], "a/b/m.gguf", "a/mmproj-F32.gguf"),
         (["mmproj/F32.gguf", "mmproj/m-f16.gguf"], "m.gguf", "mmproj/m-f16.gguf"),
         (["vision/m-mmproj-f16.gguf"], "Q8_0/m.gguf", "vision/m-mmproj-f16.gguf"),
+        (["x/y/mmproj.gguf", "x/mmproj-F16.gguf"], "x/y/m.gguf", "x/y/mmproj.gguf"),
         (["._mmproj-F16.gguf", "MTP/mmproj-F16.gguf", "mmproj.txt"], "m.gguf", None),
     ],
 )
-def test_the_projector_beside_the_weights_is_found(
+def test_nearest_projector_is_chosen(
     projectors: list[str], weights: str, expected: str | None
 ) -> None:
-    """Nearest first, in 16 bits first; it is never the weights."""
+    """Of those in one place, one in 16 bits."""
     found = chosen([weights, *projectors])
     assert (found.weights, found.projector) == ((weights,), expected)
 
 
-def test_a_projector_of_another_model_is_not_taken() -> None:
-    """With the wrong one the server does not start; in one folder only the name tells."""
+def test_projector_of_another_model_is_never_chosen() -> None:
+    """The server does not start with it; within a folder only the name shows it."""
     names = [
         *("Qwen-VL-4B-Q8_0.gguf", "Qwen-VL-4B-Thinking-Q8_0.gguf", "Phi-Q8_0.gguf"),
         *("mmproj-Qwen-VL-4B-F16.gguf", "mmproj-Qwen-VL-4B-Thinking-F16.gguf"),
@@ -437,7 +431,7 @@ def test_a_projector_of_another_model_is_not_taken() -> None:
     assert chosen(rooms, "Q4_0").projector == "sight/mmproj-F16.gguf"
 
 
-# Whatever is listed and asked for
+# Arbitrary names
 
 WORDS = st.sampled_from(
     [
@@ -465,8 +459,9 @@ ANY_FILE = ANY_NAME | ANY_NAME.map(lambda name: name + ".gguf")
 @settings(repeatable, max_examples=600)
 @given(st.lists(ANY_FILE, max_size=12), st.none() | ANY_FILE)
 @example(["\u0130.gguf", "i\u0307.gguf"], "\u0130")
-def test_any_listing_is_a_choice_or_says_why_not(names: list[str], asked: str | None) -> None:
-    """Nothing but `ModelNotFound`, and what is chosen holds together and can be asked for."""
+def test_any_listing_gives_a_consistent_choice_or_an_error(
+    names: list[str], asked: str | None
+) -> None:
     found = answer(names, asked)
     assert repr(answer(names[::-1], asked)) == repr(found)
     if isinstance(found, ModelNotFound):
@@ -478,25 +473,23 @@ def test_any_listing_is_a_choice_or_says_why_not(names: list[str], asked: str | 
     assert chosen(names, found.variant) == found
     assert chosen(names, found.weights[-1]) == found
     for name in filter(None, (*found.weights, found.projector, found.variant)):
-        assert not flags.holds_control(name)
+        assert not flags.has_control_character(name)
         assert flags.is_encodable(name)
         assert {"", ".", ".."}.isdisjoint(name.split("/"))
 
 
 @repeatable
 @given(ANY_FILE, ANY_NAME)
-def test_a_file_carries_its_own_label(name: str, other: str) -> None:
-    """A model is never refused for the name it was reported with."""
+def test_file_matches_its_own_label(name: str, other: str) -> None:
+    """Or a model would be refused for the name it was reported with."""
     assert matches(name, label_of(name))
     assert matches(name, name.rpartition("/")[2])
     assert isinstance(matches(name, other), bool)
 
 
 @pytest.mark.parametrize("asked", [None, "nope", "Q4_K_M"])
-def test_a_large_listing_takes_its_share_of_time_and_no_more(asked: str | None) -> None:
-    """It is looked at on the way to a load, and again by `plan`: eight times as many files take
-    eight times as long, where a comparison of all with all takes 64 times.
-    """
+def test_large_listing_takes_linear_time(asked: str | None) -> None:
+    """Eight times the files take eight times as long; a quadratic search would take 64 times."""
     assert fastest_s(lambda: answer(listing(8), asked)) < 24 * fastest_s(
         lambda: answer(listing(1), asked)
     )
@@ -512,7 +505,7 @@ def listing(scale: int) -> tuple[str, ...]:
     return tuple(names)
 
 
-# References to the Hub
+# References to Hub repos
 
 
 @pytest.mark.parametrize(
@@ -526,8 +519,9 @@ def listing(scale: int) -> tuple[str, ...]:
         ("o/" + "n" * 94, ("o/" + "n" * 94, None)),
     ],
 )
-def test_a_repo_and_its_variant_are_told_apart(text: str, expected: tuple[str, str | None]) -> None:
-    """A variant may be a path inside the repo."""
+def test_reference_is_split_into_repo_and_variant(
+    text: str, expected: tuple[str, str | None]
+) -> None:
     assert split_reference(text) == expected
 
 
@@ -541,34 +535,28 @@ def test_a_repo_and_its_variant_are_told_apart(text: str, expected: tuple[str, s
         "o/" + "n" * 95,
     ],
 )
-def test_a_path_is_not_a_repo(text: str) -> None:
-    """It is looked for on this machine only, and nothing is asked of the Hub."""
+def test_path_is_not_a_reference(text: str) -> None:
+    """No request is sent to the Hub for it."""
     assert split_reference(text) is None
 
 
 @settings(repeatable, max_examples=400)
 @given(st.text(st.sampled_from("aZ0_-./:~ \n\u00e9"), max_size=10) | st.text(max_size=120))
-def test_what_is_taken_for_a_repo_the_client_takes_too(text: str) -> None:
-    """Its own refusal would be an error of another kind."""
+def test_every_accepted_repo_is_valid_for_huggingface_hub(text: str) -> None:
     from huggingface_hub.utils._validators import validate_repo_id
 
     if (found := split_reference(text)) is not None:
         validate_repo_id(found[0])
 
 
-def test_a_name_that_can_be_printed_is_shown_as_it_is() -> None:
-    """It may be posted back, so nothing of it may be escaped that need not be."""
+def test_only_unprintable_names_are_escaped_in_errors() -> None:
+    """Callers may send them back."""
     assert "it's\\one.gguf" in refused(["it's\\one.gguf", "two.gguf"], "zzz", "gguf_variant")
     assert "o\\u202ene.gguf" in refused(["o\u202ene.gguf", "two.gguf"], "zzz", "gguf_variant")
 
 
-def test_what_is_set_aside_is_listed_and_hides_nothing() -> None:
-    """A part with a number that cannot be, first in the listing, is no end of the listing."""
+def test_part_with_an_impossible_number_is_set_aside() -> None:
+    """It comes first in the listing, and must not end it."""
     aside = ["a-00009-of-00003.gguf", "imatrix.gguf"]
     assert refused(aside, None, "model_path").endswith(f", only {', '.join(aside)}")
     assert chosen([*aside, "b-Q8_0.gguf"], None).weights == ("b-Q8_0.gguf",)
-
-
-def test_the_projector_beside_a_model_in_folders_is_nearer_than_one_above() -> None:
-    names = ["x/y/m.gguf", "x/y/mmproj.gguf", "x/mmproj-F16.gguf"]
-    assert chosen(names, None).projector == "x/y/mmproj.gguf"

@@ -1,8 +1,7 @@
-"""Whatever is read from outside: a value, or an error of ours; never another, and never for ever.
+"""Everything that is read from outside gives a value or one of our errors, in bounded time.
 
-Files somebody else may have written, a child that prints what it likes, a server that answers what
-it likes. The help, settings, redaction and HTTP have such tests of their own, beside what they say
-of values.
+That is: files that others may have written, messages of a child process, answers of a server. The
+help, settings, redaction and HTTP have such tests beside their others.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from orchestrator.cli.options import split
 from orchestrator.errors import InvalidModel, OrchestratorError, Problem
 from orchestrator.machine.facts import ServerFacts
 from orchestrator.models import gguf_file
-from orchestrator.models.hub.download import Hub
 from orchestrator.models.hub.fetch_process import MAX_MESSAGE_BYTES, FetchProcess, FetchProgress
+from orchestrator.models.hub.records import Records
 from orchestrator.runtime import events
 from orchestrator.runtime.events import EventLog
 from orchestrator.server import binaries, failures, readiness
@@ -54,7 +53,7 @@ DEEP = "[" * 100_000
 
 
 def shaped(*names: str) -> st.SearchStrategy[Any]:
-    """Objects with members that are looked for, of any kind."""
+    """Objects with these members, of any type."""
     return st.dictionaries(st.sampled_from(names), JSON)
 
 
@@ -62,7 +61,7 @@ def encoded(values: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
     return values.map(json.dumps).map(str.encode)
 
 
-# ------------------------------------------------------------------------------ the slot's record
+# ----------------------------------------------------------------------------------- our own files
 
 
 @repeatable
@@ -82,8 +81,8 @@ def encoded(values: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
 )
 @example(DEEP.encode())
 @example(b'{"version": 1, "host": {"pid": 1' + b"0" * 5000 + b"}}")
-def test_any_record_of_a_slot_is_one_or_none(tmp_path: Path, content: bytes) -> None:
-    """What is in it is ended by its pid: a record that is not whole must name nobody."""
+def test_damaged_slot_record_names_no_process(tmp_path: Path, content: bytes) -> None:
+    """A recorded pid is killed, so a record must be whole to be used."""
     slot = Slot("fuzzed", tmp_path)
     slot.record_path.parent.mkdir(parents=True, exist_ok=True)
     slot.record_path.write_bytes(content)
@@ -95,22 +94,20 @@ def test_any_record_of_a_slot_is_one_or_none(tmp_path: Path, content: bytes) -> 
 @given(encoded(JSON | shaped("files")) | st.binary(max_size=100))
 @example(DEEP.encode())
 @example(b'{"files": {"a": [Infinity, ""]}}')
-def test_any_note_of_a_listing_is_one_or_is_asked_for_again(tmp_path: Path, content: bytes) -> None:
-    """What was known of a repo is worth a request, and never a load."""
-    hub = Hub(tmp_path)
-    note = hub._listing_file("owner/name", "c")
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_bytes(content)
-    assert isinstance(hub._listing("owner/name", "c"), dict)
+def test_damaged_listing_record_is_ignored(tmp_path: Path, content: bytes) -> None:
+    """It costs a request, and must not fail a load."""
+    records = Records(tmp_path)
+    path = records.listing_path("owner/name", "c")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    assert isinstance(records.listing("owner/name", "c"), dict)
 
 
 @repeatable
 @given(encoded(JSON | shaped("flags")) | st.binary(max_size=100))
 @example(DEEP.encode())
-def test_any_note_of_a_help_is_a_catalogue_or_asked_for_again(
-    tmp_path: Path, content: bytes
-) -> None:
-    """A note that was cut short must not switch every flag of the server off."""
+def test_damaged_record_of_the_help_is_ignored(tmp_path: Path, content: bytes) -> None:
+    """Or every flag of the server would be unknown."""
     identity = FileIdentity(f"/llama{hash(content)}", 1, 1, 1, 1)
     note = binaries._file_of((identity.path,), identity, str(tmp_path))
     note.parent.mkdir(parents=True, exist_ok=True)
@@ -119,11 +116,11 @@ def test_any_note_of_a_help_is_a_catalogue_or_asked_for_again(
     assert known is None or isinstance(known, Catalogue)
 
 
-# ------------------------------------------------------------------------- the child that fetches
+# ---------------------------------------------------------------------------- the fetcher process
 
 
-class Heard(FetchProcess):
-    """A child that is not there, and what it would have said."""
+class FakeFetcher(FetchProcess):
+    """No process, but pieces of its output."""
 
     def __init__(self, pieces: Sequence[bytes]) -> None:
         request = LoadRequest(model_path="owner/name")
@@ -132,19 +129,29 @@ class Heard(FetchProcess):
         self._process = SimpleNamespace(  # type: ignore[assignment]
             stdin=io.BytesIO(), wait=lambda _: 0, returncode=0
         )
-        self._errors = io.BytesIO(b"its last words")  # type: ignore[assignment]
-        self.most_kept = 0
+        self._errors = io.BytesIO(b"an error")  # type: ignore[assignment]
+        self.most_buffered = 0
 
     def _wait(self, ends_at: float) -> bool:
         if not self._pieces:
             return False
-        self._take(self._pieces.pop(0))
-        self.most_kept = max(self.most_kept, len(self._buffer))
+        self._buffer += self._pieces.pop(0)
+        self.most_buffered = max(self.most_buffered, len(self._buffer))
         return True
 
 
 MESSAGES = shaped(
-    "error", "listing", "verified", "done", "file", "all", "seen", "waiting", "message", "category"
+    "error",
+    "listing",
+    "verified",
+    "finished",
+    "done",
+    "file",
+    "all",
+    "seen",
+    "waiting",
+    "message",
+    "category",
 ) | st.fixed_dictionaries({"error": shaped("message", "category", "field", "reason") | JSON})
 PIECES = st.lists(
     st.binary(max_size=40)
@@ -158,31 +165,28 @@ PIECES = st.lists(
 @given(PIECES)
 @example([DEEP.encode() + b"\n"])
 @example([b"a warning of some library\n", b'{"listing": {"files": []}}\n'])
-def test_whatever_the_fetcher_says_is_understood_or_is_an_error_of_ours(
-    pieces: list[bytes],
-) -> None:
-    """A library that prints, a child that is killed in the middle of a line: the load hears why."""
+def test_any_output_of_the_fetcher_is_used_or_one_of_our_errors(pieces: list[bytes]) -> None:
+    """Such as a warning of a library, or half a line of a process that was killed."""
     with contextlib.suppress(OrchestratorError):
-        assert isinstance(Heard(pieces).listing(1.0), dict)
+        assert isinstance(FakeFetcher(pieces).listing(1.0), dict)
     with contextlib.suppress(OrchestratorError):
-        Heard(pieces).fetch({"files": [{"name": "a", "size": 1}]}, lambda _: None)
+        FakeFetcher(pieces).fetch({"files": [{"name": "a", "size": 1}]}, lambda _: None)
 
 
-def test_what_a_library_prints_in_the_fetcher_is_passed_over() -> None:
-    """The download goes on: noise is no reason to lose it."""
+def test_lines_that_a_library_prints_in_the_fetcher_are_ignored() -> None:
     pieces = [b"Warning: this is fine\n\xff\n[1]\n", b'{"listing": {"commit": "c"}}\n']
-    assert Heard(pieces).listing(1.0) == {"commit": "c"}
+    assert FakeFetcher(pieces).listing(1.0) == {"commit": "c"}
 
 
-def test_a_line_of_the_fetcher_without_an_end_is_given_up() -> None:
-    """A child gone mad must not take the host's memory with it."""
-    heard = Heard([b"x" * (MAX_MESSAGE_BYTES // 2)] * 8)
-    with pytest.raises(OrchestratorError, match="without end"):
-        heard.listing(1.0)
-    assert heard.most_kept <= 2 * MAX_MESSAGE_BYTES
+def test_endless_line_of_the_fetcher_is_an_error() -> None:
+    """It must not exhaust the memory of the host."""
+    fetcher = FakeFetcher([b"x" * (MAX_MESSAGE_BYTES // 2)] * 8)
+    with pytest.raises(OrchestratorError, match=r"a line of more than \d+ bytes"):
+        fetcher.listing(1.0)
+    assert fetcher.most_buffered <= 2 * MAX_MESSAGE_BYTES
 
 
-# --------------------------------------------------------------------------- the server's answers
+# ------------------------------------------------------------------------------------- the server
 
 
 @repeatable
@@ -190,8 +194,7 @@ def test_a_line_of_the_fetcher_without_an_end_is_given_up() -> None:
 @example(b"HTTP/1.1 " + b"2" * 5000 + b"\r\n\r\n", True)
 @example(b"HTTP/1.1 200 OK\r\nContent-Length: " + b"1" * 5000 + b"\r\n\r\n", True)
 @example(b"HTTP/1.1 200\r\ncontent-length:0\r\n\r\n", False)
-def test_any_bytes_are_an_answer_or_none_yet(data: bytes, ended: bool) -> None:
-    """The probe reads what a process prints on a socket: it may be anything."""
+def test_any_bytes_on_the_probe_socket_are_an_answer_or_none(data: bytes, ended: bool) -> None:
     for answer in (data, b"HTTP/1.1 200 OK\r\n" + data, b"HTTP/1.1 200 OK\r\n\r\n" + data):
         ours, theirs = socket.socketpair()
         connection = http.client.HTTPConnection("127.0.0.1", 1)
@@ -221,20 +224,17 @@ def test_any_bytes_are_an_answer_or_none_yet(data: bytes, ended: bool) -> None:
 )
 @example(b'{"default_generation_settings": {"n_ctx": 8}, "modalities": null}')
 @example(DEEP.encode())
-def test_any_properties_of_a_server_are_facts(props: bytes) -> None:
-    """A server that is ready is not given up because of how it describes itself."""
+def test_any_properties_of_a_server_are_accepted(props: bytes) -> None:
+    """A server that is ready must not fail a load by how it describes itself."""
     facts = readiness._facts("http://127.0.0.1:1", props)
     assert isinstance(facts, ServerFacts)
     assert facts.context_length is None or type(facts.context_length) is int
     assert type(facts.is_vision) is bool
 
 
-# ------------------------------------------------------------------------ what the server prints
-
-
 @repeatable
 @given(st.lists(st.binary(max_size=300) | st.just(b"\n" * 300), max_size=12))
-def test_output_is_kept_within_bounds_and_lines_are_counted(pieces: list[bytes]) -> None:
+def test_output_ring_is_bounded_and_counts_lines(pieces: list[bytes]) -> None:
     """A server may print for weeks."""
     ring = OutputRing()
     for piece in pieces:
@@ -249,8 +249,8 @@ def test_output_is_kept_within_bounds_and_lines_are_counted(pieces: list[bytes])
     assert ring.tail(len(lines)) == lines
 
 
-def test_a_flood_of_output_costs_no_more_than_the_ring() -> None:
-    """Without line ends, and with nothing else."""
+def test_flood_of_output_takes_bounded_memory() -> None:
+    """With lines, and without any."""
     ring = OutputRing()
     for _ in range(64):
         ring.feed(b"x" * 65536)
@@ -269,10 +269,10 @@ def test_a_flood_of_output_costs_no_more_than_the_ring() -> None:
     ),
     st.lists(st.text(max_size=12)).map(tuple),
 )
-def test_any_end_of_a_server_has_a_reason(
+def test_any_exit_of_a_server_is_explained(
     returncode: int | None, lines: tuple[str, ...], extra_args: tuple[str, ...]
 ) -> None:
-    """Whatever it printed last, in whatever language, the caller hears one sentence."""
+    """In one sentence, whatever it printed last."""
     problem = failures.explain(returncode, lines, extra_args)
     assert isinstance(problem, Problem)
     assert problem.message
@@ -294,13 +294,12 @@ PARTS = st.lists(
 @repeatable
 @given(st.sampled_from((b"GGUF\x03\0\0\0", b"GGUF\x02\0\0\0", b"GGUF", b"")), PARTS)
 def test_any_model_file_is_inspected_or_refused(tmp_path: Path, head: bytes, rest: bytes) -> None:
-    """A file from the internet is read before the running model is given up for it."""
     path = tmp_path / "fuzzed.gguf"
     path.write_bytes(head + rest)
     identity = FileIdentity(str(path), 1, 1, len(head + rest), hash(rest))
     gguf_file.inspect.cache_clear()
     with contextlib.suppress(InvalidModel):
-        assert gguf_file.inspect(identity).tensors >= 0
+        assert isinstance(gguf_file.inspect(identity), str | None)
 
 
 # ------------------------------------------------------------------------------- command lines
@@ -313,8 +312,8 @@ def test_any_model_file_is_inspected_or_refused(tmp_path: Path, head: bytes, res
         | st.text(max_size=6)
     )
 )
-def test_every_word_of_a_command_line_goes_to_one_side_in_order(words: list[str]) -> None:
-    """None is lost, none is given to both, and only the first `--` is taken out."""
+def test_every_word_of_a_command_line_is_ours_or_the_servers(words: list[str]) -> None:
+    """In order, none lost or given to both; only the first `--` is removed."""
     ours, theirs = split(words, {"--port": True, "-m": True, "--json": False})
     left = list(words)
     if "--" in words and len(ours) + len(theirs) < len(words):
@@ -330,8 +329,8 @@ def test_every_word_of_a_command_line_goes_to_one_side_in_order(words: list[str]
 
 @repeatable
 @given(st.lists(st.sampled_from(("append", "read", "follow", "leave")), max_size=60))
-def test_readers_come_and_go_and_each_sees_every_event_once(actions: list[str]) -> None:
-    """A reader that left is not kept, and one that stays misses nothing."""
+def test_each_reader_of_the_event_log_sees_every_event_once(actions: list[str]) -> None:
+    """And a reader that has left is forgotten."""
     log, positions, leaving, seen = EventLog(), [0], [], [0]
     for action in actions:
         if action == "append":

@@ -1,21 +1,21 @@
-"""A fake hub for each test, a client that reaches no other, and a model as they are published.
-
-The environment and `huggingface_hub`'s constants, which it reads from there once, are set for
-every test here: an empty home, no token, no Xet, no telemetry. Child processes inherit it.
-"""
+"""A home of `huggingface_hub` for each test, and models as they are published."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
-from huggingface_hub import close_session, constants
 
+from orchestrator import Orchestrator
+from orchestrator.base import launch
 from orchestrator.demo.tiny_model import write_tiny_model
+from tests.kit.downloads import BIG, BIG_FILE, Download, fetchers
 from tests.kit.fake_hub import Content, Hub, Repo
-from tests.kit.models import MODEL, split_gguf
+from tests.kit.models import MODEL, TINY, split_gguf
 
 _MODELS = (
     "Qwen3-0.6B-Q4_K_M.gguf",
@@ -34,47 +34,16 @@ _TEXTS: Mapping[str, bytes] = {
 
 
 @pytest.fixture(autouse=True)
-def hf_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A home of the client of this test's own."""
-    home = tmp_path / "hf"
-    flags = {"HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_PROGRESS_BARS"}
-    paths = {
-        "HF_HOME": home,
-        "HF_HUB_CACHE": home / "hub",
-        "HF_ASSETS_CACHE": home / "assets",
-        "HF_XET_CACHE": home / "xet",
-        "HF_TOKEN_PATH": home / "token",
-        "HF_STORED_TOKENS_PATH": home / "stored_tokens",
-    }
-    for name, path in paths.items():
-        monkeypatch.setenv(name, str(path))
-        monkeypatch.setattr(constants, name, str(path))
-    for name in flags:
-        monkeypatch.setenv(name, "1")
-        monkeypatch.setattr(constants, name, True)
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.lower(), raising=False)
-    yield home
-    close_session()  # its idle connections would be reported as resources never closed
-
-
-@pytest.fixture
-def hub(hf_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """An empty hub that runs; child processes take it for the Hub."""
-    with Hub() as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-        yield hub
+def _own_hf_home(hf_home: Path) -> None:
+    """No test here uses the home, token or cache of this machine."""
 
 
 @pytest.fixture(scope="session")
 def gguf_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Content]:
     """The files of a model as they are published.
 
-    Each GGUF is one that llama-server loads, and different from all others, but those called
-    mmproj and mtp are no projectors and no drafts.
+    llama-server loads each GGUF, and no two are equal; but the files called mmproj and mtp are
+    neither projectors nor drafts.
     """
     directory = tmp_path_factory.mktemp("gguf-repo")
     files: dict[str, Content] = dict(_TEXTS)
@@ -91,3 +60,72 @@ def gguf_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Content]:
 def gguf_repo(hub: Hub, gguf_files: dict[str, Content]) -> Repo:
     """Such a model on the hub, public."""
     return hub.add(Repo(MODEL, gguf_files))
+
+
+@pytest.fixture(scope="session")
+def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Content]:
+    """Two variants that llama-server loads at once, and one whose download takes longer."""
+    top = tmp_path_factory.mktemp("tiny-repo")
+    return {
+        "tiny-Q4_K_M.gguf": write_tiny_model(top / "a.gguf", seed=1),
+        "tiny-Q8_0.gguf": write_tiny_model(top / "b.gguf", seed=2),
+        "tiny-F16.gguf": write_tiny_model(top / "c.gguf", seed=3, padding_bytes=8 << 20),
+        "README.md": b"# tiny\n",
+    }
+
+
+@pytest.fixture
+def tiny_repo(hub: Hub, tiny_files: dict[str, Content]) -> Repo:
+    return hub.add(Repo(TINY, tiny_files))
+
+
+@pytest.fixture
+def orch(llama_server: str, state_dir: Path) -> Iterator[Orchestrator]:
+    with Orchestrator(llama_server=llama_server, state_dir=state_dir) as orchestrator:
+        yield orchestrator
+
+
+@pytest.fixture(scope="session")
+def big_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 8 MiB, whose download takes long enough to be observed."""
+    path = tmp_path_factory.mktemp("big") / BIG_FILE
+    return write_tiny_model(path, padding_bytes=8 << 20)
+
+
+@pytest.fixture
+def big(hub: Hub, big_file: Path) -> Repo:
+    return hub.add(Repo(BIG, {BIG_FILE: big_file}))
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    return tmp_path / "records"
+
+
+@pytest.fixture
+def download(records: Path) -> Iterator[Callable[..., Download]]:
+    """Start downloads; none of them, and no fetcher, outlives the test."""
+    started: list[Download] = []
+
+    def start(**fields: Any) -> Download:
+        started.append(Download(records, **fields))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.end()
+    assert not fetchers()
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The command of every child process that was started."""
+    commands: list[tuple[str, ...]] = []
+    popen = launch.popen
+
+    def counted(command: tuple[str, ...], **settings: Any) -> subprocess.Popen[bytes]:
+        commands.append(command)
+        return popen(command, **settings)
+
+    monkeypatch.setattr(launch, "popen", counted)
+    return commands

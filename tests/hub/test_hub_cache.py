@@ -1,4 +1,4 @@
-"""The layout of the cache, against what huggingface_hub itself makes of it."""
+"""Reading the Hugging Face cache, compared with huggingface_hub itself."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     ],
     ids=str,
 )
-def test_the_variables_mean_what_they_mean_to_huggingface_hub(
+def test_environment_variables_mean_the_same_as_to_huggingface_hub(
     given: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in (*NAMES, *OFFLINE):
@@ -49,27 +49,27 @@ def test_the_variables_mean_what_they_mean_to_huggingface_hub(
     assert theirs.strip() == f"{cache.directory()} {cache.is_offline()}"
 
 
-def test_a_repo_is_found_whatever_its_case_and_its_own_spelling_comes_first() -> None:
+def test_repo_is_found_in_any_case_and_its_own_spelling_wins() -> None:
     top = cache.directory()
     assert cache.find("Owner/Name") is None
     (top / "models--owner--name").mkdir(parents=True)
     found = cache.find("Owner/Name")
     assert found is not None
-    assert (found.repo, found.root) == ("owner/name", top / "models--owner--name")
+    assert (found.name, found.root) == ("owner/name", top / "models--owner--name")
     (top / "models--Owner--Name").mkdir()
     found = cache.find("Owner/Name")
     assert found is not None
-    assert found.repo == "Owner/Name"
+    assert found.name == "Owner/Name"
 
 
-def test_a_file_in_place_of_a_folder_is_no_repo() -> None:
+def test_file_in_place_of_the_folder_is_not_a_repo() -> None:
     top = cache.directory()
     top.mkdir(parents=True)
     (top / "models--owner--name").touch()
     assert cache.find("owner/name") is None
 
 
-def test_a_revision_is_a_commit_or_what_its_ref_says(tmp_path: Path) -> None:
+def test_revision_is_a_commit_or_the_content_of_its_ref(tmp_path: Path) -> None:
     repo = cache.CachedRepo("owner/name", tmp_path)
     refs = tmp_path / "refs" / "refs" / "pr"
     refs.mkdir(parents=True)
@@ -81,14 +81,14 @@ def test_a_revision_is_a_commit_or_what_its_ref_says(tmp_path: Path) -> None:
     assert [repo.commit(name) for name in (None, "broken", "binary", "refs")] == [None] * 4
 
 
-def test_the_names_of_a_commit_are_those_that_lead_somewhere(tmp_path: Path) -> None:
+def test_names_of_a_commit_leave_out_broken_links(tmp_path: Path) -> None:
     repo = cache.CachedRepo("owner/name", tmp_path)
     assert repo.names(COMMIT) == []
     folder = repo.path(COMMIT, "a/b")
     folder.mkdir(parents=True)
     (folder / "x.gguf").write_bytes(b"1234")
     (folder / "gone.gguf").symlink_to("nowhere")
-    blob = repo.blob("e" * 64)
+    blob = tmp_path / "blobs" / ("e" * 64)
     blob.parent.mkdir()
     (tmp_path / "store").write_bytes(b"12345")
     blob.symlink_to(tmp_path / "store")
@@ -100,7 +100,7 @@ def test_the_names_of_a_commit_are_those_that_lead_somewhere(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["a.gguf", "a b/ü+c.gguf", "..a/b..gguf", "-x", "a/.hidden"])
-def test_a_file_name_is_anything_that_stays_below(name: str) -> None:
+def test_file_name_is_any_that_stays_in_the_folder(name: str) -> None:
     assert cache.is_file_name(name)
 
 
@@ -122,17 +122,17 @@ def test_a_file_name_is_anything_that_stays_below(name: str) -> None:
         "a" * 5000,
     ],
 )
-def test_a_file_name_never_leads_elsewhere(name: str) -> None:
+def test_file_name_never_leads_out_of_the_folder(name: str) -> None:
     assert not cache.is_file_name(name)
 
 
 @pytest.mark.parametrize("text", ["main", "v1.0", "refs/pr/1", "feature/a+b", COMMIT])
-def test_a_revision_is_a_name_that_git_allows(text: str) -> None:
+def test_revision_is_a_name_that_git_allows(text: str) -> None:
     assert cache.is_revision(text)
 
 
 @pytest.mark.parametrize(
     "text", ["", "/", "a/", "../a", "a/../b", ".", "a b", "a?b", "a#", "a%2e", "é\n"]
 )
-def test_a_revision_never_leads_elsewhere(text: str) -> None:
+def test_revision_never_leads_out_of_the_folder(text: str) -> None:
     assert not cache.is_revision(text)

@@ -1,4 +1,4 @@
-"""A download seen over HTTP: its progress, its events, and its failures as problem documents."""
+"""Downloads over HTTP: progress, events, and failures as problem documents."""
 
 from __future__ import annotations
 
@@ -34,42 +34,42 @@ def repo(hub: Hub, tmp_path: Path) -> Repo:
 
 
 def events_of(client: httpx.Client, until_dest: str) -> Iterator[dict[str, Any]]:
-    """Every event from the first on, as members with `id` and `event`."""
+    """Yield every event from the first on, as members with `id` and `event`."""
     headers = {"Last-Event-ID": "0"}
     with client.stream("GET", PREFIX + "/events", headers=headers) as stream:
-        told: dict[str, Any] = {}
+        event: dict[str, Any] = {}
         for line in stream.iter_lines():
             name, _, value = line.partition(": ")
             if name == "data":
-                told |= json.loads(value)
+                event |= json.loads(value)
             elif name:
-                told[name] = value
-            elif told.get("event"):
-                yield told
-                if told.get("dest") == until_dest:
+                event[name] = value
+            elif event.get("event"):
+                yield event
+                if event.get("dest") == until_dest:
                     return
-                told = {}
+                event = {}
 
 
-def test_every_transition_and_the_steps_between_are_told(
+def test_events_have_every_transition_and_progress_step(
     client: httpx.Client, repo: Repo, hub: Hub
 ) -> None:
-    """A step carries the number of the transition before it, so that ids still resume."""
+    """A step has the id of the transition before it, so that ids can be resumed from."""
     slow = hub.fail(bytes_per_s=4 << 20, path="/cdn/")
-    heard = Background(lambda: list(events_of(client, "Healthy")))
+    followed = Background(lambda: list(events_of(client, "Healthy")))
     loading = Background(client.post, PREFIX + "/load", json={"model_path": NAME})
     until(client, lambda status: status["state"] == "Downloading")
     shown = client.get(PREFIX + "/load-progress").json()
     assert shown["phase"] == "downloading"
     assert loading.result().status_code == 200
     slow.remove()
-    told = heard.result()
-    steps = [event for event in told if event["event"] == "progress"]
-    assert steps, "a download of more than a second has steps"
+    events = followed.result()
+    steps = [event for event in events if event["event"] == "progress"]
+    assert steps, "the download took more than a second"
     done = [step["bytes_done"] for step in steps if step["phase"] == "downloading"]
     assert done == sorted(done)
-    assert [int(event["id"]) for event in told] == sorted(int(event["id"]) for event in told)
-    dests = [event["dest"] for event in told if event["event"] == "transition"]
+    assert [int(event["id"]) for event in events] == sorted(int(event["id"]) for event in events)
+    dests = [event["dest"] for event in events if event["event"] == "transition"]
     assert dests == ["Killing", "Downloading", "Spawning", "WaitingHealth", "Healthy"]
     outcome = client.get(PREFIX + "/status").json()["loaded"]
     assert outcome["revision"] == repo.commit
@@ -84,7 +84,7 @@ def test_every_transition_and_the_steps_between_are_told(
         ({}, {"model_path": NAME, "prefetch": True, "gguf_variant": "F16"}, 404, "model_not_found"),
     ],
 )
-def test_a_failed_download_is_a_problem_document(
+def test_failed_download_is_a_problem_document(
     client: httpx.Client,
     repo: Repo,
     hub: Hub,
@@ -100,10 +100,9 @@ def test_a_failed_download_is_a_problem_document(
     assert answer.json()["field"] in {"model_path", "gguf_variant", "hf_token"}
 
 
-def test_a_load_that_prefetches_is_accepted_at_once_and_can_be_polled(
+def test_load_with_prefetch_is_accepted_at_once_and_can_be_polled(
     client: httpx.Client, repo: Repo, hub: Hub
 ) -> None:
-    """`wait=false` answers its generation; the load is shown as loading while it downloads."""
     hold = hub.fail(hang=True, path="/cdn/")
     wanted = {"model_path": NAME, "prefetch": True}
     accepted = client.post(PREFIX + "/load?wait=false", json=wanted)

@@ -1,15 +1,13 @@
-"""The variants of a Hub repo, as a panel lists them before anything is downloaded."""
+"""Listing the variants of a Hub repo, as a panel does before anything is downloaded."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
 from orchestrator import AsyncOrchestrator, Orchestrator
@@ -24,10 +22,12 @@ from orchestrator.errors import (
 from orchestrator.http import create_app
 from orchestrator.models.hub import download
 from orchestrator.models.listings import MAX_AT_ONCE
+from tests.kit.downloads import fetchers
 from tests.kit.fake_hub import Content, Hub, Repo
 from tests.kit.http import PREFIX, serving
 from tests.kit.models import MODEL
 from tests.kit.process.support import Background, until
+from tests.kit.sentences import assert_sentence
 
 
 @pytest.fixture
@@ -36,21 +36,10 @@ def orch(state_dir: Path) -> Iterator[Orchestrator]:
         yield orchestrator
 
 
-def fetchers() -> int:
-    """How many processes speak to the Hub for us."""
-    found = 0
-    for child in psutil.Process(os.getpid()).children():
-        try:
-            found += any(word.endswith("fetcher.py") for word in child.cmdline())
-        except psutil.Error:  # gone meanwhile
-            continue
-    return found
-
-
-def test_a_repo_is_listed_with_sizes_and_what_is_here_already(
+def test_variants_have_sizes_and_whether_they_are_cached(
     orch: Orchestrator, gguf_repo: Repo, gguf_files: dict[str, Content]
 ) -> None:
-    """Projectors, drafts and matrices are no variants; all parts and the projector count."""
+    """Companion files are not variants; a size includes all parts and the projector."""
 
     def size(*names: str) -> int:
         paths = (gguf_files[name] for name in names)
@@ -68,17 +57,18 @@ def test_a_repo_is_listed_with_sizes_and_what_is_here_already(
     assert fetched.size_bytes == found["Q8_0"].size_bytes
     here = [v.gguf_variant for v in orch.variants(MODEL.upper()).variants if v.is_cached]
     assert here == ["Q8_0"]
-    assert orch.status().generation == 0, "to list is no load"
+    assert orch.status().generation == 0, "a listing is not a load"
 
 
-def test_without_the_hub_what_is_here_is_listed(
+def test_cached_variants_are_listed_if_the_hub_cannot_be_asked(
     orch: Orchestrator, gguf_repo: Repo, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a load would: offline, or when there is no answer in time; else the error says so."""
+    """When offline, and if there is no answer in time; without any it is the error of a load."""
     monkeypatch.setattr(download, "LISTING_S", 0.3)
     hub.fail(hang=True, path="/api/models")
-    with pytest.raises(HubUnreachable, match="did not answer within"):
+    with pytest.raises(HubUnreachable) as caught:
         orch.variants(MODEL)
+    assert_sentence("hub.no_answer", caught.value.message)
     hub.clear()
     monkeypatch.setattr(download, "LISTING_S", 20.0)
     orch.prefetch(MODEL, gguf_variant="BF16")
@@ -89,8 +79,9 @@ def test_without_the_hub_what_is_here_is_listed(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     asked = len(hub.requests)
     assert orch.variants(MODEL).variants == [one]
-    with pytest.raises(HubUnreachable, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(HubUnreachable) as caught:
         orch.variants("org/other")
+    assert caught.value.reason == "offline"
     assert len(hub.requests) == asked
 
 
@@ -102,7 +93,7 @@ def test_without_the_hub_what_is_here_is_listed(
         ("org/name:Q8_0", {"gguf_variant": "Q4_0"}, InvalidRequest, "gguf_variant"),
     ],
 )
-def test_errors_are_those_of_a_load(
+def test_errors_of_a_listing_are_those_of_a_load(
     orch: Orchestrator,
     hub: Hub,
     model: str,
@@ -116,24 +107,21 @@ def test_errors_are_those_of_a_load(
     assert caught.value.problem.field == field
 
 
-def test_a_listing_that_nobody_waits_for_is_ended(
-    hub: Hub, gguf_repo: Repo, state_dir: Path
-) -> None:
-    """Its process is gone, and with it whatever it waited for."""
+def test_cancelled_listing_ends_its_process(hub: Hub, gguf_repo: Repo, state_dir: Path) -> None:
     hub.fail(hang=True, path="/api/models")
 
     async def main() -> None:
         async with AsyncOrchestrator(llama_server="embedded", state_dir=state_dir) as orch:
             listing = asyncio.ensure_future(orch.variants(MODEL))
-            await asyncio.to_thread(until, fetchers, "it asks the Hub")
+            await asyncio.to_thread(until, fetchers, "the request")
             listing.cancel()
             await asyncio.gather(listing, return_exceptions=True)
-            await asyncio.to_thread(until, lambda: not fetchers(), "its process ends")
+            await asyncio.to_thread(until, lambda: not fetchers(), "the end of the process")
 
     asyncio.run(asyncio.wait_for(main(), 20))
 
 
-def test_a_client_that_goes_away_ends_its_listing(
+def test_client_that_disconnects_ends_its_listing(
     hub: Hub, gguf_repo: Repo, state_dir: Path
 ) -> None:
     hub.fail(hang=True, path="/api/models")
@@ -143,15 +131,15 @@ def test_a_client_that_goes_away_ends_its_listing(
             pytest.raises(httpx.ReadTimeout),
         ):
             impatient.post(PREFIX + "/variants", json={"model_path": MODEL})
-        until(lambda: not fetchers(), "the listing ends")
+        until(lambda: not fetchers(), "the end of the listing")
         assert client.get(PREFIX + "/status").json()["state"] == "Idle"
 
 
-def test_a_close_ends_the_listings_and_says_so(hub: Hub, gguf_repo: Repo, state_dir: Path) -> None:
+def test_close_ends_listings_with_shutting_down(hub: Hub, gguf_repo: Repo, state_dir: Path) -> None:
     hub.fail(hang=True, path="/api/models")
     orch = Orchestrator(llama_server="embedded", state_dir=state_dir)
     waiting = Background(orch.variants, MODEL)
-    until(fetchers, "it asks the Hub")
+    until(fetchers, "the request")
     orch.close()
     assert not fetchers()
     assert isinstance(waiting.error(), ShuttingDown)
@@ -159,13 +147,14 @@ def test_a_close_ends_the_listings_and_says_so(hub: Hub, gguf_repo: Repo, state_
         orch.variants(MODEL)
 
 
-def test_so_many_listings_run_at_once_and_no_more(
+def test_number_of_listings_in_flight_is_limited(
     hub: Hub, gguf_repo: Repo, orch: Orchestrator
 ) -> None:
     hub.fail(hang=True, path="/api/models")
     waiting = [Background(orch.variants, MODEL) for _ in range(MAX_AT_ONCE)]
-    until(lambda: fetchers() == MAX_AT_ONCE, "all are under way")
-    with pytest.raises(Busy, match="ask again"):
+    until(lambda: len(fetchers()) == MAX_AT_ONCE, "all of them")
+    with pytest.raises(Busy) as caught:
         orch.variants(MODEL)
+    assert_sentence("listing.busy", caught.value.message)
     orch.close()
     assert all(isinstance(one.error(), ShuttingDown) for one in waiting)

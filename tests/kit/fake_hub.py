@@ -1,10 +1,10 @@
-"""A Hugging Face Hub for tests: plain data, served to the real client, with faults on demand.
+"""A fake Hugging Face Hub: plain data, served to the real client, with faults on demand.
 
 `Hub` owns two servers on 127.0.0.1: the Hub, and its CDN on a port of its own, to which LFS files
-are redirected and where no token may ever arrive. It answers as the Hub does as far as
-`huggingface_hub` can tell, writes down every request, and applies each fault to the answers it
-matches, in the order the faults were given. Nothing is held for ever: `Injected.release` lets go
-what one fault holds, `Hub.stop` everything.
+are redirected and to which no token may be sent. It answers as the Hub does as far as
+`huggingface_hub` can tell, logs every request, and applies each fault to the answers it matches, in
+the order in which the faults were added. Nothing hangs for ever: `Injected.release` ends what one
+fault holds up, `Hub.stop` everything. tests/hub/test_fake_hub.py compares it with the client.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import json
 import os
-import random
 import re
 import socket
 import struct
@@ -24,10 +23,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from socketserver import TCPServer
 from typing import Any, Literal, Self, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
@@ -37,22 +36,17 @@ HeaderChanges = Mapping[str, str | None]  # None leaves one out
 
 DEADLINE_S = 30.0
 _CHUNK_BYTES = 256 * 1024
-_BLOCK_BYTES = 1024 * 1024
 _LARGE_BYTES = 10 * 1024 * 1024
 _LFS_SUFFIXES = (".gguf", ".dat", ".bin", ".safetensors")
 _ROUTE = re.compile(
-    r"(?:/api/models)?/([^/]+(?:/[^/]+)?)(?:/(revision|tree|resolve)/([^/]+)(?:/(.*))?)?"
+    r"(?:/api/models)?/([^/]+(?:/[^/]+)?)(?:/(revision|resolve)/([^/]+)(?:/(.*))?)?"
 )
-_CACHED_ROUTE = re.compile(r"/api/resolve-cache/models(/[^/]+/[^/]+)/([0-9a-f]{40}/.+)")
 _RANGE = re.compile(r"bytes=(?!-$)(\d*)-(\d*)")
 
 
 @dataclass(frozen=True)
 class Blob:
-    """A file's bytes, which need not be in memory.
-
-    `read(start, length)` returns no more bytes than that, and none only at the end.
-    """
+    """The bytes of a file; `read(start, length)` returns at most so many, and none at the end."""
 
     size: int
     read: Callable[[int, int], bytes] = field(repr=False)
@@ -64,11 +58,6 @@ class Blob:
         if isinstance(content, Path):
             return cls(content.stat().st_size, lambda start, n: _read_file(content, start, n))
         return content
-
-    @classmethod
-    def pattern(cls, size: int, seed: int = 0) -> Blob:
-        """The same MiB of noise as often as it takes, each with its number in front."""
-        return cls(size, lambda start, n: _read_pattern(seed, start, min(n, size - start)))
 
     def chunks(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
         stop = self.size if stop is None else stop
@@ -87,7 +76,7 @@ class Blob:
 
     @cached_property
     def pointer(self) -> bytes:
-        """What git holds in place of an LFS file."""
+        """What git stores instead of an LFS file."""
         spec = "https://git-lfs.github.com/spec/v1"
         return f"version {spec}\noid sha256:{self.sha256}\nsize {self.size}\n".encode()
 
@@ -100,39 +89,27 @@ def _read_file(path: Path, start: int, length: int) -> bytes:
         return os.pread(file.fileno(), length, start)
 
 
-@lru_cache(1)
-def _noise() -> bytes:
-    return random.Random(0).randbytes(_BLOCK_BYTES)
-
-
-def _read_pattern(seed: int, start: int, length: int) -> bytes:
-    number, offset = divmod(start, _BLOCK_BYTES)
-    head = struct.pack(">QQ", seed, number)
-    stop = offset + length
-    return head[offset:stop] + _noise()[max(offset, len(head)) : max(stop, len(head))]
-
-
 def is_lfs(name: str, blob: Blob) -> bool:
-    """By the rules a new model repository has, and whenever it is large."""
+    """Is it in LFS, by the rules of a new model repository?"""
     return name.endswith(_LFS_SUFFIXES) or blob.size > _LARGE_BYTES
 
 
 def blob_id(name: str, blob: Blob) -> str:
-    """Git's name of it, which is the ETag of a file outside of LFS."""
-    kept = Blob.of(blob.pointer) if is_lfs(name, blob) else blob
-    return hashlib.sha1(b"blob %d\0" % kept.size + b"".join(kept.chunks())).hexdigest()
+    """Return git's hash, which is the ETag of a file outside of LFS."""
+    stored = Blob.of(blob.pointer) if is_lfs(name, blob) else blob
+    return hashlib.sha1(b"blob %d\0" % stored.size + b"".join(stored.chunks())).hexdigest()
 
 
 class Repo:
-    """A model repository: commits that stay, and branches that move.
+    """A model repository, with commits and branches.
 
     Args:
-        name: In its own casing; any other casing is redirected here.
+        name: In its own case; other spellings are redirected to it.
         files: The first commit of `main`.
-        private: Does not exist for whoever is no reader.
-        gated: Listed for everybody; its files are for readers.
+        private: Only readers can see it.
+        gated: Anyone can list it, and only readers can get its files.
         readers: Tokens.
-        aliases: Former names, redirected too.
+        aliases: Former names, which are redirected.
     """
 
     def __init__(
@@ -156,7 +133,7 @@ class Repo:
 
     @property
     def commit(self) -> str:
-        """Where `main` is."""
+        """The commit of `main`."""
         return self.branches["main"]
 
     def push(self, files: Mapping[str, Content], *, branch: str = "main") -> str:
@@ -169,13 +146,13 @@ class Repo:
         return commit
 
     def resolve(self, revision: str) -> str | None:
-        """Return the commit that a branch or a commit is."""
+        """Return the commit of a branch, or of a commit."""
         return self.branches.get(revision, revision if revision in self.commits else None)
 
 
 @dataclass(frozen=True)
 class Request:
-    """A request as it arrived: `at` in monotonic seconds, header names in lower case."""
+    """A request; `at` is monotonic time in seconds, and header names are in lower case."""
 
     at: float
     server: Literal["hub", "cdn"]
@@ -207,14 +184,10 @@ class Request:
     def token(self) -> str | None:
         return self.headers.get("authorization", "").removeprefix("Bearer ") or None
 
-    @property
-    def user_agent(self) -> str:
-        return self.headers.get("user-agent", "")
-
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer about to be sent: a blob from `start` to `stop`, spoilt by faults on the way."""
+    """An answer: the bytes of a blob from `start` to `stop`, with the faults to apply to them."""
 
     status: int
     headers: HeaderChanges
@@ -257,46 +230,46 @@ def _redirect(status: int, location: str, headers: HeaderChanges) -> Answer:
 
 
 def _file(request: Request, blob: Blob, etag: str, headers: HeaderChanges) -> Answer:
-    """Answer with a blob, or with the one part asked for (RFC 9110, section 14)."""
+    """Answer with a blob, or with the requested part of it (RFC 9110, section 14)."""
     about = {"ETag": f'"{etag}"', "Accept-Ranges": "bytes", **headers}
     about["Content-Type"] = "application/octet-stream"
     whole = Answer(200, about, blob, 0, blob.size, "file")
-    asked = _RANGE.fullmatch(request.range or "")
-    is_stale = request.headers.get("if-range", about["ETag"]) != about["ETag"]
-    if request.method != "GET" or asked is None or is_stale:
+    part = _RANGE.fullmatch(request.range or "")
+    if request.method != "GET" or part is None:
         return whole
-    if asked[1]:
-        start, stop = int(asked[1]), int(asked[2]) + 1 if asked[2] else blob.size
+    if part[1]:
+        start, stop = int(part[1]), int(part[2]) + 1 if part[2] else blob.size
     else:
-        start, stop = max(0, blob.size - int(asked[2])), blob.size
+        start, stop = max(0, blob.size - int(part[2])), blob.size
     if start >= blob.size:
         return _text(416, "", {"Content-Range": f"bytes */{blob.size}"})
-    part = replace(whole, status=206, start=start, stop=min(stop, blob.size))
-    return part if start < stop else whole
+    if start >= stop:
+        return whole
+    return replace(whole, status=206, start=start, stop=min(stop, blob.size))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
     """Something that goes wrong with the answers it matches.
 
-    Positions are bytes of the body of one answer. What goes wrong with a file's body strikes only
-    answers that carry one, so a redirect to the file does not use it up.
+    Positions are bytes in the body of one answer. A fault of file bodies matches only answers that
+    have one, so a redirect to the file does not use it up.
 
     Attributes:
-        path: Part of the path or query; the CDN's query carries the file's name.
+        path: Part of the path or the query; the CDN's query has the name of the file.
         method: "GET" or "HEAD"; empty for both.
-        times: Strike so many answers, then none; None for ever.
-        status: Answer with this and an excuse, and with `Retry-After: <retry_after_s>`.
-        hang: Send nothing until released; with `late_s` until then, after which all goes well.
-        headers: Sent instead; None leaves one out.
+        times: How many answers it hits; None = all.
+        status: Answer with this status, and with `Retry-After: <retry_after_s>`.
+        hang: Send nothing until released.
+        headers: Sent instead; None removes one.
         redirect: Answer 302 to this URL; the other headers stay.
-        html: Answer 200 with a page for people, as a captive portal does.
+        html: Answer 200 with a web page, as a captive portal does.
         truncate_json: Half of the document, as a complete answer.
-        ignore_range: The whole file with 200 for a part asked for.
-        shift_range: The part so many bytes further on; Content-Range admits it.
-        bytes_per_s: Send a file so slowly, in twenty pieces a second, until released.
+        ignore_range: Answer a range request with 200 and the whole file.
+        shift_range: Send a part so many bytes further on; Content-Range says so.
+        bytes_per_s: Send a file at this rate, in twenty pieces a second, until released.
         flip_at: Invert this byte of a file.
-        stall_after: Send so much of a file and nothing more until released.
+        stall_after: Send so much of a file, and nothing more until released.
         cut_after: Send so much of a file, less than Content-Length, and close (FIN).
         reset_after: Send so much of a file, wait until the client's kernel has it, and reset (RST).
     """
@@ -307,7 +280,6 @@ class Fault:
     status: int | None = None
     retry_after_s: int | None = None
     hang: bool = False
-    late_s: float | None = None
     headers: HeaderChanges = field(default_factory=dict)
     redirect: str | None = None
     html: bool = False
@@ -332,11 +304,11 @@ class Fault:
         return not is_about_body or (answer.kind == "file" and request.method == "GET")
 
     def apply(self, answer: Answer, injected: Injected) -> Answer:
-        if self.hang or self.late_s is not None:
-            injected.hold(self.late_s)
+        if self.hang:
+            injected.hold()
         if self.status is not None:
             after = {"Retry-After": None if self.retry_after_s is None else str(self.retry_after_s)}
-            answer = replace(_json(self.status, {"error": "told to fail"}, after), kind="other")
+            answer = replace(_json(self.status, {"error": "injected fault"}, after), kind="other")
         if self.html:
             answer = _text(200, "<!DOCTYPE html><html>Sign in to go on.</html>", {}, "text/html")
         if self.redirect is not None:
@@ -373,7 +345,7 @@ class Fault:
 
 
 def _pieces(chunks: Iterator[bytes], size: int, border: int) -> Iterator[bytes]:
-    """Cut into pieces no larger than this, one of which ends at the border."""
+    """Cut into pieces of at most this size, one of which ends at the border."""
     at = 0
     for chunk in chunks:
         start = 0
@@ -386,15 +358,15 @@ def _pieces(chunks: Iterator[bytes], size: int, border: int) -> Iterator[bytes]:
 
 
 class _Closed(Exception):
-    """The connection is to be closed."""
+    """Close the connection."""
 
 
 class _Aborted(Exception):
-    """The connection is to be reset."""
+    """Reset the connection."""
 
 
 class Injected:
-    """A fault in force: `hits` answers were struck by it, `held` are being held right now."""
+    """An active fault: `hits` answers were hit by it, and it holds `held` of them up now."""
 
     def __init__(self, fault: Fault, hub: Hub) -> None:
         self.fault = fault
@@ -404,27 +376,27 @@ class Injected:
         self._is_released = False
 
     def release(self) -> None:
-        """Let go what it holds, and hold nothing from now on."""
+        """Let its answers continue, and hold none up from now on."""
         with self._hub.changed:
             self._is_released = True
             self._hub.changed.notify_all()
 
     def remove(self) -> None:
-        """Strike no further answer, and let go what it holds."""
+        """Deactivate it, and let its answers continue."""
         with self._hub.changed:
             if self in self._hub.faults:
                 self._hub.faults.remove(self)
             self.release()
 
     def takes(self, request: Request, answer: Answer) -> bool:
-        """Count the answer if it is one to strike."""
+        """Return whether it hits this answer, and count it."""
         with self._hub.changed:
             takes = self.hits != self.fault.times and self.fault.matches(request, answer)
             self.hits += takes
             return takes
 
     def hold(self, for_s: float | None = None) -> None:
-        """Wait, on behalf of the fault; raise if the hub stops meanwhile."""
+        """Wait until released; raise if the hub stops meanwhile."""
         hub = self._hub
         with hub.changed:
             self.held += 1
@@ -437,35 +409,20 @@ class Injected:
 
 
 class Hub:
-    """The two servers, what they hold and what they saw. As a context manager it runs inside.
+    """The two servers, their repositories, and the log of requests; runs as a context manager.
 
-    Args:
-        tokens: Of users who may read only what is public. A token that is neither one of these
-            nor a repository's reader is refused everywhere, as the real Hub does.
-        lfs_redirect: Send LFS files to the CDN; else the Hub serves them itself.
-        resolve_cache: Redirect small files to another path of the Hub, as the real one does.
-        page_size: Entries in one answer of the tree.
+    A token that is not a reader of any repository is refused everywhere, as the Hub does.
 
     Attributes:
-        changed: Notified when something was logged, sent, held or let go.
+        changed: Notified when something was logged, sent, held up or released.
     """
 
-    def __init__(
-        self,
-        *,
-        tokens: Iterable[str] = (),
-        lfs_redirect: bool = True,
-        resolve_cache: bool = False,
-        page_size: int = 1000,
-    ) -> None:
-        self.lfs_redirect = lfs_redirect
-        self.resolve_cache = resolve_cache
-        self.page_size = page_size
+    def __init__(self) -> None:
         self.changed = threading.Condition()
         self.faults: list[Injected] = []
         self.is_running = False
         self._bugs: list[BaseException] = []
-        self._tokens = set(tokens)
+        self._tokens: set[str] = set()
         self._repos: dict[str, Repo] = {}
         self._on_cdn: dict[str, Blob] = {}
         self._log: list[Request] = []
@@ -484,15 +441,15 @@ class Hub:
             self.close()
 
     def start(self) -> None:
-        """Become reachable, on the ports it always had."""
+        """Listen, on the same ports each time."""
         self.is_running = True
         for server in self._servers:
             server.start()
 
     def stop(self) -> None:
-        """Refuse connections, drop those there are, and return when no thread is left.
+        """Refuse connections, close open ones, and return when no thread is left.
 
-        The ports stay bound, so that nobody else gets them before the next `start`.
+        The ports stay bound, so that no other program gets them before the next `start`.
         """
         with self.changed:
             was_running, self.is_running = self.is_running, False
@@ -503,7 +460,7 @@ class Hub:
             raise self._bugs.pop()
 
     def close(self) -> None:
-        """Give up the ports of a stopped hub."""
+        """Release the ports of a stopped hub."""
         for server in self._servers:
             server.server_close()
 
@@ -514,14 +471,14 @@ class Hub:
         return repo
 
     def fail(self, fault: Fault | None = None, **about: Any) -> Injected:
-        """Put a fault in force: `fail(stall_after=1000, times=1)`, by the names of `Fault`."""
+        """Activate a fault, such as `fail(stall_after=1000, times=1)`, by the fields of `Fault`."""
         injected = Injected(fault or Fault(**about), self)
         with self.changed:
             self.faults.append(injected)
         return injected
 
     def clear(self) -> None:
-        """Forget the requests and remove the faults."""
+        """Clear the log and remove the faults."""
         with self.changed:
             self._log.clear()
             self._sent.clear()
@@ -534,7 +491,7 @@ class Hub:
             return list(self._log)
 
     def seen(self, path: str = "", method: str = "", server: str = "") -> list[Request]:
-        """Return the requests so far that have this in their target, in order."""
+        """Return the requests that have this in their target, in order."""
         return [
             request
             for request in self.requests
@@ -544,19 +501,19 @@ class Hub:
         ]
 
     def sent(self, path: str = "") -> int:
-        """Return how many bytes of files went to the kernel, for targets with this in them."""
+        """Return how many bytes of files were sent, for targets with this in them."""
         with self.changed:
             return sum(n for request, n in self._sent.items() if path in unquote(request.target))
 
-    def wait_for(self, ask: Callable[[], T], what: str = "it", deadline_s: float = DEADLINE_S) -> T:
-        """Return the first answer that is true; ask whenever something changed."""
+    def wait_for(self, condition: Callable[[], T]) -> T:
+        """Return the first true value of a condition, checked whenever something changed."""
         with self.changed:
-            answer = self.changed.wait_for(ask, deadline_s)
-            assert answer, f"not within {deadline_s:g} s: {what}; there were {self._log}"
-            return answer
+            value = self.changed.wait_for(condition, DEADLINE_S)
+            assert value, f"not within {DEADLINE_S:g} s; there were {self._log}"
+            return value
 
     def answer(self, request: Request) -> Answer:
-        """Log a request and return its answer with all that is to go wrong; may wait."""
+        """Log a request and return its answer with the faults that hit it; may block."""
         with self.changed:
             self._log.append(request)
             self.changed.notify_all()
@@ -584,9 +541,7 @@ class Hub:
         return _file(request, blob, f"cdn-{sha256[:24]}", {})
 
     def _from_hub(self, request: Request) -> Answer:
-        url = urlsplit(request.target)
-        cached = _CACHED_ROUTE.fullmatch(url.path)
-        match = _ROUTE.fullmatch(cached.expand(r"\1/resolve/\2") if cached else url.path)
+        match = _ROUTE.fullmatch(urlsplit(request.target).path)
         if match is None:
             return _error(404, None, "Sorry, we can't find the page you are looking for.")
         name, kind, revision, file = (unquote(part or "") for part in match.groups())
@@ -601,9 +556,7 @@ class Hub:
         if commit is None:
             return _error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         if kind == "resolve":
-            return self._resolve(request, repo, commit, file, is_cached=cached is not None)
-        if kind == "tree":
-            return self._tree(request, repo, commit, file)
+            return self._resolve(request, repo, commit, file)
         return _json(200, _info(repo, commit, "blobs" in request.query), {})
 
     def _refusal(self, repo: Repo | None, token: str | None, *, wants_file: bool) -> Answer | None:
@@ -623,45 +576,19 @@ class Hub:
         excuse = f"Visit https://huggingface.co/{repo.name} to ask for access."
         return _error(403, "GatedRepo", f"{restricted} and you are not authorized. {excuse}")
 
-    def _resolve(
-        self, request: Request, repo: Repo, commit: str, file: str, *, is_cached: bool
-    ) -> Answer:
+    def _resolve(self, request: Request, repo: Repo, commit: str, file: str) -> Answer:
         blob = repo.commits[commit].get(file)
         about = {"X-Repo-Commit": commit}
         if blob is None:
             return _error(404, "EntryNotFound", "Entry not found", commit)
         if not is_lfs(file, blob):
-            if self.resolve_cache and not is_cached:
-                cached = f"/api/resolve-cache/models/{repo.name}/{commit}/{quote(file)}"
-                return _redirect(307, cached, about)
             return _file(request, blob, blob_id(file, blob), about)
         sha256 = blob.sha256
         about |= {"X-Linked-ETag": f'"{sha256}"', "X-Linked-Size": str(blob.size)}
-        if not self.lfs_redirect:
-            return _file(request, blob, sha256, about)
         self._on_cdn[sha256] = blob
         signed = f"sig={_signature(sha256)}&filename={quote(file)}"
         about["ETag"] = about["X-Linked-ETag"]
         return _redirect(302, f"{self.cdn}/cdn/{sha256}?{signed}", about)
-
-    def _tree(self, request: Request, repo: Repo, commit: str, under: str) -> Answer:
-        files = repo.commits[commit]
-        inside = PurePosixPath(under)
-        folders = {str(above) for file in files for above in PurePosixPath(file).parents} - {"."}
-        if under and under not in folders:
-            return _error(404, "EntryNotFound", f"{under} does not exist on {commit}", commit)
-        is_deep = request.query.get("recursive") == "true"
-        entries = [
-            _entry(name, files.get(name))
-            for name in sorted(folders | set(files))
-            for above in [PurePosixPath(name).parents]
-            if (inside in above if is_deep else inside == above[0])
-        ]
-        start = int(request.query.get("cursor", 0))
-        stop = start + self.page_size
-        query = f"recursive={str(is_deep).lower()}&cursor={stop}"
-        more = f'<{self.endpoint}{urlsplit(request.target).path}?{query}>; rel="next"'
-        return _json(200, entries[start:stop], {"Link": more if stop < len(entries) else None})
 
 
 def _signature(sha256: str) -> str:
@@ -683,19 +610,8 @@ def _info(repo: Repo, commit: str, has_metadata: bool) -> dict[str, Any]:
     return {**names, "sha": commit, **access, "tags": ["gguf"], "siblings": siblings}
 
 
-def _entry(name: str, blob: Blob | None) -> dict[str, Any]:
-    if blob is None:
-        oid = hashlib.sha1(name.encode()).hexdigest()
-        return {"type": "directory", "oid": oid, "size": 0, "path": name}
-    about = {"type": "file", "oid": blob_id(name, blob), "size": blob.size, "path": name}
-    if is_lfs(name, blob):
-        size = {"size": blob.size, "pointerSize": len(blob.pointer)}
-        about["lfs"] = {"oid": blob.sha256, **size}
-    return about
-
-
 class _Server(ThreadingHTTPServer):
-    """One port; bound all the time, listening between `start` and `stop`."""
+    """One port: always bound, listening between `start` and `stop`."""
 
     request_queue_size = 64
 
@@ -708,7 +624,7 @@ class _Server(ThreadingHTTPServer):
         self.server_bind()
 
     def server_bind(self) -> None:
-        TCPServer.server_bind(self)  # HTTPServer's would ask the DNS for the name of the host
+        TCPServer.server_bind(self)  # HTTPServer's would look up the host name
         self.server_port = self.server_address[1]
 
     def start(self) -> None:
@@ -716,7 +632,7 @@ class _Server(ThreadingHTTPServer):
         self._accepting.start()
 
     def stop(self) -> _Server:
-        """Stop for good, and return one like it that is not started yet."""
+        """Stop for good, and return a new one on the same port, not started."""
         self.socket.shutdown(socket.SHUT_RDWR)  # wakes accept(2), with EINVAL
         self._accepting.join(DEADLINE_S)
         threads = dict(self._open)
@@ -751,7 +667,7 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection, kept alive."""
+    """One persistent connection."""
 
     server: _Server
     protocol_version = "HTTP/1.1"
@@ -785,7 +701,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _reset(self) -> None:
         self.close_connection = True
         while self.server.hub.is_running and self._is_unacknowledged():
-            time.sleep(0.0005)  # the kernel tells nobody when the last byte was acknowledged
+            time.sleep(0.0005)  # the kernel has no event for it
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         os.close(self.connection.detach())
 
@@ -793,4 +709,4 @@ class _Handler(BaseHTTPRequestHandler):
         return any(fcntl.ioctl(self.connection, termios.TIOCOUTQ, bytes(4)))  # tcp(7), SIOCOUTQ
 
     def log_message(self, *_: object) -> None:
-        """Say nothing on stderr."""
+        """Print nothing."""

@@ -7,12 +7,13 @@ from pathlib import Path
 import gguf
 
 MODEL = "unsloth/Qwen3-0.6B-GGUF"
+TINY = "org/Tiny-GGUF"
 
 
 def split_gguf(whole: Path, prefix: Path) -> list[Path]:
-    """Write a model in two shards, named as llama.cpp wants them, and return their paths."""
+    """Write a model in two shards, with the names that llama.cpp expects; return their paths."""
     reader = gguf.GGUFReader(whole)
-    path = f"{prefix}.gguf"  # the writer puts the numbers in front of the suffix
+    path = f"{prefix}.gguf"  # the writer adds the numbers before the suffix
     writer = gguf.GGUFWriter(path, "llama", split_max_tensors=len(reader.tensors) // 2 + 1)
     for name, value in reader.fields.items():
         if not name.startswith("GGUF.") and name != gguf.Keys.General.ARCHITECTURE:

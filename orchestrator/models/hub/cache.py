@@ -1,8 +1,8 @@
-"""The Hugging Face cache of this machine: what is in it, without asking anybody.
+"""The Hugging Face cache of this machine, read without any request.
 
-Laid out as huggingface_hub documents it: `models--owner--name/` holds `refs/<revision>` (a commit),
-`snapshots/<commit>/<file>` (links) and `blobs/<etag>` (what they point to). Only read here; the
-variables that move it are looked at every time, because a host may set them late.
+It has the layout that huggingface_hub documents: `models--owner--name/` holds `refs/<revision>` (a
+commit), `snapshots/<commit>/<file>` (links) and `blobs/<etag>` (their targets). The environment
+variables that move it are read every time, because a host may set them late.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ import contextlib
 import os
 import re
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
 DEFAULT_REVISION: Final = "main"
-_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
-_ETAG: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _MAX_FILES: Final = 20_000
 _MAX_NAME: Final = 1024
 
 
 def is_commit(revision: str | None) -> bool:
-    """A revision that can never mean anything else."""
-    return revision is not None and _COMMIT.fullmatch(revision) is not None
+    """Is it the full hash of a commit, and so never a branch?"""
+    return re.fullmatch(r"[0-9a-f]{40}", revision or "") is not None
 
 
 def is_revision(text: str) -> bool:
@@ -33,48 +32,43 @@ def is_revision(text: str) -> bool:
 
 
 def is_etag(text: object) -> bool:
-    """Is it a hash, and so a name for a file, too?"""
-    return isinstance(text, str) and _ETAG.fullmatch(text) is not None
+    """Is it a hash, and so safe as a file name?"""
+    pattern = r"[0-9a-f]{40}|[0-9a-f]{64}"
+    return isinstance(text, str) and re.fullmatch(pattern, text) is not None
 
 
 def is_file_name(name: str) -> bool:
-    """May a file of a listing, which anybody can have written, be put under its own name?"""
+    """Does a name from a listing stay inside of the snapshot? Anyone may have written it."""
     parts = name.split("/")
     return name.isprintable() and len(name) < _MAX_NAME and not {"", ".", ".."} & {*parts}
 
 
 def is_offline() -> bool:
-    """Has somebody said that the Hub must not be asked?"""
+    """Does the environment forbid requests to the Hub?"""
     given = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return given.upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def directory() -> Path:
     """Return the folder of the cache, as huggingface_hub finds it."""
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        if given := os.environ.get(name):
-            return Path(os.path.expandvars(given)).expanduser()
-    home = os.environ.get("HF_HOME")
-    if not home:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        home = os.path.join(base, "huggingface")
-    return Path(os.path.expandvars(home)).expanduser() / "hub"
+    env = os.environ
+    hub = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE")
+    if not hub:
+        home = env.get("HF_HOME")
+        home = home or os.path.join(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+        hub = os.path.join(home, "hub")
+    return Path(os.path.expandvars(hub)).expanduser()
 
 
 @dataclass(frozen=True, slots=True)
 class CachedRepo:
-    """One repo in the cache.
+    """A repo in the cache: its name, as the folder spells it, and that folder."""
 
-    Attributes:
-        repo: Its name as the folder has it.
-        root: That folder.
-    """
-
-    repo: str
+    name: str
     root: Path
 
     def commit(self, revision: str | None) -> str | None:
-        """Return what a revision was the last time somebody asked; None if nobody has."""
+        """Return the commit that a revision was when it was last requested; None if never."""
         if is_commit(revision):
             return revision
         with contextlib.suppress(OSError, UnicodeDecodeError):
@@ -86,22 +80,14 @@ class CachedRepo:
         return self.root / "snapshots" / commit / name
 
     def names(self, commit: str) -> list[str]:
-        """Return what is there of a commit: perhaps not all of it. A link to nothing is not."""
+        """Return the files of a commit that are there; broken links are left out."""
         top = self.root / "snapshots" / commit
-        found: list[str] = []
-        for folder, _, files in os.walk(top):
-            paths = (Path(folder, file) for file in files)
-            found += (path.relative_to(top).as_posix() for path in paths if os.path.exists(path))
-            if len(found) > _MAX_FILES:
-                break
-        return found
-
-    def blob(self, etag: str) -> Path:
-        return self.root / "blobs" / etag
+        found = (path for path in top.rglob("*") if os.path.isfile(path))
+        return [path.relative_to(top).as_posix() for path in islice(found, _MAX_FILES)]
 
     def size_and_etag(self, commit: str, name: str) -> tuple[int, str]:
-        """Return what is known of a file that is there: its link points to a blob named so, which
-        may itself be a link into a store that has other names.
+        """Return size and etag of a file that is there, by its link to a blob of that name. The
+        blob itself may be a link to a store with other names.
         """
         path = self.path(commit, name)
         with contextlib.suppress(OSError):
@@ -111,7 +97,7 @@ class CachedRepo:
 
 
 def find(repo: str) -> CachedRepo | None:
-    """Return a repo that is in the cache; upper and lower case mean the same to the Hub."""
+    """Return a repo of the cache; the Hub ignores case in its name."""
     top, folder = directory(), "models--" + repo.replace("/", "--")
     if os.path.isdir(top / folder):
         return CachedRepo(repo, top / folder)
@@ -120,6 +106,13 @@ def find(repo: str) -> CachedRepo | None:
             if name.lower() == folder.lower() and os.path.isdir(top / name):
                 return CachedRepo(name.removeprefix("models--").replace("--", "/", 1), top / name)
     return None
+
+
+def find_commit(repo: str, revision: str | None) -> tuple[CachedRepo, str] | None:
+    """Return a repo of the cache and the commit of a revision, where both are known."""
+    cached = find(repo)
+    commit = cached and cached.commit(revision)
+    return (cached, commit) if cached and commit else None
 
 
 def place(repo: str) -> CachedRepo:

@@ -1,7 +1,7 @@
-"""The process that fetches (fetcher.py), from its start until it is gone.
+"""The child process that talks to the Hub (fetcher.py), from its start until it is reaped.
 
-What it tells is progress, and any byte it moves or looks at resets the stall clock; a cancel and a
-stall end it by a kill. What it says of a failure leaves this module without the token.
+Every byte that it receives or hashes resets the stall clock; a cancel or a stall kills it. The
+token is removed from whatever it prints.
 """
 
 from __future__ import annotations
@@ -36,35 +36,24 @@ from orchestrator.models.hub import cache
 from orchestrator.settings.request import LoadRequest
 
 REAP_S: Final = 0.3
-"""How long a killed child is waited for."""
-
-MAX_MESSAGE_BYTES: Final = 1 << 26
-"""The longest line that is read from it; a listing of 100,000 files has about 2^24."""
+MAX_MESSAGE_BYTES: Final = 1 << 26  # a listing of 100,000 files has about 2^24
 
 _log = event_log("orchestrator.download")
 
 
 @dataclass(slots=True)
 class FetchProgress:
-    """Bytes on disk of the model, for display; bytes never decrease.
+    """How much of a model is on disk, for display."""
 
-    Attributes:
-        files: Bytes on disk and in all, of every file, by name.
-        note: What it waits for, if it waits.
-    """
-
-    bytes_done: int = 0
+    bytes_done: int = 0  # never decreases
     bytes_total: int | None = None
-    files: dict[str, tuple[int, int]] = field(default_factory=dict)
-    note: str | None = None
+    files: dict[str, tuple[int, int]] = field(default_factory=dict)  # bytes done and in all
+    note: str | None = None  # what the download waits for
     on_change: Callable[[], None] = lambda: None
 
 
 class FetchProcess:
-    """One child process at work, from its start until it is gone.
-
-    What it tells is progress; a cancel and a stall end it by a kill.
-    """
+    """One child process, as a context manager: killed and reaped when the block ends."""
 
     def __init__(
         self,
@@ -73,8 +62,8 @@ class FetchProcess:
         token: CancelToken,
         progress: FetchProgress,
         *,
-        is_offline: bool = False,
-        lists: bool = True,
+        is_offline: bool = False,  # hash what is in the cache, and send no request
+        lists: bool = True,  # request the list of files at once, for `listing`
         listing_tries: int | None = None,
     ) -> None:
         self._request = request
@@ -92,16 +81,14 @@ class FetchProcess:
         }
         self._moved_at = time.monotonic()
         self._seen = 0
-        self._within_s = math.inf
         self._buffer = bytearray()
-        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         python = launch.interpreter()
         if python is None:
             raise HubError.because(
-                "to fetch from the Hub needs a Python interpreter, and this program is none: "
-                "download the file and give its path",
+                "a download from the Hub needs a Python interpreter, and sys.executable is not "
+                "one: download the file yourself and give its path",
                 field="model_path",
             )
         with contextlib.ExitStack() as stack:
@@ -115,20 +102,16 @@ class FetchProcess:
                 env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
                 start_new_session=True,
             )
-            stack.callback(self._end)
+            stack.callback(self._kill)
             self._token.on_set(self._waker.wake)
-            self._log(self._order)
+            self._send(self._order)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def _end(self) -> None:
-        """Gone means gone: killed, reaped, and nothing of it left behind.
-
-        A kernel may keep it until what it syncs is on the disk; nobody has to wait for that.
-        """
+    def _kill(self) -> None:
         self._process.kill()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
@@ -136,110 +119,93 @@ class FetchProcess:
                     pipe.close()
         try:
             self._process.wait(REAP_S)
-        except subprocess.TimeoutExpired:
+        except subprocess.TimeoutExpired:  # the kernel keeps it until its fsync is done
             _log("warning", "download.lingers", pid=self._process.pid)
             threading.Thread(target=self._process.wait, daemon=True).start()
 
     def listing(self, within_s: float | None) -> dict[str, Any]:
-        """Return what the Hub says is in the repo.
-
-        Args:
-            within_s: How long that may take in all; None = as long as the stall clock allows.
-        """
-        for message in self._messages(within_s):
-            if "listing" in message:
-                self._moved_at = time.monotonic()
-                found = message["listing"]
-                if not isinstance(found, dict):
-                    raise _not_understood("a listing that is none")
-                return found
-        raise self._ended()
+        """Return what the Hub says is in the repo, within a time limit."""
+        found = self._receive("listing", within_s)
+        self._moved_at = time.monotonic()
+        if not isinstance(found, dict):
+            raise _not_understood("a listing that is not an object")
+        return found
 
     def check(self, order: dict[str, Any], within_s: float | None) -> None:
-        """Have it said whether what is missing of the files may be had, and has room.
-
-        Raises:
-            HubError, ModelNotFound, DiskFull: it cannot be fetched.
-        """
-        self._log({**order, "only_check": True})
-        for message in self._messages(within_s):
-            if message.get("done") is True:
-                return
-        raise self._ended()
+        """Check access to the files that are missing, and disk space for them."""
+        self._send({**order, "only_check": True})
+        self._receive("finished", within_s)
 
     def fetch(self, order: dict[str, Any], verified: Callable[[str], None]) -> None:
-        """Have the files fetched and hashed; returns when all are whole."""
+        """Fetch and hash files; return when all are whole. `verified` is called with each name."""
         sizes = {file["name"]: file["size"] for file in order["files"]}
         self._progress.bytes_total = sum(sizes.values())
         self._progress.files = {name: (0, size) for name, size in sizes.items()}
-        self._log(order)
-        for message in self._messages(None):
-            if "verified" in message:
-                verified(message["verified"])
-            elif message.get("done") is True:
-                return
-        raise self._ended()
+        self._send(order)
+        self._receive("finished", None, verified)
 
-    def _messages(self, within_s: float | None) -> Iterator[dict[str, Any]]:
-        """Yield what it tells; progress is taken note of on the way.
+    def _send(self, members: dict[str, Any]) -> None:
+        stdin = cast("BinaryIO", self._process.stdin)
+        with contextlib.suppress(BrokenPipeError):  # it has exited; its error is still to be read
+            stdin.write(json.dumps(members).encode() + b"\n")
+            stdin.flush()
 
-        Raises:
-            Cancelled, Stalled, HubUnreachable: it was ended.
-            OrchestratorError: it has given up, and says why.
-        """
+    def _receive(
+        self, member: str, within_s: float | None, verified: Callable[[str], None] | None = None
+    ) -> Any:
+        """Return this member of the first message that has it; record progress until then."""
         self._within_s = math.inf if within_s is None else within_s
         ends_at = time.monotonic() + self._within_s
         while True:
-            for message in self._lines():
+            for message in self._messages():
                 try:
-                    failure = self._failure_in(message)
-                    self._note(message)
+                    if (failure := message.get("error")) is not None:
+                        text = self._without_token(failure["message"])
+                        failure = Problem(**{**failure, "message": text}).error()
+                    self._record_progress(message)
                 except (KeyError, TypeError, ValueError, AttributeError) as error:
-                    raise _not_understood(f"{type(error).__name__}: {error}") from error
+                    what = f"a malformed message ({type(error).__name__}: {error})"
+                    raise _not_understood(what) from error
                 if failure is not None:
-                    raise failure.error()
-                yield message
+                    raise failure
+                if verified is not None and "verified" in message:
+                    verified(message["verified"])
+                if member in message:
+                    return message[member]
             if not self._wait(ends_at):
-                return
+                raise self._exited()
 
     def _wait(self, ends_at: float) -> bool:
-        """Wait for more; False when there will be none."""
+        """Wait for output; False at its end."""
         stdout = cast("BinaryIO", self._process.stdout)
         stalls_at = self._moved_at + self._request.stall_timeout_s
         left_s = max(0.0, min(stalls_at, ends_at) - time.monotonic())
-        woken, is_ready = self._waker.wait(left_s, stdout)
+        woken, is_readable = self._waker.wait(left_s, stdout)
         if self._token.is_set():
             raise Cancelled.because("the download was cancelled")
-        if not is_ready:
-            if not woken:
-                raise self._too_late(is_stalled=stalls_at < ends_at)
+        if is_readable:
+            data = os.read(stdout.fileno(), 1 << 16)
+            self._buffer += data
+            return bool(data)
+        if woken:
             return True
-        data = os.read(stdout.fileno(), 1 << 16)
-        self._take(data)
-        return bool(data)
-
-    def _take(self, data: bytes) -> None:
-        self._buffer += data
-
-    def _too_late(self, *, is_stalled: bool) -> OrchestratorError:
-        why = f" ({self._progress.note})" if self._progress.note else ""
-        if not is_stalled:
-            return HubUnreachable.because(
-                f"the Hub did not answer within {self._within_s:g} s{why}"
-            )
+        note = f" ({self._progress.note})" if self._progress.note else ""
+        if ends_at <= stalls_at:
+            message = f"the Hub did not answer within {self._within_s:g} s{note}: try again later"
+            raise HubUnreachable.because(message)
         message = (
-            f"nothing arrived from the Hub for {self._request.stall_timeout_s:g} s{why}; what is "
-            "there is kept, and another load goes on from there"
+            f"no data arrived from the Hub for {self._request.stall_timeout_s:g} s{note}: load it "
+            "again to continue the download"
         )
-        return Stalled.because(message, field="stall_timeout_s", reason="download")
+        raise Stalled.because(message, field="stall_timeout_s", reason="download")
 
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        """Yield what is a message; what a library of its own prints is passed over."""
+    def _messages(self) -> Iterator[dict[str, Any]]:
+        """Yield complete messages; lines that a library printed are only logged."""
         end = self._buffer.rfind(b"\n") + 1
         lines = bytes(self._buffer[:end]).splitlines()
         del self._buffer[:end]
         if len(self._buffer) > MAX_MESSAGE_BYTES:
-            raise _not_understood(f"a line without end, of {len(self._buffer)} bytes so far")
+            raise _not_understood(f"a line of more than {len(self._buffer)} bytes")
         for line in lines:
             try:
                 message = json.loads(line)
@@ -251,14 +217,7 @@ class FetchProcess:
                 shown = self._without_token(line[:200].decode("utf-8", "replace"))
                 _log("warning", "download.noise", line=shown)
 
-    def _failure_in(self, message: dict[str, Any]) -> Problem | None:
-        failure = message.get("error")
-        if failure is None:
-            return None
-        text = self._without_token(failure["message"])
-        return Problem(**{**failure, "message": text})
-
-    def _note(self, message: dict[str, Any]) -> None:
+    def _record_progress(self, message: dict[str, Any]) -> None:
         progress = self._progress
         waiting = message.get("waiting")
         note = None if waiting is None else self._without_token(waiting)
@@ -269,31 +228,25 @@ class FetchProcess:
             name = message["file"]
             progress.files[name] = (message["done"], progress.files[name][1])
             progress.bytes_done = max(progress.bytes_done, message["all"])
-            if message["seen"] != self._seen:  # a byte was received, or looked at
+            if message["seen"] != self._seen:  # bytes were received or hashed
                 self._seen = message["seen"]
                 self._moved_at = time.monotonic()
         progress.on_change()
-
-    def _log(self, members: dict[str, Any]) -> None:
-        stdin = cast("BinaryIO", self._process.stdin)
-        with contextlib.suppress(BrokenPipeError):  # it has ended; its last words come
-            stdin.write(json.dumps(members).encode() + b"\n")
-            stdin.flush()
 
     def _without_token(self, text: str) -> str:
         secret = self._request.hf_token
         return redact(text.replace(secret, HIDDEN) if secret else text)
 
-    def _ended(self) -> OrchestratorError:
-        """It ended without saying why: its own errors may."""
+    def _exited(self) -> OrchestratorError:
+        """Return the error of a child that exited without an answer: stderr may say why."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(REAP_S)
         self._errors.seek(0)
         text = self._without_token(self._errors.read()[-4000:].decode("utf-8", "replace"))
         lines = text.splitlines() or ["it printed nothing"]
-        message = f"the download ended by itself ({self._process.returncode}): {lines[-1]}"
+        message = f"the download process exited with {self._process.returncode}: {lines[-1]}"
         return HubError.because(message, log_tail=tuple(lines[-20:]))
 
 
 def _not_understood(what: str) -> HubError:
-    return HubError.because(f"the process that downloads says what nobody understands: {what}")
+    return HubError.because(f"the download process sent {what}: load it again")
