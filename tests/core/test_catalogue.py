@@ -244,6 +244,7 @@ BINARIES = {
     "old": catalogue(*OLD, spec_types=TYPES),
     "half": catalogue("--spec-default", *OLD, spec_types=TYPES, removed="--draft-max"),
     "lists no types": catalogue(*OLD),
+    "one type": catalogue(spec_types=("ngram-simple",)),
     "no drafting": Catalogue((FlagHelp(("-m", "--model"), takes_value=True),)),
 }
 NEW_MOD = (
@@ -264,6 +265,7 @@ OLD_MOD = "--spec-type ngram-mod --spec-ngram-size-n 24 --draft-min 48 --draft-m
         ("ngram-mod", "lists no types", OLD_MOD),
         ("ngram-simple", "11434", "--spec-type ngram-simple"),
         ("ngram-simple", "old", "--spec-type ngram-simple"),
+        ("ngram-simple", "one type", "--spec-type ngram-simple"),
         ("draft-mtp", "11434", "--spec-type draft-mtp"),
         ("ngram-simple,draft-mtp", "11434", "--spec-type ngram-simple,draft-mtp"),
         ("draft-mtp", "lists no types", "--spec-type draft-mtp"),

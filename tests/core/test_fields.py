@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 import pytest
 
 from orchestrator import LoadRequest
-from orchestrator.settings.fields import SETTINGS, Fields, LoadFields, StrPath
+from orchestrator.settings.fields import SETTINGS, Fields, LoadFields, StrPath, type_of
 
 WIDER_INPUT: dict[str, Any] = {
     "model_path": StrPath,
@@ -45,6 +45,14 @@ def test_help_is_one_line_and_documents_the_request(name: str) -> None:
     assert not help_.endswith(".")
     assert "\n" not in help_
     assert f"        {name}: {help_}." in (LoadRequest.__doc__ or "")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("prefetch", bool), ("n_parallel", int), ("deadline_s", float), ("revision", str)],
+)
+def test_type_of_a_setting_is_that_of_its_values(name: str, kind: type) -> None:
+    assert type_of(name) is kind
 
 
 def test_a_value_becomes_flags_unless_it_is_the_default() -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import InvalidRequest, MalformedRequest
-from orchestrator.settings.checks import MAX_SECONDS
+from orchestrator.settings.checks import MAX_SECONDS, checked_seconds
 from orchestrator.settings.flags import CACHE_TYPES
 from orchestrator.settings.request import LoadRequest
 from tests.kit.labels import label
@@ -182,6 +182,11 @@ def test_refusal_says_what_was_given_and_what_to_give(
     with pytest.raises(InvalidRequest) as caught:
         LoadRequest.from_dict(values)
     assert_sentence(key, str(caught.value), **shown)
+
+
+def test_option_that_is_no_number_is_shown_by_its_type() -> None:
+    error = refusal(lambda: checked_seconds("kill_grace_s", [1]))
+    assert_sentence("settings.option_not_seconds", str(error))
 
 
 def test_longest_allowed_time_is_accepted() -> None:
