@@ -201,10 +201,7 @@ class Facade:
         return self._snapshot.progress(self._progress_of)
 
     def observe(self, observer: Observer) -> None:
-        """Call `observer` with a `StepReport` after every step from now on.
-
-        It runs on the owner's thread, must return quickly and must not call the orchestrator.
-        """
+        """Call `observer` with a `StepReport` after every step. It must not block or call back."""
         self._observers.append(observer)
 
     @property

@@ -10,7 +10,6 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from typing import Any, Final
 
@@ -49,9 +48,9 @@ class EventLog:
     def __init__(self) -> None:
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._changed = threading.Condition()
-        self._wakers: dict[int, Callable[[], None]] = {}
-        self.last_id = 0
-        self.is_closed = False
+        self._wakers: set[Callable[[], None]] = set()
+        self.last_id: int = 0
+        self.is_closed: bool = False
 
     def append(self, kind: str, data: dict[str, Any]) -> None:
         with self._changed:
@@ -77,15 +76,21 @@ class EventLog:
             self._changed.wait_for(lambda: self.last_id > after or self.is_closed)
         return self.since(after)
 
-    def subscribe(self, waker: Callable[[], None]) -> Callable[[], object]:
+    def subscribe(self, waker: Callable[[], None]) -> Callable[[], None]:
         """Call `waker` at every event, until the returned function is called."""
-        self._wakers[id(waker)] = waker
-        return partial(self._wakers.pop, id(waker), None)
+
+        def stop() -> None:
+            with self._changed:
+                self._wakers.discard(waker)
+
+        with self._changed:
+            self._wakers.add(waker)
+        return stop
 
     def wake(self) -> None:
         """Wake all readers: there is an event, or a load has ended without one."""
         with self._changed:
             self._changed.notify_all()
-            wakers = tuple(self._wakers.values())
+            wakers = tuple(self._wakers)
         for waker in wakers:
             waker()

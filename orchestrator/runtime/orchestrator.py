@@ -69,9 +69,9 @@ class Orchestrator(Facade):
     def load(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> LoadOutcome:
         """Load a model and wait until its server is Healthy.
 
-        A running server that matches the request is kept, any other is replaced. A load in flight
-        is joined if its target is the same, and superseded otherwise (see `on_busy`). A request
-        that can be refused is refused before the running server is stopped.
+        A running server that matches the request is kept; any other is replaced. A load in flight
+        is joined if it has the same target, and otherwise superseded (see `on_busy`). Settings,
+        flags, files and access to the Hub are checked before the running server is stopped.
 
         Args:
             request: A `LoadRequest`, or its `model_path`: a Hub repo `owner/name[:VARIANT]`, a

@@ -13,11 +13,8 @@ from orchestrator.base.tokens import CancelToken, Generation
 from orchestrator.machine.commands import Effect
 from orchestrator.machine.facts import Child, SlotEvidence
 
-Clock = Callable[[], float]
-"""Returns monotonic seconds."""
-
-LogPosition = tuple[int, int]
-"""The generation of a server and a number of its output lines."""
+Clock = Callable[[], float]  # monotonic seconds
+LogPosition = tuple[int, int]  # the generation of a server, and a number of its output lines
 
 
 class SlotLock(Protocol):

@@ -21,8 +21,7 @@ from orchestrator.runtime import answers
 from orchestrator.runtime.answers import LoadOutcome, LoadProgress, PastLoad, Status
 from orchestrator.runtime.ports import Progress
 
-ProgressOf = Callable[[Generation], Progress | None]
-"""`Effects.progress`."""
+ProgressOf = Callable[[Generation], Progress | None]  # `Effects.progress`
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from orchestrator.runtime.events import MAX_EVENTS, Event, EventLog
-from tests.kit.shell.harness import PATIENCE_S, Harness, run
+from tests.kit.shell.harness import PATIENCE_S, Harness, asyncio_test, run
 
 LOAD = ["Killing", "Downloading", "Spawning", "WaitingHealth", "Healthy"]
 
@@ -39,19 +39,19 @@ def test_events_begin_at_the_call_not_at_the_first_iteration(harness: Harness) -
         orch.unload()
         assert next(events).data["dest"] == "Killing"
 
-    async def main() -> None:
-        orch = harness.asynchronous()
-        early = orch.events()
-        await orch.load("A")
-        assert (await anext(early)).data["dest"] == "Killing"
-        events = orch.events()
-        await orch.unload()
-        async with contextlib.aclosing(events), contextlib.aclosing(early):
-            event = await anext(events)
-            assert (event.data["source"], event.data["dest"]) == ("Healthy", "Killing")
-        await orch.close()
 
-    run(main)
+@asyncio_test
+async def test_async_events_begin_at_the_call_not_at_the_first_iteration(harness: Harness) -> None:
+    orch = harness.asynchronous()
+    early = orch.events()
+    await orch.load("A")
+    assert (await anext(early)).data["dest"] == "Killing"
+    events = orch.events()
+    await orch.unload()
+    async with contextlib.aclosing(events), contextlib.aclosing(early):
+        event = await anext(events)
+        assert (event.data["source"], event.data["dest"]) == ("Healthy", "Killing")
+    await orch.close()
 
 
 def test_a_reader_resumes_after_a_given_event(harness: Harness) -> None:
@@ -62,14 +62,14 @@ def test_a_reader_resumes_after_a_given_event(harness: Harness) -> None:
         assert [event.id for event in islice(orch.events(after=3), 2)] == [4, 5]
         assert orch.last_event_id == 5
 
-    async def main() -> None:
-        async with harness.asynchronous() as orch:
-            await orch.load("A")
-            events = orch.events(after=3)
-            async with contextlib.aclosing(events):
-                assert [(await anext(events)).id, (await anext(events)).id] == [4, 5]
 
-    run(main)
+@asyncio_test
+async def test_an_async_reader_resumes_after_a_given_event(harness: Harness) -> None:
+    async with harness.asynchronous() as orch:
+        await orch.load("A")
+        events = orch.events(after=3)
+        async with contextlib.aclosing(events):
+            assert [(await anext(events)).id, (await anext(events)).id] == [4, 5]
 
 
 def test_close_ends_every_reader_after_the_last_event(
@@ -82,18 +82,18 @@ def test_close_ends_every_reader_after_the_last_event(
     for reader in readers:
         assert reader.result(PATIENCE_S) == [*LOAD, "Killing", "Idle"]
 
-    async def main() -> None:
-        orch = await harness.asynchronous().start()  # events after close would be refused
 
-        async def read() -> list[str]:
-            return [event.data["dest"] async for event in orch.events(after=0)]
+@asyncio_test
+async def test_async_close_ends_every_reader_after_the_last_event(harness: Harness) -> None:
+    orch = await harness.asynchronous().start()  # events after close would be refused
 
-        readers = [asyncio.create_task(read()) for _ in range(3)]
-        await orch.load("A")
-        await orch.close()
-        assert await asyncio.gather(*readers) == [[*LOAD, "Killing", "Idle"]] * 3
+    async def read() -> list[str]:
+        return [event.data["dest"] async for event in orch.events(after=0)]
 
-    run(main)
+    readers = [asyncio.create_task(read()) for _ in range(3)]
+    await orch.load("A")
+    await orch.close()
+    assert await asyncio.gather(*readers) == [[*LOAD, "Killing", "Idle"]] * 3
 
 
 def test_readers_in_several_loops_see_the_same_events(
@@ -122,22 +122,20 @@ def test_readers_in_several_loops_see_the_same_events(
     assert not harness.events._wakers
 
 
-def test_a_cancelled_reader_is_unsubscribed(harness: Harness) -> None:
-    async def main() -> None:
-        async with harness.asynchronous() as orch:
+@asyncio_test
+async def test_a_cancelled_reader_is_unsubscribed(harness: Harness) -> None:
+    async with harness.asynchronous() as orch:
 
-            async def read() -> None:
-                async for _ in orch.events():
-                    raise AssertionError("nothing happens")
+        async def read() -> None:
+            async for _ in orch.events():
+                raise AssertionError("nothing happens")
 
-            reader = asyncio.create_task(read())
-            await asyncio.to_thread(harness.until_followed)
-            reader.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await reader
-            assert not harness.events._wakers
-
-    run(main)
+        reader = asyncio.create_task(read())
+        await asyncio.to_thread(harness.until_followed)
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        assert not harness.events._wakers
 
 
 def test_a_reader_with_a_closed_loop_does_not_stop_the_owner(harness: Harness) -> None:

@@ -1,7 +1,6 @@
-"""Both facades over gated effects, with many threads, many event loops, and callers that leave.
+"""Both facades over gated effects: results, concurrent callers, older loads, and errors.
 
-What a load, an unload or a cancel does is the machine's business and tested there; here it is what
-a caller sees of it, from whichever thread or loop it calls.
+The machine decides what a load, an unload or a cancel does; here it is what callers see of that.
 """
 
 from __future__ import annotations
@@ -9,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-import time
-from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
 
@@ -32,12 +29,12 @@ from orchestrator import (
     State,
     Superseded,
 )
-from orchestrator.runtime.orchestrator import AsyncOrchestrator, Orchestrator
+from orchestrator.runtime.orchestrator import Orchestrator
 from orchestrator.settings.fields import OnBusy
-from tests.kit.shell.harness import PATIENCE_S, Harness, ctrl_c, error_of, run
+from tests.kit.shell.harness import PATIENCE_S, Harness, asyncio_test, error_of, run
 from tests.kit.shell.records import Entry
 
-# ------------------------------------------------------------------------------ what a load answers
+# ------------------------------------------------------------------------------------------ results
 
 
 def test_a_load_returns_the_running_server(harness: Harness) -> None:
@@ -82,7 +79,7 @@ def test_an_unexpected_error_in_a_look_up_ends_the_call(harness: Harness) -> Non
         assert orch.load("A").status == "loaded"
 
 
-# -------------------------------------------------------------------------- many callers at once
+# ------------------------------------------------------------------------------- concurrent callers
 
 
 def test_many_threads_share_one_orchestrator(harness: Harness) -> None:
@@ -151,22 +148,19 @@ def test_many_event_loops_share_one_orchestrator(harness: Harness) -> None:
     assert not harness.owner._calls
 
 
-def test_a_thousand_identical_loads_share_one_spawn(harness: Harness) -> None:
+@asyncio_test
+async def test_a_thousand_identical_loads_share_one_spawn(harness: Harness) -> None:
     """Every caller gets the same generation, and all but one of them joined."""
     harness.open_gates = frozenset()
-
-    async def main() -> None:
-        async with harness.asynchronous() as orch:
-            loads = [asyncio.create_task(orch.load("A")) for _ in range(1000)]
-            await asyncio.to_thread(harness.until_callers, 1000)
-            harness.effects.open()
-            outcomes = await asyncio.gather(*loads)
-            assert {outcome.generation for outcome in outcomes} == {1}
-            assert len({outcome.pid for outcome in outcomes}) == 1
-            assert [outcome.joined for outcome in outcomes].count(False) == 1
-            assert {outcome.status for outcome in outcomes} == {"loaded"}
-
-    run(main)
+    async with harness.asynchronous() as orch:
+        loads = [asyncio.create_task(orch.load("A")) for _ in range(1000)]
+        await asyncio.to_thread(harness.until_callers, 1000)
+        harness.effects.open()
+        outcomes = await asyncio.gather(*loads)
+        assert {outcome.generation for outcome in outcomes} == {1}
+        assert len({outcome.pid for outcome in outcomes}) == 1
+        assert [outcome.joined for outcome in outcomes].count(False) == 1
+        assert {outcome.status for outcome in outcomes} == {"loaded"}
     assert [process.model for process in harness.os.started] == ["A"]
 
 
@@ -197,305 +191,7 @@ def test_status_is_always_consistent(harness: Harness) -> None:
         assert all(reader.result() for reader in readers)
 
 
-# --------------------------------------------------------------------------- callers that go away
-
-
-def test_a_cancelled_await_withdraws_only_its_caller(harness: Harness) -> None:
-    """A client that disconnects must not end the load of those that joined it."""
-    harness.open_gates = frozenset()
-
-    async def main() -> None:
-        async with harness.asynchronous() as orch:
-            first = asyncio.create_task(orch.load("A"))
-            await asyncio.to_thread(harness.until_callers, 1)
-            second = asyncio.create_task(orch.load("A"))
-            await asyncio.to_thread(harness.until_callers, 2)
-            first.cancel()
-            await asyncio.to_thread(harness.until_callers, 1)
-            with pytest.raises(asyncio.CancelledError):
-                await first
-            harness.effects.open()
-            outcome = await second
-            assert (outcome.status, outcome.generation, outcome.joined) == ("loaded", 1, True)
-
-    run(main)
-
-
-@pytest.mark.parametrize("policy", ["cancel", "continue"])
-def test_abandoned_load_decides_what_follows_the_last_caller(policy: Any, harness: Harness) -> None:
-    """Either way the load has an outcome."""
-    harness.open_gates = frozenset()
-
-    async def main() -> None:
-        async with harness.asynchronous(abandoned_load=policy) as orch:
-            caller = asyncio.create_task(orch.load("A"))
-            await asyncio.to_thread(harness.until_callers, 1)
-            caller.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await caller
-            await asyncio.to_thread(harness.catch_up)
-            harness.effects.open()
-            shown = await asyncio.to_thread(
-                harness.until, lambda s: s.ctx.effect is None and s.ctx.job is None
-            )
-            outcome = orch.outcome(1)
-            if policy == "continue":
-                assert shown.state is State.HEALTHY
-                assert isinstance(outcome, LoadOutcome)
-                assert outcome == orch.status().loaded
-            else:
-                assert shown.state is State.IDLE
-                assert isinstance(outcome, Problem)
-                assert outcome.category == "cancelled"
-
-    run(main)
-
-
-def test_a_caller_cancelled_during_its_look_up_requests_nothing(harness: Harness) -> None:
-    harness.hold_look_ups_of("A")
-
-    async def main() -> None:
-        async with harness.asynchronous() as orch:
-            pid = (await orch.load("B")).pid
-            caller = asyncio.create_task(orch.load("A"))
-            await asyncio.to_thread(harness.until_look_up_of, "A")
-            caller.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await caller
-            harness.release_look_ups_of("A")
-            assert (await orch.load("B", on_busy="queue")).model_path == "B"
-            assert not harness.owner._calls
-            assert (await orch.load("B")).pid in harness.os.alive
-            assert pid == harness.os.started[0].pid
-
-    run(main)
-
-
-def test_ctrl_c_during_a_load_withdraws_the_caller(
-    harness: Harness, pool: ThreadPoolExecutor
-) -> None:
-    harness.open_gates = frozenset()
-    with harness.sync() as orch:
-        with ctrl_c(pool, lambda: harness.effects.wait_for("kill")):
-            orch.load("A")
-        harness.catch_up()
-        assert orch.status().loading is None
-        harness.effects.open()
-        harness.until(lambda shown: shown.state is State.IDLE)
-        assert not harness.os.started
-        assert not harness.owner._calls
-
-
-def test_ctrl_c_during_a_look_up_withdraws_the_caller(
-    harness: Harness, pool: ThreadPoolExecutor
-) -> None:
-    harness.hold_look_ups_of("A")
-    with harness.sync() as orch:
-        with ctrl_c(pool, lambda: harness.until_look_up_of("A")):
-            orch.load("A")
-        harness.catch_up()
-        assert orch.status().generation == 0
-        assert not harness.owner._calls
-
-
-def test_ctrl_c_just_after_the_request_withdraws_the_caller(harness: Harness) -> None:
-    """The request is in the inbox, and its caller has gone."""
-    harness.open_gates = frozenset()
-    with harness.sync() as orch:
-        orch.start()
-        ask = harness.owner.ask
-
-        def interrupted(*call: Any) -> None:
-            ask(*call)
-            raise KeyboardInterrupt
-
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(harness.owner, "ask", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                orch.load("A")
-        harness.catch_up()
-        assert orch.status().loading is None
-        harness.effects.open()
-
-
-def test_an_event_loop_closed_during_a_load_does_not_stop_the_owner(harness: Harness) -> None:
-    """The answer has no receiver; the next caller is served."""
-    harness.open_gates = frozenset()
-    orch = harness.asynchronous()
-    loop = asyncio.new_event_loop()
-    caller: Any = loop.create_task(orch.load("A"))
-    loop.run_until_complete(loop.run_in_executor(None, harness.until_callers, 1))
-    loop.run_until_complete(loop.shutdown_default_executor())
-    loop.close()
-    harness.effects.open()
-    harness.until(lambda shown: shown.state is State.HEALTHY)
-
-    async def main() -> None:
-        outcome = await orch.load("A")
-        assert (outcome.status, outcome.generation) == ("already_loaded", 1)
-        await orch.close()
-
-    run(main)
-    assert not caller.done()
-    caller._log_destroy_pending = False
-
-
-def test_a_submit_cancelled_during_its_look_up_loads_nothing(harness: Harness) -> None:
-    """Without its generation nobody could ever cancel the load."""
-    harness.open_gates = frozenset()
-    harness.hold_look_ups_of("A")
-
-    async def main() -> None:
-        async with harness.asynchronous() as orch:
-            caller = asyncio.create_task(orch.submit("A"))
-            await asyncio.to_thread(harness.until_look_up_of, "A")
-            caller.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await caller
-            harness.release_look_ups_of("A")
-            with pytest.raises(ModelNotFound):
-                await orch.load("missing")
-            await asyncio.to_thread(harness.catch_up)
-            assert orch.status().loading is None
-            harness.effects.open()
-
-    run(main)
-
-
-def test_a_submit_cancelled_before_it_is_accepted_loads_nothing(harness: Harness) -> None:
-    """The owner is paused between the request and the generation."""
-    harness.open_gates = frozenset()
-
-    async def main() -> None:
-        async with harness.asynchronous() as orch:
-            with harness.owner.paused():
-                caller = asyncio.create_task(orch.submit("A"))
-                await asyncio.to_thread(harness.until_looked_up, 1)
-                for _ in range(20):
-                    await asyncio.sleep(0)
-                caller.cancel()
-                done, _ = await asyncio.wait({caller}, timeout=PATIENCE_S / 4)
-                assert done, "a cancelled submit does not return"
-                assert caller.cancelled()
-            harness.effects.open()
-            await asyncio.to_thread(harness.catch_up)
-            await asyncio.to_thread(harness.until, lambda shown: shown.state is State.IDLE)
-            assert not harness.os.started
-
-    run(main)
-
-
-def test_a_lease_granted_to_a_cancelled_caller_is_released(harness: Harness) -> None:
-    """Otherwise every later swap would wait for the whole drain timeout."""
-
-    async def main() -> None:
-        async with harness.asynchronous() as orch:
-            await orch.load("A")
-
-            async def hold() -> None:
-                async with orch.lease():
-                    raise AssertionError("it was cancelled before")
-
-            caller = asyncio.create_task(hold())
-            await asyncio.sleep(0)  # the request is posted
-            harness.catch_up()  # the lease is granted, and the loop has not noticed it
-            caller.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await caller
-            await asyncio.to_thread(harness.catch_up)
-            assert not harness.owner.snapshot.ctx.leases
-
-    run(main)
-
-
-# ------------------------------------------------------------------------------ the order of calls
-
-
-def test_a_newer_load_supersedes_one_with_a_slow_look_up(
-    harness: Harness, pool: ThreadPoolExecutor
-) -> None:
-    """The last Apply wins, whichever model is on the slower disk."""
-    harness.hold_look_ups_of("A")
-    with harness.sync() as orch:
-        older = pool.submit(orch.load, "A")
-        harness.until_look_up_of("A")
-        newer = orch.load("B")
-        harness.release_look_ups_of("A")
-        assert isinstance(error_of(older), Superseded)
-        status = orch.status()
-        assert status.loaded is not None
-        assert status.loaded.pid == newer.pid
-        assert [process.model for process in harness.os.started] == ["B"]
-
-
-@pytest.mark.parametrize("model", [None, "A"])
-def test_a_later_unload_cancels_a_load_with_a_slow_look_up(
-    model: str | None, harness: Harness, pool: ThreadPoolExecutor
-) -> None:
-    harness.hold_look_ups_of("A")
-    with harness.sync() as orch:
-        older = pool.submit(orch.load, "A")
-        harness.until_look_up_of("A")
-        assert orch.unload(model).status == ("unloaded" if model is None else "not_loaded")
-        harness.release_look_ups_of("A")
-        assert isinstance(error_of(older), Cancelled)
-        assert orch.status().state is State.IDLE
-        assert not harness.os.started
-        assert orch.load("A").status == "loaded"
-
-
-def test_an_unload_of_another_model_leaves_a_slow_look_up_alone(
-    harness: Harness, pool: ThreadPoolExecutor
-) -> None:
-    harness.hold_look_ups_of("A")
-    with harness.sync() as orch:
-        older = pool.submit(orch.load, "A")
-        harness.until_look_up_of("A")
-        assert orch.unload("B").status == "not_loaded"
-        harness.release_look_ups_of("A")
-        assert older.result(PATIENCE_S).status == "loaded"
-
-
-def test_async_calls_keep_their_order(harness: Harness) -> None:
-    harness.hold_look_ups_of("A")
-
-    async def main() -> None:
-        async with harness.asynchronous() as orch:
-            older = asyncio.create_task(orch.load("A"))
-            await asyncio.to_thread(harness.until_look_up_of, "A")
-            newer = await orch.load("B")
-            harness.release_look_ups_of("A")
-            with pytest.raises(Superseded):
-                await older
-            assert orch.status().loaded == newer
-
-    run(main)
-
-
-def test_calls_keep_their_order_while_the_slot_is_claimed(harness: Harness) -> None:
-    """A call takes its place when it is made, not when the owner has started."""
-    harness.claim_gate.clear()
-    harness.hold_look_ups_of("A")
-
-    async def main() -> None:
-        orch = harness.asynchronous()
-        older = asyncio.create_task(orch.load("A"))
-        await asyncio.sleep(0)
-        newer = asyncio.create_task(orch.unload())
-        await asyncio.sleep(0)
-        assert not harness.owners
-        harness.claim_gate.set()
-        assert (await newer).status == "unloaded"
-        harness.release_look_ups_of("A")
-        with pytest.raises(Cancelled):
-            await older
-        assert orch.status().state is State.IDLE
-        await orch.close()
-
-    run(main)
-
-
-# -------------------------------------------------------------------------------------- cancelling
+# --------------------------------------------------------------------------------------- cancelling
 
 
 def test_a_cancel_that_arrives_before_its_load_takes_effect(
@@ -552,7 +248,7 @@ def test_a_cancel_never_unloads_a_loaded_model(harness: Harness, pool: ThreadPoo
         assert orch.load("A").pid == pid
 
 
-# -------------------------------------------------------------------- what becomes of older loads
+# -------------------------------------------------------------------------------------- older loads
 
 
 def test_supersede_queue_and_reject(harness: Harness, pool: ThreadPoolExecutor) -> None:
@@ -639,7 +335,7 @@ def test_the_owner_can_wait_for_the_longest_timeouts(
         assert swap.result(PATIENCE_S).model_path == "B"
 
 
-# ------------------------------------------------------------------------------------------ errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 def test_an_error_has_its_story_and_generation(harness: Harness, pool: ThreadPoolExecutor) -> None:
@@ -714,25 +410,26 @@ def test_outcome_is_that_of_the_load_not_of_its_last_caller(
 
 
 def test_a_refused_submit_raises(harness: Harness) -> None:
-    async def main() -> None:
-        async with harness.asynchronous() as orch:
-            with pytest.raises(ModelNotFound):
-                await orch.submit("missing")
-            assert await orch.submit("A") == 1
-            await asyncio.to_thread(harness.until, lambda shown: shown.state is State.HEALTHY)
-            await orch.load("A", load_request_id="x")
-            assert not await orch.cancel("early")
-            with pytest.raises(Cancelled):
-                await orch.submit("B", load_request_id="early")
-
-    run(main)
     with harness.sync() as orch:
         with pytest.raises(ModelNotFound):
             orch.submit("missing")
         assert orch.submit("A") == 1
 
 
-# -------------------------------------------------------------------------- what goes wrong inside
+@asyncio_test
+async def test_a_refused_async_submit_raises(harness: Harness) -> None:
+    async with harness.asynchronous() as orch:
+        with pytest.raises(ModelNotFound):
+            await orch.submit("missing")
+        assert await orch.submit("A") == 1
+        await asyncio.to_thread(harness.until, lambda shown: shown.state is State.HEALTHY)
+        await orch.load("A", load_request_id="x")
+        assert not await orch.cancel("early")
+        with pytest.raises(Cancelled):
+            await orch.submit("B", load_request_id="early")
+
+
+# ---------------------------------------------------------------------------------- failures inside
 
 
 def test_an_effect_that_cannot_start_fails_only_its_load(
@@ -773,87 +470,3 @@ def test_the_owner_survives_a_fact_it_cannot_process(
         failures.clear()
         assert orch.load("A").status == "loaded"
         owner.answer(call, Problem("internal", "it was nonsense"))
-
-
-# --------------------------------------------------------------------- nothing blocks an event loop
-
-ASYNC_CALLS: dict[str, Callable[[AsyncOrchestrator], Coroutine[Any, Any, Any]]] = {
-    "load": lambda orch: orch.load("A"),
-    "submit": lambda orch: orch.submit("A"),
-    "unload": lambda orch: orch.unload(),
-    "cancel": lambda orch: orch.cancel("x"),
-    "lease": lambda orch: orch.lease().__aenter__(),
-    "start": lambda orch: orch.start(),
-    "close": lambda orch: orch.close(),
-}
-
-
-@pytest.mark.parametrize("name", ASYNC_CALLS)
-def test_the_first_call_does_not_claim_the_slot_in_the_event_loop(
-    name: str, harness: Harness
-) -> None:
-    """Killing the processes of a dead owner may take seconds."""
-
-    async def main() -> None:
-        orch = harness.asynchronous()
-        try:
-            await ASYNC_CALLS[name](orch)
-        except NotLoaded:
-            assert name == "lease"
-        await orch.close()
-
-    run(main)
-    assert harness.blocked_loop == []
-
-
-def test_reading_does_not_claim_the_slot(harness: Harness) -> None:
-
-    async def main() -> None:
-        orch = harness.asynchronous()
-        assert orch.status().state is State.IDLE
-        assert orch.progress().phase is None
-        assert orch.logs() == ()
-        assert orch.plan("A").action == "load"
-        with pytest.raises(KeyError):
-            orch.outcome(1)
-        assert harness.claims == 0
-        assert (await orch.load("A")).status == "loaded"
-        assert orch.plan("A").action == "none"
-        assert orch.plan("A", n_parallel=2).action == "reload"
-        await orch.close()
-
-    run(main)
-    # `plan` answers at once, so it looks the model up where it is called: see its docstring
-    assert set(harness.blocked_loop) == {"look up", "find the server"}
-
-
-def test_hanging_look_ups_block_neither_the_loop_nor_other_calls(harness: Harness) -> None:
-    """As on a network file system that does not answer."""
-    harness.hold_look_ups_of("A")
-
-    async def main() -> None:
-        async with harness.asynchronous() as orch:
-            loads = [
-                asyncio.create_task(orch.load("A", load_request_id=f"id-{n}")) for n in range(6)
-            ]
-            await asyncio.to_thread(harness.until_look_up_of, "A")
-            assert orch.status().state is State.IDLE
-            assert not await orch.cancel("id-5")
-            assert (await orch.unload("B")).status == "not_loaded"
-            with pytest.raises(NotLoaded):
-                async with orch.lease():
-                    pass
-            loads[4].cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await loads[4]
-            assert not any(load.done() for n, load in enumerate(loads) if n != 4)
-            harness.release_look_ups_of("A")
-            answers = await asyncio.gather(*loads, return_exceptions=True)
-            assert [type(answer) for answer in answers[4:]] == [asyncio.CancelledError, Cancelled]
-            assert all(isinstance(answer, LoadOutcome) for answer in answers[:4])
-            assert len({answer.generation for answer in answers[:4]}) == 1  # type: ignore[union-attr]
-
-    started = time.perf_counter()
-    run(main)
-    assert time.perf_counter() - started < PATIENCE_S
-    assert harness.blocked_loop == []

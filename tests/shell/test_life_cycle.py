@@ -24,7 +24,7 @@ from orchestrator import (
 )
 from orchestrator.base import workers
 from tests.kit.sentences import assert_sentence
-from tests.kit.shell.harness import PATIENCE_S, Harness, ctrl_c, error_of, run
+from tests.kit.shell.harness import PATIENCE_S, Harness, asyncio_test, ctrl_c, error_of
 
 
 def test_the_slot_is_claimed_once_at_the_first_call(harness: Harness) -> None:
@@ -112,13 +112,13 @@ def test_an_orchestrator_that_was_never_used_can_be_closed(harness: Harness) -> 
     with pytest.raises(ShuttingDown):
         orch.plan("A")
 
-    async def main() -> None:
-        never = harness.asynchronous()
-        await never.close()
-        with pytest.raises(ShuttingDown):
-            await never.load("A")
 
-    run(main)
+@asyncio_test
+async def test_an_async_orchestrator_that_was_never_used_can_be_closed(harness: Harness) -> None:
+    orch = harness.asynchronous()
+    await orch.close()
+    with pytest.raises(ShuttingDown):
+        await orch.load("A")
 
 
 def test_concurrent_closes_return_after_the_shutdown(harness: Harness) -> None:
@@ -139,15 +139,13 @@ def test_concurrent_closes_return_after_the_shutdown(harness: Harness) -> None:
     assert not harness.os.started
 
 
-def test_concurrent_async_closes_return_after_the_shutdown(harness: Harness) -> None:
-    async def main() -> None:
-        orch = harness.asynchronous()
-        await orch.load("A")
-        await asyncio.gather(*(orch.close() for _ in range(6)))
-        await orch.close()
-        assert orch.status().state is State.IDLE
-
-    run(main)
+@asyncio_test
+async def test_concurrent_async_closes_return_after_the_shutdown(harness: Harness) -> None:
+    orch = harness.asynchronous()
+    await orch.load("A")
+    await asyncio.gather(*(orch.close() for _ in range(6)))
+    await orch.close()
+    assert orch.status().state is State.IDLE
     assert not harness.os.alive
 
 
@@ -219,39 +217,34 @@ def test_a_load_looked_up_during_close_is_refused(
     assert not harness.os.started
 
 
-def test_an_async_load_looked_up_during_close_is_refused(harness: Harness) -> None:
+@asyncio_test
+async def test_an_async_load_looked_up_during_close_is_refused(harness: Harness) -> None:
     harness.hold_look_ups_of("A")
-
-    async def main() -> None:
-        orch = harness.asynchronous()
-        loads = [asyncio.create_task(orch.load("A")) for _ in range(6)]
-        await asyncio.to_thread(harness.until_look_up_of, "A")
-        await orch.close()
-        harness.release_look_ups_of("A")
-        for load in loads:
-            with pytest.raises(ShuttingDown):
-                await load
-
-    run(main)
+    orch = harness.asynchronous()
+    loads = [asyncio.create_task(orch.load("A")) for _ in range(6)]
+    await asyncio.to_thread(harness.until_look_up_of, "A")
+    await orch.close()
+    harness.release_look_ups_of("A")
+    for load in loads:
+        with pytest.raises(ShuttingDown):
+            await load
     assert not harness.os.started
     assert not harness.owner._calls
 
 
-def test_a_load_without_a_worker_thread_raises_and_leaves_no_call(harness: Harness) -> None:
+@asyncio_test
+async def test_a_load_without_a_worker_thread_raises_and_leaves_no_call(harness: Harness) -> None:
 
     class NoThreads:
         def submit(self, _: object) -> NoReturn:
             raise RuntimeError("can't start new thread")
 
-    async def main() -> None:
-        async with harness.asynchronous() as orch:
-            harness.workers = NoThreads()
-            for ask in (orch.load, orch.submit, orch.prefetch):
-                with pytest.raises(RuntimeError, match="new thread"):
-                    await ask("A")
-            harness.workers = workers.shared()
-
-    run(main)
+    async with harness.asynchronous() as orch:
+        harness.workers = NoThreads()
+        for ask in (orch.load, orch.submit, orch.prefetch):
+            with pytest.raises(RuntimeError, match="new thread"):
+                await ask("A")
+        harness.workers = workers.shared()
     assert not harness.os.started
     assert not harness.owner._calls
 

@@ -38,7 +38,7 @@ def test_an_unusable_option_is_refused(options: dict[str, Any], field: str) -> N
     [
         ({"drain_policy": "never"}, "option.choice"),
         ({"restart": "always"}, "option.restart"),
-        ({"restart": RestartPolicy(limit=0)}, "option.restart.limit"),
+        ({"restart": RestartPolicy(limit=0)}, "option.restart_limit"),
         ({"protect_server": "a,b"}, "option.protect_server"),
     ],
     ids=str,

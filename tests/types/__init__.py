@@ -1,1 +1,1 @@
-"""What type checkers say of the public API."""
+"""Checks of the public API by type checkers."""

@@ -1,7 +1,6 @@
-"""Never run: what a user of the public API writes, and the types it has for a type checker.
+"""Typical uses of the public API, and the types that checkers infer for them. Never run.
 
-`make lint` reads this file as it reads all others; a signature that changes breaks a line here
-first. Only public names are used.
+`make lint` checks this file, so a changed signature breaks a line here. It uses public names only.
 """
 
 from __future__ import annotations

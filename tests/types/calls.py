@@ -1,7 +1,6 @@
-"""Right and wrong calls, as mypy and pyright see them: each wrong one is marked, and only these.
+"""Right and wrong calls for mypy and pyright: every wrong one is marked, and no other. Never run.
 
-Never run. `warn_unused_ignores` and `reportUnnecessaryTypeIgnoreComment` say where a wrong call has
-become right.
+`warn_unused_ignores` and `reportUnnecessaryTypeIgnoreComment` report a mark that is not needed.
 """
 
 from __future__ import annotations

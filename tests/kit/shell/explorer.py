@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tests.kit.machine.invariants import Violation
-from tests.kit.machine.story import Counterexample, StoryLine
+from tests.kit.machine.story import Counterexample
 from tests.kit.shell.records import logged, only_failures
 from tests.kit.shell.scene import Scene
 from tests.kit.shell.stage import BrokenError, Stage
@@ -211,7 +211,7 @@ class _Exploration:
         stage, broken = self._replay(labels)
         if broken is not None:
             violation = broken.violation
-        return Counterexample(violation.invariant, violation.message, tuple[StoryLine, ...](stage.told))
+        return Counterexample(violation.invariant, violation.message, tuple(stage.told))
 
 
 class _Run:

@@ -8,8 +8,8 @@ import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, ParamSpec
 
 import pytest
 
@@ -29,6 +29,7 @@ from tests.kit.shell.fakes import FakeSlot, fake_parts
 from tests.kit.shell.gates import ALL_KINDS, GatedEffects, OperatingSystem, VirtualClock
 
 PATIENCE_S = 20.0
+_P = ParamSpec("_P")
 
 
 class Harness:
@@ -226,7 +227,7 @@ class WatchedLog(EventLog):
         super().__init__()
         self.is_followed = threading.Event()
 
-    def subscribe(self, waker: Callable[[], None]) -> Callable[[], object]:
+    def subscribe(self, waker: Callable[[], None]) -> Callable[[], None]:
         stop = super().subscribe(waker)
         self.is_followed.set()
         return stop
@@ -242,6 +243,16 @@ def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         return await asyncio.wait_for(main(), PATIENCE_S)
 
     return asyncio.run(bounded())
+
+
+def asyncio_test(test: Callable[_P, Coroutine[Any, Any, None]]) -> Callable[_P, None]:
+    """Run a test in an event loop of its own, for a bounded time."""
+
+    @wraps(test)
+    def in_loop(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        run(lambda: test(*args, **kwargs))
+
+    return in_loop
 
 
 def error_of(caller: Future[Any]) -> OrchestratorError:
