@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
@@ -34,6 +35,7 @@ from orchestrator.settings.help_text import Catalogue, FlagHelp, parse_help
 from orchestrator.settings.target import ServerBinary
 
 _ASK_S: Final = 10.0
+_ASK_AGAIN_S: Final = 60.0
 _MAX_ANSWER: Final = 1 << 20
 _log = event_log("orchestrator.server")
 
@@ -103,7 +105,7 @@ def _problem_of(path: Path) -> str | None:
         usable = os.access(interpreter, os.X_OK) and not os.path.isdir(interpreter)
         return None if usable else f"needs the interpreter {interpreter!r}, which is missing"
     if sys.platform == "linux" and not head.startswith((b"\x7fELF", b"MZ")):
-        return "is neither a program nor a script with #!: give the llama-server binary"
+        return "is neither an executable nor a script with #!: give the llama-server binary"
     return None
 
 
@@ -128,12 +130,14 @@ def _embedded() -> ServerBinary:
 
 
 _answers: dict[FileIdentity, Catalogue] = {}
+_asked_again_at: dict[FileIdentity, float] = {}
 
 
 def ask_catalogue(server: ServerBinary, cache: Path) -> Catalogue | None:
     """Return the flags of a binary; None if it does not tell.
 
-    Runs it once per identity and machine, about 10 ms.
+    Runs it once per identity and machine, about 10 ms; one that does not tell, at most once a
+    minute.
 
     Args:
         cache: Folder for answers; one that cannot be written costs a run per process.
@@ -141,6 +145,18 @@ def ask_catalogue(server: ServerBinary, cache: Path) -> Catalogue | None:
     known = _known(server.command, server.identity, str(cache))
     if known is not None:
         return known
+    if time.monotonic() < _asked_again_at.get(server.identity, 0.0):
+        return None
+    found = _ask(server)
+    if found is None:
+        _asked_again_at[server.identity] = time.monotonic() + _ASK_AGAIN_S
+        return None
+    _answers[server.identity] = found
+    write_json(_file_of(server.command, server.identity, str(cache)), asdict(found))
+    return found
+
+
+def _ask(server: ServerBinary) -> Catalogue | None:
     try:
         returncode, text = _run((*server.command, "--help"))
     except (OSError, ValueError) as error:
@@ -150,8 +166,6 @@ def ask_catalogue(server: ServerBinary, cache: Path) -> Catalogue | None:
     if found is None or returncode != 0:
         _log("warning", "catalogue.inconclusive", server=server.command[0], returncode=returncode)
         return None
-    _answers[server.identity] = found
-    write_json(_file_of(server.command, server.identity, str(cache)), asdict(found))
     return found
 
 
@@ -161,7 +175,7 @@ def _known(command: tuple[str, ...], identity: FileIdentity, cache: str) -> Cata
     try:
         members = json.loads(_file_of(command, identity, cache).read_text(encoding="utf-8"))
         flags = tuple(
-            FlagHelp(tuple(f["names"]), f["takes_value"], tuple(f["choices"]), f["is_removed"])
+            FlagHelp(tuple(f["names"]), f["placeholder"], tuple(f["choices"]), f["is_removed"])
             for f in members["flags"]
         )
     except (OSError, ValueError, TypeError, KeyError, RecursionError):

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 
 from orchestrator.base.tokens import Generation
 from orchestrator.machine.facts import Exit
-from orchestrator.server import process_table
 from orchestrator.server.output import OutputRing
-from orchestrator.server.process_table import Pin, ProcessId
+from orchestrator.server.process_table import Pin
 
 
 @dataclass(slots=True, eq=False)
@@ -24,8 +23,7 @@ class ServerProcess:
     """
 
     generation: Generation
-    process: ProcessId
-    pin: Pin | None
+    pin: Pin
     popen: subprocess.Popen[bytes]
     family: Callable[[], set[int]]
     output: OutputRing = field(init=False)
@@ -40,19 +38,17 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        return self.process.pid
+        return self.pin.process.pid
 
     @property
     def must_be_polled(self) -> bool:
         """Whether there is no pidfd that becomes readable at its exit."""
-        return self.exit is None and (self.pin is None or self.pin.fd is None)
+        return self.exit is None and self.pin.fd is None
 
     @property
     def is_alive(self) -> bool:
         """Whether it is running, as the kernel reports it now."""
-        if self.exit is not None:
-            return False
-        return not self.pin.has_exited if self.pin else process_table.is_alive(self.process)
+        return self.exit is None and not self.pin.has_exited
 
     def notify(self) -> None:
         for listener in tuple(self.listeners):

@@ -182,12 +182,11 @@ _HARMLESS: Final = re.compile(
 _EMPTY_WORDS: Final = re.compile(r"exiting due to|to show complete usage|Failed to init server")
 _LONGEST: Final = 240
 
-_KILLED: Final = "most likely by the kernel, because memory ran out: use a smaller model or context"
 _CPU: Final = "this build needs instructions that this CPU does not have: use another llama_server"
 _SHRUNK: Final = "a mapped file became shorter or unreadable: load again, or check the disk"
-_CRASHED: Final = ("crashed", "it crashed: try another build of llama_server", _SERVER)
+_CRASHED: Final = ("crashed", "try another build of llama_server", _SERVER)
 _SIGNALS: Final = {
-    signal.SIGKILL: ("killed", f"it was killed, {_KILLED}", None),
+    signal.SIGKILL: ("killed", "memory probably ran out: use a smaller model or context", None),
     signal.SIGTERM: ("killed", "another process ended it: load again", None),
     signal.SIGILL: ("wrong_cpu", _CPU, _SERVER),
     signal.SIGBUS: ("crashed", _SHRUNK, "model_path"),

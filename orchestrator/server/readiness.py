@@ -157,25 +157,28 @@ class _PortFinder:
 
     def port(self) -> int | None:
         """Return the port, from the server's output or else from its open sockets."""
-        for url in self.server.output.announced if self.found is None else ():
+        server = self.server
+        for url in server.output.announced if self.found is None else ():
             port = int(url.rpartition(":")[2])
-            if url not in self.refused and 0 < port < 1 << 16 and self._is_ours(port):
+            is_new = url not in self.refused and 0 < port < 1 << 16
+            if is_new and (_may_listen({server.pid}, port) or _may_listen(server.family(), port)):
                 self.found = port
                 break
             self.refused.add(url)
         if self.found is None and time.monotonic() >= self.next_scan:
-            ports = process_table.listening(self.server.family())
-            self.found = next((port for host, port in ports if host == _HOST), None)
+            bound, _ = process_table.listening(server.family())
+            self.found = next((port for host, port in sorted(bound) if host == _HOST), None)
             self.scan_every_s = min(2 * self.scan_every_s, _LONGEST_SCAN_S)
             self.next_scan = time.monotonic() + self.scan_every_s
         return self.found
 
-    def _is_ours(self, port: int) -> bool:
-        """Ask the kernel: output may contain anything, such as metadata of the model. The sockets
-        of a binary that carries capabilities are hidden, so its output is believed.
-        """
-        is_own = process_table.listens({self.server.pid}, port)
-        return is_own is not False or process_table.listens(self.server.family(), port) is not False
+
+def _may_listen(pids: set[int], port: int) -> bool:
+    """Ask the kernel: output may contain anything, such as metadata of the model. The sockets of a
+    binary that carries capabilities are hidden, so its output is believed.
+    """
+    bound, is_hidden = process_table.listening(pids)
+    return is_hidden or port in {port for _, port in bound}
 
 
 class _BoundedSocket(socket.socket):

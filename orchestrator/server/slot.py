@@ -36,6 +36,8 @@ _RECORD_VERSION: Final = 1
 _VERIFY_EVERY_S: Final = 0.02
 _SUCCESSION_S: Final = 10.0
 _HANDOVER_S: Final = 0.25
+_TERM_S: Final = 0.3  # of `reap`: from SIGTERM to SIGKILL
+_KILL_S: Final = 5.0  # and from then until it gives up
 
 
 def default_state_dir() -> Path:
@@ -78,8 +80,7 @@ class Slot:
         self._owner_fd: int | None = None
         self._owner_pid = 0
         self._known: set[ProcessId] = set()
-
-    # ------------------------------------------------------------------------------ ownership
+        _slots.add(self)
 
     def claim(self) -> None:
         """Become the one owner of this slot.
@@ -112,7 +113,7 @@ class Slot:
         except OSError as error:
             os.close(fd)
             raise _unusable(self.owner_path, error) from error
-        self._own(fd)
+        self._owner_fd, self._owner_pid = fd, os.getpid()
 
     def succeed(self, owner: ProcessId) -> bool:
         """Take the slot over on behalf of a dead owner; return False if it has been claimed."""
@@ -123,16 +124,12 @@ class Slot:
             if fd is None:  # a claim about to be written, or a fork that never ran our hook
                 time.sleep(_VERIFY_EVERY_S)
         if fd is not None:
-            self._own(fd)
+            self._owner_fd, self._owner_pid = fd, os.getpid()
         return self.belongs_to(owner)
 
     def belongs_to(self, owner: ProcessId) -> bool:
         """Return whether no other process has claimed the slot since, whoever holds its lock."""
         return _read_owner(self.owner_path) in (owner, None)
-
-    def _own(self, fd: int) -> None:
-        self._owner_fd, self._owner_pid = fd, os.getpid()
-        _claimed.add(self)
 
     def release(self) -> None:
         """Give up the slot; it should be empty by then."""
@@ -148,8 +145,6 @@ class Slot:
         for fd in process_table.own_descriptors((self.owner_path, self.lock_path)):
             os.close(fd)
         self._owner_fd = None
-
-    # --------------------------------------------------------------------------------- emptiness
 
     def take_lock(self) -> tuple[SlotEvidence, int | None]:
         """Ask the operating system whether the slot is empty, and keep it so.
@@ -210,8 +205,6 @@ class Slot:
             and found.session != our_session
         }
 
-    # -------------------------------------------------------------------------------- the record
-
     def remember(self, server: ProcessId | None) -> None:
         """Record the server of this slot; None just before one is started."""
         host = process_table.identify(os.getpid())
@@ -247,17 +240,11 @@ class Slot:
         with contextlib.suppress(OSError):  # a stale record names processes that are gone
             self.record_path.unlink()
 
-    # -------------------------------------------------------------------------------- recovery
-
-    def reap(
-        self, *, heir_of: ProcessId | None = None, term_s: float = 0.3, kill_s: float = 5.0
-    ) -> tuple[set[int], SlotEvidence]:
+    def reap(self, *, heir_of: ProcessId | None = None) -> tuple[set[int], SlotEvidence]:
         """End what a dead owner left in this slot. The caller owns the slot.
 
         Args:
             heir_of: Stop as soon as the slot no longer belongs to this dead owner.
-            term_s: Seconds between SIGTERM and SIGKILL.
-            kill_s: Seconds after that before giving up.
 
         Returns:
             The pids that were signalled, and whether the slot is empty now.
@@ -282,21 +269,21 @@ class Slot:
                     return signalled, evidence
                 pins = _pin(self.lock_holders())
             signalled |= {pin.process.pid for pin in pins}
-            if elapsed < term_s:
-                _end(pins, (signal.SIGTERM, signal.SIGCONT), term_s)
+            if elapsed < _TERM_S:
+                _end(pins, (signal.SIGTERM, signal.SIGCONT), _TERM_S)
             else:
-                _end(pins, (signal.SIGKILL,), kill_s)
-            if elapsed > term_s + kill_s:
+                _end(pins, (signal.SIGKILL,), _KILL_S)
+            if elapsed > _TERM_S + _KILL_S:
                 pids = sorted(pin.process.pid for pin in pins)
-                who = f"processes {pids}" if pids else "a process that cannot be found"
-                return signalled, SlotEvidence(False, f"{who} did not end after SIGKILL")
+                why = f"processes {pids} did not end after SIGKILL" if pids else evidence.reason
+                return signalled, SlotEvidence(False, why)
 
 
-_claimed: Final[weakref.WeakSet[Slot]] = weakref.WeakSet()
+_slots: Final[weakref.WeakSet[Slot]] = weakref.WeakSet()
 
 
 def _disown_all() -> None:
-    for slot in tuple(_claimed):
+    for slot in tuple(_slots):
         slot.disown()
 
 

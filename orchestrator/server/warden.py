@@ -54,11 +54,10 @@ class _KillRun:
 
 
 class Warden(threading.Thread):
-    """The thread that owns every process in the slot.
+    """The thread that owns every process in a claimed slot.
 
     Args:
-        slot: The claimed slot.
-        on_exit: Called on this thread with the exit of a server, once.
+        on_exit: Called on this thread, once for each server.
         kill_grace_s: Seconds between SIGTERM and SIGKILL; 0 means SIGKILL at once.
     """
 
@@ -117,8 +116,7 @@ class Warden(threading.Thread):
         )
         server = ServerProcess(
             generation,
-            process,
-            Pin.of(process),
+            Pin.of(process) or Pin(process, None),  # it may have exited already
             popen,
             family=lambda: {p.pid for p in self._slot.inhabitants(process.pid)},
             api_key=environment.get(API_KEY_NAME, "").partition(",")[0] or None,
@@ -195,7 +193,7 @@ class Warden(threading.Thread):
             os.read(self._wake_read, 4096)
         elif server is not None and fd == server.stdout_fd:
             self._drain(server)
-        elif server is not None and server.pin and fd == server.pin.fd:
+        elif server is not None and fd == server.pin.fd:
             self._check_exit(server)
         # else: a pin of a kill run, which checks all of its pins anyway
 
@@ -203,7 +201,7 @@ class Warden(threading.Thread):
         self._server = server
         if server.stdout_fd is not None:
             self._poll.register(server.stdout_fd, select.POLLIN)
-        if server.pin is not None and server.pin.fd is not None:
+        if server.pin.fd is not None:
             self._poll.register(server.pin.fd, select.POLLIN)
 
     def _drain(self, server: ServerProcess) -> None:
@@ -231,7 +229,7 @@ class Warden(threading.Thread):
         """Record an exit without reaping: the zombie keeps the pid ours."""
         if server.exit is not None or server.is_alive:
             return
-        if server.pin is not None and server.pin.fd is not None:
+        if server.pin.fd is not None:
             self._poll.unregister(server.pin.fd)
         self._drain(server)
         server.exit = Exit(server.pid, _returncode(server.popen), server.output.tail(_EXIT_LINES))
@@ -273,7 +271,7 @@ class Warden(threading.Thread):
     def _inhabitants(self, run: _KillRun) -> set[ProcessId]:
         group = run.server.pid if run.server is not None and not run.server.is_reaped else None
         found = self._slot.inhabitants(group)
-        return {p for p in found if run.server is None or p != run.server.process}
+        return {p for p in found if run.server is None or p != run.server.pin.process}
 
     def _pin(self, run: _KillRun, processes: Iterable[ProcessId]) -> list[Pin]:
         """Pin the processes that are new to this run, and return the new pins."""
@@ -324,8 +322,7 @@ class Warden(threading.Thread):
         if not server.is_reaped:
             server.popen.wait()
             server.is_reaped = True
-            if server.pin is not None:
-                server.pin.close()
+            server.pin.close()
             _log("info", "process.reaped", pid=server.pid, returncode=server.popen.returncode)
         if self._server is server:
             self._server = None
@@ -353,7 +350,7 @@ class Warden(threading.Thread):
 def _cannot_execute(command: str, error: Exception) -> ServerUnavailable:
     """Return the error of a binary that could not be started (errno: see execve(2))."""
     why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    hints = {2: "or its interpreter is missing", 8: "or it is built for another machine"}
+    hints = {2: "it or its interpreter is missing", 8: "it may be built for another machine"}
     hint = hints.get(getattr(error, "errno", 0) or 0, "check llama_server")
     return ServerUnavailable.because(
         f"{command} cannot be started: {why} ({hint})", field="llama_server"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,23 @@ import pytest
 
 from orchestrator import Orchestrator
 from tests.kit.process.servers import servers_of
-from tests.kit.process.support import Fake, Host, Make, kill
+from tests.kit.process.support import Fake, Host, Make, StartHost, kill, until
 
 
 @pytest.fixture
 def fake(tmp_path: Path) -> Iterator[Fake]:
-    """A fake llama-server; fails the test if anything it ever started outlives it."""
+    """A fake llama-server; fails the test if a process of it outlives the test."""
     server = Fake(tmp_path / "fake")
     yield server
-    left = server.living()
+    left = server.running()
     for pid in left:
         kill(pid)
-    assert not left, f"left behind: {[n for n in server.notes() if n.pid in left]}"
+    assert not left, f"left behind: {[n for n in server.entries() if n.pid in left]}"
 
 
 @pytest.fixture
 def model_a(tiny_model: str, tmp_path: Path) -> str:
-    """A model of this test's own, so that it may be damaged."""
+    """A copy of the tiny model, which a test may damage."""
     return str(shutil.copy(tiny_model, tmp_path / "a.gguf"))
 
 
@@ -39,7 +38,7 @@ def model_b(other_model: str, tmp_path: Path) -> str:
 
 @pytest.fixture
 def make(fake: Fake, state_dir: Path) -> Iterator[Make]:
-    """Make orchestrators over the fake server; they are closed before anything is checked."""
+    """Make orchestrators over the fake server; they are closed after the test."""
     made: list[Orchestrator] = []
 
     def build(**settings: Any) -> Orchestrator:
@@ -59,23 +58,33 @@ def make(fake: Fake, state_dir: Path) -> Iterator[Make]:
 
 @pytest.fixture
 def orch(make: Make) -> Orchestrator:
-    """An orchestrator over the fake server, with everything else as it comes."""
+    """An orchestrator over the fake server with default settings."""
     return make()
 
 
 @pytest.fixture
-def host(fake: Fake, state_dir: Path, model_a: str) -> Iterator[Callable[..., Host]]:
-    """Start hosts; see `Host`. They are gone before anything is checked."""
+def real(llama_server: str, state_dir: Path) -> Iterator[Orchestrator]:
+    """An orchestrator over the real llama-server."""
+    with Orchestrator(llama_server=llama_server, state_dir=state_dir) as orch:
+        yield orch
+
+
+@pytest.fixture
+def host(fake: Fake, state_dir: Path, model_a: str) -> Iterator[StartHost]:
+    """Start hosts, see `Host`; they are killed after the test."""
     hosts: list[Host] = []
 
-    def start(program: str, *, server: str | None = None) -> Host:
+    def start(
+        program: str, *, inside: tuple[str, ...] = (), server: str = fake.path, of: Fake = fake
+    ) -> Host:
         hosts.append(
             Host(
                 program,
-                server=server or fake.path,
+                server=server,
                 state_dir=state_dir,
-                env=fake.env,
+                env=of.env,
                 model=model_a,
+                inside=inside,
             )
         )
         return hosts[-1]
@@ -83,6 +92,5 @@ def host(fake: Fake, state_dir: Path, model_a: str) -> Iterator[Callable[..., Ho
     yield start
     for started in hosts:
         started.close()
-    ends = time.monotonic() + 10  # what a guardian may need, and more; others complain after that
-    while hosts and servers_of(state_dir) and time.monotonic() < ends:
-        time.sleep(0.01)
+    if hosts:
+        until(lambda: not servers_of(state_dir), "the guardians empty the slot", 10)

@@ -1,8 +1,4 @@
-"""The embedded server as a user meets it: real processes, real model, real requests.
-
-Every test starts `embedded.py` as a child, waits for its output or its sockets with a deadline,
-and leaves no child behind.
-"""
+"""The embedded server as a process, with a real model and real requests."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ import json
 import os
 import queue
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -26,6 +21,7 @@ import pytest
 
 from orchestrator.demo import tiny_model
 from orchestrator.server import embedded
+from tests.kit.process.support import Watch, until
 
 DEADLINE_S = 60.0
 SCRIPT = str(Path(embedded.__file__))
@@ -33,7 +29,7 @@ USER = {"role": "user", "content": "hi"}
 
 
 class Child:
-    """A running embedded server: its output as it comes, its port once it listens."""
+    """A running embedded server."""
 
     def __init__(self, flags: tuple[str, ...], env: dict[str, str], **popen: Any) -> None:
         clean = {name: value for name, value in os.environ.items() if "LLAMA" not in name}
@@ -59,7 +55,7 @@ class Child:
         self._lines.put(None)
 
     def wait_for(self, pattern: str) -> re.Match[str]:
-        """Return the first match in a new line; fail with the output when it ends before."""
+        """Wait for a line that matches; fail with the output if there is none."""
         with contextlib.suppress(queue.Empty):
             while (line := self._lines.get(timeout=DEADLINE_S)) is not None:
                 self.output.append(line)
@@ -91,28 +87,22 @@ class Child:
         return json.loads(text)
 
     def until_it_catches(self, signum: int) -> None:
-        """Return once the process has its own handler; llama.cpp listens a moment before."""
+        """Wait until the process has its own handler; llama.cpp listens a moment before."""
         status = Path(f"/proc/{self.process.pid}/status")
-        ends_at = time.monotonic() + DEADLINE_S
-        while time.monotonic() < ends_at:
+
+        def catches() -> bool:
             caught = re.search(r"^SigCgt:\s*(\w+)", status.read_text(), re.MULTILINE)
-            if caught and int(caught[1], 16) >> (signum - 1) & 1:
-                return
-            os.sched_yield()
-        pytest.fail(f"no handler for signal {signum}")
+            return caught is not None and bool(int(caught[1], 16) >> (signum - 1) & 1)
+
+        until(catches, f"a handler for signal {signum}")
 
     def seconds_to_exit(self) -> float:
-        begun = time.monotonic()
-        watched = os.pidfd_open(self.process.pid)
-        try:
-            assert select.select([watched], [], [], DEADLINE_S)[0], "still running"
-            self.process.wait()
-        finally:
-            os.close(watched)
-        return time.monotonic() - begun
+        took = Watch(self.process.pid).seconds_to_exit(time.monotonic())
+        self.process.wait()
+        return took
 
     def rest_of_output(self) -> str:
-        """Wait for the exit; return all it ever wrote."""
+        """Wait for the exit, and return all of the output."""
         self.process.wait(DEADLINE_S)
         while (line := self._lines.get(timeout=DEADLINE_S)) is not None:
             self.output.append(line)
@@ -150,7 +140,7 @@ def start(model: str) -> Iterator[Start]:
 
 
 def run(*flags: str, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """Run to the end a command line that is not expected to serve."""
+    """Run a command line that is not expected to serve."""
     command = [sys.executable, "-P", *python, SCRIPT, *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
 
@@ -160,7 +150,7 @@ def run(*flags: str, python: tuple[str, ...] = ()) -> subprocess.CompletedProces
 
 @pytest.mark.parametrize("flag", ["--bogus", "--ctx-size=5", "-np8", "stray"])
 def test_an_unknown_flag_is_refused_in_llama_servers_words(flag: str) -> None:
-    """Callers classify failures by this text, and learn of them before any library is loaded."""
+    """Failures are classified by this text. It is printed before any library is loaded."""
     no_site_packages = ("-S",)
     ended = run(flag, python=no_site_packages)
     assert (ended.returncode, ended.stdout) == (1, "")
@@ -195,7 +185,7 @@ def test_an_unknown_flag_is_refused_in_llama_servers_words(flag: str) -> None:
 def test_an_invalid_value_is_refused_with_the_usage_of_its_flag(
     flags: tuple[str, ...], refusal: str
 ) -> None:
-    """The refusal names the flag as llama-server does and shows how it is used."""
+
     ended = run("-m", "model.gguf", *flags)
     assert ended.returncode == 1
     assert refusal in ended.stderr
@@ -228,7 +218,7 @@ HELP_AS_LLAMA_SERVER_WRITES_IT = """\
 
 
 def test_help_lists_every_flag_in_llama_servers_layout() -> None:
-    """Whoever reads the real `--help` for flags, values and choices can read this one."""
+    """What parses the real `--help` can parse this one."""
     ended = run("--help", python=("-S",))
     assert (ended.returncode, ended.stderr) == (0, "")
     lines = ended.stdout.splitlines()
@@ -239,7 +229,6 @@ def test_help_lists_every_flag_in_llama_servers_layout() -> None:
 
 
 def test_the_listed_speculative_types_are_those_the_library_knows() -> None:
-    """A type that is listed but unknown to the library would be a promise nobody keeps."""
     import xllamacpp
 
     known = xllamacpp.common_speculative_type.__members__
@@ -249,14 +238,12 @@ def test_the_listed_speculative_types_are_those_the_library_knows() -> None:
 
 
 def test_version_names_the_library() -> None:
-    """The parent records which server it runs; nothing heavy is loaded to tell."""
     ended = run("--version")
     assert ended.returncode == 0
     assert re.match(r"version: \d{4}\.\S+ \(xllamacpp\)\nbuilt for ", ended.stderr)
 
 
 def test_a_missing_library_is_reported_with_the_extra_to_install(model: str) -> None:
-    """The remedy belongs in the message."""
     ended = run("-m", model, python=("-S",))
     assert ended.returncode == 1
     assert 'pip install "llama-orchestrator[embedded]"' in ended.stderr
@@ -266,7 +253,6 @@ def test_a_missing_library_is_reported_with_the_extra_to_install(model: str) -> 
 
 
 def test_it_prints_its_address_and_answers_requests(start: Start) -> None:
-    """With port 0 the line is the only way to learn the address."""
     child = start().listening()
     assert child.json("GET", "/health") == {"status": "ok"}
     answer = child.json("POST", "/v1/chat/completions", {"messages": [USER], "max_tokens": 12})
@@ -280,7 +266,6 @@ def test_it_prints_its_address_and_answers_requests(start: Start) -> None:
 def test_an_unusable_model_ends_it_with_llama_cpps_reason(
     start: Start, tmp_path: Path, content: bytes | None
 ) -> None:
-    """Failures are classified by what llama.cpp wrote last."""
     broken = tmp_path / "broken.gguf"
     if content is not None:
         broken.write_bytes(content)
@@ -292,7 +277,7 @@ def test_an_unusable_model_ends_it_with_llama_cpps_reason(
 
 
 def test_it_exits_when_its_port_is_in_use(start: Start) -> None:
-    """`/health` on that port answers 200 from the first: only the exit tells of the second."""
+    """`/health` on that port answers 200, because the first server does."""
     first = start().listening()
     second = start("--port", str(first.port))
     output = second.rest_of_output()
@@ -301,11 +286,11 @@ def test_it_exits_when_its_port_is_in_use(start: Start) -> None:
     assert first.json("GET", "/health") == {"status": "ok"}
 
 
-# Every flag takes effect
+# Effects of the flags
 
 
 def settings(child: Child) -> dict[str, Any]:
-    """Return what the server says it runs with, the sampling parameters included."""
+    """Return the settings the server reports, including the sampling parameters."""
     props: dict[str, Any] = child.json("GET", "/props")
     return {**props, **props["default_generation_settings"]["params"]}
 
@@ -337,7 +322,6 @@ def settings(child: Child) -> dict[str, Any]:
 def test_a_flag_changes_what_the_server_reports(
     start: Start, flags: str, expected: dict[str, Any]
 ) -> None:
-    """Accepted and ignored would be worse than refused."""
     running = settings(start(*flags.split()).listening())
     assert {name: running[name] for name in expected} == pytest.approx(expected)
 
@@ -346,7 +330,6 @@ def test_a_flag_changes_what_the_server_reports(
     ("flags", "expected"), [("-c 512", 512), ("-c 1024 -np 2", 512), ("-c 0 -np 1", 2048)]
 )
 def test_the_context_is_shared_among_the_slots(start: Start, flags: str, expected: int) -> None:
-    """The context per slot is what a request can really use."""
     child = start(*flags.split()).listening()
     assert {slot["n_ctx"] for slot in child.json("GET", "/slots")} == {expected}
 
@@ -383,19 +366,18 @@ def test_the_context_is_shared_among_the_slots(start: Start, flags: str, expecte
     ],
 )
 def test_a_flag_changes_what_llama_cpp_logs(start: Start, flags: str, line: str) -> None:
-    """What no endpoint tells is in the log, which `-v` opens."""
+    """With `-v` it logs what no endpoint reports."""
     start("-v", *flags.split()).wait_for(line)
 
 
 def test_the_number_of_tokens_is_limited(start: Start) -> None:
-    """A request that names no limit of its own gets this one."""
+    """For requests without a limit of their own."""
     child = start("-n", "7").listening()
     answer = child.json("POST", "/v1/chat/completions", {"messages": [USER]})
     assert answer["usage"]["completion_tokens"] == 7
 
 
 def test_a_draft_model_is_loaded_with_its_limits(start: Start, model: str) -> None:
-    """The draft types would be empty promises without it."""
     child = start(
         *("-v", "--spec-type", "draft-simple", "-md", model, "--spec-draft-n-max", "7"),
         *("--spec-draft-n-min", "2", "--spec-draft-p-min", "0.25"),
@@ -408,7 +390,6 @@ def test_a_draft_model_is_loaded_with_its_limits(start: Start, model: str) -> No
     ("flag", "line"), [("--no-warmup", "warming up the model"), ("--fit off", "fitting params")]
 )
 def test_a_flag_switches_a_default_off(start: Start, flag: str, line: str) -> None:
-    """On by default, and gone with the flag."""
     start("-v").wait_for(line)
     child = start("-v", *flag.split())
     child.listening()
@@ -416,14 +397,13 @@ def test_a_flag_switches_a_default_off(start: Start, flag: str, line: str) -> No
 
 
 def test_requests_take_turns_without_continuous_batching(start: Start) -> None:
-    """`-nocb` shows in nothing but who waits: the second answer comes when the first is done."""
+    """With `-nocb` the second answer comes after the first is complete."""
     child = start("-nocb", "-np", "2", "-c", "8192").listening()
     long_one = threading.Thread(
-        target=child.json, args=("POST", "/completion", {"prompt": "hi", "n_predict": 1500})
+        target=child.json, args=("POST", "/completion", {"prompt": "hi", "n_predict": 800})
     )
     long_one.start()
-    while not busy_slots(child):
-        pass
+    until(lambda: busy_slots(child), "the first request")
     child.json("POST", "/completion", {"prompt": "hi", "n_predict": 3})
     assert busy_slots(child) == 0
     long_one.join(DEADLINE_S)
@@ -436,7 +416,6 @@ def busy_slots(child: Child) -> int:
 def test_the_chat_template_and_its_arguments_determine_the_prompt(
     start: Start, tmp_path: Path
 ) -> None:
-    """The three template flags end in the prompt the model sees."""
     template = tmp_path / "template.jinja"
     template.write_text("file {{ messages[0].content }} {{ word }}")
     flags = ("--chat-template-kwargs", '{"word": "wörd", "more": [1]}', "--jinja")
@@ -452,7 +431,7 @@ def test_the_chat_template_and_its_arguments_determine_the_prompt(
 def test_sampling_flags_win_over_the_models_own_settings(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model may carry defaults; an explicit flag with llama.cpp's default value is still one."""
+    """Even a flag with llama.cpp's default value."""
     add_metadata = tiny_model._add_metadata
 
     def with_sampling(writer: Any, *rest: Any) -> None:
@@ -470,7 +449,6 @@ def test_sampling_flags_win_over_the_models_own_settings(
 
 
 def test_layers_for_a_missing_gpu_are_reported(start: Start) -> None:
-    """Nothing to offload to is not an error, but not a silence either."""
     import xllamacpp
 
     if any(device["type"].name.endswith("GPU") for device in xllamacpp.get_device_info()):
@@ -483,7 +461,7 @@ def test_layers_for_a_missing_gpu_are_reported(start: Start) -> None:
 
 
 def test_api_keys_from_file_and_environment_are_enforced(start: Start, tmp_path: Path) -> None:
-    """A key need not be in argv, where every user of the machine can read it."""
+    """All users of the machine can read argv."""
     keys = tmp_path / "keys"
     keys.write_text("# comment\n\nfrom-file\n")
     child = start("--api-key-file", str(keys), env={"LLAMA_API_KEY": "from-env"}).listening()
@@ -498,7 +476,7 @@ def test_api_keys_from_file_and_environment_are_enforced(start: Start, tmp_path:
 
 @pytest.mark.parametrize("content", ["", "\n\n# only a comment\n"])
 def test_a_key_file_without_a_key_is_refused(tmp_path: Path, content: str) -> None:
-    """llama-server takes it for "no keys" and serves everybody."""
+    """llama-server then requires no key."""
     keys = tmp_path / "keys"
     keys.write_text(content)
     ended = run("-m", "model.gguf", "--api-key-file", str(keys))
@@ -506,12 +484,12 @@ def test_a_key_file_without_a_key_is_refused(tmp_path: Path, content: str) -> No
     assert f"no API key in file '{keys}'" in ended.stderr
 
 
-# The end
+# Stopping
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_an_idle_server_at_once(start: Start, signum: signal.Signals) -> None:
-    """The swap of models waits for this; an open connection must not hold it up."""
+    """A swap of models waits for it. An open connection must not delay it."""
     child = start().listening()
     child.until_it_catches(signum)
     idle = http.client.HTTPConnection("127.0.0.1", child.port, timeout=DEADLINE_S)
@@ -524,7 +502,7 @@ def test_a_signal_ends_an_idle_server_at_once(start: Start, signum: signal.Signa
 
 
 def test_a_signal_ends_a_server_that_is_streaming(start: Start) -> None:
-    """llama-server can ignore the first SIGTERM for as long as a client reads."""
+    """llama-server may ignore the first SIGTERM while a client reads."""
     child = start("-c", "60000").listening()
     child.until_it_catches(signal.SIGTERM)
     stream = http.client.HTTPConnection("127.0.0.1", child.port, timeout=DEADLINE_S)
@@ -538,7 +516,7 @@ def test_a_signal_ends_a_server_that_is_streaming(start: Start) -> None:
 
 
 def test_a_signal_ends_a_server_that_is_loading(start: Start, tmp_path: Path) -> None:
-    """The library holds the GIL while it loads: the system's own disposition must be in force."""
+    """The library holds the GIL while it loads, so no Python handler would run."""
     large = tiny_model.write_tiny_model(tmp_path / "large.gguf", padding_bytes=256 << 20)
     child = start("-m", str(large), "--no-mmap")
     child.wait_for("loading model")
@@ -550,7 +528,7 @@ def test_a_signal_ends_a_server_that_is_loading(start: Start, tmp_path: Path) ->
 
 @pytest.mark.parametrize("order", ["exit", "end of input", "SIGTERM"])
 def test_it_reports_to_a_router_and_obeys_it(start: Start, order: str) -> None:
-    """llama.cpp's own progress protocol works, and none of its ways to stop is lost."""
+    """By the protocol of llama.cpp's router, with each of its ways to stop a child."""
     child = start(env={"LLAMA_SERVER_ROUTER_PORT": "1"}, stdin=subprocess.PIPE)
     # no ^: a report on stdout may come between a log line's time and its text on stderr
     child.wait_for(r'cmd_child_to_router:state:.*"loading".*"value":1')
@@ -568,11 +546,11 @@ def test_it_reports_to_a_router_and_obeys_it(start: Start, order: str) -> None:
     assert child.process.returncode == 0
 
 
-# The model these tests run on
+# The tiny model
 
 
 def test_the_same_seed_writes_the_same_model(tmp_path: Path) -> None:
-    """A benchmark and a bug report can name the file by its arguments."""
+    """So a benchmark or a bug report can describe a file by its arguments."""
     paths = [tmp_path / name for name in ("a", "b", "c")]
     for path, seed in zip(paths, (1, 1, 2), strict=True):
         assert tiny_model.write_tiny_model(path, seed=seed) == path
@@ -586,7 +564,7 @@ def test_the_same_seed_writes_the_same_model(tmp_path: Path) -> None:
 def test_a_padded_model_is_larger_and_still_answers(
     start: Start, model: str, tmp_path: Path, padding_bytes: int
 ) -> None:
-    """Tests of slow loads need a file of any size that llama.cpp really reads."""
+    """Tests of slow loads need files of any size that llama.cpp really reads."""
     padded = tiny_model.write_tiny_model(tmp_path / "padded.gguf", padding_bytes=padding_bytes)
     assert padded.stat().st_size >= Path(model).stat().st_size + padding_bytes
     child = start("-m", str(padded)).listening()
@@ -595,7 +573,6 @@ def test_a_padded_model_is_larger_and_still_answers(
 
 
 def test_layers_and_context_are_as_requested(start: Start, tmp_path: Path) -> None:
-    """What the file claims is what the server reports."""
     path = tiny_model.write_tiny_model(tmp_path / "m.gguf", n_layer=5, context_length=4096)
     child = start("-v", "-m", str(path))
     child.wait_for(r"n_layer\s+= 5")
@@ -605,7 +582,6 @@ def test_layers_and_context_are_as_requested(start: Start, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("size", [{"n_layer": 0}, {"padding_bytes": -1}, {"context_length": 0}])
 def test_an_invalid_size_writes_nothing(tmp_path: Path, size: dict[str, int]) -> None:
-    """Refused before the file exists."""
     with pytest.raises(ValueError, match="must be 1 or more"):
         tiny_model.write_tiny_model(tmp_path / "m.gguf", **size)
     assert list(tmp_path.iterdir()) == []
@@ -614,7 +590,6 @@ def test_an_invalid_size_writes_nothing(tmp_path: Path, size: dict[str, int]) ->
 def test_a_missing_gguf_package_is_reported_with_the_extra_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The remedy belongs in the message."""
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ImportError, match=r'pip install "llama-orchestrator\[demo\]"'):
         tiny_model.write_tiny_model(tmp_path / "m.gguf")

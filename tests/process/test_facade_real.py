@@ -1,19 +1,14 @@
-"""The real llama-server under the orchestrator: what the fake one cannot vouch for.
-
-Needs the binary that LLAMA_SERVER_PATH names; everything is loaded from the tiny models.
-"""
+"""The orchestrator over the real llama-server that LLAMA_SERVER_PATH names, with tiny models."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import http.client
 import json
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,13 +21,15 @@ from orchestrator.demo import tiny_model
 from orchestrator.errors import Cancelled, ServerStartFailed, Superseded
 from orchestrator.models.source import ModelSource
 from orchestrator.server.warden import Warden
+from tests.kit.models import split_gguf
 from tests.kit.process.servers import servers_of
 from tests.kit.process.support import (
     Background,
-    Host,
+    StartHost,
     Watch,
     is_running,
     kill,
+    stream,
     transitions,
     two_alive,
     until,
@@ -46,16 +43,9 @@ pytestmark = pytest.mark.external
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
 
 
-@pytest.fixture
-def real(llama_server: str, state_dir: Path) -> Iterator[Orchestrator]:
-    """An orchestrator over the real llama-server."""
-    with Orchestrator(llama_server=llama_server, state_dir=state_dir) as orch:
-        yield orch
-
-
 @pytest.fixture(scope="session")
 def slow_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Large enough that its load can be interrupted."""
+    """A model large enough for its load to be interrupted."""
     path = tmp_path_factory.mktemp("slow") / "slow.gguf"
     return str(tiny_model.write_tiny_model(path, padding_bytes=256 << 20))
 
@@ -72,21 +62,7 @@ def post(base_url: str, path: str, body: object) -> Any:
         connection.close()
 
 
-@contextlib.contextmanager
-def stream(base_url: str) -> Iterator[http.client.HTTPResponse]:
-    """A generation that will go on for a long time, from its first token on."""
-    parts = urlsplit(base_url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
-    body = {"prompt": "hi", "n_predict": 1_000_000, "stream": True, "ignore_eos": True}
-    headers = {"Content-Type": "application/json"}
-    connection.request("POST", "/completion", json.dumps(body), headers)
-    with contextlib.closing(connection), connection.getresponse() as response:
-        assert response.read(6) == b"data: "
-        yield response
-
-
 def test_a_model_is_loaded_used_and_unloaded(real: Orchestrator, tiny_model: str) -> None:
-    """The main job, end to end."""
     outcome = real.load(tiny_model, max_seq_length=512, n_parallel=1)
     assert (outcome.status, outcome.context_length) == ("loaded", 512)
     answer = post(outcome.base_url, "/v1/chat/completions", CHAT)
@@ -101,7 +77,7 @@ def test_a_model_is_loaded_used_and_unloaded(real: Orchestrator, tiny_model: str
 
 
 def test_the_same_load_is_answered_in_milliseconds(real: Orchestrator, tiny_model: str) -> None:
-    """And by the same process."""
+    """By the same process."""
     first = real.load(tiny_model)
     took = []
     for _ in range(20):
@@ -119,7 +95,7 @@ def test_the_same_load_is_answered_in_milliseconds(real: Orchestrator, tiny_mode
 def test_a_swap_reports_its_reasons_and_ends_the_old_server_first(
     real: Orchestrator, tiny_model: str, other_model: str
 ) -> None:
-    """Another model, then another context: both are reloads, and both say so."""
+    """For another model, and for another context."""
     first = real.load(tiny_model)
     second = real.load(other_model)
     assert not is_running(first.pid)
@@ -133,7 +109,7 @@ def test_a_swap_reports_its_reasons_and_ends_the_old_server_first(
 def test_two_rapid_applies_never_run_two_servers(
     real: Orchestrator, tiny_model: str, other_model: str, state_dir: Path, tmp_path: Path
 ) -> None:
-    """The double click that left an orphan in memory until the machine ran out of it."""
+    """A double click once left an orphan behind that used up the memory."""
     with watched(state_dir, tmp_path / "watched.json") as report:
         for _ in range(10):
             calls = [
@@ -157,7 +133,7 @@ def test_two_rapid_applies_never_run_two_servers(
 def test_a_cancel_in_every_state_leaves_nothing(
     real: Orchestrator, tiny_model: str, slow_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killing, Downloading, Spawning, WaitingHealth; Healthy is past cancelling."""
+    """Killing, Downloading, Spawning and WaitingHealth; it has no effect in Healthy."""
     gates = {state: threading.Event() for state in (State.DOWNLOADING, State.SPAWNING)}
     fetch, spawn = ModelSource.fetch, Warden.spawn
 
@@ -198,7 +174,7 @@ def test_a_cancel_in_every_state_leaves_nothing(
 
 
 def test_an_unload_during_a_load_cancels_it(real: Orchestrator, slow_model: str) -> None:
-    """It never waits for the health of a server that nobody wants."""
+    """It does not wait until the server is ready."""
     loading = Background(real.load, slow_model)
     until_state(real, State.WAITING_HEALTH)
     begun = time.monotonic()
@@ -211,7 +187,7 @@ def test_an_unload_during_a_load_cancels_it(real: Orchestrator, slow_model: str)
 def test_an_unload_with_an_active_stream_does_not_wait_for_its_end(
     real: Orchestrator, tiny_model: str
 ) -> None:
-    """The real server ignores the first SIGTERM then, for 20 s and more."""
+    """The real server then ignores the first SIGTERM for 20 s and more."""
     outcome = real.load(tiny_model, max_seq_length=100_000)
     with stream(outcome.base_url):
         watch, begun = Watch(outcome.pid), time.monotonic()
@@ -220,7 +196,6 @@ def test_an_unload_with_an_active_stream_does_not_wait_for_its_end(
 
 
 def test_a_crash_is_noticed_and_the_model_loads_again(real: Orchestrator, tiny_model: str) -> None:
-    """A corpse is not "already loaded"."""
     first = real.load(tiny_model)
     begun = time.monotonic()
     kill(first.pid)
@@ -237,7 +212,7 @@ def test_a_crash_is_noticed_and_the_model_loads_again(real: Orchestrator, tiny_m
 def test_an_unknown_flag_fails_the_load_with_the_servers_words(
     real: Orchestrator, tiny_model: str
 ) -> None:
-    """In milliseconds, and the slot is free afterwards."""
+    """And the slot is free afterwards."""
     with pytest.raises(ServerStartFailed, match="--bogus") as failed:
         real.load(tiny_model, llama_extra_args=["--bogus"])
     assert any("--bogus" in line for line in failed.value.log_tail)
@@ -247,7 +222,7 @@ def test_an_unknown_flag_fails_the_load_with_the_servers_words(
 def test_an_address_in_the_models_metadata_is_not_believed(
     real: Orchestrator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its metadata is printed line by line; one of them may look like the server's own."""
+    """The server prints the metadata, and a line of it may look like its own."""
     add_metadata = tiny_model._add_metadata
     claim = "server is listening on http://127.0.0.1:9"
 
@@ -266,57 +241,29 @@ def test_an_address_in_the_models_metadata_is_not_believed(
 
 
 def test_a_split_model_behind_links_loads(real: Orchestrator, tmp_path: Path) -> None:
-    """A Hub cache: names that are links, blobs without names, and llama.cpp goes by names."""
+    """As in a Hub cache, where names are links to blobs; llama.cpp finds the parts by name."""
     whole = tmp_path / "whole.gguf"
     tiny_model.write_tiny_model(whole)
-    split_in_two(whole, tmp_path / "m")
     snapshot, blobs = tmp_path / "snapshot", tmp_path / "blobs"
     snapshot.mkdir()
     blobs.mkdir()
-    for number, part in enumerate(sorted(tmp_path.glob("m-0*.gguf"))):
+    for number, part in enumerate(split_gguf(whole, tmp_path / "m")):
         shutil.move(part, blobs / f"{number}")
         (snapshot / part.name).symlink_to(blobs / f"{number}")
     assert len(list(snapshot.iterdir())) == 2
     assert real.load(str(snapshot)).status == "loaded"
 
 
-def split_in_two(whole: Path, prefix: Path) -> None:
-    """What llama.cpp's gguf-split does: metadata in the first part, tensors in both."""
-    reader = gguf.GGUFReader(whole)
-    tensors = reader.tensors
-    halves = (tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :])
-    for number, half in enumerate(halves):
-        writer = gguf.GGUFWriter(f"{prefix}-{number + 1:05d}-of-00002.gguf", "llama")
-        if number == 0:
-            for field in reader.fields.values():
-                if not field.name.startswith(("GGUF.", "general.architecture")):
-                    kind = field.types[0]
-                    sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-                    writer.add_key_value(field.name, field.contents(), kind, sub)
-        writer.add_uint16("split.no", number)
-        writer.add_uint16("split.count", 2)
-        writer.add_int32("split.tensors.count", len(tensors))
-        for tensor in half:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-
-
-def test_the_server_does_not_outlive_a_killed_backend(
-    host: Callable[..., Host], llama_server: str
-) -> None:
-    """With the real one as with the fake."""
-    backend = host('say(pid=orch.load(a["model"]).pid)\nrest()', server=llama_server)
-    server = Watch(backend.hear()["pid"])
+def test_the_server_does_not_outlive_a_killed_backend(host: StartHost, llama_server: str) -> None:
+    backend = host('send(pid=orch.load(a["model"]).pid)\nsleep_forever()', server=llama_server)
+    server = Watch(backend.receive()["pid"])
     assert server.seconds_to_exit(backend.die()) < 3
 
 
 def test_a_cancelled_await_withdraws_only_its_caller(
     llama_server: str, state_dir: Path, slow_model: str
 ) -> None:
-    """One impatient client must not abort the load of everybody who joined it."""
+    """The load goes on for the callers that joined it."""
 
     async def run() -> None:
         async with AsyncOrchestrator(llama_server=llama_server, state_dir=state_dir) as orch:

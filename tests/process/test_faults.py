@@ -1,7 +1,7 @@
-"""Faults that no other file of tests injects; docs/assurance.md has the table of them all.
+"""Faults that no other file of tests injects; docs/assurance.md lists all faults.
 
-On the real llama-server where it can be made to do it, on the fake one where it cannot. What the
-host alone is made to suffer happens in a host of its own, in namespaces where it needs them.
+They are injected into the real llama-server where that is possible, else into the fake one. Faults
+of the host are injected into a host of its own, in namespaces where necessary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -27,26 +26,17 @@ from tests.kit.process.servers import servers_of
 from tests.kit.process.support import (
     Background,
     Fake,
-    Host,
     Make,
+    StartHost,
     Watch,
+    guardian_of,
     is_running,
     kill,
     nothing_left,
+    stream,
     until,
     until_state,
 )
-from tests.process.test_facade_real import stream
-from tests.process.test_parent_death import until_guarded
-
-StartHost = Callable[..., Host]
-
-
-@pytest.fixture
-def real(llama_server: str, state_dir: Path) -> Iterator[Orchestrator]:
-    """An orchestrator over the real llama-server."""
-    with Orchestrator(llama_server=llama_server, state_dir=state_dir) as orch:
-        yield orch
 
 
 def answers(base_url: str) -> bool:
@@ -54,7 +44,7 @@ def answers(base_url: str) -> bool:
         return server.get("/health").status_code == 200
 
 
-# The server ends
+# Exits of the server
 
 
 @pytest.mark.external
@@ -65,7 +55,7 @@ def answers(base_url: str) -> bool:
 def test_a_signal_that_ends_a_healthy_server_is_reported(
     real: Orchestrator, tiny_model: str, signum: str
 ) -> None:
-    """llama-server takes SIGTERM and SIGINT as a wish and exits with 0; the others are crashes."""
+    """llama-server exits with 0 at SIGTERM and SIGINT; the others are crashes."""
     number = getattr(signal, signum)
     pid = real.load(tiny_model).pid
     os.kill(pid, number)
@@ -85,7 +75,7 @@ def test_a_signal_that_ends_a_healthy_server_is_reported(
 def test_the_exit_status_of_a_healthy_server_is_reported(
     orch: Orchestrator, fake: Fake, model_a: str, code: int
 ) -> None:
-    """Also 0: a server that ends of its own accord is as gone as one that crashes."""
+    """Also 0: the server has exited in any case."""
     fake.behave(crash_after_s=0.05, crash_code=code)
     pid = orch.load(model_a).pid
     until_state(orch, State.IDLE)
@@ -97,14 +87,12 @@ def test_the_exit_status_of_a_healthy_server_is_reported(
 
 @pytest.mark.external
 def test_a_server_killed_by_the_kernel_is_reported(real: Orchestrator, tmp_path: Path) -> None:
-    """At the end of its CPU time, in the middle of a stream: a SIGKILL that nobody sent, as the
-    out-of-memory killer's is.
-    """
-    model = write_tiny_model(tmp_path / "long.gguf", context_length=1 << 17)  # more than a second's
+    """At its CPU limit, during a stream; the out-of-memory killer sends the same SIGKILL."""
+    model = write_tiny_model(tmp_path / "long.gguf", context_length=1 << 17)  # for over a second
     outcome = real.load(str(model), n_parallel=1)
     with stream(outcome.base_url) as response:
         resource.prlimit(outcome.pid, resource.RLIMIT_CPU, (1, 1))
-        reading = Background(response.read)  # or it would have nothing to do but to wait for that
+        reading = Background(response.read)  # a server that nobody reads from uses no CPU
         until_state(real, State.IDLE)
         assert reading.error() is not None
     last_exit = real.status().last_exit
@@ -117,7 +105,7 @@ def test_a_server_killed_by_the_kernel_is_reported(real: Orchestrator, tmp_path:
 def test_a_memory_limit_fails_only_the_load_that_exceeds_it(
     llama_server: str, make: Make, fake: Fake, tiny_model: str
 ) -> None:
-    """Too little for its libraries, or for its model: an error, and the next load works."""
+    """The next load succeeds."""
     limited = fake.script("limited.sh", f'#!/bin/sh\nulimit -v 40000\nexec "{llama_server}" "$@"\n')
     orch = make(llama_server=limited)
     with pytest.raises(ServerStartFailed) as failed:
@@ -127,12 +115,12 @@ def test_a_memory_limit_fails_only_the_load_that_exceeds_it(
     assert orch.load(tiny_model).status == "loaded"
 
 
-# Somebody else answers
+# Foreign servers
 
 
 @pytest.mark.external
 def test_a_port_taken_over_after_a_crash_is_not_used(real: Orchestrator, tiny_model: str) -> None:
-    """A server binds port 0, so nobody can take its port before it; this one takes it after."""
+    """It cannot be taken before, because the server binds port 0."""
     before = real.load(tiny_model)
     port = urlsplit(before.base_url).port
     kill(before.pid)
@@ -144,7 +132,7 @@ def test_a_port_taken_over_after_a_crash_is_not_used(real: Orchestrator, tiny_mo
         assert answers(after.base_url)
         thief.settimeout(0)
         with pytest.raises(BlockingIOError):
-            thief.accept()  # nobody has even asked it
+            thief.accept()  # it was never connected to
 
 
 # The clock
@@ -159,7 +147,7 @@ def test_a_step_of_the_wall_clock_changes_no_timeout(
     monkeypatch: pytest.MonkeyPatch,
     jump_s: float,
 ) -> None:
-    """NTP, a suspended laptop, a user: stalls, deadlines and idle times are on another clock."""
+    """NTP, a suspended laptop or a user may step it."""
     real_time, jumped = time.time, threading.Event()
     monkeypatch.setattr(time, "time", lambda: real_time() + (jump_s if jumped.is_set() else 0.0))
     orch = make(kill_grace_s=0.2)
@@ -186,7 +174,7 @@ def test_a_step_of_the_wall_clock_changes_no_timeout(
     assert orch.status().uptime_s >= 0
 
 
-# The host ends, whatever it is doing
+# Ends of the host, in every state
 
 IN_A_STATE = """
 from orchestrator.base import launch
@@ -195,7 +183,7 @@ def stop_in(module, name, *, after):
     wrapped = getattr(module, name)
     def stopping(*args, **settings):
         result = wrapped(*args, **settings) if after else None
-        say(state=str(orch.status().state))
+        send(state=str(orch.status().state))
         rest_of_thread.wait()
         return result
     setattr(module, name, stopping)
@@ -218,11 +206,11 @@ if state == "Idle":
     orch.load(a["model"]); orch.unload()
 if state not in ("Downloading", "Spawning"):
     while str(orch.status().state) != state: time.sleep(0.001)
-    say(state=state)
-try: rest()
-finally: rest_of_thread.set()  # only Ctrl-C comes by here: then all that is under way goes on
+    send(state=state)
+try: sleep_forever()
+finally: rest_of_thread.set()  # at Ctrl-C the host continues what it is doing
 """
-"""It says so once it is in that state, and stays there."""
+"""Sends the state once it is in it, and stays there."""
 
 
 @pytest.mark.parametrize("signum", ["SIGKILL", "SIGTERM", "SIGINT", "SIGHUP"])
@@ -236,16 +224,15 @@ def test_no_server_outlives_a_backend_that_ends_in_any_state(
     state: State,
     signum: str,
 ) -> None:
-    """The server does not help: it ignores SIGTERM wherever it is alive. And the slot is free.
-
-    Only Ctrl-C lets the host end in order, so only then is its grace waited for.
+    """The server ignores SIGTERM wherever it is alive. Only Ctrl-C lets the host stop it, after the
+    grace period. The slot is free afterwards.
     """
     is_deaf = state is not State.IDLE
     fake.behave(ignore_term=-1 if is_deaf else 0, hang=state is State.WAITING_HEALTH)
     grace_s = "1.0" if signum == "SIGINT" else "600.0"
     backend = host(IN_A_STATE.replace("STATE", repr(str(state))).replace("GRACE_S", grace_s))
-    assert backend.hear() == {"state": str(state)}
-    until_guarded(backend)
+    assert backend.receive() == {"state": str(state)}
+    guardian_of(backend)
     has_server = state not in (State.IDLE, State.DOWNLOADING)
     if has_server:
         server = Watch(fake.wait_for("start").pid)
@@ -258,10 +245,10 @@ def test_no_server_outlives_a_backend_that_ends_in_any_state(
     until(lambda: nothing_left(state_dir, fake), "the rest", 5)
     fake.behave()
     assert make().load(model_a).status == "loaded"
-    fake.assert_never_two()
+    fake.assert_no_overlap()
 
 
-# The host is short of something
+# Shortages of the host
 
 MANY_FILES = """
 import resource
@@ -273,21 +260,21 @@ for fd in kept: os.set_inheritable(fd, True)
 first = orch.load(a["model"])
 again = orch.load(a["model"], force_reload=True)
 with orch.lease() as server: leased = server.pid
-say(files=len(os.listdir("/proc/self/fd")) > wanted, pids=[first.pid, again.pid], leased=leased)
+send(files=len(os.listdir("/proc/self/fd")) > wanted, pids=[first.pid, again.pid], leased=leased)
 orch.close()
-say(left=str(orch.status().state))
+send(left=str(orch.status().state))
 """
 
 
 def test_ten_thousand_open_files_are_not_inherited(host: StartHost, fake: Fake) -> None:
-    """A proxy's worth of connections: beyond 1,024 `select` fails, and a fork copies them all."""
+    """Such as a proxy's connections: `select` fails beyond 1,024, and a fork copies them all."""
     backend = host(MANY_FILES)
-    said = backend.hear()
-    assert said["files"] is True
-    assert said["leased"] == said["pids"][1]
-    assert [len(note["fds"]) for note in fake.notes("start")] == [4, 4]
-    assert backend.hear() == {"left": "Idle"}
-    fake.assert_never_two()
+    received = backend.receive()
+    assert received["files"] is True
+    assert received["leased"] == received["pids"][1]
+    assert [len(entry["fds"]) for entry in fake.entries("start")] == [4, 4]
+    assert backend.receive() == {"left": "Idle"}
+    fake.assert_no_overlap()
 
 
 NO_FILES = """
@@ -308,37 +295,37 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 orch = make(kill_grace_s=0.2)
 load()
 used = use_up()
-said = dict(state=str(orch.status().state), unload=ask(orch.unload))
+report = dict(state=str(orch.status().state), unload=ask(orch.unload))
 give_back(used)
-said["then"] = [ask(orch.unload), ask(load)]
+report["then"] = [ask(orch.unload), ask(load)]
 used = use_up()
 give_back(used[:SPARED])
-said["reload"] = ask(load)
+report["reload"] = ask(load)
 give_back(used[SPARED:])
-said["at_last"] = [ask(orch.unload), ask(load)]
-say(**said)
+report["at_last"] = [ask(orch.unload), ask(load)]
+send(**report)
 orch.close()
-say(left=str(orch.status().state))
+send(left=str(orch.status().state))
 """
 
 
 @pytest.mark.parametrize("spared", [0, 2, 4, 6])
 def test_running_out_of_descriptors_loses_nothing(host: StartHost, fake: Fake, spared: int) -> None:
-    """What cannot be looked at is not known to be dead: errors, then everything as before."""
+    """A process that cannot be checked is not taken for dead."""
     fake.behave(children=["daemon!"])
     backend = host(NO_FILES.replace("SPARED", str(spared)))
-    said = backend.hear()
-    assert said["state"] == "Healthy"
-    assert said["unload"] in ("unloaded", "slot_occupied")
-    assert said["then"] == ["unloaded", "loaded"]
-    assert said["reload"] in ("loaded", "server_unavailable", "slot_occupied", "state_dir")
-    assert said["at_last"] == ["unloaded", "loaded"]
-    assert backend.hear() == {"left": "Idle"}
-    fake.assert_never_two()
+    received = backend.receive()
+    assert received["state"] == "Healthy"
+    assert received["unload"] in ("unloaded", "slot_occupied")
+    assert received["then"] == ["unloaded", "loaded"]
+    assert received["reload"] in ("loaded", "server_unavailable", "slot_occupied", "state_dir")
+    assert received["at_last"] == ["unloaded", "loaded"]
+    assert backend.receive() == {"left": "Idle"}
+    fake.assert_no_overlap()
 
 
 def namespaces() -> list[str]:
-    """A command prefix that gives a program mounts of its own; root may, and so may most users."""
+    """Return a command prefix that gives a program mounts of its own, as root or most users may."""
     prefix = ["unshare", "--mount"]
     if os.geteuid() != 0:
         prefix += ["--user", "--map-root-user"]
@@ -352,45 +339,35 @@ from orchestrator import OrchestratorError
 def ask(call):
     try: return call().status
     except OrchestratorError as error: return error.category
-said = {}
+report = {}
 if BEFORE == "loaded":
-    said["pid"] = orch.load(a["model"]).pid
+    report["pid"] = orch.load(a["model"]).pid
 subprocess.run(["mount", "-t", "tmpfs", "none", "/proc"], check=True)
-said["load"] = ask(lambda: orch.load(a["model"], force_reload=True))
-said["unload"] = ask(orch.unload)
-said["state"] = str(orch.status().state)
-say(**said)
+report["load"] = ask(lambda: orch.load(a["model"], force_reload=True))
+report["unload"] = ask(orch.unload)
+report["state"] = str(orch.status().state)
+send(**report)
 subprocess.run(["umount", "/proc"], check=True)
-say(then=[ask(orch.unload), ask(lambda: orch.load(a["model"]))])
+send(then=[ask(orch.unload), ask(lambda: orch.load(a["model"]))])
 orch.close()
-say(left=str(orch.status().state))
+send(left=str(orch.status().state))
 """
 
 
 @pytest.mark.parametrize("before", ["nothing", "loaded"])
 def test_an_unreadable_process_table_starts_and_loses_nothing(
-    fake: Fake, state_dir: Path, model_a: str, before: str
+    host: StartHost, fake: Fake, before: str
 ) -> None:
-    """A jail without /proc: who lives in the slot cannot be known: an error, not a hope."""
-    backend = Host(
-        NO_PROC.replace("BEFORE", repr(before)),
-        server=fake.path,
-        state_dir=state_dir,
-        env=fake.env,
-        model=model_a,
-        inside=tuple(namespaces()),
-    )
-    try:
-        said = backend.hear()
-        if "pid" in said:
-            assert not is_running(said["pid"])
-        assert said["load"] not in ("loaded", "already_loaded", "internal")
-        assert said["state"] == "Idle"
-        assert backend.hear() == {"then": ["unloaded", "loaded"]}
-        assert backend.hear() == {"left": "Idle"}
-        fake.assert_never_two()
-    finally:
-        backend.close()
+    """Whether the slot is empty cannot be known in a jail without /proc."""
+    backend = host(NO_PROC.replace("BEFORE", repr(before)), inside=tuple(namespaces()))
+    received = backend.receive()
+    if "pid" in received:
+        assert not is_running(received["pid"])
+    assert received["load"] not in ("loaded", "already_loaded", "internal")
+    assert received["state"] == "Idle"
+    assert backend.receive() == {"then": ["unloaded", "loaded"]}
+    assert backend.receive() == {"left": "Idle"}
+    fake.assert_no_overlap()
 
 
 FULL_DISK = """
@@ -406,44 +383,34 @@ def fill():
 load = lambda: orch.load(a["model"], chat_template_override="{{ messages }}")
 orch.start()
 fill()
-said = dict(full=[ask(load), ask(lambda: orch.load(a["model"])), str(orch.status().state)])
+report = dict(full=[ask(load), ask(lambda: orch.load(a["model"])), str(orch.status().state)])
 os.unlink(a["state_dir"] + "/filler")
-said["free"] = ask(load)
+report["free"] = ask(load)
 fill()
-said["full_again"] = [ask(load), ask(orch.unload), ask(orch.unload)]
+report["full_again"] = [ask(load), ask(orch.unload), ask(orch.unload)]
 os.unlink(a["state_dir"] + "/filler")
-said["free_again"] = ask(load)
-say(**said)
+report["free_again"] = ask(load)
+send(**report)
 orch.close()
-say(left=str(orch.status().state))
+send(left=str(orch.status().state))
 """
 
 
 def test_a_full_disk_under_the_record_starts_nothing_and_loses_nothing(
-    fake: Fake, state_dir: Path, model_a: str
+    host: StartHost, fake: Fake, state_dir: Path
 ) -> None:
-    """What cannot be written down is not started; what runs can be ended without writing."""
+    """Nothing is started without a record; a running server can be stopped without writing."""
     mount = f'mount -t tmpfs -o size=64k none "{state_dir}" && exec "$@"'
-    backend = Host(
-        FULL_DISK,
-        server=fake.path,
-        state_dir=state_dir,
-        env=fake.env,
-        model=model_a,
-        inside=(*namespaces(), "sh", "-c", mount, "sh"),
-    )
-    try:
-        assert backend.hear() == {
-            "full": [["state_dir", "state_dir"], ["state_dir", "state_dir"], "Idle"],
-            "free": "loaded",
-            "full_again": ["already_loaded", "unloaded", "unloaded"],
-            "free_again": "loaded",
-        }
-        assert backend.hear() == {"left": "Idle"}
-        fake.assert_never_two()
-        assert len(fake.notes("start")) == 2
-    finally:
-        backend.close()
+    backend = host(FULL_DISK, inside=(*namespaces(), "sh", "-c", mount, "sh"))
+    assert backend.receive() == {
+        "full": [["state_dir", "state_dir"], ["state_dir", "state_dir"], "Idle"],
+        "free": "loaded",
+        "full_again": ["already_loaded", "unloaded", "unloaded"],
+        "free_again": "loaded",
+    }
+    assert backend.receive() == {"left": "Idle"}
+    fake.assert_no_overlap()
+    assert len(fake.entries("start")) == 2
 
 
 FULL_LOG = """
@@ -467,9 +434,9 @@ guardian.kill()
 guardian.wait()
 again = orch.load(a["model"])
 orch.unload()
-say(first=first.status, failed=failed, again=again.status, state=str(orch.status().state))
+send(first=first.status, failed=failed, again=again.status, state=str(orch.status().state))
 last = orch.load(a["model"])
-say(pid=last.pid)
+send(pid=last.pid)
 sys.stdin.readline()
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -478,46 +445,40 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_log_on_a_full_disk_does_not_interrupt_anything(
     host: StartHost, make: Make, fake: Fake
 ) -> None:
-    """Not a load, not an effect that fails, not a new guardian, and not the next start."""
+    """Neither a load, nor a failing effect, nor a new guardian, nor the next start."""
     backend = host(FULL_LOG)
-    said = backend.hear()
-    assert said == {"first": "loaded", "failed": "internal", "again": "loaded", "state": "Idle"}
-    server = Watch(backend.hear()["pid"])
-    kill(until_guarded(backend))
-    backend.tell()
+    received = backend.receive()
+    assert received == {"first": "loaded", "failed": "internal", "again": "loaded", "state": "Idle"}
+    server = Watch(backend.receive()["pid"])
+    kill(guardian_of(backend))
+    backend.send()
     backend.process.wait(30)
     assert is_running(server.pid)
     with_full_log = FULL_LOG.partition("from orchestrator import")[0]
-    second = host(with_full_log + 'say(how=orch.load(a["model"]).status)\norch.close()\n')
-    assert second.hear() == {"how": "loaded"}
+    second = host(with_full_log + 'send(how=orch.load(a["model"]).status)\norch.close()\n')
+    assert second.receive() == {"how": "loaded"}
     server.seconds_to_exit(time.monotonic(), 5)
-    fake.assert_never_two()
+    fake.assert_no_overlap()
 
 
-# The host's environment, and names
+# Environment and names
 
 
 @pytest.mark.external
 @pytest.mark.parametrize("server", ["real", "fake"])
 def test_a_host_with_an_empty_environment_loads(
-    llama_server: str, fake: Fake, state_dir: Path, model_a: str, server: str
+    host: StartHost, llama_server: str, fake: Fake, server: str
 ) -> None:
-    """No PATH, no HOME, no LANG: as a service manager or `env -i` starts it."""
-    program = 'say(env=dict(os.environ))\nsay(how=orch.load(a["model"]).status)\norch.close()\n'
-    backend = Host(
+    """No PATH, HOME or LANG: a service manager may start it like this."""
+    program = 'send(env=dict(os.environ))\nsend(how=orch.load(a["model"]).status)\norch.close()\n'
+    backend = host(
         program,
         server=llama_server if server == "real" else fake.path,
-        state_dir=state_dir,
-        env=fake.env,
-        model=model_a,
         inside=("/usr/bin/env", "-i"),
     )
-    try:
-        assert "PATH" not in backend.hear()["env"]
-        assert backend.hear() == {"how": "loaded"}
-        assert backend.process.wait(30) == 0
-    finally:
-        backend.close()
+    assert "PATH" not in backend.receive()["env"]
+    assert backend.receive() == {"how": "loaded"}
+    assert backend.process.wait(30) == 0
 
 
 AWKWARD = {
@@ -527,7 +488,7 @@ AWKWARD = {
     "dash": "--help",
     "long": "n" * 200,
 }
-UNSPEAKABLE = {
+UNPRINTABLE = {
     "newline": "two\nlines",
     "escape": "\x1b[31mred",
     "not-utf-8": os.fsdecode(b"caf\xe9-\xff"),
@@ -540,7 +501,7 @@ UNSPEAKABLE = {
 def test_an_awkward_path_is_passed_on_unchanged(
     llama_server: str, tmp_path: Path, tiny_model: str, kind: str, server: str
 ) -> None:
-    """The state directory too; nothing is split, expanded, or read as a flag."""
+    """Model and state directory: nothing is split, expanded or taken for a flag."""
     folder = tmp_path / AWKWARD[kind]
     state_dir = folder / "state"
     state_dir.mkdir(parents=True)
@@ -559,12 +520,12 @@ def test_an_awkward_path_is_passed_on_unchanged(
     assert not list(tmp_path.rglob("x"))
 
 
-@pytest.mark.parametrize("kind", UNSPEAKABLE)
+@pytest.mark.parametrize("kind", UNPRINTABLE)
 def test_an_unprintable_path_is_refused(
     orch: Orchestrator, fake: Fake, tmp_path: Path, model_a: str, kind: str
 ) -> None:
-    """Before anything is stopped; a folder of such a name is no state directory less good."""
-    folder = tmp_path / UNSPEAKABLE[kind]
+    """It can be neither logged nor sent as JSON. As a state directory it is accepted."""
+    folder = tmp_path / UNPRINTABLE[kind]
     (folder / "state").mkdir(parents=True)
     (folder / "m.gguf").hardlink_to(model_a)
     pid = orch.load(model_a).pid
@@ -576,48 +537,42 @@ def test_an_unprintable_path_is_refused(
     other = Orchestrator(llama_server=fake.path, state_dir=folder / "state", server_env=fake.env)
     with other:
         assert is_running(other.load(model_a).pid)
-    assert fake.living() == set()
+    assert fake.running() == set()
 
 
 IN_THE_C_LOCALE = """
 from orchestrator import InvalidRequest
 folder = os.path.dirname(a["model"])
 [name] = [name for name in os.listdir(folder) if name.startswith("caf")]
-try: said = orch.load(os.path.join(folder, name)).status
-except InvalidRequest as error: said = error.field
+try: report = orch.load(os.path.join(folder, name)).status
+except InvalidRequest as error: report = error.field
 outcome = orch.load(a["model"])
-say(other=said, how=outcome.status, again=orch.load(a["model"]).status, lines=orch.logs()[:1])
+send(other=report, how=outcome.status, again=orch.load(a["model"]).status, lines=orch.logs()[:1])
 orch.close()
-say(left=str(orch.status().state))
+send(left=str(orch.status().state))
 """
 
 
 @pytest.mark.parametrize("locale", ["C", "tlh_QO.KLINGON"])
 def test_output_is_read_in_any_locale(
-    fake: Fake, state_dir: Path, model_a: str, locale: str
+    host: StartHost, fake: Fake, model_a: str, locale: str
 ) -> None:
-    """What a server prints is bytes, and a locale that cannot read them is no reason to fail."""
+    """Output is bytes that the locale may not be able to decode."""
     words = b"caf\xe9 \xff\xfe mod\xc3\xa8le"
     wrapper = Path(fake.wrapper('exec "$SERVER" "$@"'))
     wrapper.write_bytes(
         wrapper.read_bytes().replace(b"\nSERVER", b"\necho '" + words + b"'\nSERVER")
     )
     Path(model_a).with_name("café.gguf").hardlink_to(model_a)
-    backend = Host(
+    backend = host(
         IN_THE_C_LOCALE,
         server=str(wrapper),
-        state_dir=state_dir,
-        env=fake.env,
-        model=model_a,
         inside=("env", f"LC_ALL={locale}", "PYTHONUTF8=0", "PYTHONCOERCECLOCALE=0"),
     )
-    try:
-        assert backend.hear() == {
-            "other": "model_path",
-            "how": "loaded",
-            "again": "already_loaded",
-            "lines": [words.decode("utf-8", "replace")],
-        }
-        assert backend.hear() == {"left": "Idle"}
-    finally:
-        backend.close()
+    assert backend.receive() == {
+        "other": "model_path",
+        "how": "loaded",
+        "again": "already_loaded",
+        "lines": [words.decode("utf-8", "replace")],
+    }
+    assert backend.receive() == {"left": "Idle"}

@@ -1,4 +1,4 @@
-"""Idle unload on real processes, under constant use, and while nobody looks."""
+"""Idle unload on real processes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ TTL_S = 0.25
 
 
 def test_an_idle_model_is_unloaded_and_leaves_no_process(make: Make, model_a: str) -> None:
-    """The process is gone, not only the word `loaded`; a look at the status is no use."""
+    """Reading the status does not count as use."""
     orch = make(idle_ttl_s=TTL_S)
     loaded = orch.load(model_a)
     assert (orch.status().idle_unload_in_s or 0) > 0
-    until(lambda: orch.status().state is State.IDLE, "it was idle for long enough")
+    until(lambda: orch.status().state is State.IDLE, "the idle unload")
     assert not is_running(loaded.pid)
     assert orch.status().loaded is None
     assert "idle_expired" in "".join(orch.status().story)
@@ -27,7 +27,7 @@ def test_an_idle_model_is_unloaded_and_leaves_no_process(make: Make, model_a: st
 
 
 def test_a_lease_keeps_the_model_loaded_beyond_its_idle_time(make: Make, model_a: str) -> None:
-    """The end of the time meets a held lease, and passes by; then a whole time begins."""
+    """The whole idle time starts again when the lease is released."""
     orch = make(idle_ttl_s=TTL_S)
     loaded = orch.load(model_a)
     expired = threading.Event()
@@ -37,27 +37,27 @@ def test_a_lease_keeps_the_model_loaded_beyond_its_idle_time(make: Make, model_a
         assert expired.wait(10)
         assert orch.status().state is State.HEALTHY
         assert is_running(loaded.pid)
-    left_s = until(lambda: orch.status().idle_unload_in_s, "the lease is given back")
+    left_s = until(lambda: orch.status().idle_unload_in_s, "the release of the lease")
     assert 0 < left_s <= TTL_S
-    until(lambda: orch.status().state is State.IDLE, "nobody uses it any more")
+    until(lambda: orch.status().state is State.IDLE, "the idle unload")
 
 
 def test_a_pinned_model_stays_until_it_is_loaded_without_the_pin(make: Make, model_a: str) -> None:
-    """`pinned` is the newest request's to say, also of a model that runs already."""
+    """The newest request decides, also for a model that is already loaded."""
     orch = make(idle_ttl_s=TTL_S)
     first = orch.load(model_a, pinned=True)
     assert orch.status().idle_unload_in_s is None
     again = orch.load(model_a)
     assert (again.status, again.pid) == ("already_loaded", first.pid)
-    until(lambda: orch.status().state is State.IDLE, "it is not pinned any more")
+    until(lambda: orch.status().state is State.IDLE, "the idle unload")
 
 
 @pytest.mark.external
-def test_no_lease_is_granted_on_a_server_that_is_being_stopped(
+def test_no_lease_is_granted_on_a_server_being_stopped(
     llama_server: str, state_dir: Path, tiny_model: str
 ) -> None:
-    """B27, B63: leases are taken right when the time ends, over and over, on the real server: each
-    gets a server that lives until it is given back, or hears that there is none.
+    """B27, B63: leases are requested just as the idle time ends. Each gets a server that runs until
+    the release, or is refused.
     """
     granted = refused = 0
     with Orchestrator(llama_server=llama_server, state_dir=state_dir) as orch:
@@ -72,14 +72,14 @@ def test_no_lease_is_granted_on_a_server_that_is_being_stopped(
                 except NotLoaded:
                     refused += 1
                     break
-                threading.Event().wait(ttl_s)  # wake with the timer: whoever is first is right
+                threading.Event().wait(ttl_s)  # wake up together with the timer
     assert refused == 30
     assert granted > 0
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), "soon", True])
 def test_an_invalid_idle_time_is_refused(make: Make, value: object) -> None:
-    """Zero is no wish to unload at once: it is more often a wish for never, so it is asked back."""
+    """Zero is refused because it may be meant as "never"."""
     with pytest.raises(InvalidRequest) as caught:
         make(idle_ttl_s=value)
     assert caught.value.field == "idle_ttl_s"

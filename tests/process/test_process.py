@@ -1,7 +1,7 @@
-"""Real children of a real orchestrator: how they are started, drained, signalled and reaped.
+"""Children of an orchestrator: how they are started, drained, signalled and reaped.
 
-The server is the fake one, told to misbehave; what counts is what the process table says after
-each call has returned.
+The server is the fake one, which misbehaves on demand. Tests check the process table after each
+call has returned.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from tests.kit.process.servers import servers_of
 from tests.kit.process.support import (
     Background,
     Fake,
-    Host,
     Make,
+    StartHost,
     Watch,
     is_running,
     kill,
@@ -54,13 +54,13 @@ PROMPT_S = 5.0  # "at once", on a machine that may be very busy
 KINDS = ("group", "setsid", "daemon", "closed", "scrubbed")
 
 
-# How a server is started
+# Start
 
 
 def test_a_server_inherits_only_listed_variables(
     make: Make, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch, state_dir: Path
 ) -> None:
-    """A token must not reach the server, and no variable may override its arguments."""
+    """Secrets must not reach the server, and no variable may override its arguments."""
     forbidden = {
         "HF_TOKEN": "hf_secret",
         "HUGGING_FACE_HUB_TOKEN": "hf_secret",
@@ -92,7 +92,7 @@ def test_a_server_inherits_only_listed_variables(
 def test_a_server_inherits_only_its_pipe_and_the_lock(
     orch: Orchestrator, fake: Fake, model_a: str, state_dir: Path
 ) -> None:
-    """A leaked socket of the host keeps its port taken; a leaked terminal can be read."""
+    """A leaked socket of the host would keep its port in use, a leaked terminal could be read."""
     read, write = os.pipe()
     os.set_inheritable(read, True)
     os.set_inheritable(write, True)
@@ -119,15 +119,15 @@ os.set_inheritable(out, False)
 os.closerange(0, 3)
 pid = orch.load(a["model"]).pid
 os.write(out, json.dumps({"pid": pid}).encode() + b"\\n")
-rest()
+sleep_forever()
 """
 
 
 def test_a_host_without_standard_streams_passes_the_lock_on(
-    host: Callable[..., Host], fake: Fake, state_dir: Path
+    host: StartHost, fake: Fake, state_dir: Path
 ) -> None:
-    """The first files a daemon opens are 0, 1 and 2, and those are replaced in the child."""
-    pid = host(NO_STREAMS).hear()["pid"]
+    """The first files a daemon opens have the descriptors 0 to 2, replaced in the child."""
+    pid = host(NO_STREAMS).receive()["pid"]
     fds = fake.wait_for("start")["fds"]
     assert str(state_dir / "default/server.lock") in fds.values()
     assert fds[0] == "/dev/null"
@@ -137,7 +137,7 @@ def test_a_host_without_standard_streams_passes_the_lock_on(
 
 
 def test_a_server_has_a_session_of_its_own(orch: Orchestrator, model_a: str) -> None:
-    """Ctrl-C at the host's terminal is for the host, which then ends the server in order."""
+    """Ctrl-C at the host's terminal must only reach the host, which then stops the server."""
     pid = orch.load(model_a).pid
     assert os.getsid(pid) == os.getpgid(pid) == pid != os.getsid(0)
 
@@ -145,7 +145,7 @@ def test_a_server_has_a_session_of_its_own(orch: Orchestrator, model_a: str) -> 
 def test_a_chat_template_is_passed_in_a_private_file_removed_with_the_server(
     orch: Orchestrator, fake: Fake, model_a: str
 ) -> None:
-    """It may hold what the prompt holds, so argv is no place for it."""
+    """It may hold parts of prompts, so it must not be in argv."""
     orch.load(model_a, chat_template_override="{{ secret }}")
     argv = fake.wait_for("start")["argv"]
     path = Path(argv[argv.index("--chat-template-file") + 1])
@@ -159,14 +159,14 @@ def test_a_chat_template_is_passed_in_a_private_file_removed_with_the_server(
 def test_nothing_is_started_when_the_record_cannot_be_written(
     orch: Orchestrator, fake: Fake, model_a: str, state_dir: Path
 ) -> None:
-    """A server nobody wrote down is one that nobody would find again."""
+    """A server without a record might not be found after a crash."""
     orch.start()
     record = state_dir / "default/server.json"
     record.mkdir()
     with pytest.raises(StateDirError) as refused:
         orch.load(model_a)
     assert refused.value.field == "state_dir"
-    assert fake.notes() == []
+    assert fake.entries() == []
     record.rmdir()
     orch.load(model_a)
 
@@ -177,10 +177,10 @@ def test_nothing_is_started_when_the_record_cannot_be_written(
 def test_an_obedient_server_gets_one_signal_and_is_reaped(
     orch: Orchestrator, fake: Fake, model_a: str
 ) -> None:
-    """The usual case costs a few milliseconds and leaves not even a zombie."""
+    """Not even a zombie remains."""
     pid = orch.load(model_a).pid
     orch.unload()
-    assert [note["event"] for note in fake.notes()][-2:] == ["term", "exit"]
+    assert [entry["event"] for entry in fake.entries()][-2:] == ["term", "exit"]
     assert process_table.row(pid) is None
     assert last_exit(orch) == (pid, 0)
     assert orch.status().last_error is None
@@ -189,7 +189,6 @@ def test_an_obedient_server_gets_one_signal_and_is_reaped(
 def test_a_server_that_ignores_sigterm_is_killed_after_the_grace(
     make: Make, fake: Fake, model_a: str
 ) -> None:
-    """Bounded, whatever the server thinks of it."""
     fake.behave(ignore_term=-1)
     orch = make(kill_grace_s=0.4)
     pid = orch.load(model_a).pid
@@ -197,42 +196,41 @@ def test_a_server_that_ignores_sigterm_is_killed_after_the_grace(
     orch.unload()
     assert 0.4 <= watch.seconds_to_exit(begun) < 0.4 + PROMPT_S
     assert last_exit(orch) == (pid, -signal.SIGKILL)
-    assert len(fake.notes("term")) == 2
+    assert len(fake.entries("term")) == 2
 
 
 def test_a_second_sigterm_is_sent_soon(make: Make, fake: Fake, model_a: str) -> None:
-    """llama-server ignores the first while a stream is active, and ends at the second."""
+    """llama-server ignores the first while a stream is active, and exits at the second."""
     fake.behave(ignore_term=1)
     orch = make(kill_grace_s=60)
     pid = orch.load(model_a).pid
     watch, begun = Watch(pid), time.monotonic()
     orch.unload()
     assert watch.seconds_to_exit(begun) < PROMPT_S
-    first, second = fake.notes("term")
+    first, second = fake.entries("term")
     assert second["at"] - first["at"] >= 0.1
     assert last_exit(orch) == (pid, 0)
 
 
 def last_exit(orch: Orchestrator) -> tuple[int, int | None]:
-    """Who ended last, and how."""
-    seen = orch.status().last_exit
-    assert seen is not None
-    return seen.pid, seen.returncode
+    """Return pid and exit status of the last exit."""
+    exit_ = orch.status().last_exit
+    assert exit_ is not None
+    return exit_.pid, exit_.returncode
 
 
 def test_no_grace_means_sigkill_at_once(make: Make, fake: Fake, model_a: str) -> None:
-    """For servers that must not be asked."""
     orch = make(kill_grace_s=0)
     pid = orch.load(model_a).pid
     orch.unload()
-    assert fake.notes("term") == []
+    assert fake.entries("term") == []
     assert last_exit(orch) == (pid, -signal.SIGKILL)
 
 
 def test_a_stopped_server_is_continued_to_receive_the_signal(
     make: Make, fake: Fake, model_a: str
 ) -> None:
-    """SIGTERM stays pending while a process is stopped; the grace must not be waited out."""
+    """SIGTERM stays pending while a process is stopped, and the grace is a minute."""
     orch = make(kill_grace_s=60)
     pid = orch.load(model_a).pid
     os.kill(pid, signal.SIGSTOP)
@@ -247,7 +245,6 @@ def test_a_stopped_server_is_continued_to_receive_the_signal(
 def test_a_server_that_stops_itself_is_unloaded(
     make: Make, fake: Fake, model_a: str, at: str
 ) -> None:
-    """Whether it was ready or not."""
     fake.behave(stop_itself=at)
     orch = make(kill_grace_s=60)
     loading = Background(orch.load, model_a)
@@ -262,7 +259,7 @@ def test_a_server_that_stops_itself_is_unloaded(
         assert isinstance(loading.error(), Cancelled)
 
 
-# What a server starts
+# Descendants
 
 
 @pytest.mark.parametrize("ignores", ["", "!"], ids=["obedient", "deaf"])
@@ -270,14 +267,14 @@ def test_a_server_that_stops_itself_is_unloaded(
 def test_an_unload_returns_when_the_last_descendant_is_dead(
     make: Make, fake: Fake, model_a: str, state_dir: Path, kind: str, ignores: str
 ) -> None:
-    """A grandchild keeps the memory, the port and the pipe as well as a child does."""
+    """Any of them can hold memory, the port and the pipe."""
     fake.behave(children=[kind + ignores])
     orch = make(kill_grace_s=0.3)
     orch.load(model_a)
     child = fake.wait_for("child").pid
     until(lambda: kind != "scrubbed" or "PAUSE" not in environ(child), "the execve")
     orch.unload()
-    assert fake.living() == set()
+    assert fake.running() == set()
     assert servers_of(state_dir) == set()
     assert not is_running(child)
 
@@ -292,24 +289,23 @@ def environ(pid: int) -> dict[str, str]:
 def test_a_descendant_gets_as_many_signals_as_the_server(
     make: Make, fake: Fake, model_a: str
 ) -> None:
-    """Once for each rung: behind a wrapper, two at once would be a kill without a grace."""
+    """Behind a wrapper, two SIGTERM at once would end llama-server without a grace period."""
     fake.behave(ignore_term=1)
     orch = make(llama_server=fake.wrapper(), kill_grace_s=60)
     orch.load(model_a)
     orch.unload()
-    first, second = fake.notes("term")
+    first, second = fake.entries("term")
     assert second["at"] - first["at"] >= 0.1
 
 
 def test_only_processes_outside_the_group_are_signalled_individually(
     make: Make, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only who has left the group is signalled one by one."""
     fake.behave(children=["group", "setsid"])
     orch = make()
     orch.load(model_a)
     fake.wait_for("child", 2)
-    pids = {note["kind"]: note.pid for note in fake.notes("child")}
+    pids = {entry["kind"]: entry.pid for entry in fake.entries("child")}
     until(lambda: os.getpgid(pids["setsid"]) == pids["setsid"], "its own group")
     signalled, send = [], Pin.signal
 
@@ -337,7 +333,7 @@ def test_only_processes_outside_the_group_are_signalled_individually(
 def test_the_server_behind_a_wrapper_ends_with_it(
     make: Make, fake: Fake, model_a: str, state_dir: Path, command: str
 ) -> None:
-    """A shell script that does not `exec` is how many people start llama-server."""
+    """Many people start llama-server from a shell script that does not `exec`."""
     if command.endswith("done"):
         fake.behave(loading_s=-1)  # or it might be Healthy before its wrapper has ended
     orch = make(llama_server=fake.wrapper(command), kill_grace_s=0.5)
@@ -355,7 +351,7 @@ def test_the_server_behind_a_wrapper_ends_with_it(
 def test_the_next_server_waits_for_the_last_descendant(
     make: Make, fake: Fake, model_a: str, model_b: str
 ) -> None:
-    """A swap too: the memory of the old one is not free before that."""
+    """Its memory is not free before that."""
     fake.behave(children=["daemon!"])
     orch = make(kill_grace_s=0.3)
     orch.load(model_a)
@@ -364,13 +360,13 @@ def test_the_next_server_waits_for_the_last_descendant(
     died = time.monotonic() + child.seconds_to_exit(time.monotonic())
     assert swapping.result().status == "loaded"
     assert fake.wait_for("start", 2)["at"] > died - 0.05
-    fake.assert_never_two()
+    fake.assert_no_overlap()
 
 
 def test_a_descendant_that_outlives_a_crashed_server_is_ended(
     make: Make, fake: Fake, model_a: str
 ) -> None:
-    """It holds the pipe, so the end of the output says nothing."""
+    """It holds the pipe open, so the end of the output does not tell."""
     fake.behave(children=["setsid!"])
     orch = make(kill_grace_s=0.2)
     pid = orch.load(model_a).pid
@@ -388,7 +384,7 @@ def test_a_descendant_that_outlives_a_crashed_server_is_ended(
 def test_a_flood_of_output_does_not_block_a_load(
     orch: Orchestrator, fake: Fake, model_a: str, form: str
 ) -> None:
-    """An undrained pipe freezes the real server at 64 KiB, signals included."""
+    """At 64 KiB an undrained pipe blocks the real server, including its signal handlers."""
     fake.behave(flood_bytes=2 << 20, flood=form)
     orch.load(model_a)
     lines = orch.logs(10_000)
@@ -401,7 +397,7 @@ def test_a_flood_of_output_does_not_block_a_load(
 def test_a_server_that_never_stops_printing_can_be_used_and_unloaded(
     orch: Orchestrator, fake: Fake, model_a: str
 ) -> None:
-    """Its output must not starve its exit, nor a call."""
+    """The output must not starve the exit, nor a call."""
     fake.behave(flood_for_ever=True)
     outcome = orch.load(model_a)
     assert orch.load(model_a).pid == outcome.pid
@@ -413,7 +409,7 @@ def test_a_server_that_never_stops_printing_can_be_used_and_unloaded(
 def test_a_closed_output_does_not_make_the_warden_spin(
     orch: Orchestrator, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pipe at its end is readable for ever: whoever polls it spins."""
+    """A pipe at its end is always readable."""
     turns = 0
     turn = Warden._turn
 
@@ -436,7 +432,6 @@ def test_a_closed_output_does_not_make_the_warden_spin(
 
 
 def test_output_can_be_read_after_the_unload(orch: Orchestrator, fake: Fake, model_a: str) -> None:
-    """The last words of a server are what its user looks for."""
     fake.behave(message="first words")
     orch.load(model_a)
     orch.unload()
@@ -455,7 +450,7 @@ def test_output_can_be_read_after_the_unload(orch: Orchestrator, fake: Fake, mod
 def test_a_crash_and_its_exit_status_are_reported(
     orch: Orchestrator, fake: Fake, model_a: str, how: dict[str, Any], returncode: int
 ) -> None:
-    """A corpse is never "loaded", and the same load starts a new server."""
+    """And the same load then starts a new server."""
     fake.behave(crash_after_s=0.1, message="bye", **how)
     pid = orch.load(model_a).pid
     until_state(orch, State.IDLE)
@@ -474,7 +469,6 @@ def test_a_crash_and_its_exit_status_are_reported(
 def test_the_exit_of_a_healthy_server_is_noticed_in_milliseconds(
     orch: Orchestrator, model_a: str
 ) -> None:
-    """By a pidfd, not by the next poll."""
     took = []
     for _ in range(5):
         pid = orch.load(model_a).pid
@@ -488,7 +482,7 @@ def test_the_exit_of_a_healthy_server_is_noticed_in_milliseconds(
 
 @pytest.fixture(params=["absent", "forbidden"])
 def no_pidfds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Python built against old headers, or a container runtime that forbids the call."""
+    """Simulate a Python built against old headers, or a container runtime that forbids pidfds."""
 
     def forbidden(pid: int) -> int:
         raise PermissionError(1, "Operation not permitted")
@@ -501,7 +495,6 @@ def no_pidfds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def test_exits_are_polled_for_without_pidfds(
     make: Make, fake: Fake, model_a: str, model_b: str
 ) -> None:
-    """Slower, and just as right: a live process is never taken for dead."""
     fake.behave(by_model={"b.gguf": {"ignore_term": -1, "children": ["daemon!"]}})
     orch = make(kill_grace_s=0.2)
     first = orch.load(model_a).pid
@@ -509,7 +502,7 @@ def test_exits_are_polled_for_without_pidfds(
     assert not is_running(first)
     assert orch.load(model_b).pid == second
     orch.unload()
-    assert fake.living() == set()
+    assert fake.running() == set()
     third = orch.load(model_a).pid
     kill(third)
     until_state(orch, State.IDLE)
@@ -519,15 +512,15 @@ def test_exits_are_polled_for_without_pidfds(
     until_state(orch, State.WAITING_HEALTH)
     assert orch.cancel("x") is True
     assert isinstance(loading.error(), Cancelled)
-    fake.assert_never_two()
+    fake.assert_no_overlap()
 
 
-# What will not die
+# Processes that survive SIGKILL
 
 
 @pytest.fixture
 def immortal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
-    """Signals have no effect until the returned function is called; give-up comes fast."""
+    """Make signals have no effect until the returned function is called."""
     patch = pytest.MonkeyPatch()
     patch.setattr(Pin, "signal", lambda *_: None)
     patch.setattr(os, "killpg", lambda *_: None)
@@ -543,7 +536,7 @@ def test_a_server_that_survives_sigkill_keeps_the_slot(
     model_b: str,
     immortal: Callable[[], None],
 ) -> None:
-    """Nothing is started beside it, everybody hears why, and its end is the end of the trouble."""
+    """No server is started beside it, and once it has exited the slot is free."""
     orch = make(kill_grace_s=0.1)
     pid = orch.load(model_a).pid
     with pytest.raises(SlotOccupied, match=str(pid)):
@@ -554,19 +547,19 @@ def test_a_server_that_survives_sigkill_keeps_the_slot(
         with pytest.raises(SlotOccupied) as refused:
             orch.load(model)
         assert_sentence("slot.occupied", refused.value.message, pid=pid)
-    assert len(fake.notes("start")) == 1
+    assert len(fake.entries("start")) == 1
     assert is_running(pid)
     immortal()
     kill(pid)
     until(lambda: orch.status().occupied_by is None, "the slot to be free")
     assert orch.load(model_b).pid != pid
-    fake.assert_never_two()
+    fake.assert_no_overlap()
 
 
 def test_a_server_that_may_not_be_signalled_keeps_the_slot(
     make: Make, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It runs as somebody else, through sudo say: that is an answer, not a crash."""
+    """It may run as another user, started by sudo."""
 
     def forbidden(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
@@ -588,7 +581,6 @@ def test_a_server_that_may_not_be_signalled_keeps_the_slot(
 def test_an_unload_retries_a_failed_kill(
     make: Make, fake: Fake, model_a: str, immortal: Callable[[], None]
 ) -> None:
-    """A failed kill is not a dead end."""
     orch = make(kill_grace_s=0.1)
     pid = orch.load(model_a).pid
     with pytest.raises(SlotOccupied):
@@ -602,7 +594,6 @@ def test_an_unload_retries_a_failed_kill(
 def test_a_load_retries_a_failed_kill(
     make: Make, fake: Fake, model_a: str, model_b: str, immortal: Callable[[], None]
 ) -> None:
-    """It goes through Killing, so it needs no unload before it."""
     orch = make(kill_grace_s=0.1)
     pid = orch.load(model_a).pid
     with pytest.raises(SlotOccupied):
@@ -610,13 +601,12 @@ def test_a_load_retries_a_failed_kill(
     immortal()
     assert orch.load(model_b).pid != pid
     assert not is_running(pid)
-    fake.assert_never_two()
+    fake.assert_no_overlap()
 
 
 def test_a_descendant_that_survives_sigkill_keeps_the_slot(
     make: Make, fake: Fake, model_a: str, immortal: Callable[[], None]
 ) -> None:
-    """The server is gone, and still its slot is not empty."""
     fake.behave(children=["closed"])
     orch = make(kill_grace_s=0.1)
     pid = orch.load(model_a).pid
@@ -626,7 +616,7 @@ def test_a_descendant_that_survives_sigkill_keeps_the_slot(
     assert not is_running(pid)
     with pytest.raises(SlotOccupied, match=str(child)):
         orch.load(model_a)
-    assert len(fake.notes("start")) == 1
+    assert len(fake.entries("start")) == 1
     immortal()
     assert orch.load(model_a).status == "loaded"
     assert not is_running(child)
@@ -635,7 +625,7 @@ def test_a_descendant_that_survives_sigkill_keeps_the_slot(
 def test_close_reports_a_server_that_survives_sigkill(
     fake: Fake, model_a: str, state_dir: Path, immortal: Callable[[], None]
 ) -> None:
-    """The slot is given up, and the next orchestrator ends what is left."""
+    """The next orchestrator on the slot ends it."""
     settings: dict[str, Any] = {
         "llama_server": fake.path,
         "state_dir": state_dir,
@@ -662,7 +652,6 @@ def test_close_reports_a_server_that_survives_sigkill(
 def test_a_cancel_during_killing_starts_no_server(
     make: Make, fake: Fake, model_a: str, model_b: str
 ) -> None:
-    """Killing: the old one goes all the same, and no new one comes."""
     fake.behave(ignore_term=1)
     orch = make(kill_grace_s=60)
     orch.load(model_a)
@@ -671,13 +660,12 @@ def test_a_cancel_during_killing_starts_no_server(
     assert orch.cancel("b") is True
     assert isinstance(loading.error(), Cancelled)
     assert orch.status().state is State.IDLE
-    assert len(fake.notes("start")) == 1
+    assert len(fake.entries("start")) == 1
 
 
 def test_a_cancel_during_downloading_starts_no_server(
     orch: Orchestrator, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Downloading: the second look-up ends by itself, and what it found is not wanted."""
     gate, fetch = threading.Event(), ModelSource.fetch
 
     def gated(*args: Any) -> Any:
@@ -693,7 +681,7 @@ def test_a_cancel_during_downloading_starts_no_server(
     assert cancelling.result() is True
     assert isinstance(loading.error(), Cancelled)
     assert orch.status().state is State.IDLE
-    assert fake.notes("start") == []
+    assert fake.entries("start") == []
 
 
 @pytest.mark.parametrize("call", ["cancel", "unload", "supersede"])
@@ -705,7 +693,7 @@ def test_a_call_during_the_spawn_ends_the_late_server(
     monkeypatch: pytest.MonkeyPatch,
     call: str,
 ) -> None:
-    """Spawning: the child that is handed over is nobody's any more, and must not stay."""
+    """The spawn still delivers a child, which no load wants any more."""
     gate, spawn = threading.Event(), Warden.spawn
 
     def gated(warden: Warden, *args: Any) -> None:
@@ -726,13 +714,13 @@ def test_a_call_during_the_spawn_ends_the_late_server(
     assert isinstance(loading.error(), OrchestratorError)
     answer = calling.result()
     if call == "supersede":
-        assert fake.wait_for("start", len(fake.notes("start"))).pid == answer.pid
+        assert fake.wait_for("start", len(fake.entries("start"))).pid == answer.pid
     else:
         assert orch.status().state is State.IDLE
-        assert fake.living() == set()
+        assert fake.running() == set()
     triggers = [event.data["trigger"] for event in transitions(orch)]
     assert triggers[:5] == ["load", "emptied", "fetched", "spawned", "emptied"]
-    fake.assert_never_two()
+    fake.assert_no_overlap()
 
 
 @pytest.mark.parametrize(
@@ -752,7 +740,7 @@ def test_a_call_during_the_spawn_ends_the_late_server(
 def test_a_cancel_during_waiting_health_is_quick(
     orch: Orchestrator, fake: Fake, model_a: str, behaviour: dict[str, Any]
 ) -> None:
-    """WaitingHealth: no probe that hangs may hold it up. Others needed up to 416 s."""
+    """A hanging probe must not delay it. Other implementations took up to 416 s."""
     fake.behave(**behaviour)
     took = []
     for number in range(3):
@@ -762,17 +750,16 @@ def test_a_cancel_during_waiting_health_is_quick(
             number + 1,
         )
         until_state(orch, State.WAITING_HEALTH)
-        threading.Event().wait(0.3 if "backlog" in behaviour else 0.03)  # into a hanging probe
+        threading.Event().wait(0.3 if "backlog" in behaviour else 0.03)  # until a probe hangs
         begun = time.monotonic()
         assert orch.cancel("a") is True
         took.append(time.monotonic() - begun)
         assert isinstance(loading.error(), Cancelled)
-        assert fake.living() == set()
+        assert fake.running() == set()
     assert min(took) < 0.25, took
 
 
 def test_a_cancel_of_a_healthy_load_changes_nothing(orch: Orchestrator, model_a: str) -> None:
-    """Healthy: the load has been answered, there is nothing left to cancel."""
     pid = orch.load(model_a, load_request_id="a").pid
     assert orch.cancel("a") is False
     assert orch.load(model_a).pid == pid
@@ -782,7 +769,6 @@ def test_a_cancel_of_a_healthy_load_changes_nothing(orch: Orchestrator, model_a:
 
 
 def test_a_second_orchestrator_on_the_slot_is_refused(make: Make, model_a: str) -> None:
-    """And the first keeps its server."""
     first = make()
     pid = first.load(model_a).pid
     with pytest.raises(SlotOwned, match=rf"process {os.getpid()}\b"):
@@ -793,23 +779,22 @@ def test_a_second_orchestrator_on_the_slot_is_refused(make: Make, model_a: str) 
 
 
 def test_another_process_on_the_slot_is_refused_with_the_pid_of_the_owner(
-    orch: Orchestrator, host: Callable[..., Host], model_a: str
+    orch: Orchestrator, host: StartHost, model_a: str
 ) -> None:
-    """The running model is not touched by a second backend that starts by mistake."""
+    """A second backend started by mistake must not disturb the running model."""
     pid = orch.load(model_a).pid
     other = host(
         "from orchestrator import SlotOwned\n"
         "try: orch.load(a['model'])\n"
-        "except SlotOwned as error: say(text=str(error))\n"
+        "except SlotOwned as error: send(text=str(error))\n"
     )
-    assert f"process {os.getpid()}:" in other.hear()["text"]
+    assert f"process {os.getpid()}:" in other.receive()["text"]
     assert other.process.wait(30) == 0
     assert orch.load(model_a).pid == pid
     orch.unload()
 
 
 def test_different_slots_coexist(make: Make, tmp_path: Path, model_a: str) -> None:
-    """Two models at once are two slots; ending one ends nothing else."""
     fakes = [Fake(tmp_path / name) for name in ("one", "two")]
     one, two = (
         make(slot=name, llama_server=fake.path, server_env=fake.env)
@@ -819,7 +804,7 @@ def test_different_slots_coexist(make: Make, tmp_path: Path, model_a: str) -> No
     assert len(pids) == 2
     one.unload()
     assert two.load(model_a).pid in pids
-    assert [len(fake.living()) for fake in fakes] == [0, 1]
+    assert [len(fake.running()) for fake in fakes] == [0, 1]
     one.close()
     two.close()
 
@@ -834,30 +819,29 @@ if child == 0:
                  lambda: orch.lease().__enter__(), lambda: orch.plan(a["model"])):
         try: seen.append(repr(call()))
         except WrongProcess as error: seen.append(error.category)
-    say(seen=seen)
+    send(seen=seen)
     sys.exit(0)  # runs the inherited exit handlers
 status = os.waitpid(child, 0)[1]
 again = orch.load(a["model"])
-say(status=status, pid=pid, again=again.pid, how=again.status)
+send(status=status, pid=pid, again=again.pid, how=again.status)
 orch.close()
-say(left=str(orch.status().state))
+send(left=str(orch.status().state))
 """
 
 
-def test_a_forked_worker_neither_uses_nor_ends_the_server(host: Callable[..., Host]) -> None:
-    """Its calls are refused, and the exit handlers it inherited do nothing."""
+def test_a_forked_worker_neither_uses_nor_ends_the_server(host: StartHost) -> None:
     parent = host(FORKED)
-    assert parent.hear()["seen"] == ["wrong_process"] * 5
-    said = parent.hear()
-    assert (said["status"], said["how"]) == (0, "already_loaded")
-    assert said["pid"] == said["again"]
-    assert parent.hear() == {"left": "Idle"}
+    assert parent.receive()["seen"] == ["wrong_process"] * 5
+    received = parent.receive()
+    assert (received["status"], received["how"]) == (0, "already_loaded")
+    assert received["pid"] == received["again"]
+    assert parent.receive() == {"left": "Idle"}
 
 
 def test_workers_forked_at_any_moment_hold_no_lock(
     orch: Orchestrator, fake: Fake, model_a: str, model_b: str
 ) -> None:
-    """A fork copies whatever is open, and the slot's lock is open for moments of every load."""
+    """A fork copies all descriptors, and every load has the slot's lock open for a moment."""
     workers: list[int] = []
     stop = threading.Event()
 
@@ -886,7 +870,7 @@ def test_workers_forked_at_any_moment_hold_no_lock(
             kill(pid)
             os.waitpid(pid, 0)
     assert survivors == workers
-    fake.assert_never_two()
+    fake.assert_no_overlap()
 
 
 REAPS_ALL = """
@@ -905,10 +889,10 @@ crash = orch.status().last_exit
 again = orch.load(a["model"])
 orch.unload()
 end = orch.status()
-say(crash=[crash.pid == outcome.pid, crash.returncode], again=again.pid != outcome.pid,
+send(crash=[crash.pid == outcome.pid, crash.returncode], again=again.pid != outcome.pid,
     end=[str(end.state), end.last_exit.returncode, end.occupied_by])
 orch.close()
-say(closed=True)
+send(closed=True)
 """
 
 
@@ -921,25 +905,24 @@ say(closed=True)
     ids=["ignores SIGCHLD", "waits for any child"],
 )
 def test_a_host_that_reaps_our_children_loses_only_the_exit_status(
-    host: Callable[..., Host], habit: str
+    host: StartHost, habit: str
 ) -> None:
-    """0 would be a lie, so the status is unknown unless it was seen in time; the rest is right."""
+    """The status is None unless it was read in time; 0 would be wrong."""
     other = host(habit + REAPED_BY_THE_HOST)
-    said = other.hear()
-    assert said["crash"][0] is True
-    assert said["crash"][1] in (None, -9)
-    assert said["again"] is True
-    assert said["end"][0] == "Idle"
-    assert said["end"][1] in (None, 0)
-    assert said["end"][2] is None
-    assert other.hear() == {"closed": True}
+    received = other.receive()
+    assert received["crash"][0] is True
+    assert received["crash"][1] in (None, -9)
+    assert received["again"] is True
+    assert received["end"][0] == "Idle"
+    assert received["end"][1] in (None, 0)
+    assert received["end"][2] is None
+    assert other.receive() == {"closed": True}
     assert other.process.wait(30) == 0
 
 
 def test_many_cycles_leak_no_descriptor_and_no_thread(
     make: Make, fake: Fake, model_a: str, model_b: str
 ) -> None:
-    """A backend runs for months."""
     orch = make()
 
     def cycle() -> None:
@@ -957,7 +940,6 @@ def test_many_cycles_leak_no_descriptor_and_no_thread(
 
 
 def test_close_releases_threads_descriptors_and_children(make: Make, model_a: str) -> None:
-    """Thirty orchestrators, one after another: no thread, no descriptor, no child remains."""
     make().start().close()
     before = held()
     children = set(psutil.Process().children())
@@ -970,5 +952,5 @@ def test_close_releases_threads_descriptors_and_children(make: Make, model_a: st
 
 
 def held() -> tuple[int, int]:
-    """Descriptors and threads of this process."""
+    """Count the descriptors and threads of this process."""
     return len(os.listdir("/proc/self/fd")), threading.active_count()

@@ -1,6 +1,6 @@
-"""A server with a key of its own: nobody gets at it beside us, and nobody gets to see the key.
+"""Servers that are protected by a key: only lease holders can use them, and the key stays secret.
 
-The key is known by looking where only its owner may: the environment of the process.
+Tests read the key from the environment of the process, which only its owner may read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def key_of(pid: int) -> str:
 
 
 def ask(base_url: str, path: str, key: str | None = None, **headers: str) -> tuple[int, str | None]:
-    """Return the status and which origin may read the answer."""
+    """Send a request, and return the status and the allowed origin."""
     connection = http.client.HTTPConnection(base_url.removeprefix("http://"), timeout=20)
     if key is not None:
         headers["Authorization"] = f"Bearer {key}"
@@ -46,7 +46,7 @@ def ask(base_url: str, path: str, key: str | None = None, **headers: str) -> tup
 def test_a_protected_server_answers_only_lease_holders(
     kind: str, tiny_model: str, state_dir: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Another program of this machine, and any page in a browser, can reach the port."""
+    """Other programs and pages in a browser can reach the port."""
     binary = kind if kind == "embedded" else request.getfixturevalue("llama_server")
     with Orchestrator(llama_server=binary, state_dir=state_dir, protect_server=True) as orch:
         outcome = orch.load(tiny_model, max_seq_length=512)
@@ -71,7 +71,7 @@ def test_a_protected_server_answers_only_lease_holders(
 def test_shared_keys_are_accepted_at_the_servers_own_address(
     kind: str, tiny_model: str, state_dir: Path, request: pytest.FixtureRequest
 ) -> None:
-    """`base_url` works for those, and the server's own key is still nobody else's."""
+    """The server's own key still works only for lease holders."""
     binary = kind if kind == "embedded" else request.getfixturevalue("llama_server")
     shared = ["first-key", "second-key"]
     with Orchestrator(llama_server=binary, state_dir=state_dir, protect_server=shared) as orch:
@@ -92,7 +92,7 @@ def test_an_invalid_shared_key_is_refused(given: Any, state_dir: Path) -> None:
 def test_a_protected_server_has_no_web_ui_and_allows_no_foreign_origin(
     kind: str, tiny_model: str, state_dir: Path, request: pytest.FixtureRequest
 ) -> None:
-    """llama-server by default lets any page read its answers, with credentials."""
+    """By default llama-server lets any web page read its answers, with credentials."""
     binary = kind if kind == "embedded" else request.getfixturevalue("llama_server")
     with Orchestrator(llama_server=binary, state_dir=state_dir, protect_server=True) as orch:
         orch.load(tiny_model)
@@ -104,7 +104,7 @@ def test_a_protected_server_has_no_web_ui_and_allows_no_foreign_origin(
 
 
 def test_an_unprotected_server_needs_no_key(tiny_model: str, state_dir: Path) -> None:
-    """The contract for plain local use: any client, with nothing but `base_url`."""
+    """For local use any client works with `base_url` alone."""
     with Orchestrator(llama_server="embedded", state_dir=state_dir) as orch:
         outcome = orch.load(tiny_model)
         assert ask(outcome.base_url, "/v1/chat/completions")[0] == 200
@@ -114,14 +114,14 @@ def test_an_unprotected_server_needs_no_key(tiny_model: str, state_dir: Path) ->
 
 
 def test_a_server_that_ignores_its_key_fails_to_start(make: Make, fake: Fake, model_a: str) -> None:
-    """It would be open to everybody, and nobody would be told."""
+    """It would serve every program without anyone noticing."""
     orch = make(protect_server=True)
     fake.behave(knows_keys=False)
     with pytest.raises(ServerStartFailed) as refused:
         orch.load(model_a)
     assert_sentence("start.unprotected", refused.value.message)
     assert (refused.value.reason, refused.value.field) == ("unprotected", "llama_server")
-    assert fake.living() == set()
+    assert fake.running() == set()
     fake.behave()
     assert orch.load(model_a).status == "loaded"
 
@@ -134,7 +134,7 @@ def test_the_key_is_never_shown_or_written(
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Not in argv, status, events, plan, logs, errors or files; nor in what the server prints."""
+    """Not in argv, status, events, plan, logs, errors, files or output."""
     caplog.set_level(logging.DEBUG)
     orch = make(protect_server=True)
     outcome = orch.load(model_a)
@@ -169,20 +169,20 @@ def test_a_key_printed_by_the_server_is_redacted(make: Make, fake: Fake, model_a
 def test_only_a_protected_server_is_given_a_key(
     make: Make, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor does one of the host's environment become the server's."""
+    """Nor does a server inherit one from the host's environment."""
     for name in ("LLAMA_API_KEY", "LLAMA_ARG_CORS_ORIGINS", "LLAMA_ARG_UI"):
         monkeypatch.setenv(name, "of the host")
     make().load(model_a)
     env = fake.wait_for("start")["env"]
     assert not [name for name in env if name.startswith("LLAMA_A")]
     make(protect_server=True, slot="protected").load(model_a)
-    (_, second) = [note for note in fake.notes() if note["event"] == "start"]
+    (_, second) = [entry for entry in fake.entries() if entry["event"] == "start"]
     ours = {name: value for name, value in second["env"].items() if name.startswith("LLAMA_A")}
     assert "of the host" not in ours.values()
     assert ours["LLAMA_ARG_CORS_ORIGINS"] == "localhost"
 
 
 def test_a_lease_can_be_made_without_a_key() -> None:
-    """Who stands in for us in a test knows none."""
+    """Test doubles of the orchestrator have none."""
     values: dict[str, Any] = {"base_url": "http://x", "pid": 1, "generation": 1}
     assert LeasedServer(**values).api_key is None

@@ -1,7 +1,6 @@
-"""A failure made good, on real processes: restarts after a crash, and the way back.
+"""Restarts after a crash, and restores after a failed load, on real processes.
 
-The crashes are real kills of a real llama-server; what a real server will not do on demand (die
-again and again by itself) is the fake one's part.
+Where possible a real llama-server is killed; the fake one crashes by itself, and repeatedly.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def until_healthy(orch: Orchestrator, generation: int) -> Any:
 def test_a_killed_server_is_restarted_with_its_settings(
     real: Callable[..., Orchestrator], tiny_model: str
 ) -> None:
-    """As the kernel does it when memory runs out; read back from the new server itself."""
+    """The settings are read from the new server itself."""
     orch = real(restart=AT_ONCE)
     before = orch.load(tiny_model, max_seq_length=512, llama_extra_args=["--seed", "7"])
     kill(before.pid)
@@ -65,7 +64,7 @@ def test_a_killed_server_is_restarted_with_its_settings(
 
 @pytest.mark.external
 def test_a_lease_waits_for_the_restart(real: Callable[..., Orchestrator], tiny_model: str) -> None:
-    """A request that comes while the server is down is held, and meets the new one."""
+    """A request that arrives while the server is down is passed to the new one."""
     orch = real(restart=RestartPolicy(backoff_s=0.2))
     before = orch.load(tiny_model)
     kill(before.pid)
@@ -78,7 +77,7 @@ def test_a_lease_waits_for_the_restart(real: Callable[..., Orchestrator], tiny_m
 def test_a_failed_replacement_restores_the_previous_model(
     real: Callable[..., Orchestrator], tiny_model: str, other_model: str
 ) -> None:
-    """The real server refuses a flag; what served before serves again, and both are reported."""
+    """Both outcomes are reported."""
     orch = real()
     before = orch.load(tiny_model, max_seq_length=512)
     with pytest.raises(ServerStartFailed) as caught:
@@ -87,7 +86,7 @@ def test_a_failed_replacement_restores_the_previous_model(
     assert (error.generation, error.field) == (2, "llama_extra_args")
     assert error.restored is not None
     assert (error.restored.generation, error.restored.problem) == (3, None)
-    assert "runs again" in str(error)
+    assert str(error.restored) in str(error)
     loaded = orch.status().loaded
     assert loaded is not None
     assert (loaded.model_path, loaded.generation) == (tiny_model, 3)
@@ -104,7 +103,7 @@ def test_a_failed_replacement_restores_the_previous_model(
 def test_a_failure_and_its_restore_are_reported_over_http(
     fake: Fake, state_dir: Path, model_a: str, model_b: str
 ) -> None:
-    """One problem document: why the load failed, and what became of what ran before."""
+    """In one problem document."""
     app = create_app(llama_server=fake.path, server_env=fake.env, state_dir=state_dir)
     fake.behave(by_model={"b.gguf": {"exit_code": 1, "message": "error: no luck"}})
     with serving(app) as client:
@@ -128,7 +127,7 @@ def test_a_failure_and_its_restore_are_reported_over_http(
 def test_a_server_that_keeps_crashing_is_not_restarted_for_a_while(
     fake: Fake, state_dir: Path, model_a: str, model_b: str
 ) -> None:
-    """B55: not for ever, not in silence: 424 with Retry-After, and another model still loads."""
+    """B55: loads of it get 424 with Retry-After, and another model can be loaded."""
     app = create_app(
         llama_server=fake.path, server_env=fake.env, state_dir=state_dir, restart=AT_ONCE
     )
@@ -140,7 +139,7 @@ def test_a_server_that_keeps_crashing_is_not_restarted_for_a_while(
             loaded = client.get(PREFIX + "/status").json()["loaded"]
             return loaded["pid"] if loaded and loaded["pid"] not in killed else None
 
-        for _ in range(3):  # each of them Healthy first: a start that fails is another matter
+        for _ in range(3):  # each is Healthy first, because a failed start is handled differently
             pid = until(another, "one more server is Healthy")
             killed.add(pid)
             kill(pid)
@@ -153,20 +152,20 @@ def test_a_server_that_keeps_crashing_is_not_restarted_for_a_while(
 
         status = until(cooling, "the cool-down")
         assert status["recovery"]["failures"] == 3
-        assert len(fake.notes("start")) == 3, "once as asked, and two restarts"
+        assert len(fake.entries("start")) == 3, "once as asked, and two restarts"
         refused = client.post(PREFIX + "/load", json={"model_path": model_a})
         assert refused.status_code == 424
         assert refused.json()["category"] == "server_start_failed"
         assert refused.json()["reason"] == "cooling_down"
         assert 590 <= int(refused.headers["Retry-After"]) <= 600
-        assert len(fake.notes("start")) == 3
+        assert len(fake.entries("start")) == 3
         other = client.post(PREFIX + "/load", json={"model_path": model_b})
         assert other.status_code == 200
-        fake.assert_never_two()
+        fake.assert_no_overlap()
 
 
 def test_an_unload_cancels_a_planned_restart(make: Make, fake: Fake, model_a: str) -> None:
-    """B16: after `unload` nothing starts by itself, however long one waits."""
+    """B16: no server starts by itself after an unload."""
     orch = make(restart=RestartPolicy(backoff_s=0.05))
     outcome = orch.load(model_a)
     kill(outcome.pid)
@@ -180,7 +179,7 @@ def test_an_unload_cancels_a_planned_restart(make: Make, fake: Fake, model_a: st
     orch.close()
     after = [event.data["trigger"] for event in waited.result()]
     assert "restart_due" not in after
-    assert len(fake.notes("start")) == 1
+    assert len(fake.entries("start")) == 1
 
 
 def test_a_crash_without_a_restart_policy_starts_nothing(
@@ -192,7 +191,7 @@ def test_a_crash_without_a_restart_policy_starts_nothing(
     assert orch.status().recovery is None
     orch.close()
     assert "restart_due" not in [event.data["trigger"] for event in transitions(orch)]
-    assert len(fake.notes("start")) == 1
+    assert len(fake.entries("start")) == 1
 
 
 @pytest.mark.parametrize(

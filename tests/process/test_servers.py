@@ -1,4 +1,4 @@
-"""A binary is asked once what it can do, in a server's environment, and leaves nothing behind."""
+"""The `--help` of a binary: run once, in a server's environment, and cached."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from orchestrator.server.binaries import ask_catalogue, find_server
 from orchestrator.settings.help_text import Catalogue
 from orchestrator.settings.target import ServerBinary
 from tests.kit.process.support import is_running, until
+from tests.kit.sentences import assert_sentence
 
 HELP = """
 -m,    --model FNAME                    model path to load
@@ -24,7 +25,7 @@ HELP = """
 
 
 class Script:
-    """A binary that is a shell script of the test's own."""
+    """A binary that is a shell script, and counts its runs."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "llama-server"
@@ -54,7 +55,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Script:
 def test_a_binary_is_asked_once_and_the_answer_outlives_the_process(
     script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A start must not wait for a question that was answered before."""
+    """The next start need not run it again."""
     found = script.answer()
     assert found is not None
     server = find_server(str(script.path))
@@ -70,7 +71,7 @@ def test_a_binary_is_asked_once_and_the_answer_outlives_the_process(
 def test_no_secret_reaches_a_binary_asked_for_its_help(
     script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is the same program as the server, so it gets the same environment."""
+    """It gets the environment of a server."""
     for name in ("HF_TOKEN", "LLAMA_ARG_PORT", "AIP_MODE", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "secret")
     assert script.answer() is not None
@@ -85,7 +86,7 @@ def test_no_secret_reaches_a_binary_asked_for_its_help(
 def test_an_inconclusive_answer_is_not_cached(
     script: Script, monkeypatch: pytest.MonkeyPatch, body: str
 ) -> None:
-    """One slow `--help` once switched drafting off for the whole session."""
+    """A slow `--help` once switched drafting off for the whole session."""
     monkeypatch.setattr(binaries, "_ASK_S", 0.3)
     begun = time.monotonic()
     assert script.answer(body) is None
@@ -95,13 +96,13 @@ def test_an_inconclusive_answer_is_not_cached(
 
 
 def test_a_help_without_a_model_flag_is_inconclusive(script: Script) -> None:
-    """`/bin/true` answers every question with success."""
+    """`/bin/true` succeeds with any flag."""
     assert ask_catalogue(script.write("echo usage"), script.cache) is None
     assert ask_catalogue(script.write("head -c 3000000 /dev/zero"), script.cache) is None
 
 
 def test_a_background_process_of_a_help_is_ended(script: Script, tmp_path: Path) -> None:
-    """A wrapper's background process holds the output open; nobody waits for that."""
+    """It holds the output open, which must not delay the answer."""
     pid_file = tmp_path / "pid"
     begun = time.monotonic()
     assert script.answer(f'sleep 600 & echo $! > "{pid_file}"') is not None
@@ -111,7 +112,7 @@ def test_a_background_process_of_a_help_is_ended(script: Script, tmp_path: Path)
 
 
 def test_a_help_is_read_in_a_host_that_ignores_sigchld(script: Script) -> None:
-    """Their exit status is lost, so the answer is inconclusive or right, and nothing is raised."""
+    """The exit status is lost there: the answer is right or inconclusive, and nothing is raised."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         assert isinstance(script.answer(), Catalogue | None)
@@ -123,6 +124,7 @@ def test_the_embedded_server_needs_an_interpreter(monkeypatch: pytest.MonkeyPatc
     """In a frozen application `sys.executable` is the application."""
     assert find_server("embedded").command[0] == launch.interpreter()
     monkeypatch.setattr(launch, "interpreter", lambda: None)
-    with pytest.raises(ServerUnavailable, match="give the path of a llama-server") as refused:
+    with pytest.raises(ServerUnavailable) as refused:
         find_server("embedded")
+    assert_sentence("binary.no_python", refused.value.message)
     assert refused.value.field == "llama_server"

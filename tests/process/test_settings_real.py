@@ -1,9 +1,9 @@
-"""Every setting on the real llama-server, as the server itself tells it after each kind of Apply.
+"""Every setting on the real llama-server, as the server itself reports it after each kind of Apply.
 
-Rows are settings (`ROWS`), tests are situations. Nothing is read from the orchestrator's memory:
-`/props` and `/slots` tell context, template, sampling, slots and whether drafting is on; the KV
-cache's types and the drafting mode are only in the server's log. Every Apply asks `plan` first
-and is held to it, down to the command line of the process that then runs.
+Rows are settings (`ROWS`), tests are situations. `/props` and `/slots` report context, template,
+sampling, slots and whether drafting is on; the types of the KV cache and the drafting mode are
+only in the server's log. Every Apply is compared with a `plan` before it, including the command
+line of the process.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import gguf
-import numpy
 import pytest
 
 from orchestrator import LoadOutcome, Orchestrator
@@ -34,6 +32,7 @@ from orchestrator.errors import (
     ServerUnavailable,
 )
 from orchestrator.models import gguf_file
+from tests.kit.process.projector import write_projector
 from tests.kit.process.support import is_running, until
 
 pytestmark = pytest.mark.external
@@ -43,8 +42,8 @@ pytestmark = pytest.mark.external
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a server says of itself; the defaults are llama.cpp's own for the tiny model."""
+class Reported:
+    """What a server reports; the defaults are llama.cpp's for the tiny model."""
 
     model: str
     context: int = 2048
@@ -61,8 +60,8 @@ _KV = re.compile(r"llama_kv_cache: size = .* K \((\w+)\): .* V \((\w+)\): ")
 _DRAFTING = re.compile(r"adding speculative implementation '([\w-]+)'")
 
 
-def said(orch: Orchestrator) -> Said:
-    """Ask the server that runs now."""
+def reported(orch: Orchestrator) -> Reported:
+    """Ask the running server."""
     loaded = orch.status().loaded
     assert loaded is not None
     props, slots = ask(loaded.base_url, "/props"), ask(loaded.base_url, "/slots")
@@ -73,7 +72,7 @@ def said(orch: Orchestrator) -> Said:
     assert {slot["n_ctx"] for slot in slots} == {defaults["n_ctx"]}
     assert {slot["speculative"] for slot in slots} == {bool(drafting)}
     assert len(slots) == props["total_slots"]
-    return Said(
+    return Reported(
         model=props["model_path"],
         context=defaults["n_ctx"],
         kv=kv,
@@ -87,7 +86,7 @@ def said(orch: Orchestrator) -> Said:
 
 
 def whole_log(orch: Orchestrator) -> str | None:
-    """What it printed while it started, once all of that has been drained."""
+    """Return its output, once the last line of the start has been drained."""
     log = "\n".join(orch.logs(2000))
     return log if "listening on" in log else None
 
@@ -105,7 +104,7 @@ def ask(base_url: str, path: str) -> Any:
 
 
 def apply(orch: Orchestrator, model: str, **fields: Any) -> LoadOutcome:
-    """Ask `plan`, load, and hold what was said to what was done."""
+    """Plan, load, and compare the plan with the outcome."""
     before, events = orch.status().loaded, orch.last_event_id
     plan = orch.plan(model, **fields)
     assert (orch.status().loaded, orch.last_event_id) == (before, events), "plan did something"
@@ -143,8 +142,8 @@ class Row:
     """One setting.
 
     Attributes:
-        values: Two values of the field, each with what the server then says.
-        flags: A third value as an extra arg, with what the server then says; none for a field
+        values: Two values of the field, each with what the server then reports.
+        flags: A third value as extra args, with what the server then reports; empty for a field
             whose flag is refused.
         blank: What a client may send for "not set".
     """
@@ -152,7 +151,7 @@ class Row:
     name: str
     values: tuple[tuple[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]
     flags: tuple[str, ...] = ()
-    flags_say: dict[str, Any] = field(default_factory=dict)
+    flags_reported: dict[str, Any] = field(default_factory=dict)
     blank: Any = None
 
 
@@ -203,12 +202,12 @@ ROWS = (
     ),
 )
 SEED = ("--seed", "42")
-SEED_SAYS: dict[str, Any] = {"seed": 42}
+SEED_REPORTED: dict[str, Any] = {"seed": 42}
 
 
 @pytest.fixture(scope="session")
 def talking_server(llama_server: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The real server, talkative enough to name its KV cache and its drafting, and frugal."""
+    """The real server, with one thread, and verbose enough to log its KV cache and drafting."""
     path = tmp_path_factory.mktemp("server") / "llama-server"
     write_server(path, llama_server)
     return str(path)
@@ -245,73 +244,75 @@ each_field_with_flags = pytest.mark.parametrize(
 def test_a_changed_setting_reaches_the_server_and_is_the_only_reason(
     orch: Orchestrator, tiny_model: str, row: Row
 ) -> None:
-    """It was once answered with "already loaded" and never got there; explicit to Auto, too."""
-    plain = Said(tiny_model)
+    """A change was once answered with "already loaded". Includes the change back to Auto."""
+    plain = Reported(tiny_model)
     apply(orch, tiny_model)
-    assert said(orch) == plain
-    for value, says in row.values:
+    assert reported(orch) == plain
+    for value, expected in row.values:
         outcome = apply(orch, tiny_model, **{row.name: value})
         assert reasons(outcome) == [row.name]
-        assert said(orch) == replace(plain, **says)
+        assert reported(orch) == replace(plain, **expected)
         again = apply(orch, tiny_model, **{row.name: value})
         assert (again.status, again.pid) == ("already_loaded", outcome.pid)
     unset = [] if row.name == "llama_extra_args" else row.blank
     outcome = apply(orch, tiny_model, **{row.name: unset})
     assert reasons(outcome) == [row.name]
-    assert said(orch) == plain
+    assert reported(orch) == plain
 
 
 def test_changing_one_of_many_settings_keeps_the_others(
     orch: Orchestrator, tiny_model: str
 ) -> None:
-    """The panel sends all of them each time."""
+    """The panel always sends all of them."""
     settings = {row.name: row.values[0][0] for row in ROWS}
-    says = {name: what for row in ROWS for name, what in row.values[0][1].items()}
+    expected = {name: what for row in ROWS for name, what in row.values[0][1].items()}
     apply(orch, tiny_model, **settings)
-    assert said(orch) == Said(tiny_model, **says)
+    assert reported(orch) == Reported(tiny_model, **expected)
     for row in ROWS:
         if row.name == "n_parallel":
             continue  # it divides the context, which has been given
         value, differs = row.values[1]
         settings[row.name] = value
-        says |= differs
+        expected |= differs
         assert reasons(apply(orch, tiny_model, **settings)) == [row.name]
-        assert said(orch) == Said(tiny_model, **says)
+        assert reported(orch) == Reported(tiny_model, **expected)
 
 
 @each_with_flags
 def test_after_an_unload_extra_args_are_inherited_and_fields_are_not(
     orch: Orchestrator, tiny_model: str, row: Row
 ) -> None:
-    """Flags given at the start were once lost at the first Apply, which does not echo them."""
+    """Flags given at the start were once lost at the first Apply, which does not repeat them."""
     apply(orch, tiny_model, llama_extra_args=[*row.flags, *SEED])
     orch.unload()
     apply(orch, tiny_model)
-    assert said(orch) == Said(tiny_model, **row.flags_say | SEED_SAYS)
-    value, says = row.values[0]
+    assert reported(orch) == Reported(tiny_model, **row.flags_reported | SEED_REPORTED)
+    value, expected = row.values[0]
     apply(orch, tiny_model, **{"llama_extra_args": SEED, row.name: value})
-    assert said(orch) == Said(
-        tiny_model, **says if row.name == "llama_extra_args" else says | SEED_SAYS
+    assert reported(orch) == Reported(
+        tiny_model, **expected if row.name == "llama_extra_args" else expected | SEED_REPORTED
     )
     orch.unload()
     apply(orch, tiny_model)
-    assert said(orch) == Said(tiny_model, **says if row.name == "llama_extra_args" else SEED_SAYS)
+    assert reported(orch) == Reported(
+        tiny_model, **expected if row.name == "llama_extra_args" else SEED_REPORTED
+    )
 
 
 @each_with_flags
 def test_an_empty_list_clears_extra_args_for_good(
     orch: Orchestrator, tiny_model: str, row: Row
 ) -> None:
-    """Omitted means "as they are", empty means none; the two were mixed up."""
+    """An omitted list inherits."""
     first = apply(orch, tiny_model, llama_extra_args=row.flags)
-    assert said(orch) == Said(tiny_model, **row.flags_say)
+    assert reported(orch) == Reported(tiny_model, **row.flags_reported)
     again = apply(orch, tiny_model)
     assert (again.status, again.pid) == ("already_loaded", first.pid)
     assert reasons(apply(orch, tiny_model, llama_extra_args=[])) == ["llama_extra_args"]
-    assert said(orch) == Said(tiny_model)
+    assert reported(orch) == Reported(tiny_model)
     orch.unload()
     apply(orch, tiny_model)
-    assert said(orch) == Said(tiny_model)
+    assert reported(orch) == Reported(tiny_model)
 
 
 @each_field_with_flags
@@ -319,31 +320,31 @@ def test_explicit_flags_beat_a_field_and_a_field_beats_inherited_flags(
     orch: Orchestrator, tiny_model: str, row: Row
 ) -> None:
     """An inherited `-c 4096` once beat the new context, because the last flag wins."""
-    (one, _), (two, two_says) = row.values
+    (one, _), (two, two_reported) = row.values
     apply(orch, tiny_model, **{row.name: one, "llama_extra_args": [*row.flags, *SEED]})
-    assert said(orch) == Said(tiny_model, **row.flags_say | SEED_SAYS)
+    assert reported(orch) == Reported(tiny_model, **row.flags_reported | SEED_REPORTED)
     overridden = apply(orch, tiny_model, **{row.name: two})
     assert reasons(overridden) == [row.name, "llama_extra_args"]
-    assert said(orch) == Said(tiny_model, **two_says | SEED_SAYS)
+    assert reported(orch) == Reported(tiny_model, **two_reported | SEED_REPORTED)
     assert reasons(apply(orch, tiny_model)) == [row.name]
-    assert said(orch) == Said(tiny_model, **SEED_SAYS)
+    assert reported(orch) == Reported(tiny_model, **SEED_REPORTED)
 
 
 @each_field_with_flags
 def test_a_blank_field_leaves_inherited_flags_alone(
     orch: Orchestrator, tiny_model: str, row: Row
 ) -> None:
-    """A form sends every field each time; what is blank sets nothing."""
+    """A form always sends every field."""
     first = apply(orch, tiny_model, llama_extra_args=row.flags)
     again = apply(orch, tiny_model, **{row.name: row.blank})
     assert (again.status, again.pid) == ("already_loaded", first.pid)
-    assert said(orch) == Said(tiny_model, **row.flags_say)
+    assert reported(orch) == Reported(tiny_model, **row.flags_reported)
 
 
 def test_a_drafting_mode_from_extra_args_is_kept_until_it_is_switched_off(
     orch: Orchestrator, tiny_model: str
 ) -> None:
-    """B44: a panel shows the mode as it is; sending that changes nothing, choosing Off does."""
+    """B44: a panel shows the mode and may send it back unchanged."""
     row = next(row for row in ROWS if row.name == "speculative_type")
     first = apply(orch, tiny_model, llama_extra_args=row.flags)
     assert first.speculative_type == "ngram-map-k"
@@ -351,36 +352,36 @@ def test_a_drafting_mode_from_extra_args_is_kept_until_it_is_switched_off(
     assert (back.status, back.pid) == ("already_loaded", first.pid)
     off = apply(orch, tiny_model, speculative_type="off")
     assert (off.status, off.speculative_type, off.llama_extra_args) == ("loaded", "off", [])
-    assert said(orch) == Said(tiny_model)
+    assert reported(orch) == Reported(tiny_model)
 
 
 @each_with_flags
 def test_flags_of_one_model_never_reach_another(
     orch: Orchestrator, tiny_model: str, other_model: str, row: Row
 ) -> None:
-    """And they are still there when the first model comes back."""
+    """And they still apply when the first model is loaded again."""
     apply(orch, tiny_model, llama_extra_args=[*row.flags, *SEED])
     assert reasons(apply(orch, other_model)) == ["model_path", "llama_extra_args"]
-    assert said(orch) == Said(other_model)
+    assert reported(orch) == Reported(other_model)
     apply(orch, tiny_model)
-    assert said(orch) == Said(tiny_model, **row.flags_say | SEED_SAYS)
+    assert reported(orch) == Reported(tiny_model, **row.flags_reported | SEED_REPORTED)
 
 
 @each
 def test_a_failed_load_changes_no_inherited_args(
     orch: Orchestrator, tiny_model: str, row: Row
 ) -> None:
-    """Arguments stored before success once poisoned every start after a bad one."""
-    (one, one_says), (two, _) = row.values
+    """Arguments that were stored before the load succeeded once broke every later start."""
+    (one, one_reported), (two, _) = row.values
     good = {row.name: one} | ({} if row.name == "llama_extra_args" else {"llama_extra_args": SEED})
-    says = one_says | ({} if row.name == "llama_extra_args" else SEED_SAYS)
+    expected = one_reported | ({} if row.name == "llama_extra_args" else SEED_REPORTED)
     running = apply(orch, tiny_model, **good)
     bad = {row.name: two, "llama_extra_args": [*row.flags, "--bogus"]}
     refused = {row.name: two, "llama_extra_args": [*row.flags, "--port=1"]}
     for call in (orch.plan, orch.load):
         with pytest.raises(RefusedArgument, match="--port is refused"):
             call(tiny_model, **refused)
-    assert said(orch) == Said(tiny_model, **says)
+    assert reported(orch) == Reported(tiny_model, **expected)
     loaded = orch.status().loaded
     assert loaded is not None
     assert loaded.pid == running.pid
@@ -389,76 +390,76 @@ def test_a_failed_load_changes_no_inherited_args(
         orch.load(tiny_model, **bad)
     del good["llama_extra_args"]
     assert apply(orch, tiny_model, **good).status == "loaded"
-    assert said(orch) == Said(tiny_model, **says)
+    assert reported(orch) == Reported(tiny_model, **expected)
 
 
 def test_a_first_load_that_fails_leaves_nothing_to_inherit(
     orch: Orchestrator, tiny_model: str, other_model: str
 ) -> None:
-    """Neither for its own model nor for the one that ran before it."""
+    """Neither for its own model nor for the previous one."""
     apply(orch, other_model)
     with pytest.raises(ServerStartFailed, match="--bogus"):
         orch.load(tiny_model, llama_extra_args=[*SEED, "--bogus"])
     apply(orch, tiny_model)
-    assert said(orch) == Said(tiny_model)
+    assert reported(orch) == Reported(tiny_model)
     apply(orch, other_model)
-    assert said(orch) == Said(other_model)
+    assert reported(orch) == Reported(other_model)
 
 
 @each
 def test_the_settings_in_a_status_may_be_posted_back(
     orch: Orchestrator, tiny_model: str, row: Row
 ) -> None:
-    """To the same process, and after an unload to the same settings: a field, flags, and both."""
+    """They mean the same process, and after an unload the same settings."""
     value, _ = row.values[0]
     ways: list[dict[str, Any]] = [{row.name: value}]
     if row.flags:
         ways += [{"llama_extra_args": row.flags}, {row.name: value, "llama_extra_args": row.flags}]
     for settings in ways:
         apply(orch, tiny_model, **{"llama_extra_args": (), **settings})
-        before = said(orch)
+        before = reported(orch)
         loaded = orch.status().loaded
         assert loaded is not None
-        told = json.loads(json.dumps(loaded.as_dict()))
+        posted = json.loads(json.dumps(loaded.as_dict()))
         back = {
             **settings,
-            "gguf_variant": told["gguf_variant"],
-            "max_seq_length": told["requested_context_length"],
-            "cache_type_kv": told["cache_type_kv"],
-            "speculative_type": told["speculative_type"],
-            "llama_extra_args": told["llama_extra_args"],
+            "gguf_variant": posted["gguf_variant"],
+            "max_seq_length": posted["requested_context_length"],
+            "cache_type_kv": posted["cache_type_kv"],
+            "speculative_type": posted["speculative_type"],
+            "llama_extra_args": posted["llama_extra_args"],
         }
-        again = apply(orch, told["model_path"], **back)
+        again = apply(orch, posted["model_path"], **back)
         assert (again.status, again.pid) == ("already_loaded", loaded.pid)
         orch.unload()
-        apply(orch, told["model_path"], **back)
-        assert said(orch) == before
+        apply(orch, posted["model_path"], **back)
+        assert reported(orch) == before
 
 
 # --------------------------------------------------------------------- what the file names decide
 
 
 def test_a_replaced_model_file_is_a_reason_to_reload(orch: Orchestrator, tmp_path: Path) -> None:
-    """The path is the same, the model is not."""
+    """Under the same path."""
     path = write_tiny_model(tmp_path / "m.gguf")
     apply(orch, str(path), llama_extra_args=SEED)
-    assert said(orch) == Said(str(path), **SEED_SAYS)
+    assert reported(orch) == Reported(str(path), **SEED_REPORTED)
     write_tiny_model(path, context_length=1536)
     assert reasons(apply(orch, str(path))) == ["model_path"]
-    assert said(orch) == Said(str(path), context=1536, **SEED_SAYS)
+    assert reported(orch) == Reported(str(path), context=1536, **SEED_REPORTED)
 
 
 def test_a_replaced_server_binary_is_a_reason_to_reload(
     llama_server: str, tiny_model: str, state_dir: Path, tmp_path: Path
 ) -> None:
-    """An update of llama.cpp takes effect with the next Apply."""
+    """An update of llama.cpp takes effect at the next Apply."""
     path = tmp_path / "llama-server"
     write_server(path, llama_server)
     with Orchestrator(llama_server=path, state_dir=state_dir) as orch:
         apply(orch, tiny_model, llama_extra_args=SEED)
         write_server(path, llama_server, LLAMA_ARG_CTX_SIZE="1280")
         assert reasons(apply(orch, tiny_model)) == ["llama_server"]
-        assert said(orch) == Said(tiny_model, context=1280, **SEED_SAYS)
+        assert reported(orch) == Reported(tiny_model, context=1280, **SEED_REPORTED)
 
 
 def test_a_plan_reads_a_header_again_only_when_the_file_changed(
@@ -468,7 +469,7 @@ def test_a_plan_reads_a_header_again_only_when_the_file_changed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What was replaced, cut short, taken away or forbidden since is seen at once."""
+    """Replaced, truncated, removed and unreadable files are noticed."""
     read: list[str] = []
 
     def reading(path: str, mode: str) -> Any:
@@ -504,76 +505,32 @@ def test_a_plan_reads_a_header_again_only_when_the_file_changed(
 def test_extra_args_belong_to_the_variant_that_was_picked(
     orch: Orchestrator, tmp_path: Path
 ) -> None:
-    """However it was asked for; the label of a picked variant once never matched itself."""
+    """The label of a picked variant once did not match itself."""
     small, large = tmp_path / "m-Q4_K_M.gguf", tmp_path / "m-Q8_0.gguf"
     write_tiny_model(small)
     write_tiny_model(large, seed=1)
     folder = str(tmp_path)
     picked = apply(orch, folder, llama_extra_args=SEED)
-    assert said(orch) == Said(str(small), **SEED_SAYS)
+    assert reported(orch) == Reported(str(small), **SEED_REPORTED)
     for name in (picked.gguf_variant, "q4_k_m", small.name, None):
         again = apply(orch, folder, gguf_variant=name)
         assert (again.status, again.pid) == ("already_loaded", picked.pid)
     apply(orch, folder, gguf_variant="Q8_0")
-    assert said(orch) == Said(str(large))
+    assert reported(orch) == Reported(str(large))
     apply(orch, folder, gguf_variant="Q4_K_M")
-    assert said(orch) == Said(str(small), **SEED_SAYS)
+    assert reported(orch) == Reported(str(small), **SEED_REPORTED)
 
 
 def test_drafting_is_ignored_for_a_vision_model(
     orch: Orchestrator, tiny_model: str, tmp_path: Path
 ) -> None:
-    """A value that never applies once made every Apply of a vision model a reload."""
-    projector = write_projector(tmp_path / "mmproj.gguf")
+    """It once made every Apply of a vision model a reload."""
+    projector = str(write_projector(tmp_path / "mmproj.gguf"))
     apply(orch, tiny_model, speculative_type="ngram-mod")
-    assert said(orch) == Said(tiny_model, drafting=("ngram-mod",))
+    assert reported(orch) == Reported(tiny_model, drafting=("ngram-mod",))
     seeing = apply(orch, tiny_model, mmproj_path=projector, speculative_type="ngram-mod")
     assert reasons(seeing) == ["mmproj_path", "speculative_type"]
-    assert said(orch) == Said(tiny_model, vision=True)
+    assert reported(orch) == Reported(tiny_model, vision=True)
     for mode in ("ngram-mod", "ngram-simple", "default", "off", None):
         again = apply(orch, tiny_model, mmproj_path=projector, speculative_type=mode)
         assert (again.status, again.pid) == ("already_loaded", seeing.pid)
-
-
-def write_projector(path: Path) -> str:
-    """A vision projector that fits the tiny model and sees nothing: all its weights are zero."""
-    width, hidden, out, patch = 32, 64, 64, 14
-    writer = gguf.GGUFWriter(path, "clip")
-    writer.add_bool("clip.has_vision_encoder", True)
-    writer.add_bool("clip.use_gelu", True)
-    writer.add_string("clip.projector_type", "mlp")
-    sizes = {
-        "image_size": 2 * patch,
-        "patch_size": patch,
-        "embedding_length": width,
-        "feed_forward_length": hidden,
-        "block_count": 1,
-        "attention.head_count": 2,
-        "projection_dim": out,
-    }
-    for name, size in sizes.items():
-        writer.add_uint32(f"clip.vision.{name}", size)
-    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-5)
-    for name in ("image_mean", "image_std"):
-        writer.add_array(f"clip.vision.{name}", [0.5, 0.5, 0.5])
-    weights = {"patch_embd": (width, 3, patch, patch), "position_embd": (2 * 2 + 1, width)}
-    biased: dict[str, tuple[int, ...]] = {
-        "pre_ln": (width,),
-        "blk.0.ln1": (width,),
-        "blk.0.ln2": (width,),
-    }
-    biased |= {f"blk.0.attn_{name}": (width, width) for name in ("q", "k", "v", "out")}
-    biased |= {"blk.0.ffn_up": (hidden, width), "blk.0.ffn_down": (width, hidden)}
-    shapes: dict[str, tuple[int, ...]] = {"v.class_embd": (width,)}
-    shapes |= {f"v.{name}.weight": shape for name, shape in weights.items()}
-    for name, shape in biased.items():
-        shapes |= {f"v.{name}.weight": shape, f"v.{name}.bias": shape[:1]}
-    for name, shape in {"mm.0": (out, width), "mm.2": (out, out)}.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    for name, shape in shapes.items():
-        writer.add_tensor(name, numpy.zeros(shape, dtype=numpy.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return str(path)

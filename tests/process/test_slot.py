@@ -1,6 +1,6 @@
-"""The slot itself: who owns it, when it is empty, what a record proves, and what is never touched.
+"""The slot: its owner, when it is empty, what a record proves, and which processes are left alone.
 
-No orchestrator here: a `Slot` and ordinary processes that hold, or only seem to hold, its marks.
+There is no orchestrator here, only a `Slot` and ordinary processes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import psutil
 import pytest
 
 from orchestrator.errors import InvalidRequest, SlotOwned, StateDirError
-from orchestrator.server import process_table
+from orchestrator.server import process_table, slot
 from orchestrator.server.process_table import Pin, ProcessId
 from orchestrator.server.slot import TOKEN_NAME, Slot
 from tests.kit.process.support import is_running, kill, until
+from tests.kit.sentences import assert_sentence
 
 Sleeper = subprocess.Popen[bytes]
 Sleep = Callable[..., Sleeper]
@@ -35,9 +36,7 @@ _DEAF = [*_PYTHON, "import signal, time; signal.signal(15, signal.SIG_IGN)\n" + 
 
 @pytest.fixture
 def sleep() -> Iterator[Sleep]:
-    """Start processes that do nothing for a long time, as a server does in their own session;
-    returns once they do.
-    """
+    """Start processes that sleep, each in a session of its own, as a server is."""
     started: list[Sleeper] = []
 
     def start(
@@ -60,7 +59,6 @@ def sleep() -> Iterator[Sleep]:
 
 @pytest.fixture
 def mine(state_dir: Path) -> Iterator[Slot]:
-    """A claimed slot."""
     claimed = Slot("mine", state_dir)
     claimed.claim()
     yield claimed
@@ -79,7 +77,7 @@ def identity(process: Sleeper) -> ProcessId:
 
 
 def in_a_fork(what: Callable[[], object]) -> int:
-    """Run it in a forked child and return the child's pid; the child then waits to be killed."""
+    """Run a function in a forked child, which then waits to be killed; return the child's pid."""
     read, write = os.pipe()
     if (pid := os.fork()) == 0:
         try:
@@ -107,9 +105,10 @@ def reaped(pid: int) -> Iterator[int]:
 
 
 def test_a_second_claim_is_refused_and_names_the_owner(mine: Slot, state_dir: Path) -> None:
-    """Also within one process: whoever comes second has to be able to find the first."""
-    with pytest.raises(SlotOwned, match=rf"process {os.getpid()}\b.*another slot name") as refused:
+    """Also within one process."""
+    with pytest.raises(SlotOwned) as refused:
         Slot("mine", state_dir).claim()
+    assert_sentence("slot.owned", refused.value.message, pid=os.getpid())
     assert refused.value.field == "slot"
     mine.release()
     again = Slot("mine", state_dir)
@@ -118,7 +117,7 @@ def test_a_second_claim_is_refused_and_names_the_owner(mine: Slot, state_dir: Pa
 
 
 def test_a_claim_ends_with_its_process(state_dir: Path) -> None:
-    """The kernel gives the slot back, whatever became of its owner."""
+    """The kernel releases the lock, however the process ended."""
     program = (
         "import sys; sys.path[:] = sys.argv[2:]\n"
         "from orchestrator.server.slot import Slot\n"
@@ -138,7 +137,7 @@ def test_a_claim_ends_with_its_process(state_dir: Path) -> None:
 
 
 def test_a_forked_worker_neither_owns_nor_keeps_the_slot(mine: Slot, state_dir: Path) -> None:
-    """A pre-fork server's workers outlive their parent; its slot must not be lost to them."""
+    """The workers of a pre-fork server outlive their parent."""
     lock, fd = mine.take_lock()
     assert lock.is_empty
     assert fd is not None
@@ -155,13 +154,13 @@ def test_a_forked_worker_neither_owns_nor_keeps_the_slot(mine: Slot, state_dir: 
 
 
 def test_a_release_in_a_fork_keeps_the_parents_claim(mine: Slot, state_dir: Path) -> None:
-    """An inherited exit handler runs in the worker too."""
+    """A worker runs the exit handlers it inherited."""
     with reaped(in_a_fork(mine.release)), pytest.raises(SlotOwned):
         Slot("mine", state_dir).claim()
 
 
 def test_a_claim_waits_for_the_guardian_of_a_dead_owner(state_dir: Path) -> None:
-    """A guardian empties the slot of a killed host: the restarted host waits, it is not refused."""
+    """A restarted host must not be refused while the guardian empties its slot."""
     before = Slot("s", state_dir)
     before.claim()
     dead = subprocess.Popen(["true"])
@@ -183,7 +182,7 @@ def test_a_claim_waits_for_the_guardian_of_a_dead_owner(state_dir: Path) -> None
 
 
 def test_a_guardian_stops_when_another_owner_has_claimed_the_slot(mine: Slot, sleep: Sleep) -> None:
-    """A guardian that comes late must not end the server of the backend that came after."""
+    """A late guardian must not end the server of the next backend."""
     process = sleep(env=environment(mine))
     dead = ProcessId(process.pid, 1, process_table.boot_id())
     assert not mine.succeed(dead)
@@ -197,7 +196,7 @@ def test_a_guardian_stops_when_another_owner_has_claimed_the_slot(mine: Slot, sl
 
 
 def test_a_guardian_takes_over_an_unclaimed_slot(state_dir: Path, sleep: Sleep) -> None:
-    """Also when somebody has cleaned up the folder, and with it the owner's name."""
+    """Also if the folder was removed, and the owner's name with it."""
     dead = ProcessId(os.getpid(), 1, process_table.boot_id())
     heir = Slot("s", state_dir)
     assert heir.succeed(dead)
@@ -210,7 +209,7 @@ def test_a_guardian_takes_over_an_unclaimed_slot(state_dir: Path, sleep: Sleep) 
 
 
 def test_slots_of_one_directory_are_independent(mine: Slot, state_dir: Path, sleep: Sleep) -> None:
-    """Several models on one machine are several slots; a name may begin like another."""
+    """One name may be the beginning of another."""
     other = Slot("mine2", state_dir)
     other.claim()
     _, fd = other.take_lock()
@@ -232,7 +231,7 @@ def test_slots_of_one_directory_are_independent(mine: Slot, state_dir: Path, sle
 def test_the_slot_is_empty_once_the_last_holder_of_its_lock_is_dead(
     mine: Slot, sleep: Sleep
 ) -> None:
-    """The kernel is the judge, also of a process that nothing is known about."""
+    """This holds for processes that are not on record, too."""
     _, fd = mine.take_lock()
     assert fd is not None
     held = mine.take_lock()
@@ -251,7 +250,7 @@ def test_the_slot_is_empty_once_the_last_holder_of_its_lock_is_dead(
 
 
 def test_the_slot_is_not_empty_while_a_recorded_process_lives(mine: Slot, sleep: Sleep) -> None:
-    """A server that closes its descriptors lets go of the lock, not of the memory."""
+    """A server that closes its descriptors releases the lock, but not its memory."""
     process = sleep()
     mine.remember(identity(process))
     evidence, none = mine.take_lock()
@@ -266,7 +265,7 @@ def test_the_slot_is_not_empty_while_a_recorded_process_lives(mine: Slot, sleep:
 
 
 def test_a_zombie_is_not_alive(mine: Slot, sleep: Sleep) -> None:
-    """It holds neither memory nor a port, and only its parent can end it."""
+    """It holds neither memory nor a port, and only its parent can reap it."""
     process = sleep()
     who = identity(process)
     assert process_table.is_alive(who)
@@ -277,7 +276,7 @@ def test_a_zombie_is_not_alive(mine: Slot, sleep: Sleep) -> None:
 
 
 def test_a_process_whose_main_thread_has_ended_is_alive(mine: Slot, sleep: Sleep) -> None:
-    """It looks like a zombie in the process table, and its other threads hold everything."""
+    """The process table shows it as a zombie, but its other threads are running."""
     program = (
         "import ctypes, threading, time\n"
         "threading.Thread(target=time.sleep, args=(600,)).start()\n"
@@ -296,7 +295,7 @@ def test_a_process_whose_main_thread_has_ended_is_alive(mine: Slot, sleep: Sleep
 
 
 def test_inhabitants_are_found_by_record_token_group_and_descent(mine: Slot, sleep: Sleep) -> None:
-    """Record, token, group, session and descent; a look-alike has none of them."""
+    """A process with the same command line is not one."""
     by_token = sleep(env=environment(mine))
     by_record = sleep()
     mine.remember(identity(by_record))
@@ -313,9 +312,7 @@ def test_inhabitants_are_found_by_record_token_group_and_descent(mine: Slot, sle
 
 
 def test_processes_of_our_own_session_are_never_inhabitants(mine: Slot, sleep: Sleep) -> None:
-    """A server has a session of its own and nothing below it can join ours: whoever carries its
-    marks here is a worker of the host, or the user's own.
-    """
+    """No descendant of a server can join our session, so these are workers of the host."""
     _, fd = mine.take_lock()
     assert fd is not None
     worker = sleep(env=environment(mine), pass_fds=(fd,), start_new_session=False)
@@ -329,7 +326,7 @@ def test_processes_of_our_own_session_are_never_inhabitants(mine: Slot, sleep: S
 def test_own_process_and_ancestors_are_never_inhabitants(
     mine: Slot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A record that names the user's session once cost it (pid 1, signalled as a group)."""
+    """A record that named the user's session once ended it (pid 1, signalled as a group)."""
     me = process_table.identify(os.getpid())
     parent = process_table.identify(os.getppid())
     init = process_table.identify(1)
@@ -347,7 +344,7 @@ def test_own_process_and_ancestors_are_never_inhabitants(
 def test_the_same_path_in_a_container_is_another_slot(
     mine: Slot, tmp_path: Path, sleep: Sleep
 ) -> None:
-    """A container's slot has the path of the host's own, and the host sees its processes."""
+    """The host sees the processes of its containers."""
     name, _, value = mine.token.partition("=")
     theirs = Path(str(tmp_path / "root") + str(mine.directory))
     theirs.mkdir(parents=True)
@@ -364,7 +361,7 @@ def test_the_same_path_in_a_container_is_another_slot(
 
 
 def test_a_record_is_written_read_and_removed(mine: Slot, state_dir: Path) -> None:
-    """Written before the server exists, so that a crash in between is on record too."""
+    """Before the server exists, so that nothing is started which cannot be recorded."""
     assert mine.recall() is None
     mine.remember(None)
     assert mine.recall() is None
@@ -408,7 +405,7 @@ GOOD = {"pid": 4242, "start_ticks": 17, "boot_id": "b"}
     ],
 )
 def test_an_invalid_record_is_ignored(mine: Slot, text: str) -> None:
-    """Corrupt, foreign or from another version: it proves nothing, and it stops nobody."""
+    """A corrupt or foreign record must neither name a process to signal nor prevent a start."""
     mine.record_path.write_text(text, encoding="latin-1")
     assert mine.recall() is None
     signalled, evidence = mine.reap()
@@ -418,7 +415,7 @@ def test_an_invalid_record_is_ignored(mine: Slot, text: str) -> None:
 
 
 def test_an_unreadable_record_is_ignored(mine: Slot) -> None:
-    """A folder in its place is no reason to give up."""
+    """Here it is a folder."""
     mine.record_path.mkdir()
     assert mine.recall() is None
     assert mine.reap()[0] == set()
@@ -427,11 +424,11 @@ def test_an_unreadable_record_is_ignored(mine: Slot) -> None:
     assert refused.value.field == "state_dir"
 
 
-# What a later start does
+# Reaping at a later start
 
 
 def test_leftover_processes_are_reaped_by_lock_token_and_record(mine: Slot, sleep: Sleep) -> None:
-    """By lock alone, by token alone, by record alone; TERM first, KILL for the deaf."""
+    """Each has only one of the three; SIGKILL follows for the one that ignores SIGTERM."""
     _, fd = mine.take_lock()
     assert fd is not None
     by_lock = sleep(env={}, pass_fds=(fd,))
@@ -453,7 +450,7 @@ def test_leftover_processes_are_reaped_by_lock_token_and_record(mine: Slot, slee
 
 
 def test_the_descendants_of_a_recorded_server_are_reaped(mine: Slot, sleep: Sleep) -> None:
-    """A child without a mark of its own is found through the leader that is on record."""
+    """They carry no token and hold no lock."""
     server = sleep(
         ["sh", "-c", "env -i sleep 600 & env -i setsid sleep 600 & echo; wait"],
         env={"PATH": os.environ["PATH"]},
@@ -466,13 +463,19 @@ def test_the_descendants_of_a_recorded_server_are_reaped(mine: Slot, sleep: Slee
     assert not any(map(is_running, family))
 
 
+@pytest.fixture
+def short_reap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slot, "_TERM_S", 0.05)
+    monkeypatch.setattr(slot, "_KILL_S", 0.1)
+
+
 @pytest.mark.parametrize(
-    "change", [{"start_ticks": 1}, {"boot_id": "another"}], ids=["pid came back", "rebooted"]
+    "change", [{"start_ticks": 1}, {"boot_id": "another"}], ids=["pid reused", "rebooted"]
 )
 def test_a_process_that_reuses_a_recorded_pid_is_not_signalled(
     mine: Slot, sleep: Sleep, change: dict[str, Any]
 ) -> None:
-    """The record says which process, not which number; its group is not touched either."""
+    """Nor is its process group."""
     stranger = sleep()
     mine.remember(ProcessId(**(asdict(identity(stranger)) | change)))
     signalled, evidence = Slot("mine", mine.directory.parent).reap()
@@ -481,30 +484,31 @@ def test_a_process_that_reuses_a_recorded_pid_is_not_signalled(
     assert stranger.poll() is None
 
 
-def test_a_lock_of_an_unknown_holder_keeps_the_slot_occupied(
-    mine: Slot, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another user's process, say: not ours to end, and not a reason to say "empty"."""
+@pytest.mark.usefixtures("short_reap")
+def test_a_lock_of_an_unknown_holder_keeps_the_slot_occupied(mine: Slot) -> None:
+    """The holder may be another user's process."""
     _, fd = mine.take_lock()
     assert fd is not None
-    signalled, evidence = mine.reap(term_s=0.05, kill_s=0.1)
+    signalled, evidence = mine.reap()
     assert signalled == set()
+    assert_sentence("slot.held_by_unknown", evidence.reason)
     assert not evidence.is_empty
     os.close(fd)
     assert mine.reap()[1].is_empty
 
 
+@pytest.mark.usefixtures("short_reap")
 def test_a_process_that_survives_sigkill_keeps_the_slot_occupied(
     mine: Slot, sleep: Sleep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A reaper that forgets what it could not end makes two servers."""
+    """Otherwise the next start would run beside it."""
     process = sleep(env=environment(mine))
     with monkeypatch.context() as patch:
         patch.setattr(Pin, "signal", lambda *_: None)
-        signalled, evidence = mine.reap(term_s=0.05, kill_s=0.1)
+        signalled, evidence = mine.reap()
     assert signalled == {process.pid}
     assert not evidence.is_empty
-    assert str(process.pid) in evidence.reason
+    assert_sentence("slot.survivors", evidence.reason, pid=process.pid)
     assert process.poll() is None
     assert mine.reap()[1].is_empty
 
@@ -514,15 +518,16 @@ def test_a_process_that_survives_sigkill_keeps_the_slot_occupied(
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "-a", "a b", "a\n", "a\0", "é", "x" * 65])
 def test_an_invalid_slot_name_is_refused_and_creates_nothing(state_dir: Path, name: str) -> None:
-    """A name becomes a folder: nothing that means more than a name is accepted."""
-    with pytest.raises(InvalidRequest, match=r"slot is .*use 1 to 64") as refused:
+    """The name becomes the name of a folder."""
+    with pytest.raises(InvalidRequest) as refused:
         Slot(name, state_dir)
+    assert_sentence("slot.name", refused.value.message, given=repr(name))
     assert refused.value.field == "slot"
     assert list(state_dir.iterdir()) == []
 
 
 def test_a_valid_slot_name_is_accepted(state_dir: Path) -> None:
-    """The longest, and every kind of character."""
+
     for name in ("a", "0", "A-b_c.d", "x" * 64):
         assert Slot(name, state_dir).directory == state_dir / name
 
@@ -546,7 +551,6 @@ def test_a_valid_slot_name_is_accepted(state_dir: Path) -> None:
 def test_an_unusable_state_directory_is_refused(
     tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Known before anything is started, with the setting to change."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("here")
     (tmp_path / "loop").symlink_to("loop")
@@ -558,14 +562,14 @@ def test_an_unusable_state_directory_is_refused(
 
 
 def test_a_state_directory_of_the_wrong_type_is_refused(tmp_path: Path) -> None:
-    """A typed error, not a TypeError from the depths."""
     with pytest.raises(StateDirError) as refused:
         Slot("s", 5)  # type: ignore[arg-type]
+    assert_sentence("slot.state_dir", refused.value.message)
     assert refused.value.field == "state_dir"
 
 
 def test_a_state_directory_is_created_where_its_parent_exists(tmp_path: Path) -> None:
-    """And it is private: a record or a template is nobody else's business."""
+    """And it is private, because records and templates are."""
     made = Slot("s", tmp_path / "new")
     assert made.directory == tmp_path / "new" / "s"
     assert [p.stat().st_mode & 0o777 for p in (made.directory, made.directory.parent)] == [
@@ -576,7 +580,7 @@ def test_a_state_directory_is_created_where_its_parent_exists(tmp_path: Path) ->
 def test_the_default_state_directory_follows_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its own variable, then XDG's, then the home directory."""
+    """In this order: our own variable, XDG's, the home directory."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("XDG_STATE_HOME", raising=False)
     monkeypatch.delenv("LLAMA_ORCHESTRATOR_STATE_DIR", raising=False)
@@ -591,7 +595,7 @@ def test_the_default_state_directory_follows_the_environment(
 def test_a_relative_state_directory_is_resolved_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The token and the record outlive the working directory."""
+    """A change of the working directory must not move the slot."""
     monkeypatch.chdir(tmp_path)
     made = Slot("s", "state")
     monkeypatch.chdir("/")
@@ -601,7 +605,7 @@ def test_a_relative_state_directory_is_resolved_once(
 
 
 def test_a_state_directory_with_a_name_that_is_not_utf8_works(tmp_path: Path, sleep: Sleep) -> None:
-    """Paths are bytes; the token in the environment is found all the same."""
+    """The token, which contains the path, must still be found in the environment."""
     odd = Slot("s", os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     odd.claim()
     process = sleep(env=environment(odd))
@@ -612,5 +616,5 @@ def test_a_state_directory_with_a_name_that_is_not_utf8_works(tmp_path: Path, sl
 
 
 def test_the_token_is_an_environment_variable(mine: Slot) -> None:
-    """Readable by a person: the folder is in it."""
+    """With the folder in it, for a person who looks at the process."""
     assert mine.token.startswith(f"{TOKEN_NAME}={mine.directory}")

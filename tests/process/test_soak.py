@@ -1,4 +1,4 @@
-"""The soak of `soak.py`: never two servers, none left, and nothing grows."""
+"""The soak test of `tests.kit.process.soak`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ MIB = 1 << 20
 def test_random_operations_with_faults_never_run_two_servers_and_leak_nothing(
     tmp_path: Path, operations: int, most_traced: int, most_resident: int
 ) -> None:
-    """What is kept on purpose (256 outcomes, 2,000 lines, the last events) is bounded, so a run ten
-    times as long may grow by no more than a short one.
+    """What is retained on purpose (256 outcomes, 2,000 lines, the last events) is bounded, so a run
+    ten times as long may grow by no more than a short one.
     """
     report = soak(tmp_path, operations, warm_up=max(100, operations // 5))
     print(report)

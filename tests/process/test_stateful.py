@@ -1,11 +1,10 @@
-"""Any sequence of calls and mishaps on the public API, with real processes underneath.
+"""Any sequence of calls and faults on the public API, with real processes.
 
-What is drawn must not depend on who wins a race, so rules have no preconditions: one that makes no
-sense at the moment does nothing.
-Hypothesis chooses what happens next. It does not shorten what fails: a schedule of real processes
-is never the same twice, and a shorter one may pass by luck. A small reference model knows what may
-be true: what was asked for last, what every model does when it is started, who waits, who holds a
-lease. It never looks inside; the process table and a lock held by the servers are the witnesses.
+Hypothesis chooses the steps. Rules have no preconditions, because the outcome of a race must not
+change what is drawn next: a rule that does not apply does nothing. Failures are not shrunk, because
+a schedule of real processes cannot be repeated. A small reference model (`Expected`) knows which
+answers are possible; it is compared with the public API, the process table and a lock that the
+servers hold.
 """
 
 from __future__ import annotations
@@ -47,17 +46,17 @@ BEHAVIOURS: dict[str, dict[str, Any]] = {
     "warming": {"loading_s": -1},
 }
 STARTS = frozenset({"good", "slow", "stubborn", "deaf", "family"})
-"""Behaviours of which a load that nobody disturbs is answered with success."""
+"""Behaviours with which a load succeeds unless another call interferes."""
 
 DEADLINE_S = 15.0
 IMPATIENT_S = 0.3
 OVERTAKEN = frozenset({"superseded", "cancelled", "busy"})
-"""What a load may be told because of other calls."""
+"""Errors of a load that other calls cause."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A load, and how its model was to behave."""
+class Load:
+    """A load, and the behaviour planned for its model."""
 
     model: str
     context: int
@@ -70,18 +69,18 @@ class Asked:
 
 
 @dataclass
-class Believed:
+class Expected:
     """What has to be true at rest.
 
     Attributes:
-        running: What the last load that was answered with success asked for; None where nothing
-            can be running; "unknown" while others may still change it.
+        running: The target of the last load that succeeded; None if no server can be running;
+            "unknown" while calls in flight may change it.
     """
 
     generation: int = 0
     running: tuple[str, int] | str | None = None
     pid: int = 0
-    waiting: list[tuple[Asked, Background]] = field(default_factory=list)
+    waiting: list[tuple[Load, Background]] = field(default_factory=list)
 
     @property
     def is_at_rest(self) -> bool:
@@ -89,7 +88,7 @@ class Believed:
 
 
 class Calls(RuleBasedStateMachine):
-    """One orchestrator over the fake server, and everything that callers may do with it."""
+    """One orchestrator over the fake server, and everything that callers can do with it."""
 
     directory: ClassVar[Path]
     model: ClassVar[str]
@@ -111,16 +110,16 @@ class Calls(RuleBasedStateMachine):
             kill_grace_s=0.1,
             drain_timeout_s=0.1,
         )
-        self.believed = Believed()
+        self.expected = Expected()
         self.leases: list[contextlib.ExitStack] = []
         self.ids = itertools.count()
         self.is_over = False
 
-    # ------------------------------------------------------------------------------- what is asked
+    # ------------------------------------------------------------------------------- loads
 
-    def asked(
+    def requested(
         self, model: str, context: int, on_busy: str, *, force: bool, restore: bool, pinned: bool
-    ) -> Asked:
+    ) -> Load:
         behaviour = self.behaves[model]
         fields = {
             "max_seq_length": context,
@@ -131,7 +130,7 @@ class Calls(RuleBasedStateMachine):
             "load_request_id": f"id-{next(self.ids)}",
             "deadline_s": DEADLINE_S if behaviour in STARTS else IMPATIENT_S,
         }
-        return Asked(model, context, behaviour, fields)
+        return Load(model, context, behaviour, fields)
 
     loads: ClassVar[dict[str, Any]] = {
         "model": st.sampled_from(MODELS),
@@ -146,88 +145,88 @@ class Calls(RuleBasedStateMachine):
     def load_and_wait(
         self, model: str, context: int, on_busy: str, force: bool, restore: bool, pinned: bool
     ) -> None:
-        asked = self.asked(model, context, on_busy, force=force, restore=restore, pinned=pinned)
-        believed, alone = self.believed, self.believed.is_at_rest
-        call = Background(self.orch.load, str(self.home / model), **asked.fields)
+        load = self.requested(model, context, on_busy, force=force, restore=restore, pinned=pinned)
+        expected, alone = self.expected, self.expected.is_at_rest
+        call = Background(self.orch.load, str(self.home / model), **load.fields)
         error = call.error()
         if error is not None:
-            self.check_refusal(asked, error, alone=alone)
-            believed.running = None if alone and not restore else "unknown"
+            self.check_refusal(load, error, alone=alone)
+            expected.running = None if alone and not restore else "unknown"
             self.settle()
             return
         outcome: LoadOutcome = call.result()
-        self.check_outcome(asked, outcome)
-        if alone and believed.running == asked.target and not force:
-            assert (outcome.status, outcome.pid) == ("already_loaded", believed.pid)
-        elif alone and believed.running != "unknown":
+        self.check_outcome(load, outcome)
+        if alone and expected.running == load.target and not force:
+            assert (outcome.status, outcome.pid) == ("already_loaded", expected.pid)
+        elif alone and expected.running != "unknown":
             assert outcome.status == "loaded"
         assert outcome.status == "loaded" or not (alone and force)
-        believed.running, believed.pid = asked.target, outcome.pid
+        expected.running, expected.pid = load.target, outcome.pid
         if not alone:
-            believed.running = "unknown"
+            expected.running = "unknown"
 
     @rule(**loads)
-    def load_and_go_on(
+    def load_in_the_background(
         self, model: str, context: int, on_busy: str, force: bool, restore: bool, pinned: bool
     ) -> None:
-        asked = self.asked(model, context, on_busy, force=force, restore=restore, pinned=pinned)
-        call = Background(self.orch.load, str(self.home / model), **asked.fields)
-        self.believed.waiting.append((asked, call))
-        self.believed.running = "unknown"
+        load = self.requested(model, context, on_busy, force=force, restore=restore, pinned=pinned)
+        call = Background(self.orch.load, str(self.home / model), **load.fields)
+        self.expected.waiting.append((load, call))
+        self.expected.running = "unknown"
 
     @rule()
     def settle(self) -> None:
-        """Wait until everybody has been answered, each once and with something that can be."""
-        for asked, call in self.believed.waiting:
+        """Wait until every call has been answered with a possible answer."""
+        for load, call in self.expected.waiting:
             error = call.error()
             if error is None:
-                self.check_outcome(asked, call.result(), still=False)
+                self.check_outcome(load, call.result(), still=False)
             else:
-                self.check_refusal(asked, error, alone=False)
-        self.believed.waiting.clear()
+                self.check_refusal(load, error, alone=False)
+        self.expected.waiting.clear()
 
-    def check_outcome(self, asked: Asked, outcome: LoadOutcome, *, still: bool = True) -> None:
-        # what runs already is not started, whatever its next start would do
-        assert outcome.status == "already_loaded" or asked.behaviour in STARTS
-        assert Path(outcome.model_path).name == asked.model
-        assert outcome.requested_context_length == asked.context
+    def check_outcome(self, load: Load, outcome: LoadOutcome, *, still: bool = True) -> None:
+        # a running target is not started again, so the behaviour of its next start is irrelevant
+        assert outcome.status == "already_loaded" or load.behaviour in STARTS
+        assert Path(outcome.model_path).name == load.model
+        assert outcome.requested_context_length == load.context
         assert outcome.status in ("loaded", "already_loaded")
         assert outcome.generation <= self.orch.status().generation
-        if still and self.believed.is_at_rest:
+        if still and self.expected.is_at_rest:
             assert is_running(outcome.pid)
 
-    def check_refusal(self, asked: Asked, error: BaseException, *, alone: bool) -> None:
+    def check_refusal(self, load: Load, error: BaseException, *, alone: bool) -> None:
         assert isinstance(error, OrchestratorError), error
-        may_be = {"failing": {"server_start_failed"}}.get(asked.behaviour, {"deadline"})
-        may_be = set() if asked.behaviour in STARTS else may_be
+        possible = {"failing": {"server_start_failed"}}.get(load.behaviour, {"deadline"})
+        possible = set() if load.behaviour in STARTS else possible
         if not alone:
-            may_be = may_be | OVERTAKEN | ({"shutting_down"} if self.is_over else {"deadline"})
-        assert error.problem.category in may_be, (asked, error)
+            possible = possible | OVERTAKEN | ({"shutting_down"} if self.is_over else {"deadline"})
+        assert error.problem.category in possible, (load, error)
 
     # --------------------------------------------------------------------------- the other calls
 
     @rule()
     def unload(self) -> None:
         self.orch.unload()
-        if self.believed.is_at_rest:
+        if self.expected.is_at_rest:
             assert nothing_left(self.state_dir, self.fake)
             assert self.orch.status().state is State.IDLE
-            self.believed.running = None
+            self.expected.running = None
 
     @rule(model=st.sampled_from(MODELS))
-    def unload_what_is_not_there(self, model: str) -> None:
-        believed = self.believed
-        if believed.is_at_rest and believed.running not in ("unknown", None):
-            if model == believed.running[0]:
+    def unload_another_model(self, model: str) -> None:
+        expected = self.expected
+        if expected.is_at_rest and expected.running not in ("unknown", None):
+            if model == expected.running[0]:
                 return
             answer = self.orch.unload(str(self.home / model))
             assert answer.status == "not_loaded"
-            assert is_running(believed.pid)
+            assert is_running(expected.pid)
 
     @rule(which=st.integers(0, 3))
     def cancel(self, which: int) -> None:
-        """Of a load in flight, or of nothing: what is resident stays."""
-        waiting = [asked.fields["load_request_id"] for asked, _ in self.believed.waiting]
+        """A load in flight, or an unknown id."""
+        waiting = [load.fields["load_request_id"] for load, _ in self.expected.waiting]
         request_id = dict(enumerate(waiting)).get(which, f"never-seen-{next(self.ids)}")
         cancelled = self.orch.cancel(request_id)
         assert not cancelled or request_id in waiting
@@ -236,31 +235,31 @@ class Calls(RuleBasedStateMachine):
     @rule()
     def cancel_the_newest_generation(self) -> None:
         cancelled = self.orch.cancel(generation=self.orch.status().generation)
-        assert not (cancelled and self.believed.is_at_rest)
+        assert not (cancelled and self.expected.is_at_rest)
         self.resident_is_untouched()
 
     def resident_is_untouched(self) -> None:
-        believed = self.believed
-        if believed.is_at_rest and believed.running not in ("unknown", None):
-            assert is_running(believed.pid)
+        expected = self.expected
+        if expected.is_at_rest and expected.running not in ("unknown", None):
+            assert is_running(expected.pid)
             loaded = self.orch.status().loaded
             assert loaded is not None
-            assert loaded.pid == believed.pid
+            assert loaded.pid == expected.pid
 
     @rule()
     def lease(self) -> None:
         if len(self.leases) == 2:
             return
-        believed, stack = self.believed, contextlib.ExitStack()
+        expected, stack = self.expected, contextlib.ExitStack()
         call = Background(stack.enter_context, self.orch.lease())
         error = call.error()
         if error is None:
-            assert not believed.is_at_rest or is_running(call.result().pid)
+            assert not expected.is_at_rest or is_running(call.result().pid)
             self.leases.append(stack)
         else:
             assert isinstance(error, OrchestratorError)
             assert error.problem.category != "internal"
-            assert not believed.is_at_rest or believed.running in (None, "unknown")
+            assert not expected.is_at_rest or expected.running in (None, "unknown")
 
     @rule()
     def release(self) -> None:
@@ -269,70 +268,69 @@ class Calls(RuleBasedStateMachine):
 
     @rule(model=st.sampled_from(MODELS), context=st.sampled_from([0, 512]))
     def plan(self, model: str, context: int) -> None:
-        """It says what a load would do, and does nothing."""
         before = self.orch.status().generation
         planned = self.orch.plan(str(self.home / model), max_seq_length=context)
-        believed = self.believed
-        if believed.is_at_rest and believed.running != "unknown":
-            action = "load" if believed.running is None else "reload"
-            action = "none" if believed.running == (model, context) else action
+        expected = self.expected
+        if expected.is_at_rest and expected.running != "unknown":
+            action = "load" if expected.running is None else "reload"
+            action = "none" if expected.running == (model, context) else action
             assert planned.action == action
             assert self.orch.status().generation == before
 
-    # --------------------------------------------------------------------------------- mishaps
+    # --------------------------------------------------------------------------------- faults
 
     @rule(model=st.sampled_from(MODELS), behaviour=st.sampled_from(sorted(BEHAVIOURS)))
-    def the_next_start_of_it_is(self, model: str, behaviour: str) -> None:
-        if self.believed.is_at_rest:  # or nobody could say how those that wait will find it
+    def change_the_behaviour(self, model: str, behaviour: str) -> None:
+        if self.expected.is_at_rest:  # else it is unknown which behaviour a pending load meets
             self.behaves[model] = behaviour
             self.fake.behave(by_model={name: BEHAVIOURS[b] for name, b in self.behaves.items()})
 
     @rule(signum=st.sampled_from([signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT]))
-    def the_server_crashes(self, signum: int) -> None:
-        believed = self.believed
-        if believed.running in (None, "unknown"):
+    def crash_the_server(self, signum: int) -> None:
+        expected = self.expected
+        if expected.running in (None, "unknown"):
             return
         loaded = self.orch.status().loaded
         assert loaded is not None
-        assert loaded.pid == believed.pid, "a signal must not reach somebody else"
-        os.kill(believed.pid, signum)
-        until(lambda: self.orch.status().state is State.IDLE, "the crash is noticed", DEADLINE_S)
+        assert loaded.pid == expected.pid, "the signal would reach another process"
+        os.kill(expected.pid, signum)
+        until(lambda: self.orch.status().state is State.IDLE, "the crash", DEADLINE_S)
         status = self.orch.status()
         assert status.loaded is None
         assert status.last_exit is not None
-        assert (status.last_exit.pid, status.last_exit.returncode) == (believed.pid, -signum)
-        believed.running = None
+        assert (status.last_exit.pid, status.last_exit.returncode) == (expected.pid, -signum)
+        expected.running = None
 
-    # ------------------------------------------------------------------------------- always true
+    # ------------------------------------------------------------------------------- invariants
 
     @invariant()
-    def at_most_one_server_lives(self) -> None:
-        self.fake.assert_never_two()
-        living = self.fake.living()
-        roots = {int(note["root"]) for note in self.fake.notes() if note.pid in living}
+    def at_most_one_server_runs(self) -> None:
+        self.fake.assert_no_overlap()
+        running = self.fake.running()
+        roots = {int(entry["root"]) for entry in self.fake.entries() if entry.pid in running}
         assert len(roots) <= 1, roots
 
     @invariant()
-    def what_is_loaded_lives(self) -> None:
-        """Or its end is noticed in a moment."""
+    def a_loaded_server_is_running(self) -> None:
+        """Or its exit is about to be noticed."""
 
-        def lives_or_is_not_loaded() -> bool:
+        def is_consistent() -> bool:
             loaded = self.orch.status().loaded
             return loaded is None or is_running(loaded.pid)
 
-        until(lives_or_is_not_loaded, "a corpse is not loaded any more", 5)
+        until(is_consistent, "the exit", 5)
 
     @invariant()
     def generations_never_decrease(self) -> None:
-        """Of what was accepted; `status` tells that of what runs, which may be an older one."""
+        """Of accepted loads; `status` has the one of the running server, which may be older."""
         newest = self.orch.history(1)
         generation = newest[0].generation if newest else 0
-        assert generation >= self.believed.generation
-        self.believed.generation = generation
+        assert generation >= self.expected.generation
+        self.expected.generation = generation
 
     @invariant()
     def at_rest_is_idle_or_healthy(self) -> None:
-        if self.believed.is_at_rest:
+        if self.expected.is_at_rest:
             until(
                 lambda: self.orch.status().state in (State.IDLE, State.HEALTHY), "rest", DEADLINE_S
             )
@@ -346,7 +344,7 @@ class Calls(RuleBasedStateMachine):
             self.settle()
             assert nothing_left(self.state_dir, self.fake)
         finally:
-            for pid in self.fake.living():
+            for pid in self.fake.running():
                 kill(pid)
 
 

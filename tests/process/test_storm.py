@@ -1,8 +1,7 @@
-"""Two hundred random calls from eight threads on real processes: never two alive, none left.
+"""Two hundred random calls from eight threads on real processes: never two servers, and none left.
 
-Three witnesses that know nothing of the orchestrator: a lock that every fake server and all its
-descendants hold for as long as they live, a monitor process that watches the process table, and the
-times the kernel gave for starts and exits.
+Two checks are independent of the orchestrator: a lock that every fake server and its descendants
+hold while they are alive, and a monitor process that watches the process table.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ ANSWERS = {"loaded", "unloaded", "cancelled", "nothing to cancel", "busy", "supe
 
 
 def storm(orch: Orchestrator, models: list[str], seed: int) -> collections.Counter[str]:
-    """One thread's share of the calls; returns what was answered how often."""
+    """Make one thread's share of the calls, and return how often each answer came."""
     rng = random.Random(seed)
     answers: collections.Counter[str] = collections.Counter()
     pause = threading.Event()
     for number in range(CALLS):
-        pause.wait(rng.expovariate(1 / MEAN_PAUSE_S))  # so that some loads come to their end
+        pause.wait(rng.expovariate(1 / MEAN_PAUSE_S))  # so that some loads complete
         dice = rng.random()
         try:
             if dice < 0.7:
@@ -77,7 +76,7 @@ def storm(orch: Orchestrator, models: list[str], seed: int) -> collections.Count
 def test_concurrent_random_calls_never_run_two_servers_and_leave_none(
     make: Make, fake: Fake, state_dir: Path, tmp_path: Path, tiny_model: str
 ) -> None:
-    """B01 to B05, B14 to B17 and B36, as they were met."""
+    """B01 to B05, B14 to B17 and B36."""
     models = []
     for name in BEHAVIOURS:
         (tmp_path / name).hardlink_to(tiny_model)
@@ -92,41 +91,40 @@ def test_concurrent_random_calls_never_run_two_servers_and_leave_none(
             answers += call.result(120)
         orch.unload()
         assert servers_of(state_dir) == set()
-        assert fake.living() == set()
+        assert fake.running() == set()
         seen = report()
     assert answers.total() == THREADS * CALLS, answers
     assert answers.keys() <= ANSWERS, answers
-    starts = fake.notes("start")
+    starts = fake.entries("start")
     assert len(starts) > 20
     assert answers["loaded"] > 10
     assert answers["superseded"] > 10
-    fake.assert_never_two()
-    assert two_alive(seen, fake.notes()) == []
+    fake.assert_no_overlap()
+    assert two_alive(seen, fake.entries()) == []
     assert seen["left"] == []
     assert len(seen["seen"]) > 20
     assert threading.active_count() <= threads
     print(dict(answers), len(starts), "starts,", seen["looks"], "looks")
 
 
-# The witnesses themselves
+# The checks themselves
 
 
 def test_the_lock_of_the_fake_server_detects_two_servers(fake: Fake, tmp_path: Path) -> None:
-    """A witness that never speaks proves nothing."""
     command = [fake.path, "-m", "x.gguf", "--port", "0"]
     popen: dict[str, Any] = {"env": fake.env, "stdout": subprocess.DEVNULL}
     with subprocess.Popen(command, **popen) as one:
         fake.wait_for("bound")
-        fake.assert_never_two()
+        fake.assert_no_overlap()
         with subprocess.Popen(command, **popen) as two:
             fake.wait_for("bound", 2)
-            assert [note.pid for note in fake.notes("overlap")] == [two.pid]
+            assert [entry.pid for entry in fake.entries("overlap")] == [two.pid]
             two.kill()
         one.kill()
 
 
 def test_the_lock_of_the_fake_server_detects_a_descendant(fake: Fake) -> None:
-    """Somebody may be left of a server that is gone."""
+    """It may outlive its server."""
     fake.behave(children=["closed!"])
     command = [fake.path, "-m", "x.gguf", "--port", "0"]
     popen: dict[str, Any] = {"env": fake.env, "stdout": subprocess.DEVNULL}
@@ -137,14 +135,14 @@ def test_the_lock_of_the_fake_server_detects_a_descendant(fake: Fake) -> None:
         assert fake.wait_for("overlap").pid == two.pid
         fake.wait_for("child", 2)
         two.kill()
-    assert child in fake.living()
-    for pid in fake.living():
+    assert child in fake.running()
+    for pid in fake.running():
         kill(pid)
-    until(lambda: not fake.living(), "their end")
+    until(lambda: not fake.running(), "their end")
 
 
 def test_the_monitor_detects_two_servers_at_once(state_dir: Path, tmp_path: Path) -> None:
-    """By what is alive at one moment, not by intervals that somebody estimated."""
+    """But not two that run one after the other."""
     token = {"LLAMA_ORCHESTRATOR_SLOT_TOKEN": f"{state_dir}/s:0:0"}
     command = [sys.executable, "-ISc", "print(flush=True); input()"]
 

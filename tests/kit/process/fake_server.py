@@ -1,11 +1,11 @@
-"""A fake llama-server that starts in a few milliseconds and misbehaves as told.
+"""A fake llama-server that starts in a few milliseconds and misbehaves as planned.
 
-It takes `-m FILE --host H --port P` and any other flag, and keeps everything in the folder named by
-FAKE_SERVER_DIR: `plan.json` says how to behave (the keys of `Plan` below), `journal` gets one line
-per event with a monotonic time, and `alive.lock` is held by the process and by everything it
-forks: a second server that starts while any of them lives cannot take it and notes `overlap`.
+It accepts `-m FILE --host H --port P` and any other flag. The folder FAKE_SERVER_DIR has its
+`plan.json` (see `Plan`), its `journal` with one line per event and a monotonic time, and
+`alive.lock`, which the process and everything it forks hold: a second server that starts meanwhile
+cannot take it, and writes the event `overlap`.
 
-Only modules that are built in or tiny are imported; nothing of the project is.
+It imports only small modules, and nothing of the project, in order to start fast.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ if TYPE_CHECKING:
         # before it listens
         exit_code: int  # end at once
         message: str  # printed first, whatever follows
-        flood_bytes: int  # printed before the bind; `flood` says in which form
+        flood_bytes: int  # printed before the bind, in the form `flood`
         flood: str  # lines | one_line | binary | escapes
         stop_itself: str  # SIGSTOP at "start" or when "healthy"
         hang: bool  # never bind
         bind_after_s: float
         # once it listens
         announce: str | None  # None: no "listening on" line; text: printed instead of the real one
-        loading_s: float  # /health is 503 for so long; negative: for ever
+        loading_s: float  # /health is 503 for this long; negative: forever
         work: str  # while loading: read | print | grow | idle
-        answer_after_s: float  # every answer takes so long; negative: none ever comes
+        answer_after_s: float  # every answer takes this long; negative: there is none
         silent_at: str  # the path that is never answered
-        backlog: int  # never accept, and let so few connections queue
+        backlog: int  # never accept, and queue only this many connections
         crash_after_s: float  # after the first 200
         crash_signal: int  # 0: exit with `crash_code`
         crash_code: int
         flood_for_ever: bool
-        knows_keys: bool  # false: it answers everybody, as old builds do
-        close_output: bool  # lets go of its pipe
+        knows_keys: bool  # false: it answers without a key, as old builds do
+        close_output: bool  # closes its pipe
         # the end
-        ignore_term: int  # so many SIGTERMs have no effect; negative: none has
+        ignore_term: int  # how many SIGTERMs have no effect; negative: all
         term_takes_s: float
         children: list[str]  # group | setsid | daemon | closed | scrubbed, "!" ignores SIGTERM
 
@@ -58,7 +58,7 @@ _PAUSE = "import signal\nwhile True: signal.pause()"
 
 
 def read_plan(model: str) -> Plan:
-    """JSON with Python's own parser: importing `json` would take longer than starting."""
+    """Parse JSON with Python's own parser: importing `json` would take longer than the start."""
     with open(os.path.join(HOME, "plan.json")) as file:
         plan = eval(file.read(), {"true": True, "false": False, "null": None})
     plan.update(plan.pop("by_model", {}).get(os.path.basename(model), {}))
@@ -66,14 +66,14 @@ def read_plan(model: str) -> Plan:
 
 
 class Journal:
-    """Appends one line per event; a line is whole or absent, whoever else writes."""
+    """Appends one line per event, atomically."""
 
     def __init__(self, root: int) -> None:
         self.root = root
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         self._fd = os.open(os.path.join(HOME, "journal"), flags)
 
-    def note(self, event: str, **members: Any) -> None:
+    def write(self, event: str, **members: Any) -> None:
         line = {
             "at": time.monotonic(),
             "event": event,
@@ -90,19 +90,19 @@ class Journal:
 
 
 def own_ticks() -> int:
-    """When this process was started, so that it can be told from a later one of its number."""
+    """Return when this process was started, which with the pid identifies it."""
     with open("/proc/self/stat") as file:
         return int(file.read().rpartition(")")[2].split()[19])
 
 
 def hold_alive_lock(journal: Journal) -> int:
-    """Hold the proof of life; whoever finds it held was started beside somebody."""
+    """Take the lock; if it is held, another server or a descendant of one is alive."""
     fd = os.open(os.path.join(HOME, "alive.lock"), os.O_RDWR | os.O_CREAT)
     os.set_inheritable(fd, True)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        journal.note("overlap")
+        journal.write("overlap")
     return fd
 
 
@@ -117,7 +117,7 @@ def open_files() -> dict[int, str]:
 
 
 def flood(size: int, form: str) -> None:
-    """Print so many bytes, whatever the reader does."""
+    """Print this many bytes, and block if the pipe is full."""
     piece = {
         "lines": b"load_tensors: a line of the kind that llama.cpp prints all day\n",
         "one_line": b"x" * 4096,
@@ -130,7 +130,7 @@ def flood(size: int, form: str) -> None:
 
 
 class Server:
-    """One fake server: the socket, the signals, the crash."""
+    """One fake server: its socket, its signals and its crash."""
 
     def __init__(self, plan: Plan, journal: Journal) -> None:
         self.plan = plan
@@ -141,7 +141,7 @@ class Server:
 
     def on_term(self, signum: int, frame: object) -> None:
         self.terms += 1
-        self.journal.note("term", count=self.terms)
+        self.journal.write("term", count=self.terms)
         ignored = self.plan.get("ignore_term", 0)
         if ignored < 0 or self.terms <= ignored:
             return
@@ -149,7 +149,7 @@ class Server:
         self.end(0)
 
     def end(self, code: int) -> None:
-        self.journal.note("exit", code=code)
+        self.journal.write("exit", code=code)
         os._exit(code)
 
     def bind(self, host: str, port: int) -> None:
@@ -161,12 +161,12 @@ class Server:
             self.fill_the_queue()
         at, port = self.socket.getsockname()
         line = self.plan.get("announce", f"main: server is listening on http://{at}:{port}")
-        self.journal.note("bound", port=port)
+        self.journal.write("bound", port=port)
         if line is not None:
             os.write(1, line.encode() + b" - starting the main loop\n")
 
     def work(self, model: str) -> None:
-        """What a server does while its model loads."""
+        """Do what a server does while its model loads."""
         kind, kept = self.plan.get("work", "idle"), []
         while not self.is_ready():
             if kind == "read":
@@ -213,7 +213,7 @@ class Server:
         connection.send(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
         if self.is_ready() and not self.has_answered:
             self.has_answered = True
-            self.journal.note("healthy")
+            self.journal.write("healthy")
             _thread.start_new_thread(self.after_healthy, ())
 
     def after_healthy(self) -> None:
@@ -221,20 +221,20 @@ class Server:
             os.kill(os.getpid(), signal.SIGSTOP)
         if self.plan.get("close_output"):
             os.closerange(1, 3)
-            self.journal.note("closed")
+            self.journal.write("closed")
         if self.plan.get("flood_for_ever"):
             _thread.start_new_thread(flood, (1 << 60, "lines"))
         if "crash_after_s" in self.plan:
             time.sleep(self.plan["crash_after_s"])
-            self.journal.note("crash")
+            self.journal.write("crash")
             if signum := self.plan.get("crash_signal", 0):
                 os.kill(os.getpid(), signum)
                 time.sleep(60)
             os._exit(self.plan.get("crash_code", 1))
 
     def serve(self, model: str) -> None:
-        """Serve on other threads and wait for SIGTERM here: a handler would run once for two that
-        come while this thread is on its way into a blocking call, and then only after it.
+        """Serve on other threads and wait for SIGTERM here: if two arrive while this thread enters
+        a blocking call, a handler would run only once, and only after the call.
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         self.ready_at = time.monotonic()
@@ -250,7 +250,7 @@ class Server:
             _thread.start_new_thread(self.answer, (connection,))
 
     def fill_the_queue(self) -> None:
-        """From now on nobody can connect: the kernel does not answer."""
+        """Make the kernel ignore any further connection."""
         self.fillers = [_socket.socket(_socket.AF_INET, _socket.SOCK_STREAM) for _ in range(8)]
         for filler in self.fillers:
             filler.setblocking(False)
@@ -258,7 +258,7 @@ class Server:
 
 
 def start_child(kind: str, journal: Journal, alive_fd: int) -> None:
-    """Fork something that holds the port and the pipe, and that may be hard to find."""
+    """Fork a process that holds the port and the pipe, and may be hard to find."""
     ignores_term = kind.endswith("!")
     kind = kind.rstrip("!")
     if os.fork() != 0:
@@ -272,7 +272,7 @@ def start_child(kind: str, journal: Journal, alive_fd: int) -> None:
         kept = {alive_fd} | journal.fds
         for fd in [fd for fd in open_files() if fd not in kept]:
             os.close(fd)
-    journal.note("child", kind=kind)
+    journal.write("child", kind=kind)
     if kind == "scrubbed":
         os.execve(sys.executable, ["python", "-I", "-S", "-c", _PAUSE], {})
     while True:
@@ -288,7 +288,7 @@ def main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, server.on_term)
     alive_fd = hold_alive_lock(journal)
     files = {fd: name for fd, name in open_files().items() if fd not in journal.fds | {alive_fd}}
-    journal.note(
+    journal.write(
         "start", model=model, argv=argv, ppid=os.getppid(), env=dict(os.environ), fds=files
     )
     if plan.get("stop_itself") == "start":

@@ -1,9 +1,8 @@
-"""Watches the process table for servers of one state directory; runs as a process of its own.
+"""Watches the process table for servers of one state directory, from a process of its own.
 
-Every millisecond: who is new, and does anybody seen before still live? A pair is proof, not an
-estimate: the older one is asked through its pidfd after the newer one was found. Exits are noticed
-through pidfds, so a server that lives between two looks at the table is missed only if it lives for
-less than one; `fake_server.py` covers that with a lock of its own.
+Every millisecond it looks for new servers and checks which older ones are still alive, by their
+pidfds and after the new one was found: a reported pair is proof, not an estimate. It misses a
+server that lives for less than one scan; the lock of `fake_server.py` covers that.
 
     python monitor.py STATE_DIR RESULT    # until its standard input is closed
 """
@@ -27,7 +26,7 @@ YOUNG_S = 2.0
 class Monitor:
     def __init__(self, directory: str) -> None:
         self.wanted = TOKEN + os.fsencode(directory) + b"/"
-        self.known: dict[int, float] = {}  # pids that may still execute something else
+        self.known: dict[int, float] = {}  # pids that may not have executed the server yet
         self.passed: set[int] = set()
         self.alive: dict[int, int] = {}  # pid -> pidfd
         self.poll = select.poll()
@@ -70,7 +69,7 @@ class Monitor:
         self.seen.append({"pid": pid, "at": at, "kin": kin_of(pid)})
 
     def sleep(self, seconds: float) -> None:
-        """Wait, but not past the exit of somebody."""
+        """Wait, at most until the next exit."""
         for fd, _ in self.poll.poll(seconds * 1000):
             pid = next((pid for pid, known in self.alive.items() if known == fd), None)
             if pid is not None:
@@ -80,7 +79,7 @@ class Monitor:
 
 
 def kin_of(pid: int) -> list[int]:
-    """Its parent and the leader of its session: who it belongs to, if they were seen."""
+    """Return its parent and the leader of its session."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
@@ -97,7 +96,7 @@ def has_exited(fd: int) -> bool:
 
 def main(directory: str, result: str) -> None:
     monitor = Monitor(directory)
-    for name in os.listdir("/proc"):  # whoever is older than this cannot be ours
+    for name in os.listdir("/proc"):  # processes older than this cannot be servers of the test
         if name.isdigit() and not monitor.is_server(int(name)):
             monitor.passed.add(int(name))
     print("watching", flush=True)

@@ -1,7 +1,6 @@
-"""Random operations from many threads on real fake servers, with faults injected all the time.
+"""Random operations from many threads on fake servers, with faults injected continuously.
 
-`soak` runs them and returns what was seen; `Held` is what a long run must not make more of. Who
-asks for nothing but the figures: `python -m tests.kit.process.soak 5000`.
+`soak` runs them and returns a report; `python -m tests.kit.process.soak 5000` prints it.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from tests.kit.process.servers import servers_of
 from tests.kit.process.support import BEHAVIOURS, Background, Fake, two_alive, watched
 
 THREADS: Final = 16
-_MEAN_PAUSE_S: Final = 0.6  # so that some loads come to their end
+_MEAN_PAUSE_S: Final = 0.6  # so that some loads complete
 _SABOTAGE_EVERY_S: Final = 0.1
 _GOOD: Final = ("plain.gguf", "late.gguf")
 _DEAD_ENDS: Final = {"hanging.gguf", "deaf.gguf"}
@@ -39,14 +38,14 @@ _MODELS: Final = BEHAVIOURS | {"flooding.gguf": {"flood_bytes": 200_000}}
 _SIGNALS: Final = (signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM, signal.SIGSTOP, signal.SIGABRT)
 ANSWERS: Final = {
     *("loaded", "already_loaded", "unloaded", "not_loaded", "cancelled", "nothing to cancel"),
-    *("leased", "planned", "told", "submitted", "superseded", "busy", "server_start_failed"),
+    *("leased", "planned", "read", "submitted", "superseded", "busy", "server_start_failed"),
     *("deadline", "stalled", "not_loaded_error", "server_exited"),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a process holds, once everything is at rest."""
+    """What this process holds at rest: a long run must not increase it."""
 
     descriptors: int
     threads: int
@@ -74,7 +73,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything one run has shown."""
+    """Results of one run."""
 
     operations: int
     seconds: float
@@ -92,13 +91,13 @@ class Report:
         grown = {
             name: getattr(self.cold, name) - getattr(self.warm, name) for name in Held.__slots__
         }
-        told = ", ".join(f"{name} {count}" for name, count in self.answers.most_common())
+        answers = ", ".join(f"{name} {count}" for name, count in self.answers.most_common())
         return (
             f"{self.operations} operations from {THREADS} threads in {self.seconds:.0f} s, "
             f"{self.starts} servers started, {self.sabotages} signals sent to them\n"
-            f"  {told}\n"
-            f"  two alive: {self.two_alive} (in {self.looks} looks at the process table), "
-            f"overlaps seen by the servers: {self.overlaps}, left: {self.left}\n"
+            f"  {answers}\n"
+            f"  two alive: {self.two_alive} (in {self.looks} scans of the process table), "
+            f"overlaps detected by the servers: {self.overlaps}, left: {self.left}\n"
             f"  grown since the warm-up: {grown}"
         )
 
@@ -177,11 +176,11 @@ class Caller:
         self.orch.progress()
         self.orch.logs(50)
         self.orch.history(20)
-        return "told"
+        return "read"
 
 
 class Saboteur:
-    """Signals whatever server is loaded, as a kernel, a user or a bug would."""
+    """Signals the loaded server at random, as the kernel, a user or a bug would."""
 
     def __init__(self, orch: Orchestrator, seed: int) -> None:
         self._orch = orch
@@ -225,7 +224,7 @@ def traced() -> Iterator[None]:
 
 @contextlib.contextmanager
 def private_temporary_files(folder: Path) -> Iterator[None]:
-    """Nobody else puts anything where this process and its servers put theirs."""
+    """Give this process and its servers a folder for temporary files of their own."""
     folder.mkdir()
     before, variable = tempfile.tempdir, os.environ.get("TMPDIR")
     tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
@@ -239,7 +238,7 @@ def private_temporary_files(folder: Path) -> Iterator[None]:
 
 
 def soak(directory: Path, operations: int, *, warm_up: int, seed: int = 0) -> Report:
-    """Run so many operations after a warm-up of so many; leaves nothing behind but files."""
+    """Run this many operations after a warm-up; only files remain."""
     folder, state_dir = directory / "models", directory / "state"
     folder.mkdir()
     state_dir.mkdir(mode=0o700)
@@ -271,17 +270,17 @@ def soak(directory: Path, operations: int, *, warm_up: int, seed: int = 0) -> Re
         sabotages = _run(callers, orch, operations, seed + 1)
         seconds = time.monotonic() - begun
         cold = Held.by(state_dir)
-        left = servers_of(state_dir) | fake.living()
+        left = servers_of(state_dir) | fake.running()
         seen = report()
-    notes = fake.notes()
+    entries = fake.entries()
     return Report(
         operations,
         seconds,
         sum((caller.answers for caller in callers), collections.Counter()),
         sabotages,
-        len([note for note in notes if note["event"] == "start"]),
-        len([note for note in notes if note["event"] == "overlap"]),
-        len(two_alive(seen, notes)),
+        len([entry for entry in entries if entry["event"] == "start"]),
+        len([entry for entry in entries if entry["event"] == "overlap"]),
+        len(two_alive(seen, entries)),
         len(left | set(seen["left"])),
         seen["looks"],
         warm,
@@ -290,7 +289,7 @@ def soak(directory: Path, operations: int, *, warm_up: int, seed: int = 0) -> Re
 
 
 def _run(callers: list[Caller], orch: Orchestrator, operations: int, seed: int) -> int:
-    """Let them run, and come to rest; returns how many servers were sabotaged."""
+    """Run all callers to the end, and return how many signals were sent."""
     saboteur = Saboteur(orch, seed)
     shares = [operations // THREADS + (n < operations % THREADS) for n in range(THREADS)]
     calls = [Background(caller.run, share) for caller, share in zip(callers, shares, strict=True)]

@@ -1,13 +1,13 @@
-"""What the tests on real processes share: the fake server, hosts that die, and honest waiting.
+"""Engine of the tests on real processes: the fake server, hosts that may be killed, and waiting.
 
-Nothing here sleeps to let something happen: `until` and `Fake.wait_for` wait for a condition and
-fail with what there is when a generous deadline is over.
+Nothing sleeps to let something happen: `until` waits for a condition, up to a generous deadline.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import http.client
 import json
 import os
 import select
@@ -21,6 +21,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import psutil
 import pytest
 
 from orchestrator import Orchestrator, State
@@ -36,24 +37,24 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[2]
 
 
-def until(ask: Callable[[], T | None], what: str, deadline_s: float = DEADLINE_S) -> T:
-    """Return the first answer that is true; ask about every millisecond."""
+def until(condition: Callable[[], T | None], what: str, deadline_s: float = DEADLINE_S) -> T:
+    """Return the first true value of a condition, checked about every millisecond."""
     ends = time.monotonic() + deadline_s
-    while not (answer := ask()):
+    while not (value := condition()):
         if time.monotonic() > ends:
             pytest.fail(f"not within {deadline_s:g} s: {what}")
         time.sleep(0.001)
-    return answer
+    return value
 
 
 def is_running(pid: int) -> bool:
-    """Is there such a process, and is it more than a zombie?"""
+    """Return whether there is such a process, other than a zombie."""
     found = process_table.row(pid)
     return found is not None and not found.is_zombie
 
 
 def open_files(pid: int) -> list[str]:
-    """What its descriptors refer to."""
+    """Return what the descriptors of a process refer to."""
     names = []
     for fd in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
@@ -62,13 +63,13 @@ def open_files(pid: int) -> list[str]:
 
 
 def kill(pid: int) -> None:
-    """SIGKILL it, and do not wait: whoever is its parent reaps it."""
+    """Send SIGKILL without waiting: the parent reaps."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
 
 class Watch:
-    """A process whose exit is timed by the kernel, whoever its parent is."""
+    """Times the exit of any process, by a pidfd."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -84,8 +85,8 @@ class Watch:
         return took
 
 
-class Note(dict[str, Any]):
-    """One line of the journal."""
+class Entry(dict[str, Any]):
+    """One line of the fake server's journal."""
 
     @property
     def pid(self) -> int:
@@ -93,7 +94,7 @@ class Note(dict[str, Any]):
 
 
 class Fake:
-    """An executable llama-server of a test's own, how it behaves, and what it wrote down.
+    """A fake llama-server: an executable, its plan, and its journal.
 
     Attributes:
         path: What to pass as `llama_server`.
@@ -119,41 +120,41 @@ class Fake:
         return str(path)
 
     def wrapper(self, command: str = '"$SERVER" "$@"; exit $?') -> str:
-        """A shell script that runs the server without becoming it."""
+        """Write a shell script that runs the server without `exec`; return its path."""
         return self.script("wrapper.sh", f'#!/bin/sh\nSERVER="{self.path}"\n{command}\n')
 
     def behave(self, by_model: dict[str, Any] | None = None, **plan: Any) -> None:
-        """Say how servers started from now on behave; by the keys of `fake_server.Plan`."""
+        """Set how servers started from now on behave, by the keys of `fake_server.Plan`."""
         temporary = self.directory / "plan.tmp"
         temporary.write_text(json.dumps({"by_model": by_model or {}, **plan}))
         temporary.replace(self.directory / "plan.json")
 
-    def notes(self, event: str | None = None) -> list[Note]:
+    def entries(self, event: str | None = None) -> list[Entry]:
         with contextlib.suppress(FileNotFoundError):
             lines = (self.directory / "journal").read_text().splitlines()
-            notes = [Note(ast.literal_eval(line)) for line in lines]
-            return [note for note in notes if event in (None, note["event"])]
+            entries = [Entry(ast.literal_eval(line)) for line in lines]
+            return [entry for entry in entries if event in (None, entry["event"])]
         return []
 
-    def wait_for(self, event: str, count: int = 1) -> Note:
-        """Return the `count`th line of that kind, once it is there."""
-        return until(lambda: self.notes(event)[count - 1 : count], f"{count} x {event!r}")[0]
+    def wait_for(self, event: str, count: int = 1) -> Entry:
+        """Wait for the `count`th entry of that event, and return it."""
+        return until(lambda: self.entries(event)[count - 1 : count], f"{count} x {event!r}")[0]
 
-    def living(self) -> set[int]:
-        """Everything that was ever started or forked and still runs."""
-        everybody = {(note.pid, int(note["ticks"])) for note in self.notes()}
+    def running(self) -> set[int]:
+        """Return the pids of all servers and their descendants that are running."""
+        known = {(entry.pid, int(entry["ticks"])) for entry in self.entries()}
         boot = process_table.boot_id()
-        return {p for p, ticks in everybody if process_table.is_alive(ProcessId(p, ticks, boot))}
+        return {pid for pid, ticks in known if process_table.is_alive(ProcessId(pid, ticks, boot))}
 
-    def assert_never_two(self) -> None:
-        assert self.notes("overlap") == []
+    def assert_no_overlap(self) -> None:
+        assert self.entries("overlap") == []
 
 
 Make = Callable[..., Orchestrator]
 
 
 class Background:
-    """A call on a thread of its own."""
+    """A call in flight on a thread of its own."""
 
     def __init__(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         self._future: Future[Any] = Future()
@@ -165,7 +166,7 @@ class Background:
     def _run(self, call: Callable[..., Any], args: Any, kwargs: Any) -> None:
         try:
             self._future.set_result(call(*args, **kwargs))
-        except BaseException as error:  # noqa: BLE001 (handed to whoever asks)
+        except BaseException as error:  # noqa: BLE001 (`error` and `result` return it)
             self._future.set_exception(error)
 
     @property
@@ -184,14 +185,14 @@ def until_state(orch: Orchestrator, state: State, deadline_s: float = DEADLINE_S
 
 
 def until_queued(orch: Orchestrator, count: int = 1) -> None:
-    """Wait until so many facts lie in the inbox of an owner that is held up."""
+    """Wait until the inbox of a blocked owner has so many facts."""
     owner = orch._owner
     assert owner is not None
     until(lambda: owner._inbox.qsize() >= count, "the fact")
 
 
 def transitions(orch: Orchestrator) -> list[Event]:
-    """Every transition so far that is still kept."""
+    """Return every transition that is still retained."""
     owner = orch._owner
     assert owner is not None
     return owner.events.since(0)
@@ -205,13 +206,13 @@ sys.path[:] = a["path"]
 import structlog  # whose default is to print
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
 from orchestrator import Orchestrator, State
-def say(**members):
+def send(**members):
     sys.stdout.write(json.dumps(members) + "\\n")
     sys.stdout.flush()
 def make(**settings):
     given = dict(llama_server=a["server"], state_dir=a["state_dir"], server_env=a["env"])
     return Orchestrator(**(given | settings))
-def rest():
+def sleep_forever():
     while True: signal.pause()
 orch = make()
 """
@@ -220,8 +221,8 @@ orch = make()
 class Host:
     """A backend that embeds the orchestrator, as a process that may be killed.
 
-    Its program sees `make(**settings)`, `orch` (one made so), `a["model"]`, `say(**members)` (a
-    line to the test) and `rest()` (for ever).
+    Its program can use `make(**settings)`, `orch` (made by it), `a["model"]`, `send(**members)`,
+    which the test receives, and `sleep_forever()`.
     """
 
     def __init__(
@@ -251,21 +252,21 @@ class Host:
         )
         self.pid = self.process.pid
 
-    def hear(self) -> dict[str, Any]:
-        """Return the next thing it says."""
+    def receive(self) -> dict[str, Any]:
+        """Return what the program sends next."""
         assert self.process.stdout is not None
         if not select.select([self.process.stdout], [], [], DEADLINE_S)[0]:
-            pytest.fail("the host says nothing")
+            pytest.fail("the host sends nothing")
         line = self.process.stdout.readline()
         assert line, f"the host ended with {self.process.wait(DEADLINE_S)}"
         return cast("dict[str, Any]", json.loads(line))
 
-    def tell(self, text: str = "go") -> None:
+    def send(self, text: str = "go") -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(text + "\n")
 
     def die(self, signum: int = signal.SIGKILL) -> float:
-        """Signal it and return when, once it is gone."""
+        """Send a signal, wait for the exit, and return when the signal was sent."""
         at = time.monotonic()
         self.process.send_signal(signum)
         self.process.wait(DEADLINE_S)
@@ -280,9 +281,35 @@ class Host:
                     pipe.close()
 
 
+StartHost = Callable[..., Host]
+
+
+def guardian_of(host: Host) -> int:
+    """Wait until the guardian of a host waits on the host's pidfd, and return its pid."""
+    [guardian] = [
+        child
+        for child in psutil.Process(host.pid).children()
+        if any("orchestrator.server.guardian" in word for word in child.cmdline())
+    ]
+    until(lambda: any("pidfd" in name for name in open_files(guardian.pid)), "the guardian")
+    return guardian.pid
+
+
+@contextlib.contextmanager
+def stream(base_url: str) -> Iterator[http.client.HTTPResponse]:
+    """Start a generation that takes a long time; its first token has arrived."""
+    connection = http.client.HTTPConnection(base_url.removeprefix("http://"), timeout=60)
+    body = {"prompt": "hi", "n_predict": 1_000_000, "stream": True, "ignore_eos": True}
+    headers = {"Content-Type": "application/json"}
+    connection.request("POST", "/completion", json.dumps(body), headers)
+    with contextlib.closing(connection), connection.getresponse() as response:
+        assert response.read(6) == b"data: "
+        yield response
+
+
 @contextlib.contextmanager
 def watched(state_dir: Path, result: Path) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Watch the process table meanwhile; the value returns the report, once, at the end."""
+    """Watch the process table; the value stops that and returns the monitor's report."""
     with subprocess.Popen(
         [sys.executable, "-I", "-S", str(HERE / "monitor.py"), str(state_dir), str(result)],
         stdin=subprocess.PIPE,
@@ -302,24 +329,24 @@ def watched(state_dir: Path, result: Path) -> Iterator[Callable[[], dict[str, An
             process.kill()
 
 
-def two_alive(report: dict[str, Any], notes: list[Note]) -> list[tuple[int, int]]:
-    """The pairs of processes that were alive at once without being of one server."""
-    noted = {note.pid: int(note["root"]) for note in notes}
+def two_alive(report: dict[str, Any], entries: list[Entry]) -> list[tuple[int, int]]:
+    """Return the pairs of processes that were alive at once and of different servers."""
+    roots = {entry.pid: int(entry["root"]) for entry in entries}
     kin = {entry["pid"]: entry["kin"] for entry in report["seen"]}
 
     def root(pid: int) -> int:
-        while pid not in noted:
+        while pid not in roots:
             above = [other for other in kin[pid] if other in kin and other != pid]
             if not above:
                 return pid
             pid = above[0]
-        return noted[pid]
+        return roots[pid]
 
     return [(old, new) for old, new in report["pairs"] if root(old) != root(new)]
 
 
-def nothing_left(state_dir: Path, fake: Fake | None = None) -> bool:
-    return not servers_of(state_dir) and not (fake and fake.living())
+def nothing_left(state_dir: Path, fake: Fake) -> bool:
+    return not servers_of(state_dir) and not fake.running()
 
 
 BEHAVIOURS: dict[str, dict[str, Any]] = {
