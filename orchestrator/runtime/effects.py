@@ -30,7 +30,7 @@ from orchestrator.runtime.ports import LogPosition, SlotLock
 from orchestrator.server import guardian
 from orchestrator.server.child import ServerProcess
 from orchestrator.server.environment import check_server_env, child_environment
-from orchestrator.server.readiness import LoadProgress, wait_ready
+from orchestrator.server.readiness import ReadProgress, wait_ready
 from orchestrator.server.slot import Slot
 from orchestrator.server.warden import Warden
 from orchestrator.settings.argv import build_argv
@@ -92,7 +92,7 @@ class ProcessEffects:
         self._template_path = str(slot.directory / "chat-template.jinja")
         self._server: ServerProcess | None = None
         self._guardian: subprocess.Popen[bytes] | None = None
-        self._progress: dict[Generation, LoadProgress | FetchProgress] = {}
+        self._progress: dict[Generation, ReadProgress | FetchProgress] = {}
         self._in_flight: set[Future[None]] = set()
         self._warden = Warden(slot, post, kill_grace_s=settings.kill_grace_s)
         ended, evidence = slot.reap()
@@ -121,10 +121,10 @@ class ProcessEffects:
                 fetched = self._progress[effect.generation] = FetchProgress()
                 self._submit(effect, lambda: self._fetch(effect, token, fetched))
             case Probe():
-                loaded = self._progress[effect.generation] = LoadProgress(effect.size_bytes)
+                loaded = self._progress[effect.generation] = ReadProgress(effect.size_bytes)
                 self._submit(effect, lambda: self._probe(effect, token, loaded))
 
-    def progress(self, generation: Generation) -> LoadProgress | FetchProgress | None:
+    def progress(self, generation: Generation) -> ReadProgress | FetchProgress | None:
         return self._progress.get(generation)
 
     def log_since(self, position: LogPosition) -> tuple[LogPosition, tuple[str, ...]]:
@@ -209,7 +209,7 @@ class ProcessEffects:
         model = self._source.fetch(target.request, token, progress, target.model)
         return facts.Fetched(generation, time.monotonic(), model)
 
-    def _probe(self, command: Probe, token: CancelToken, progress: LoadProgress) -> Fact:
+    def _probe(self, command: Probe, token: CancelToken, progress: ReadProgress) -> Fact:
         server, generation = self._server, command.generation
         if server is None or server.pid != command.child.pid:
             problem = Problem("server_start_failed", "the server has exited", reason="exited")

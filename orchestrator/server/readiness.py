@@ -42,7 +42,7 @@ _UNPROTECTED: Final = Problem(
 
 
 @dataclass(slots=True)
-class LoadProgress:
+class ReadProgress:
     """How much of the model the server has read; never decreases."""
 
     bytes_total: int | None
@@ -58,7 +58,7 @@ class _StallClock:
     """Time since the last sign of work: bytes read, memory grown, or output."""
 
     server: ServerProcess
-    progress: LoadProgress
+    progress: ReadProgress
     last_work: float = field(default_factory=time.monotonic)
     last_sample: float = 0.0
     largest: tuple[int, int, int] = (0, 0, 0)
@@ -82,7 +82,7 @@ def wait_ready(
     token: CancelToken,
     *,
     stall_timeout_s: float,
-    progress: LoadProgress,
+    progress: ReadProgress,
     extra_args: tuple[str, ...] = (),
 ) -> ServerFacts | Problem:
     """Wait until this server is ready, exits, stalls or is cancelled.
