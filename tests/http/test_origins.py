@@ -61,8 +61,7 @@ def ask(served: httpx.Client) -> Ask:
     return send
 
 
-def at(client: httpx.Client) -> str:
-    """What a program calls it."""
+def authority_of(client: httpx.Client) -> str:
     return f"{client.base_url.host}:{client.base_url.port}"
 
 
@@ -157,8 +156,8 @@ def test_host_is_local_depending_on_where_the_request_arrived(
 
 
 def test_page_of_the_same_origin_is_answered(served: httpx.Client, ask: Ask) -> None:
-    host = ("Host", at(served))
-    own = [host, ("Origin", f"http://{at(served)}"), ("Sec-Fetch-Site", "same-origin")]
+    host = ("Host", authority_of(served))
+    own = [host, ("Origin", f"http://{authority_of(served)}"), ("Sec-Fetch-Site", "same-origin")]
     assert ask(own)[0] == 200
     body = b'{"generation": 9}'
     posted = [*own, ("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
@@ -184,23 +183,25 @@ def test_page_of_another_origin_is_refused(
     """CSRF: whatever it sends, with or without a preflight."""
     given = origin.format(port=served.base_url.port)
     for path in (LOAD, "/v1/chat/completions", "/healthz"):
-        status, category, headers = ask([("Host", at(served)), ("Origin", given)], method, path)
+        status, category, headers = ask(
+            [("Host", authority_of(served)), ("Origin", given)], method, path
+        )
         assert (status, category) == (403, "forbidden_origin")
         assert not [name for name in headers if name.lower().startswith("access-control")]
 
 
 def test_two_origin_headers_are_refused(served: httpx.Client, ask: Ask) -> None:
-    own = ("Origin", f"http://{at(served)}")
-    assert ask([("Host", at(served)), own, own])[:2] == (403, "forbidden_origin")
+    own = ("Origin", f"http://{authority_of(served)}")
+    assert ask([("Host", authority_of(served)), own, own])[:2] == (403, "forbidden_origin")
 
 
 def test_preflight_is_refused_and_no_answer_has_cors_headers(
     served: httpx.Client, ask: Ask
 ) -> None:
     asked = [("Access-Control-Request-Method", "POST"), ("Access-Control-Request-Headers", "x")]
-    foreign = [("Host", at(served)), ("Origin", "http://localhost:5173"), *asked]
+    foreign = [("Host", authority_of(served)), ("Origin", "http://localhost:5173"), *asked]
     assert ask(foreign, "OPTIONS", LOAD)[0] == 403
-    own = [("Host", at(served)), ("Origin", f"http://{at(served)}"), *asked]
+    own = [("Host", authority_of(served)), ("Origin", f"http://{authority_of(served)}"), *asked]
     for method, path in (("OPTIONS", LOAD), ("GET", STATUS), ("GET", "/healthz")):
         headers = ask(own, method, path)[2]
         assert not [name for name in headers if name.lower().startswith("access-control")]
@@ -226,7 +227,7 @@ def test_fetch_metadata_of_another_site_is_refused(
 ) -> None:
     """Some cross-site requests carry no Origin; following a link to the panel is allowed."""
     said = [("Sec-Fetch-Site", site), ("Sec-Fetch-Mode", mode), ("Sec-Fetch-Dest", dest)]
-    status, category, _ = ask([("Host", at(served)), *said], method)
+    status, category, _ = ask([("Host", authority_of(served)), *said], method)
     assert (category != "forbidden_origin") == is_answered
     assert (status == 403) == (not is_answered)
 
@@ -241,7 +242,7 @@ def test_foreign_websocket_is_refused(served: httpx.Client, ask: Ask) -> None:
     """A browser opens one without a preflight."""
     upgrade = [("Connection", "Upgrade"), ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13")]
     upgrade.append(("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="))
-    foreign = [("Host", at(served)), ("Origin", "http://evil.example"), *upgrade]
+    foreign = [("Host", authority_of(served)), ("Origin", "http://evil.example"), *upgrade]
     assert ask(foreign, "GET", "/v1/realtime")[0] == 403
     rebound = [("Host", "evil.example"), ("Origin", "http://evil.example"), *upgrade]
     assert ask(rebound, "GET", "/v1/realtime")[0] == 403

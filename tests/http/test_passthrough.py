@@ -1,4 +1,4 @@
-"""`/v1/*`: a real llama.cpp server behind it, and an echo that shows what arrives."""
+"""`/v1/*`: with a real llama.cpp server behind it, and with one that echoes requests."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def client_of(client: httpx.Client) -> openai.OpenAI:
 
 
 def test_openai_client_works_across_a_swap(serve: Serve, tiny_model: str, other_model: str) -> None:
-    """Base URL and nothing else: answers, streams and the list of models."""
+    """With only its base URL set: answers, streams and the list of models."""
     with serve() as client:
         client.post(LOAD, json={"model_path": tiny_model})
         with client_of(client) as ai:
@@ -66,14 +66,12 @@ def test_openai_client_works_across_a_swap(serve: Serve, tiny_model: str, other_
                 model="x", messages=cast("Any", HELLO), max_tokens=4, stream=True
             )
             pieces = [chunk.choices[0].delta.content for chunk in stream if chunk.choices]
-            assert len([piece for piece in pieces if piece]) >= 2, "in pieces, as they come"
+            assert len([piece for piece in pieces if piece]) >= 2, "in several pieces"
             assert Path(ai.models.list().data[0].id).name in other_model
 
 
 def test_tools_reach_the_prompt_through_the_openai_client(serve: Serve, tiny_model: str) -> None:
-    """What the tools are is read from the prompt that the server made of them, and a result goes
-    back. (A model of noise calls none itself.)
-    """
+    """Tools and their results make the prompt longer. (A model of random weights calls none.)"""
     template = "{% for t in tools %}{{ t | tojson }}{% endfor %}{% for m in messages %}"
     template += "{{ m.content }}{{ m.tool_call_id }}{% endfor %}"
     tool = {"type": "function", "function": {"name": "pick", "parameters": {"type": "object"}}}
@@ -102,8 +100,8 @@ def test_tools_reach_the_prompt_through_the_openai_client(serve: Serve, tiny_mod
 def test_stream_leaves_no_dead_connection_for_the_next_request(
     serve: Serve, tiny_model: str
 ) -> None:
-    """llama-server closes a connection after a stream, whatever its headers said; what comes next
-    must not be sent into it. (It was, and was answered with 503.)
+    """llama-server closes a connection after a stream, whatever its headers say: the next request
+    was sent into it, and answered with 503.
     """
     short = {"prompt": "a", "max_tokens": 1}
     with serve() as client:
@@ -111,9 +109,7 @@ def test_stream_leaves_no_dead_connection_for_the_next_request(
         for number in range(40):
             body = {**short, "stream": number % 2 == 0}
             assert client.post("/v1/completions", json=body).status_code == 200
-            odd = (
-                json.dumps(body).replace("stream", "str\\u0065am").encode()
-            )  # told apart by nobody
+            odd = json.dumps(body).replace("stream", "str\\u0065am").encode()
             headers = {"Content-Type": "application/json"}
             answer = client.post("/v1/completions", content=odd, headers=headers)
             assert answer.status_code == 200
@@ -123,7 +119,7 @@ def test_stream_leaves_no_dead_connection_for_the_next_request(
 def test_no_request_fails_while_models_are_swapped_fifty_times(
     serve: Serve, llama_server: str, tiny_model: str, other_model: str
 ) -> None:
-    """Four clients never pause; each answer is whole, each stream ends as a stream ends."""
+    """With four clients that never pause: each answer is complete, and so is each stream."""
     ended = threading.Event()
     answered = [0, 0, 0, 0]
 
@@ -140,7 +136,7 @@ def test_no_request_fails_while_models_are_swapped_fifty_times(
 
     with serve(llama_server) as client, contextlib.ExitStack() as stack:
         first = client.post(LOAD, json={"model_path": tiny_model}).json()
-        asked = [
+        clients = [
             Background(
                 ask,
                 stack.enter_context(httpx.Client(base_url=client.base_url, timeout=DEADLINE_S)),
@@ -157,7 +153,7 @@ def test_no_request_fails_while_models_are_swapped_fifty_times(
                 pids.add(swapped.json()["pid"])
         finally:
             ended.set()
-        for one in asked:
+        for one in clients:
             one.result()
         assert len(pids) == 51
         assert min(answered) > 0
@@ -166,13 +162,13 @@ def test_no_request_fails_while_models_are_swapped_fifty_times(
 def test_request_is_held_while_a_load_is_in_flight(
     serve: Serve, gate: Gate, tiny_model: str
 ) -> None:
-    """Not refused: it gets the model that is on its way."""
+    """It gets the model that is being loaded."""
     with serve(gate.binary) as client:
         client.post(LOAD + "?wait=false", json={"model_path": tiny_model})
         until(client, is_at_gate)
-        asked = Background(client.get, "/v1/models")
+        held = Background(client.get, "/v1/models")
         gate.open()
-        answer = asked.result()
+        answer = held.result()
         assert answer.status_code == 200
         assert answer.json()["data"]
 
@@ -185,7 +181,7 @@ def test_request_without_a_model_is_refused_at_once(serve: Serve) -> None:
 def test_swap_waits_for_a_stream_until_its_client_disconnects(
     serve: Serve, tiny_model: str, other_model: str
 ) -> None:
-    """B61, and no generation goes on for somebody who has gone."""
+    """B61, and the server does not go on generating for a client that has disconnected."""
     with serve(drain_timeout_s=600) as client:
         client.post(LOAD, json={"model_path": tiny_model})
         with client.stream("POST", "/v1/completions", json=ENDLESS) as stream:
@@ -199,7 +195,7 @@ def test_swap_waits_for_a_stream_until_its_client_disconnects(
 
 
 def test_answer_is_cut_when_the_server_dies(serve: Serve, tiny_model: str) -> None:
-    """An answer that was cut must not look like a whole one."""
+    """A cut answer must not look complete."""
     with serve() as client:
         pid = client.post(LOAD, json={"model_path": tiny_model}).json()["pid"]
         with client.stream("POST", "/v1/completions", json=ENDLESS) as stream:
@@ -222,7 +218,7 @@ def test_pass_through_needs_a_key(serve: Serve, tiny_model: str) -> None:
 
 
 class Echo(http.server.BaseHTTPRequestHandler):
-    """Answers with what it was sent, and with headers that must not be passed on."""
+    """Answers with the request it got, and with headers that must not be passed on."""
 
     protocol_version = "HTTP/1.1"
 
@@ -235,13 +231,13 @@ class Echo(http.server.BaseHTTPRequestHandler):
             self.rfile.readline()
         else:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        seen = {
+        received = {
             "method": self.command,
             "path": self.path,
             "headers": {name.lower(): value for name, value in self.headers.items()},
             "body": body.hex(),
         }
-        data = json.dumps(seen).encode()
+        data = json.dumps(received).encode()
         self.send_response(207)
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Connection", "X-Private")
@@ -275,7 +271,7 @@ def echo() -> Iterator[str]:
 
 @pytest.fixture
 def through() -> Iterator[Callable[..., httpx.Client]]:
-    """Serve a pass-through to somewhere."""
+    """Serve a pass-through to a lender's server."""
     with contextlib.ExitStack() as stack:
 
         def start(lender: Lender, **options: Any) -> httpx.Client:
@@ -292,16 +288,16 @@ def test_method_query_and_body_are_passed_unchanged(
     client = through(lender)
     body = bytes(range(256)) * 300
     answer = client.request(method, "/v1/a%20b/c?x=1&x=2&y=%2F", content=body)
-    seen = answer.json()
+    received = answer.json()
     assert answer.status_code == 207
-    assert (seen["method"], seen["path"]) == (method, "/v1/a%20b/c?x=1&x=2&y=%2F")
-    assert bytes.fromhex(seen["body"]) == body
-    assert seen["headers"]["content-length"] == str(len(body))
+    assert (received["method"], received["path"]) == (method, "/v1/a%20b/c?x=1&x=2&y=%2F")
+    assert bytes.fromhex(received["body"]) == body
+    assert received["headers"]["content-length"] == str(len(body))
     assert lender.is_returned.wait(DEADLINE_S)
 
 
 def test_head_answer_keeps_its_headers(through: Callable[..., httpx.Client], echo: str) -> None:
-    """HEAD: the length that is told is that of another answer, and the connection goes on."""
+    """`Content-Length` is that of the answer to GET, and the connection can be reused."""
     client = through(Lender(echo))
     for _ in range(2):
         answer = client.head("/v1/x")
@@ -313,11 +309,11 @@ def test_head_answer_keeps_its_headers(through: Callable[..., httpx.Client], ech
 def test_expect_100_continue_is_answered_here(
     through: Callable[..., httpx.Client], echo: str
 ) -> None:
-    """`Expect: 100-continue`, as curl sends it with a large body, concerns one connection only."""
+    """curl sends `Expect: 100-continue` with a large body; it concerns one connection only."""
     client = through(Lender(echo))
-    seen = client.post("/v1/x", content=b"x" * 2048, headers={"Expect": "100-continue"}).json()
-    assert bytes.fromhex(seen["body"]) == b"x" * 2048
-    assert "expect" not in seen["headers"]
+    received = client.post("/v1/x", content=b"x" * 2048, headers={"Expect": "100-continue"}).json()
+    assert bytes.fromhex(received["body"]) == b"x" * 2048
+    assert "expect" not in received["headers"]
 
 
 def test_multipart_and_chunked_bodies_are_passed(
@@ -335,7 +331,7 @@ def test_multipart_and_chunked_bodies_are_passed(
 def test_hop_by_hop_and_private_headers_are_not_passed(
     through: Callable[..., httpx.Client], echo: str
 ) -> None:
-    """The key of this API is none of the server's business, nor is it a browser's door."""
+    """Neither the API's key to the server, nor CORS headers to a browser."""
     client = through(Lender(echo))
     headers = {
         "Authorization": "Bearer s3cret",
@@ -347,9 +343,9 @@ def test_hop_by_hop_and_private_headers_are_not_passed(
         "X-Kept": "yes",
     }
     answer = client.get("/v1/x", headers=headers)
-    seen = answer.json()["headers"]
-    assert seen["x-kept"] == "yes"
-    assert not seen.keys() & {"authorization", "cookie", "origin", "x-hop", "te"}
+    received = answer.json()["headers"]
+    assert received["x-kept"] == "yes"
+    assert not received.keys() & {"authorization", "cookie", "origin", "x-hop", "te"}
     assert answer.headers["x-public"] == "1"
     assert answer.headers.get_list("set-cookie") == ["a=1", "b=2"]
     assert "x-private" not in answer.headers
@@ -369,7 +365,7 @@ def test_paths_out_of_v1_are_404(
 def test_request_is_resent_when_a_reused_connection_was_closed(
     through: Callable[..., httpx.Client],
 ) -> None:
-    """A server may let go of an idle connection in the moment it is used again."""
+    """A server may close an idle connection at the moment when it is used again."""
     answers = 0
 
     def answer_once(listener: socket.socket) -> None:
@@ -400,7 +396,7 @@ def test_request_is_resent_when_a_reused_connection_was_closed(
 
 
 def test_held_requests_are_bounded_in_time_and_number(through: Callable[..., httpx.Client]) -> None:
-    """503 with Retry-After, never a queue without an end."""
+    """503 with `Retry-After`, instead of an endless queue."""
     client = through(Lender(None), held_s=0.2)
     late = client.get("/v1/models")
     assert problem(late) == (503, "unavailable")
@@ -417,7 +413,7 @@ def test_unreachable_server_is_503(through: Callable[..., httpx.Client]) -> None
 
 
 def test_app_passes_only_paths_below_v1(serve: Serve, tmp_path: Path) -> None:
-    """Also below a path of another app, where a backend may have mounted it."""
+    """Also where it is mounted below a path of another app."""
     with serve() as client:
         assert problem(client.get("/v1/models")) == (503, "not_loaded")
         assert problem(client.get("/v1")) == (404, "not_found")
