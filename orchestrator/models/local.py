@@ -38,7 +38,7 @@ def identity_at(path: str) -> FileIdentity:
 
 
 def resolve(text: str, field: str, roots: ModelRoots | None = None) -> Path:
-    """Return the path that a request means; it need not exist, but must be inside of the roots."""
+    """Return the path of a request; it need not exist, but must be inside of the roots."""
     try:
         path = Path(text).expanduser() if roots is None else Path(roots.resolve(text, field))
         path.exists()

@@ -40,7 +40,7 @@ class ModelSource:
         if (path := self._local_path(request)) is None:
             return self._with_projector(RequestedModel(request, self._records).look_up(), request)
         if request.revision is not None:
-            message = f"revision needs a Hub model, and {request.model_path} is not one"
+            message = f"{request.model_path} is not on the Hub: leave revision out"
             raise InvalidRequest.because(message, field="revision")
         return local.locate(path, request, self._roots)
 

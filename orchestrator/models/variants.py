@@ -115,8 +115,8 @@ def choose(names: Iterable[str], variant: str | None, *, where: str) -> Chosen:
             or parts of it are missing (field `model_path`). `where` is the folder or repo.
     """
     listing = _Listing(names, where)
-    asked = (variant or "").strip()
-    model = listing.named(asked) if asked else listing.models[0]
+    requested = (variant or "").strip()
+    model = listing.named(requested) if requested else listing.models[0]
     if not model.is_whole:
         present = set(model.parts.values())
         missing = (name for name in parts_of(model.first) if name not in present)

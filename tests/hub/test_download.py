@@ -228,11 +228,17 @@ def test_cached_branch_costs_one_request(
 )
 @pytest.mark.usefixtures("gguf_repo")
 def test_cached_model_is_used_with_a_note_if_the_hub_fails(
-    hub: fake_hub.Hub, records: Path, fault: dict[str, Any] | None, reason: str
+    hub: fake_hub.Hub,
+    records: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: dict[str, Any] | None,
+    reason: str,
 ) -> None:
-    """B58."""
+    """In two seconds if it does not answer at all (B58)."""
     first = fetch(records)
     hub.clear()
+    if fault != {"hang": True}:
+        monkeypatch.setattr(hub_models, "FRESHNESS_S", 20.0)
     if fault is None:
         hub.stop()
     else:
@@ -249,7 +255,10 @@ def test_cached_model_is_used_with_a_note_if_the_hub_fails(
 
 
 @pytest.mark.usefixtures("gguf_repo")
-def test_cached_model_is_not_used_if_the_hub_refuses_it(hub: fake_hub.Hub, records: Path) -> None:
+def test_cached_model_is_not_used_if_the_hub_refuses_it(
+    hub: fake_hub.Hub, records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_models, "FRESHNESS_S", 20.0)  # however long the fetcher takes to start
     fetch(records)
     hub.fail(path="/api/models", status=403)
     with pytest.raises(HubError) as caught:

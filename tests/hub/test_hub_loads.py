@@ -157,7 +157,7 @@ def test_failed_load_with_prefetch_leaves_the_running_model_alone(
     first = orch.load(TINY)
     hub.fail(status=403, path="/cdn/")
     with pytest.raises(HubError):  # it retries for a part of the stall timeout
-        orch.load(TINY, gguf_variant="Q8_0", prefetch=True, stall_timeout_s=2)
+        orch.load(TINY, gguf_variant="Q8_0", prefetch=True, stall_timeout_s=6)
     loaded = orch.status().loaded
     assert loaded is not None
     assert loaded.pid == first.pid
@@ -244,7 +244,7 @@ def test_failed_download_keeps_the_inherited_args_of_the_previous_model(
     if fault:
         hub.fail(**fault)
     with pytest.raises(OrchestratorError) as caught:
-        orch.load(OTHER, stall_timeout_s=2, llama_extra_args=["--seed", "8"])
+        orch.load(OTHER, stall_timeout_s=5, llama_extra_args=["--seed", "8"])
     hung = {"hub_unreachable", "stalled"}  # the last try or the stall timeout, whichever is first
     assert caught.value.problem.category in ({category} if category else hung)
     status = orch.status()

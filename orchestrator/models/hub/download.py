@@ -54,7 +54,7 @@ class Wanted:
     revision: str | None  # as requested
     commit: str
     chosen: Chosen
-    listing: Listing  # empty where another tool fetched the files and the Hub was never asked
+    listing: Listing  # empty if another tool fetched the files
 
     def path(self, name: str) -> Path:
         return self.repo.path(self.commit, name)
@@ -99,7 +99,7 @@ class RequestedModel:
             message = f"gguf_variant is {given!r}, but model_path has {variant!r}: give one of them"
             raise InvalidRequest.because(message, field="gguf_variant")
         if revision is not None and not cache.is_revision(revision):
-            message = "revision cannot be a branch, a tag or a commit of the Hub: check it"
+            message = f"revision {revision[:99]!r} is not a branch, a tag or a commit: check it"
             raise InvalidRequest.because(message, field="revision")
         self._request = request
         self._records = records
@@ -228,7 +228,7 @@ class RequestedModel:
             repo, commit, listing = self._accept(fetcher.listing(within_s))
             chosen = self._choose(listing, self._variant)
             wanted = Wanted(repo, request.revision, commit, chosen, listing)
-            fetcher.check(self._order(wanted), within_s)
+            fetcher.check(self._job(wanted), within_s)
         return wanted
 
     def _accept(self, answer: dict[str, Any]) -> tuple[CachedRepo, str, Listing]:
@@ -258,24 +258,24 @@ class RequestedModel:
         is_offline: bool = False,
     ) -> ModelFiles:
         """Fetch missing files, hash those that were never hashed, and return the model."""
-        order, repo = self._order(wanted), wanted.repo.name
+        job, repo = self._job(wanted), wanted.repo.name
 
         def add_hashed(name: str) -> None:
             self._records.add_hashed(wanted.path(name), wanted.size_and_etag(name)[1])
 
-        if not is_offline or any(file["verify"] for file in order["files"]):
+        if not is_offline or any(file["verify"] for file in job["files"]):
             with FetchProcess(
                 self._request, repo, token, progress, is_offline=is_offline, lists=False
             ) as fetcher:
-                fetcher.fetch(order, add_hashed)
+                fetcher.fetch(job, add_hashed)
         if not (files := wanted.model()).is_on_disk:
             message = f"{repo} was removed while it was downloaded: check what cleans the cache"
             raise CacheDirError.because(message, field="model_path")
         progress.bytes_done = progress.bytes_total = files.size_bytes
         return files
 
-    def _order(self, wanted: Wanted) -> dict[str, Any]:
-        """Return what the fetcher is told; files that were never hashed are to be verified."""
+    def _job(self, wanted: Wanted) -> dict[str, Any]:
+        """Return a job for the fetcher, which also hashes files that were never hashed."""
         files = []
         for name in wanted.chosen.files:
             size, etag = wanted.size_and_etag(name)
@@ -292,10 +292,10 @@ class RequestedModel:
         }
 
     def _question(self) -> str:
-        """Return a key for what is asked of the Hub, and with which token: a hash, to keep none."""
+        """Return a key for a question to the Hub; a hash, because the token is part of it."""
         request, variant = self._request, self._variant
-        asked = variant and variant.lower(), request.revision, bool(request.mmproj_path)
-        return key_of(self._repo.lower(), *asked, request.hf_token)
+        parts = variant and variant.lower(), request.revision, bool(request.mmproj_path)
+        return key_of(self._repo.lower(), *parts, request.hf_token)
 
     def _not_cached(self) -> HubUnreachable:
         known = cache.find_commit(self._repo, self._request.revision)

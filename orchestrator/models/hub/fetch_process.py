@@ -69,7 +69,7 @@ class FetchProcess:
         self._request = request
         self._token = token
         self._progress = progress
-        self._order = {
+        self._setup = {
             "repo": repo,
             "revision": request.revision,
             "token": request.hf_token,
@@ -104,7 +104,7 @@ class FetchProcess:
             )
             stack.callback(self._kill)
             self._token.on_set(self._waker.wake)
-            self._send(self._order)
+            self._send(self._setup)
             self._stack = stack.pop_all()
         return self
 
@@ -124,24 +124,24 @@ class FetchProcess:
             threading.Thread(target=self._process.wait, daemon=True).start()
 
     def listing(self, within_s: float | None) -> dict[str, Any]:
-        """Return what the Hub says is in the repo, within a time limit."""
+        """Return the files of the repo, as the Hub lists them."""
         found = self._receive("listing", within_s)
         self._moved_at = time.monotonic()
         if not isinstance(found, dict):
             raise _not_understood("a listing that is not an object")
         return found
 
-    def check(self, order: dict[str, Any], within_s: float | None) -> None:
+    def check(self, job: dict[str, Any], within_s: float | None) -> None:
         """Check access to the files that are missing, and disk space for them."""
-        self._send({**order, "only_check": True})
+        self._send({**job, "only_check": True})
         self._receive("finished", within_s)
 
-    def fetch(self, order: dict[str, Any], verified: Callable[[str], None]) -> None:
+    def fetch(self, job: dict[str, Any], verified: Callable[[str], None]) -> None:
         """Fetch and hash files; return when all are whole. `verified` is called with each name."""
-        sizes = {file["name"]: file["size"] for file in order["files"]}
+        sizes = {file["name"]: file["size"] for file in job["files"]}
         self._progress.bytes_total = sum(sizes.values())
         self._progress.files = {name: (0, size) for name, size in sizes.items()}
-        self._send(order)
+        self._send(job)
         self._receive("finished", None, verified)
 
     def _send(self, members: dict[str, Any]) -> None:

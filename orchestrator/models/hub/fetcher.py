@@ -68,14 +68,14 @@ def main() -> int:
     _stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
-        order = json.loads(sys.stdin.readline())
-        hub = None if order["offline"] else Hub(order)
-        if hub is not None and order["lists"]:
+        setup = json.loads(sys.stdin.readline())
+        hub = None if setup["offline"] else Hub(setup)
+        if hub is not None and setup["lists"]:
             report(listing=hub.listing())
         while line := sys.stdin.readline():
-            wanted = json.loads(line)
-            fetch = Fetch(wanted, hub)
-            fetch.check() if wanted.get("only_check") else fetch.run()
+            job = json.loads(line)
+            fetch = Fetch(job, hub)
+            fetch.check() if job.get("only_check") else fetch.run()
             report(finished=True)
     except Failed as failed:
         report(error=failed.members)
@@ -113,28 +113,28 @@ def repeating(interval_s: float, call: Callable[[], object]) -> Iterator[None]:
 class Hub:
     """Requests to the Hub, with huggingface_hub's session, headers and errors."""
 
-    def __init__(self, order: dict[str, Any]) -> None:
+    def __init__(self, setup: dict[str, Any]) -> None:
         import huggingface_hub
         from huggingface_hub import constants, errors, utils
 
-        self._order = order
+        self._setup = setup
         self._lib, self._errors = huggingface_hub, errors
         self._endpoint = constants.ENDPOINT
         self.max_file_bytes: int = getattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", 50 << 30)
         self._session = huggingface_hub.get_session()
         self._http = sys.modules[type(self._session).__module__.partition(".")[0]]
         headers = utils.build_hf_headers(  # type: ignore[attr-defined]
-            token=order["token"], library_name="llama-orchestrator"
+            token=setup["token"], library_name="llama-orchestrator"
         )
         self._headers = {**headers, "Accept-Encoding": "identity"}
         self._raise_for_status = utils.hf_raise_for_status  # type: ignore[attr-defined]
-        part_s = order["stall_timeout_s"] / 10  # so that further tries come before the stall
+        part_s = setup["stall_timeout_s"] / 10  # so that further tries come before the stall
         self._timeout = self._http.Timeout(min(CONNECT_S, part_s), read=min(READ_S, part_s))
 
     def listing(self) -> Any:
         """Return repo, commit and model files: name to size and etag (SHA-256 or git's hash)."""
-        url = f"{self._endpoint}/api/models/{self._order['repo']}"
-        if (revision := self._order["revision"]) is not None:
+        url = f"{self._endpoint}/api/models/{self._setup['repo']}"
+        if (revision := self._setup["revision"]) is not None:
             url += f"/revision/{quote(revision, safe='')}"
         return self._retried(lambda: self._listing(f"{url}?blobs=true"))
 
@@ -150,7 +150,7 @@ class Hub:
         self._retried(head)
 
     def _retried(self, request: Callable[[], Any]) -> Any:
-        failures, most = 0, self._order["listing_tries"] or LISTING_TRIES
+        failures, most = 0, self._setup["listing_tries"] or LISTING_TRIES
         while True:
             try:
                 return request()
@@ -160,7 +160,7 @@ class Hub:
 
     def wait(self, failed: Failed, failures: int, most: int = MAX_FAILURES) -> None:
         """Wait after so many failures in a row; raise the last, and any that is not transient."""
-        patience_s, wait_s = self._order["stall_timeout_s"], failed.members.get("retry_after_s")
+        patience_s, wait_s = self._setup["stall_timeout_s"], failed.members.get("retry_after_s")
         is_last = failures >= most or (wait_s or 0) >= patience_s
         if is_last or not failed.is_transient:
             raise failed
@@ -211,7 +211,7 @@ class Hub:
 
     def fetch_whole(self, repo: str, commit: str, name: str) -> None:
         """Leave a file to the library: over 50 GB the Hub serves it by Xet only."""
-        token, cache = self._order["token"], self._order["cache_dir"]
+        token, cache = self._setup["token"], self._setup["cache_dir"]
         try:
             self._lib.hf_hub_download(repo, name, revision=commit, token=token, cache_dir=cache)
         except Exception as error:
@@ -240,7 +240,7 @@ class Hub:
         status, wait_s = response.status_code, _retry_after(response.headers)
         is_hub = str(response.url).startswith(self._endpoint)  # else its CDN: a retry has new links
         if status in {401, 403} and is_hub:
-            message = f"the Hub refused {self._order['repo']} (status {status}): check hf_token"
+            message = f"the Hub refused {self._setup['repo']} (status {status}): check hf_token"
             return Failed("hub_unauthorized", message, field="hf_token")
         if status == 429:
             message = "the Hub received too many requests: wait, or give hf_token"
@@ -251,11 +251,11 @@ class Hub:
 
     def _meanings(self) -> tuple[tuple[type[Exception], str, str, str], ...]:
         """Errors of the library, specific ones first: class, category, field, message."""
-        errors, repo = self._errors, self._order["repo"]
+        errors, repo = self._errors, self._setup["repo"]
         token = "what hf_token may read" if "authorization" in self._headers else "give hf_token"
         gone, gated = "model_not_found", "hub_gated"
         terms = f"accept its terms at {self._endpoint}/{repo}, then give hf_token"
-        unknown = f"{repo} has no revision {self._order['revision']!r}: check revision"
+        unknown = f"{repo} has no revision {self._setup['revision']!r}: check revision"
         moved = f"{repo} has just changed on the Hub: load it again"
         missing = f"{repo} does not exist on the Hub, or is private: check its name, or {token}"
         return (
@@ -291,14 +291,14 @@ class File:
 
 
 class Fetch:
-    """Completes files; `wanted` is {repo, root, commit, revision, files: [members of `File`]}."""
+    """Completes files; `job` is {repo, root, commit, revision, files: [members of `File`]}."""
 
-    def __init__(self, wanted: dict[str, Any], hub: Hub | None) -> None:
+    def __init__(self, job: dict[str, Any], hub: Hub | None) -> None:
         self._hub = hub
-        self._repo, self._commit = wanted["repo"], wanted["commit"]
-        self._revision, self._root = wanted["revision"], Path(wanted["root"])
+        self._repo, self._commit = job["repo"], job["commit"]
+        self._revision, self._root = job["revision"], Path(job["root"])
         self._blobs, top = self._root / "blobs", self._root / "snapshots" / self._commit
-        self._files = [File(top / f["name"], self._blobs / f["etag"], **f) for f in wanted["files"]]
+        self._files = [File(top / f["name"], self._blobs / f["etag"], **f) for f in job["files"]]
         self._done = {file.name: 0 for file in self._files}
         self._seen = 0
         self._progress: dict[str, Any] = {}
