@@ -21,12 +21,12 @@ def test_a_load_emits_one_event_per_transition(harness: Harness) -> None:
     with harness.sync() as orch:
         events = orch.events()
         orch.load("A")
-        told = list(islice(events, 5))
-        assert [event.data["dest"] for event in told] == LOAD
-        assert [event.id for event in told] == [1, 2, 3, 4, 5]
-        for earlier, later in pairwise(told):
+        seen = list(islice(events, 5))
+        assert [event.data["dest"] for event in seen] == LOAD
+        assert [event.id for event in seen] == [1, 2, 3, 4, 5]
+        for earlier, later in pairwise(seen):
             assert earlier.data["dest"] == later.data["source"]
-        first = told[0].as_dict()
+        first = seen[0].as_dict()
         assert {"id", "kind", "source", "dest", "trigger", "generation", "at"} <= first.keys()
         assert (first["kind"], first["trigger"], first["generation"]) == ("transition", "load", 1)
 

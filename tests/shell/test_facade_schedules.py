@@ -80,7 +80,7 @@ def test_callers_get_the_answer_of_the_machine_in_longer_scenes(
 
 
 class KeepsLeases(AsyncOrchestrator):
-    """Gives back only a lease whose grant was heard."""
+    """Releases a lease only if it noticed the grant."""
 
     @contextlib.asynccontextmanager
     async def lease(self) -> AsyncIterator[LeasedServer]:
@@ -130,4 +130,4 @@ def test_explorer_finds_a_facade_that_loses_an_answer(
     report = explore(Scene(scene, warm="A", mishaps=0, stage=faulty))
     print(f"\n{report}")
     assert report.counterexample is not None
-    assert report.counterexample.invariant == "promise_callers_hear_their_answer"
+    assert report.counterexample.invariant == "promise_callers_get_their_answer"

@@ -194,8 +194,8 @@ def test_an_error_in_close_leaves_no_caller_waiting(
     monkeypatch.setattr(harness.effects, "close", broken)
     with pytest.raises(OSError, match="Input/output error"):
         orch.close()
-    told = [event.data["dest"] for event in reader.result(PATIENCE_S)]
-    assert told == ["Killing", "Idle"], "the shutdown itself"
+    seen = [event.data["dest"] for event in reader.result(PATIENCE_S)]
+    assert seen == ["Killing", "Idle"], "the shutdown itself"
     harness.release_look_ups_of("A")
     assert isinstance(error_of(load), ShuttingDown)
     with pytest.raises(ShuttingDown):
@@ -311,8 +311,8 @@ def test_every_call_in_a_forked_process_raises_wrong_process(
         is_over.set()
         holding.result(PATIENCE_S)
         os.close(write)
-        with open(read, "rb") as told:
-            assert told.read() == b"w" * len(calls) + b"c"
+        with open(read, "rb") as seen:
+            assert seen.read() == b"w" * len(calls) + b"c"
         assert os.waitpid(child, 0)[1] == 0
         assert orch.load("A").pid == pid
     assert not harness.os.alive

@@ -35,9 +35,9 @@ def test_each_transition_is_one_log_line(log: list[Any], harness: Harness) -> No
         orch.load("B")
         orch.load("B")
         orch.unload()
-    told = [(e.data["source"], e.data["dest"]) for e in harness.events.since(0)]
+    transitions = [(e.data["source"], e.data["dest"]) for e in harness.events.since(0)]
     lines = of(log, "lifecycle.transitioned")
-    assert [(line["source"], line["dest"]) for line in lines] == told
+    assert [(line["source"], line["dest"]) for line in lines] == transitions
     for line in lines:
         assert line["log_level"] == "info"
         assert {"trigger", "generation", "model", "pid", "after_ms"} <= line.keys()

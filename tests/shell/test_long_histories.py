@@ -158,8 +158,8 @@ def test_days_of_calls_crashes_and_timers_keep_every_promise(
         try:
             history.play(moves)
         except BaseException:
-            for told in history.stage.told[-40:]:
-                note(f"{told.who}: {told.text} [{told.before} -> {told.after}]")
+            for line in history.stage.story[-40:]:
+                note(f"{line.who}: {line.text} [{line.before} -> {line.after}]")
             raise
         finally:
             failures.clear()  # planned ones; anything else is a broken promise

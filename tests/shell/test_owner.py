@@ -294,13 +294,13 @@ def test_every_call_around_the_end_is_answered() -> None:
     """Before, during and after the end: `shutting_down`, never silence."""
     owner = Owner(GatedEffects)
     owner.start("test")
-    asked: list[Call] = []
+    calls: list[Call] = []
     some, has_stopped = threading.Barrier(5), threading.Event()
 
     def ask() -> None:
         for number in range(200):
             call = owner.call()
-            asked.append(call)
+            calls.append(call)
             if number % 2:  # waits for the slot, which nobody empties here
                 owner.ask(call, UnloadRequested(call.ticket, None, 0.0))
             else:
@@ -318,10 +318,10 @@ def test_every_call_around_the_end_is_answered() -> None:
     has_stopped.set()
     for caller in callers:
         caller.join(PATIENCE_S)
-    answers = [call.settled.result(PATIENCE_S) for call in asked]
+    answers = [call.settled.result(PATIENCE_S) for call in calls]
     refused = [answer for answer in answers if isinstance(answer, Problem)]
     assert {answer.category for answer in refused} == {"shutting_down"}
-    assert 4 * 49 <= len(refused) < len(asked) == 800
+    assert 4 * 49 <= len(refused) < len(calls) == 800
     assert not owner._calls
     assert owner.events.is_closed
 

@@ -240,9 +240,9 @@ class TellsTheLastAnswer(Owner):
         )
         if generation is not None:
             outcome = answer if isinstance(answer, Problem) else load_outcome(answer)
-            told = PastLoad(generation, State.IDLE, "", None, 0.0, 0.0, Timings(), outcome)
+            wrong = PastLoad(generation, State.IDLE, "", None, 0.0, 0.0, Timings(), outcome)
             others = (load for load in self.snapshot.history if load.generation != generation)
-            self.snapshot = replace(self.snapshot, history=(*others, told))
+            self.snapshot = replace(self.snapshot, history=(*others, wrong))
 
 
 # ------------------------------------------------------------------------------- commands, and time

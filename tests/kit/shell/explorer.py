@@ -145,7 +145,7 @@ class _Exploration:
         except BrokenError as broken:
             return broken
         finally:
-            self._moves += len(stage.told)
+            self._moves += len(stage.story)
             stage.close()
 
     def _arrive(self, stage: Stage) -> None:
@@ -211,7 +211,7 @@ class _Exploration:
         stage, broken = self._replay(labels)
         if broken is not None:
             violation = broken.violation
-        return Counterexample(violation.invariant, violation.message, tuple(stage.told))
+        return Counterexample(violation.invariant, violation.message, tuple(stage.story))
 
 
 class _Run:

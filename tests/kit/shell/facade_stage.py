@@ -60,7 +60,7 @@ class FacadeStage(Stage):
         def call(ticket: Ticket | None = None) -> Call:
             opened = open_call(ticket)
             if (caller := self._who()) is not None:
-                self._note_call(caller, opened)
+                self._record_call(caller, opened)
             return opened
 
         vars(made).update(call=call, start=lambda _: None)
@@ -101,11 +101,11 @@ class FacadeStage(Stage):
         if self.is_quiescent:
             for caller in self.ledger.callers:
                 if (message := self._misled(caller)) is not None:
-                    raise BrokenError(Violation("promise_callers_hear_their_answer", message))
+                    raise BrokenError(Violation("promise_callers_get_their_answer", message))
 
     def _misled(self, caller: Caller) -> str | None:
         """Return how what the facade did differs from the answer to its call."""
-        has_ended, heard = self._result_of(caller)
+        has_ended, result = self._result_of(caller)
         name, answer = caller.action.text, caller.answer
         if caller.call is None:
             return None
@@ -114,13 +114,15 @@ class FacadeStage(Stage):
         if not has_ended:
             is_holding = isinstance(answer, LeaseGranted) and not self._was_ended(caller)
             return None if is_holding else f"{name} still waits, and its answer is {answer}"
-        if isinstance(heard, asyncio.CancelledError | KeyboardInterrupt):
+        if isinstance(result, asyncio.CancelledError | KeyboardInterrupt):
             return None if self._was_ended(caller) else f"{name} ended without a cause"
-        if isinstance(heard, OrchestratorError):
-            heard = heard.problem
-            return None if heard == answer else f"{name} raises {heard}, and its answer is {answer}"
-        if isinstance(heard, BaseException):
-            return f"{name} raises {heard!r}"
+        if isinstance(result, OrchestratorError):
+            result = result.problem
+            return (
+                None if result == answer else f"{name} raises {result}, and its answer is {answer}"
+            )
+        if isinstance(result, BaseException):
+            return f"{name} raises {result!r}"
         return f"{name} returns, and was withdrawn" if answer == "gone" else None
 
     def _result_of(self, caller: Caller) -> tuple[bool, object]:

@@ -50,7 +50,7 @@ class Caller:
         return self.action.verb in _ENDABLE and self.status > Status.LOOKING_ENDED
 
     @property
-    def is_told(self) -> bool:
+    def is_settled(self) -> bool:
         """Whether it has its answer or has gone away."""
         return self.call is not None and self.call.settled.done()
 
@@ -64,10 +64,10 @@ class Caller:
     @property
     def known_generation(self) -> int | None:
         """The generation of its load, if the client knows it."""
-        told = self.call.accepted if self.call else None
-        if told is None or not told.done() or told.cancelled():
+        accepted = self.call.accepted if self.call else None
+        if accepted is None or not accepted.done() or accepted.cancelled():
             return None
-        return told.result() if isinstance(told.result(), int) else None  # type: ignore[return-value]
+        return accepted.result() if isinstance(accepted.result(), int) else None  # type: ignore[return-value]
 
     @property
     def model(self) -> str | None:
@@ -106,7 +106,7 @@ class Ledger:
 
     # -------------------------------------------------------------------------------- requests
 
-    def hear(self, fact: Fact) -> None:
+    def process(self, fact: Fact) -> None:
         """Update the calls when the owner processes a fact."""
         caller = self.caller(getattr(fact, "ticket", None))
         match fact:
@@ -153,7 +153,7 @@ class Ledger:
 
     # --------------------------------------------------------------------------------- answers
 
-    def note(self, command: Command) -> None:
+    def apply(self, command: Command) -> None:
         """Update a call when the machine answers it."""
         caller = self.caller(getattr(command, "ticket", None))
         if caller is None:

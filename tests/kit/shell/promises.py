@@ -55,7 +55,7 @@ def promise_the_snapshot_is_the_machine(done: Done) -> str | None:
 
 def promise_the_snapshot_comes_first(done: Done) -> str | None:
     """The snapshot is published before calls are answered and effects are started."""
-    for seen in done.stage.heard:
+    for seen in done.stage.published:
         if seen.ctx is not done.stepped.ctx or seen.state is not done.stepped.state:
             return f"a call or an effect still found the snapshot of {seen.state}"
     return None
@@ -72,13 +72,13 @@ def promise_a_token_belongs_to_one_load(done: Done) -> str | None:
     """A load has one token, given to its effects only, and set when the load is cancelled."""
     stage = done.stage
     first: dict[int, object] = {}
-    for generation, token in stage.given:
+    for generation, token in stage.tokens:
         if token.generation != generation:
             return f"an effect of load {generation} was given the token of {token.generation}"
         if first.setdefault(generation, token) is not token:
             return f"load {generation} has two tokens"
     job = stage.owner.snapshot.ctx.job
-    for generation, token in stage.given:
+    for generation, token in stage.tokens:
         wanted = job is not None and job.generation == generation and job.token is None
         if wanted and token.is_set():
             return f"load {generation} is wanted, and its token is set"
@@ -141,9 +141,9 @@ def promise_the_outcome_is_the_loads(done: Done) -> str | None:
         if number not in unsettled and outcome is None:
             return f"load {number} has ended without an outcome"
         ran = outcome.generation if isinstance(outcome, LoadOutcome) else None
-        if ran is not None and ran not in done.stage.held:  # its own, or one it found running
+        if ran is not None and ran not in done.stage.healthy:  # its own, or one it found running
             return f"load {ran} did not become Healthy, and the outcome of {number} says so"
-        if number in done.stage.held and ran != number:
+        if number in done.stage.healthy and ran != number:
             return f"load {number} became Healthy, and its outcome is {outcome}"
     return None
 

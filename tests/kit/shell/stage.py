@@ -100,10 +100,10 @@ class Stage(PumpedOwner):
     """One schedule, as far as it has got.
 
     Attributes:
-        told: The moves so far, for the story.
-        heard: The snapshots that were published when a call was answered or an effect started.
-        given: The tokens of the effects that were started.
-        held: The loads that became Healthy.
+        story: The moves so far.
+        published: The snapshots that were published when a call was answered or an effect started.
+        tokens: The tokens of the effects that were started.
+        healthy: The loads that became Healthy.
         is_checking: Check every step; not needed for steps that were checked before.
     """
 
@@ -119,11 +119,11 @@ class Stage(PumpedOwner):
         self.owed: list[EffectInFlight] = []
         self.beside: set[tuple[str, Generation]] = set()
         self.reported_ended: set[int] = set()
-        self.given: list[tuple[Generation, CancelToken]] = []
-        self.heard: list[Snapshot] = []
-        self.held: set[Generation] = set()
+        self.tokens: list[tuple[Generation, CancelToken]] = []
+        self.published: list[Snapshot] = []
+        self.healthy: set[Generation] = set()
         self.transitions = 0
-        self.told: list[StoryLine] = []
+        self.story: list[StoryLine] = []
         self.is_checking = False
         self.mishaps = self.pairs = 0
         if scene.warm is not None:
@@ -155,7 +155,7 @@ class Stage(PumpedOwner):
         self._send(caller)
         self.settle()
         assert self.state is State.HEALTHY, self.owner.snapshot
-        self.told.clear()
+        self.story.clear()
 
     def close(self) -> None:
         """End this schedule, in any state."""
@@ -180,11 +180,11 @@ class Stage(PumpedOwner):
     def do(self, move: Move) -> None:
         """Carry out a move. One that happens while the inbox holds a fact uses up a pair."""
         is_pair = bool(self.inbox.facts) and move.who != "owner"
-        before, told = self.owner.snapshot.state, len(self.told)
+        before, lines = self.owner.snapshot.state, len(self.story)
         move.act()
         self.pairs -= is_pair
-        if len(self.told) == told:
-            self.told.append(StoryLine(move.who, move.text, before, before, ()))
+        if len(self.story) == lines:
+            self.story.append(StoryLine(move.who, move.text, before, before, ()))
 
     def _own_moves(self) -> Iterator[Move]:
         for gate in self.effects.parked:
@@ -275,12 +275,12 @@ class Stage(PumpedOwner):
                 self._send(caller, about)
 
     def _open(self, caller: Caller) -> None:
-        self._note_call(caller, self.owner.call())
+        self._record_call(caller, self.owner.call())
 
-    def _note_call(self, caller: Caller, call: Call) -> None:
+    def _record_call(self, caller: Caller, call: Call) -> None:
         self.ledger.opened(caller, call)
         call.settled.add_done_callback(
-            lambda done: None if done.cancelled() else self.heard.append(self.owner.snapshot)
+            lambda done: None if done.cancelled() else self.published.append(self.owner.snapshot)
         )
 
     def _end_look_up(self, caller: Caller) -> None:
@@ -319,8 +319,8 @@ class Stage(PumpedOwner):
     # ---------------------------------------------------------------------------------- effects
 
     def _watch(self, effect: Effect, token: CancelToken) -> None:
-        self.heard.append(self.owner.snapshot)
-        self.given.append((effect.generation, token))
+        self.published.append(self.owner.snapshot)
+        self.tokens.append((effect.generation, token))
         kind, generation = KINDS[type(effect)], effect.generation
         last = self.machine.last
         ctx = last.ctx if last is not None else self.owner.snapshot.ctx
@@ -347,7 +347,7 @@ class Stage(PumpedOwner):
         self.pump(fact)
 
     def pump(self, fact: Fact) -> None:
-        self.ledger.hear(fact)
+        self.ledger.process(fact)
         before, state = self._instant() if self.is_checking else None, self.owner.snapshot.state
         if isinstance(fact, get_args(Completion)):
             ended = EffectInFlight(cast("EffectKind", fact.effect), fact.generation)
@@ -355,7 +355,7 @@ class Stage(PumpedOwner):
                 self.owed.remove(ended)
             else:
                 self.beside -= {(kind, ended.generation) for kind in ("resolve", "prefetch")}
-        self.heard.clear()
+        self.published.clear()
         self.machine.take_last()
         self.owner.pump(fact)
         stepped = self.machine.take_last()
@@ -363,16 +363,16 @@ class Stage(PumpedOwner):
             self._note(stepped, state)
         outcome = tuple(filter(None, map(describe, stepped.commands if stepped else ())))
         now = self.owner.snapshot.state
-        self.told.append(StoryLine("owner", f"takes up {_named(fact)}", state, now, outcome))
+        self.story.append(StoryLine("owner", f"takes up {_named(fact)}", state, now, outcome))
         if before is not None:
             self._check(before, fact, stepped)
 
     def _note(self, stepped: Stepped, before: State) -> None:
         self.transitions += stepped.state is not before
         if stepped.state is State.HEALTHY and stepped.ctx.running is not None:
-            self.held.add(stepped.ctx.running.generation)
+            self.healthy.add(stepped.ctx.running.generation)
         for command in stepped.commands:
-            self.ledger.note(command)
+            self.ledger.apply(command)
             if isinstance(command, ServerEnded):
                 self.reported_ended.add(command.pid)
 
@@ -426,7 +426,7 @@ class Stage(PumpedOwner):
             len(os.started),
             os.lock is None,
             tuple(self.progress),
-            tuple((c.status, c.ticket, c.generation, c.is_told) for c in callers),
+            tuple((c.status, c.ticket, c.generation, c.is_settled) for c in callers),
             tuple(caller.ticket for caller in self.looking),
             frozenset(owner._timers.items()),
             frozenset((g, token.is_set()) for g, token in owner._tokens.items()),
