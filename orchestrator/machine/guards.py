@@ -170,6 +170,10 @@ def cancels_callers(ctx: Context, fact: facts.CancelRequested) -> bool:
     )
 
 
+def job_is_wanted(ctx: Context, fact: facts.Emptied) -> bool:
+    return ctx.loading is not None
+
+
 def load_is_wanted(ctx: Context, fact: facts.LeaseRequested) -> bool:
     return bool(ctx.wanted)
 

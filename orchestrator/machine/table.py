@@ -1,9 +1,8 @@
 """Transition table of the server lifecycle: the only place where an edge exists.
 
 One owner thread feeds one fact at a time to this table. Rows are tried in order; the first whose
-guards all hold fires: its actions replace the context and append commands, then the state changes,
-or stays where `dest` is None. In every state every trigger has a row without guards, so the table
-is total.
+guards all hold fires: its actions replace the context and append commands, then the state changes
+unless `dest` is None. The table is total: every trigger has a row without guards in every state.
 
 At most one effect is in flight, and it belongs to the state: the kill ladder to Killing, the
 download to Downloading, the spawn to Spawning, the probe to WaitingHealth. A cancel sets the token
@@ -24,8 +23,8 @@ answered when the slot is verified empty. Two kinds of load without a caller rep
 previous model comes back for a load with `restore_previous`, and a server that ended by itself is
 started again when `restart_due`.
 
-A server without leases is stopped when `idle_expired`. The timer starts over at the commit, when
-the last lease is released, and when a load finds the server running.
+A server without leases is stopped when `idle_expired`. The timer starts over at the commit, with
+the last release, and when a load finds the server running.
 """
 
 from __future__ import annotations
@@ -140,7 +139,7 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("drain_expired", ALL, "",                          STAY, "drop_stale"),
 
     # ---- Killing: terminate, reap, verify -------------------------------------------------------
-    _row("emptied", K,       "is_current token_is_unset",   D, "forget_child answer_waiters begin_download"),
+    _row("emptied", K,       "is_current job_is_wanted",     D, "forget_child answer_waiters begin_download"),
     _row("emptied", K,       "is_current",                  I, "forget_child answer_waiters enter_idle"),
     _row("emptied", ALL,     "",                            STAY, "drop_stale"),
     _row("kill_failed", K,   "is_current",                  I, "fail_all answer_waiters_occupied enter_idle"),

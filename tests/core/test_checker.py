@@ -264,7 +264,7 @@ def test_checker_finds_a_lost_promotion() -> None:
     ("trigger", "guard_list", "state"),
     [
         ("emptied", "is_current", State.KILLING),
-        ("emptied", "is_current token_is_unset", State.KILLING),
+        ("emptied", "is_current job_is_wanted", State.KILLING),
         ("fetched", "is_current", State.DOWNLOADING),
         ("fetch_failed", "is_current", State.DOWNLOADING),
     ],
@@ -327,7 +327,7 @@ def test_checker_finds_a_slot_that_is_never_empty() -> None:
 def test_checker_reports_an_exception_in_a_step() -> None:
     table = _table(
         "emptied",
-        "is_current token_is_unset",
+        "is_current job_is_wanted",
         State.KILLING,
         lambda row: replace(row, guards=("is_current",)),
     )

@@ -111,11 +111,10 @@ def report_exit(s: Step[facts.Exited]) -> None:
 
 def record_death(s: Step[facts.BecameReady | facts.NotReady]) -> None:
     """The probe may find the server dead before its exit is noticed."""
-    fact = s.fact
-    if isinstance(fact, facts.BecameReady):
-        is_dead = not fact.child_is_alive
+    if isinstance(s.fact, facts.BecameReady):
+        is_dead = not s.fact.child_is_alive
     else:
-        is_dead = fact.problem.category == "server_start_failed"
+        is_dead = s.fact.problem.category == "server_start_failed"
     if is_dead and s.ctx.child_end is None:
         s.put(child_end="found")
 

@@ -29,7 +29,7 @@ from orchestrator.machine.facts import Fact
 from orchestrator.machine.states import State
 from orchestrator.machine.step import Lifecycle
 from orchestrator.machine.table import TABLE, Row
-from tests.kit.machine.invariants import Violation, check_edge, check_world
+from tests.kit.machine.invariants import INVARIANTS, Violation, check_edge, check_world
 from tests.kit.machine.observed import Edge, answers
 from tests.kit.machine.programs import parse
 from tests.kit.machine.scenario import Move, Scenario
@@ -117,6 +117,7 @@ def explore(
     Raises:
         MemoryError: there are more worlds than that.
     """
+    assert without <= INVARIANTS | {"a_load_can_succeed"}
     scenario = Scenario(parse(program), faults, policy)
     exploration = _Exploration(program, scenario, lifecycle or TracedLifecycle(), without)
     with _without_garbage_collection():

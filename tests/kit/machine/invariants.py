@@ -61,7 +61,7 @@ def inv_one_effect(world: World) -> str | None:
     return None
 
 
-def inv_no_server_is_cleared(world: World) -> str | None:
+def inv_no_server_is_forgotten(world: World) -> str | None:
     """A live server is recorded, or its `Spawned` has not arrived yet."""
     child = world.ctx.child
     spawning = {effect.generation for effect in world.in_flight if effect.kind == "spawn"}
@@ -318,7 +318,7 @@ def inv_token_set_once(edge: Edge) -> str | None:
 WORLD_INVARIANTS: tuple[Callable[[World], str | None], ...] = (
     inv_one_server,
     inv_one_effect,
-    inv_no_server_is_cleared,
+    inv_no_server_is_forgotten,
     inv_settled_holds_no_load,
     inv_nothing_is_on_record_before_a_spawn,
     inv_at_rest_is_settled,
