@@ -50,7 +50,7 @@ def test_loads_reloads_and_exits_are_counted_once(serve: Serve, tiny_model: str)
         assert client.post(LOAD, json=body).json()["status"] == "loaded"
         assert client.post(LOAD, json=body).json()["status"] == "already_loaded"
         client.post(LOAD, json={**body, "max_seq_length": 512})
-        bogus = {**body, "llama_extra_args": ["--bogus"]}
+        bogus = {**body, "llama_extra_args": ["--seed", "bogus"]}
         assert client.post(LOAD, json=bogus).status_code == 424
         pid = client.post(LOAD, json=body).json()["pid"]
         os.kill(pid, signal.SIGKILL)
