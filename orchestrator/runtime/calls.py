@@ -38,10 +38,12 @@ from orchestrator.server.slot import cache_dir
 from orchestrator.settings.argv import build_argv
 from orchestrator.settings.checks import checked_seconds
 from orchestrator.settings.drafting import accepted_modes
+from orchestrator.settings.extra_args import check_known, template_of
 from orchestrator.settings.fields import SETTINGS, LoadFields, StrPath
 from orchestrator.settings.flags import CACHE_TYPES
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import NO_SERVER, Target
+from orchestrator.settings.template import check_template
 
 _NO_LOAD: Final = Generation(0)
 
@@ -313,11 +315,28 @@ class Facade:
         self._source.check_args(request.llama_extra_args or ())
         model, server = self._source.look_up(request), self._parts.server(self._llama_server)
         target = Target(request, model, server)
-        if target.speculative_type is not None:
+        args = target.inheriting(dict(self._snapshot.ctx.committed_args)).extra_args
+        template, mode = request.chat_template_override, target.speculative_type
+        if not (args or template or mode) or self._needs_nothing(target):
+            return target
+        if template is not None:
+            check_template(template, "chat_template_override")
+        if (given := template_of(args)) is not None:
+            check_template(given, "llama_extra_args")
+        if args or mode:
             catalogue = self._parts.catalogue(server, self._cache)
+            if catalogue is not None:
+                check_known(args, catalogue)
             target = replace(target, server=replace(server, catalogue=catalogue))
             build_argv(target, template_file=None)  # raises if the binary lacks the drafting type
         return target
+
+    def _needs_nothing(self, target: Target) -> bool:
+        """Whether this model is loaded already, so that its server need not be asked."""
+        try:
+            return self._plan(target).action == "none"
+        except OrchestratorError:
+            return False
 
     def _send(self, call: Call, make_fact: MakeFact) -> None:
         """Post the request of a call. If it is refused at once, that is its answer.

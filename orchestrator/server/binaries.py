@@ -130,13 +130,13 @@ def _embedded() -> ServerBinary:
 
 
 _answers: dict[FileIdentity, Catalogue] = {}
-_asked_again_at: dict[FileIdentity, float] = {}
+_ask_after: dict[FileIdentity, float] = {}
 
 
 def ask_catalogue(server: ServerBinary, cache: Path) -> Catalogue | None:
-    """Return the flags of a binary; None if it does not tell.
+    """Return the flags of a binary; None if its answer is inconclusive.
 
-    Runs it once per identity and machine, about 10 ms; one that does not tell, at most once a
+    Runs it once per identity and machine, about 10 ms; after an inconclusive answer at most once a
     minute.
 
     Args:
@@ -145,11 +145,11 @@ def ask_catalogue(server: ServerBinary, cache: Path) -> Catalogue | None:
     known = _known(server.command, server.identity, str(cache))
     if known is not None:
         return known
-    if time.monotonic() < _asked_again_at.get(server.identity, 0.0):
+    if time.monotonic() < _ask_after.get(server.identity, 0.0):
         return None
     found = _ask(server)
     if found is None:
-        _asked_again_at[server.identity] = time.monotonic() + _ASK_AGAIN_S
+        _ask_after[server.identity] = time.monotonic() + _ASK_AGAIN_S
         return None
     _answers[server.identity] = found
     write_json(_file_of(server.command, server.identity, str(cache)), asdict(found))

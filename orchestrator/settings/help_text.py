@@ -13,6 +13,7 @@ from typing import Final
 _COLUMN: Final = 40
 _FLAG: Final = re.compile(r"\s*(--?[A-Za-z0-9][\w.-]*)(,?)")
 _ALLOWED: Final = re.compile(r"allowed values: ([^()]*)")
+_CHOICE: Final = re.compile(r"[a-z][a-z0-9_+-]*|[0-9]")  # no `dev1,dev2,..`, no `N0,N1`
 _REMOVED: Final = "the argument has been removed"
 
 
@@ -22,14 +23,22 @@ class FlagHelp:
 
     Attributes:
         names: Every spelling, as listed.
+        placeholder: What stands for its values, such as `N`, `START END` or `[on|off|auto]`; empty
+            where it takes none.
         choices: The values it lists, if any.
         is_removed: Listed as removed; using it aborts the start.
     """
 
     names: tuple[str, ...]
-    takes_value: bool
+    placeholder: str = ""
     choices: tuple[str, ...] = ()
     is_removed: bool = False
+
+    @property
+    def value_count(self) -> int:
+        """How many values follow it."""
+        words = self.placeholder.split()
+        return len(words) if all(map(str.isupper, words)) else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +82,7 @@ def _entry(line: str, more_lines: list[str]) -> FlagHelp | None:
     end = _COLUMN if is_on_this_line else len(line)
     hint = line[at:end].strip()
     about = " ".join(" ".join([line[end:], *more_lines]).split())
-    return FlagHelp(tuple(names), bool(hint), _choices(hint, about), _REMOVED in about)
+    return FlagHelp(tuple(names), hint, _choices(hint, about), _REMOVED in about)
 
 
 def _choices(hint: str, about: str) -> tuple[str, ...]:
@@ -81,4 +90,5 @@ def _choices(hint: str, about: str) -> tuple[str, ...]:
         return tuple(value.strip() for value in allowed.group(1).split(",") if value.strip())
     bare = hint.strip("[]{}<>")
     separator = "|" if "|" in bare else ","
-    return tuple(bare.split(separator)) if separator in bare else ()
+    found = bare.split(separator)
+    return tuple(found) if len(found) > 1 and all(map(_CHOICE.fullmatch, found)) else ()

@@ -20,7 +20,7 @@ from tests.kit.panel import DESKTOP, FLAGS
 
 LOADS = (
     {"model_path": "models", "gguf_variant": "Q8_0"},
-    {"model_path": "models", "llama_extra_args": ["--top-n", "20"]},
+    {"model_path": "models", "llama_extra_args": ["--top-k", "bogus"]},
     {"model_path": "models", "llama_extra_args": ["--top-k", "20"], "cache_type_kv": "q8_0"},
 )
 

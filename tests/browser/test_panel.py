@@ -140,7 +140,7 @@ def test_extra_args_can_be_inherited_cleared_or_set(
     panel.page.fill("#model_path", tiny_model)
     panel.set_extra("--top-k 7  --alias-of-mine\\ x 'it''s' \"a \\\"b\\\"\"\n")
     panel.page.click("#apply")
-    expect(panel.page.locator("#error")).to_contain_text("--alias-of-mine x")
+    expect(panel.page.locator("#field-error")).to_contain_text("--alias-of-mine x")
     assert panel.sent[-1]["llama_extra_args"] == [
         *("--top-k", "7", "--alias-of-mine x", "its", 'a "b"')
     ]
@@ -279,7 +279,7 @@ def test_last_loads_are_shown_with_their_outcomes(
 ) -> None:
     client = start()
     client.post(PREFIX + "/load", json={"model_path": tiny_model})
-    bad = {"model_path": tiny_model, "llama_extra_args": ["--nope"]}
+    bad = {"model_path": tiny_model, "llama_extra_args": ["--seed", "bogus"]}
     client.post(PREFIX + "/load", json=bad)
     page = open_panel(client).until_live().page
     rows = page.locator("#loads li")
@@ -288,7 +288,7 @@ def test_last_loads_are_shown_with_their_outcomes(
     expect(rows.nth(1)).to_contain_text("loaded")
     expect(rows.nth(1).locator(".bar i")).to_have_count(4)
     rows.nth(0).get_by_text("What happened").click()
-    expect(rows.nth(0).locator(".problem")).to_contain_text("--nope")
+    expect(rows.nth(0).locator(".problem")).to_contain_text("--seed")
 
 
 # --------------------------------------------------------------------------------------- failures
@@ -300,11 +300,11 @@ def test_failed_start_is_explained_and_links_to_its_field(
     client = start()
     panel = open_panel(client).until_live()
     panel.page.fill("#model_path", tiny_model)
-    panel.set_extra("--nope")
+    panel.set_extra("--seed bogus")
     panel.page.click("#apply")
     alert = panel.page.get_by_role("alert").filter(has_text="server_start_failed")
-    expect(alert.locator("p").first).to_contain_text("--nope")
-    expect(alert.locator("pre").first).to_contain_text("error: invalid argument: --nope")
+    expect(alert.locator("p").first).to_contain_text("--seed")
+    expect(alert.locator("pre").first).to_contain_text('handling argument "--seed"')
     alert.get_by_role("button", name="Go to “Extra arguments”").click()
     expect(panel.page.locator("#extra-text")).to_be_focused()
     alert.get_by_text("Story").click()
@@ -407,14 +407,14 @@ def test_panel_is_accessible_and_fits(
     """With everything unfolded: Idle, Healthy, and after a failure."""
     client = start()
     page = open_panel(client, size=size, scheme=scheme).until_live().page
-    for state, extra in (("Idle", None), ("Healthy", []), ("Idle", ["--nope"])):
+    for state, extra in (("Idle", None), ("Healthy", []), ("Idle", ["--seed", "bogus"])):
         if extra is not None:
             body = {"model_path": tiny_model, "llama_extra_args": extra}
             client.post(PREFIX + "/load", json=body)
         expect(page.locator("#state")).to_have_text(state)
         expect(page.locator("#diagram .current")).to_have_id(f"state-{state}")
         if extra:
-            expect(page.locator("#error")).to_contain_text("--nope")
+            expect(page.locator("#error")).to_contain_text("--seed")
         page.evaluate("document.querySelectorAll('details').forEach((one) => one.open = true)")
         assert not violations(page)
         wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"

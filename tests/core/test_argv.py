@@ -85,7 +85,7 @@ def test_kind_sets_its_flags_and_caches_prompts_for_chat_only(
 def test_argv_uses_the_flag_names_of_its_binary() -> None:
     """B43: builds name the same flag differently, or lack it."""
     flags = ("-m --model", "--spec-type", "--spec-ngram-size-n", "--draft-min", "--draft-max")
-    old = Catalogue(tuple(FlagHelp(tuple(f.split()), takes_value=True) for f in flags))
+    old = Catalogue(tuple(FlagHelp(tuple(f.split()), placeholder="N") for f in flags))
     wanted = target(speculative_type="ngram-mod")
     wanted = replace(wanted, server=replace(wanted.server, catalogue=old))
     assert managed(wanted)[:4] == ("--spec-type", "ngram-mod", "--spec-ngram-size-n", "24")

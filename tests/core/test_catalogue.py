@@ -47,8 +47,8 @@ def parsed(text: str) -> Catalogue:
 
 
 def catalogue(*names: str, spec_types: tuple[str, ...] = (), removed: str = "") -> Catalogue:
-    flags = [FlagHelp((name,), takes_value=True, is_removed=name in removed) for name in names]
-    return Catalogue((*flags, FlagHelp(("--spec-type",), takes_value=True, choices=spec_types)))
+    flags = [FlagHelp((name,), placeholder="N", is_removed=name in removed) for name in names]
+    return Catalogue((*flags, FlagHelp(("--spec-type",), placeholder="N", choices=spec_types)))
 
 
 def listed(name: str) -> FlagHelp:
@@ -67,7 +67,7 @@ def listed(name: str) -> FlagHelp:
             "-otd",
             ("--spec-draft-override-tensor", "-otd", "--override-tensor-draft"),
             True,
-            ("name>=<type>", "..."),
+            (),
         ),
         ("--rope-scaling", ("--rope-scaling",), True, ("none", "linear", "yarn")),
         ("-ctk", ("-ctk", "--cache-type-k"), True, ("f32", "f16", "q8_0")),
@@ -78,7 +78,7 @@ def test_entry_of_any_layout_is_parsed(
     name: str, names: tuple[str, ...], takes_value: bool, choices: tuple[str, ...]
 ) -> None:
     flag = listed(name)
-    assert (flag.names, flag.takes_value, flag.choices) == (names, takes_value, choices)
+    assert (flag.names, bool(flag.placeholder), flag.choices) == (names, takes_value, choices)
     assert not flag.is_removed
 
 
@@ -108,7 +108,7 @@ def test_placeholder_may_end_one_column_before_the_description() -> None:
     line = "--model " + "{a,b}".rjust(31) + " the file"
     assert line[38:41] == "} t"
     assert parse_help(line) == Catalogue(
-        (FlagHelp(("--model",), takes_value=True, choices=("a", "b")),)
+        (FlagHelp(("--model",), placeholder="{a,b}", choices=("a", "b")),)
     )
 
 
@@ -245,7 +245,7 @@ BINARIES = {
     "half": catalogue("--spec-default", *OLD, spec_types=TYPES, removed="--draft-max"),
     "lists no types": catalogue(*OLD),
     "one type": catalogue(spec_types=("ngram-simple",)),
-    "no drafting": Catalogue((FlagHelp(("-m", "--model"), takes_value=True),)),
+    "no drafting": Catalogue((FlagHelp(("-m", "--model"), placeholder="N"),)),
 }
 NEW_MOD = (
     "--spec-type ngram-mod --spec-ngram-mod-n-match 24 --spec-ngram-mod-n-min 48 "
@@ -305,9 +305,9 @@ def test_a_flag_listed_twice_and_once_as_removed_is_not_supported() -> None:
     """Leaving out a flag never aborts a start."""
     both = Catalogue(
         (
-            FlagHelp(("--model",), takes_value=True),
-            FlagHelp(("--draft",), takes_value=True),
-            FlagHelp(("--draft",), takes_value=True, is_removed=True),
+            FlagHelp(("--model",), placeholder="N"),
+            FlagHelp(("--draft",), placeholder="N"),
+            FlagHelp(("--draft",), placeholder="N", is_removed=True),
         )
     )
     assert both.has("--model")
@@ -325,9 +325,9 @@ def test_without_a_catalogue_no_mode_is_refused() -> None:
 CATALOGUES = st.builds(
     lambda listed, removed, types: Catalogue(
         tuple(
-            FlagHelp((name,), takes_value=True, choices=tuple(types), is_removed=name in removed)
+            FlagHelp((name,), placeholder="N", choices=tuple(types), is_removed=name in removed)
             if name == "--spec-type"
-            else FlagHelp((name,), takes_value=True, is_removed=name in removed)
+            else FlagHelp((name,), placeholder="N", is_removed=name in removed)
             for name in listed
         )
     ),
@@ -400,7 +400,7 @@ def test_the_real_server_has_no_other_name_for_a_shadowed_flag(real_help: str) -
         owners = {owned.get(name) for name in flag.names}
         assert len(owners) == 1, flag.names
         for owner in owners - {None}:
-            assert cast("tuple[str, bool]", owner)[1] == flag.takes_value, flag.names
+            assert cast("tuple[str, bool]", owner)[1] == bool(flag.placeholder), flag.names
 
 
 @pytest.mark.external

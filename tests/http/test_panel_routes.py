@@ -90,7 +90,8 @@ def test_loads_are_listed_newest_first(serve: Serve, tiny_model: str) -> None:
         assert listed(client) == []
         good = client.post(LOAD, json={"model_path": tiny_model}).json()
         client.post(LOAD, json={"model_path": tiny_model})  # already loaded: no load of its own
-        bad = client.post(LOAD, json={"model_path": tiny_model, "llama_extra_args": ["--nope"]})
+        bogus = {"model_path": tiny_model, "llama_extra_args": ["--seed", "bogus"]}
+        bad = client.post(LOAD, json=bogus)
         failed, loaded = listed(client)
         assert loaded["outcome"] == good
         assert loaded["timings_s"] == good["timings_s"]

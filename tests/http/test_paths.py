@@ -87,7 +87,7 @@ def test_linked_model_is_named_as_sent(ask: Any, folders: Folders) -> None:
     (reason, *_) = other["reload_reasons"]
     assert reason["running"].startswith(name + " (")
     assert reason["requested"].startswith(str(folders.at_home) + " (")
-    problem = ask("POST", LOAD, model_path=name, llama_extra_args=["--bogus"])
+    problem = ask("POST", LOAD, model_path=name, llama_extra_args=["--seed", "bogus"])
     assert problem["category"] == "server_start_failed"
     assert ask("GET", PREFIX + "/status")["last_error"]["log_tail"]
     problem = ask("POST", LOAD, model_path=str(folders.damaged))
@@ -101,7 +101,7 @@ def test_names_of_loaded_and_past_models_are_kept(ask: Any, folders: Folders) ->
     """However many other models are planned since."""
     name = str(folders.link)
     ask("POST", LOAD, model_path=name)
-    ask("POST", LOAD, model_path=name, llama_extra_args=["--bogus"])
+    ask("POST", LOAD, model_path=name, llama_extra_args=["--seed", "bogus"])
     ask("POST", LOAD, model_path=name)
     for number in range(80):
         other, real = folders.links / f"{number}.gguf", folders.disk / f"{number}.gguf"
@@ -147,7 +147,8 @@ def test_streams_hide_local_paths(folders: Folders, serve: Serve, gate: Gate) ->
     gate.open()
     with serve(gate.binary) as client:
         client.post(LOAD, json={"model_path": str(folders.link)})
-        client.post(LOAD, json={"model_path": str(folders.link), "llama_extra_args": ["--bogus"]})
+        bogus = {"model_path": str(folders.link), "llama_extra_args": ["--seed", "bogus"]}
+        client.post(LOAD, json=bogus)
         client.post(LOAD, json={"model_path": str(folders.link)})
         with client.stream("GET", PREFIX + "/logs?follow=true&lines=2000") as stream:
             line = next(line for line in stream.iter_lines() if "model.gguf" in line)

@@ -18,7 +18,7 @@ import pytest
 
 from orchestrator import AsyncOrchestrator, Orchestrator, State
 from orchestrator.demo import tiny_model
-from orchestrator.errors import Cancelled, ServerStartFailed, Superseded
+from orchestrator.errors import Cancelled, InvalidRequest, ServerStartFailed, Superseded
 from orchestrator.models.source import ModelSource
 from orchestrator.server.warden import Warden
 from tests.kit.models import split_gguf
@@ -209,14 +209,38 @@ def test_a_crash_is_noticed_and_the_model_loads_again(real: Orchestrator, tiny_m
     assert (second.status, second.pid != first.pid) == ("loaded", True)
 
 
-def test_an_unknown_flag_fails_the_load_with_the_servers_words(
-    real: Orchestrator, tiny_model: str
-) -> None:
+def test_start_that_fails_reports_the_servers_words(real: Orchestrator, tiny_model: str) -> None:
     """And the slot is free afterwards."""
-    with pytest.raises(ServerStartFailed, match="--bogus") as failed:
-        real.load(tiny_model, llama_extra_args=["--bogus"])
-    assert any("--bogus" in line for line in failed.value.log_tail)
+    with pytest.raises(ServerStartFailed, match="--seed") as failed:
+        real.load(tiny_model, llama_extra_args=["--seed", "bogus"])
+    assert any("--seed" in line for line in failed.value.log_tail)
     assert real.load(tiny_model, llama_extra_args=[]).status == "loaded"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"llama_extra_args": ["--bogus"]},
+        {"llama_extra_args": ["--top-k"]},
+        {"llama_extra_args": ["-fa", "maybe"]},
+        {"llama_extra_args": ["--chat-template", "{{ x"]},
+        {"chat_template_override": "{% if x %}"},
+    ],
+    ids=str,
+)
+def test_running_model_survives_a_setting_that_no_server_would_accept(
+    real: Orchestrator, tiny_model: str, fields: dict[str, Any]
+) -> None:
+    """B71: the new server objected when the old one was gone."""
+    first = real.load(tiny_model, llama_extra_args=["-fa", "1"])
+    for call in (real.plan, real.load):
+        with pytest.raises(InvalidRequest) as refused:
+            call(tiny_model, **fields)
+        assert refused.value.field == next(iter(fields))
+    loaded = real.status().loaded
+    assert loaded is not None
+    assert loaded.pid == first.pid
+    assert real.load(tiny_model).status == "already_loaded"
 
 
 def test_an_address_in_the_models_metadata_is_not_believed(

@@ -81,7 +81,7 @@ def test_a_failed_replacement_restores_the_previous_model(
     orch = real()
     before = orch.load(tiny_model, max_seq_length=512)
     with pytest.raises(ServerStartFailed) as caught:
-        orch.load(other_model, llama_extra_args=["--bogus"], restore_previous=True)
+        orch.load(other_model, llama_extra_args=["--seed", "bogus"], restore_previous=True)
     error = caught.value
     assert (error.generation, error.field) == (2, "llama_extra_args")
     assert error.restored is not None

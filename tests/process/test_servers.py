@@ -95,6 +95,21 @@ def test_an_inconclusive_answer_is_not_cached(
     assert script.answer() is not None
 
 
+def test_an_inconclusive_binary_is_asked_again_after_a_while(
+    script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every load would wait for it otherwise."""
+    server = script.write("echo usage")
+    for _ in range(2):
+        assert ask_catalogue(server, script.cache) is None
+    assert script.times == 1
+    monkeypatch.setattr(binaries, "_ASK_AGAIN_S", 0.0)
+    binaries._ask_after.clear()
+    for _ in range(2):
+        assert ask_catalogue(server, script.cache) is None
+    assert script.times == 3
+
+
 def test_a_help_without_a_model_flag_is_inconclusive(script: Script) -> None:
     """`/bin/true` succeeds with any flag."""
     assert ask_catalogue(script.write("echo usage"), script.cache) is None

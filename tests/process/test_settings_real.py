@@ -376,7 +376,7 @@ def test_a_failed_load_changes_no_inherited_args(
     good = {row.name: one} | ({} if row.name == "llama_extra_args" else {"llama_extra_args": SEED})
     expected = one_reported | ({} if row.name == "llama_extra_args" else SEED_REPORTED)
     running = apply(orch, tiny_model, **good)
-    bad = {row.name: two, "llama_extra_args": [*row.flags, "--bogus"]}
+    bad = {row.name: two, "llama_extra_args": [*row.flags, "--seed", "bogus"]}
     refused = {row.name: two, "llama_extra_args": [*row.flags, "--port=1"]}
     for call in (orch.plan, orch.load):
         with pytest.raises(RefusedArgument, match="--port is refused"):
@@ -386,7 +386,7 @@ def test_a_failed_load_changes_no_inherited_args(
     assert loaded is not None
     assert loaded.pid == running.pid
     assert orch.plan(tiny_model, **bad).action == "reload"
-    with pytest.raises(ServerStartFailed, match="--bogus"):
+    with pytest.raises(ServerStartFailed, match="--seed"):
         orch.load(tiny_model, **bad)
     del good["llama_extra_args"]
     assert apply(orch, tiny_model, **good).status == "loaded"
@@ -398,8 +398,8 @@ def test_a_first_load_that_fails_leaves_nothing_to_inherit(
 ) -> None:
     """Neither for its own model nor for the previous one."""
     apply(orch, other_model)
-    with pytest.raises(ServerStartFailed, match="--bogus"):
-        orch.load(tiny_model, llama_extra_args=[*SEED, "--bogus"])
+    with pytest.raises(ServerStartFailed, match="--seed"):
+        orch.load(tiny_model, llama_extra_args=[*SEED, "--seed", "bogus"])
     apply(orch, tiny_model)
     assert reported(orch) == Reported(tiny_model)
     apply(orch, other_model)

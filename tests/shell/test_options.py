@@ -69,3 +69,19 @@ def test_a_request_and_fields_make_one_request(harness: Harness) -> None:
             orch.load("A", model_path="B")
         assert refused.value.field == "model_path"
         assert_sentence("model_path.twice", refused.value.message)
+
+
+def test_server_is_not_asked_for_its_flags_when_the_model_is_loaded_already(
+    harness: Harness,
+) -> None:
+    """A `--help` that hangs must not delay the answer."""
+    asked: list[object] = []
+    parts = harness.parts(catalogue=lambda *_: asked.append(None))
+    with Orchestrator(llama_server="/llama", parts=parts) as orch:
+        orch.load("A", llama_extra_args=["-c", "1"])
+        assert len(asked) == 1
+        for args in (["-c", "1"], None):
+            assert orch.load("A", llama_extra_args=args).status == "already_loaded"
+        assert len(asked) == 1
+        orch.load("A", llama_extra_args=["-c", "2"])
+        assert len(asked) == 2

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         by_model: dict[str, Plan]
         # before it listens
         exit_code: int  # end at once
-        message: str  # printed first, whatever follows
+        message: str  # printed first
         flood_bytes: int  # printed before the bind, in the form `flood`
         flood: str  # lines | one_line | binary | escapes
         stop_itself: str  # SIGSTOP at "start" or when "healthy"
@@ -280,6 +280,8 @@ def start_child(kind: str, journal: Journal, alive_fd: int) -> None:
 
 
 def main(argv: list[str]) -> None:
+    if "--help" in argv:
+        return  # which says nothing of its flags
     options = {name: argv[at + 1] for at, name in enumerate(argv[:-1])}
     model = options.get("-m", "")
     plan = read_plan(model)

@@ -1,0 +1,100 @@
+"""Extra args compared with the flags of one binary, before anything is stopped for them.
+
+llama-server exits for a flag that it does not list, a flag without its value and a value outside
+its choices; by then the running model is gone. In doubt an arg passes: the server judges it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+from itertools import pairwise
+from typing import Final, NoReturn
+
+from orchestrator.errors import RefusedArgument
+from orchestrator.settings.fields import SETTINGS
+from orchestrator.settings.flags import flag_of
+from orchestrator.settings.help_text import Catalogue, FlagHelp
+
+_FIELD: Final = "llama_extra_args"
+_TEMPLATE: Final = frozenset({"--chat-template"})
+_SWITCH: Final = frozenset({"on", "off"})
+_SWITCH_TOO: Final = frozenset({"1", "0", "true", "false", "enabled", "disabled"})
+_SHOWN: Final = 60
+
+
+def check_known(args: tuple[str, ...], catalogue: Catalogue) -> None:
+    """Refuse extra args that this binary does not accept.
+
+    Raises:
+        RefusedArgument: names the arg, and the nearest flag or field of a request.
+    """
+    for token, flag, values in _parsed(args, catalogue):
+        if flag is None:
+            _refuse_unknown(token, catalogue)
+        if len(values) < flag.value_count or any(_is_flag(v, catalogue) for v in values):
+            count = "a value" if flag.value_count == 1 else f"{flag.value_count} values"
+            _refuse(f"{token} in {_FIELD} needs {count}: {flag.placeholder}")
+        if flag.choices and not _is_choice(values[0], flag.choices):
+            shown = values[0][:_SHOWN]
+            choices = ", ".join(flag.choices)
+            _refuse(f"{token} in {_FIELD} does not accept {shown!r}: use one of {choices}")
+
+
+def template_of(args: tuple[str, ...]) -> str | None:
+    """Return the chat template that extra args contain; the last one counts."""
+    given = [v for token, v in pairwise(args) if flag_of(token) in _TEMPLATE]
+    return given[-1] if given else None
+
+
+def _parsed(
+    args: tuple[str, ...], catalogue: Catalogue
+) -> Iterator[tuple[str, FlagHelp | None, tuple[str, ...]]]:
+    """Yield each flag, its entry and its values, as llama-server reads them: whatever follows a
+    flag that takes a value is that value.
+    """
+    at = 0
+    while at < len(args):
+        token = args[at]
+        flag = _entry(token, catalogue)
+        end = at + 1 + (flag.value_count if flag is not None else 0)
+        yield token, flag, args[at + 1 : end]
+        at = end
+
+
+def _entry(token: str, catalogue: Catalogue) -> FlagHelp | None:
+    name = token.replace("_", "-") if token.startswith("--") else token
+    return catalogue.get(name) if catalogue.has(name) else None
+
+
+def _is_flag(value: str, catalogue: Catalogue) -> bool:
+    return flag_of(value) is not None and _entry(value, catalogue) is not None
+
+
+def _is_choice(value: str, choices: tuple[str, ...]) -> bool:
+    if set(choices) >= _SWITCH and value in _SWITCH_TOO:
+        return True
+    return all(part in choices for part in value.split(","))
+
+
+def _refuse_unknown(token: str, catalogue: Catalogue) -> NoReturn:
+    name = flag_of(token)
+    if name is None:
+        _refuse(f"{token[:_SHOWN]!r} in {_FIELD} follows no flag that takes a value")
+    entry = catalogue.get(name)
+    if "=" in token and entry is not None:
+        _refuse(f"{name} and its value are two elements of {_FIELD}, without a =")
+    if entry is not None:
+        _refuse(f"{name} in {_FIELD} was removed from this llama-server")
+    listed = [n for flag in catalogue.flags for n in flag.names if catalogue.has(n)]
+    near = get_close_matches(name, listed, n=1)
+    fields = {"--" + field.replace("_", "-"): field for field in SETTINGS}
+    ours = get_close_matches(name, fields, n=1)
+    hints = [f"did you mean {near[0]}"] if near else []
+    hints += [f"{'or ' if near else 'did you mean '}the field {fields[ours[0]]}"] if ours else []
+    hint = f": {' '.join(hints)}?" if hints else ""
+    _refuse(f"{name[:_SHOWN]} in {_FIELD} is not a flag of this llama-server{hint}")
+
+
+def _refuse(message: str) -> NoReturn:
+    raise RefusedArgument.because(message, field=_FIELD)

@@ -1,0 +1,70 @@
+"""Whether a chat template can be parsed at all, asked before anything is stopped for it.
+
+llama.cpp's engine and jinja2 differ in the tags, filters and tests they know: those are never
+judged. Without jinja2, which comes with the extras, the server is left to judge.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Final, NoReturn
+
+from orchestrator.errors import InvalidRequest
+
+_CLOSERS: Final = frozenset(
+    (
+        *("elif", "else", "endblock", "endcall", "endfilter", "endfor"),
+        *("endif", "endmacro", "endset", "endwith"),
+    )
+)
+
+
+def check_template(text: str, field: str) -> None:
+    """Refuse a template with a broken delimiter or expression, or with a block left open.
+
+    Args:
+        text: A template, or the name of one that is built into the server.
+        field: The setting it comes from.
+
+    Raises:
+        InvalidRequest: names the field, the line and what is wrong there.
+    """
+    try:
+        parse = _parser()
+    except ImportError:
+        return
+    if (problem := parse(text)) is not None:
+        line, what = problem
+        message = f"{field} cannot be parsed: line {line}: {what}"
+        raise InvalidRequest.because(message, field=field)
+
+
+@cache
+def _parser() -> Any:
+    from jinja2 import Environment, TemplateSyntaxError
+    from jinja2.parser import Parser
+
+    class Lenient(Parser):
+        """A parser that skips the tags it does not know."""
+
+        def fail_unknown_tag(self, name: str, lineno: int | None = None) -> NoReturn:
+            if name in _CLOSERS:
+                super().fail_unknown_tag(name, lineno)
+            while self.stream.current.type not in {"block_end", "eof"}:
+                next(self.stream)
+            return None  # type: ignore[misc]  # the caller goes on to the end of the block
+
+    environment = Environment(  # noqa: S701 (nothing is rendered)
+        extensions=["jinja2.ext.do", "jinja2.ext.loopcontrols"]
+    )
+
+    def parse(text: str) -> tuple[int, str] | None:
+        try:
+            Lenient(environment, text).parse()
+        except TemplateSyntaxError as error:
+            return error.lineno, error.message or "syntax error"
+        except RecursionError:
+            return None  # nested too deeply for jinja2: the server judges
+        return None
+
+    return parse
