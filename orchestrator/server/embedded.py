@@ -22,7 +22,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _INT32_MAX = 2**31 - 1
@@ -37,7 +37,7 @@ _SWITCH |= dict.fromkeys(("off", "disabled", "false", "0"), False)
 
 
 class Refused(Exception):
-    """The command line cannot be honoured; the text is what llama-server would print."""
+    """The server cannot be started; the text is what llama-server would print."""
 
 
 # Readers of values. The text of a ValueError is llama-server's.
@@ -398,20 +398,20 @@ def main(argv: list[str] | None = None) -> int:
     """
     try:
         given = parse(sys.argv[1:] if argv is None else argv)
+        requested = {flag.into for flag, _ in given}
+        if "version" in requested:
+            sys.stderr.write(version())
+        elif "help" in requested:
+            sys.stdout.write(usage())
+        else:
+            _serve(given)
     except Refused as refusal:
         sys.stderr.write(f"{refusal}\n")
         return 1
-    requested = {flag.into for flag, _ in given}
-    if "version" in requested:
-        sys.stderr.write(version())
-        return 0
-    if "help" in requested:
-        sys.stdout.write(usage())
-        return 0
-    return _serve(given)
+    return 0
 
 
-def _serve(given: list[tuple[Flag, Any]]) -> int:
+def _serve(given: list[tuple[Flag, Any]]) -> NoReturn:
     # The library holds the GIL while it loads the model, so no Python handler would run.
     for signum in _STOP_SIGNALS:
         signal.signal(signum, signal.SIG_DFL)
@@ -419,19 +419,17 @@ def _serve(given: list[tuple[Flag, Any]]) -> int:
         import xllamacpp
     except ImportError as error:
         hint = 'pip install "llama-orchestrator[embedded]"'
-        sys.stderr.write(f"error: the embedded server needs xllamacpp: {hint} ({error})\n")
-        return 1
-
+        message = f"error: the embedded server needs xllamacpp: {hint} ({error})"
+        raise Refused(message) from error
     commands = _router_commands()
     try:
         params = _params(xllamacpp.CommonParams(), given)
         _server = xllamacpp.Server(params)  # referenced, because its destructor shuts it down
     except (RuntimeError, ValueError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+        raise Refused(f"error: {error}") from error
     except (AttributeError, LookupError) as error:
-        sys.stderr.write(f"error: this version of xllamacpp lacks something: {error}\n")
-        return 1
+        message = f"error: this version of xllamacpp lacks something: {error}"
+        raise Refused(message) from error
     _wait_for_stop(commands)
     # llama.cpp's own shutdown loses a stop that comes before its loop runs, waits for open
     # connections and streams, and holds the GIL, so nothing could interrupt it.

@@ -37,8 +37,8 @@ class OutputRing:
     """The last lines of one server.
 
     Attributes:
-        announced: The last addresses it printed, oldest first. They are claims, not facts: it
-            prints what a model's file says, too.
+        announced: The last addresses it printed, oldest first. They are not confirmed: it
+            also prints metadata of the model.
     """
 
     def __init__(self, notify: Callable[[], None] = lambda: None) -> None:

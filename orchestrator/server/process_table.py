@@ -197,7 +197,7 @@ def bearers(token: str, among: Iterable[int]) -> set[int]:
 
 
 def holders(path: str, among: Iterable[int]) -> set[int]:
-    """Return which of these pids have the file open, under whatever name."""
+    """Return which of these pids have the file open, by inode."""
     wanted = _inodes([path])
     found: set[int] = set()
     for pid in among if LINUX else ():
@@ -289,7 +289,7 @@ def _listeners(pid: int) -> dict[str, tuple[str, int]]:
 
 
 def _of_psutil(pid: int, ask: Callable[[psutil.Process], Any]) -> Any:
-    """Ask psutil about one process; {} if it has exited, or psutil or the system cannot tell.
+    """Ask psutil about one process; {} if it has exited or the answer is not available.
 
     psutil 7.2 lets plain OSErrors through in places.
     """

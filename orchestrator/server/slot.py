@@ -1,9 +1,9 @@
 """The process slot: a directory with two locks and a record of which server may be running.
 
 `owner.lock` is held by the orchestrator that claimed the slot, for as long as it lives.
-`server.lock` is inherited by the server and everything it starts, and closed by us: the kernel
-tells when the last of them is dead. Processes that have closed it are found by the record, which is
-written before the spawn, and by a token in their environment.
+`server.lock` is inherited by the server and everything it starts, and closed by us, so the kernel
+releases it when the last of them is dead. Processes that have closed it are found by the record,
+which is written before the spawn, and by a token in their environment.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Slot:
         return self.belongs_to(owner)
 
     def belongs_to(self, owner: ProcessId) -> bool:
-        """Return whether no other process has claimed the slot since, whoever holds its lock."""
+        """Return whether no other process has claimed the slot since; its lock does not matter."""
         return _read_owner(self.owner_path) in (owner, None)
 
     def release(self) -> None:

@@ -125,7 +125,7 @@ class Warden(threading.Thread):
             server.stdout_fd = popen.stdout.fileno()
             os.set_blocking(server.stdout_fd, False)
         announce(server)
-        self._ask(lambda: self._adopt(server))
+        self._submit(lambda: self._watch(server))
         try:
             self._slot.remember(process)
         except StateDirError as error:  # its lock, its token and the first record remain
@@ -143,14 +143,14 @@ class Warden(threading.Thread):
             rungs = ladder.kill_plan(self._grace_s, now=time.monotonic())
             self._run = _KillRun(command, server, deque(rungs), report)
 
-        self._ask(begin)
+        self._submit(begin)
 
     def close(self) -> None:
-        """End the thread; the slot must be empty, or its emptying have failed."""
-        self._ask(self._closing.set)
+        """End the thread; the slot must be empty, or emptying it must have failed."""
+        self._submit(self._closing.set)
         self.join()
 
-    def _ask(self, work: Callable[[], None]) -> None:
+    def _submit(self, work: Callable[[], None]) -> None:
         self._todo.append(work)
         with contextlib.suppress(BlockingIOError):
             os.write(self._wake_write, b"x")
@@ -197,7 +197,7 @@ class Warden(threading.Thread):
             self._check_exit(server)
         # else: a pin of a kill run, which checks all of its pins anyway
 
-    def _adopt(self, server: ServerProcess) -> None:
+    def _watch(self, server: ServerProcess) -> None:
         self._server = server
         if server.stdout_fd is not None:
             self._poll.register(server.stdout_fd, select.POLLIN)

@@ -1,6 +1,6 @@
-"""Every start failure says why: texts as the real llama-server printed them (build 11434).
+"""Classification of start failures, with output that the real llama-server printed (build 11434).
 
-What only an accelerator can say is in the words of its backend's sources and of public issues.
+Output of accelerators is quoted from the sources of their backends and from public issues.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SUCCESS = (
     "0.00.018.957 I srv  llama_server: model loaded",
     "0.00.018.982 I srv  llama_server: listening on http://127.0.0.1:38895",
 )
-"""A start that went well, with every complaint it may make on the way."""
+"""The output of a successful start, with all the errors it may print."""
 
 BAD = 'error while handling argument "'
 BOUNDS = "data is not within the file bounds, model is corrupted or incomplete"
@@ -69,7 +69,7 @@ REMOVED = "the argument has been removed. use --spec-draft-n-max or --spec-ngram
 LIBRARY = "libllama.so: cannot open shared object file: No such file or directory"
 ASSERT = "/src/llama-context.cpp:2275: GGML_ASSERT(n_outputs_max <= cparams.n_outputs_max) failed"
 
-# what is printed beside the usual first lines -> reason, field
+# output after the usual first lines, reason, field
 REAL: list[tuple[tuple[str, ...], str, str | None]] = [
     # flags
     (("error: invalid argument: --bogus",), "unknown_flag", "llama_server"),
@@ -372,7 +372,7 @@ def named(value: object) -> str | None:
 
 @pytest.mark.parametrize(("lines", "reason", "field"), ALL, ids=named)
 def test_real_output_is_classified(lines: tuple[str, ...], reason: str, field: str | None) -> None:
-    """The same exit status 1 has two dozen meanings; only the output tells them apart."""
+    """The exit status is 1 in all of these cases."""
     tail = (*FIRST, *lines)
     problem = explain(1, tail)
     assert (problem.category, problem.reason, problem.field) == (
@@ -387,7 +387,6 @@ def test_real_output_is_classified(lines: tuple[str, ...], reason: str, field: s
 def test_every_message_names_the_field_and_the_remedy(
     lines: tuple[str, ...], reason: str, field: str | None
 ) -> None:
-    """A reason that only llama.cpp's authors understand helps nobody."""
     message = explain(1, lines).message
     assert ": " in message
     assert field is None or field in message
@@ -399,7 +398,7 @@ def test_every_message_names_the_field_and_the_remedy(
 def test_warnings_of_a_successful_start_are_ignored(
     lines: tuple[str, ...], reason: str, field: str | None
 ) -> None:
-    """Missing control vectors, pinned memory, locked memory: it goes on without them."""
+    """The server continues without control vectors, pinned memory or locked memory."""
     for before in (SUCCESS, HARMLESS):
         problem = explain(1, (*before, *lines))
         assert (problem.reason, problem.field) == (reason, field)
@@ -407,25 +406,24 @@ def test_warnings_of_a_successful_start_are_ignored(
 
 @pytest.mark.parametrize("before", [SUCCESS, *HARMLESS], ids=lambda value: value[-1][:40])
 def test_an_unknown_error_is_quoted_after_harmless_lines(before: tuple[str, ...] | str) -> None:
-    """What no row knows keeps its own words, whatever harmless thing was said before."""
-    said = before if isinstance(before, tuple) else (before,)
-    problem = explain(1, (*said, "error: the flux capacitor is empty", "exiting due to an error"))
+    lines = before if isinstance(before, tuple) else (before,)
+    problem = explain(1, (*lines, "error: the flux capacitor is empty", "exiting due to an error"))
     assert problem.reason == "exited"
     assert "the flux capacitor is empty" in problem.message
 
 
 def test_every_row_matches_some_real_output() -> None:
-    """A row that an earlier one hides, or that nothing tests, is a guess."""
-    reached = set()
+    """No row is untested, or hidden by an earlier one."""
+    matched = set()
     for lines, _, _ in ALL:
-        told = explain(1, lines).message
-        reached |= {
+        message = explain(1, lines).message
+        matched |= {
             cause
             for cause in (*CAUSES, *CONSEQUENCES)
             if any(cause.pattern.search(line) for line in lines)
-            and told.startswith(cause.advice.partition("{")[0])
+            and message.startswith(cause.advice.partition("{")[0])
         }
-    assert [c.pattern.pattern for c in (*CAUSES, *CONSEQUENCES) if c not in reached] == []
+    assert [c.pattern.pattern for c in (*CAUSES, *CONSEQUENCES) if c not in matched] == []
 
 
 @pytest.mark.parametrize(
@@ -449,7 +447,7 @@ def test_every_row_matches_some_real_output() -> None:
     ],
 )
 def test_a_flag_in_the_extra_args_is_blamed_on_the_caller(printed: str, given: str) -> None:
-    """In any spelling; a flag of ours and a flag of theirs need different people."""
+    """In any spelling."""
     ours, theirs = explain(1, (printed,)), explain(1, (printed,), (given, "9"))
     assert ours.field != "llama_extra_args"
     assert theirs.field == "llama_extra_args"
@@ -481,7 +479,7 @@ def test_a_flag_in_the_extra_args_is_blamed_on_the_caller(printed: str, given: s
 def test_an_exit_without_output_is_classified_by_its_status(
     returncode: int | None, reason: str, field: str | None
 ) -> None:
-    """A server that says nothing still ended somehow, and a shell says it in its own way."""
+    """A shell adds 128 to the number of a signal."""
     problem = explain(returncode, ())
     assert (problem.reason, problem.field) == (reason, field)
 
@@ -490,40 +488,36 @@ def test_an_exit_without_output_is_classified_by_its_status(
     ("signum", "reason"), [(signal.SIGKILL, "killed"), (signal.SIGILL, "wrong_cpu")]
 )
 def test_output_before_a_kill_is_not_blamed(signum: int, reason: str) -> None:
-    """The kernel for want of memory, or the CPU: what was printed before is beside the point."""
+    """SIGKILL comes from outside, SIGILL from the CPU."""
     tail = (f"{E}gguf_init_from_file: failed to open GGUF file 'cv' (No such file or directory)",)
     assert explain(-signum, tail).reason == reason
     assert explain(1, tail).reason == "file_missing"
 
 
 def test_output_explains_a_crash() -> None:
-    """An allocation that fails in a driver ends in SIGSEGV or SIGABRT; the line is the reason."""
+    """An allocation that fails in a driver ends with SIGSEGV or SIGABRT."""
     for signum in (signal.SIGSEGV, signal.SIGABRT):
         assert explain(-signum, ("CUDA error: out of memory",)).reason == "out_of_memory"
         assert explain(-signum, (ASSERT,)).message.count("n_outputs_max <=") == 1
 
 
 def test_unknown_output_is_quoted_by_its_last_error_line() -> None:
-    """What no row knows is quoted, never summarised away."""
     problem = explain(3, ("fine", "error: a new kind of trouble", "bye"))
     assert problem.reason == "exited"
     assert "error: a new kind of trouble" in problem.message
 
 
 def test_output_without_an_error_line_is_quoted_by_its_last_line() -> None:
-    """Also when nothing in it could have ended anything."""
     assert "so long" in explain(3, ("fine", "so long")).message
     assert "initializing" in explain(3, FIRST[:1]).message
 
 
 def test_braces_in_the_output_do_not_break_the_message() -> None:
-    """Output is data, never a format string."""
     line = 'error while handling argument "--x": {oops} {0}'
     assert "{oops} {0}" in explain(1, (line,)).message
 
 
 def test_the_length_of_a_message_is_bounded() -> None:
-    """The sentence goes into status, logs and a terminal."""
     assert len(explain(1, (f'{BAD}--x": {"y" * 8000}',)).message) < 500
 
 
@@ -559,14 +553,14 @@ def test_the_message_is_one_sentence_with_a_remedy(
 
 
 def test_exit_statuses_up_to_128_are_not_signals() -> None:
-    """129 is the first: a shell's way to say SIGHUP. 128 itself says nothing."""
+    """A shell reports signals from 129 on, which is SIGHUP."""
     assert explain(128, ()).reason == "exited"
     assert explain(1, ()).reason == "exited"
     assert explain(128 + signal.SIGKILL, ()).reason == "killed"
 
 
 def test_only_lines_after_the_last_start_count() -> None:
-    """A server may fail after it has listened, and then complaints of its start are old news."""
+    """A server may fail after it was ready, and then errors of the start are irrelevant."""
     announced = SUCCESS[-1]
     old, new = f"{E}{BOUNDS}", "error: a new kind of trouble"
     assert explain(1, (old, announced, new)).reason == "exited"
@@ -575,6 +569,6 @@ def test_only_lines_after_the_last_start_count() -> None:
 
 
 def test_error_lines_are_found_in_any_case() -> None:
-    """Of lines that complain the last is quoted, not the last of all."""
+    """And quoted rather than the last line."""
     for complaint in ("ERROR: it broke", "it FAILED", "an error", "it failed"):
         assert complaint in explain(3, ("hello", complaint, "bye")).message

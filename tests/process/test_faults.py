@@ -92,7 +92,7 @@ def test_a_server_killed_by_the_kernel_is_reported(real: Orchestrator, tmp_path:
     outcome = real.load(str(model), n_parallel=1)
     with stream(outcome.base_url) as response:
         resource.prlimit(outcome.pid, resource.RLIMIT_CPU, (1, 1))
-        reading = Background(response.read)  # a server that nobody reads from uses no CPU
+        reading = Background(response.read)  # a server whose output is not read uses no CPU
         until_state(real, State.IDLE)
         assert reading.error() is not None
     last_exit = real.status().last_exit
