@@ -148,9 +148,11 @@ class OrchestratorError(Exception):
     category: ClassVar[str] = "internal"
     status: ClassVar[int] = 500
     title: ClassVar[str] = "Internal error"
+    _row: ClassVar[tuple[str, int, str]] = category, status, title
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        cls.category, cls.status, cls.title = cls._row  # a type checker sees their types above
         CLASSES.setdefault(cls.category, cls)
 
     def __init__(self, problem: Problem) -> None:
@@ -201,128 +203,128 @@ def naming(names: PathNames) -> Iterator[None]:
 
 
 class InvalidRequest(OrchestratorError, ValueError):
-    category, status, title = "invalid_request", 400, "A setting cannot be used"
+    _row = "invalid_request", 400, "A setting cannot be used"
 
 
 class RefusedArgument(InvalidRequest):
-    category, status, title = "refused_argument", 400, "A llama-server flag is refused"
+    _row = "refused_argument", 400, "A llama-server flag is refused"
 
 
 class InvalidModel(InvalidRequest):
-    category, status, title = "invalid_model", 400, "The model file cannot be used"
+    _row = "invalid_model", 400, "The model file cannot be used"
 
 
 class WrongKind(InvalidRequest):
-    category, status, title = "wrong_kind", 400, "The running server is of another kind"
+    _row = "wrong_kind", 400, "The running server is of another kind"
 
 
 class MalformedRequest(InvalidRequest):
-    category, status, title = "malformed", 422, "The request is malformed"
+    _row = "malformed", 422, "The request is malformed"
 
 
 class ModelNotFound(OrchestratorError):
-    category, status, title = "model_not_found", 404, "Model not found"
+    _row = "model_not_found", 404, "Model not found"
 
 
 class Interrupted(OrchestratorError):
-    category, status, title = "interrupted", 409, "The load ended before the model was loaded"
+    _row = "interrupted", 409, "The load ended before the model was loaded"
 
 
 class Superseded(Interrupted):
-    category, status, title = "superseded", 409, "Superseded by a newer load"
+    _row = "superseded", 409, "Superseded by a newer load"
 
 
 class Cancelled(Interrupted):
-    category, status, title = "cancelled", 409, "Cancelled"
+    _row = "cancelled", 409, "Cancelled"
 
 
 class Busy(OrchestratorError):
-    category, status, title = "busy", 409, "Another load is in flight"
+    _row = "busy", 409, "Another load is in flight"
 
 
 class ServerStartFailed(OrchestratorError):
-    category, status, title = "server_start_failed", 424, "The server did not start"
+    _row = "server_start_failed", 424, "The server did not start"
 
 
 class ServerUnavailable(ServerStartFailed):
-    category, status, title = "server_unavailable", 424, "No usable llama-server"
+    _row = "server_unavailable", 424, "No usable llama-server"
 
 
 class HubError(OrchestratorError):
-    category, status, title = "hub_error", 502, "The Hub did not serve the model"
+    _row = "hub_error", 502, "The Hub did not serve the model"
 
 
 class HubUnreachable(HubError):
-    category, status, title = "hub_unreachable", 502, "The Hub cannot be reached"
+    _row = "hub_unreachable", 502, "The Hub cannot be reached"
 
 
 class HubRateLimited(HubError):
-    category, status, title = "hub_rate_limited", 503, "Too many requests to the Hub"
+    _row = "hub_rate_limited", 503, "Too many requests to the Hub"
 
 
 class HubGated(HubError):
-    category, status, title = "hub_gated", 403, "The model is gated"
+    _row = "hub_gated", 403, "The model is gated"
 
 
 class HubUnauthorized(HubError):
-    category, status, title = "hub_unauthorized", 403, "The Hub does not accept the token"
+    _row = "hub_unauthorized", 403, "The Hub does not accept the token"
 
 
 class HubCorrupt(HubError):
-    category, status, title = "hub_corrupt", 502, "The Hub sent damaged data"
+    _row = "hub_corrupt", 502, "The Hub sent damaged data"
 
 
 class DiskFull(OrchestratorError):
-    category, status, title = "disk_full", 507, "Not enough disk space"
+    _row = "disk_full", 507, "Not enough disk space"
 
 
 class TimedOut(OrchestratorError):
-    category, status, title = "timed_out", 504, "Timed out"
+    _row = "timed_out", 504, "Timed out"
 
 
 class Stalled(TimedOut):
-    category, status, title = "stalled", 504, "No progress"
+    _row = "stalled", 504, "No progress"
 
 
 class DeadlineExceeded(TimedOut):
-    category, status, title = "deadline", 504, "Deadline exceeded"
+    _row = "deadline", 504, "Deadline exceeded"
 
 
 class Unavailable(OrchestratorError):
-    category, status, title = "unavailable", 503, "Unavailable"
+    _row = "unavailable", 503, "Unavailable"
 
 
 class NotLoaded(Unavailable):
-    category, status, title = "not_loaded", 503, "No model is loaded"
+    _row = "not_loaded", 503, "No model is loaded"
 
 
 class ShuttingDown(Unavailable):
-    category, status, title = "shutting_down", 503, "Shutting down"
+    _row = "shutting_down", 503, "Shutting down"
 
 
 class ServerExited(Unavailable):
-    category, status, title = "server_exited", 503, "The server exited"
+    _row = "server_exited", 503, "The server exited"
 
 
 class WrongProcess(Unavailable):
-    category, status, title = "wrong_process", 503, "The orchestrator belongs to another process"
+    _row = "wrong_process", 503, "The orchestrator belongs to another process"
 
 
 class SlotOccupied(Unavailable):
-    category, status, title = "slot_occupied", 503, "A server of this slot could not be stopped"
+    _row = "slot_occupied", 503, "A server of this slot could not be stopped"
 
 
 class SlotOwned(OrchestratorError):
-    category, status, title = "slot_owned", 409, "Another orchestrator owns this slot"
+    _row = "slot_owned", 409, "Another orchestrator owns this slot"
 
 
 class StateDirError(OrchestratorError):
-    category, status, title = "state_dir", 500, "The state directory cannot be used"
+    _row = "state_dir", 500, "The state directory cannot be used"
 
 
 class CacheDirError(OrchestratorError):
-    category, status, title = "cache_dir", 500, "The model cache cannot be used"
+    _row = "cache_dir", 500, "The model cache cannot be used"
 
 
 class UnsupportedPlatform(OrchestratorError):
-    category, status, title = "unsupported_platform", 500, "Unsupported platform"
+    _row = "unsupported_platform", 500, "Unsupported platform"

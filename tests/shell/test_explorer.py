@@ -76,7 +76,7 @@ SCENES = (
 )
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.program)
 def test_owner_keeps_every_promise(scene: Scene) -> None:
     """Every decision of the machine is carried out and published, in any order of facts."""

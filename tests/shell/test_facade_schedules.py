@@ -42,7 +42,7 @@ SCENES = (
 )
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", [LoopStage, ThreadStage], ids=["asyncio", "threads"])
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.program)
 def test_callers_get_the_answer_of_the_machine(scene: Scene, stage: type[FacadeStage]) -> None:
