@@ -128,11 +128,6 @@ def _api() -> str:
             "The names in `from orchestrator import ...`, and those of `orchestrator.http` at the "
             "end. Errors are on [their own page](errors.md)."
         ),
-        "## Options of both facades",
-        (
-            "::: orchestrator.runtime.calls.Facade\n    options:\n      members: false\n"
-            "      show_root_heading: false\n      show_root_toc_entry: false"
-        ),
         *(f"::: orchestrator.{name}" for name in first),
         "### The fields of a load",
         _table(

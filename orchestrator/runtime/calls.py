@@ -74,7 +74,7 @@ class Facade:
         protect_server: bool | Iterable[str] = False,
         parts: Parts | None = None,
     ) -> None:
-        """Check the options. The slot is claimed by `start` or by the first call.
+        """Check the options. `start`, or the first call, claims the slot.
 
         Args:
             llama_server: Path of the llama-server binary. `"auto"` tries LLAMA_SERVER_PATH, then
