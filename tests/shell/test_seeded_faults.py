@@ -375,7 +375,7 @@ def test_explorer_finds_a_cancelled_spawn_presumed_dead() -> None:
 
     machine = RecordedLifecycle([forgetful(row) for row in TABLE])
     report = explore(Scene("load A; cancel", machine=machine))
-    caught(report, "inv_no_server_is_cleared", within=16)
+    caught(report, "inv_no_server_is_forgotten", within=16)
 
 
 def test_explorer_finds_a_token_that_is_not_checked_after_the_wait() -> None:
