@@ -121,7 +121,7 @@ def _listen(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:
         remedy = "give another --host or --port"
         if getattr(error, "errno", None) == errno.EADDRINUSE:
-            remedy = "it is in use; --port 0 takes any free one"
+            remedy = "it is in use; --port 0 picks a free one"
         detail = f"cannot listen on {host}:{port}: {remedy}"
         problem = {"category": "address", "title": "Address not available", "detail": detail}
         raise Failure(problem) from error

@@ -37,7 +37,7 @@ class ModelRoots:
         targets = [os.path.realpath(place) for place in places if _is_in(place, self._spellings)]
         inside = [path for path in targets if _is_in(path, self._roots)]
         if not inside:
-            message = f"{field} is outside of the allowed model folders: name a file inside of them"
+            message = f"{field} is outside the allowed model folders: give a file inside them"
             raise InvalidRequest.because(message, field=field)
         return next(filter(os.path.exists, inside), inside[0])
 
@@ -52,7 +52,7 @@ class ModelRoots:
         """
         for flag, path in flags.named_paths(args):
             if path is None:
-                why = "is refused where models are confined to folders: it reaches beyond them"
+                why = "is refused while models_dir is set: it can reach other files or machines"
             elif (
                 os.pardir in path.split(os.sep)  # after a link the kernel takes it differently
                 or not _is_in(path, self._spellings)

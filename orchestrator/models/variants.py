@@ -203,7 +203,9 @@ class _Listing:
         if not models:
             others = [*self._projectors, *aside]
             only = f", only {_joined(others, len(others))}" if others else ""
-            raise ModelNotFound.because(f"{where} holds no .gguf model{only}", field="model_path")
+            raise ModelNotFound.because(
+                f"{where} contains no .gguf model{only}", field="model_path"
+            )
         in_order = sorted(models.values(), key=lambda model: model.order)
         self._index = _index(in_order)
         self.models = sorted(in_order, key=lambda model: _RANK.get(model.label, len(_RANK)))
@@ -224,7 +226,7 @@ class _Listing:
         known = _joined(map(self._variant, listed), len(listed))
         shown = repr(name[:_MAX_CHARACTERS])
         raise ModelNotFound.because(
-            f"{shown} means more than one variant of {self._where}: name one of {known}"
+            f"{shown} matches more than one variant of {self._where}: name one of {known}"
             if several
             else f"{self._where} has no variant {shown}; it has {known}",
             field="gguf_variant",

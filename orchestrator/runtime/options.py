@@ -27,7 +27,7 @@ def restart_policy(restart: object) -> RestartPolicy | None:
     for name in ("backoff_s", "backoff_max_s", "cool_down_s", "stable_after_s"):
         checked_seconds(f"restart.{name}", policy[name])
     if not isinstance(policy.limit, int) or isinstance(policy.limit, bool) or policy.limit < 1:
-        message = f"restart.limit is {policy.limit!r}: use a whole number from 1"
+        message = f"restart.limit is {policy.limit!r}: it must be an integer of at least 1"
         raise InvalidRequest.because(message, field="restart.limit")
     return policy
 

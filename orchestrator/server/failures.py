@@ -89,7 +89,7 @@ CAUSES: Final = (
     _cause("corrupt_model", "model_path",
         r"check_tensor_dims|(?:wrong number of|missing) tensors?|unable to find tensor|"
         r"error loading model (?:hyperparameters|vocabulary)",
-        "the {subject} file lacks something this llama-server expects: download it again, or use "
+        "the {subject} file lacks data that this llama-server expects: download it again, or use "
         "the build it was made for"),
     _cause("corrupt_model", "model_path",
         r"not within the file bounds|corrupted or incomplete|invalid magic|invalid gguf|GGUFv1|"
@@ -97,9 +97,9 @@ CAUSES: Final = (
         r"|endianness",
         _DAMAGED),
     _cause("permission", "model_path", r"(?:failed to|cannot) open.*permission denied",
-        "the server may not read the {subject} file: change its permissions"),
+        "the server is not allowed to read the {subject} file: change its permissions"),
     _cause("projector_mismatch", "mmproj_path", r"mismatch between text model",
-        "the projector does not fit the model: choose the one made for it"),
+        "the projector does not match the model: choose the one made for it"),
     _cause("bad_template", "chat_template_override",
         r"chat_templates_init: error: (?P<what>.+)|While executing (?P<where>.+) in source|"
         r"^Error: (?P<said>Jinja.+)",
@@ -107,7 +107,7 @@ CAUSES: Final = (
         "if it is the model's own"),
     _cause("needs_flash_attention", "cache_type_kv",
         r"V cache (?:quantization )?requires flash_attn",
-        "a quantised V cache needs flash attention: allow it, or set cache_type_kv to f16",
+        "a quantised V cache needs flash attention: enable it, or set cache_type_kv to f16",
         "-fa --flash-attn"),
     _cause("speculative_unsupported", "speculative_type", r"failed to create MTP context",
         "the model cannot draft in this way: set speculative_type to another type, or to off"),
@@ -171,7 +171,7 @@ _SHRUNK: Final = "a mapped file became shorter or unreadable: load again, or che
 _CRASHED: Final = ("crashed", "try another build of llama_server", _SERVER)
 _SIGNALS: Final = {
     signal.SIGKILL: ("killed", "memory probably ran out: use a smaller model or context", None),
-    signal.SIGTERM: ("killed", "another process ended it: load again", None),
+    signal.SIGTERM: ("killed", "another process sent SIGTERM: load again", None),
     signal.SIGILL: ("wrong_cpu", _CPU, _SERVER),
     signal.SIGBUS: ("crashed", _SHRUNK, "model_path"),
     signal.SIGSEGV: _CRASHED,

@@ -235,7 +235,7 @@ def test_files_with_impossible_names_hashes_or_sizes_are_ignored(
     alter_info(monkeypatch, poison)
     with pytest.raises(ModelNotFound) as caught:
         fetch(records, model_path="owner/evil")
-    assert caught.value.message.endswith("holds no .gguf model"), "one of them was accepted"
+    assert caught.value.message.endswith("contains no .gguf model"), "one of them was accepted"
     assert not hub.seen("/resolve/")
     assert not cache.directory().exists()
 

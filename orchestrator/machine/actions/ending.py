@@ -208,7 +208,7 @@ def fail_job(s: Step[facts.FetchFailed | facts.SpawnFailed | facts.NotReady]) ->
 
 
 def fail_job_exited(s: Step[facts.Fact]) -> None:
-    message = "the server exited at the moment it became ready: see its output"
+    message = "the server exited just after it became ready: see its output"
     _fail_job(s, Problem("server_start_failed", message, reason="exited"))
 
 

@@ -304,8 +304,8 @@ class RequestedModel:
         variant = self._variant or "the preferred variant"
         revision = self._request.revision or cache.DEFAULT_REVISION
         return HubUnreachable.because(
-            f"{variant} of {self._repo} at {revision} is not whole in the cache, which "
-            f"has {found}; HF_HUB_OFFLINE is set: unset it, or name what is there",
+            f"{variant} of {self._repo} at {revision} is not completely cached (cached: "
+            f"{found}), and HF_HUB_OFFLINE is set: unset it, or request a cached variant",
             field="model_path",
             reason="offline",
         )

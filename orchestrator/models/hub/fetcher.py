@@ -395,7 +395,9 @@ class Fetch:
                 partial.truncate(0)
             damaged += 1
             report(waiting=f"{file.name} arrived with a wrong hash (download {damaged} of 2)")
-        raise Failed("hub_corrupt", f"{file.name} arrived with a wrong hash twice: try again later")
+        raise Failed(
+            "hub_corrupt", f"{file.name} had a wrong hash after two downloads: try again later"
+        )
 
     def _lock(self, file: File, partial: BinaryIO) -> None:
         def watch() -> None:
@@ -484,7 +486,7 @@ class Fetch:
         if is_full or needed > free:
             message = (
                 f"{self._repo} needs {_bytes(needed)} more and {self._root.parent} has "
-                f"{_bytes(free)} free: free some, or set HF_HUB_CACHE to another volume"
+                f"{_bytes(free)} free: free some space, or set HF_HUB_CACHE to another volume"
             )
             raise Failed("disk_full", message)
 
@@ -565,7 +567,10 @@ def _refuse_html(response: Any) -> None:
 def _unreachable(error: Exception | str) -> Failed:
     why = (str(error) or type(error).__name__).splitlines()[0][:200]
     if "CERTIFICATE" in why or "SSL" in why or "TLS" in why:
-        message = f"the Hub cannot be trusted ({why}): check the clock, the proxy and SSL_CERT_FILE"
+        message = (
+            f"the Hub's certificate cannot be verified ({why}): check the clock, the proxy and "
+            "SSL_CERT_FILE"
+        )
         return Failed("hub_unreachable", message, reason="tls")
     message = f"the Hub cannot be reached ({why}): check the network, or try again"
     return Failed("hub_unreachable", message, is_transient=True)
