@@ -567,10 +567,7 @@ def _refuse_html(response: Any) -> None:
 def _unreachable(error: Exception | str) -> Failed:
     why = (str(error) or type(error).__name__).splitlines()[0][:200]
     if "CERTIFICATE" in why or "SSL" in why or "TLS" in why:
-        message = (
-            f"the Hub's certificate cannot be verified ({why}): check the clock, the proxy and "
-            "SSL_CERT_FILE"
-        )
+        message = f"the Hub's certificate is not trusted ({why}): check clock, proxy, SSL_CERT_FILE"
         return Failed("hub_unreachable", message, reason="tls")
     message = f"the Hub cannot be reached ({why}): check the network, or try again"
     return Failed("hub_unreachable", message, is_transient=True)
