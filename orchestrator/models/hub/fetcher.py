@@ -3,7 +3,6 @@
 It is started by its path and imports nothing of this package. The parent sends what to list and
 what to fetch, and receives reports, as lines of JSON. A file appears under its name only when it is
 whole: its bytes go to a partial file, are hashed as they are written, and a later run continues it.
-
 The cache has the layout that huggingface_hub documents; protocol, authentication and errors are
 that library's. Only `blobs/*.orchestrator.*` are files of our own.
 """
@@ -395,9 +394,8 @@ class Fetch:
                 partial.truncate(0)
             damaged += 1
             report(waiting=f"{file.name} arrived with a wrong hash (download {damaged} of 2)")
-        raise Failed(
-            "hub_corrupt", f"{file.name} had a wrong hash after two downloads: try again later"
-        )
+        message = f"{file.name} had a wrong hash after two downloads: try again later"
+        raise Failed("hub_corrupt", message)
 
     def _lock(self, file: File, partial: BinaryIO) -> None:
         def watch() -> None:
