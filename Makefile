@@ -52,7 +52,7 @@ test: $(VENV)/.ready
 	$(MAKE) --no-print-directory chromium || { [ -z "$$CI" ] || exit 1; \
 	  only="$$only and not browser"; \
 	  echo "NO CHROMIUM: the tests marked browser are skipped" >&2; }; \
-	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m pytest -m "$$only" $(ARGS)
+	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m pytest -n 2 --dist worksteal -m "$$only" $(ARGS)
 
 check-deep: $(VENV)/.ready llama-server
 	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m pytest -m deep -s $(ARGS)

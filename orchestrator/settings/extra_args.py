@@ -21,6 +21,7 @@ _TEMPLATE: Final = frozenset({"--chat-template"})
 _SWITCH: Final = frozenset({"on", "off"})
 _SWITCH_TOO: Final = frozenset({"1", "0", "true", "false", "enabled", "disabled"})
 _SHOWN: Final = 60
+_NEAR: Final = 0.75  # of difflib's ratio
 
 
 def check_known(args: tuple[str, ...], catalogue: Catalogue) -> None:
@@ -87,9 +88,9 @@ def _refuse_unknown(token: str, catalogue: Catalogue) -> NoReturn:
     if entry is not None:
         _refuse(f"{name} in {_FIELD} was removed from this llama-server")
     listed = [n for flag in catalogue.flags for n in flag.names if catalogue.has(n)]
-    near = get_close_matches(name, listed, n=1)
+    near = get_close_matches(name, listed, n=1, cutoff=_NEAR)
     fields = {"--" + field.replace("_", "-"): field for field in SETTINGS}
-    ours = get_close_matches(name, fields, n=1)
+    ours = get_close_matches(name, fields, n=1, cutoff=_NEAR)
     hints = [f"did you mean {near[0]}"] if near else []
     hints += [f"{'or ' if near else 'did you mean '}the field {fields[ours[0]]}"] if ours else []
     hint = f": {' '.join(hints)}?" if hints else ""

@@ -80,12 +80,12 @@ def test_a_refused_load_ends_with_1_and_the_reason(cli: Cli, serving: str, tiny_
     missing = cli("load", "gone.gguf", "--url", serving)
     assert (missing.returncode, missing.stdout) == (1, "")
     assert "gone.gguf" in missing.stderr
-    unknown_flag = cli("load", tiny_model, "--bogus", "--url", serving, "--json")
-    assert unknown_flag.returncode == 1
-    problem = json.loads(unknown_flag.stdout)
+    failed = cli("load", tiny_model, "--seed", "bogus", "--url", serving, "--json")
+    assert failed.returncode == 1
+    problem = json.loads(failed.stdout)
     assert problem["category"] == "server_start_failed"
-    assert any("--bogus" in line for line in problem["log_tail"])
-    assert "--bogus" in cli("status", "--url", serving).stderr
+    assert any("--seed" in line for line in problem["log_tail"])
+    assert "--seed" in cli("status", "--url", serving).stderr
 
 
 def test_without_an_orchestrator_the_error_says_how_to_start_one(cli: Cli) -> None:

@@ -82,12 +82,12 @@ def test_run_with_json_prints_one_line_when_ready(
 def test_run_fails_with_the_last_lines_of_the_server(
     cli: Cli, own: tuple[str, ...], tiny_model: str, state_dir: Path
 ) -> None:
-    done = cli("run", tiny_model, *own, "--bogus", "3")
+    done = cli("run", tiny_model, *own, "--seed", "bogus")
     assert done.returncode == 1
-    assert "error: invalid argument: --bogus" in done.stderr
+    assert 'handling argument "--seed"' in done.stderr
     assert "Idle" in done.stdout
     assert servers_of(state_dir) == set()
-    as_json = cli("run", tiny_model, *own, "--bogus", "3", "--json")
+    as_json = cli("run", tiny_model, *own, "--seed", "bogus", "--json")
     assert as_json.returncode == 1
     assert json.loads(as_json.stdout)["category"] == "server_start_failed"
     missing = cli("run", "gone.gguf", *own)
