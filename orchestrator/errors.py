@@ -152,8 +152,9 @@ class OrchestratorError(Exception):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.category, cls.status, cls.title = cls._row  # a type checker sees their types above
-        CLASSES.setdefault(cls.category, cls)
+        if "_row" in vars(cls):  # a class of the tree, not a subclass of the host
+            cls.category, cls.status, cls.title = cls._row  # a type checker sees their types above
+            CLASSES[cls.category] = cls
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)

@@ -1,0 +1,17 @@
+"""The exception tree, as hosts extend it."""
+
+from __future__ import annotations
+
+from orchestrator.errors import CLASSES, Busy
+
+
+def test_subclass_of_a_host_keeps_its_own_category_and_status() -> None:
+    """A host may answer its own refusals like ours; ours keep their class."""
+
+    class QuotaExceeded(Busy):
+        category = "quota_exceeded"
+        status = 429
+
+    error = QuotaExceeded.because("no tokens are left today")
+    assert (error.problem.category, QuotaExceeded.status) == ("quota_exceeded", 429)
+    assert CLASSES["busy"] is Busy
