@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from typing import cast
 
 import pytest
@@ -17,6 +16,7 @@ from orchestrator.settings.fields import check_extra_args
 from orchestrator.settings.help_text import Catalogue, FlagHelp, parse_help
 from tests.kit.sentences import assert_sentence
 from tests.kit.settings import ANY_TEXT, REFUSED_FLAGS, SHADOWS, SLOT, refusal, repeatable
+from tests.kit.timing import fastest_s
 
 HELP = """----- common params -----
 
@@ -212,12 +212,7 @@ def test_help_is_parsed_in_linear_time(piece: str) -> None:
         return text, f"-m, --model {text}", f"-m, --model X\n {text}", f"-{text}\n--model"
 
     def cpu_s(noise: str) -> float:
-        took = []
-        for _ in range(3):
-            started = time.thread_time()
-            parse_help(noise)
-            took.append(time.thread_time() - started)
-        return min(took)
+        return fastest_s(lambda: parse_help(noise), times=7)
 
     for long, short in zip(noises(100_000), noises(12_500), strict=True):
         assert cpu_s(long) < 24 * cpu_s(short) + 0.01

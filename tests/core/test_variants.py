@@ -5,8 +5,7 @@ Listings are generated together with what they hold, so every choice can be comp
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -22,6 +21,7 @@ from orchestrator.models.variants import PREFERENCE, Chosen, choose, label_of, m
 from orchestrator.settings import flags
 from orchestrator.settings.reference import split_reference
 from tests.kit.sentences import assert_sentence
+from tests.kit.timing import fastest_s
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=150)
 
@@ -44,16 +44,6 @@ def refused(names: Sequence[str], variant: str | None, field: str) -> str:
     assert isinstance(error, ModelNotFound)
     assert error.field == field
     return error.message
-
-
-def fastest_s(call: Callable[[], object]) -> float:
-    """Return the least CPU time of several calls, in seconds."""
-    took = []
-    for _ in range(20):
-        started = time.thread_time()
-        call()
-        took.append(time.thread_time() - started)
-    return min(took)
 
 
 # Generated listings
@@ -490,9 +480,8 @@ def test_file_matches_its_own_label(name: str, other: str) -> None:
 @pytest.mark.parametrize("asked", [None, "nope", "Q4_K_M"])
 def test_large_listing_takes_linear_time(asked: str | None) -> None:
     """Eight times the files take eight times as long; a quadratic search would take 64 times."""
-    assert fastest_s(lambda: answer(listing(8), asked)) < 24 * fastest_s(
-        lambda: answer(listing(1), asked)
-    )
+    long = fastest_s(lambda: answer(listing(8), asked), times=20)
+    assert long < 24 * fastest_s(lambda: answer(listing(1), asked), times=20)
     assert isinstance(answer(listing(8), asked), ModelNotFound) is (asked == "nope")
 
 
