@@ -14,12 +14,12 @@ from typing import Final
 from urllib.parse import unquote
 
 import aiohttp
-import structlog
 from multidict import CIMultiDict
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 from yarl import URL
 
+from orchestrator.base.log import event_log
 from orchestrator.base.tokens import Generation
 from orchestrator.errors import OrchestratorError, Problem, ServerExited, Unavailable, WrongKind
 from orchestrator.http.bodies import Client
@@ -49,7 +49,7 @@ _KINDS: Final[dict[str, Kind]] = {
 """The kind of server that a route needs; other routes are passed to any."""
 _DROPPED: Final = _HOP_BY_HOP.union(b"host authorization x-api-key cookie origin referer".split())
 _NEVER_ADDED: Final = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
-_log = structlog.get_logger("orchestrator.http")
+_log = event_log("orchestrator.http")
 
 
 class PassThrough:
@@ -172,7 +172,7 @@ class PassThrough:
             await send({"type": "http.response.body", "body": b""})
         except aiohttp.ClientError as error:
             # The status is sent already: an answer without its end shows that it was cut.
-            _log.warning("passthrough.cut", path=scope["path"], reason=str(error))
+            _log("warning", "passthrough.cut", path=scope["path"], reason=str(error))
         finally:
             response.close()
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Coroutine, Mapping
 from http import HTTPStatus
 from typing import Any, Final
 
-import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -21,6 +20,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from orchestrator.base.log import event_log
 from orchestrator.base.paths import PathNames
 from orchestrator.errors import OrchestratorError, Problem
 from orchestrator.http.bodies import malformed
@@ -38,7 +38,7 @@ CATEGORIES: Final[Mapping[int, tuple[str, ...]]] = {
 }
 """Of failures that have no exception in the tree; the first is the default."""
 
-_log = structlog.get_logger("orchestrator.http")
+_log = event_log("orchestrator.http")
 
 
 class AsciiJSON(JSONResponse):
@@ -101,7 +101,7 @@ class Responder:
             case ClientDisconnect():
                 problem = Problem("cancelled", "the client has disconnected")
             case _:
-                _log.error("request.failed", path=path, exc_info=error)
+                _log("error", "request.failed", path=path, exc_info=error)
                 message = f"an unexpected {type(error).__name__}: see the log of this process"
                 problem = Problem("internal", message)
         document = self.renamer(problem.names).members(problem.as_dict())

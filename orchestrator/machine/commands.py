@@ -190,12 +190,7 @@ Command = (
 )
 
 
-_FAILURES: Final[
-    dict[
-        type[Effect],
-        type[facts.Failure],
-    ]
-] = {
+_FAILURES: Final[dict[type[Effect], type[facts.Failure]]] = {
     Kill: facts.KillFailed,
     Resolve: facts.FetchFailed,
     Download: facts.FetchFailed,

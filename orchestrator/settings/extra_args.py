@@ -6,7 +6,7 @@ its choices; by then the running model is gone. In doubt an arg passes: the serv
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from itertools import pairwise
 from typing import Final, NoReturn
@@ -17,11 +17,13 @@ from orchestrator.settings.flags import flag_of
 from orchestrator.settings.help_text import Catalogue, FlagHelp
 
 _FIELD: Final = "llama_extra_args"
-_TEMPLATE: Final = frozenset({"--chat-template"})
 _SWITCH: Final = frozenset({"on", "off"})
 _SWITCH_TOO: Final = frozenset({"1", "0", "true", "false", "enabled", "disabled"})
 _SHOWN: Final = 60
 _NEAR: Final = 0.75  # of difflib's ratio
+
+_Accepted = Mapping[str, FlagHelp]
+"""`Catalogue.accepted`."""
 
 
 def check_known(args: tuple[str, ...], catalogue: Catalogue) -> None:
@@ -30,10 +32,11 @@ def check_known(args: tuple[str, ...], catalogue: Catalogue) -> None:
     Raises:
         RefusedArgument: names the arg, and the nearest flag or field of a request.
     """
-    for token, flag, values in _parsed(args, catalogue):
+    accepted = catalogue.accepted()
+    for token, flag, values in _parsed(args, accepted):
         if flag is None:
-            _refuse_unknown(token, catalogue)
-        if len(values) < flag.value_count or any(_is_flag(v, catalogue) for v in values):
+            _refuse_unknown(token, catalogue, accepted)
+        if len(values) < flag.value_count or any(_is_flag(v, accepted) for v in values):
             count = "a value" if flag.value_count == 1 else f"{flag.value_count} values"
             _refuse(f"{token} in {_FIELD} needs {count}: {flag.placeholder}")
         if flag.choices and not _is_choice(values[0], flag.choices):
@@ -44,12 +47,12 @@ def check_known(args: tuple[str, ...], catalogue: Catalogue) -> None:
 
 def template_of(args: tuple[str, ...]) -> str | None:
     """Return the chat template that extra args contain; the last one counts."""
-    given = [v for token, v in pairwise(args) if flag_of(token) in _TEMPLATE]
+    given = [v for token, v in pairwise(args) if flag_of(token) == "--chat-template"]
     return given[-1] if given else None
 
 
 def _parsed(
-    args: tuple[str, ...], catalogue: Catalogue
+    args: tuple[str, ...], accepted: _Accepted
 ) -> Iterator[tuple[str, FlagHelp | None, tuple[str, ...]]]:
     """Yield each flag, its entry and its values, as llama-server reads them: whatever follows a
     flag that takes a value is that value.
@@ -57,19 +60,18 @@ def _parsed(
     at = 0
     while at < len(args):
         token = args[at]
-        flag = _entry(token, catalogue)
+        flag = _entry(token, accepted)
         end = at + 1 + (flag.value_count if flag is not None else 0)
         yield token, flag, args[at + 1 : end]
         at = end
 
 
-def _entry(token: str, catalogue: Catalogue) -> FlagHelp | None:
-    name = token.replace("_", "-") if token.startswith("--") else token
-    return catalogue.get(name) if catalogue.has(name) else None
+def _entry(token: str, accepted: _Accepted) -> FlagHelp | None:
+    return accepted.get(token.replace("_", "-") if token.startswith("--") else token)
 
 
-def _is_flag(value: str, catalogue: Catalogue) -> bool:
-    return flag_of(value) is not None and _entry(value, catalogue) is not None
+def _is_flag(value: str, accepted: _Accepted) -> bool:
+    return flag_of(value) is not None and _entry(value, accepted) is not None
 
 
 def _is_choice(value: str, choices: tuple[str, ...]) -> bool:
@@ -78,7 +80,7 @@ def _is_choice(value: str, choices: tuple[str, ...]) -> bool:
     return all(part in choices for part in value.split(","))
 
 
-def _refuse_unknown(token: str, catalogue: Catalogue) -> NoReturn:
+def _refuse_unknown(token: str, catalogue: Catalogue, accepted: _Accepted) -> NoReturn:
     name = flag_of(token)
     if name is None:
         _refuse(f"{token[:_SHOWN]!r} in {_FIELD} follows no flag that takes a value")
@@ -87,8 +89,7 @@ def _refuse_unknown(token: str, catalogue: Catalogue) -> NoReturn:
         _refuse(f"{name} and its value are two elements of {_FIELD}, without a =")
     if entry is not None:
         _refuse(f"{name} in {_FIELD} was removed from this llama-server")
-    listed = [n for flag in catalogue.flags for n in flag.names if catalogue.has(n)]
-    near = get_close_matches(name, listed, n=1, cutoff=_NEAR)
+    near = get_close_matches(name, accepted, n=1, cutoff=_NEAR)
     fields = {"--" + field.replace("_", "-"): field for field in SETTINGS}
     ours = get_close_matches(name, fields, n=1, cutoff=_NEAR)
     hints = [f"did you mean {near[0]}"] if near else []

@@ -53,8 +53,13 @@ class Catalogue:
 
     def has(self, *names: str) -> bool:
         """Return whether all of these are listed, and none of them as removed."""
+        return self.accepted().keys() >= set(names)
+
+    def accepted(self) -> dict[str, FlagHelp]:
+        """Return the entries by spelling, without flags that are listed as removed anywhere."""
         removed = {name for flag in self.flags if flag.is_removed for name in flag.names}
-        return removed.isdisjoint(names) and all(self.get(name) is not None for name in names)
+        entries = {name: flag for flag in reversed(self.flags) for name in flag.names}
+        return {name: flag for name, flag in entries.items() if name not in removed}
 
 
 def parse_help(text: str) -> Catalogue | None:

@@ -16,6 +16,7 @@ from orchestrator.settings.help_text import Catalogue, FlagHelp
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import ServerBinary, Target, differences
 from tests.kit.settings import (
+    FIELDS,
     PROJECTOR,
     SECRET,
     TOKENS,
@@ -198,16 +199,6 @@ def test_requested_mode_replaces_an_inherited_explicit_one(chosen: str) -> None:
 
 # ---------------------------------------------------------------------------------------- read back
 
-VALUES = st.fixed_dictionaries(
-    {},
-    optional={
-        "max_seq_length": st.sampled_from([0, 256, 4096]),
-        "cache_type_kv": st.sampled_from([None, "", "q8_0", "F16"]),
-        "speculative_type": st.sampled_from([None, "off", "", "default", "ngram-mod"]),
-        "n_parallel": st.sampled_from([None, 1, 4]),
-        "chat_template_override": st.sampled_from([None, " ", "{{ x }}"]),
-    },
-)
 EXPLICIT = st.lists(
     st.sampled_from(
         [
@@ -236,7 +227,7 @@ def as_read(argv: tuple[str, ...]) -> dict[str, list[Any]]:
 
 
 @repeatable
-@given(VALUES, EXPLICIT, st.booleans())
+@given(FIELDS, EXPLICIT, st.booleans())
 def test_parsed_command_line_is_the_request_it_was_built_from(
     values: dict[str, Any], chosen: list[tuple[str, ...]], vision: bool
 ) -> None:

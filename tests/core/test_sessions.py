@@ -19,7 +19,7 @@ from orchestrator.settings.drafting import explicit_mode
 from orchestrator.settings.fields import strip_shadowed
 from orchestrator.settings.target import Source, Target, differences, shadowing_fields
 from tests.kit.machine.run import Run
-from tests.kit.settings import flat, local, repeatable, target, written
+from tests.kit.settings import FIELDS, flat, local, repeatable, target, written
 
 fewer = settings(repeatable, max_examples=60)
 
@@ -90,20 +90,10 @@ SOURCES: list[Source] = [
     ("b", "Q4_K_M", "chat"),
     ("a", "Q4_K_M", "embedding"),
 ]
-VALUES = st.fixed_dictionaries(
-    {},
-    optional={
-        "max_seq_length": st.sampled_from([0, 256, 4096]),
-        "cache_type_kv": st.sampled_from([None, "", "q8_0", "F16"]),
-        "speculative_type": st.sampled_from([None, "off", "", "default", "ngram-mod"]),
-        "n_parallel": st.sampled_from([None, 1, 4]),
-        "chat_template_override": st.sampled_from([None, " ", "{{ x }}"]),
-    },
-)
 LOADS = st.builds(
     Load,
     st.sampled_from(SOURCES),
-    st.just({}) | VALUES | st.just({"force_reload": True}),
+    st.just({}) | FIELDS | st.just({"force_reload": True}),
     st.none() | st.lists(written(), max_size=3).map(flat),
     st.sampled_from([True, True, False]),
 )

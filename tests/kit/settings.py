@@ -167,6 +167,18 @@ _OTHER_FLAGS: Final = (
     "--spec-synth",
 )
 
+FIELDS: Final = st.fixed_dictionaries(
+    {},
+    optional={
+        "max_seq_length": st.sampled_from([0, 256, 4096]),
+        "cache_type_kv": st.sampled_from([None, "", "q8_0", "F16"]),
+        "speculative_type": st.sampled_from([None, "off", "", "default", "ngram-mod"]),
+        "n_parallel": st.sampled_from([None, 1, 4]),
+        "chat_template_override": st.sampled_from([None, " ", "{{ x }}"]),
+    },
+)
+"""Values of some fields, as callers write them."""
+
 
 class Written(NamedTuple):
     """One flag with its value as tokens, and a stray token behind it."""

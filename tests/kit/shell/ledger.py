@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from orchestrator.base.tokens import Generation, Ticket
+from orchestrator.errors import Problem
 from orchestrator.machine.commands import Accept, Command, LeaseGranted, Settle
 from orchestrator.machine.facts import (
     CancelRequested,
@@ -67,7 +68,8 @@ class Caller:
         accepted = self.call.accepted if self.call else None
         if accepted is None or not accepted.done() or accepted.cancelled():
             return None
-        return accepted.result() if isinstance(accepted.result(), int) else None  # type: ignore[return-value]
+        result = accepted.result()
+        return None if isinstance(result, Problem) else result
 
     @property
     def model(self) -> str | None:
