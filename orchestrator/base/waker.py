@@ -10,12 +10,16 @@ from typing import BinaryIO
 
 
 class Waker:
-    """A pipe to wait on; `wake` may be called from any thread."""
+    """A pipe to wait on; `wake` may be called from any thread.
+
+    Attributes:
+        fd: Readable once it is woken, until `clear`.
+    """
 
     def __init__(self) -> None:
-        self._read, self._write = os.pipe()
+        self.fd, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        os.set_blocking(self._read, False)
+        os.set_blocking(self.fd, False)
         self._is_open = True
         self._guard = threading.Lock()  # no write may reach a descriptor that was closed and reused
 
@@ -27,16 +31,19 @@ class Waker:
     def wait(self, seconds: float, also: BinaryIO | None = None) -> tuple[bool, bool]:
         """Return (was woken, `also` is readable) after at most `seconds`."""
         poll = select.poll()  # select() ends at descriptor 1024
-        poll.register(self._read, select.POLLIN)
+        poll.register(self.fd, select.POLLIN)
         if also is not None:
             poll.register(also, select.POLLIN)
         ready = [fd for fd, _ in poll.poll(seconds * 1000)]
-        if woken := self._read in ready:
-            os.read(self._read, 4096)
+        if woken := self.fd in ready:
+            self.clear()
         return woken, len(ready) > woken
+
+    def clear(self) -> None:
+        os.read(self.fd, 4096)
 
     def close(self) -> None:
         with self._guard:
             self._is_open = False
-            os.close(self._read)
+            os.close(self.fd)
             os.close(self._write)

@@ -153,8 +153,6 @@ def _leftovers(slot: Slot) -> Check:
     """Report what a dead owner left in a slot that we have claimed."""
     server = slot.recall()
     left = {process.pid for process in slot.inhabitants()}
-    if server is not None and process_table.is_alive(server):
-        left.add(server.pid)
     if left:
         detail = f"{slot.name!r} is free, but a dead owner left the processes {sorted(left)}"
         return Check("slot", "note", detail, "nothing to do: the next start ends them")

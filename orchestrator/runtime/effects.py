@@ -27,7 +27,7 @@ from orchestrator.machine.facts import Child, Emptied, Fact, KillFailed, SlotEvi
 from orchestrator.models.hub.fetch_process import FetchProgress
 from orchestrator.models.source import ModelSource
 from orchestrator.runtime.ports import LogPosition, SlotLock
-from orchestrator.server import guardian
+from orchestrator.server import eviction, guardian
 from orchestrator.server.child import ServerProcess
 from orchestrator.server.environment import check_server_env, child_environment
 from orchestrator.server.readiness import ReadProgress, wait_ready
@@ -95,7 +95,7 @@ class ProcessEffects:
         self._progress: dict[Generation, ReadProgress | FetchProgress] = {}
         self._in_flight: set[Future[None]] = set()
         self._warden = Warden(slot, post, kill_grace_s=settings.kill_grace_s)
-        ended, evidence = slot.reap()
+        ended, evidence = eviction.reap(slot)
         if ended:
             _log("warning", "slot.reaped", pids=sorted(ended), is_empty=evidence.is_empty)
         self._ensure_guardian()

@@ -142,30 +142,20 @@ def ask_catalogue(server: ServerBinary, cache: Path) -> Catalogue | None:
     Args:
         cache: Folder for answers; one that cannot be written costs a run per process.
     """
-    known = _known(server.command, server.identity, str(cache))
-    if known is not None:
-        return known
-    if time.monotonic() < _ask_after.get(server.identity, 0.0):
-        return None
-    found = _ask(server)
+    found = _known(server.command, server.identity, str(cache))
+    if found is not None or time.monotonic() < _ask_after.get(server.identity, 0.0):
+        return found
+    try:
+        returncode, text = _run((*server.command, "--help"))
+        found, why = parse_help(text) if returncode == 0 else None, f"exit status {returncode}"
+    except (OSError, ValueError) as error:
+        why = str(error)
     if found is None:
+        _log("warning", "catalogue.inconclusive", server=server.command[0], reason=why)
         _ask_after[server.identity] = time.monotonic() + _ASK_AGAIN_S
         return None
     _answers[server.identity] = found
     write_json(_file_of(server.command, server.identity, str(cache)), asdict(found))
-    return found
-
-
-def _ask(server: ServerBinary) -> Catalogue | None:
-    try:
-        returncode, text = _run((*server.command, "--help"))
-    except (OSError, ValueError) as error:
-        _log("warning", "catalogue.inconclusive", server=server.command[0], error=str(error))
-        return None
-    found = parse_help(text)
-    if found is None or returncode != 0:
-        _log("warning", "catalogue.inconclusive", server=server.command[0], returncode=returncode)
-        return None
     return found
 
 

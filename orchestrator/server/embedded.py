@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import select
 import signal
 import sys
 import textwrap
@@ -421,7 +420,6 @@ def _serve(given: list[tuple[Flag, Any]]) -> NoReturn:
         hint = 'pip install "llama-orchestrator[embedded]"'
         message = f"error: the embedded server needs xllamacpp: {hint} ({error})"
         raise Refused(message) from error
-    commands = _router_commands()
     try:
         params = _params(xllamacpp.CommonParams(), given)
         _server = xllamacpp.Server(params)  # referenced, because its destructor shuts it down
@@ -430,7 +428,7 @@ def _serve(given: list[tuple[Flag, Any]]) -> NoReturn:
     except (AttributeError, LookupError) as error:
         message = f"error: this version of xllamacpp lacks something: {error}"
         raise Refused(message) from error
-    _wait_for_stop(commands)
+    _wait_for_stop()
     # llama.cpp's own shutdown loses a stop that comes before its loop runs, waits for open
     # connections and streams, and holds the GIL, so nothing could interrupt it.
     os._exit(0)
@@ -451,30 +449,14 @@ def _params(params: Any, given: list[tuple[Flag, Any]]) -> Any:
     return params
 
 
-def _router_commands() -> int | None:
-    """Take stdin from llama.cpp, which would stop by itself at a router's command to exit."""
-    if "LLAMA_SERVER_ROUTER_PORT" not in os.environ:
-        return None
-    commands = os.dup(0)
-    silence, _ = os.pipe()
-    os.dup2(silence, 0)
-    return commands
-
-
-def _wait_for_stop(commands: int | None) -> None:
-    """Return at the first SIGTERM or SIGINT, or when the router tells us to exit or has exited."""
+def _wait_for_stop() -> None:
+    """Return at the first SIGTERM or SIGINT."""
     wakeup, signalled = os.pipe()
     os.set_blocking(signalled, False)
     signal.set_wakeup_fd(signalled)
     for signum in _STOP_SIGNALS:
         signal.signal(signum, lambda *_: None)
-    sources = [wakeup] if commands is None else [wakeup, commands]
-    received = b""
-    while wakeup not in select.select(sources, [], [])[0]:
-        data = os.read(sources[-1], 4096)
-        received = (received + data)[-4096:]
-        if not data or b"cmd_router_to_child:exit" in received:
-            return
+    os.read(wakeup, 1)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ from __future__ import annotations
 import itertools
 import re
 import signal
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from orchestrator.errors import Problem
 from orchestrator.settings.fields import SETTINGS
@@ -23,28 +22,23 @@ _EXTRA: Final = "llama_extra_args"
 _SERVER: Final = "llama_server"
 
 
-@dataclass(frozen=True, slots=True)
-class Cause:
+class Cause(NamedTuple):
     """One row: a pattern of the output, and what to report.
 
     Attributes:
         reason: Stable word for programs.
         field: What to change: a field of the request, `llama_server`, or None. `model_path` stands
             for whichever file could not be loaded.
-        pattern: Searched in every line; a group `flag` is the flag to blame.
+        pattern: Searched in every line, in any case; a group `flag` is the flag to blame.
         advice: What happened and what to do; may use the groups of the pattern and `subject`.
         flags: Flags to blame if they are in the extra args, besides the field's own.
     """
 
     reason: str
     field: str | None
-    pattern: re.Pattern[str]
+    pattern: str
     advice: str
     flags: str = ""
-
-
-def _cause(reason: str, field: str | None, pattern: str, advice: str, flags: str = "") -> Cause:
-    return Cause(reason, field, re.compile(pattern, re.IGNORECASE), advice, flags)
 
 
 _MEMORY: Final = (
@@ -56,94 +50,94 @@ _DAMAGED: Final = "the {subject} file is damaged or incomplete: download it agai
 
 # fmt: off
 CAUSES: Final = (
-    _cause("missing_library", _SERVER,
+    Cause("missing_library", _SERVER,
         r"error(?: while)? loading shared librar(?:y|ies:) (?P<what>[^:]+)|"
         r"Library not loaded: (?P<macos>\S+)",
         "the shared library {what}{macos} is missing or unusable: reinstall {field}, or set "
         "LD_LIBRARY_PATH"),
-    _cause("missing_library", _SERVER,
+    Cause("missing_library", _SERVER,
         r"symbol lookup error|error relocating|undefined symbol|version `\S+' not found|"
         r"no backends are loaded",
         "the binary and its shared libraries are of different versions: reinstall {field}"),
-    _cause("removed_flag", None,
+    Cause("removed_flag", None,
         r'handling argument "(?P<flag>-[^"]+)": the argument has been removed\.?(?P<what>.*)',
         "this llama-server has removed {flag}: {what}"),
-    _cause("malformed_flag", None,
+    Cause("malformed_flag", None,
         r'error while handling argument "(?P<flag>-[^"]+)": (?:error: )?(?P<what>.*)',
         "llama-server refuses {flag} ({what}): correct its value"),
-    _cause("malformed_flag", "server_env",
+    Cause("malformed_flag", "server_env",
         r'error while handling environment variable "(?P<what>[^"]+)"',
         "llama-server refuses the variable {what}: correct it in {field}"),
-    _cause("unknown_flag", None, r"error: invalid argument: (?P<flag>-[^\s=]+)=",
+    Cause("unknown_flag", None, r"error: invalid argument: (?P<flag>-[^\s=]+)=",
         "this llama-server does not take {flag}=VALUE: give the value as the next argument"),
-    _cause("unknown_flag", None, r"error: invalid argument: (?P<flag>\S+)",
+    Cause("unknown_flag", None, r"error: invalid argument: (?P<flag>\S+)",
         "this llama-server does not know {flag}: remove it, or use a build that has it"),
-    _cause("port_in_use", None, r"couldn't bind HTTP server socket|address already in use",
+    Cause("port_in_use", None, r"couldn't bind HTTP server socket|address already in use",
         "the server could not bind its port: try again"),
-    _cause("unknown_architecture", "model_path",
+    Cause("unknown_architecture", "model_path",
         r"unknown (?:model architecture|projector type): '?(?P<what>[^']*)",
         "this llama-server does not know the {subject}'s architecture {what!r}: use a newer build"),
-    _cause("unknown_architecture", "model_path",
+    Cause("unknown_architecture", "model_path",
         r"GGUF file is version \d+ but|unknown (?:pre-tokenizer type|tokenizer)|invalid ggml type",
         "the {subject} has a newer format than this llama-server reads: use a newer build"),
-    _cause("corrupt_model", "model_path",
+    Cause("corrupt_model", "model_path",
         r"check_tensor_dims|(?:wrong number of|missing) tensors?|unable to find tensor|"
         r"error loading model (?:hyperparameters|vocabulary)",
         "the {subject} file lacks data that this llama-server expects: download it again, or use "
         "the build it was made for"),
-    _cause("corrupt_model", "model_path",
+    Cause("corrupt_model", "model_path",
         r"not within the file bounds|corrupted or incomplete|invalid magic|invalid gguf|GGUFv1|"
         r"failed to read (?:magic|key-value|tensor)|failed to seek|unexpectedly reached end of file"
         r"|endianness",
         _DAMAGED),
-    _cause("permission", "model_path", r"(?:failed to|cannot) open.*permission denied",
+    Cause("permission", "model_path", r"(?:failed to|cannot) open.*permission denied",
         "the server is not allowed to read the {subject} file: change its permissions"),
-    _cause("projector_mismatch", "mmproj_path", r"mismatch between text model",
+    Cause("projector_mismatch", "mmproj_path", r"mismatch between text model",
         "the projector does not match the model: choose the one made for it"),
-    _cause("bad_template", "chat_template_override",
+    Cause("bad_template", "chat_template_override",
         r"chat_templates_init: error: (?P<what>.+)|While executing (?P<where>.+) in source|"
         r"^Error: (?P<said>Jinja.+)",
         "the chat template fails ({what}{where}{said}): correct it, or set chat_template_override "
         "if it is the model's own"),
-    _cause("needs_flash_attention", "cache_type_kv",
+    Cause("needs_flash_attention", "cache_type_kv",
         r"V cache (?:quantization )?requires flash_attn",
         "a quantised V cache needs flash attention: enable it, or set cache_type_kv to f16",
         "-fa --flash-attn"),
-    _cause("speculative_unsupported", "speculative_type", r"failed to create MTP context",
+    Cause("speculative_unsupported", "speculative_type", r"failed to create MTP context",
         "the model cannot draft in this way: set speculative_type to another type, or to off"),
-    _cause("out_of_memory", "max_seq_length",
+    Cause("out_of_memory", "max_seq_length",
         rf"(?:kv[_ ]cache|init_from_model|new_context|graph_reserve|create_context).*(?:{_MEMORY})",
         "not enough memory for the context: use a smaller max_seq_length or cache_type_kv",
         "-b --batch-size -ub --ubatch-size"),
-    _cause("out_of_memory", None, _MEMORY,
+    Cause("out_of_memory", None, _MEMORY,
         "not enough memory: use a smaller model or context, or fewer layers on the GPU (-ngl)"),
 )
 
 CONSEQUENCES: Final = (
-    _cause("file_missing", "model_path", r"failed to open.*no such file",
+    Cause("file_missing", "model_path", r"failed to open.*no such file",
         "the {subject} file was not found: check its path"),
-    _cause("corrupt_model", "model_path", r"failed to read header", _DAMAGED),
-    _cause("adapter_failed", _EXTRA, r"failed to (?:load|apply) lora adapter",
+    Cause("corrupt_model", "model_path", r"failed to read header", _DAMAGED),
+    Cause("adapter_failed", _EXTRA, r"failed to (?:load|apply) lora adapter",
         "the LoRA adapter cannot be used: choose one made for this model"),
-    _cause("draft_failed", _EXTRA, r"failed to load draft model",
+    Cause("draft_failed", _EXTRA, r"failed to load draft model",
         "the draft model cannot be used: choose another"),
-    _cause("projector_mismatch", "mmproj_path", r"failed to load (?:CLIP|multimodal) model",
+    Cause("projector_mismatch", "mmproj_path", r"failed to load (?:CLIP|multimodal) model",
         "the projector cannot be used: choose the one made for the model"),
-    _cause("bad_template", "chat_template_override",
+    Cause("bad_template", "chat_template_override",
         r"chat template (?:is not supported|parsing error)|"
         r"failed to (?:apply|initialize|parse) (?:chat )?template",
         "the chat template cannot be used: correct it, or set chat_template_override if it is the "
         "model's own"),
-    _cause("unusable_gpu", _SERVER,
+    Cause("unusable_gpu", _SERVER,
         r"(?:CUDA|ROCm|HIP|MUSA|SYCL) error|DeviceLost|ggml_metal.*failed with status",
         "this build, this GPU and its driver do not work together: use a build made for them, "
         "update the driver, or set -ngl 0"),
-    _cause("resource_limit", None, r"Resource temporarily unavailable|too many open files",
+    Cause("resource_limit", None, r"Resource temporarily unavailable|too many open files",
         "a limit on threads or files was reached: raise it (ulimit), or use fewer threads (-t)"),
-    _cause("crashed", None, r"what\(\):\s*(?P<what>.+)|\.(?:c|cpp|cu|cuh|h|m):\d+: (?P<check>.+)",
+    Cause("crashed", None, r"what\(\):\s*(?P<what>.+)|\.(?:c|cpp|cu|cuh|h|m):\d+: (?P<check>.+)",
         "llama-server aborted on an internal error ({what}{check}): try other settings or another "
         "build"),
-    _cause("context_failed", "max_seq_length", r"failed to create[ _]context",
+    Cause("context_failed", "max_seq_length", r"failed to create[ _]context",
         "the server could not create its context: check max_seq_length and the extra args"),
 )
 # fmt: on
@@ -216,7 +210,8 @@ def _first_match(lines: tuple[str, ...]) -> tuple[Cause, re.Match[str]] | None:
         ((cause, line) for line in latest_first for cause in CAUSES),
         ((cause, line) for cause in CONSEQUENCES for line in latest_first),
     )
-    return next(((c, found) for c, line in pairs if (found := c.pattern.search(line))), None)
+    found = ((cause, re.search(cause.pattern, line, re.IGNORECASE)) for cause, line in pairs)
+    return next(((cause, match) for cause, match in found if match), None)
 
 
 def _blame(
@@ -273,7 +268,5 @@ def _how(returncode: int | None) -> str:
         return "with an unknown status"
     if returncode >= 0:
         return f"with exit status {returncode}"
-    try:
-        return f"by {signal.Signals(-returncode).name}"
-    except ValueError:
-        return f"by signal {-returncode}"
+    known = {signum.value: signum.name for signum in signal.Signals}
+    return f"by {known.get(-returncode) or f'signal {-returncode}'}"

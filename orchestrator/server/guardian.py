@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.base import launch
-from orchestrator.server import process_table
+from orchestrator.server import eviction, process_table
 from orchestrator.server.process_table import Pin, ProcessId
 from orchestrator.server.slot import TOKEN_NAME, Slot
 
@@ -72,4 +72,4 @@ def main(arguments: dict[str, Any]) -> None:
     slot = Slot(arguments["slot"], arguments["state_dir"])
     slot.token = arguments["token"]  # another one if the folder was removed and created again
     if slot.succeed(host):  # else a new orchestrator has claimed it, and reaps
-        slot.reap(heir_of=host)
+        eviction.reap(slot, heir_of=host)

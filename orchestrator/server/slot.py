@@ -12,10 +12,8 @@ import contextlib
 import json
 import os
 import re
-import signal
 import time
 import weakref
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +21,7 @@ from typing import Any, Final
 from orchestrator.errors import InvalidRequest, SlotOwned, StateDirError, UnsupportedPlatform
 from orchestrator.machine.facts import SlotEvidence
 from orchestrator.server import process_table
-from orchestrator.server.process_table import Pin, ProcessId
+from orchestrator.server.process_table import ProcessId
 
 try:
     import fcntl
@@ -36,8 +34,6 @@ _RECORD_VERSION: Final = 1
 _VERIFY_EVERY_S: Final = 0.02
 _SUCCESSION_S: Final = 10.0
 _HANDOVER_S: Final = 0.25
-_TERM_S: Final = 0.3  # of `reap`: from SIGTERM to SIGKILL
-_KILL_S: Final = 5.0  # and from then until it gives up
 
 
 def default_state_dir() -> Path:
@@ -222,61 +218,28 @@ class Slot:
             raise _unusable(self.record_path, error) from error
 
     def recall(self) -> ProcessId | None:
-        """Return the recorded server; None if the record is missing, corrupt or not ours."""
+        """Return the recorded server, which `take_lock` and `inhabitants` know from then on.
+
+        None if the record is missing, corrupt or not ours.
+        """
         try:
-            with open(self.record_path, encoding="utf-8") as file:
-                members = json.loads(file.read(65536))
+            members = json.loads(self.record_path.read_bytes()[:65536])
             _parse_process(members["host"])
             if members["version"] != _RECORD_VERSION or members["server"] is None:
                 return None
             server = _parse_process(members["server"])
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
-        return server if server.pid > 1 else None
+        if server.pid <= 1:
+            return None
+        self._known.add(server)
+        return server
 
     def forget(self) -> None:
         """Remove the record; the slot has been verified empty."""
         self._known.clear()
         with contextlib.suppress(OSError):  # a stale record names processes that are gone
             self.record_path.unlink()
-
-    def reap(self, *, heir_of: ProcessId | None = None) -> tuple[set[int], SlotEvidence]:
-        """End what a dead owner left in this slot. The caller owns the slot.
-
-        Args:
-            heir_of: Stop as soon as the slot no longer belongs to this dead owner.
-
-        Returns:
-            The pids that were signalled, and whether the slot is empty now.
-        """
-        server, group = self.recall(), None
-        if server is not None:
-            self._known.add(server)
-            is_same = process_table.identify(server.pid) == server
-            group = server.pid if is_same else None  # a zombie keeps its group's number
-        started = time.monotonic()
-        signalled: set[int] = set()
-        while True:
-            if heir_of is not None and not self.belongs_to(heir_of):
-                return signalled, SlotEvidence(False, "another orchestrator has claimed it")
-            pins = _pin(self.inhabitants(group))
-            elapsed = time.monotonic() - started
-            if not pins:
-                evidence, fd = self.take_lock()
-                if fd is not None:
-                    os.close(fd)
-                    self.forget()
-                    return signalled, evidence
-                pins = _pin(self.lock_holders())
-            signalled |= {pin.process.pid for pin in pins}
-            if elapsed < _TERM_S:
-                _end(pins, (signal.SIGTERM, signal.SIGCONT), _TERM_S)
-            else:
-                _end(pins, (signal.SIGKILL,), _KILL_S)
-            if elapsed > _TERM_S + _KILL_S:
-                pids = sorted(pin.process.pid for pin in pins)
-                why = f"processes {pids} did not end after SIGKILL" if pids else evidence.reason
-                return signalled, SlotEvidence(False, why)
 
 
 _slots: Final[weakref.WeakSet[Slot]] = weakref.WeakSet()
@@ -289,23 +252,6 @@ def _disown_all() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_disown_all)
-
-
-def _pin(processes: Iterable[ProcessId]) -> list[Pin]:
-    return [pin for process in processes if (pin := Pin.of(process)) is not None]
-
-
-def _end(pins: list[Pin], signals: Iterable[int], timeout_s: float) -> None:
-    """Signal these processes and wait for their exits; without any, wait a moment."""
-    for pin in pins:
-        for signum in signals:
-            pin.signal(signum)
-    if pins:
-        process_table.wait_exited(pins, timeout_s)
-    else:
-        time.sleep(_VERIFY_EVERY_S)
-    for pin in pins:
-        pin.close()
 
 
 def _read_owner(path: Path) -> ProcessId | None:

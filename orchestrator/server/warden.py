@@ -7,50 +7,41 @@ from being reused.
 
 from __future__ import annotations
 
-import contextlib
-import math
 import os
 import select
-import signal
 import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from orchestrator.base import launch
 from orchestrator.base.log import event_log
 from orchestrator.base.tokens import Generation
+from orchestrator.base.waker import Waker
 from orchestrator.errors import Problem, ServerUnavailable, StateDirError
 from orchestrator.machine.commands import Kill
 from orchestrator.machine.facts import Emptied, Exit, Exited, KillFailed
 from orchestrator.server import ladder, process_table
 from orchestrator.server.child import ServerProcess
 from orchestrator.server.environment import API_KEY_NAME
+from orchestrator.server.eviction import Eviction
 from orchestrator.server.process_table import Pin, ProcessId
 from orchestrator.server.slot import Slot
 
 _log = event_log("orchestrator.server")
 _READ_BYTES: Final = 1 << 16
-_VERIFY_EVERY_S: Final = 0.02
 _POLL_EXIT_S: Final = 0.02
 _EXIT_LINES: Final = 40  # every later status contains them
 
 
 @dataclass(slots=True, eq=False)
 class _KillRun:
-    """A kill ladder in progress."""
-
     command: Kill
-    server: ServerProcess | None
-    rungs: deque[ladder.SignalAt]
+    eviction: Eviction
     report: Callable[[Emptied | KillFailed], None]
-    gives_up_at: float = math.inf
-    why: str = ""
-    sent: tuple[int, ...] = ()
-    pins: dict[int, Pin] = field(default_factory=dict)
 
 
 class Warden(threading.Thread):
@@ -69,12 +60,11 @@ class Warden(threading.Thread):
         self._on_exit = on_exit
         self._grace_s = kill_grace_s
         self._todo: deque[Callable[[], None]] = deque()
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_write, False)
+        self._waker = Waker()
         self._server: ServerProcess | None = None
         self._run: _KillRun | None = None
         self._poll = select.poll()
-        self._poll.register(self._wake_read, select.POLLIN)
+        self._poll.register(self._waker.fd, select.POLLIN)
         self._closing = threading.Event()
 
     # ----------------------------------------------------------------- called from other threads
@@ -140,8 +130,10 @@ class Warden(threading.Thread):
         """Run the kill ladder on everything in the slot, and report once it is verified empty."""
 
         def begin() -> None:
-            rungs = ladder.kill_plan(self._grace_s, now=time.monotonic())
-            self._run = _KillRun(command, server, deque(rungs), report)
+            rungs = deque(ladder.kill_plan(self._grace_s, now=time.monotonic()))
+            group = server.pid if server is not None and not server.is_reaped else None
+            run = Eviction(self._slot, self._poll, rungs, server, group)
+            self._run = _KillRun(command, run, report)
 
         self._submit(begin)
 
@@ -152,8 +144,7 @@ class Warden(threading.Thread):
 
     def _submit(self, work: Callable[[], None]) -> None:
         self._todo.append(work)
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._wake_write, b"x")
+        self._waker.wake()
 
     # ----------------------------------------------------------------------- on the warden's thread
 
@@ -166,8 +157,7 @@ class Warden(threading.Thread):
                 if self._run is not None:
                     self._fail(self._run, f"{type(error).__name__}: {error}")
                 time.sleep(_POLL_EXIT_S)
-        for fd in (self._wake_read, self._wake_write):
-            os.close(fd)
+        self._waker.close()
 
     def _turn(self) -> None:
         for fd, _ in self._poll.poll(self._timeout_ms()):
@@ -181,16 +171,15 @@ class Warden(threading.Thread):
 
     def _timeout_ms(self) -> float | None:
         if self._run is not None:
-            next_rung = [rung.at_s - time.monotonic() for rung in tuple(self._run.rungs)[:1]]
-            return max(0.0, min([_VERIFY_EVERY_S, *next_rung]) * 1000)
+            return self._run.eviction.timeout_ms()
         if self._server is not None and self._server.must_be_polled:
             return _POLL_EXIT_S * 1000
         return None
 
     def _handle_ready(self, fd: int) -> None:
         server = self._server
-        if fd == self._wake_read:
-            os.read(self._wake_read, 4096)
+        if fd == self._waker.fd:
+            self._waker.clear()
         elif server is not None and fd == server.stdout_fd:
             self._drain(server)
         elif server is not None and fd == server.pin.fd:
@@ -238,78 +227,13 @@ class Warden(threading.Thread):
         self._on_exit(Exited(server.generation, time.monotonic(), server.exit))
 
     def _advance(self, run: _KillRun) -> None:
-        self._verify(run)
-        now = time.monotonic()
-        if self._run is not run:
+        evidence = run.eviction.step()
+        if evidence is None:
             return
-        while run.rungs and run.rungs[0].at_s <= now:
-            self._signal_all(run, run.rungs.popleft().signum)
-        if now >= run.gives_up_at:
-            self._give_up(run)
-
-    def _signal_all(self, run: _KillRun, signum: int) -> None:
-        """Signal the server's process group, then each process that has left the group."""
-        server, is_first = run.server, not run.sent
-        run.sent = (signum,) if signum == signal.SIGKILL else (signum, signal.SIGCONT)
-        if not run.rungs:
-            resident = process_table.resident_bytes(server.pid) if server else 0
-            run.gives_up_at = time.monotonic() + ladder.gone_within_s(resident)
-        group = server.pid if server is not None and server.exit is None else None
-        if group is not None:
-            if is_first:  # its descendants can only be found while it is running
-                self._pin(run, self._slot.identified(process_table.descendants({group})))
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                for sent in run.sent:
-                    os.killpg(group, sent)  # not reaped, so the group is still ours
-        if not is_first:
-            self._pin(run, self._inhabitants(run))
-        for pin in run.pins.values():
-            if group is None or process_table.group_of(pin.process.pid) != group:
-                for sent in run.sent:  # once each: llama-server ends at once at a second SIGTERM
-                    pin.signal(sent)
-
-    def _inhabitants(self, run: _KillRun) -> set[ProcessId]:
-        group = run.server.pid if run.server is not None and not run.server.is_reaped else None
-        found = self._slot.inhabitants(group)
-        return {p for p in found if run.server is None or p != run.server.pin.process}
-
-    def _pin(self, run: _KillRun, processes: Iterable[ProcessId]) -> list[Pin]:
-        """Pin the processes that are new to this run, and return the new pins."""
-        new = [p for p in processes if p.pid not in run.pins]
-        pins = [pin for p in new if (pin := Pin.of(p)) is not None]
-        for pin in pins:
-            run.pins[pin.process.pid] = pin
-            if pin.fd is not None:
-                self._poll.register(pin.fd, select.POLLIN)
-        return pins
-
-    def _unpin(self, run: _KillRun, pin: Pin) -> None:
-        del run.pins[pin.process.pid]
-        if pin.fd is not None:
-            self._poll.unregister(pin.fd)
-        pin.close()
-
-    def _verify(self, run: _KillRun) -> None:
-        """Report once the slot is empty: all known processes are dead, no new one is found, and
-        the lock can be taken.
-        """
-        for pin in tuple(run.pins.values()):
-            if pin.has_exited:
-                self._unpin(run, pin)
-        if run.pins or (run.server is not None and run.server.exit is None):
+        if not evidence.is_empty:
+            self._fail(run, f"{evidence.reason}; fix that, then unload again")
             return
-        late = self._pin(run, self._inhabitants(run))
-        evidence, lock_fd = self._slot.take_lock() if not late else (None, None)
-        if evidence is not None and not evidence.is_empty:
-            run.why = evidence.reason
-            late = self._pin(run, self._slot.lock_holders())
-        for pin in late:
-            for signum in run.sent:
-                pin.signal(signum)
-        if lock_fd is None:
-            return
-        os.close(lock_fd)
-        exit_ = self._reap(run.server)
+        exit_ = self._reap(run.eviction.server)
         self._slot.forget()
         self._run = None
         run.report(Emptied(run.command.generation, time.monotonic(), exit_))
@@ -328,20 +252,10 @@ class Warden(threading.Thread):
             self._server = None
         return server.exit
 
-    def _give_up(self, run: _KillRun) -> None:
-        alive = set(run.pins)
-        if run.server is not None and run.server.exit is None:
-            alive.add(run.server.pid)
-        for pin in tuple(run.pins.values()):
-            self._unpin(run, pin)
-        pids = sorted(alive)
-        _log("error", "process.kill_failed", pids=pids)
-        why = f"processes {pids} did not end after SIGKILL" if pids else run.why
-        self._fail(run, f"{why}; fix that, then unload again")
-
     def _fail(self, run: _KillRun, why: str) -> None:
         """End a run without emptying the slot; the record keeps what the slot holds."""
         self._run = None
+        run.eviction.close()
         message = f"the slot cannot be emptied: {why}"
         problem = Problem("slot_occupied", message, generation=run.command.generation)
         run.report(KillFailed(run.command.generation, time.monotonic(), problem))

@@ -526,26 +526,6 @@ def test_a_signal_ends_a_server_that_is_loading(start: Start, tmp_path: Path) ->
     assert "listening" not in child.rest_of_output()
 
 
-@pytest.mark.parametrize("order", ["exit", "end of input", "SIGTERM"])
-def test_it_reports_to_a_router_and_obeys_it(start: Start, order: str) -> None:
-    """By the protocol of llama.cpp's router, with each of its ways to stop a child."""
-    child = start(env={"LLAMA_SERVER_ROUTER_PORT": "1"}, stdin=subprocess.PIPE)
-    # no ^: a report on stdout may come between a log line's time and its text on stderr
-    child.wait_for(r'cmd_child_to_router:state:.*"loading".*"value":1')
-    child.wait_for(r'cmd_child_to_router:state:.*"ready"')
-    assert child.process.stdin is not None
-    child.until_it_catches(signal.SIGTERM)
-    if order == "exit":
-        child.process.stdin.write("cmd_router_to_child:exit\n")
-        child.process.stdin.flush()
-    elif order == "SIGTERM":
-        child.process.terminate()
-    else:
-        child.process.stdin.close()
-    assert child.seconds_to_exit() < 5
-    assert child.process.returncode == 0
-
-
 # The tiny model
 
 

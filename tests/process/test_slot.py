@@ -21,7 +21,8 @@ import psutil
 import pytest
 
 from orchestrator.errors import InvalidRequest, SlotOwned, StateDirError
-from orchestrator.server import process_table, slot
+from orchestrator.server import eviction, ladder, process_table
+from orchestrator.server.eviction import reap
 from orchestrator.server.process_table import Pin, ProcessId
 from orchestrator.server.slot import TOKEN_NAME, Slot
 from tests.kit.process.support import is_running, kill, until
@@ -186,13 +187,13 @@ def test_a_guardian_stops_when_another_owner_has_claimed_the_slot(mine: Slot, sl
     process = sleep(env=environment(mine))
     dead = ProcessId(process.pid, 1, process_table.boot_id())
     assert not mine.succeed(dead)
-    signalled, evidence = mine.reap(heir_of=dead)
+    signalled, evidence = reap(mine, heir_of=dead)
     assert (signalled, evidence.is_empty) == (set(), False)
     assert process.poll() is None
     me = process_table.identify(os.getpid())
     assert me is not None
     assert mine.belongs_to(me)
-    assert mine.reap(heir_of=me)[0] == {process.pid}
+    assert reap(mine, heir_of=me)[0] == {process.pid}
 
 
 def test_a_guardian_takes_over_an_unclaimed_slot(state_dir: Path, sleep: Sleep) -> None:
@@ -217,10 +218,10 @@ def test_slots_of_one_directory_are_independent(mine: Slot, state_dir: Path, sle
     process = sleep(env=environment(other), pass_fds=(fd,))
     os.close(fd)
     assert mine.inhabitants() == set()
-    assert mine.reap()[0] == set()
+    assert reap(mine)[0] == set()
     assert not other.take_lock()[0].is_empty
     assert other.inhabitants() == {identity(process)}
-    assert other.reap()[0] == {process.pid}
+    assert reap(other)[0] == {process.pid}
     assert process.wait() == -signal.SIGTERM
     other.release()
 
@@ -290,7 +291,7 @@ def test_a_process_whose_main_thread_has_ended_is_alive(mine: Slot, sleep: Sleep
     until(lambda: status() == psutil.STATUS_ZOMBIE, "the end of its main thread")
     assert process_table.is_alive(identity(process))
     assert mine.inhabitants() == {identity(process)}
-    assert mine.reap()[0] == {process.pid}
+    assert reap(mine)[0] == {process.pid}
     assert process.wait() == -signal.SIGTERM
 
 
@@ -408,7 +409,7 @@ def test_an_invalid_record_is_ignored(mine: Slot, text: str) -> None:
     """A corrupt or foreign record must neither name a process to signal nor prevent a start."""
     mine.record_path.write_text(text, encoding="latin-1")
     assert mine.recall() is None
-    signalled, evidence = mine.reap()
+    signalled, evidence = reap(mine)
     assert signalled == set()
     assert evidence.is_empty
     assert not mine.record_path.exists()
@@ -418,7 +419,7 @@ def test_an_unreadable_record_is_ignored(mine: Slot) -> None:
     """Here it is a folder."""
     mine.record_path.mkdir()
     assert mine.recall() is None
-    assert mine.reap()[0] == set()
+    assert reap(mine)[0] == set()
     with pytest.raises(StateDirError) as refused:
         mine.remember(None)
     assert refused.value.field == "state_dir"
@@ -439,7 +440,7 @@ def test_leftover_processes_are_reaped_by_lock_token_and_record(mine: Slot, slee
     stopped.send_signal(signal.SIGSTOP)
     mine.remember(identity(by_record))
     stranger = sleep(env={})
-    signalled, evidence = Slot("mine", mine.directory.parent).reap()
+    signalled, evidence = reap(Slot("mine", mine.directory.parent))
     assert evidence.is_empty
     assert signalled == {p.pid for p in (by_lock, by_token, by_record, stopped)}
     assert by_token.wait() == -signal.SIGKILL
@@ -458,15 +459,15 @@ def test_the_descendants_of_a_recorded_server_are_reaped(mine: Slot, sleep: Slee
     mine.remember(identity(server))
     until(lambda: len(process_table.descendants({server.pid})) == 2, "two children")
     family = process_table.descendants({server.pid})
-    signalled, _ = mine.reap()
+    signalled, _ = reap(mine)
     assert signalled == family | {server.pid}
     assert not any(map(is_running, family))
 
 
 @pytest.fixture
 def short_reap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slot, "_TERM_S", 0.05)
-    monkeypatch.setattr(slot, "_KILL_S", 0.1)
+    monkeypatch.setattr(eviction, "_REAP_GRACE_S", 0.05)
+    monkeypatch.setattr(ladder, "_GONE_BASE_S", 0.1)
 
 
 @pytest.mark.parametrize(
@@ -478,7 +479,7 @@ def test_a_process_that_reuses_a_recorded_pid_is_not_signalled(
     """Nor is its process group."""
     stranger = sleep()
     mine.remember(ProcessId(**(asdict(identity(stranger)) | change)))
-    signalled, evidence = Slot("mine", mine.directory.parent).reap()
+    signalled, evidence = reap(Slot("mine", mine.directory.parent))
     assert signalled == set()
     assert evidence.is_empty
     assert stranger.poll() is None
@@ -489,12 +490,12 @@ def test_a_lock_of_an_unknown_holder_keeps_the_slot_occupied(mine: Slot) -> None
     """The holder may be another user's process."""
     _, fd = mine.take_lock()
     assert fd is not None
-    signalled, evidence = mine.reap()
+    signalled, evidence = reap(mine)
     assert signalled == set()
     assert_sentence("slot.held_by_unknown", evidence.reason)
     assert not evidence.is_empty
     os.close(fd)
-    assert mine.reap()[1].is_empty
+    assert reap(mine)[1].is_empty
 
 
 @pytest.mark.usefixtures("short_reap")
@@ -505,12 +506,12 @@ def test_a_process_that_survives_sigkill_keeps_the_slot_occupied(
     process = sleep(env=environment(mine))
     with monkeypatch.context() as patch:
         patch.setattr(Pin, "signal", lambda *_: None)
-        signalled, evidence = mine.reap()
+        signalled, evidence = reap(mine)
     assert signalled == {process.pid}
     assert not evidence.is_empty
     assert_sentence("slot.survivors", evidence.reason, pid=process.pid)
     assert process.poll() is None
-    assert mine.reap()[1].is_empty
+    assert reap(mine)[1].is_empty
 
 
 # Names and directories
@@ -611,7 +612,7 @@ def test_a_state_directory_with_a_name_that_is_not_utf8_works(tmp_path: Path, sl
     process = sleep(env=environment(odd))
     assert odd.inhabitants() == {identity(process)}
     odd.remember(identity(process))
-    assert odd.reap()[0] == {process.pid}
+    assert reap(odd)[0] == {process.pid}
     odd.release()
 
 
