@@ -8,9 +8,11 @@ Source: the GGUF specification in ggml's docs; block sizes from ggml's type trai
 
 from __future__ import annotations
 
+import os
 import struct
 from functools import lru_cache
-from typing import BinaryIO, Final
+from io import BufferedReader, FileIO
+from typing import Final
 
 from orchestrator.errors import InvalidModel
 from orchestrator.settings.files import FileIdentity
@@ -53,7 +55,7 @@ def inspect(file: FileIdentity, field: str = "model_path") -> str | None:
     if file.size_bytes == 0:
         raise _invalid(file, "is empty: download it again", field)
     try:
-        with open(file.path, "rb") as opened:
+        with BufferedReader(FileIO(file.path), _CHUNK) as opened:
             if opened.read(4) != _MAGIC:
                 raise _invalid(file, "is not a GGUF file: give a .gguf file", field)
             return _Reader(opened, file.size_bytes).architecture()
@@ -72,12 +74,9 @@ def _invalid(file: FileIdentity, what: str, field: str) -> InvalidModel:
 class _Reader:
     """A cursor over the header. No mapping: a mapped file that shrinks kills the whole process."""
 
-    def __init__(self, file: BinaryIO, size_bytes: int) -> None:
+    def __init__(self, file: BufferedReader[FileIO], size_bytes: int) -> None:
         self._file = file
         self._size = size_bytes
-        self._data = b""
-        self._at = 0  # in the data
-        self._starts = 4  # of the data, in the file
 
     def architecture(self) -> str | None:
         version = self._number("<I")
@@ -92,57 +91,44 @@ class _Reader:
         ends = [self._tensor_end() for _ in range(tensors)]
         alignment, name = (metadata.get(key) for key in _WANTED)
         step = alignment if isinstance(alignment, int) and alignment > 0 else _ALIGNMENT
-        data_starts = -(-(self._starts + self._at) // step) * step
+        data_starts = -(-self._file.tell() // step) * step
         missing = data_starts + max(ends, default=0) - self._size
         if tensors and missing > 0:
             raise _Malformed(f"{missing} bytes are missing at its end")
         return name.decode("utf-8", "replace") if isinstance(name, bytes) else None
 
-    def _take(self, length: int) -> int:
-        """Advance by so many bytes, and return where they start in the data."""
-        if self._starts + self._at + length > self._size:
+    def _take(self, length: int) -> bytes:
+        if len(data := self._file.read(length)) < length:
             raise struct.error("past the end")
-        if self._at + length > len(self._data):
-            self._starts += self._at
-            rest = self._data[self._at :]
-            self._data = rest + self._file.read(max(_CHUNK, length - len(rest)))
-            self._at = 0
-            if len(self._data) < length:
-                raise struct.error("the file has shrunk")
-        start, self._at = self._at, self._at + length
-        return start
+        return data
+
+    def _skip(self, length: int) -> None:
+        if self._file.seek(min(length, self._size), os.SEEK_CUR) > self._size:
+            raise struct.error("past the end")
 
     def _number(self, form: str) -> int:
-        start = self._take(struct.calcsize(form))
-        return int(struct.unpack_from(form, self._data, start)[0])
+        return int(struct.unpack(form, self._take(struct.calcsize(form)))[0])
 
     def _count(self, form: str, most: int = _MAX_ITEMS) -> int:
         if (count := self._number(form)) > most:
             raise _Malformed(f"a count of {count} is too large")
         return count
 
-    def _skip(self, length: int) -> None:
-        while length > 0:
-            step = min(length, _CHUNK)
-            self._take(step)
-            length -= step
-
     def _text(self) -> bytes:
-        length = self._number("<Q")
-        if length > _MAX_TEXT:
-            self._skip(min(length, self._size))
-            return b""
-        start = self._take(length)
-        return self._data[start : self._at]
+        if (length := self._number("<Q")) <= _MAX_TEXT:
+            return self._take(length)
+        self._skip(length)
+        return b""
 
     def _skip_texts(self, count: int) -> None:
         """Skip a vocabulary, of hundreds of thousands of short texts."""
         length_at = struct.Struct("<Q").unpack_from
         while count:
-            data, at, end = self._data, self._at, len(self._data)
+            data, at = self._file.peek(), 0
+            end = len(data)
             while count and at + 8 <= end and (stop := at + 8 + length_at(data, at)[0]) <= end:
                 at, count = stop, count - 1
-            self._at = at
+            self._skip(at)
             if count:  # one that extends beyond the data
                 self._text()
                 count -= 1
@@ -150,20 +136,18 @@ class _Reader:
     def _value(self, kind: int) -> object:
         if kind == _STRING:
             return self._text()
-        if kind == _ARRAY:
-            item, count = self._number("<I"), self._count("<Q")
-            if item == _STRING:
-                self._skip_texts(count)
-            elif item in _SIZES:
-                self._skip(_SIZES[item] * count)
-            else:
-                raise _Malformed(f"an array of unknown type {item}")
-            return None
-        if kind not in _SIZES:
-            raise _Malformed(f"metadata of unknown type {kind}")
         if kind == _UINT32:
             return self._number("<I")
-        self._skip(_SIZES[kind])
+        if kind in _SIZES:
+            self._skip(_SIZES[kind])
+        elif kind != _ARRAY:
+            raise _Malformed(f"metadata of unknown type {kind}")
+        elif (item := self._number("<I")) == _STRING:
+            self._skip_texts(self._count("<Q"))
+        elif item in _SIZES:
+            self._skip(_SIZES[item] * self._count("<Q"))
+        else:
+            raise _Malformed(f"an array of unknown type {item}")
         return None
 
     def _tensor_end(self) -> int:

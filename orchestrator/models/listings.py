@@ -6,9 +6,7 @@ A listing that no caller waits for any more is ended.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future, wait
-from functools import partial
 from typing import Final
 
 from orchestrator.base.tokens import CancelReason, CancelToken, Generation
@@ -29,7 +27,7 @@ class Listings:
     def __init__(self, source: ModelSource, workers: Workers) -> None:
         self._source = source
         self._workers = workers
-        self._in_flight: dict[Future[list[Variant]], tuple[CancelToken, Future[None]]] = {}
+        self._in_flight: dict[Future[list[Variant]], tuple[CancelToken, Future[list[Variant]]]] = {}
         self._guard = threading.Lock()  # of the above
 
     def begin(self, request: LoadRequest) -> Future[list[Variant]]:
@@ -43,8 +41,9 @@ class Listings:
         with self._guard:
             if len(self._in_flight) >= MAX_AT_ONCE:
                 raise Busy.because(f"{MAX_AT_ONCE} listings are in flight: try again later")
-            done = self._workers.submit(lambda: self._run(request, token, found))
+            done = self._workers.submit(lambda: self._source.variants(request, token))
             self._in_flight[found] = token, done
+        done.add_done_callback(lambda _: self._settle(found, done))
         found.add_done_callback(lambda _: token.set(CancelReason.USER))
         return found
 
@@ -56,19 +55,17 @@ class Listings:
             token.set(CancelReason.SHUTDOWN)
         wait([done for _, done in in_flight], _ENDS_WITHIN_S)
 
-    def _run(self, request: LoadRequest, token: CancelToken, found: Future[list[Variant]]) -> None:
-        answer: Callable[[], None]
-        try:
-            answer = partial(found.set_result, self._source.variants(request, token))
-        except Cancelled:
-            closed = ShuttingDown.because("the orchestrator has been closed: make a new one")
-            answer = partial(found.set_exception, closed)
-        except OrchestratorError as error:
-            answer = partial(found.set_exception, error)
-        except Exception as error:  # noqa: BLE001 (the caller waits for an answer)
-            problem = Problem("internal", f"{type(error).__name__}: {error}")
-            answer = partial(found.set_exception, problem.error())
+    def _settle(self, found: Future[list[Variant]], done: Future[list[Variant]]) -> None:
         with self._guard:
             del self._in_flight[found]
-        if found.set_running_or_notify_cancel():
-            answer()
+        if not found.set_running_or_notify_cancel():
+            return
+        if (error := done.exception()) is None:
+            found.set_result(done.result())
+        elif isinstance(error, Cancelled):
+            message = "the orchestrator has been closed: make a new one"
+            found.set_exception(ShuttingDown.because(message))
+        elif isinstance(error, OrchestratorError):
+            found.set_exception(error)
+        else:
+            found.set_exception(Problem("internal", f"{type(error).__name__}: {error}").error())

@@ -6,7 +6,6 @@ cannot be found is an error that lists what is there. Only headers are read.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from dataclasses import replace
 from itertools import islice
@@ -26,15 +25,10 @@ _MAX_ENTRIES: Final = 20_000
 _MAX_MISSING: Final = 30
 
 
-def identity_of(path: str | os.PathLike[str]) -> FileIdentity:
-    """Return the identity of an existing file, symbolic links resolved."""
-    return identity_at(os.path.realpath(path))
-
-
-def identity_at(path: str) -> FileIdentity:
-    """Return the identity of an existing file under the given path, which may be a link."""
-    found = os.stat(path)
-    return FileIdentity(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+def identity_of(path: str | os.PathLike[str], *, keeps_name: bool = False) -> FileIdentity:
+    """Return the identity of an existing file, links resolved unless its name is to be kept."""
+    found, name = os.stat(path), os.path.abspath(path) if keeps_name else os.path.realpath(path)
+    return FileIdentity(name, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def resolve(text: str, field: str, roots: ModelRoots | None = None) -> Path:
@@ -93,20 +87,14 @@ def variants_of(path: Path, request: LoadRequest, roots: ModelRoots | None = Non
             names = [name for name in names if roots.holds(path / name)]
         found, default = variants.every(names, where=str(path))
     return [
-        Variant(
-            chosen.variant,
-            sum(_size(path / name) for name in chosen.weights),
-            is_default=chosen is default,
-        )
+        Variant(chosen.variant, _size(path, chosen.weights), is_default=chosen is default)
         for chosen in found
     ]
 
 
-def _size(path: Path) -> int:
-    """Return the size of a file; 0 for a broken link, which only a load refuses."""
-    with contextlib.suppress(OSError):
-        return path.stat().st_size
-    return 0
+def _size(folder: Path, names: tuple[str, ...]) -> int:
+    """Return the size of files, without broken links, which only a load refuses."""
+    return sum(os.path.getsize(path) for n in names if os.path.exists(path := folder / n))
 
 
 def _first_part(path: Path, request: LoadRequest) -> tuple[Path, str | None]:
@@ -152,9 +140,8 @@ def _checked(path: Path, field: str, *, is_part: bool = False) -> FileIdentity:
         raise InvalidModel.because(f"{path} is not a regular file", field=field)
     if not os.access(path, os.R_OK):
         raise InvalidModel.because(f"{path} is not readable: check its permissions", field=field)
-    file = identity_at(str(path)) if is_part else identity_of(path)
-    architecture = gguf_file.inspect(file, field)
-    if field == "model_path" and architecture == "clip":
+    file = identity_of(path, keeps_name=is_part)
+    if gguf_file.inspect(file, field) == "clip" and field == "model_path":
         message = f"{path} is a vision projector: give it as mmproj_path"
         raise InvalidModel.because(message, field=field)
     return file
@@ -163,17 +150,14 @@ def _checked(path: Path, field: str, *, is_part: bool = False) -> FileIdentity:
 def _listing(folder: Path) -> list[str]:
     """Return every .gguf file in a folder and, as in a Hub cache, a few levels below it."""
     found: list[str] = []
-    todo, seen = [("", 0)], 0
-    while todo:
-        inside, depth = todo.pop()
-        with contextlib.suppress(OSError), os.scandir(folder / inside) as entries:
-            for seen, entry in enumerate(entries, seen + 1):  # noqa: B020 (counts over all folders)
-                if seen > _MAX_ENTRIES:
-                    message = f"{folder} has too many files to search: give the .gguf file"
-                    raise ModelNotFound.because(message, field="model_path")
-                if entry.is_dir(follow_symlinks=False):
-                    if depth < _MAX_DEPTH:
-                        todo.append((f"{inside}{entry.name}/", depth + 1))
-                elif entry.name.endswith(".gguf"):
-                    found.append(inside + entry.name)
+    seen = 0
+    for top, folders, files in os.walk(folder):
+        inside = "" if top == str(folder) else f"{os.path.relpath(top, folder)}/"
+        seen += len(folders) + len(files)
+        if seen > _MAX_ENTRIES:
+            message = f"{folder} has too many files to search: give the .gguf file"
+            raise ModelNotFound.because(message, field="model_path")
+        if inside.count("/") == _MAX_DEPTH:
+            folders.clear()
+        found += [inside + name for name in files if name.lower().endswith(".gguf")]
     return found

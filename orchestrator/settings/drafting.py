@@ -78,26 +78,23 @@ def speculative_flags(
 
 
 def _flags_of(mode: str, catalogue: Catalogue | None) -> tuple[str, ...]:
+    types = _listed_types(catalogue)
     for candidate in SPECULATIVE.get(mode, (f"--spec-type {mode}",)):
         flags = tuple(candidate.split())
-        if catalogue is None or _is_supported(flags, catalogue):
+        if catalogue is None:
+            return flags
+        is_listed = not types or flags[0] != "--spec-type" or {*flags[1].split(",")} <= {*types}
+        if is_listed and catalogue.has(*(flag for flag in flags if flag.startswith("--"))):
             return flags
     return ()
 
 
-def _is_supported(flags: tuple[str, ...], catalogue: Catalogue) -> bool:
-    names = [flag for flag in flags if flag.startswith("--")]
-    if not catalogue.has(*names):
-        return False
-    listed = catalogue.get("--spec-type")
-    if listed is None or not listed.choices or "--spec-type" not in flags:
-        return True
-    value = flags[flags.index("--spec-type") + 1]
-    return set(value.split(",")) <= set(listed.choices)
+def _listed_types(catalogue: Catalogue | None) -> tuple[str, ...]:
+    listed = catalogue.get("--spec-type") if catalogue is not None else None
+    return listed.choices if listed is not None else ()
 
 
 def accepted_modes(catalogue: Catalogue | None) -> list[str]:
     """Return every `speculative_type` that the binary supports, `off` first."""
-    listed = catalogue.get("--spec-type") if catalogue is not None else None
-    modes = dict.fromkeys((*SPECULATIVE, *(listed.choices if listed else ())))
+    modes = dict.fromkeys((*SPECULATIVE, *_listed_types(catalogue)))
     return [OFF, *(mode for mode in modes if mode != "none" and _flags_of(mode, catalogue))]

@@ -55,9 +55,6 @@ class ReloadReason(Record):
     requested: object
     names: PathNames = dataclasses.field(default=(), compare=False, repr=False)
 
-    def as_dict(self) -> dict[str, object]:
-        return {"field": self.field, "running": self.running, "requested": self.requested}
-
 
 @dataclass(frozen=True, slots=True)
 class Target:

@@ -8,7 +8,6 @@ while its size, time and inode stay.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ from orchestrator.models.hub import cache
 from orchestrator.models.hub.cache import CachedRepo
 from orchestrator.models.hub.fetch_process import FetchProcess, FetchProgress
 from orchestrator.models.hub.records import Listing, Records, key_of
-from orchestrator.models.local import identity_at
+from orchestrator.models.local import identity_of
 from orchestrator.models.variants import Chosen, Variant
 from orchestrator.settings.files import FileIdentity, HubModel, ModelFiles
 from orchestrator.settings.reference import split_reference
@@ -67,7 +66,7 @@ class Wanted:
         found: list[FileIdentity] = []
         for name in self.chosen.files:
             with contextlib.suppress(OSError):
-                file = identity_at(os.path.abspath(self.path(name)))
+                file = identity_of(self.path(name), keeps_name=True)
                 if file.size_bytes == self.size_and_etag(name)[0]:
                     found.append(file)
         return found if len(found) == len(self.chosen.files) else []
@@ -76,7 +75,7 @@ class Wanted:
         """Return the model, without weights unless all is on disk; InvalidModel if not a GGUF."""
         found = self.identities()
         for file in found:
-            gguf_file.inspect(file, "model_path")
+            gguf_file.inspect(file)
         parts = len(self.chosen.weights)
         hub = HubModel(self.repo.name, self.revision, self.commit)
         projector = next(iter(found[parts:]), None)

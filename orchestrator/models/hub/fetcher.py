@@ -398,12 +398,12 @@ class Fetch:
         raise Failed("hub_corrupt", message)
 
     def _lock(self, file: File, partial: BinaryIO) -> None:
-        def watch() -> None:
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                return fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
             size = os.fstat(partial.fileno()).st_size
             self._count_growth(file, size, "another process is downloading it")
-
-        with repeating(0.1, watch):
-            fcntl.flock(partial, fcntl.LOCK_EX)
+            time.sleep(0.1)
 
     def _receive(self, hub: Hub, file: File, partial: BinaryIO) -> Check:
         """Receive what is missing, in as many requests as it takes."""
