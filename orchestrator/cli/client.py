@@ -52,12 +52,13 @@ class Remote:
 
     def post(self, path: str, body: Json, *, timeout_s: float | None = None) -> Json:
         """Post JSON, and return the JSON of the response; raises as `get` does."""
-        with self._response("POST", path, body, timeout_s=timeout_s) as response:
+        sent = {"Content-Type": "application/json"}
+        with self._response("POST", path, sent, json.dumps(body), timeout_s) as response:
             return self._json(response)
 
     def lines(self, path: str, headers: Mapping[str, str] | None = None) -> Iterator[str]:
         """Yield the lines of a stream until it ends; raises as `get` does."""
-        with self._response("GET", path, headers=headers) as response:
+        with self._response("GET", path, headers) as response:
             if response.status >= 400:
                 self._json(response)
             for line in response:
@@ -68,35 +69,29 @@ class Remote:
         self,
         method: str,
         path: str,
-        body: Json | None = None,
         headers: Mapping[str, str] | None = None,
+        body: str | None = None,
         timeout_s: float | None = None,
     ) -> Iterator[http.client.HTTPResponse]:
-        sent = dict(headers or {})
-        if self.key:
-            sent["Authorization"] = f"Bearer {self.key}"
-        if body is not None:
-            sent["Content-Type"] = "application/json"
+        key = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         base = urlsplit(self.url)
         try:
-            connection = _CONNECTIONS[base.scheme](
-                base.hostname or "", base.port, timeout=timeout_s
-            )
+            make_connection, port = _CONNECTIONS[base.scheme], base.port
         except (KeyError, ValueError):
-            raise click.UsageError(
-                f"--url must be an http or https URL, not {self.url!r}."
-            ) from None
+            message = f"--url must be an http or https URL, not {self.url!r}."
+            raise click.UsageError(message) from None
         try:
-            with contextlib.closing(connection):
-                payload = None if body is None else json.dumps(body)
-                connection.request(method, base.path.rstrip("/") + path, payload, sent)
+            with contextlib.closing(
+                make_connection(base.hostname or "", port, timeout=timeout_s)
+            ) as connection:
+                connection.request(
+                    method, base.path.rstrip("/") + path, body, {**(headers or {}), **key}
+                )
                 yield connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
             why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise self._unreachable(
-                "No orchestrator there",
-                f"does not respond ({why}): start `llama-orchestrator serve`, or give --url",
-            ) from error
+            what = f"does not respond ({why}): start `llama-orchestrator serve`, or give --url"
+            raise self._unreachable("No orchestrator there", what) from error
 
     def _json(self, response: http.client.HTTPResponse) -> Json:
         with contextlib.suppress(ValueError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,23 +79,20 @@ def _bars(progress: FetchProgress) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _json_lines(progress: FetchProgress) -> Iterator[None]:
-    """Print the progress as a JSON line twice a second, and once more at the end."""
-    ended = threading.Event()
+    """Print the progress as a JSON line, at most twice a second, and once more at the end."""
+    due_at = 0.0
 
     def report() -> None:
         files = {n: {"done": done, "size": size} for n, (done, size) in progress.files.items()}
         totals = {"bytes_done": progress.bytes_done, "bytes_total": progress.bytes_total}
         say_json({**totals, "files": files, "note": progress.note}, one_line=True)
 
-    def repeat() -> None:
-        while not ended.wait(_JSON_EVERY_S):
+    def show() -> None:
+        nonlocal due_at
+        if time.monotonic() >= due_at:
+            due_at = time.monotonic() + _JSON_EVERY_S
             report()
 
-    thread = threading.Thread(target=repeat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    progress.on_change = show
+    yield
     report()

@@ -12,10 +12,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import click
 
@@ -30,8 +29,6 @@ from orchestrator.runtime.answers import LoadOutcome
 from orchestrator.runtime.orchestrator import Orchestrator
 from orchestrator.server.binaries import find_server
 from orchestrator.server.slot import Slot
-
-_T = TypeVar("_T")
 
 _SLOT: Final = "demo"
 _DEADLINE_S: Final = 120.0
@@ -77,11 +74,9 @@ class _Demo:
 
     def run(self) -> int:
         server = "the embedded llama.cpp" if self._binary.kind == "embedded" else "llama-server"
+        about = f"   two tiny models with random weights, on {server}"
         self._say()
-        self._say(
-            ("llama-orchestrator demo", "bold"),
-            (f"   two tiny models with random weights, on {server}", "dim"),
-        )
+        self._say(("llama-orchestrator demo", "bold"), (about, "dim"))
         with Witness(self._token) as witness:
             with ThreadPoolExecutor(2) as pool, self._orch as orch:
                 self._pool = pool
@@ -92,56 +87,47 @@ class _Demo:
                 self._cancel()
                 self._load_again()
                 self._unload()
-            self._timeline.join()
-            servers_left = witness.look()
-        is_good = witness.most == 1 and servers_left == 0 and not self._unexpected
-        self._sum_up(witness, servers_left, is_good=is_good)
-        return 0 if is_good else 1
+            self._timeline.thread.join()  # it ends with the orchestrator
+            return 0 if self._sum_up(witness, witness.look()) else 1
 
     def _load(self, title: str) -> LoadOutcome:
         self._begin(title)
         outcome = self._orch.load(self._models[0], deadline_s=_DEADLINE_S)
-        self._timeline.catch_up()
         self._counts["loads"] += 1
-        self._steps[-1]["outcome"] = outcome.as_dict()
-        self._say_result(Path(outcome.model_path).name, outcome)
+        self._steps[-1]["outcome"] = self._say_result(Path(outcome.model_path).name, outcome)
         return outcome
 
     def _chat(self) -> None:
         self._begin("Send it a chat request")
         question = _REQUEST["messages"][0]["content"]
         self._say("  → POST /v1/chat/completions  ", (f"“{question}”", "bold"))
+        began = time.perf_counter()
         try:
             with self._orch.lease() as lease:
                 server = Remote(lease.base_url, lease.api_key)
-                took_ms, answer = _timed(
-                    lambda: server.post("/v1/chat/completions", _REQUEST, timeout_s=_DEADLINE_S)
-                )
+                answer = server.post("/v1/chat/completions", _REQUEST, timeout_s=_DEADLINE_S)
         except Failure as error:
             self._fail(f"the chat request failed: {error}")
             return
+        took_ms = _ms_since(began)
         text = answer["choices"][0]["message"]["content"]
-        tokens = int(answer["usage"]["completion_tokens"])
-        self._tokens = tokens
+        tokens = self._tokens = int(answer["usage"]["completion_tokens"])
         self._steps[-1] |= {"request": _REQUEST, "answer": text, "tokens": tokens, "ms": took_ms}
-        shown = f"“{text[:_SHOWN_CHARACTERS]}…”"
-        self._say("  ← ", (shown, "bold"), ("  noise: its weights are random", "dim"))
+        start = f"“{text[:_SHOWN_CHARACTERS]}…”"
+        self._say("  ← ", (start, "bold"), ("  noise: its weights are random", "dim"))
         self._say((f"    {tokens} tokens in {took_ms:,.0f} ms", "dim"))
 
     def _apply_twice(self) -> None:
         """A user who clicks Apply twice: the accident that used to leave two servers."""
         self._begin("Apply twice, with different settings")
-        clicks = [(self._models[0], 512), (self._models[1], 1024)]
         mark = self._timeline.catch_up()
-        loads = []
-        for model, context in clicks:
-            loads.append(self._submit(model, max_seq_length=context))
+        clicks = {}
+        for number, (model, context) in enumerate(zip(self._models, (512, 1024), strict=True), 1):
+            click = f"click {number}: {Path(model).name}, context {context}"
+            clicks[click] = self._submit(model, max_seq_length=context)
             self._timeline.wait_for(State.KILLING, after=mark, timeout_s=_DEADLINE_S)
-        results = [self._settled(load) for load in loads]
-        self._timeline.catch_up()
-        for number, ((model, context), result) in enumerate(zip(clicks, results, strict=True), 1):
-            self._say_result(f"click {number}: {Path(model).name}, context {context}", result)
-        self._steps[-1]["outcomes"] = [_as_dict(result) for result in results]
+        results = [(click, self._settled(load)) for click, load in clicks.items()]
+        self._steps[-1]["outcomes"] = [self._say_result(*result) for result in results]
 
     def _cancel(self) -> None:
         self._begin("Cancel a load")
@@ -151,27 +137,27 @@ class _Demo:
         began = time.perf_counter()
         self._orch.cancel("demo")
         result = self._settled(load)
-        took_ms = (time.perf_counter() - began) * 1000
-        self._timeline.catch_up()
-        self._say_result(f"cancel, settled in {took_ms:,.0f} ms", result)
-        self._steps[-1] |= {"outcome": _as_dict(result), "ms": took_ms}
+        took_ms = _ms_since(began)
+        outcome = self._say_result(f"cancel, settled in {took_ms:,.0f} ms", result)
+        self._steps[-1] |= {"outcome": outcome, "ms": took_ms}
 
     def _load_again(self) -> None:
         first = self._load("Load it, and load it again")
-        took_ms, second = _timed(lambda: self._orch.load(self._models[0], deadline_s=_DEADLINE_S))
+        began = time.perf_counter()
+        second = self._orch.load(self._models[0], deadline_s=_DEADLINE_S)
+        took_ms = _ms_since(began)
         pid = "the same pid" if second.pid == first.pid else f"another pid, {second.pid}"
         if second.status != "already_loaded" or second.pid != first.pid:
             self._fail(f"the second load was answered with {second.status}, {pid}")
         self._counts["already_loaded"] += second.status == "already_loaded"
         self._say(("  ✓ ", "green"), second.status, (f"  {pid}, {took_ms:.1f} ms", "dim"))
-        self._steps[-1] |= {"again": _as_dict(second), "ms": took_ms}
+        self._steps[-1] |= {"again": second.as_dict(), "ms": took_ms}
 
     def _unload(self) -> None:
         self._begin("Unload it")
-        answer = self._orch.unload()
+        self._steps[-1]["outcome"] = self._orch.unload().as_dict()
         self._timeline.catch_up()
-        self._say(("  ✓ ", "green"), answer.status, ("  the slot is verified empty", "dim"))
-        self._steps[-1]["outcome"] = answer.as_dict()
+        self._say(("  ✓ ", "green"), "unloaded", ("  the slot is verified empty", "dim"))
 
     def _submit(self, model: str, **settings: Any) -> Future[LoadOutcome]:
         return self._pool.submit(self._orch.load, model, deadline_s=_DEADLINE_S, **settings)
@@ -187,7 +173,6 @@ class _Demo:
         return outcome
 
     def _begin(self, title: str) -> None:
-        self._timeline.catch_up()
         self._steps.append({"step": title})
         self._say()
         self._say((f"{len(self._steps)}  {title}", "bold cyan"))
@@ -199,19 +184,24 @@ class _Demo:
     def _say_moment(self, moment: dict[str, Any]) -> None:
         self._say(*state_line(moment["ms"], State(moment["state"]), moment["pid"]))
 
-    def _say_result(self, what: str, result: LoadOutcome | OrchestratorError) -> None:
-        if isinstance(result, LoadOutcome):
-            total_ms = result.timings_s.total * 1000
-            detail = f"  pid {result.pid}, context {result.context_length}, {total_ms:,.0f} ms"
-            self._say(("  ✓ ", "green"), what, ("  loaded", "green"), (detail, "dim"))
-        else:
+    def _say_result(self, what: str, result: LoadOutcome | OrchestratorError) -> dict[str, Any]:
+        """Print the result of a load after its transitions, and return it for JSON."""
+        self._timeline.catch_up()
+        if isinstance(result, OrchestratorError):
             self._say(("  ✗ ", "yellow"), what, (f"  {result.category}", "yellow"))
+            return result.problem.as_dict()
+        total_ms = result.timings_s.total * 1000
+        detail = f"  pid {result.pid}, context {result.context_length}, {total_ms:,.0f} ms"
+        self._say(("  ✓ ", "green"), what, ("  loaded", "green"), (detail, "dim"))
+        return result.as_dict()
 
     def _fail(self, what: str) -> None:
         self._unexpected.append(what)
         self._say(("  ✗ ", "bold red"), what)
 
-    def _sum_up(self, witness: Witness, servers_left: int, *, is_good: bool) -> None:
+    def _sum_up(self, witness: Witness, servers_left: int) -> bool:
+        """Print what was observed, and return whether that is as it should be."""
+        is_good = witness.most == 1 and servers_left == 0 and not self._unexpected
         moments = self._timeline.moments
         started = len({m["pid"] for m in moments if m["pid"] is not None} | witness.pids)
         duration_s = round(time.time() - self._began_at, 3)
@@ -228,7 +218,7 @@ class _Demo:
             }
             run = {"ok": is_good, "server": self._binary.kind, "timeline": moments}
             say_json({**run, "steps": self._steps, "summary": summary})
-            return
+            return is_good
         style = "bold green" if is_good else "bold red"
         self._say()
         self._say(
@@ -239,14 +229,8 @@ class _Demo:
         )
         counts = [f"{count} {name.replace('_', ' ')}" for name, count in self._counts.items()]
         self._say((" · ".join([*counts, f"{duration_s:.1f} s"]), "dim"))
+        return is_good
 
 
-def _as_dict(result: LoadOutcome | OrchestratorError) -> dict[str, Any]:
-    return result.as_dict() if isinstance(result, LoadOutcome) else result.problem.as_dict()
-
-
-def _timed(work: Callable[[], _T]) -> tuple[float, _T]:
-    """Return the duration in ms, and the result."""
-    began = time.perf_counter()
-    result = work()
-    return (time.perf_counter() - began) * 1000, result
+def _ms_since(began: float) -> float:
+    return (time.perf_counter() - began) * 1000

@@ -33,16 +33,14 @@ class Timeline:
         self._began_at = began_at
         self._show = show
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._follow, name="demo-timeline", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._follow, name="demo-timeline", daemon=True)
+        self.thread.start()
 
     def catch_up(self) -> int:
         """Wait until every event so far was shown, and return the id of the last one."""
         newest = self._orch.last_event_id
         with self._changed:
-            self._changed.wait_for(
-                lambda: max((m["id"] for m in self.moments), default=0) >= newest
-            )
+            self._changed.wait_for(lambda: len(self.moments) >= newest)  # ids count from 1
         return newest
 
     def wait_for(self, state: State, *, after: int, timeout_s: float) -> None:
@@ -53,16 +51,12 @@ class Timeline:
                 timeout_s,
             )
 
-    def join(self) -> None:
-        """Wait for the last event of a closed orchestrator."""
-        self._thread.join()
-
     def _follow(self) -> None:
         for event in self._orch.events(after=0):
             data = event.data
             ms = round(max(0.0, data["at"] - self._began_at) * 1000, 3)
-            moment = {"id": event.id, "ms": ms, "source": data["source"], "state": data["dest"]}
-            moment |= {name: data[name] for name in ("trigger", "generation", "pid")}
+            of_event = {name: data[name] for name in ("source", "trigger", "generation", "pid")}
+            moment = {"id": event.id, "ms": ms, "state": data["dest"], **of_event}
             self._show(moment)
             with self._changed:
                 self.moments.append(moment)

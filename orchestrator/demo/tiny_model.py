@@ -61,7 +61,6 @@ def write_tiny_model(
         )
     try:
         import gguf
-        import numpy
     except ImportError as error:
         raise ImportError(
             'making a tiny model needs the `gguf` package: pip install "llama-orchestrator[demo]"'
@@ -71,8 +70,14 @@ def write_tiny_model(
         written = Path(folder) / target.name
         writer = gguf.GGUFWriter(written, "llama")
         n_expert, n_ff = _expert_sizes(padding_bytes, n_layer)
-        _add_metadata(writer, gguf, n_layer, context_length, n_expert, n_ff)
-        _add_weights(writer, numpy, seed, n_layer, n_expert, n_ff)
+        writer.add_context_length(context_length)
+        writer.add_block_count(n_layer)
+        writer.add_feed_forward_length(n_ff)
+        if n_expert:
+            writer.add_expert_count(n_expert)
+            writer.add_expert_used_count(1)
+        _add_metadata(writer)
+        _add_weights(writer, seed, n_layer, n_expert, n_ff)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -91,22 +96,17 @@ def _expert_sizes(padding_bytes: int, n_layer: int) -> tuple[int, int]:
     return n_expert, _FF_BLOCK * -(-n_blocks // n_expert)
 
 
-def _add_metadata(
-    writer: Any, gguf: Any, n_layer: int, context_length: int, n_expert: int, n_ff: int
-) -> None:
+def _add_metadata(writer: Any) -> None:
+    """Add what is the same in every model."""
+    import gguf
+
     writer.add_name("tiny random llama")
-    writer.add_context_length(context_length)
     writer.add_embedding_length(_N_EMBD)
-    writer.add_block_count(n_layer)
-    writer.add_feed_forward_length(n_ff)
     writer.add_head_count(_N_HEAD)
     writer.add_head_count_kv(_N_HEAD)
     writer.add_rope_dimension_count(_N_EMBD // _N_HEAD)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    if n_expert:
-        writer.add_expert_count(n_expert)
-        writer.add_expert_used_count(1)
 
     kinds = gguf.TokenType
     tokens = [*_SPECIAL_TOKENS, *(b"<0x%02X>" % byte for byte in range(_N_BYTE_TOKENS))]
@@ -124,17 +124,15 @@ def _add_metadata(
     writer.add_chat_template(_CHAT_TEMPLATE)
 
 
-def _add_weights(
-    writer: Any, numpy: Any, seed: int, n_layer: int, n_expert: int, n_ff: int
-) -> None:
+def _add_weights(writer: Any, seed: int, n_layer: int, n_expert: int, n_ff: int) -> None:
+    import numpy
+
+    ones = numpy.ones(_N_EMBD, dtype=numpy.float32)
     rng = numpy.random.default_rng(seed)
     n_vocab = len(_SPECIAL_TOKENS) + _N_BYTE_TOKENS
 
     def noise(*shape: int) -> Any:
         return rng.standard_normal(shape, dtype=numpy.float32) * numpy.float32(0.3)
-
-    def ones() -> Any:
-        return numpy.ones(_N_EMBD, dtype=numpy.float32)
 
     # Zeros for all other tokens keep them below the best printable ones.
     output = numpy.zeros((n_vocab, _N_EMBD), dtype=numpy.float32)
@@ -142,20 +140,20 @@ def _add_weights(
     output[first:last] = noise(last - first, _N_EMBD)
 
     writer.add_tensor("token_embd.weight", noise(n_vocab, _N_EMBD))
-    writer.add_tensor("output_norm.weight", ones())
+    writer.add_tensor("output_norm.weight", ones)
     writer.add_tensor("output.weight", output)
     for layer in range(n_layer):
         block = f"blk.{layer}"
-        writer.add_tensor(f"{block}.attn_norm.weight", ones())
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"{block}.{name}.weight", ones)
         for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
             writer.add_tensor(f"{block}.{name}.weight", noise(_N_EMBD, _N_EMBD))
-        writer.add_tensor(f"{block}.ffn_norm.weight", ones())
         if n_expert:
             writer.add_tensor(f"{block}.ffn_gate_inp.weight", noise(n_expert, _N_EMBD))
         for name in ("gate", "up", "down"):
             shape = (_N_EMBD, n_ff) if name == "down" else (n_ff, _N_EMBD)
-            if n_expert:
-                zeros = numpy.zeros((n_expert, *shape), dtype=numpy.float32)
-                writer.add_tensor(f"{block}.ffn_{name}_exps.weight", zeros)
-            else:
+            if not n_expert:
                 writer.add_tensor(f"{block}.ffn_{name}.weight", noise(*shape))
+                continue
+            zeros = numpy.zeros((n_expert, *shape), dtype=numpy.float32)
+            writer.add_tensor(f"{block}.ffn_{name}_exps.weight", zeros)

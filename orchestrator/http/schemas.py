@@ -119,12 +119,7 @@ EXAMPLES: Final[dict[type, dict[str, Any]]] = {
     },
     Plan: {"action": "reload", "reload_reasons": [_WHY], "argv": ["llama-server", "-m", "a.gguf"]},
     LoadProgress: {"phase": "loading", "bytes_done": 6000, "bytes_total": 8000, "fraction": 0.75},
-    Problem: {
-        "type": "about:blank",
-        "title": "A llama-server flag is refused",
-        "status": 400,
-        "detail": "--port is refused: the orchestrator owns the server's address",
-        "category": "refused_argument",
-        "field": "llama_extra_args",
-    },
+    Problem: errors.RefusedArgument.because(
+        "--port is refused: the orchestrator owns the server's address", field="llama_extra_args"
+    ).problem.as_dict(),
 }
