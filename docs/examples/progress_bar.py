@@ -23,7 +23,10 @@ async def load(model: str) -> LoadOutcome:
         while result is None:
             result = await orch.settled(generation, timeout_s=0.1)
             step = orch.progress()
-            done = "#" * round(WIDTH * (step.fraction or 0))
+            share = step.fraction
+            if share is None:  # unknown, or the server has read all and is not yet ready
+                share = (step.bytes_done or 0) / (step.bytes_total or 1)
+            done = "#" * round(WIDTH * share)
             print(f"\r{step.phase or '':<12} [{done:<{WIDTH}}]", end="", flush=True)
         print()
         if isinstance(result, Problem):

@@ -136,7 +136,13 @@ class Status(Record):
 
 @dataclass(frozen=True, slots=True)
 class LoadProgress(Record):
-    """Progress of the load in flight; `fraction` never decreases within a phase."""
+    """Progress of the load in flight.
+
+    Attributes:
+        bytes_done: Downloaded; while loading, read or paged in by the server. Never decreases
+            within a phase.
+        fraction: None if it is unknown, also while a server that has read all is not yet ready.
+    """
 
     phase: str | None
     bytes_done: int | None

@@ -72,7 +72,9 @@ class Snapshot:
         if counted is None:
             return LoadProgress(phase, None, None, None)
         done, total = counted.bytes_done, counted.bytes_total
-        return LoadProgress(phase, done, total, done / total if total else None)
+        is_all_read = done == total and self.state is State.WAITING_HEALTH  # but not yet ready
+        fraction = done / total if total and not is_all_read else None
+        return LoadProgress(phase, done, total, fraction)
 
     def loads(self, now: float) -> dict[Generation, PastLoad]:
         """Return the loads in flight and those that have ended, by generation."""

@@ -30,6 +30,8 @@ _ESCAPES: Final = re.compile(
 _CONTROL: Final = re.compile(
     r"[\x00-\x08\x0a-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]"
 )
+# What readiness asks for; servers that log their requests log ours too.
+_PROBE_PATH: Final = re.compile(rb"/(?:health|props|slots)\b")
 _LISTENING: Final = re.compile(r"listening on (http://[\w.:\[\]-]+:\d{1,5})(?!\d)")
 
 
@@ -37,12 +39,13 @@ class OutputRing:
     """The last lines of one server.
 
     Attributes:
+        unprompted_bytes: Bytes of output, except lines that name a path which our probes request.
         announced: The last addresses it printed, oldest first. They are not confirmed: it
             also prints metadata of the model.
     """
 
     def __init__(self, notify: Callable[[], None] = lambda: None) -> None:
-        self.bytes_seen: int = 0
+        self.unprompted_bytes: int = 0
         self.lines_seen: int = 0
         self.announced: tuple[str, ...] = ()
         self._notify = notify
@@ -52,8 +55,9 @@ class OutputRing:
 
     def feed(self, data: bytes) -> None:
         """Add what was read from the pipe."""
-        self.bytes_seen += len(data)
         *whole, partial = (self._partial + data).split(b"\n")
+        about_probes = sum(len(line) + 1 for line in whole if _PROBE_PATH.search(line))
+        self.unprompted_bytes += len(data) - about_probes
         with self._guard:
             self.lines_seen += len(whole)
             self._lines.extend(line[:MAX_LINE_BYTES] for line in whole[-MAX_LINES:])

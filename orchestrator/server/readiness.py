@@ -23,10 +23,10 @@ from orchestrator.machine.facts import ServerFacts
 from orchestrator.server import failures, ladder, process_table
 from orchestrator.server.child import ServerProcess
 from orchestrator.server.output import MAX_LINES, TAIL_LINES
+from orchestrator.server.work import WorkMeter
 
 _ANSWER_S: Final = 2.0
 _PROPS_S: Final = 1.0
-_SAMPLE_S: Final = 0.25
 _SCAN_S: Final = 0.03  # a scan of the process table takes 3 to 8 ms
 _LONGEST_SCAN_S: Final = 0.5
 _MAX_ANSWER: Final = 1 << 20
@@ -53,30 +53,6 @@ class ReadProgress:
         self.bytes_done = max(self.bytes_done, capped)
 
 
-@dataclass(slots=True)
-class _StallClock:
-    """Time since the last sign of work: bytes read, memory grown, or output."""
-
-    server: ServerProcess
-    progress: ReadProgress
-    last_work: float = field(default_factory=time.monotonic)
-    last_sample: float = 0.0
-    largest: tuple[int, int, int] = (0, 0, 0)
-
-    def idle_s(self) -> float:
-        now = time.monotonic()
-        if now - self.last_sample >= _SAMPLE_S:
-            self.last_sample = now
-            read = process_table.bytes_read(self.server.pid)
-            resident = process_table.resident_bytes(self.server.pid)
-            self.progress.advance_to(max(read, resident))
-            sample = (read, resident, self.server.output.bytes_seen)
-            if any(new > old for new, old in zip(sample, self.largest, strict=True)):
-                self.last_work = now
-                self.largest = sample
-        return now - self.last_work
-
-
 def wait_ready(
     server: ServerProcess,
     token: CancelToken,
@@ -98,13 +74,15 @@ def wait_ready(
         What the server reports about itself, or why it is not ready.
     """
     waker, finder, connection = Waker(), _PortFinder(server), ProbeConnection(server, token)
-    clock = _StallClock(server, progress)
+    work, output, heard = WorkMeter(server), server.output, 0
     pause: float | None = None
 
     def wake() -> None:
-        # there may be a lot of output before an address is known
-        is_known = finder.found is not None or bool(server.output.announced)
-        if is_known or server.exit is not None or token.is_set():
+        nonlocal heard
+        # there may be a lot of output before an address is known, and our own requests may be in it
+        is_news, heard = output.unprompted_bytes > heard, max(output.unprompted_bytes, heard)
+        is_known = finder.found is not None or bool(output.announced)
+        if (is_known and is_news) or server.exit is not None or token.is_set():
             waker.wake()
         connection.interrupt()
 
@@ -115,17 +93,20 @@ def wait_ready(
             if server.exit is not None or not server.is_alive:
                 return _why_exited(server, waker, extra_args)
             port = finder.port()
-            facts = None if port is None else connection.facts(port)
+            with work.probing():
+                facts = None if port is None else connection.facts(port)
             if facts is not None and server.is_alive:
                 progress.advance_to(progress.bytes_total or 0)
                 return facts
-            if clock.idle_s() >= stall_timeout_s:
+            idle_s = work.idle_s()
+            progress.advance_to(work.bytes_loaded)
+            if idle_s >= stall_timeout_s:
                 return Problem(
                     "stalled",
                     f"the server made no progress for {stall_timeout_s:g} s: see its output, or "
                     "raise stall_timeout_s",
                     field="stall_timeout_s",
-                    log_tail=server.output.tail(),
+                    log_tail=output.tail(),
                 )
             pause = ladder.next_probe_s(pause)
             if waker.wait(min(pause, stall_timeout_s))[0] and port is not None:

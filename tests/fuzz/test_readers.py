@@ -241,7 +241,7 @@ def test_output_ring_is_bounded_and_counts_lines(pieces: list[bytes]) -> None:
         ring.feed(piece)
     ring.close()
     data = b"".join(pieces)
-    assert ring.bytes_seen == len(data)
+    assert ring.unprompted_bytes == len(data)
     assert ring.lines_seen == data.count(b"\n") + bool(data.rpartition(b"\n")[2])
     total, lines = ring.since(0)
     assert total == ring.lines_seen

@@ -6,20 +6,29 @@ Also: what counts as progress, what as a stall, and how fast an exit is noticed.
 from __future__ import annotations
 
 import http.server
+import mmap
 import os
+import resource
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
 
+import psutil
 import pytest
 
 from orchestrator import Orchestrator, State
 from orchestrator.demo.tiny_model import write_tiny_model
 from orchestrator.errors import Cancelled, DeadlineExceeded, ServerStartFailed, Stalled
 from orchestrator.server import ladder, process_table
+from orchestrator.server.child import ServerProcess
+from orchestrator.server.output import OutputRing
+from orchestrator.server.process_table import Usage
+from orchestrator.server.work import WorkMeter
 from tests.kit.process.support import Background, Fake, Make, kill, until, until_state
 from tests.kit.sentences import assert_sentence
 
@@ -190,13 +199,206 @@ def test_a_server_that_answers_no_props_is_ready(
 # Progress and stalls
 
 
-@pytest.mark.parametrize("work", ["read", "print", "grow"])
+@pytest.fixture
+def has_major_faults(tmp_path: Path) -> None:
+    """Skip where pages cannot be dropped from memory, as in a tmpfs."""
+    path = tmp_path / "probe"
+    path.write_bytes(b"x" * mmap.PAGESIZE)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        pages[0]
+    if resource.getrusage(resource.RUSAGE_SELF).ru_majflt == before:
+        pytest.skip("the temporary folder is not on a disk")
+
+
+@pytest.mark.parametrize("started", ["directly", "by a wrapper", "as a daemon"])
+@pytest.mark.parametrize("work", ["read", "print", "grow", "compute", "fault"])
+@pytest.mark.usefixtures("has_major_faults")
 def test_any_sign_of_work_keeps_a_load_alive(
-    orch: Orchestrator, fake: Fake, model_a: str, work: str
+    make: Make, fake: Fake, model_a: str, work: str, started: str
 ) -> None:
-    """A good load of a large model may print nothing for minutes."""
-    fake.behave(loading_s=2.0, work=work)
-    assert orch.load(model_a, stall_timeout_s=0.8).status == "loaded"
+    """A good load of a large model may print nothing for minutes, read nothing while it computes,
+    and grow no larger where its pages are evicted as it reads. Whatever the child has started may
+    do the work.
+    """
+    path = {
+        "directly": fake.path,
+        "by a wrapper": fake.wrapper(),
+        "as a daemon": fake.wrapper('(setsid setsid "$SERVER" "$@" &) ; exec sleep 600'),
+    }[started]
+    fake.behave(loading_s=2.5, work=work)
+    outcome = make(llama_server=path).load(model_a, stall_timeout_s=1.2)
+    assert outcome.status == "loaded"
+
+
+@pytest.mark.parametrize("hidden", ["io", "statm", "stat"])
+def test_usage_is_read_from_what_the_kernel_shows(
+    hidden: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A binary that carries capabilities hides its `io`: the other counters decide, and all of its
+    memory counts as loaded.
+    """
+    full = process_table.usage(os.getpid())
+    assert full is not None
+    assert full.cpu_s > 0
+    assert full.loaded_bytes > 0
+    assert full.read_bytes > 0
+    assert full.resident_bytes > 1 << 20
+    read = process_table._read
+    monkeypatch.setattr(
+        process_table, "_read", lambda path: None if path.endswith(hidden) else read(path)
+    )
+    partial = process_table.usage(os.getpid())
+    if hidden != "io":
+        assert partial is None
+    else:
+        assert partial is not None
+        assert (partial.read_bytes, partial.start_ticks) == (0, full.start_ticks)
+        assert partial.cpu_s >= full.cpu_s
+        assert partial.loaded_bytes == partial.resident_bytes
+
+
+def test_usage_of_psutil_agrees_with_the_kernel() -> None:
+    """It is what other platforms have; there, only this can be tested."""
+    ours, theirs = process_table.usage(os.getpid()), process_table._usage_psutil(psutil.Process())
+    assert ours is not None
+    assert theirs.cpu_s == pytest.approx(ours.cpu_s, abs=0.5)
+    assert theirs.resident_bytes == pytest.approx(ours.resident_bytes, rel=0.2)
+    assert process_table.usage(2**22 + 1) is None
+
+
+class Metered:
+    """A work meter of this process, whose clock, counters and output a test sets."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        self.output = OutputRing()
+        self.usages: dict[int, Usage] = {7: Usage(1)}
+        self.members = {7}
+        self.scans = 0
+        monkeypatch.setattr(process_table, "usage", self.usages.get)
+        monkeypatch.setattr(process_table, "descendants", lambda _: set())
+        self.meter = WorkMeter(cast("ServerProcess", self), clock=lambda: self.now)
+        assert self.after(0) == 0
+
+    pid = 7
+
+    def family(self) -> set[int]:
+        self.scans += 1
+        return self.members
+
+    def after(self, gap_s: float, pid: int = 7, **used: Any) -> float:
+        """Return the idle time after a gap in which a process has used something."""
+        self.now += gap_s
+        old = self.usages[pid]
+        changes = {name: getattr(old, name) + value for name, value in used.items()}
+        self.usages[pid] = replace(old, **changes)
+        return self.meter.idle_s()
+
+
+@pytest.fixture
+def metered(monkeypatch: pytest.MonkeyPatch) -> Metered:
+    return Metered(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("used", "is_work"),
+    [
+        ({"paged": 1}, True),
+        ({"cpu_s": 0.21}, True),
+        ({"cpu_s": 0.2}, False),
+        ({"read_bytes": (64 << 10) + 1}, True),
+        ({"read_bytes": 64 << 10}, False),
+        ({"resident_bytes": (64 << 10) + 1}, True),
+        ({"resident_bytes": 64 << 10}, False),
+        ({"resident_bytes": -(1 << 20)}, False),
+        ({}, False),
+    ],
+)
+def test_work_begins_above_what_probes_may_cost(
+    metered: Metered, used: dict[str, Any], is_work: bool
+) -> None:
+    """Within one second."""
+    assert metered.after(1.0, **used) == (0.0 if is_work else 1.0)
+
+
+def test_cpu_time_counts_over_the_last_second(metered: Metered) -> None:
+    """Not over the whole load: one burst does not hide a hang for long."""
+    assert metered.after(1.0, cpu_s=0.9) == 0
+    assert metered.after(0.5) == 0
+    assert metered.after(0.5) == 0.5
+    for at in range(2, 20):
+        assert metered.after(0.25, cpu_s=0.04) == 0.25 * (at + 1)
+
+
+def test_memory_that_is_freed_and_taken_again_is_no_work(metered: Metered) -> None:
+    """It grows with every request that a server answers."""
+    metered.after(1.0, resident_bytes=9 << 20)
+    for at in range(1, 5):
+        assert metered.after(1.0, resident_bytes=-(1 << 20)) == 2 * at - 1
+        assert metered.after(1.0, resident_bytes=1 << 20) == 2 * at
+
+
+def test_a_probe_costs_at_most_the_time_it_takes(metered: Metered) -> None:
+    """And at most 0.25 s, because a server that is busy is slow to answer."""
+    for took_s, free_s in ((0.25, 0.25), (2.0, 0.25)):
+        for more_s, is_work in ((-0.01, False), (0.01, True)):
+            idle_s = metered.after(1.0)
+            with metered.meter.probing():
+                metered.now += took_s
+            cpu_s = free_s + 0.2 * (took_s + 1) + more_s
+            assert metered.after(1.0, cpu_s=cpu_s) == (0 if is_work else idle_s + took_s + 1)
+
+
+def test_time_in_which_nobody_looked_hardly_counts(metered: Metered) -> None:
+    """A paused machine or host must not end a good load."""
+    assert metered.after(2.0) == 2.0
+    assert metered.after(7200.0) == 7.0
+
+
+def test_work_of_a_process_that_starts_or_ends_is_counted_once(metered: Metered) -> None:
+    """A process that has exited took nothing back, and one that has its pid is not ours."""
+    metered.usages[8] = Usage(5, paged=9)
+    metered.members = {7, 8}
+    assert metered.after(1.0) == 0
+    assert metered.after(1.0) == 1
+    metered.members = {7}
+    assert metered.after(1.0, pid=8, paged=1) == 0  # left the tree
+    metered.usages[8] = Usage(6, paged=99)
+    assert metered.after(1.0) == 1
+    assert metered.after(1.0, pid=8, paged=1) == 2
+    del metered.usages[8]
+    assert metered.after(1.0) == 3
+
+
+def test_the_family_is_looked_up_once_a_second(metered: Metered) -> None:
+    """A scan of the process table costs milliseconds."""
+    before = metered.scans
+    for _ in range(8):
+        metered.after(0.25)
+    assert metered.scans == before + 2
+
+
+def test_lines_about_our_requests_are_no_output(metered: Metered) -> None:
+    metered.output.feed(b"GET /health 503\nGET /pro")
+    assert metered.after(1.0) == 0  # half a line
+    metered.output.feed(b"ps HTTP/1.1\nGET /slots\n")
+    assert metered.after(1.0) == 1
+    metered.output.feed(b"load_tensors: healthy\n")
+    assert metered.after(1.0) == 0
+
+
+def test_probes_are_no_work(orch: Orchestrator, fake: Fake, model_a: str) -> None:
+    """A server that hangs may still answer, at a cost, and log that: the load stalls, and its log
+    makes nobody probe it more often.
+    """
+    fake.behave(loading_s=-1, answer_costs_s=0.1, logs_requests=True)
+    with pytest.raises(Stalled) as refused:
+        orch.load(model_a, stall_timeout_s=1.5, deadline_s=15)
+    probes = [line for line in refused.value.log_tail if "/health" in line]
+    assert 3 <= len(probes) < 40
 
 
 @pytest.mark.parametrize(
@@ -257,6 +459,30 @@ def test_progress_is_in_bytes_and_never_decreases(
     loading.result()
     assert seen == sorted(seen)
     assert seen[0] < seen[-1] <= 1
+    assert orch.progress().fraction == 1.0
+
+
+@pytest.mark.parametrize("started", ["directly", "by a wrapper"])
+def test_progress_counts_pages_and_is_indeterminate_once_all_is_read(
+    make: Make, fake: Fake, tmp_path: Path, started: str
+) -> None:
+    """llama.cpp maps its files. After the last page nobody knows how long the rest takes."""
+    large = write_tiny_model(tmp_path / "large.gguf", padding_bytes=64 << 20)
+    fake.behave(loading_s=4.0, work="map")
+    orch = make(llama_server=fake.path if started == "directly" else fake.wrapper())
+    loading = Background(orch.load, str(large))
+    seen = []
+    while not fake.entries("mapped"):
+        if (progress := orch.progress()).phase == "loading":
+            seen.append(progress)
+        threading.Event().wait(0.02)
+    until(lambda: orch.progress().bytes_done == large.stat().st_size, "all bytes")
+    progress = orch.progress()
+    assert (progress.phase, progress.fraction) == ("loading", None)
+    loading.result()
+    fractions = [one.fraction for one in seen if one.fraction is not None]
+    assert len(set(fractions)) >= 3
+    assert fractions == sorted(fractions)
     assert orch.progress().fraction == 1.0
 
 

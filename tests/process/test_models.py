@@ -217,9 +217,12 @@ def test_replaced_file_is_inspected_again(model: Path) -> None:
 
 def test_only_the_header_of_a_large_model_is_read(tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "large.gguf", padding_bytes=64 << 20)
-    before = process_table.bytes_read(os.getpid())
+    before = process_table.usage(os.getpid())
     assert inspect(identity_of(path)) == "llama"
-    assert 0 < process_table.bytes_read(os.getpid()) - before < 4 << 20
+    after = process_table.usage(os.getpid())
+    assert before is not None
+    assert after is not None
+    assert 0 < after.read_bytes - before.read_bytes < 4 << 20
 
 
 # Paths

@@ -83,7 +83,8 @@ export function progress(step) {
   $("progress").hidden = !isBusy;
   if (!isBusy) return void (samples = []);
   const bar = $("bar");
-  if (step.fraction === null || step.fraction === undefined) bar.removeAttribute("value");
+  const isKnown = step.fraction !== null && step.fraction !== undefined;
+  if (!isKnown) bar.removeAttribute("value");
   else bar.value = step.fraction;
   const parts = [PHASES[step.phase] ?? step.phase];
   if (step.bytes_done !== null && step.bytes_done !== undefined) {
@@ -93,7 +94,7 @@ export function progress(step) {
     parts.push(bytes(step.bytes_done) + (step.bytes_total ? ` of ${bytes(step.bytes_total)}` : ""));
     const rate = ((samples.at(-1).done - samples[0].done) / (samples.at(-1).at - samples[0].at)) * 1000;
     if (rate > 0) parts.push(`${bytes(rate)}/s`);
-    if (rate > 0 && step.bytes_total) parts.push(`${seconds(Math.ceil((step.bytes_total - step.bytes_done) / rate))} left`);
+    if (rate > 0 && isKnown) parts.push(`${seconds(Math.ceil((step.bytes_total - step.bytes_done) / rate))} left`);
   }
   say($("progress-text"), parts.join(" · "));
 }

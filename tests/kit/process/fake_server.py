@@ -37,8 +37,10 @@ if TYPE_CHECKING:
         # once it listens
         announce: str | None  # None: no "listening on" line; text: printed instead of the real one
         loading_s: float  # /health is 503 for this long; negative: forever
-        work: str  # while loading: read | print | grow | idle
+        work: str  # while loading: read | print | grow | compute | fault | map | idle
         answer_after_s: float  # every answer takes this long; negative: there is none
+        answer_costs_s: float  # CPU time of an answer
+        logs_requests: bool  # prints every request, as many HTTP servers do
         silent_at: str  # the path that is never answered
         backlog: int  # never accept, and queue only this many connections
         crash_after_s: float  # after the first 200
@@ -129,6 +131,12 @@ def flood(size: int, form: str) -> None:
         left -= os.write(1, piece)
 
 
+def burn(cpu_s: float) -> None:
+    ends = time.thread_time() + cpu_s
+    while time.thread_time() < ends:
+        pass
+
+
 class Server:
     """One fake server: its socket, its signals and its crash."""
 
@@ -168,6 +176,8 @@ class Server:
     def work(self, model: str) -> None:
         """Do what a server does while its model loads."""
         kind, kept = self.plan.get("work", "idle"), []
+        if kind in ("fault", "map"):
+            self.map(model, again=kind == "fault")
         while not self.is_ready():
             if kind == "read":
                 with open(model, "rb") as file:
@@ -176,7 +186,31 @@ class Server:
                 os.write(1, b".")
             elif kind == "grow":
                 kept.append(bytearray(os.urandom(1 << 18)))
+            elif kind == "compute":
+                burn(0.015)
             time.sleep(0.02)
+
+    def map(self, model: str, *, again: bool) -> None:
+        """Map the model and touch its pages, as llama.cpp does; `again`: always the same one, which
+        is no longer in memory.
+        """
+        import mmap
+
+        fd = os.open(model, os.O_RDONLY)
+        os.fsync(fd)  # a page that is not written yet cannot be dropped
+        with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as pages:
+            for at in range(0, len(pages), mmap.PAGESIZE):
+                while again and not self.is_ready():
+                    pages.madvise(mmap.MADV_DONTNEED)
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                    pages[0]
+                    time.sleep(0.05)
+                pages[at]
+                if at % (1 << 20) == 0:
+                    time.sleep(0.02)
+            self.journal.write("mapped")
+            while not self.is_ready():
+                time.sleep(0.02)
 
     def is_ready(self) -> bool:
         loading = self.plan.get("loading_s", 0.0)
@@ -202,6 +236,9 @@ class Server:
         if delay < 0 or path == self.plan.get("silent_at"):
             return
         time.sleep(delay)
+        burn(self.plan.get("answer_costs_s", 0.0))
+        if self.plan.get("logs_requests"):
+            os.write(2, f'INFO: 127.0.0.1 - "GET {path} HTTP/1.1"\n'.encode())
         status, body = "200 OK", '{"status":"ok"}'
         if not self.is_ready():
             status, body = "503 Service Unavailable", '{"error":{"message":"Loading model"}}'
