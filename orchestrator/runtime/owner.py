@@ -312,7 +312,11 @@ class Owner:
         ticket, generation, joined = command.ticket, command.generation, command.joined
         if (call := self._calls.get(ticket)) is not None:
             _resolve(call.accepted, generation)
-        _log("info", "load.accepted", generation=generation, ticket=ticket, joined=joined)
+        running = ctx.running
+        if running is not None and running.generation == generation:
+            _log("debug", "load.already_loaded", generation=generation, ticket=ticket)
+        else:
+            _log("info", "load.accepted", generation=generation, ticket=ticket, joined=joined)
 
     def _settle(self, command: Settle) -> None:
         call, answer = self._calls.pop(command.ticket, None), command.answer
