@@ -1,15 +1,18 @@
 """Check the header of a GGUF file, before a running model is stopped for it.
 
-Finds what llama.cpp would find only later: a wrong magic or version, a malformed header, and
-tensors that do not lie inside of the file.
+Finds what llama.cpp would find only later: a wrong magic or version, a malformed header, tensors
+that do not lie inside of the file, and files that are no model.
 
-Source: the GGUF specification in ggml's docs; block sizes from ggml's type traits.
+Source: the GGUF specification in ggml's docs; block sizes from ggml's type traits; roles from
+gguf-py's `GGUFType` and the architectures that llama.cpp lists.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
+from collections.abc import Iterator
 from functools import lru_cache
 from io import BufferedReader, FileIO
 from typing import Final
@@ -28,7 +31,18 @@ _MAX_DIMENSIONS: Final = 8
 _MAX_TEXT: Final = 65536
 _ALIGNMENT: Final = 32
 _CHUNK: Final = 1 << 20
+_ROLE_BYTES: Final = 1 << 14
 _WANTED: Final = (b"general.alignment", b"general.architecture")
+_ROLES: Final = {  # by general.architecture, or general.type
+    b"clip": "projector",
+    b"mmproj": "projector",
+    b"adapter": "adapter",
+    b"controlvector": "control vector",
+    b"imatrix": "imatrix",
+    **dict.fromkeys((b"eagle", b"eagle2", b"eagle3", b"dflash", b"dspark"), "head"),
+    b"gemma4-assistant": "head",
+    b"model": "model",
+}
 
 _BYTES_PER_BLOCK: Final = {  # values in a block -> tensor type -> bytes of a block
     1: {0: 4, 1: 2, 24: 1, 25: 2, 26: 4, 27: 8, 28: 8, 30: 2},
@@ -67,6 +81,19 @@ def inspect(file: FileIdentity, field: str = "model_path") -> str | None:
         raise _invalid(file, f"is damaged: {error}; download it again", field) from error
 
 
+@lru_cache(maxsize=1024)
+def role(file: FileIdentity) -> str | None:
+    """Return what a file is by the start of its header: one of `_ROLES`, or `vocabulary`. None if
+    it does not say, or cannot be read.
+    """
+    with (
+        contextlib.suppress(OSError, struct.error, _Malformed),
+        BufferedReader(FileIO(file.path), _ROLE_BYTES) as opened,
+    ):
+        return _Reader(opened, file.size_bytes).role() if opened.read(4) == _MAGIC else None
+    return None
+
+
 def _invalid(file: FileIdentity, what: str, field: str) -> InvalidModel:
     return InvalidModel.because(f"{file.path} {what}", field=field)
 
@@ -77,23 +104,36 @@ class _Reader:
     def __init__(self, file: BufferedReader[FileIO], size_bytes: int) -> None:
         self._file = file
         self._size = size_bytes
-
-    def architecture(self) -> str | None:
         version = self._number("<I")
         if version not in _VERSIONS:
             raise _Malformed(f"version {version} is not {' or '.join(map(str, _VERSIONS))}")
-        tensors, pairs = self._count("<Q"), self._count("<Q")
+        self._tensors, self._count_of_pairs = self._count("<Q"), self._count("<Q")
+
+    def _pairs(self) -> Iterator[tuple[bytes, object]]:
+        for _ in range(self._count_of_pairs):
+            yield self._text(), self._value(self._number("<I"))
+
+    def role(self) -> str | None:
         metadata: dict[bytes, object] = {}
-        for _ in range(pairs):
-            key, value = self._text(), self._value(self._number("<I"))
-            if key in _WANTED:
-                metadata[key] = value
-        ends = [self._tensor_end() for _ in range(tensors)]
+        for key, value in self._pairs():
+            metadata[key] = value
+            if key.startswith(b"tokenizer.") and self._tensors:
+                break  # what matters comes before a vocabulary, which is long
+        is_adapter = b"adapter" if b"adapter.type" in metadata else None
+        kinds = metadata.get(b"general.architecture"), is_adapter, metadata.get(b"general.type")
+        found = next((_ROLES[kind] for kind in kinds if kind in _ROLES), None)
+        if self._tensors or found not in {None, "model"} or b"split.count" in metadata:
+            return found  # the first part of a split model may have no tensors
+        return "vocabulary"
+
+    def architecture(self) -> str | None:
+        metadata = {key: value for key, value in self._pairs() if key in _WANTED}
+        ends = [self._tensor_end() for _ in range(self._tensors)]
         alignment, name = (metadata.get(key) for key in _WANTED)
         step = alignment if isinstance(alignment, int) and alignment > 0 else _ALIGNMENT
         data_starts = -(-self._file.tell() // step) * step
         missing = data_starts + max(ends, default=0) - self._size
-        if tensors and missing > 0:
+        if self._tensors and missing > 0:
             raise _Malformed(f"{missing} bytes are missing at its end")
         return name.decode("utf-8", "replace") if isinstance(name, bytes) else None
 

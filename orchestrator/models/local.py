@@ -6,6 +6,7 @@ cannot be found is an error that lists what is there. Only headers are read.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import replace
 from itertools import islice
@@ -20,6 +21,14 @@ from orchestrator.models.variants import Variant
 from orchestrator.settings.files import FileIdentity, ModelFiles
 from orchestrator.settings.request import LoadRequest
 
+_NO_MODEL: Final = {  # what no server loads as its model, by `gguf_file.role`
+    "projector": "a vision projector: give it as mmproj_path",
+    "adapter": "a LoRA adapter: give its model, and the adapter with --lora in llama_extra_args",
+    "control vector": "a control vector: give its model, and the vector with --control-vector in "
+    "llama_extra_args",
+    "imatrix": "an importance matrix for quantisation: give the file of the model",
+    "vocabulary": "a vocabulary without weights: give the file of the model",
+}
 _MAX_DEPTH: Final = 4
 _MAX_ENTRIES: Final = 20_000
 _MAX_MISSING: Final = 30
@@ -29,6 +38,14 @@ def identity_of(path: str | os.PathLike[str], *, keeps_name: bool = False) -> Fi
     """Return the identity of an existing file, links resolved unless its name is to be kept."""
     found, name = os.stat(path), os.path.abspath(path) if keeps_name else os.path.realpath(path)
     return FileIdentity(name, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def role_of(path: Path, roots: ModelRoots | None = None) -> str | None:
+    """Return what a file is by its header (`gguf_file.role`)."""
+    with contextlib.suppress(OSError):
+        if path.is_file() and (roots is None or roots.holds(path)):
+            return gguf_file.role(identity_of(path))
+    return None
 
 
 def resolve(text: str, field: str, roots: ModelRoots | None = None) -> Path:
@@ -52,7 +69,7 @@ def locate(path: Path, request: LoadRequest, roots: ModelRoots | None = None) ->
     """
     names = names_as_sent(path, request.model_path)
     with naming(names):
-        first, variant = _first_part(path, request)
+        first, variant = _first_part(path, request, roots)
         parts = _parts(first, roots)
         inside = os.path.relpath(first.parent, path) if path.is_dir() else os.pardir
         folder = os.path.normpath(os.path.join(request.model_path, inside))
@@ -85,7 +102,7 @@ def variants_of(path: Path, request: LoadRequest, roots: ModelRoots | None = Non
         names = _listing(path)
         if roots is not None:  # the size of a file outside must not be visible
             names = [name for name in names if roots.holds(path / name)]
-        found, default = variants.every(names, where=str(path))
+        found, default = variants.every(names, where=str(path), role=lambda n: role_of(path / n))
     return [
         Variant(chosen.variant, _size(path, chosen.weights), is_default=chosen is default)
         for chosen in found
@@ -97,11 +114,14 @@ def _size(folder: Path, names: tuple[str, ...]) -> int:
     return sum(os.path.getsize(path) for n in names if os.path.exists(path := folder / n))
 
 
-def _first_part(path: Path, request: LoadRequest) -> tuple[Path, str | None]:
+def _first_part(
+    path: Path, request: LoadRequest, roots: ModelRoots | None
+) -> tuple[Path, str | None]:
     """Return the file that was chosen, and its variant if it was chosen from a folder."""
     wanted = request.gguf_variant
     if path.is_dir():
-        chosen = variants.choose(_listing(path), wanted, where=str(path))
+        names, role = _listing(path), lambda name: role_of(path / name, roots)
+        chosen = variants.choose(names, wanted, where=str(path), role=role)
         return path / chosen.weights[0], chosen.variant
     if not path.exists():
         raise ModelNotFound.because(
@@ -141,9 +161,9 @@ def _checked(path: Path, field: str, *, is_part: bool = False) -> FileIdentity:
     if not os.access(path, os.R_OK):
         raise InvalidModel.because(f"{path} is not readable: check its permissions", field=field)
     file = identity_of(path, keeps_name=is_part)
-    if gguf_file.inspect(file, field) == "clip" and field == "model_path":
-        message = f"{path} is a vision projector: give it as mmproj_path"
-        raise InvalidModel.because(message, field=field)
+    gguf_file.inspect(file, field)
+    if field == "model_path" and (what := _NO_MODEL.get(gguf_file.role(file) or "")) is not None:
+        raise InvalidModel.because(f"{path} is {what}", field=field)
     return file
 
 

@@ -1,15 +1,16 @@
 """Choose the files of a model from a listing: all parts of one variant, and its projector.
 
-A listing is the names inside of a folder or a Hub repo, "/" between folders. Companion files are
-set aside and never chosen. A variant is matched as a path, then as `folder/label`, then by its
-quant label, then by text that only one name has; without one the order of `PREFERENCE` decides. An
-incomplete, unknown or ambiguous variant is an error that lists what there is.
+A listing is the names inside of a folder or a Hub repo, "/" between folders. What is no model is
+set aside, by its header where that can be read, else by its name; it can be named only by its path.
+A variant is matched as a path, then as `folder/label`, then by its quant label, then by text that
+only one name has; without one the order of `PREFERENCE` decides. An incomplete, unknown or
+ambiguous variant is an error that lists what there is.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
@@ -25,25 +26,42 @@ PREFERENCE: Final[tuple[str, ...]] = (
     *("Q6_K", "Q8_0", "Q3_K_M", "Q3_K_L", "Q3_K_S", "Q2_K", "Q2_K_L", "IQ4_NL", "IQ4_XS"),
     *("IQ3_M", "IQ3_XXS", "IQ2_M", "IQ1_M", "F16", "BF16", "F32"),
 )
-_RANK: Final = {label: rank for rank, label in enumerate(PREFERENCE)}
-_LABEL: Final = re.compile(
-    r"(?<![A-Z0-9])((?:UD-)?(?:I?Q\d(?:_[A-Z0-9]+)*|TQ\d_\d|MXFP4(?:_MOE)?|NVFP4|BF16|F16|F32))"
-    r"(?![A-Z0-9])",
-    re.IGNORECASE | re.ASCII,
+_OTHERS: Final = len(PREFERENCE)
+_LARGE: Final = frozenset({"FP16", "FP32"})  # last: four times the bytes of a quantised file
+_RANK: Final = {label: rank for rank, label in enumerate(PREFERENCE)} | dict.fromkeys(
+    _LARGE, _OTHERS + 1
+)
+
+
+def _word(words: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<![A-Z0-9])({words})(?![A-Z0-9])", re.IGNORECASE | re.ASCII)
+
+
+_LABEL: Final = _word(
+    r"(?:UD-)?(?:I?Q\d(?:_[A-Z0-9]+)*|TQ\d_\d|MXFP4(?:_MOE)?|NVFP4|BF16|FP?16|FP?32)"
 )
 _SPLIT: Final = re.compile(
     r"(?P<prefix>(?:.*/)?[^/]+)-(?P<number>\d{5})-of-(?P<count>(?!00000)\d{5})(?P<end>\.gguf)",
     re.IGNORECASE | re.ASCII | re.DOTALL,
 )
-_ASIDE_FOLDER: Final = re.compile(r"(?:.*/)?(?:mtp|dspark)/", re.IGNORECASE | re.DOTALL)
-_ASIDE_FILE: Final = re.compile(
-    r"mtp-|dflash-|\._|.*imatrix|.*-be(?:-\d{5}-of-\d{5})?\.", re.IGNORECASE | re.DOTALL
+# Drafts and heads for drafting (their headers may be those of models; Eagle-7B is a model),
+# vocabularies, the other byte order.
+_ASIDE: Final = re.compile(
+    r"(?:^|/)(?:mtp[-/]|\._|ggml-vocab-)|-be(?:-\d{5}-of-\d{5})?\.(?=[^/]*\Z)|(?<![A-Z0-9])"
+    r"(?:drafts?|drafter|dflash|dspark|eagle3|eagle2?(?![-_.]?\d+(?:\.\d+)?b))(?![A-Z0-9])",
+    re.IGNORECASE | re.ASCII,
 )
+# What only a header can tell from a model made with it, such as a merged adapter.
+_PART: Final = _word(r"loras?|adapters?|control[-_ ]?vectors?")
 _PROJECTOR: Final = re.compile(r"(?:.*[^A-Z0-9])?mmproj", re.IGNORECASE | re.ASCII | re.DOTALL)
 _UNUSABLE: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]|^\s|(?:^|/)\.{0,2}(?:/|$)")
 _SEPARATORS: Final = re.compile(r"[^a-z0-9]+")
+MODEL: Final = "model"
 _MAX_LISTED: Final = 30
 _MAX_CHARACTERS: Final = 120
+
+RoleOf = Callable[[str], str | None]
+"""Returns what a file is by its header, MODEL or another word; None if it cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +107,9 @@ class _Model:
 
     folder: str  # "" or with a "/" at its end
     stem: str  # the file name without part number and suffix
-    label: str
     count: int
+    is_aside: bool
+    label: str
     parts: dict[int, str] = field(default_factory=dict)  # in order
 
     @property
@@ -107,16 +126,22 @@ class _Model:
         return self.folder.count("/"), self.folder, self.stem, not self.is_whole, self.first
 
 
-def choose(names: Iterable[str], variant: str | None, *, where: str) -> Chosen:
+def choose(
+    names: Iterable[str], variant: str | None, *, where: str, role: RoleOf = lambda _: None
+) -> Chosen:
     """Return the files of a variant, by preference if it is None or blank.
 
     Raises:
         ModelNotFound: no such variant, or more than one (field `gguf_variant`); no model at all,
             or parts of it are missing (field `model_path`). `where` is the folder or repo.
     """
-    listing = _Listing(names, where)
-    requested = (variant or "").strip()
-    model = listing.named(requested) if requested else listing.models[0]
+    names, requested, aside = frozenset(names), (variant or "").strip(), set[str]()
+    while True:
+        listing = _Listing(names, where, role, aside)
+        model = listing.named(requested)
+        if model.is_aside or role(model.first) in {None, MODEL}:
+            break
+        aside.update(model.parts.values())
     if not model.is_whole:
         present = set(model.parts.values())
         missing = (name for name in parts_of(model.first) if name not in present)
@@ -129,17 +154,19 @@ def choose(names: Iterable[str], variant: str | None, *, where: str) -> Chosen:
     return listing.chosen(model)
 
 
-def every(names: Iterable[str], *, where: str) -> tuple[list[Chosen], Chosen | None]:
+def every(
+    names: Iterable[str], *, where: str, role: RoleOf = lambda _: None
+) -> tuple[list[Chosen], Chosen | None]:
     """Return complete variants, preferred ones first, and the one that `choose` prefers, if any.
 
     Raises:
         ModelNotFound: no complete model (field `model_path`).
     """
-    names = tuple(names)
-    listing = _Listing(names, where)
+    names = frozenset(names)
+    listing = _Listing(names, where, role, {n for n in names if role(n) not in {None, MODEL}})
     found = [listing.chosen(model) for model in listing.models if model.is_whole]
     if not found:
-        choose(names, None, where=where)  # raises
+        choose(names, None, where=where, role=role)  # raises
     return found, found[0] if listing.models[0].is_whole else None
 
 
@@ -172,50 +199,57 @@ def parts_of(name: str) -> Iterator[str]:
 class _Listing:
     """A listing, sorted into models (preferred ones first), projectors and files set aside."""
 
-    def __init__(self, names: Iterable[str], where: str) -> None:
+    def __init__(
+        self, names: Collection[str], where: str, role: RoleOf, aside: Collection[str]
+    ) -> None:
         self._where = where
         self._projectors: list[str] = []
+        self._unusable: list[str] = []
         models: dict[tuple[str, str], _Model] = {}
-        aside: list[str] = []
-        for name in sorted(set(names)):
+        for name in sorted(names):
             if name[-5:].lower() != ".gguf":
+                continue
+            if _UNUSABLE.search(name):
+                self._unusable.append(name)
                 continue
             slash = name.rfind("/") + 1
             folder, file = name[:slash], name[slash:]
-            if _ASIDE_FILE.match(file) or _ASIDE_FOLDER.match(folder) or _UNUSABLE.search(name):
-                aside.append(name)
-                continue
-            if _PROJECTOR.match(file) or folder.lower().startswith("mmproj"):
+            is_aside = name in aside or _is_aside(name, file, role)
+            if not is_aside and (_PROJECTOR.match(file) or folder.lower().startswith("mmproj")):
                 self._projectors.append(name)
-                continue
+                is_aside = True
             stem, number, count = file[:-5], 1, 1
             key = name, ""
             if split := _SPLIT.fullmatch(file):
                 stem, number, count = split["prefix"], int(split["number"]), int(split["count"])
                 key = f"{folder}{stem}{split['end']}", split["count"]
                 if not 1 <= number <= count:
-                    aside.append(name)
-                    continue
+                    is_aside, stem, number, count, key = True, file[:-5], 1, 1, (name, "")
             if (model := models.get(key)) is None:
                 label = _last_label(stem) or _folder_label(folder) or file
-                model = models[key] = _Model(folder, stem, label, count)
+                model = models[key] = _Model(folder, stem, count, is_aside, label)
             model.parts[number] = name
-        if not models:
-            others = [*self._projectors, *aside]
-            only = f", only {_joined(others, len(others))}" if others else ""
-            raise ModelNotFound.because(
-                f"{where} contains no .gguf model{only}", field="model_path"
-            )
         in_order = sorted(models.values(), key=lambda model: model.order)
-        self._index = _index(in_order)
-        self.models = sorted(in_order, key=lambda model: _RANK.get(model.label, len(_RANK)))
+        self._aside = [model for model in in_order if model.is_aside]
+        in_order = [model for model in in_order if not model.is_aside]
+        self._index = _index(in_order, self._aside)
+        self.models = sorted(in_order, key=lambda model: _RANK.get(model.label, _OTHERS))
         self._folders = {model.folder for model in in_order}
         self._bases = {_base(model) for model in in_order} if self._projectors else set()
 
     def named(self, name: str) -> _Model:
-        """Return the one model with this name."""
-        if found := self._look_up(name):
+        """Return the one model with this name; the preferred one if it is empty."""
+        if name and (found := self._look_up(name)):
             return found
+        if not self.models:
+            files = [file for model in self._aside for file in model.parts.values()]
+            files += self._unusable
+            only = f", only {_joined(files, len(files))}" if files else ""
+            raise ModelNotFound.because(
+                f"{self._where} contains no .gguf model{only}", field="model_path"
+            )
+        if not name:
+            return self.models[0]
         several: list[_Model] = []
         if not _LABEL.fullmatch(name):
             pattern = _words(name)
@@ -233,7 +267,8 @@ class _Listing:
         )
 
     def chosen(self, model: _Model) -> Chosen:
-        return Chosen(tuple(model.parts.values()), self._projector(model), self._variant(model))
+        projector = None if model.is_aside else self._projector(model)
+        return Chosen(tuple(model.parts.values()), projector, self._variant(model))
 
     def _look_up(self, name: str) -> _Model | None:
         return self._index.get(name) or self._index.get(name.lower())
@@ -268,12 +303,21 @@ class _Listing:
         return next((start for start in starts if start in self._bases), None)
 
 
-def _index(models: list[_Model]) -> dict[str, _Model]:
-    """Map every name to its model: a more exact name wins, then an earlier model.
+def _is_aside(name: str, file: str, role: RoleOf) -> bool:
+    """Return whether a file is no model; its header can tell more than the name of a part."""
+    if _ASIDE.search(name):
+        return True
+    is_data = "imatrix" in file.lower() and (
+        file[-13:-5].lower() == ".imatrix" or _last_label(file) is None
+    )
+    return (is_data or _PART.search(name) is not None) and role(name) != MODEL
 
-    Names in lower case are for comparisons without case.
+
+def _index(models: list[_Model], aside: list[_Model]) -> dict[str, _Model]:
+    """Map every name to its model: a more exact name wins, then an earlier model. What is set aside
+    has only its paths. Names in lower case are for comparisons without case.
     """
-    paths = [(path, model) for model in models for path in model.parts.values()]
+    paths = [(path, model) for model in (*models, *aside) for path in model.parts.values()]
     paths += [(path[:-5], model) for path, model in paths]
     paths += [(model.folder + model.stem, model) for model in models]
     labels = [(model.folder + model.label, model) for model in models if model.folder]

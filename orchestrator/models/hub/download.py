@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast
@@ -31,7 +30,7 @@ from orchestrator.models.hub import cache
 from orchestrator.models.hub.cache import CachedRepo
 from orchestrator.models.hub.fetch_process import FetchProcess, FetchProgress
 from orchestrator.models.hub.records import Listing, Records, key_of
-from orchestrator.models.local import identity_of
+from orchestrator.models.local import identity_of, role_of
 from orchestrator.models.variants import Chosen, Variant
 from orchestrator.settings.files import FileIdentity, HubModel, ModelFiles
 from orchestrator.settings.reference import split_reference
@@ -186,7 +185,8 @@ class RequestedModel:
                 raise
             cached, commit = known
             listing = {name: cached.size_and_etag(commit, name) for name in names}
-        found, default = variants.every(listing, where=repo)
+        role = _roles(cached, commit, listing)
+        found, default = variants.every(listing, where=repo, role=role)
         return [
             Variant(
                 chosen.variant,
@@ -206,13 +206,16 @@ class RequestedModel:
 
     def _wanted(self, repo: CachedRepo, commit: str, variant: str | None) -> Wanted:
         """Choose from the listing of a commit, or else from the files that are in the cache."""
-        listing = self._records.listing(repo.name, commit)
-        chosen = self._choose(listing or dict.fromkeys(repo.names(commit)), variant)
-        return Wanted(repo, self._request.revision, commit, chosen, listing)
+        return self._choose(repo, commit, variant, self._records.listing(repo.name, commit))
 
-    def _choose(self, names: Mapping[str, object], variant: str | None) -> Chosen:
-        chosen = variants.choose(names, variant, where=self._repo)
-        return chosen if self._request.mmproj_path is None else replace(chosen, projector=None)
+    def _choose(
+        self, repo: CachedRepo, commit: str, variant: str | None, listing: Listing
+    ) -> Wanted:
+        names, role = listing or repo.names(commit), _roles(repo, commit, listing)
+        chosen = variants.choose(names, variant, where=self._repo, role=role)
+        if self._request.mmproj_path is not None:
+            chosen = replace(chosen, projector=None)
+        return Wanted(repo, self._request.revision, commit, chosen, listing)
 
     def _needs_no_hub(self, wanted: Wanted) -> bool:
         """A commit never changes; but the preferred variant is unknown without a listing."""
@@ -225,8 +228,7 @@ class RequestedModel:
         tries, within_s = (None, None) if is_patient else (1, FRESHNESS_S)
         with FetchProcess(request, self._repo, token, progress, listing_tries=tries) as fetcher:
             repo, commit, listing = self._accept(fetcher.listing(within_s))
-            chosen = self._choose(listing, self._variant)
-            wanted = Wanted(repo, request.revision, commit, chosen, listing)
+            wanted = self._choose(repo, commit, self._variant, listing)
             fetcher.check(self._job(wanted), within_s)
         return wanted
 
@@ -270,6 +272,12 @@ class RequestedModel:
         if not (files := wanted.model()).is_on_disk:
             message = f"{repo} was removed while it was downloaded: check what cleans the cache"
             raise CacheDirError.because(message, field="model_path")
+        first, named = wanted.chosen.weights[0], (self._variant or files.variant or "").lower()
+        is_by_path = named in {first.lower(), first[:-5].lower()}
+        role = role_of(wanted.path(first))
+        if role not in {None, variants.MODEL} and not is_by_path:
+            message = f"{first} of {repo} is no model by its header ({role}): load another variant"
+            raise InvalidModel.because(message, field="gguf_variant")
         progress.bytes_done = progress.bytes_total = files.size_bytes
         return files
 
@@ -313,6 +321,18 @@ class RequestedModel:
 def _check_token(token: CancelToken) -> None:
     if token.is_set():
         raise Cancelled.because("the download was cancelled")
+
+
+def _roles(repo: CachedRepo, commit: str, listing: Listing) -> variants.RoleOf:
+    """Return what files are by their headers, where they are in the cache."""
+
+    def role(name: str) -> str | None:
+        path = repo.path(commit, name)
+        if not path.exists() and name in listing:
+            path = repo.root / "blobs" / listing[name][1]
+        return role_of(path)
+
+    return role
 
 
 def _fall_back(files: ModelFiles | None, error: OrchestratorError) -> ModelFiles:
