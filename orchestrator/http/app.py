@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response
+from fastapi.routing import APIRoute
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from fastapi_offline import FastAPIOffline
 from starlette.responses import StreamingResponse
@@ -20,7 +21,7 @@ import orchestrator
 from orchestrator.errors import NotLoaded
 from orchestrator.http import metrics, openapi, pages, schemas
 from orchestrator.http.bodies import json_body, validated, while_connected
-from orchestrator.http.guards import guard, keys, limits, origins
+from orchestrator.http.guards import PROBED_PATHS, guard, keys, limits, origins
 from orchestrator.http.openapi import documented
 from orchestrator.http.passthrough import HELD_S, MAX_HELD, PassThrough, below
 from orchestrator.http.problems import Responder
@@ -53,8 +54,8 @@ def create_app(
 
     Args:
         orch: The orchestrator to serve; None makes one of `orchestrator_options`.
-        api_keys: If given, every request needs one as a Bearer token, except for the health routes
-            and the panel's files.
+        api_keys: If given, every request needs one, as a Bearer token or in `X-Api-Key`, except for
+            the health routes and the panel's files.
         allowed_hosts: Host names of the service besides `localhost` and IP addresses. Requests for
             other names, and requests of web pages of another origin, are refused.
         max_body_bytes: The largest body that a request may have.
@@ -89,6 +90,9 @@ def create_app(
         version=orchestrator.__version__,
         lifespan=lifespan,
     )
+    for route in app.routes:
+        if isinstance(route, APIRoute) and route.methods:  # of the documentation
+            route.methods.add("HEAD")
     responder = Responder(orch.known_paths)
     responder.install(app)
     app.include_router(router(orch))
@@ -100,8 +104,9 @@ def create_app(
     checks = [origins.refuse_foreign(origins.checked_hosts(allowed_hosts))]
     if api_keys:
         checks.append(keys.require_key(api_keys))
-    not_stored = (PREFIX, "/metrics", *keys.PROBED_PATHS)
+    not_stored = (PREFIX, "/metrics", *PROBED_PATHS)
     app.add_middleware(guard, checks=checks, not_stored=not_stored)
+    app.add_middleware(limits.linger)
     return app
 
 

@@ -21,7 +21,7 @@ DESCRIPTION: Final = """\
 Owns one `llama-server` process: loads, swaps and unloads models, never two at once.
 
 Failures are problem documents (RFC 9457): `category` names the failure, `detail` describes it and
-what to do. `/v1/*` is passed to the running server.
+what to do. `/v1/*` is passed to the running server. HEAD is answered wherever GET is.
 """
 _ALWAYS: Final = (400, 401, 403, 500)  # no Host, no key, a page of another origin, a bug
 _BODY: Final = (413, 422)
@@ -94,8 +94,11 @@ def complete(app: FastAPI, *, needs_key: bool) -> None:
             "post": {**_passed_on("post", "chat/completions"), "requestBody": _ANY},
         }
         if needs_key:
-            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-            document["security"] = [{"key": []}]
+            components["securitySchemes"] = {
+                "key": {"type": "http", "scheme": "bearer"},
+                "x_api_key": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+            }
+            document["security"] = [{"key": []}, {"x_api_key": []}]
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]

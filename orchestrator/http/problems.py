@@ -16,7 +16,6 @@ from typing import Any, Final
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -24,6 +23,7 @@ from orchestrator.base.log import event_log
 from orchestrator.base.paths import PathNames
 from orchestrator.errors import OrchestratorError, Problem
 from orchestrator.http.bodies import malformed
+from orchestrator.http.head import HeadRoute
 from orchestrator.http.paths import PathRenamer, names_of, own_folders
 
 MEDIA_TYPE: Final = "application/problem+json"
@@ -101,7 +101,7 @@ class Responder:
             case ClientDisconnect():
                 problem = Problem("cancelled", "the client has disconnected")
             case _:
-                _log("error", "request.failed", path=path, exc_info=error)
+                _log("exception", "request.failed", path=path)
                 message = f"an unexpected {type(error).__name__}: see the log of this process"
                 problem = Problem("internal", message)
         document = self.renamer(problem.names).members(problem.as_dict())
@@ -109,11 +109,11 @@ class Responder:
         headers = None if wait_s is None else {"Retry-After": str(max(1, math.ceil(wait_s)))}
         return AsciiJSON(document, problem.status, headers, MEDIA_TYPE)
 
-    def route_class(self) -> type[APIRoute]:
+    def route_class(self) -> type[HeadRoute]:
         """Return a class of routes that answer with problem documents in whatever app they are."""
         failure = self.failure
 
-        class ProblemRoute(APIRoute):
+        class ProblemRoute(HeadRoute):
             def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
                 handle = super().get_route_handler()
 

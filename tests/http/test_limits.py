@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
-from collections.abc import Iterator
+import shutil
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import fastapi
@@ -15,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
+from orchestrator.http.guards import limits
 from orchestrator.http.guards.limits import MAX_BODY_BYTES, limit_body
 from tests.kit.http import (
     DEADLINE_S,
@@ -30,6 +35,8 @@ from tests.kit.http import (
 )
 
 MAX = 100_000
+Body = bytes | Iterator[bytes]
+Answer = tuple[int, bytes]
 
 
 @pytest.fixture
@@ -130,6 +137,132 @@ def test_app_limits_bodies(serve: Serve) -> None:
         assert problem(client.post("/v1/x", content=b"x" * 10)) == (503, "not_loaded")
         loaded = client.post(PREFIX + "/load", json={"model_path": "x" * 20})
         assert problem(loaded) == (413, "too_large")
+
+
+def _send_with_requests(url: str, body: Body, headers: dict[str, str]) -> Answer:
+    requests = pytest.importorskip("requests")
+    answer = requests.post(url, data=body, headers=headers, timeout=DEADLINE_S)
+    return answer.status_code, answer.content
+
+
+def _send_with_httpx(url: str, body: Body, headers: dict[str, str]) -> Answer:
+    with httpx.Client(timeout=DEADLINE_S, trust_env=False) as client:
+        answer = client.post(url, content=body, headers=headers)
+    return answer.status_code, answer.content
+
+
+def _send_with_urllib(url: str, body: Body, headers: dict[str, str]) -> Answer:
+    """It sends `Connection: close`, and reads no answer before it has sent everything."""
+    request = urllib.request.Request(url, body, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
+
+
+def _send_with_curl(url: str, body: Body, headers: dict[str, str]) -> Answer:
+    """Without `Expect`, which would keep it from sending."""
+    if shutil.which("curl") is None:
+        pytest.skip("there is no curl")
+    sent = body if isinstance(body, bytes) else b"".join(body)
+    given = {**headers, "Expect": "", **({} if sent is body else {"Transfer-Encoding": "chunked"})}
+    options = [f"-H{name}: {value}" if value else f"-H{name}:" for name, value in given.items()]
+    command = ["curl", "-sS", "--noproxy", "*", "-w", "%{http_code}", "--data-binary", "@-"]
+    done = subprocess.run([*command, *options, url], input=sent, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout[-3:]), done.stdout[:-3]
+
+
+CLIENTS: dict[str, Callable[[str, Body, dict[str, str]], Answer]] = {
+    "requests": _send_with_requests,
+    "httpx": _send_with_httpx,
+    "urllib": _send_with_urllib,
+    "curl": _send_with_curl,
+}
+FRAMINGS: dict[str, Callable[[], Body]] = {
+    "declared": lambda: b"x" * (8 << 20),
+    "chunked": lambda: _chunks(8 << 20),
+}
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+@pytest.mark.parametrize("name", CLIENTS)
+def test_client_that_is_still_sending_gets_the_answer(
+    serve: Serve, name: str, framing: str
+) -> None:
+    """B90: a connection that is closed with unread input is reset, and the answer is lost."""
+    send, body = CLIENTS[name], FRAMINGS[framing]
+    good = {"X-Api-Key": "k", "Content-Type": "application/json"}
+    too_large, not_loaded = (413, "too_large"), (503, "not_loaded")
+    with serve(api_keys=["k"], max_body_bytes=4 << 20) as client:
+        for path, headers, expected in (
+            ("/v1/completions", good, too_large if framing == "declared" else not_loaded),
+            (PREFIX + "/load", good, too_large),
+            (PREFIX + "/load", {}, (401, "unauthorized")),
+            (PREFIX + "/load", {**good, "Host": "evil.example"}, (403, "forbidden_host")),
+        ):
+            status, answer = send(str(client.base_url.join(path)), body(), headers)
+            assert (status, json.loads(answer)["category"]) == expected
+
+
+def test_answer_is_there_before_the_rest_of_the_body(serve: Serve) -> None:
+    """A client that waits for it must not wait until the server gives up reading."""
+    with serve(api_keys=["k"]) as client:
+        address = client.base_url.host, client.base_url.port
+        connection = http.client.HTTPConnection(*address, timeout=limits._LINGER_PAUSE_S / 2)
+        connection.putrequest("POST", "/v1/x")
+        connection.putheader("Content-Length", "1000")
+        connection.endheaders(b"half")
+        answer = connection.getresponse()
+        assert json.loads(answer.read())["category"] == "unauthorized"
+        connection.close()
+
+
+@pytest.mark.parametrize("name", ["bytes", "pause", "time"])
+def test_rest_of_a_body_is_read_within_bounds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client decides how much it sends, and when."""
+    monkeypatch.setattr(limits, "_LINGER_PAUSE_S", 0.05 if name == "pause" else 60.0)
+    monkeypatch.setattr(limits, "_LINGER_S", 0.05 if name == "time" else 60.0)
+    sent: list[Any] = []
+    received = 0
+
+    async def receive() -> Any:
+        nonlocal received
+        received += 1
+        await asyncio.sleep(60 if name == "pause" else 0)
+        return {"type": "http.request", "body": b"x" * 10, "more_body": True}
+
+    async def send(message: Any) -> None:
+        sent.append((message["type"], message.get("body"), message.get("more_body", False)))
+
+    scope = {"type": "http", "headers": [(b"content-length", b"99999")], "method": "POST"}
+    lingering = limits.linger(PlainTextResponse("no"), 100 if name == "bytes" else 1 << 40)
+    asyncio.run(lingering(scope, receive, send))  # type: ignore[arg-type]
+    assert sent[1:] == [("http.response.body", b"no", True), ("http.response.body", b"", False)]
+    assert {"bytes": received == 10, "pause": received == 1, "time": received > 1}[name]
+
+
+@pytest.mark.parametrize("body", [b"", b"x" * 10])
+def test_body_that_was_read_is_not_waited_for(body: bytes) -> None:
+    """Whether the app has read it or not, and if the client has disconnected."""
+    sent: list[Any] = []
+    messages = [
+        {"type": "http.request", "body": body, "more_body": bool(body)},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "headers": [(b"content-length", b"10")], "method": "POST"}
+    asyncio.run(limits.linger(PlainTextResponse("no"))(scope, receive, send))  # type: ignore[arg-type]
+    assert sent[-1] == {"type": "http.response.body", "body": b""}
+    assert len(messages) == (0 if body else 1)
 
 
 @pytest.mark.parametrize("has_begun", [False, True])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import json
+import socket
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ import orchestrator.http
 from orchestrator import AsyncOrchestrator, LoadRequest
 from orchestrator.http import bodies, create_app, pages, router, schemas
 from orchestrator.settings.fields import SETTINGS
-from tests.kit.http import PREFIX, Serve, problem, serving
+from tests.kit.http import DEADLINE_S, PREFIX, Serve, problem, serving
 from tests.kit.process.support import is_running
 
 JSON = {"Content-Type": "application/json"}
@@ -250,6 +253,84 @@ def test_every_route_but_health_needs_a_key(serve: Serve) -> None:
         for good in ("Bearer s3cret", "bearer another"):
             headers = {"Authorization": good}
             assert client.get(PREFIX + "/status", headers=headers).status_code == 200
+        assert client.get(PREFIX + "/status", headers={"X-Api-Key": "another"}).status_code == 200
+        both = {"X-Api-Key": "s3cret", "Authorization": "Basic eDp5"}  # of a proxy
+        assert client.get(PREFIX + "/status", headers=both).status_code == 200
+        wrong_key = {"X-Api-Key": "Bearer s3cret"}
+        assert client.get(PREFIX + "/status", headers=wrong_key).status_code == 401
+
+
+# ----------------------------------------------------------------------------------------- HEAD
+
+
+PLAIN = ("/", "/panel/main.js", "/panel/fields.js", "/docs", "/openapi.json", "/healthz")
+
+
+def _get_routes(client: httpx.Client) -> list[str]:
+    paths: dict[str, Any] = client.get("/openapi.json").json()["paths"]
+    documented = [path for path, methods in paths.items() if "get" in methods]
+    return [*PLAIN, *(path for path in documented if not path.startswith("/v1/"))]
+
+
+def test_head_answers_with_the_headers_of_get(idle: httpx.Client) -> None:
+    """Uptime monitors and link checkers send it (RFC 9110, 9.3.2)."""
+    paths = _get_routes(idle)
+    assert PREFIX + "/status" in paths
+    for path in paths:
+        head = idle.head(path)
+        assert head.content == b""
+        with idle.stream("GET", path) as get:
+            assert head.status_code == get.status_code, path
+            for name in set(get.headers) - {"date", "content-length", "transfer-encoding"}:
+                assert head.headers[name] == get.headers[name], (path, name)
+    assert idle.head(LOAD).status_code == 405
+    assert idle.head("/nowhere").status_code == 404
+
+
+def test_head_of_a_stream_ends_at_once(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing stays open behind it."""
+    has_ended = threading.Event()
+
+    async def endless(*_: object) -> AsyncIterator[Any]:
+        try:
+            await asyncio.Event().wait()
+            yield
+        finally:
+            has_ended.set()
+
+    monkeypatch.setattr(AsyncOrchestrator, "follow_logs", endless)
+    monkeypatch.setattr(AsyncOrchestrator, "events", endless)
+    with serve() as client:
+        for path, kind in (("/logs?follow=true", "text/plain"), ("/events", "text/event-stream")):
+            has_ended.clear()
+            answer = client.head(PREFIX + path)
+            assert (answer.status_code, answer.content) == (200, b"")
+            assert answer.headers["content-type"].startswith(kind)
+            assert has_ended.wait(DEADLINE_S), path
+
+
+# --------------------------------------------------------------------------------------- HTTP/1.0
+
+
+def _raw(client: httpx.Client, request: str) -> tuple[int, str]:
+    """Send these bytes; return the status and the rest of the answer."""
+    with socket.create_connection((client.base_url.host, client.base_url.port)) as connection:
+        connection.settimeout(DEADLINE_S)
+        connection.sendall(request.encode())
+        with connection.makefile("rb") as answer:
+            return int(answer.readline().split()[1]), answer.readline().decode()
+
+
+def test_health_checks_of_http_1_0_need_no_host(idle: httpx.Client) -> None:
+    """As HAProxy and old load balancers send them. Everything else needs one: a name that was
+    rebound would be sent.
+    """
+    for path, status in (("/healthz", 200), ("/readyz", 503), (PREFIX + "/status", 400)):
+        for method in ("GET", "HEAD"):
+            assert _raw(idle, f"{method} {path} HTTP/1.0\r\n\r\n")[0] == status
+    assert _raw(idle, "GET /healthz HTTP/1.1\r\nConnection: close\r\n\r\n")[0] == 400
+    for name in ("evil.example", ""):
+        assert _raw(idle, f"GET /healthz HTTP/1.0\r\nHost: {name}\r\n\r\n")[0] in {400, 403}
 
 
 # ----------------------------------------------------------------------------- OpenAPI, embedding
@@ -305,7 +386,7 @@ def test_openapi_examples_are_valid(model: type) -> None:
 def test_openapi_declares_keys_only_where_needed() -> None:
     """A generated client must know."""
     wanted = create_app(llama_server="embedded", api_keys=["k"]).openapi()
-    assert wanted["security"] == [{"key": []}]
+    assert wanted["security"] == [{"key": []}, {"x_api_key": []}]
     assert "security" not in create_app(llama_server="embedded").openapi()
 
 

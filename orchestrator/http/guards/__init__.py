@@ -14,6 +14,9 @@ from orchestrator.http import pages
 Check = Callable[[Scope], Response | None]
 """Returns the refusal of a request, or None."""
 
+PROBED_PATHS: Final = ("/healthz", "/readyz")
+"""For load balancers: no key, and no Host with HTTP/1.0."""
+
 _ALL: Final = {"X-Content-Type-Options": "nosniff"}
 _API: Final = {**_ALL, "Cache-Control": "no-store", "Cross-Origin-Resource-Policy": "same-origin"}
 
