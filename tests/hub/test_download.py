@@ -20,9 +20,9 @@ from orchestrator.errors import (
     Cancelled,
     DiskFull,
     HubCorrupt,
-    HubError,
     HubUnreachable,
     InvalidModel,
+    OrchestratorError,
 )
 from orchestrator.models.hub import cache
 from orchestrator.models.hub import download as hub_models
@@ -218,6 +218,9 @@ def test_cached_branch_costs_one_request(
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
+        ({"status": 401}, "401"),
+        ({"status": 403}, "403"),
+        ({"status": 404}, "404"),
         ({"status": 500}, "500"),
         ({"status": 429, "retry_after_s": 1}, "too many requests"),
         ({"hang": True}, "2 s"),
@@ -254,16 +257,43 @@ def test_cached_model_is_used_with_a_note_if_the_hub_fails(
         assert len(hub.requests) == 1
 
 
-@pytest.mark.usefixtures("gguf_repo")
-def test_cached_model_is_not_used_if_the_hub_refuses_it(
-    hub: fake_hub.Hub, records: Path, monkeypatch: pytest.MonkeyPatch
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    # what became of a repo after it was fetched, and the error without a cached model
+    "deleted or private": ({"private": True}, "model_not_found"),
+    "gated, with other files": ({"gated": True}, "hub_gated"),
+    "without the branch": ({"branches": {}}, "model_not_found"),
+    "without the variant": ({}, "model_not_found"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_cached_model_is_used_with_a_note_whatever_became_of_its_repo(
+    hub: fake_hub.Hub,
+    gguf_repo: fake_hub.Repo,
+    gguf_files: dict[str, fake_hub.Content],
+    records: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    case: str,
 ) -> None:
+    """It is on this machine, and what the Hub says of it today takes nothing away (B76)."""
     monkeypatch.setattr(hub_models, "FRESHNESS_S", 20.0)  # however long the fetcher takes to start
-    fetch(records)
-    hub.fail(path="/api/models", status=403)
-    with pytest.raises(HubError) as caught:
-        fetch(records)
-    assert caught.value.problem.category == "hub_unauthorized"
+    revision = "main" if "branch" in case else None
+    asked: dict[str, Any] = {"gguf_variant": "Q8_0", "revision": revision}
+    first = fetch(records, **asked)
+    change, category = CHANGES[case]
+    if "files" in case or "variant" in case:
+        files = {**gguf_files, FILE: gguf_files["Qwen3-0.6B-Q4_K_M.gguf"]}
+        gguf_repo.push({n: f for n, f in files.items() if "files" in case or "-Q" not in n})
+    for name, value in change.items():
+        setattr(gguf_repo, name, value)
+    token = CancelToken(Generation(1))
+    for found in (requested(records, **asked).resolve(token), fetch(records, **asked)):
+        assert found.weights == first.weights
+        assert found.hub is not None
+        assert found.hub.note is not None
+    with pytest.raises(OrchestratorError) as caught:
+        fetch(records, gguf_variant="Q4_K_M", revision=revision)
+    assert caught.value.problem.category == category
 
 
 def test_new_commit_is_fetched_without_the_files_that_are_the_same(

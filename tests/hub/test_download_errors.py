@@ -14,7 +14,6 @@ from typing import Any
 
 import psutil
 import pytest
-from structlog.testing import capture_logs
 
 from orchestrator.errors import (
     HubError,
@@ -40,6 +39,7 @@ from tests.kit.downloads import (
 )
 from tests.kit.models import MODEL
 from tests.kit.sentences import assert_sentence
+from tests.kit.shell.records import captured
 
 pytestmark = pytest.mark.usefixtures("hub")
 
@@ -299,7 +299,7 @@ def test_token_is_sent_to_the_hub_only(
     repo = fake_hub.Repo("owner/gated", {FILE: gguf_files[FILE]}, gated=True, readers=[token])
     hub.add(repo)
     hold = hub.fail(path="/cdn/", stall_after=1000, times=1)
-    with capture_logs() as logs:
+    with captured() as logs:
         one = download(model_path="owner/gated", hf_token=token)
         hub.wait_for(lambda: hold.held)
         (fetcher,) = fetchers()
@@ -317,7 +317,7 @@ def test_token_is_sent_to_the_hub_only(
 def test_token_is_redacted_whatever_it_looks_like(hub: fake_hub.Hub, records: Path) -> None:
     secret = "quite-an-unusual-secret"
     hub.add(fake_hub.Repo("owner/private", {}, private=True, readers=[secret]))
-    with pytest.raises(ModelNotFound) as caught, capture_logs() as logs:
+    with pytest.raises(ModelNotFound) as caught, captured() as logs:
         fetch(records, hf_token=secret, revision=secret)
     assert caught.value.field == "revision"
     assert secret not in str(caught.value) + str(logs)

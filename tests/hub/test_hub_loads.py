@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from orchestrator import LoadRequest, Orchestrator, State
-from orchestrator.errors import Cancelled, HubError, HubUnreachable, OrchestratorError, Superseded
+from orchestrator.errors import Cancelled, HubError, OrchestratorError, Superseded
 from tests.kit.fake_hub import Content, Hub, Repo
 from tests.kit.models import TINY
 from tests.kit.process.support import Background, until, until_state
@@ -57,13 +57,17 @@ def test_extra_args_are_inherited_by_the_resolved_variant(
     assert again.llama_extra_args == ["--seed", "7"]
 
 
-def test_cached_model_is_loaded_with_a_note_if_the_hub_is_unreachable(
-    orch: Orchestrator, tiny_repo: Repo, hub: Hub
+@pytest.mark.parametrize("status", [None, 403])
+def test_cached_model_is_loaded_with_a_note_if_the_hub_is_unreachable_or_refuses(
+    orch: Orchestrator, tiny_repo: Repo, hub: Hub, status: int | None
 ) -> None:
-    """Neither refused nor downloaded again (B58)."""
+    """Neither refused nor downloaded again (B58, B76)."""
     orch.load(TINY)
     orch.unload()
-    hub.stop()
+    if status is None:
+        hub.stop()
+    else:
+        hub.fail(status=status)
     again = orch.load(TINY)
     assert again.status == "loaded"
     assert again.note is not None
@@ -71,9 +75,9 @@ def test_cached_model_is_loaded_with_a_note_if_the_hub_is_unreachable(
     loaded = orch.status().loaded
     assert loaded is not None
     assert loaded.note == again.note
-    with pytest.raises(HubUnreachable) as caught:
+    with pytest.raises(HubError) as caught:
         orch.load(TINY, gguf_variant="Q8_0")
-    assert caught.value.problem.status == 502
+    assert caught.value.problem.status == (status or 502)
 
 
 def test_cancel_ends_a_download_at_once_and_the_next_load_continues_it(

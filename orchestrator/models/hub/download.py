@@ -40,7 +40,10 @@ FRESHNESS_S: Final = 2.0  # for the Hub to say that a cached revision is the new
 LISTING_S: Final = 20.0  # for the Hub to list a repo for `variants`
 RECENT_S: Final = 60.0  # for a plan to use an answer of the Hub
 _MAX_BYTES: Final = 1 << 50
-_FALLS_BACK: Final = frozenset({"hub_unreachable", "hub_rate_limited", "hub_error"})
+_ANSWERS: Final = frozenset(  # of the Hub, for which what is whole in the cache is used
+    {"hub_unreachable", "hub_rate_limited", "hub_error", "hub_corrupt"}
+    | {"hub_unauthorized", "hub_gated", "model_not_found"}
+)
 _log = event_log("orchestrator.download")
 
 
@@ -122,7 +125,7 @@ class RequestedModel:
         """Ask the Hub what the model is and whether it can be fetched.
 
         A model that is whole in the cache is returned without a request if it is pinned or offline,
-        and with a note if the Hub cannot be asked.
+        and with a note if the Hub does not answer with a model.
         """
         _check_token(token)
         known = self._cached()
@@ -171,7 +174,7 @@ class RequestedModel:
             return files
 
     def variants(self, token: CancelToken) -> list[Variant]:
-        """Return the variants of the repo; those in the cache where the Hub cannot be asked."""
+        """Return the variants of the repo; those in the cache where the Hub lists none."""
         repo = self._repo
         try:
             if cache.is_offline():
@@ -181,7 +184,7 @@ class RequestedModel:
         except OrchestratorError as error:
             known = cache.find_commit(repo, self._request.revision)
             names = known[0].names(known[1]) if known else []
-            if not known or not names or error.problem.category not in _FALLS_BACK:
+            if not known or not names or error.problem.category not in _ANSWERS:
                 raise
             cached, commit = known
             listing = {name: cached.size_and_etag(commit, name) for name in names}
@@ -336,8 +339,8 @@ def _roles(repo: CachedRepo, commit: str, listing: Listing) -> variants.RoleOf:
 
 
 def _fall_back(files: ModelFiles | None, error: OrchestratorError) -> ModelFiles:
-    """Return a cached model with a note, if there is one and the Hub could not be asked."""
-    if files is None or files.hub is None or error.problem.category not in _FALLS_BACK:
+    """Return a cached model with a note, if there is one, whatever the Hub answered."""
+    if files is None or files.hub is None or error.problem.category not in _ANSWERS:
         raise error
     _log("warning", "hub.fell_back", repo=files.hub.repo, reason=error.message)
     note = f"the cached revision is used: {error.message}"
