@@ -204,6 +204,9 @@ def test_cancel_while_the_server_starts(
     panel.apply(model_path=tiny_model)
     panel.expect_state("WaitingHealth")
     until(client, is_at_gate)
+    text = panel.page.locator("#progress-text")
+    expect(text).to_have_text(re.compile(r"^Loading · (\S+ \S+) of \1"))
+    assert panel.page.locator("#bar").evaluate("bar => bar.position") == -1, "not indeterminate"
     panel.page.click("#cancel")
     panel.expect_state("Idle")
     panel.expect_sentence("#sent", "panel.sent.cancelled", generation=1)
