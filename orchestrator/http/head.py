@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from fastapi import HTTPException
 from fastapi.routing import APIRoute
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,10 +17,13 @@ class HeadRoute(APIRoute):
         return super().matches(_as_get(scope))
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["method"] == "HEAD" and "GET" in (self.methods or ()):
+        methods = self.methods or set()
+        if "GET" not in methods or scope["method"] == "GET":
+            await super().handle(scope, receive, send)
+        elif scope["method"] == "HEAD":
             await _head(super().handle, scope, receive, send)
         else:
-            await super().handle(scope, receive, send)
+            raise HTTPException(405, headers={"Allow": ", ".join(sorted({*methods, "HEAD"}))})
 
 
 def _as_get(scope: Scope) -> Scope:

@@ -284,6 +284,7 @@ def test_head_answers_with_the_headers_of_get(idle: httpx.Client) -> None:
             for name in set(get.headers) - {"date", "content-length", "transfer-encoding"}:
                 assert head.headers[name] == get.headers[name], (path, name)
     assert idle.head(LOAD).status_code == 405
+    assert idle.post(PREFIX + "/status").headers["allow"] == "GET, HEAD"
     assert idle.head("/nowhere").status_code == 404
 
 
@@ -403,6 +404,7 @@ def test_router_answers_with_problems_in_another_app(state_dir: Path) -> None:
     app.include_router(router(orch), prefix="/ai")
     with serving(app) as client:
         assert client.get("/ai" + PREFIX + "/status").json()["state"] == "Idle"
+        assert client.head("/ai" + PREFIX + "/status").status_code == 200
         answer = client.post("/ai" + LOAD, json={"model_path": "gone.gguf"})
         assert problem(answer) == (404, "model_not_found")
         client.post("/ai" + PREFIX + "/unload")
