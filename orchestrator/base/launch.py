@@ -14,20 +14,35 @@ import sys
 import threading
 from typing import Any
 
-_spawning = threading.RLock()  # a signal handler may fork in the middle of a spawn
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+no_fork = threading.RLock()  # a signal handler may fork in the middle of a spawn
+"""While it is held, a fork by another thread waits."""
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=_spawning.acquire,
-        after_in_parent=_spawning.release,
-        after_in_child=_spawning.release,
+        before=no_fork.acquire,
+        after_in_parent=no_fork.release,
+        after_in_child=no_fork.release,
     )
 
 
 def popen(command: tuple[str, ...], **settings: Any) -> subprocess.Popen[bytes]:
     """Start a process, as `subprocess.Popen` does."""
-    with _spawning:
+    with no_fork:
         return subprocess.Popen(command, **settings)
+
+
+def beyond_streams(fd: int) -> int:
+    """Move a descriptor away from 0 to 2, which children replace; a daemon may have none there."""
+    if fd > 2:
+        return fd
+    moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(fd)
+    return moved
 
 
 def interpreter() -> str | None:

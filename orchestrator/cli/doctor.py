@@ -11,7 +11,6 @@ import contextlib
 import errno
 import fcntl
 import importlib.util
-import logging
 import os
 import platform
 import shutil
@@ -37,7 +36,8 @@ from orchestrator.models.variants import Variant
 from orchestrator.runtime.orchestrator import Orchestrator
 from orchestrator.server import process_table
 from orchestrator.server.binaries import ask_catalogue, find_server
-from orchestrator.server.slot import Slot, cache_dir
+from orchestrator.server.slot import Slot
+from orchestrator.server.state_dir import cache_dir
 from orchestrator.settings.reference import split_reference
 
 _MARKS: Final = {"ok": ("✓", "green"), "note": ("·", "yellow"), "problem": ("✗", "bold red")}
@@ -333,7 +333,7 @@ def doctor(ctx: click.Context, /, *, as_json: bool, **given: Any) -> int:
     With MODEL (a file, a folder, or owner/name[:VARIANT] on the Hub), check that it fits too. With
     --config (a FILE may follow), first show the value and the source of every setting.
     """
-    logs.configure(logging.WARNING, "console")
+    logs.configure("warning")
     explained = {"config": config.explain(ctx)} if config.is_named(ctx) else {}
     if explained and not as_json:
         _show_settings(explained["config"])

@@ -21,7 +21,7 @@ from orchestrator.models.hub.download import RequestedModel
 from orchestrator.models.hub.fetch_process import FetchProgress
 from orchestrator.models.hub.records import Records
 from orchestrator.runtime.answers import prefetch_outcome
-from orchestrator.server.slot import cache_dir
+from orchestrator.server.state_dir import cache_dir
 from orchestrator.settings.reference import split_reference
 
 _JSON_EVERY_S = 0.5

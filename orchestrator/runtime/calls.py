@@ -34,7 +34,7 @@ from orchestrator.runtime.owner import Call, Owner
 from orchestrator.runtime.parts import Parts
 from orchestrator.runtime.ports import Progress
 from orchestrator.runtime.snapshot import KnownNames, Observer, Snapshot
-from orchestrator.server.slot import cache_dir
+from orchestrator.server.state_dir import cache_dir
 from orchestrator.settings.argv import build_argv
 from orchestrator.settings.checks import checked_seconds
 from orchestrator.settings.drafting import accepted_modes

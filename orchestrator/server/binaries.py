@@ -30,6 +30,7 @@ from orchestrator.errors import ServerUnavailable, naming
 from orchestrator.models.local import identity_of
 from orchestrator.server import process_table
 from orchestrator.server.environment import inherited_environment
+from orchestrator.server.pin import Pin, wait_exited
 from orchestrator.settings.files import FileIdentity
 from orchestrator.settings.help_text import Catalogue, FlagHelp, parse_help
 from orchestrator.settings.target import ServerBinary
@@ -193,9 +194,9 @@ def _run(command: tuple[str, ...]) -> tuple[int, str]:
             start_new_session=True,
         )
         identity = process_table.identify(process.pid)
-        pin = process_table.Pin.of(identity) if identity is not None else None
+        pin = Pin.of(identity) if identity is not None else None
         if pin is not None:  # None: it has exited already
-            process_table.wait_exited([pin], _ASK_S)
+            wait_exited([pin], _ASK_S)
             pin.close()
             with contextlib.suppress(OSError):
                 os.killpg(process.pid, signal.SIGKILL)  # not reaped yet, so the group is its own

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from orchestrator.base.tokens import Generation
 from orchestrator.machine.facts import Exit
 from orchestrator.server.output import OutputRing
-from orchestrator.server.process_table import Pin
+from orchestrator.server.pin import Pin
 
 
 @dataclass(slots=True, eq=False)

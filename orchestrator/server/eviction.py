@@ -20,7 +20,8 @@ from orchestrator.base.log import event_log
 from orchestrator.machine.facts import SlotEvidence
 from orchestrator.server import ladder, process_table
 from orchestrator.server.child import ServerProcess
-from orchestrator.server.process_table import Pin, ProcessId
+from orchestrator.server.pin import Pin
+from orchestrator.server.process_table import ProcessId
 from orchestrator.server.slot import Slot
 
 VERIFY_EVERY_S: Final = 0.02
@@ -75,11 +76,10 @@ class Eviction:
         if self._pins or self._server_runs:
             return False
         late = self._pin(self._inhabitants())
-        evidence, lock_fd = self.slot.take_lock() if not late else (None, None)
-        if lock_fd is not None:
-            os.close(lock_fd)
-            return True
-        if evidence is not None:
+        if not late:
+            evidence = self.slot.verify()
+            if evidence.is_empty:
+                return True
             self._why = evidence.reason
             late = self._pin(self.slot.lock_holders())
         for pin in late:

@@ -17,7 +17,8 @@ from typing import Any
 
 from orchestrator.base import launch
 from orchestrator.server import eviction, process_table
-from orchestrator.server.process_table import Pin, ProcessId
+from orchestrator.server.pin import Pin, wait_exited
+from orchestrator.server.process_table import ProcessId
 from orchestrator.server.slot import TOKEN_NAME, Slot
 
 _POLL_HOST_S = 3600.0
@@ -67,7 +68,7 @@ def main(arguments: dict[str, Any]) -> None:
     host = ProcessId(*arguments["host"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the host
     while (pin := Pin.to_watch(host)) is not None:
-        process_table.wait_exited([pin], _POLL_HOST_S)
+        wait_exited([pin], _POLL_HOST_S)
         pin.close()
     slot = Slot(arguments["slot"], arguments["state_dir"])
     slot.token = arguments["token"]  # another one if the folder was removed and created again

@@ -12,11 +12,8 @@ import contextlib
 import mmap
 import os
 import re
-import select
-import signal
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -25,8 +22,6 @@ from typing import Any, Final
 import psutil
 
 LINUX: Final = sys.platform == "linux"
-# Absent from a Python built against old kernel headers, whatever kernel it runs on.
-_pidfd_open: Callable[[int], int] | None = getattr(os, "pidfd_open", None)
 _File = str | os.PathLike[str] | int  # a path, or a descriptor
 _TCP_ROW_BYTES: Final = 150  # fixed by the kernel's format
 
@@ -99,82 +94,6 @@ def is_alive(process: ProcessId) -> bool:
         and found.start_ticks == process.start_ticks
         and boot_id() == process.boot_id
     )
-
-
-@dataclass(slots=True, eq=False)
-class Pin:
-    """A handle that cannot come to mean another process.
-
-    The pidfd is opened first and the identity is checked second, so a signal through it reaches
-    this process or none. Without pidfds the identity is checked again before every signal.
-
-    Attributes:
-        fd: A pidfd, readable once the process has exited; None where there are no pidfds.
-    """
-
-    process: ProcessId
-    fd: int | None
-
-    @classmethod
-    def of(cls, process: ProcessId) -> Pin | None:
-        """Pin a process in order to signal it; None if it has exited, or must not be signalled.
-
-        Pid 0, pid 1 and the calling process must not be.
-        """
-        if process.pid <= 1 or process.pid == os.getpid():
-            return None
-        return cls.to_watch(process)
-
-    @classmethod
-    def to_watch(cls, process: ProcessId) -> Pin | None:
-        """Pin any process, including pid 1, which is often the host in a container."""
-        try:
-            fd = _pidfd_open(process.pid) if _pidfd_open is not None else None
-        except ProcessLookupError:
-            return None
-        except OSError:  # forbidden by some container runtimes, or no descriptor left: we poll
-            fd = None
-        pin = cls(process, fd)
-        if not is_alive(process):
-            pin.close()
-            return None
-        return pin
-
-    @property
-    def has_exited(self) -> bool:
-        if (fd := self.fd) is None:  # read once: the warden may close it on its own thread
-            return not is_alive(self.process)
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        return bool(poll.poll(0))
-
-    def signal(self, signum: int) -> None:
-        """Send a signal. A process that has exited, or that we may not signal, is not an error."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if self.fd is not None and _pidfd_open is not None:
-                signal.pidfd_send_signal(self.fd, signum)
-            elif is_alive(self.process):
-                os.kill(self.process.pid, signum)
-
-    def close(self) -> None:
-        fd, self.fd = self.fd, None
-        if fd is not None:
-            os.close(fd)
-
-
-def wait_exited(pins: Iterable[Pin], timeout_s: float) -> bool:
-    """Wait until all of these processes have exited; return False on timeout."""
-    waiting = [pin for pin in pins if not pin.has_exited]
-    ends = time.monotonic() + timeout_s
-    while waiting and (left := ends - time.monotonic()) > 0:
-        if (fd := waiting[0].fd) is not None:
-            poll = select.poll()
-            poll.register(fd, select.POLLIN)
-            poll.poll(left * 1000)
-        else:
-            time.sleep(0.005)
-        waiting = [pin for pin in waiting if not pin.has_exited]
-    return not waiting
 
 
 def pids() -> list[int]:

@@ -4,6 +4,10 @@
 `server.lock` is inherited by the server and everything it starts, and closed by us, so the kernel
 releases it when the last of them is dead. Processes that have closed it are found by the record,
 which is written before the spawn, and by a token in their environment.
+
+A lock file is only believed to be the one on disk after a comparison: the folder may be removed or
+replaced at any time. Then what was started is judged by the files that were open, the name
+(slot_name.py) still refuses a second owner, and the folder is made anew before anything is started.
 """
 
 from __future__ import annotations
@@ -16,12 +20,16 @@ import time
 import weakref
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
+from orchestrator.base import launch
+from orchestrator.base.log import event_log
 from orchestrator.errors import InvalidRequest, SlotOwned, StateDirError, UnsupportedPlatform
 from orchestrator.machine.facts import SlotEvidence
-from orchestrator.server import process_table
+from orchestrator.server import process_table, slot_name
 from orchestrator.server.process_table import ProcessId
+from orchestrator.server.slot_name import NameTaken
+from orchestrator.server.state_dir import make_private, prepare, unusable
 
 try:
     import fcntl
@@ -34,19 +42,7 @@ _RECORD_VERSION: Final = 1
 _VERIFY_EVERY_S: Final = 0.02
 _SUCCESSION_S: Final = 10.0
 _HANDOVER_S: Final = 0.25
-
-
-def default_state_dir() -> Path:
-    """Return `$LLAMA_ORCHESTRATOR_STATE_DIR`, or the XDG state directory of this user."""
-    if given := os.environ.get("LLAMA_ORCHESTRATOR_STATE_DIR"):
-        return Path(given)
-    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    return Path(home) / "llama-orchestrator"
-
-
-def cache_dir(state_dir: str | os.PathLike[str] | None) -> Path:
-    """Return the folder for what is cached about this machine, shared by all slots."""
-    return Path(state_dir or default_state_dir()) / "cache"
+_log = event_log("orchestrator.server")
 
 
 class Slot:
@@ -66,14 +62,16 @@ class Slot:
                 field="slot",
             )
         self.name = name
-        self.directory: Path = _prepare(state_dir) / name
-        _make_private(self.directory)
+        self.directory: Path = prepare(state_dir) / name
+        make_private(self.directory)
         self.lock_path: Path = self.directory / "server.lock"
         self.record_path: Path = self.directory / "server.json"
         self.owner_path: Path = self.directory / "owner.lock"
         status = self.directory.stat()  # the same path in a container is another slot
         self.token: str = f"{TOKEN_NAME}={self.directory}:{status.st_dev:x}:{status.st_ino:x}"
+        self._name_fd: int | None = None
         self._owner_fd: int | None = None
+        self._lock_fd: int | None = None  # of the file that our server's lock is on
         self._owner_pid = 0
         self._known: set[ProcessId] = set()
         _slots.add(self)
@@ -85,42 +83,76 @@ class Slot:
         for that, at most 10 s.
 
         Raises:
-            SlotOwned: Another live orchestrator has it; the message names its pid.
+            SlotOwned: Another live orchestrator has it; the message says which process that is.
             UnsupportedPlatform: There are no inherited locks here.
-            StateDirError: The lock file cannot be opened or written.
+            StateDirError: A lock file cannot be opened or written.
         """
         if fcntl is None:
             raise UnsupportedPlatform.because("this platform has no flock: use Linux or macOS")
         ends = time.monotonic() + _SUCCESSION_S
-        while (fd := _try_lock(self.owner_path)) is None:
-            owner = _read_owner(self.owner_path)
-            is_alive = owner is not None and process_table.is_alive(owner)
-            if is_alive or time.monotonic() > ends:
-                who = f"process {owner.pid}" if owner and is_alive else "another process"
-                raise SlotOwned.because(
-                    f"slot {self.name!r} is owned by {who}: stop it, or use another slot name",
-                    field="slot",
-                )
+        while not self._try_claim():
+            pid = self._living_owner()
+            if pid is not None or time.monotonic() > ends:
+                raise _owned(self.name, pid)
             time.sleep(_VERIFY_EVERY_S)
+
+    def _try_claim(self) -> bool:
+        try:
+            with launch.no_fork:  # a fork closes what it finds in `_name_fd`
+                self._name_fd = slot_name.bind(self.directory)
+        except NameTaken:
+            return False
+        try:
+            if (fd := _try_lock(self.owner_path)) is not None:
+                self._own(fd)
+        finally:
+            if self._owner_fd is None:
+                self._give_up_name()
+        return self._owner_fd is not None
+
+    def _own(self, fd: int) -> None:
+        """Make a locked descriptor of `owner.lock` ours, and write our identity into the file."""
         me = process_table.identify(os.getpid())
         try:
             os.ftruncate(fd, 0)
             os.pwrite(fd, json.dumps(asdict(me)).encode() if me else b"", 0)
+            lock_fd = _open(self.lock_path)
         except OSError as error:
+            if fd != self._owner_fd:
+                os.close(fd)
+            raise unusable(self.directory, error) from error
+        self._owner_pid = os.getpid()
+        self._keep(fd, lock_fd)
+
+    def _keep(self, owner_fd: int | None, lock_fd: int | None) -> None:
+        """Close the other descriptors; never LOCK_UN, by which a fork would release our lock."""
+        old = {self._owner_fd, self._lock_fd} - {owner_fd, lock_fd, None}
+        self._owner_fd, self._lock_fd = owner_fd, lock_fd
+        for fd in old:
+            os.close(cast("int", fd))
+
+    def _give_up_name(self) -> None:
+        fd, self._name_fd = self._name_fd, None
+        if fd is not None:
             os.close(fd)
-            raise _unusable(self.owner_path, error) from error
-        self._owner_fd, self._owner_pid = fd, os.getpid()
+
+    def _living_owner(self) -> int | None:
+        owner = _read_owner(self.owner_path)
+        if owner is not None and process_table.is_alive(owner):
+            return owner.pid
+        pid = slot_name.holder(self.directory)
+        found = None if pid is None else process_table.row(pid)
+        return None if found is None or found.is_zombie else pid
 
     def succeed(self, owner: ProcessId) -> bool:
         """Take the slot over on behalf of a dead owner; return False if it has been claimed."""
         ends = time.monotonic() + _HANDOVER_S
-        fd = None
-        while fd is None and self.belongs_to(owner) and time.monotonic() < ends:
-            fd = _try_lock(self.owner_path)
-            if fd is None:  # a claim about to be written, or a fork that never ran our hook
+        self._lock_fd = _open(self.lock_path)
+        while self._owner_fd is None and self.belongs_to(owner) and time.monotonic() < ends:
+            self._owner_fd = _try_lock(self.owner_path)
+            if self._owner_fd is None:  # a claim about to be written, or a fork without our hook
                 time.sleep(_VERIFY_EVERY_S)
-        if fd is not None:
-            self._owner_fd, self._owner_pid = fd, os.getpid()
+        self._owner_pid = os.getpid()
         return self.belongs_to(owner)
 
     def belongs_to(self, owner: ProcessId) -> bool:
@@ -130,17 +162,32 @@ class Slot:
     def release(self) -> None:
         """Give up the slot; it should be empty by then."""
         if self._owner_fd is not None and self._owner_pid == os.getpid():
-            os.close(self._owner_fd)  # never LOCK_UN: a fork would release our lock
-            self._owner_fd = None
+            self._keep(None, None)
+            self._give_up_name()
 
     def disown(self) -> None:
-        """Close this process's descriptors of both locks: a forked worker owns nothing.
+        """Close this process's copies of both locks and of the name: a forked worker owns nothing.
 
-        They are found by inode, because another thread may have been opening one at the fork.
+        The locks are found by inode, because another thread may have been opening one at the fork.
         """
-        for fd in process_table.own_descriptors((self.owner_path, self.lock_path)):
+        ours = (self.owner_path, self.lock_path, self._owner_fd, self._lock_fd)
+        for fd in process_table.own_descriptors(one for one in ours if one is not None):
             os.close(fd)
-        self._owner_fd = None
+        self._owner_fd = self._lock_fd = None
+        self._give_up_name()
+
+    def verify(self) -> SlotEvidence:
+        """Ask the operating system whether everything that was started in this slot is dead.
+
+        This needs no folder: the lock is that of the file which the server inherited.
+        """
+        if not _lock(cast("int", self._lock_fd)):
+            return SlotEvidence(False, "a process still holds the lock of this slot")
+        fcntl.flock(cast("int", self._lock_fd), fcntl.LOCK_UN)  # no server inherits this one
+        alive = (p.pid for p in self._known if process_table.is_alive(p))
+        if (pid := next(alive, None)) is not None:
+            return SlotEvidence(False, f"process {pid} is still alive")
+        return SlotEvidence(True)
 
     def take_lock(self) -> tuple[SlotEvidence, int | None]:
         """Ask the operating system whether the slot is empty, and keep it so.
@@ -149,17 +196,32 @@ class Slot:
             The evidence and, if the slot is empty, a locked descriptor: pass it to the server and
             close it, or close it. While it is open no other process can find the slot empty.
         """
+        evidence = self.verify()
+        if not evidence.is_empty:
+            return evidence, None
         try:
+            self._restore()
             fd = _try_lock(self.lock_path)
-        except StateDirError as error:
+        except (SlotOwned, StateDirError) as error:
             return SlotEvidence(False, error.message), None
         if fd is None:
             return SlotEvidence(False, "a process still holds the lock of this slot"), None
-        for process in self._known:
-            if process_table.is_alive(process):
-                os.close(fd)
-                return SlotEvidence(False, f"process {process.pid} is still alive"), None
-        return SlotEvidence(True), fd
+        return evidence, fd
+
+    def _restore(self) -> None:
+        """Make the folder and the lock files anew if they are not those that we have open."""
+        if _is_at(self.owner_path, self._owner_fd) and _is_at(self.lock_path, self._lock_fd):
+            return
+        _log("warning", "slot.restored", directory=str(self.directory))
+        make_private(self.directory, parents=True)
+        fd = (
+            self._owner_fd
+            if _is_at(self.owner_path, self._owner_fd)
+            else _try_lock(self.owner_path)
+        )
+        if fd is None:
+            raise _owned(self.name, self._living_owner())
+        self._own(fd)
 
     def inhabitants(self, group: int | None = None) -> set[ProcessId]:
         """Return every running process that belongs to this slot's server.
@@ -181,7 +243,8 @@ class Slot:
         """Return which processes have the server lock open. Slower than `inhabitants`: for a lock
         that is held although no inhabitant is left.
         """
-        return self.identified(process_table.holders(str(self.lock_path), process_table.pids()))
+        lock_fd = cast("int", self._lock_fd)
+        return self.identified(process_table.holders(lock_fd, process_table.pids()))
 
     def identified(self, pids: set[int]) -> set[ProcessId]:
         """Identify these pids, except zombies, this process, its ancestors, and pid 0 and 1.
@@ -215,7 +278,7 @@ class Slot:
             temporary.write_text(json.dumps(members), encoding="utf-8")
             os.replace(temporary, self.record_path)
         except OSError as error:
-            raise _unusable(self.record_path, error) from error
+            raise unusable(self.record_path, error) from error
 
     def recall(self) -> ProcessId | None:
         """Return the recorded server, which `take_lock` and `inhabitants` know from then on.
@@ -270,54 +333,46 @@ def _parse_process(members: Any) -> ProcessId:
     return process
 
 
-def _prepare(state_dir: str | os.PathLike[str] | None) -> Path:
-    """Return the state directory as an absolute path without links, created if necessary."""
-    root = default_state_dir()
-    if state_dir is not None:
-        try:
-            root = Path(state_dir).expanduser()
-            is_usable = state_dir != "" and root.parent.is_dir()
-        except (TypeError, RuntimeError):  # not a path; no such user
-            is_usable = False
-        if not is_usable:
-            raise StateDirError.because(
-                f"state_dir is {state_dir!r}: give the path of a folder whose parent exists",
-                field="state_dir",
-            )
-    _make_private(root, parents=state_dir is None)
-    return root.resolve()
+def _owned(name: str, pid: int | None) -> SlotOwned:
+    who, what = f"process {pid}", "stop it"
+    if pid is None:
+        who = "a process that its dead owner forked"
+    elif pid == os.getpid():
+        who, what = "this process", "call the orchestrator that has it"
+    elif process_table.group_of(pid) == os.getpgrp():
+        who, what = f"{who}, a worker of this program", "let one worker have it"
+    message = f"slot {name!r} is owned by {who}: {what}, or use another slot name"
+    return SlotOwned.because(message, field="slot")
 
 
-def _make_private(directory: Path, *, parents: bool = False) -> None:
-    probe = directory / ".probe"
+def _open(path: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    return launch.beyond_streams(os.open(path, flags, 0o600))
+
+
+def _lock(fd: int) -> bool:
     try:
-        directory.mkdir(mode=0o700, parents=parents, exist_ok=True)
-        probe.touch()
-        probe.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        raise _unusable(directory, error) from error
-
-
-def _unusable(path: Path, error: Exception) -> StateDirError:
-    why = getattr(error, "strerror", None) or str(error)
-    return StateDirError.because(
-        f"{path} cannot be written ({why}): check the disk, or choose another state_dir",
-        field="state_dir",
-    )
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _try_lock(path: Path) -> int | None:
     """Return a descriptor that holds the file's lock; None while another process holds it."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = _open(path)
     except OSError as error:
-        raise _unusable(path, error) from error
-    if fd <= 2:  # the host has no standard streams, and the child's are replaced
-        low, fd = fd, fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
-        os.close(low)
+        raise unusable(path, error) from error
+    if _lock(fd):
+        return fd
+    os.close(fd)
+    return None
+
+
+def _is_at(path: Path, fd: int | None) -> bool:
+    """Return whether this descriptor is of the file that the path names now."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return fd is not None and os.path.samestat(os.stat(path), os.fstat(fd))
     except OSError:
-        os.close(fd)
-        return None
-    return fd
+        return False

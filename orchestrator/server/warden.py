@@ -28,7 +28,8 @@ from orchestrator.server import ladder, process_table
 from orchestrator.server.child import ServerProcess
 from orchestrator.server.environment import API_KEY_NAME
 from orchestrator.server.eviction import Eviction
-from orchestrator.server.process_table import Pin, ProcessId
+from orchestrator.server.pin import Pin
+from orchestrator.server.process_table import ProcessId
 from orchestrator.server.slot import Slot
 
 _log = event_log("orchestrator.server")

@@ -25,11 +25,10 @@ from orchestrator.errors import (
     OrchestratorError,
     RefusedArgument,
     ServerUnavailable,
-    SlotOccupied,
     StateDirError,
 )
 from orchestrator.models.source import ModelSource
-from orchestrator.server import ladder, process_table
+from orchestrator.server import process_table
 from orchestrator.server.binaries import find_server
 from tests.kit.process.support import Fake, Make, transitions
 from tests.kit.sentences import assert_sentence
@@ -396,32 +395,6 @@ def test_a_read_only_state_directory_is_refused(
     assert refused.value.field == "state_dir"
     assert fake.entries() == []
     assert make(state_dir=directory).load(model_a).status == "loaded"
-
-
-def test_a_state_directory_removed_under_a_running_model_can_be_created_again(
-    make: Make,
-    fake: Fake,
-    model_a: str,
-    model_b: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Until then the server is ended, and no other one is started."""
-    monkeypatch.setattr(ladder, "_GONE_BASE_S", 0.2)
-    directory = tmp_path / "lost"
-    directory.mkdir()
-    orch = make(state_dir=directory, kill_grace_s=0.2)
-    pid = orch.load(model_a).pid
-    shutil.rmtree(directory)
-    with pytest.raises(SlotOccupied) as refused:
-        orch.load(model_b)
-    assert_sentence("slot.lock_lost", refused.value.message, path=directory)
-    assert fake.running() <= {pid}
-    assert len(fake.entries("start")) == 1
-    (directory / "default").mkdir(parents=True)
-    assert orch.unload().status == "unloaded"
-    assert fake.running() == set()
-    assert orch.load(model_b).status == "loaded"
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "x" * 65, "a b"])

@@ -23,9 +23,10 @@ import pytest
 from orchestrator.errors import InvalidRequest, SlotOwned, StateDirError
 from orchestrator.server import eviction, ladder, process_table
 from orchestrator.server.eviction import reap
-from orchestrator.server.process_table import Pin, ProcessId
+from orchestrator.server.pin import Pin
+from orchestrator.server.process_table import ProcessId
 from orchestrator.server.slot import TOKEN_NAME, Slot
-from tests.kit.process.support import is_running, kill, until
+from tests.kit.process.support import in_a_fork, is_running, kill, reaped, until
 from tests.kit.sentences import assert_sentence
 
 Sleeper = subprocess.Popen[bytes]
@@ -77,29 +78,14 @@ def identity(process: Sleeper) -> ProcessId:
     return found
 
 
-def in_a_fork(what: Callable[[], object]) -> int:
-    """Run a function in a forked child, which then waits to be killed; return the child's pid."""
-    read, write = os.pipe()
-    if (pid := os.fork()) == 0:
-        try:
-            what()
-            os.write(write, b"x")
-            signal.pause()
-        finally:
-            os._exit(1)
-    os.close(write)
-    assert os.read(read, 1) == b"x"
-    os.close(read)
-    return pid
-
-
 @contextlib.contextmanager
-def reaped(pid: int) -> Iterator[int]:
-    try:
-        yield pid
-    finally:
-        kill(pid)
-        os.waitpid(pid, 0)
+def next_owner(of: Slot) -> Iterator[Slot]:
+    """End the claim, as the end of its process would, and claim the slot anew."""
+    of.release()
+    heir = Slot(of.name, of.directory.parent)
+    heir.claim()
+    yield heir
+    heir.release()
 
 
 # Ownership
@@ -109,7 +95,7 @@ def test_a_second_claim_is_refused_and_names_the_owner(mine: Slot, state_dir: Pa
     """Also within one process."""
     with pytest.raises(SlotOwned) as refused:
         Slot("mine", state_dir).claim()
-    assert_sentence("slot.owned", refused.value.message, pid=os.getpid())
+    assert_sentence("slot.owned_here", refused.value.message)
     assert refused.value.field == "slot"
     mine.release()
     again = Slot("mine", state_dir)
@@ -163,10 +149,10 @@ def test_a_release_in_a_fork_keeps_the_parents_claim(mine: Slot, state_dir: Path
 def test_a_claim_waits_for_the_guardian_of_a_dead_owner(state_dir: Path) -> None:
     """A restarted host must not be refused while the guardian empties its slot."""
     before = Slot("s", state_dir)
-    before.claim()
     dead = subprocess.Popen(["true"])
     gone = identity(dead)
     dead.wait()
+    assert before.succeed(gone)
     before.owner_path.write_text(json.dumps(asdict(gone)))
     after = Slot("s", state_dir)
     claiming = threading.Thread(target=after.claim)
@@ -342,20 +328,15 @@ def test_own_process_and_ancestors_are_never_inhabitants(
     assert Pin.of(ProcessId(0, 0, process_table.boot_id())) is None
 
 
-def test_the_same_path_in_a_container_is_another_slot(
-    mine: Slot, tmp_path: Path, sleep: Sleep
-) -> None:
-    """The host sees the processes of its containers."""
+def test_the_same_path_in_a_container_is_another_slot(mine: Slot, sleep: Sleep) -> None:
+    """The host sees the processes of its containers; here one with a mount namespace of its own."""
     name, _, value = mine.token.partition("=")
-    theirs = Path(str(tmp_path / "root") + str(mine.directory))
-    theirs.mkdir(parents=True)
-    other = Slot("mine", theirs.parent)
-    token = other.token.replace(str(tmp_path / "root"), "")
-    assert token.startswith(f"{name}={mine.directory}")
-    process = sleep(env={name: token.partition("=")[2]})
-    assert mine.inhabitants() == set()
-    assert process.poll() is None
-    assert value != token
+    earlier = {name: value.rpartition(":")[0] + ":1"}  # a folder that was at this path
+    inside = sleep(["unshare", "--mount", *_SLEEP], env={"PATH": os.environ["PATH"], **earlier})
+    beside = sleep(env={**earlier, name + "_": value})
+    longer = sleep(env={name: f"{value}/x:1:2"})
+    assert mine.inhabitants() == {identity(beside)}
+    assert inside.poll() is longer.poll() is None
 
 
 # The record
@@ -370,7 +351,8 @@ def test_a_record_is_written_read_and_removed(mine: Slot, state_dir: Path) -> No
     server = ProcessId(4242, 17, process_table.boot_id())
     mine.remember(server)
     assert Slot("mine", state_dir).recall() == server
-    assert sorted(p.name for p in mine.directory.iterdir()) == ["owner.lock", "server.json"]
+    names = [path.name for path in sorted(mine.directory.iterdir())]
+    assert names == ["owner.lock", "server.json", "server.lock"]
     mine.forget()
     mine.forget()
     assert mine.recall() is None
@@ -440,7 +422,8 @@ def test_leftover_processes_are_reaped_by_lock_token_and_record(mine: Slot, slee
     stopped.send_signal(signal.SIGSTOP)
     mine.remember(identity(by_record))
     stranger = sleep(env={})
-    signalled, evidence = reap(Slot("mine", mine.directory.parent))
+    with next_owner(mine) as heir:
+        signalled, evidence = reap(heir)
     assert evidence.is_empty
     assert signalled == {p.pid for p in (by_lock, by_token, by_record, stopped)}
     assert by_token.wait() == -signal.SIGKILL
@@ -479,7 +462,8 @@ def test_a_process_that_reuses_a_recorded_pid_is_not_signalled(
     """Nor is its process group."""
     stranger = sleep()
     mine.remember(ProcessId(**(asdict(identity(stranger)) | change)))
-    signalled, evidence = reap(Slot("mine", mine.directory.parent))
+    with next_owner(mine) as heir:
+        signalled, evidence = reap(heir)
     assert signalled == set()
     assert evidence.is_empty
     assert stranger.poll() is None

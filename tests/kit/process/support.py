@@ -68,6 +68,31 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+def in_a_fork(what: Callable[[], object]) -> int:
+    """Run a function in a forked child, which then waits to be killed; return the child's pid."""
+    read, write = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            what()
+            os.write(write, b"x")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(write)
+    assert os.read(read, 1) == b"x"
+    os.close(read)
+    return pid
+
+
+@contextlib.contextmanager
+def reaped(pid: int) -> Iterator[int]:
+    try:
+        yield pid
+    finally:
+        kill(pid)
+        os.waitpid(pid, 0)
+
+
 class Watch:
     """Times the exit of any process, by a pidfd."""
 
