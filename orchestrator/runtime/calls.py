@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any, Final, Literal, Unpack, cast
 
 from orchestrator import errors
+from orchestrator.base import log
 from orchestrator.base.paths import PathNames, names_of_own
 from orchestrator.base.tokens import CancelToken, Generation, Ticket
 from orchestrator.errors import OrchestratorError, Problem
@@ -190,6 +191,7 @@ class Facade:
             answer = self._wait(call, call.settled)  # if interrupted, close can be called again
             owner.stop()
             self._parts.not_at_exit(self._close)
+        log.flush()
         unwrap(answer)
 
     # ----------------------------------------------------------------------------- reading
