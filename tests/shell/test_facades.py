@@ -29,6 +29,7 @@ from orchestrator import (
     State,
     Superseded,
 )
+from orchestrator.base import log
 from orchestrator.runtime.orchestrator import Orchestrator
 from orchestrator.settings.fields import OnBusy
 from tests.kit.shell.harness import PATIENCE_S, Harness, asyncio_test, error_of, run
@@ -445,6 +446,7 @@ def test_an_effect_that_cannot_start_fails_only_its_load(
         with pytest.raises(OrchestratorError, match="no room") as error:
             orch.load("A")
         assert error.value.generation == 1
+        log.flush()
         assert [entry["event"] for entry in failures] == ["effect.failed"]
         failures.clear()
         harness.effects.watch = lambda _, __: None
@@ -466,6 +468,7 @@ def test_the_owner_survives_a_fact_it_cannot_process(
         answer = broken.settled.result(PATIENCE_S)
         assert isinstance(answer, Problem)
         assert answer.category == "internal"
+        log.flush()
         assert {entry["event"] for entry in failures} == {"owner.failed"}
         failures.clear()
         assert orch.load("A").status == "loaded"
