@@ -316,7 +316,7 @@ def _events() -> str:
                 "      show_root_heading: false\n      show_root_toc_entry: false"
             ),
             "## The log",
-            "Every event that the code logs through `structlog`.",
+            "Every event that the code logs; the keys are `record.fields`.",
             _table(["event", "level", "keys"], rows),
         ]
     )

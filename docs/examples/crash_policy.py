@@ -5,16 +5,11 @@ python crash_policy.py model.gguf
 The crash is made here, by a signal, as the kernel does when memory runs out.
 """
 
-import logging
 import os
 import signal
 import sys
 
-import structlog
-
 from orchestrator import Orchestrator, RestartPolicy, State
-
-structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
 
 policy = RestartPolicy(backoff_s=0.5, limit=3, cool_down_s=60)
 

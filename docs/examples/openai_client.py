@@ -4,15 +4,11 @@ python openai_client.py model.gguf "Why is the sky blue?"
 """
 
 import asyncio
-import logging
 import sys
 
-import structlog
 from openai import AsyncOpenAI
 
 from orchestrator import AsyncOrchestrator
-
-structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
 
 
 async def main(model: str, question: str) -> None:

@@ -4,16 +4,11 @@ python progress_bar.py unsloth/Qwen3-0.6B-GGUF:Q4_K_M
 """
 
 import asyncio
-import logging
 import sys
-
-import structlog
 
 from orchestrator import AsyncOrchestrator, LoadOutcome, OrchestratorError, Problem
 
 WIDTH = 40
-# the library's log lines, which structlog prints unless it is told otherwise, would cut the bar
-structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
 
 
 async def load(model: str) -> LoadOutcome:

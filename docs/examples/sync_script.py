@@ -4,15 +4,10 @@ python sync_script.py model.gguf
 """
 
 import json
-import logging
 import sys
 import urllib.request
 
-import structlog
-
 from orchestrator import Orchestrator
-
-structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
 
 
 def ask(base_url: str, question: str) -> str:

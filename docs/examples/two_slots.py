@@ -3,15 +3,10 @@
 python two_slots.py large.gguf small.gguf
 """
 
-import logging
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import structlog
-
 from orchestrator import Orchestrator, SlotOwned
-
-structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
 
 large, small = sys.argv[1:]
 

@@ -79,6 +79,10 @@ class Settings(BaseModel):
     """Unload a model unused for this long, seconds."""
     log_format: Literal["console", "json"] = "console"
     """Format of the log lines on stderr."""
+    log_level: Literal["debug", "info", "warning", "error"] = _UNSET
+    """Least level of the log lines; default: info for serve, warning for run, error with quiet."""
+    quiet: bool = False
+    """Print no progress and no address, and log errors only."""
 
 
 @cache
@@ -100,6 +104,8 @@ def allowed(schema: Mapping[str, Any]) -> str:
             return "a list of strings"
         case {"type": "string"}:
             return "a non-empty string"
+        case {"type": "boolean"}:
+            return "true or false"
         case {"minimum": least, "maximum": most}:
             kind = "an integer" if schema["type"] == "integer" else "a number"
             return f"{kind} from {least:g} to {most:.0f}"
@@ -142,6 +148,7 @@ def _option(key: str) -> click.Option:
         show_envvar=True,
         type=type_,
         multiple=allows["type"] == "array",
+        is_flag=allows["type"] == "boolean",
         default=field.default,
         show_default=field.default is not None,
         metavar=flag.metavar,

@@ -1,4 +1,4 @@
-"""Configures structlog and `logging` for the process, which the library itself never does.
+"""Configures `logging` for the process, which the library itself never does.
 
 Log lines go to stderr, one for each event, as text or JSON, including those of other libraries
 such as uvicorn. Results go to stdout and are not logs.
@@ -6,39 +6,50 @@ such as uvicorn. Results go to stdout and are not logs.
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
-from typing import Final, Literal
+from datetime import UTC, datetime
+from typing import Any, Literal
 
-import structlog
-
+Level = Literal["debug", "info", "warning", "error"]
 Format = Literal["console", "json"]
 
-_SHARED: Final[tuple[structlog.typing.Processor, ...]] = (
-    structlog.contextvars.merge_contextvars,
-    structlog.stdlib.add_log_level,
-    structlog.processors.TimeStamper(fmt="iso", utc=True),
-)
+
+class _Console(logging.Formatter):
+    def formatTime(self, record: logging.LogRecord, _: str | None = None) -> str:  # noqa: N802
+        return datetime.fromtimestamp(record.created, UTC).isoformat("T", "milliseconds")
 
 
-def configure(level: int, form: Format) -> None:
-    """Send every log line of at least this level to stderr."""
-    renderers: list[structlog.typing.Processor]
-    renderers = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-    if form == "console":
-        plain = structlog.dev.plain_traceback  # rich's shows locals: secrets
-        colors = sys.stderr.isatty()
-        renderers = [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain)]
-    structlog.configure(
-        processors=[*_SHARED, *renderers],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
-    handler = logging.StreamHandler()
+class _JSON(_Console):
+    def format(self, record: logging.LogRecord) -> str:
+        members: dict[str, Any] = {
+            "timestamp": self.formatTime(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": getattr(record, "event", None) or record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info and not record.exc_text:
+            record.exc_text = self.formatException(record.exc_info)
+        if record.exc_text:
+            members["exception"] = record.exc_text
+        return json.dumps(members, default=str)
+
+
+class _Handler(logging.StreamHandler[Any]):
+    """Has no lock, as the stream writes whole lines: nobody waits for a thread that writes one."""
+
+    def createLock(self) -> None:  # noqa: N802
+        self.lock = None
+
+
+def configure(level: Level, form: Format = "console") -> None:
+    """Send every log line of at least this level to stderr, those of others from `warning` on."""
+    handler = _Handler(sys.stderr)
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=_SHARED,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
-        )
+        _JSON() if form == "json" else _Console("%(asctime)s %(levelname)-7s %(message)s")
     )
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    least = logging.getLevelName(level.upper())
+    logging.basicConfig(handlers=[handler], level=max(logging.WARNING, least), force=True)
+    logging.getLogger("orchestrator").setLevel(least)

@@ -6,15 +6,22 @@ wrapped or cut: what is piped can be searched, and the terminal wraps.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
+import select
 import sys
 from collections.abc import Mapping
-from typing import IO, TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import IO, TYPE_CHECKING, Any, Final, TextIO
 
 import click
 from rich.console import Console
 from rich.text import Text
 
+from orchestrator.base import log
+from orchestrator.base.background import Background
 from orchestrator.machine.states import State
 
 if TYPE_CHECKING:
@@ -34,6 +41,56 @@ _TAIL_LINES: Final = 12
 Part = str | tuple[str, str]
 
 
+class BackgroundStream(io.TextIOBase):
+    """A text stream whose writer never waits and gets no error: a thread writes to the file.
+
+    Not through a buffer of Python, which a thread that waits would keep locked at the exit.
+    """
+
+    encoding = "utf-8"
+    errors = "backslashreplace"
+
+    def __init__(self, stream: TextIO, background: Background) -> None:
+        self._fd, self._background = stream.fileno(), background
+        self._stream = stream  # open as long as this one
+        self.encoding = stream.encoding
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def isatty(self) -> bool:
+        return os.isatty(self._fd)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self._background.put(partial(_write, self._fd, text.encode(self.encoding, self.errors)))
+        return len(text)
+
+
+def _write(fd: int, data: bytes) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it any more, or the disk is full
+        while data:
+            try:
+                data = data[os.write(fd, data) :]
+            except BlockingIOError:  # the descriptor's other user has made it non-blocking
+                select.select([], [fd], [])
+
+
+def never_wait() -> None:
+    """Have nothing in this process wait for a reader of its stdout and stderr, or end with one."""
+    report_loss = partial(log.event_log("orchestrator.cli"), "warning", "output.dropped")
+    stdout = Background("llama-stdout", lambda count: report_loss(count=count))
+    sys.stdout = BackgroundStream(sys.stdout or _nowhere(), stdout)
+    sys.stderr = BackgroundStream(sys.stderr or _nowhere(), log.thread)
+
+
+def _nowhere() -> TextIO:
+    """In place of a stream that was closed when the process was started."""
+    return open(os.devnull, "w")
+
+
 def console(*, stderr: bool = False) -> Console:
     """Return a console on the current stream, which tests and pipes replace."""
     return Console(stderr=stderr, highlight=False, soft_wrap=True)
@@ -47,7 +104,7 @@ def say(*parts: Part, stderr: bool = False) -> None:
 
 def say_json(document: Mapping[str, Any], *, one_line: bool = False) -> None:
     """Print a JSON document, indented or on one line."""
-    click.echo(json.dumps(document, indent=None if one_line else 2))
+    sys.stdout.write(json.dumps(document, indent=None if one_line else 2) + "\n")
     sys.stdout.flush()
 
 

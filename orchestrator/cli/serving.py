@@ -2,7 +2,8 @@
 
 The orchestrator is closed before the HTTP server: closing ends event streams and waiting loads,
 and no client may see the end of the service while llama-server is alive. SIGINT ends with 130,
-SIGTERM and SIGHUP with 0; no server is left in any case.
+SIGTERM and SIGHUP with 0; no server is left in any case. A signal that was ignored at the start, as
+under `nohup` or in the background of a shell, stays ignored.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import logging
 import signal
 import socket
 import sys
@@ -24,7 +24,15 @@ import uvloop
 
 from orchestrator.cli import INTERRUPTED, config, logs, options
 from orchestrator.cli.client import say_loaded
-from orchestrator.cli.output import Failure, download_bars, say, say_field, say_json, state_line
+from orchestrator.cli.output import (
+    Failure,
+    download_bars,
+    never_wait,
+    say,
+    say_field,
+    say_json,
+    state_line,
+)
 from orchestrator.errors import InvalidRequest, OrchestratorError, Superseded
 from orchestrator.machine.states import State
 from orchestrator.runtime.orchestrator import AsyncOrchestrator
@@ -47,6 +55,12 @@ class Service:
     api_keys: tuple[str, ...]
     allowed_hosts: frozenset[str]
     as_json: bool
+    quiet: bool
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing is printed for people."""
+        return self.as_json or self.quiet
 
     @property
     def url(self) -> str:
@@ -55,24 +69,32 @@ class Service:
 
 
 @click.command(params=[config.config_option(), *config.SERVING, options.JSON])
-def serve(*, log_format: logs.Format, **given: Any) -> int:
+def serve(**given: Any) -> int:
     """Serve the API, with no model loaded, until Ctrl-C."""
-    logs.configure(logging.INFO, log_format)
-    with _service(**given) as service:
-        return uvloop.run(_serve(service, None))
+    return _run(None, "info", **given)
 
 
 @click.command(cls=options.ModelCommand, params=[*options.MODEL, *options.START, *serve.params])
-def run(*, log_format: logs.Format, **given: Any) -> int:
+def run(**given: Any) -> int:
     """Load a model and serve it, until Ctrl-C.
 
     Flags that are not listed here go to llama-server, e.g. --top-k 20 --seed 42.
     """
-    logs.configure(logging.WARNING, log_format)
-    names = {*config.PARAMETERS.values(), "as_json"} - {"log_format"}
-    serving = {name: given.pop(name) for name in names}
-    request = options.load_request(**given)
-    with _service(**serving) as service:
+    serving = {name: given.pop(name) for name in {*config.PARAMETERS.values(), "as_json"}}
+    return _run(options.load_request(**given), "warning", **serving)
+
+
+def _run(
+    request: LoadRequest | None,
+    level: logs.Level,
+    *,
+    log_format: logs.Format,
+    log_level: logs.Level | None,
+    **given: Any,
+) -> int:
+    never_wait()
+    logs.configure(log_level or ("error" if given["quiet"] else level), log_format)
+    with _service(**given) as service:
         return uvloop.run(_serve(service, request))
 
 
@@ -84,6 +106,7 @@ def _service(
     api_key_file: str | None,
     allowed_hosts: tuple[str, ...],
     as_json: bool,
+    quiet: bool,
     **for_orchestrator: Any,
 ) -> Iterator[Service]:
     """Check everything that can be checked before anything is started, and listen."""
@@ -104,7 +127,7 @@ def _service(
         raise click.UsageError(error.message) from error
     with _listen(host, port) as listener:
         try:
-            yield Service(orch, listener, keys, hosts, as_json)
+            yield Service(orch, listener, keys, hosts, as_json, quiet)
         except OrchestratorError as error:
             if isinstance(error, InvalidRequest) and error.field == "slot":  # checked at start
                 raise click.UsageError(error.message) from error
@@ -138,7 +161,8 @@ async def _serve(service: Service, request: LoadRequest | None) -> int:
             stopped.set_result(signum)
 
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(signum, stop, signum)
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            loop.add_signal_handler(signum, stop, signum)
     http = _http_server(service)
     tasks: list[asyncio.Task[Any]] = []
     try:
@@ -160,7 +184,12 @@ def _http_server(service: Service) -> uvicorn.Server:
 
     from orchestrator.http import create_app
 
-    app = create_app(service.orch, api_keys=service.api_keys, allowed_hosts=service.allowed_hosts)
+    app = create_app(
+        service.orch,
+        api_keys=service.api_keys,
+        allowed_hosts=service.allowed_hosts,
+        end_on_signals=False,
+    )
     http = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -184,7 +213,8 @@ async def _load(
     """Load until settled or stopped, and print every transition until the orchestrator closes."""
     healthy_printed = asyncio.Event()
     loading = asyncio.create_task(service.orch.load(request))
-    tasks += [asyncio.create_task(_print_transitions(service, healthy_printed)), loading]
+    printing = asyncio.create_task(_print_transitions(service, healthy_printed))
+    tasks += [printing, loading]
     either: set[asyncio.Future[Any]] = {loading, stopped}
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
@@ -198,6 +228,8 @@ async def _load(
         say_json({"url": service.url, "outcome": outcome.as_dict()}, one_line=True)
         return
     await healthy_printed.wait()
+    if service.quiet:
+        return
     say()
     say_loaded(outcome.as_dict())
     _announce(service)
@@ -212,7 +244,7 @@ async def _print_transitions(service: Service, healthy_printed: asyncio.Event) -
             bar.cancel()
             await asyncio.gather(bar, return_exceptions=True)
             bar = None
-        if not service.as_json:
+        if not service.is_silent:
             if state is State.DOWNLOADING and sys.stderr.isatty():
                 bar = asyncio.create_task(_show_download(service.orch))
             say(*state_line((event.data["at"] - started) * 1000, state, event.data["pid"]))
@@ -237,6 +269,6 @@ async def _show_download(orch: AsyncOrchestrator) -> None:
 def _announce(service: Service) -> None:
     if service.as_json:
         say_json({"url": service.url}, one_line=True)
-    else:
+    elif not service.quiet:
         hint = "  open it for the panel, /docs for the API; Ctrl-C stops"
         say_field("API", (service.url, "bold"), (hint, "dim"))

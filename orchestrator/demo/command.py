@@ -6,7 +6,6 @@ state folder and models are its own, and are removed at the end.
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 import tempfile
@@ -44,8 +43,9 @@ _REQUEST: Final[dict[str, Any]] = {
 @click.option("--llama-server", default="auto", metavar="auto|embedded|PATH", show_default=True)
 def demo(*, llama_server: str, as_json: bool) -> int:
     """Show the main features on two tiny models, in a few seconds."""
-    logs.configure(logging.WARNING, "console")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # runs the clean-up
+    logs.configure("warning")
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # cleans up
     try:
         with tempfile.TemporaryDirectory(prefix="llama-orchestrator-demo-") as folder:
             return _Demo(Path(folder), llama_server, as_json=as_json).run()

@@ -18,13 +18,14 @@ from fastapi_offline import FastAPIOffline
 from starlette.responses import StreamingResponse
 
 import orchestrator
-from orchestrator.errors import NotLoaded
+from orchestrator.errors import NotLoaded, ShuttingDown
 from orchestrator.http import metrics, openapi, pages, schemas
 from orchestrator.http.bodies import json_body, validated, while_connected
 from orchestrator.http.guards import PROBED_PATHS, guard, keys, limits, origins
 from orchestrator.http.openapi import documented
 from orchestrator.http.passthrough import HELD_S, MAX_HELD, PassThrough, below
 from orchestrator.http.problems import Responder
+from orchestrator.http.shutdown import HOST, Shutdown
 from orchestrator.machine import diagram
 from orchestrator.machine.commands import CancelAnswer
 from orchestrator.machine.plan import Plan
@@ -36,7 +37,6 @@ from orchestrator.settings.fields import SETTINGS
 from orchestrator.settings.request import LoadRequest
 
 PREFIX: Final = "/api/inference"
-_PROGRESS_EVERY_S: Final = 0.25
 _MAX_WAIT_S: Final = 300.0
 
 
@@ -48,6 +48,7 @@ def create_app(
     max_body_bytes: int = limits.MAX_BODY_BYTES,
     held_s: float = HELD_S,
     max_held: int = MAX_HELD,
+    end_on_signals: bool = True,
     **orchestrator_options: Any,
 ) -> FastAPI:
     """Return an app whose lifespan starts the orchestrator and closes it.
@@ -61,22 +62,23 @@ def create_app(
         max_body_bytes: The largest body that a request may have.
         held_s: Seconds that a request below `/v1` waits for a load in flight.
         max_held: How many requests may wait.
+        end_on_signals: End event streams, followed logs and waits at SIGINT and SIGTERM, because
+            an ASGI server waits for them before it ends the lifespan. Without it, close the
+            orchestrator before you stop the server.
         **orchestrator_options: As for `AsyncOrchestrator`. With keys, `protect_server` is on, so
             that the server's own port is no way around them; it accepts the same keys.
 
     Raises:
         TypeError: both an orchestrator and options for one.
         InvalidRequest: an option cannot be used.
-
-    An ASGI server waits for open requests before it ends the lifespan, and an event stream ends
-    only with the orchestrator: limit that wait (uvicorn: `timeout_graceful_shutdown`).
     """
     if orch is not None and orchestrator_options:
         raise TypeError("give an orchestrator or the options for one, not both")
     api_keys = tuple(api_keys)
     options = {"protect_server": keys.shareable(api_keys), **orchestrator_options}
     orch = orch or AsyncOrchestrator(**options)
-    passed_on = PassThrough(orch, held_s=held_s, max_held=max_held)
+    shutdown = HOST if end_on_signals else Shutdown()
+    passed_on = PassThrough(orch, held_s=held_s, max_held=max_held, shutdown=shutdown)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -95,7 +97,7 @@ def create_app(
             route.methods.add("HEAD")
     responder = Responder(orch.known_paths)
     responder.install(app)
-    app.include_router(router(orch))
+    app.include_router(_routes(orch, shutdown))
     app.include_router(_health(orch, responder, lambda: passed_on.held))
     app.router.routes.extend(pages.routes())
     openapi.complete(app, needs_key=bool(api_keys))
@@ -114,25 +116,35 @@ def router(orch: AsyncOrchestrator) -> APIRouter:
     """Return the routes of an orchestrator, to be included in an existing app.
 
     They bring a lifespan that starts the orchestrator and closes it; FastAPI joins it to the app's.
+    Event streams, followed logs and waits end at SIGINT and SIGTERM.
     """
+    return _routes(orch, HOST)
 
+
+def _routes(orch: AsyncOrchestrator, shutdown: Shutdown) -> APIRouter:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with orch:
-            yield
+        try:
+            async with orch:
+                yield
+        finally:
+            shutdown.restore()
 
     responder = Responder(orch.known_paths)
     routes = APIRouter(
         prefix=PREFIX, route_class=responder.route_class(), tags=["inference"], lifespan=lifespan
     )
-    _add_loads(routes, orch, responder)
-    _add_requests(routes, orch, responder)
+    _add_loads(routes, orch, responder, shutdown)
+    _add_requests(routes, orch, responder, shutdown)
     _add_queries(routes, orch, responder)
-    _add_events(routes, orch)
+    _add_logs(routes, orch, responder, shutdown)
+    _add_events(routes, orch, shutdown)
     return routes
 
 
-def _add_loads(routes: APIRouter, orch: AsyncOrchestrator, responder: Responder) -> None:
+def _add_loads(
+    routes: APIRouter, orch: AsyncOrchestrator, responder: Responder, shutdown: Shutdown
+) -> None:
     document = documented(answers.LoadOutcome, *openapi.LOAD, body=schemas.LoadBody)
     document["responses"][202] = {"model": schemas.Accepted, "description": "With `wait=false`"}
 
@@ -140,7 +152,8 @@ def _add_loads(routes: APIRouter, orch: AsyncOrchestrator, responder: Responder)
     async def load(request: Request, *, wait: bool = True) -> Response:
         wanted = LoadRequest.from_dict(await json_body(request))
         if wait:
-            return responder.json((await while_connected(request, orch.load(wanted))).as_dict())
+            loading = shutdown.wait(orch.load(wanted))
+            return responder.json((await while_connected(request, loading)).as_dict())
         generation = await orch.submit(wanted)
         where = request.url_for("load_state", generation=str(generation)).path
         members = {"generation": generation}
@@ -157,7 +170,8 @@ def _add_loads(routes: APIRouter, orch: AsyncOrchestrator, responder: Responder)
         try:
             found = orch.past_load(generation)
             if found.outcome is None and wait_s:
-                await orch.settled(generation, wait_s)
+                with contextlib.suppress(ShuttingDown):
+                    await shutdown.wait(orch.settled(generation, wait_s))
                 found = orch.past_load(generation)
         except KeyError:
             raise HTTPException(404, f"no load has generation {generation}") from None
@@ -169,7 +183,9 @@ def _add_loads(routes: APIRouter, orch: AsyncOrchestrator, responder: Responder)
         return responder.json({"loads": [load.as_dict() for load in orch.history(limit)]})
 
 
-def _add_requests(routes: APIRouter, orch: AsyncOrchestrator, responder: Responder) -> None:
+def _add_requests(
+    routes: APIRouter, orch: AsyncOrchestrator, responder: Responder, shutdown: Shutdown
+) -> None:
     @routes.post(
         "/unload",
         **documented(
@@ -178,7 +194,7 @@ def _add_requests(routes: APIRouter, orch: AsyncOrchestrator, responder: Respond
     )
     async def unload(request: Request) -> Response:
         body = validated(schemas.UnloadBody, await json_body(request, required=False))
-        return responder.json((await orch.unload(body.model_path)).as_dict())
+        return responder.json((await shutdown.wait(orch.unload(body.model_path))).as_dict())
 
     @routes.post("/cancel", **documented(CancelAnswer, *openapi.CHANGE, body=schemas.CancelBody))
     async def cancel(request: Request) -> Response:
@@ -198,7 +214,8 @@ def _add_requests(routes: APIRouter, orch: AsyncOrchestrator, responder: Respond
     async def variants(request: Request) -> Response:
         body = validated(schemas.VariantsBody, await json_body(request))
         wanted = LoadRequest.from_dict(body.model_dump(exclude_unset=True))
-        return responder.json((await while_connected(request, orch.variants(wanted))).as_dict())
+        listing = shutdown.wait(orch.variants(wanted))
+        return responder.json((await while_connected(request, listing)).as_dict())
 
 
 def _add_queries(routes: APIRouter, orch: AsyncOrchestrator, responder: Responder) -> None:
@@ -211,17 +228,6 @@ def _add_queries(routes: APIRouter, orch: AsyncOrchestrator, responder: Responde
     @routes.get("/load-progress", **documented(answers.LoadProgress))
     async def load_progress() -> Response:
         return responder.json(orch.progress().as_dict())
-
-    @routes.get("/logs", **documented(schemas.Logs, *openapi.QUERY))
-    async def logs(
-        lines: Annotated[int, Query(ge=1, le=MAX_LINES)] = 200, *, follow: bool = False
-    ) -> Response:
-        if follow:
-            renamed = (
-                responder.renamer().text(line) + "\n" async for line in orch.follow_logs(lines)
-            )
-            return StreamingResponse(renamed, media_type="text/plain; charset=utf-8")
-        return responder.json({"lines": list(orch.logs(lines))})
 
     @routes.get("/options", **documented(answers.Options, 424, *openapi.QUERY))
     async def options() -> Response:
@@ -236,7 +242,25 @@ def _add_queries(routes: APIRouter, orch: AsyncOrchestrator, responder: Responde
         return Response(diagram.mermaid(orch.status().state), media_type="text/plain")
 
 
-def _add_events(routes: APIRouter, orch: AsyncOrchestrator) -> None:
+def _add_logs(
+    routes: APIRouter, orch: AsyncOrchestrator, responder: Responder, shutdown: Shutdown
+) -> None:
+    async def followed(lines: int) -> AsyncIterator[str]:
+        async with contextlib.aclosing(shutdown.until(orch.follow_logs(lines))) as stream:
+            async for line in stream:
+                if line is not None:
+                    yield responder.renamer().text(line) + "\n"
+
+    @routes.get("/logs", **documented(schemas.Logs, *openapi.QUERY))
+    async def logs(
+        lines: Annotated[int, Query(ge=1, le=MAX_LINES)] = 200, *, follow: bool = False
+    ) -> Response:
+        if follow:
+            return StreamingResponse(followed(lines), media_type="text/plain; charset=utf-8")
+        return responder.json({"lines": list(orch.logs(lines))})
+
+
+def _add_events(routes: APIRouter, orch: AsyncOrchestrator, shutdown: Shutdown) -> None:
     async def position(last_event_id: Annotated[int | None, Header(ge=0)] = None) -> int:
         """Taken before the answer begins, so that it misses no event after that."""
         newest = orch.last_event_id
@@ -251,25 +275,16 @@ def _add_events(routes: APIRouter, orch: AsyncOrchestrator) -> None:
         responses=openapi.problems(*openapi.QUERY, 409),
     )
     async def events(after: int = Depends(position)) -> AsyncIterator[ServerSentEvent]:
-        async with contextlib.aclosing(orch.events(after)) as stream:
-            sent = None
-            upcoming = asyncio.ensure_future(anext(stream, None))
-            try:
-                while True:
-                    await asyncio.wait({upcoming}, timeout=_PROGRESS_EVERY_S)
-                    if upcoming.done():
-                        if (event := upcoming.result()) is None:
-                            return
-                        after = event.id
-                        yield ServerSentEvent(id=str(after), event=event.kind, data=event.data)
-                        upcoming = asyncio.ensure_future(anext(stream, None))
-                    elif (step := orch.progress()) != sent and step.bytes_done is not None:
-                        # it has the id of the event before it, from which a client can resume
-                        sent = step
-                        yield ServerSentEvent(id=str(after), event="progress", data=step.as_dict())
-            finally:
-                upcoming.cancel()
-                await asyncio.gather(upcoming, return_exceptions=True)
+        sent = None
+        async with contextlib.aclosing(shutdown.until(orch.events(after))) as stream:
+            async for event in stream:
+                if event is not None:
+                    after = event.id
+                    yield ServerSentEvent(id=str(after), event=event.kind, data=event.data)
+                elif (step := orch.progress()) != sent and step.bytes_done is not None:
+                    # it has the id of the event before it, from which a client can resume
+                    sent = step
+                    yield ServerSentEvent(id=str(after), event="progress", data=step.as_dict())
 
 
 def _health(orch: AsyncOrchestrator, responder: Responder, held: Callable[[], int]) -> APIRouter:

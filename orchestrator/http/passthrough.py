@@ -25,6 +25,7 @@ from orchestrator.errors import OrchestratorError, Problem, ServerExited, Unavai
 from orchestrator.http.bodies import Client
 from orchestrator.http.guards import own_path
 from orchestrator.http.problems import Responder, http_problem
+from orchestrator.http.shutdown import HOST, Shutdown
 from orchestrator.runtime.answers import LeasedServer
 from orchestrator.runtime.orchestrator import AsyncOrchestrator
 from orchestrator.settings.fields import Kind
@@ -59,15 +60,22 @@ class PassThrough:
         orch: The orchestrator.
         held_s: Seconds that a request waits for a load in flight.
         max_held: How many requests may wait; the next one gets 503 with `Retry-After`.
+        shutdown: What ends the wait early.
     """
 
     def __init__(
-        self, orch: AsyncOrchestrator, *, held_s: float = HELD_S, max_held: int = MAX_HELD
+        self,
+        orch: AsyncOrchestrator,
+        *,
+        held_s: float = HELD_S,
+        max_held: int = MAX_HELD,
+        shutdown: Shutdown = HOST,
     ) -> None:
         self._orch = orch
         self._responder = Responder(orch.known_paths)
         self._held_s = held_s
         self._max_held = max_held
+        self._shutdown = shutdown
         self.held: int = 0
         self._sessions: dict[Generation | None, aiohttp.ClientSession] = {}
 
@@ -103,7 +111,7 @@ class PassThrough:
         self.held += 1
         try:
             async with asyncio.timeout(self._held_s):
-                return await stack.enter_async_context(self._orch.lease())
+                return await self._shutdown.wait(stack.enter_async_context(self._orch.lease()))
         except TimeoutError:
             raise _retry_later(f"no model became Healthy within {self._held_s:g} s") from None
         finally:

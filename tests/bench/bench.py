@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import structlog
 
 from orchestrator import Cancelled, Orchestrator
 from orchestrator.demo.tiny_model import write_tiny_model
@@ -195,8 +194,7 @@ def _cancel_in(server: str, model: str, state: str) -> float | None:
 
 _TIMED = "import time; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
 _AT_REST = """
-import psutil, structlog, tempfile
-structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
+import psutil, tempfile
 from orchestrator import Orchestrator
 with Orchestrator(llama_server="/bin/true", state_dir=tempfile.mkdtemp()):
     me = psutil.Process()
@@ -229,7 +227,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
     server = os.environ["LLAMA_SERVER_PATH"]
     figures = Figures()
     with tempfile.TemporaryDirectory() as folder:

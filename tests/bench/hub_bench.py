@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 
 import psutil
-import structlog
 
 from orchestrator import Cancelled, Orchestrator
 from orchestrator.demo.tiny_model import write_tiny_model
@@ -136,7 +135,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     chosen, figures = parser.parse_args(), Figures()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
     for name in ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ[name] = "1"
     with tempfile.TemporaryDirectory() as name:

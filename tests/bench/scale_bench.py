@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-import structlog
 
 from orchestrator import AsyncOrchestrator, Orchestrator
 from orchestrator.demo.tiny_model import write_tiny_model
@@ -204,7 +203,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plots", type=Path)
     chosen = parser.parse_args()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
     server, figures = os.environ["LLAMA_SERVER_PATH"], Figures()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -38,6 +38,8 @@ OF_FLAG = {
     "models_dir": "/flag/models",
     "idle_ttl": "3.5",
     "log_format": "json",
+    "log_level": "error",
+    "quiet": "True",
 }
 OF_ENVIRONMENT = OF_FLAG | {
     "llama_server": "/environment/llama-server",
@@ -62,6 +64,8 @@ OF_FILE: dict[str, Any] = {
     "models_dir": ["/file/models"],
     "idle_ttl": 300.0,
     "log_format": "json",
+    "log_level": "error",
+    "quiet": True,
 }
 
 
@@ -104,7 +108,8 @@ def test_flag_wins_over_environment_over_file_over_default(
     monkeypatch.setenv(variable, OF_ENVIRONMENT[key])
     of_environment = explained(command, *read)[key]
     assert (of_environment["source"], of_environment["origin"]) == ("environment", variable)
-    of_flag = explained(command, *read, flag, OF_FLAG[key])[key]
+    arguments = (flag,) if OF_FLAG[key] == "True" else (flag, OF_FLAG[key])
+    of_flag = explained(command, *read, *arguments)[key]
     assert (of_flag["source"], of_flag["origin"]) == ("flag", flag)
     for one, given in ((of_environment, OF_ENVIRONMENT), (of_flag, OF_FLAG)):
         value = ":".join(one["value"]) if isinstance(one["value"], tuple) else one["value"]
@@ -236,7 +241,7 @@ def test_a_file_given_by_flag_or_variable_must_exist(
     [
         key
         for key, one in config.schema()["properties"].items()
-        if "enum" in one or one["type"] in ("integer", "number")
+        if "enum" in one or one["type"] in ("integer", "number", "boolean")
     ],
 )
 def test_the_error_for_a_wrong_variable_names_it(key: str, monkeypatch: pytest.MonkeyPatch) -> None:

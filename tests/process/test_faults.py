@@ -414,11 +414,8 @@ def test_a_full_disk_under_the_record_starts_nothing_and_loses_nothing(
 
 
 FULL_LOG = """
-structlog.configure(
-    wrapper_class=structlog.make_filtering_bound_logger(0),
-    logger_factory=structlog.PrintLoggerFactory(open("/dev/full", "w", buffering=1)),
-    cache_logger_on_first_use=False,
-)
+import logging
+logging.basicConfig(level=0, stream=open("/dev/full", "w", buffering=1))
 sys.stderr = open("/dev/full", "w")
 from orchestrator import OrchestratorError
 from orchestrator.models.source import ModelSource

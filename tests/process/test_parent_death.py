@@ -316,13 +316,14 @@ import pathlib
 sys.path.append(pathlib.Path("/no/such/folder"))  # the import system passes over it
 sys.executable = a["env"]["APPLICATION"]
 sys.frozen = a["env"].get("FROZEN") == "1"
+import logging
+from orchestrator.base import log
 logged = []
-structlog.configure(
-    processors=[lambda _, __, event: logged.append(event["event"]) or str(event)],
-    wrapper_class=structlog.make_filtering_bound_logger(40),
-    logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-)
+class Handler(logging.Handler):
+    def emit(self, record): logged.append(record.event)
+logging.getLogger("orchestrator").addHandler(Handler(level=40))
 outcome = orch.load(a["model"])
+log.flush()
 send(pid=outcome.pid, logged=logged)
 sleep_forever()
 """

@@ -16,7 +16,7 @@ def failures() -> Iterator[list[Entry]]:
     """The errors that were logged; a test that provokes one removes it."""
     with only_failures() as entries:
         yield entries
-        assert entries == []
+    assert entries == []
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from orchestrator.machine.recovery import RestartPolicy
 from tests.kit.machine.invariants import INVARIANTS
 from tests.kit.shell.explorer import explore, wander
 from tests.kit.shell.promises import PROMISES
+from tests.kit.shell.records import stuck
 from tests.kit.shell.scene import ALL_MISHAPS, USUAL_MISHAPS, Scene
 
 CONTINUE = Policy(abandoned_load="continue")
@@ -103,6 +104,27 @@ def test_owner_keeps_every_promise_in_longer_programs(walk: Scene) -> None:
     print(f"\n{report}")
     assert report.counterexample is None, report.counterexample.story
     assert report.stages > 400
+
+
+@pytest.mark.parametrize(
+    "scene",
+    [
+        Scene("load A | load B | unload", mishaps=0),
+        Scene("lease; release | load B", warm="A"),
+        Scene("load A | shutdown", mishaps=2),
+        Scene("load A", policy=RESTART, mishaps=2),
+    ],
+    ids=lambda scene: scene.program,
+)
+def test_everything_comes_to_rest_with_a_log_writer_that_never_returns(scene: Scene) -> None:
+    """The same schedules as with a log that works, to the move."""
+    usual, report = explore(scene), explore(scene, log=stuck)
+    assert report.counterexample is usual.counterexample is None
+    assert (report.schedules, report.stages, report.moves) == (
+        usual.schedules,
+        usual.stages,
+        usual.moves,
+    )
 
 
 def test_pruning_loses_no_stage() -> None:

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
+from orchestrator.base import log
 from orchestrator.machine.context import Policy
 from orchestrator.machine.recovery import RestartPolicy
 from orchestrator.machine.states import State
@@ -162,6 +163,7 @@ def test_days_of_calls_crashes_and_timers_keep_every_promise(
                 note(f"{line.who}: {line.text} [{line.before} -> {line.after}]")
             raise
         finally:
+            log.flush()
             failures.clear()  # planned ones; anything else is a broken promise
         seen.update(history.seen)
         fired.update(history.fired)

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 
+from orchestrator.base.background import Background
 from orchestrator.base.tokens import CancelToken, Generation
 from orchestrator.errors import Problem
 from orchestrator.machine.actions import ending
@@ -35,6 +36,7 @@ from orchestrator.runtime.ports import SlotLock
 from orchestrator.runtime.snapshot import Snapshot
 from tests.kit.shell.explorer import Report, explore
 from tests.kit.shell.gates import HeldLock
+from tests.kit.shell.records import HeldUpError, stuck
 from tests.kit.shell.scene import RecordedLifecycle, Scene
 
 
@@ -390,3 +392,11 @@ def test_explorer_finds_a_token_that_is_not_checked_after_the_wait() -> None:
     caught(report, "inv_healthy_is_proven", within=20)
     assert report.counterexample is not None
     assert "ready of load 1" in report.counterexample.story
+
+
+def test_explorer_finds_an_owner_that_waits_for_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    with stuck():
+        monkeypatch.setattr(Background, "put", lambda _, work: work())
+        with pytest.raises(HeldUpError, match="transitioned"):
+            explore(Scene("load A", mishaps=0), log=contextlib.nullcontext)
+        monkeypatch.undo()

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import structlog
-
 from orchestrator import Orchestrator, RestartPolicy
 from orchestrator.demo.tiny_model import write_tiny_model
 from orchestrator.errors import OrchestratorError
@@ -301,7 +299,6 @@ def _run(callers: list[Caller], orch: Orchestrator, operations: int, seed: int) 
 
 
 def main(operations: int) -> None:
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
     with tempfile.TemporaryDirectory() as directory:
         print(soak(Path(directory), operations, warm_up=operations // 5))
 

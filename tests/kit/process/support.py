@@ -228,8 +228,6 @@ import json, os, signal, sys, threading, time, warnings
 warnings.simplefilter("ignore")
 a = json.loads(sys.argv[1])
 sys.path[:] = a["path"]
-import structlog  # whose default is to print
-structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
 from orchestrator import Orchestrator, State
 def send(**members):
     sys.stdout.write(json.dumps(members) + "\\n")

@@ -15,7 +15,8 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from tests.kit.machine.invariants import Violation
@@ -65,16 +66,23 @@ class _KnownError(Exception):
     """A stage that was reached before."""
 
 
-def explore(scene: Scene, *, prune: bool = True, max_schedules: int = MAX_SCHEDULES) -> Report:
+def explore(
+    scene: Scene,
+    *,
+    prune: bool = True,
+    max_schedules: int = MAX_SCHEDULES,
+    log: Callable[[], AbstractContextManager[object]] = only_failures,
+) -> Report:
     """Explore a scene to the end, or to the first broken invariant.
 
     Args:
         prune: Stop at a stage that was reached before.
+        log: What becomes of log records meanwhile.
 
     Raises:
         MemoryError: there are more than `max_schedules`.
     """
-    with only_failures():
+    with log():
         return _Exploration(scene, prune=prune).run(max_schedules)
 
 

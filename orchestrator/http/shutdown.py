@@ -1,0 +1,124 @@
+"""The beginning of the host's shutdown, which no ASGI server reports to its apps.
+
+A server ends the lifespan only after all requests, so those that do not end by themselves would
+hold it up. But it is stopped by a signal: a handler over the server's own hears it first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from types import FrameType
+from typing import Any, Final, TypeVar
+
+from orchestrator.errors import ShuttingDown
+
+_T = TypeVar("_T")
+_Handler = Callable[[int, FrameType | None], Any]
+_TICK_S: Final = 0.25
+_REMEMBERED_S: Final = 5.0  # for requests that the server accepts before it closes its listener
+
+
+class Shutdown:
+    """Ends waits and streams when one of these signals arrives.
+
+    Nothing is heard where the server has no handler of its own, or event loop and signals are not
+    in the main thread.
+    """
+
+    def __init__(self, *signals: signal.Signals) -> None:
+        self._signals = signals
+        self._covers: dict[signal.Signals, tuple[_Handler, _Handler]] = {}  # ours, over the other
+        self._ends: set[Callable[[], object]] = set()
+        self._heard_at: float | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a signal has arrived a moment ago: a host that lives on answers again."""
+        heard_at = self._heard_at
+        return heard_at is not None and time.monotonic() - heard_at < _REMEMBERED_S
+
+    async def wait(self, work: Awaitable[_T]) -> _T:
+        """Await `work`; raise ShuttingDown as soon as the shutdown begins."""
+        try:
+            async with asyncio.timeout(None) as scope:
+                with self._ending(scope):
+                    return await work
+        except TimeoutError:
+            if scope.expired():
+                raise ShuttingDown.because("this service is shutting down") from None
+            raise
+
+    async def until(self, stream: AsyncGenerator[_T, None]) -> AsyncGenerator[_T | None, None]:
+        """Yield what a stream yields, and None when it pauses, until the shutdown begins."""
+        self._listen()
+        end: Any = object()
+        async with contextlib.aclosing(stream):
+            upcoming = asyncio.ensure_future(anext(stream, end))
+            try:
+                while not self.has_begun:
+                    await asyncio.wait({upcoming}, timeout=_TICK_S)
+                    if not upcoming.done():
+                        yield None
+                    elif (item := upcoming.result()) is end:
+                        return
+                    else:
+                        yield item
+                        upcoming = asyncio.ensure_future(anext(stream, end))
+            finally:
+                upcoming.cancel()
+                await asyncio.gather(upcoming, return_exceptions=True)
+
+    def restore(self) -> None:
+        """Take our handlers away again, unless somebody has put others over them."""
+        for signum, (ours, other) in self._covers.items():
+            if signal.getsignal(signum) is ours:
+                signal.signal(signum, other)
+        self._covers.clear()
+
+    def _listen(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for signum in self._signals:
+            handler = signal.getsignal(signum)
+            if callable(handler) and handler is not self._covers.get(signum, (None,))[0]:
+                self._cover(signum, handler)
+
+    def _cover(self, signum: signal.Signals, other: _Handler) -> None:
+        def hear(number: int, frame: FrameType | None) -> None:
+            self._heard_at = time.monotonic()
+            for end in tuple(self._ends):
+                with contextlib.suppress(RuntimeError):  # its loop has been closed
+                    end()
+            other(number, frame)
+
+        self._covers[signum] = hear, other
+        signal.signal(signum, hear)
+
+    @contextlib.contextmanager
+    def _ending(self, scope: asyncio.Timeout) -> Iterator[None]:
+        """Let a scope expire when the shutdown begins."""
+        loop = asyncio.get_running_loop()
+
+        def expire() -> None:
+            with contextlib.suppress(RuntimeError):  # it has ended
+                scope.reschedule(0.0)
+
+        def end() -> None:
+            loop.call_soon_threadsafe(expire)
+
+        self._listen()
+        self._ends.add(end)
+        if self.has_begun:
+            expire()
+        try:
+            yield
+        finally:
+            self._ends.discard(end)
+
+
+HOST: Final = Shutdown(signal.SIGINT, signal.SIGTERM)
