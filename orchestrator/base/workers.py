@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from functools import cache
 from typing import Any, Final, TypeVar
 
-MOST: Final = 128
+MOST: Final = 512  # a thread waits for ever for a disk that does not answer
 _IDLE_S: Final = 5.0
 
 _T = TypeVar("_T")

@@ -10,6 +10,7 @@ from orchestrator.base.tokens import CancelReason, Generation, Ticket
 from orchestrator.errors import Problem
 from orchestrator.machine import facts
 from orchestrator.settings.files import ModelFiles
+from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import ReloadReason, Target
 
 
@@ -117,6 +118,15 @@ Effect = Kill | Resolve | Download | Spawn | Probe
 
 
 @dataclass(frozen=True, slots=True)
+class LookUp:
+    """Look up the model of a call; the answer is a `LookedUp`."""
+
+    ticket: Ticket
+    request: LoadRequest
+    purpose: facts.Purpose
+
+
+@dataclass(frozen=True, slots=True)
 class SetToken:
     generation: Generation
     reason: CancelReason
@@ -132,6 +142,12 @@ class SetTimer:
     generation: Generation
     kind: facts.Timer
     after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StopTimer:
+    generation: Generation
+    kind: facts.Timer
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +202,17 @@ class DropStale:
 
 
 Command = (
-    Effect | SetToken | SetTimer | Accept | Settle | Concluded | ServerEnded | Post | DropStale
+    Effect
+    | LookUp
+    | SetToken
+    | SetTimer
+    | StopTimer
+    | Accept
+    | Settle
+    | Concluded
+    | ServerEnded
+    | Post
+    | DropStale
 )
 
 

@@ -13,8 +13,9 @@ from typing import Any, Final, Literal
 from orchestrator.base.tokens import CancelReason, Generation, Ticket
 from orchestrator.errors import Problem
 from orchestrator.machine.commands import Concluded, Loaded, Settle, Timings
-from orchestrator.machine.facts import Child, Exit, ServerFacts
+from orchestrator.machine.facts import Child, Exit, Purpose, ServerFacts
 from orchestrator.machine.recovery import Recovery, RestartPolicy
+from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import ReloadReason, Source, Target
 
 EffectKind = Literal["kill", "download", "spawn", "probe"]
@@ -29,6 +30,7 @@ class Policy:
     abandoned_load: Literal["cancel", "continue"] = "cancel"  # a load without callers
     restart: RestartPolicy | None = None  # of a server that ended by itself; None = never
     idle_ttl_s: float | None = None  # stop a server after this time without use; None = never
+    max_looking: int = 1024  # calls whose model is being looked up
     max_waiting: int = 64  # queued loads
     max_prefetches: int = 4  # downloads beside the load in flight
 
@@ -45,6 +47,17 @@ class Caller:
     request_id: str | None
     joined: bool
     failure: Problem | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LookUp:
+    """A call whose model is being looked up. It has no generation yet."""
+
+    ticket: Ticket
+    request: LoadRequest
+    purpose: Purpose
+    at: float
+    has_caller: bool = True  # False: the caller has gone away, and the policy continues its load
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +128,7 @@ class Context:
     job: Job | None = None  # the load in flight; a cancelled one stays until its effect has ended
     queue: tuple[Job, ...] = ()  # accepted loads, oldest first; one that awaits blocks the others
     prefetches: tuple[Job, ...] = ()  # downloads that no load follows
+    look_ups: tuple[LookUp, ...] = ()
     effect: EffectInFlight | None = None
     child: Child | None = None  # what the slot may hold; cleared when it is verified empty
     child_end: Literal["found", "reported"] | None = None  # by itself: found dead, or reported

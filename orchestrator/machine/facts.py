@@ -14,9 +14,11 @@ from orchestrator.base.record import Record
 from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import Problem
 from orchestrator.settings.files import ModelFiles
+from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import Target
 
-Timer = Literal["drain", "deadline", "restart", "idle"]
+Timer = Literal["drain", "deadline", "restart", "idle", "look_up"]
+Purpose = Literal["load", "prefetch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,28 @@ class SlotEvidence:
 
 
 @dataclass(frozen=True, slots=True)
+class LookUpRequested:
+    """Look up the model of a call. `LoadRequested` or `PrefetchRequested` follows, or a failure."""
+
+    trigger: ClassVar[str] = "look_up"
+    ticket: Ticket
+    request: LoadRequest
+    purpose: Purpose
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class LookUpFailed:
+    trigger: ClassVar[str] = "look_up_failed"
+    ticket: Ticket
+    problem: Problem
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class LoadRequested:
+    """The model of a call has been looked up, and is to be loaded."""
+
     trigger: ClassVar[str] = "load"
     ticket: Ticket
     target: Target
@@ -222,7 +245,7 @@ class Promoted(_OfLoad):
 @dataclass(frozen=True, slots=True)
 class TimerFired(_OfLoad):
     """A timer of `generation` has run out: the deadline of that load, the drain or the idle time
-    of its server, or the wait before that server is restarted.
+    of its server, or the wait before that server is restarted. For `look_up` it is a ticket.
     """
 
     kind: Timer
@@ -233,8 +256,9 @@ class TimerFired(_OfLoad):
 
 
 ModelRequested = LoadRequested | PrefetchRequested
+LookedUp = ModelRequested | LookUpFailed
 EndRequested = UnloadRequested | CancelRequested | Withdrawn | ShutdownRequested
-Request = ModelRequested | EndRequested | LeaseRequested | LeaseReleased
+Request = LookUpRequested | LookedUp | EndRequested | LeaseRequested | LeaseReleased
 Failure = KillFailed | FetchFailed | SpawnFailed | NotReady
 Completion = Emptied | Resolved | Fetched | Spawned | BecameReady | Failure
 Report = Completion | Exited | Promoted | TimerFired

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from orchestrator.base.tokens import Generation
+from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.machine import facts
-from orchestrator.machine.context import Caller, Context, Job, Running
+from orchestrator.machine.context import Caller, Context, Job, LookUp, Running
 from orchestrator.machine.recovery import Recovery
 from orchestrator.settings.target import Target, differences, is_same_model
 
@@ -70,21 +70,42 @@ def was_found_dead(ctx: Context, fact: facts.Exited) -> bool:
 
 
 # ---------------------------------------------------------------------------------- requests
-def is_shutting_down(ctx: Context, fact: facts.ModelRequested | facts.LeaseRequested) -> bool:
+def is_shutting_down(ctx: Context, fact: facts.LookUpRequested | facts.LeaseRequested) -> bool:
     return ctx.is_shutting_down
 
 
-def was_cancelled_early(ctx: Context, fact: facts.ModelRequested) -> bool:
+def was_cancelled_early(ctx: Context, fact: facts.LookUpRequested) -> bool:
     """Its cancel arrived first."""
-    name = fact.target.request.load_request_id
+    name = fact.request.load_request_id
     return any(name == known and fact.at - at <= EARLY_CANCEL_S for known, at in ctx.cancelled_ids)
+
+
+def look_ups_are_full(ctx: Context, fact: facts.LookUpRequested) -> bool:
+    return len(ctx.look_ups) >= ctx.policy.max_looking
+
+
+def is_looked_up(ctx: Context, fact: facts.LookUpFailed) -> bool:
+    return look_up_of(ctx, fact.ticket) is not None
+
+
+def look_up_has_ended(ctx: Context, fact: facts.ModelRequested) -> bool:
+    """The call was cancelled, superseded or withdrawn, or its time was up, during the look-up."""
+    return look_up_of(ctx, fact.ticket) is None
+
+
+def look_up_is_late(ctx: Context, fact: facts.TimerFired) -> bool:
+    return look_up_of(ctx, Ticket(fact.generation)) is not None
+
+
+def model_is_local(ctx: Context, fact: facts.PrefetchRequested) -> bool:
+    return fact.target.model.hub is None
 
 
 def was_unloaded_since(ctx: Context, fact: facts.LoadRequested) -> bool:
     """An unload that was called after this load has been processed already.
 
-    Tickets follow the order of calls. Looking up a model takes a varying time, so loads may arrive
-    in another order.
+    Tickets follow the order of calls, facts may arrive in another one. An unload that names a model
+    in other words than the load does not end its look-up.
     """
     return any(fact.ticket < at and is_named(fact.target, model) for model, at in ctx.unloads)
 
@@ -143,10 +164,13 @@ def next_is_running(ctx: Context, fact: facts.Promoted) -> bool:
 
 
 def names_absent_model(ctx: Context, fact: facts.UnloadRequested) -> bool:
-    """The unload names a model that is neither running nor wanted."""
+    """The unload names a model that is neither running, nor wanted, nor being looked up."""
     targets = [job.target for job in ctx.wanted]
     targets += [known.target for known in (ctx.running, ctx.recovery) if known is not None]
-    return fact.model is not None and not any(is_named(target, fact.model) for target in targets)
+    return fact.model is not None and not (
+        any(is_named(target, fact.model) for target in targets)
+        or unloaded_look_ups(ctx.look_ups, fact)
+    )
 
 
 def names_only_queued(ctx: Context, fact: facts.UnloadRequested) -> bool:
@@ -162,11 +186,15 @@ def cancels_job(ctx: Context, fact: facts.CancelRequested) -> bool:
 
 
 def cancels_callers(ctx: Context, fact: facts.CancelRequested) -> bool:
-    """It cancels a queued load, a prefetch, or some of the callers of any load."""
-    return any(cancels(job, fact) for job in (*ctx.queue, *ctx.prefetches)) or any(
-        is_meant(job, caller, fact)
-        for job in (*ctx.wanted, *ctx.prefetches)
-        for caller in job.callers
+    """It cancels a queued load, a prefetch, a look-up, or some of the callers of any load."""
+    return (
+        any(is_looked_up_as(look_up, fact) for look_up in ctx.look_ups)
+        or any(cancels(job, fact) for job in (*ctx.queue, *ctx.prefetches))
+        or any(
+            is_meant(job, caller, fact)
+            for job in (*ctx.wanted, *ctx.prefetches)
+            for caller in job.callers
+        )
     )
 
 
@@ -264,6 +292,23 @@ def find(jobs: Iterable[Job], generation: Generation) -> Job | None:
     return next((job for job in jobs if job.generation == generation), None)
 
 
+def look_up_of(ctx: Context, ticket: Ticket) -> LookUp | None:
+    return next((look_up for look_up in ctx.look_ups if look_up.ticket == ticket), None)
+
+
+def unloaded_look_ups(
+    look_ups: Iterable[LookUp], fact: facts.UnloadRequested
+) -> tuple[LookUp, ...]:
+    """Return the look-ups of older loads that the unload names in the same words, or all."""
+    return tuple(
+        look_up
+        for look_up in look_ups
+        if look_up.purpose == "load"
+        and look_up.ticket < fact.ticket
+        and fact.model in (None, look_up.request.model_path)
+    )
+
+
 def awaited_by(target: Target) -> Literal["answer", "files"] | None:
     """Return what a load must wait for in the queue."""
     if not target.model.is_settled:
@@ -298,6 +343,11 @@ def cancels(job: Job, fact: facts.CancelRequested) -> bool:
         return job.generation == fact.generation
     is_all = bool(job.callers) and all(is_meant(job, caller, fact) for caller in job.callers)
     return is_all and job.after is None
+
+
+def is_looked_up_as(look_up: LookUp, fact: facts.CancelRequested) -> bool:
+    """Return whether the cancel names the call of this look-up."""
+    return fact.request_id is not None and look_up.request.load_request_id == fact.request_id
 
 
 def is_meant(job: Job, caller: Caller, fact: facts.CancelRequested) -> bool:

@@ -13,7 +13,7 @@ from orchestrator.base.tokens import Ticket
 from orchestrator.errors import Problem
 from orchestrator.machine.commands import Accept, Loaded, Settle
 from orchestrator.machine.context import Context
-from orchestrator.machine.facts import LoadRequested
+from orchestrator.machine.facts import LoadRequested, LookUpRequested
 from orchestrator.machine.states import State
 from orchestrator.machine.step import step
 from orchestrator.settings.argv import build_argv
@@ -53,10 +53,11 @@ def plan_load(state: State, ctx: Context, target: Target, *, at: float = 0.0) ->
         OrchestratorError: the load would be refused at once.
     """
     ticket = Ticket(sys.maxsize)  # newer than every call
-    stepped = step(state, ctx, LoadRequested(ticket, target, at))
+    asked = step(state, ctx, LookUpRequested(ticket, target.request, "load", at))
+    stepped = step(state, asked.ctx, LoadRequested(ticket, target, at))
     before = [ctx.running.target] if ctx.running else []
     before += [job.target for job in stepped.ctx.wanted[:-1]]
-    for command in stepped.commands:
+    for command in (*asked.commands, *stepped.commands):
         match command:
             case Settle(answer=Problem() as problem) if command.ticket == ticket:
                 raise problem.error()

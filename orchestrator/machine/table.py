@@ -9,6 +9,9 @@ download to Downloading, the spawn to Spawning, the probe to WaitingHealth. A ca
 of the load and waits until that effect has ended, because a cancelled spawn may still hand over a
 live child, which must be killed. What follows (the next load, or nothing) is decided then.
 
+Every load begins with a look-up of its model on disk, which no other load waits for. The call can
+be cancelled, superseded, unloaded and withdrawn meanwhile, and its answer is dropped then.
+
 The running server is stopped only for a model that is available. A load of a Hub model waits in
 the queue until it is `resolved`, with `prefetch` until it is `fetched`, while the state stays; the
 loads behind it wait too. When it is due it is promoted.
@@ -60,9 +63,18 @@ def _row(
 STAY: Final = None
 # fmt: off
 TABLE: Final[tuple[Row, ...]] = (
+    # ---- the model of a call is looked up -------------------------------------------------------
+    _row("look_up", ALL, "is_shutting_down",                STAY, "refuse_shutting_down"),
+    _row("look_up", ALL, "was_cancelled_early",             STAY, "refuse_cancelled"),
+    _row("look_up", ALL, "look_ups_are_full",               STAY, "refuse_look_up"),
+    _row("look_up", ALL, "",                                STAY, "begin_look_up"),
+    _row("look_up_failed", ALL, "is_looked_up",             STAY, "fail_look_up"),
+    _row("look_up_failed", ALL, "",                         STAY, "drop_late_look_up"),
+    _row("look_up_expired", ALL, "look_up_is_late",         STAY, "time_out_look_up"),
+    _row("look_up_expired", ALL, "",                        STAY, "drop_stale"),
+
     # ---- a load is requested --------------------------------------------------------------------
-    _row("load", ALL,    "is_shutting_down",                STAY, "refuse_shutting_down"),
-    _row("load", ALL,    "was_cancelled_early",             STAY, "refuse_cancelled"),
+    _row("load", ALL,    "look_up_has_ended",               STAY, "drop_late_look_up"),
     _row("load", ALL,    "was_unloaded_since",              STAY, "refuse_cancelled"),
     _row("load", ALL,    "matches_newest",                  STAY, "join_newest"),
     _row("load", ALL,    "rejects_when_busy",               STAY, "refuse_busy"),
@@ -117,8 +129,8 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("promote", ALL,      "",                           STAY, "drop_stale"),
 
     # ---- prefetch: a download that no load follows ----------------------------------------------
-    _row("prefetch", ALL,     "is_shutting_down",           STAY, "refuse_shutting_down"),
-    _row("prefetch", ALL,     "was_cancelled_early",        STAY, "refuse_cancelled"),
+    _row("prefetch", ALL,     "look_up_has_ended",          STAY, "drop_late_look_up"),
+    _row("prefetch", ALL,     "model_is_local",             STAY, "answer_on_disk"),
     _row("prefetch", ALL,     "matches_prefetch",           STAY, "join_prefetch"),
     _row("prefetch", ALL,     "prefetches_are_full",        STAY, "refuse_full"),
     _row("prefetch", ALL,     "",                           STAY, "begin_prefetch"),

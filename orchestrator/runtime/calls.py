@@ -1,7 +1,8 @@
 """What both facades share: options, life cycle, requests, and the methods that only read.
 
-A call takes a ticket, looks up its model and posts one fact to the owner. Nothing here decides
-anything, and reading takes no lock. The facades differ only in how a call waits for its answer.
+A call takes a ticket and posts one fact to the owner, which has its model looked up. Nothing here
+decides anything, and reading takes no lock. The facades differ only in how a call waits for its
+answer.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from orchestrator.base.paths import PathNames, names_of_own
 from orchestrator.base.tokens import CancelToken, Generation, Ticket
 from orchestrator.errors import OrchestratorError, Problem
 from orchestrator.machine import facts
-from orchestrator.machine.commands import Prefetched
+from orchestrator.machine.commands import LookUp
 from orchestrator.machine.context import Context, Policy
 from orchestrator.machine.plan import Plan, plan_load
 from orchestrator.machine.recovery import RestartPolicy
@@ -51,8 +52,8 @@ _NO_LOAD: Final = Generation(0)
 RequestLike = LoadRequest | StrPath | None
 """A request, a `model_path`, or None where `model_path` is given by name."""
 
-MakeFact = Callable[[Ticket], facts.Request | Prefetched]
-"""Looks up what a call needs and returns its request, or its answer if there is nothing to do."""
+MakeFact = Callable[[Ticket], facts.Request]
+"""Returns the request of a call."""
 
 
 class Facade:
@@ -158,7 +159,9 @@ class Facade:
         slot.claim()
         try:
             owner = parts.owner(
-                lambda post: parts.effects(slot, post, self._source, workers, self._servers),
+                lambda post: parts.effects(
+                    slot, post, self._source, workers, self._servers, self._look_up
+                ),
                 policy=self._policy,
                 clock=self._clock,
                 observers=self._observers,
@@ -287,17 +290,10 @@ class Facade:
     # ---------------------------------------------------------------------------- requests
 
     def _load_fact(self, request: LoadRequest) -> MakeFact:
-        return lambda ticket: facts.LoadRequested(ticket, self._target(request), self._clock())
+        return lambda ticket: facts.LookUpRequested(ticket, request, "load", self._clock())
 
     def _prefetch_fact(self, request: LoadRequest) -> MakeFact:
-        def make(ticket: Ticket) -> facts.PrefetchRequested | Prefetched:
-            model = self._source.look_up(request)
-            if model.hub is None:
-                return Prefetched(model)
-            target = Target(request, model, NO_SERVER)
-            return facts.PrefetchRequested(ticket, target, self._clock())
-
-        return make
+        return lambda ticket: facts.LookUpRequested(ticket, request, "prefetch", self._clock())
 
     def _unload_fact(self, model_path: str | None) -> MakeFact:
         model = (model_path or "").strip() or None
@@ -311,6 +307,14 @@ class Facade:
 
     def _lease_fact(self, ticket: Ticket) -> facts.LeaseRequested:
         return facts.LeaseRequested(ticket, self._clock())
+
+    def _look_up(self, command: LookUp) -> facts.ModelRequested:
+        """Look up the model of a call, on a worker thread; it may take any time."""
+        ticket, request = command.ticket, command.request
+        if command.purpose == "load":
+            return facts.LoadRequested(ticket, self._target(request), self._clock())
+        target = Target(request, self._source.look_up(request), NO_SERVER)
+        return facts.PrefetchRequested(ticket, target, self._clock())
 
     def _target(self, request: LoadRequest) -> Target:
         """Look up the model and the server, and refuse what this server cannot do."""
@@ -341,20 +345,8 @@ class Facade:
             return False
 
     def _send(self, call: Call, make_fact: MakeFact) -> None:
-        """Post the request of a call. If it is refused at once, that is its answer.
-
-        The look-up comes first, so that a load that cannot succeed stops nothing.
-        """
-        owner = cast("Owner", self._owner)
-        try:
-            fact = make_fact(call.ticket)
-        except OrchestratorError as error:
-            owner.answer(call, error.problem)
-            return
-        if isinstance(fact, Prefetched):
-            owner.answer(call, fact)
-        else:
-            owner.ask(call, fact)
+        """Post the request of a call."""
+        cast("Owner", self._owner).ask(call, make_fact(call.ticket))
 
     def _release(self, lease: Call) -> None:
         owner = cast("Owner", self._owner)

@@ -22,7 +22,16 @@ from orchestrator.base.tokens import CancelToken, Generation
 from orchestrator.base.workers import Workers
 from orchestrator.errors import OrchestratorError, Problem, StateDirError
 from orchestrator.machine import facts
-from orchestrator.machine.commands import Download, Effect, Kill, Probe, Resolve, Spawn, failure_of
+from orchestrator.machine.commands import (
+    Download,
+    Effect,
+    Kill,
+    LookUp,
+    Probe,
+    Resolve,
+    Spawn,
+    failure_of,
+)
 from orchestrator.machine.facts import Child, Emptied, Fact, KillFailed, SlotEvidence
 from orchestrator.models.hub.fetch_process import FetchProgress
 from orchestrator.models.source import ModelSource
@@ -70,6 +79,7 @@ class ProcessEffects:
 
     Args:
         post: Gets the facts, on any thread.
+        look_up: Looks up the model of a call; it blocks.
 
     Raises:
         InvalidRequest: a variable in `settings.env` is not allowed (field `server_env`).
@@ -82,6 +92,7 @@ class ProcessEffects:
         source: ModelSource,
         workers: Workers,
         settings: ServerSettings,
+        look_up: Callable[[LookUp], facts.ModelRequested],
     ) -> None:
         check_server_env(settings.env)
         self._slot = slot
@@ -89,6 +100,7 @@ class ProcessEffects:
         self._source = source
         self._workers = workers
         self._settings = settings
+        self._look_up = look_up
         self._template_path = str(slot.directory / "chat-template.jinja")
         self._server: ServerProcess | None = None
         self._guardian: subprocess.Popen[bytes] | None = None
@@ -123,6 +135,9 @@ class ProcessEffects:
             case Probe():
                 loaded = self._progress[effect.generation] = ReadProgress(effect.size_bytes)
                 self._submit(effect, lambda: self._probe(effect, token, loaded))
+
+    def look_up(self, command: LookUp) -> None:
+        self._workers.submit(lambda: self._post(looked_up(command, self._look_up)))
 
     def progress(self, generation: Generation) -> ReadProgress | FetchProgress | None:
         return self._progress.get(generation)
@@ -245,3 +260,15 @@ class ProcessEffects:
     def _remove_template(self) -> None:
         with contextlib.suppress(OSError):  # if it cannot be removed, it is at least private
             os.unlink(self._template_path)
+
+
+def looked_up(command: LookUp, look_up: Callable[[LookUp], facts.ModelRequested]) -> facts.LookedUp:
+    """Return the answer to a look-up, whatever it raises: its call waits for it."""
+    try:
+        return look_up(command)
+    except OrchestratorError as error:
+        problem = error.problem
+    except BaseException as error:  # noqa: BLE001 (also at SystemExit)
+        _log("exception", "look_up.failed")
+        problem = Problem("internal", f"{type(error).__name__}: {error}")
+    return facts.LookUpFailed(command.ticket, problem, time.monotonic())

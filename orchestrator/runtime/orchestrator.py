@@ -1,7 +1,7 @@
 """The public facades: `Orchestrator` for synchronous code, `AsyncOrchestrator` for asyncio.
 
-A call takes its place in the order of calls, looks up its model, posts one fact and waits for one
-answer. Any number of threads and event loops may call; one that goes away withdraws only itself.
+A call takes its place in the order of calls, posts one fact and waits for one answer. Any number of
+threads and event loops may call; one that goes away withdraws only itself.
 """
 
 from __future__ import annotations
@@ -166,8 +166,7 @@ class Orchestrator(Facade):
 
     def _ask(self, make_fact: MakeFact) -> Call:
         call = self._start().call()
-        with call.withdrawn_on_error():
-            self._send(call, make_fact)
+        self._send(call, make_fact)
         return call
 
     def _answer(self, make_fact: MakeFact) -> Any:
@@ -206,11 +205,11 @@ class AsyncOrchestrator(Facade):
     async def load(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> LoadOutcome:
         """Load a model and wait until its server is Healthy; see `Orchestrator.load`."""
         make_fact = self._load_fact(request_of(request, fields))
-        return answers.load_outcome(await self._answer(make_fact, blocking=True))
+        return answers.load_outcome(await self._answer(make_fact))
 
     async def submit(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> Generation:
         """Begin a load and return its generation for `settled`; see `Orchestrator.submit`."""
-        call = await self._ask(self._load_fact(request_of(request, fields)), blocking=True)
+        call = await self._ask(self._load_fact(request_of(request, fields)))
         with call.withdrawn_on_error():
             accepted = await asyncio.wrap_future(call.accepted)
         return Generation(unwrap(accepted))
@@ -220,7 +219,7 @@ class AsyncOrchestrator(Facade):
     ) -> PrefetchOutcome:
         """Download a model and wait until it is on disk; see `Orchestrator.prefetch`."""
         wanted = request_of(request, fields)
-        answer = await self._answer(self._prefetch_fact(wanted), blocking=True)
+        answer = await self._answer(self._prefetch_fact(wanted))
         return answers.prefetch_outcome(wanted, answer.model)
 
     async def variants(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> Variants:
@@ -305,20 +304,14 @@ class AsyncOrchestrator(Facade):
             await asyncio.wrap_future(self._parts.workers().submit(self._start))
         return self._start()
 
-    async def _ask(self, make_fact: MakeFact, *, blocking: bool = False) -> Call:
-        """Open a call and post its request; a `blocking` look-up runs on a worker thread."""
-        ticket = Ticket(next(self._tickets))  # first: a wait for a thread must not change the order
+    async def _ask(self, make_fact: MakeFact) -> Call:
+        ticket = Ticket(next(self._tickets))  # first: starting must not change the order
         call = (await self._started()).call(ticket)
-        with call.withdrawn_on_error():
-            if blocking:
-                sending = self._parts.workers().submit(lambda: self._send(call, make_fact))
-                await asyncio.wrap_future(sending)
-            else:
-                self._send(call, make_fact)
+        self._send(call, make_fact)
         return call
 
-    async def _answer(self, make_fact: MakeFact, *, blocking: bool = False) -> Any:
-        call = await self._ask(make_fact, blocking=blocking)
+    async def _answer(self, make_fact: MakeFact) -> Any:
+        call = await self._ask(make_fact)
         return unwrap(await asyncio.wrap_future(call.settled))  # cancelled with the `await`
 
 

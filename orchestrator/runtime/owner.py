@@ -111,10 +111,6 @@ class Owner:
         self.post(fact)
         self._withdraw(call)  # again: the machine did not know a caller that left before this
 
-    def answer(self, call: Call, answer: Answer) -> None:
-        """Answer a call without a request."""
-        self._settle(Settle(call.ticket, answer))
-
     def post(self, fact: Fact) -> None:
         """Put a fact into the inbox. After the end, refuse the calls that are still open."""
         self._inbox.put(fact)
@@ -275,9 +271,10 @@ class Owner:
         match command:
             case commands.SetToken():
                 self._token(command.generation).set(command.reason)
-            case commands.SetTimer(generation, kind, after_s):
-                factor = self._jitter() if kind == "restart" else 1.0
-                self._timers[kind, generation] = self.clock() + after_s * factor
+            case commands.SetTimer() | commands.StopTimer():
+                self._time(command)
+            case commands.LookUp():
+                self._look_up(command)
             case commands.Accept():
                 self._accept(command)
             case Settle():
@@ -298,6 +295,14 @@ class Owner:
             if isinstance(error, OrchestratorError):
                 problem = error.problem
             self.post(commands.failure_of(effect, problem, self.clock()))
+
+    def _look_up(self, command: commands.LookUp) -> None:
+        try:
+            self.effects.look_up(command)
+        except Exception as error:  # noqa: BLE001 (as when no thread can be started)
+            _log("exception", "look_up.failed")
+            problem = Problem("internal", repr(error))
+            self.post(facts.LookUpFailed(command.ticket, problem, self.clock()))
 
     def _token(self, generation: Generation) -> CancelToken:
         return self._tokens.setdefault(generation, CancelToken(generation))
@@ -329,6 +334,14 @@ class Owner:
         _resolve(call.settled, answer)
 
     # ------------------------------------------------------------------------------------- timers
+
+    def _time(self, command: commands.SetTimer | commands.StopTimer) -> None:
+        key = command.kind, command.generation
+        if isinstance(command, commands.StopTimer):
+            self._timers.pop(key, None)
+        else:
+            factor = self._jitter() if command.kind == "restart" else 1.0
+            self._timers[key] = self.clock() + command.after_s * factor
 
     def _until_next_timer(self) -> float | None:
         return max(0.0, min(self._timers.values()) - self.clock()) if self._timers else None

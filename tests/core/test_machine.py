@@ -18,7 +18,7 @@ from orchestrator.machine.commands import (
     Spawn,
 )
 from orchestrator.machine.context import Policy
-from orchestrator.machine.facts import Child, Fetched, LoadRequested, Promoted
+from orchestrator.machine.facts import Child, Fetched, Promoted
 from orchestrator.machine.states import State
 from orchestrator.settings.files import HubModel
 from orchestrator.settings.request import LoadRequest
@@ -96,7 +96,7 @@ def test_hub_model_inherits_its_args_once_its_variant_is_known() -> None:
     wanted = target(LoadRequest(model_path=A))
     hub = HubModel(repo="A")
     before = replace(wanted, model=replace(wanted.model, weights=(), hub=hub))
-    run.do(LoadRequested(run.ticket(), before, run.now, True))
+    run.load_target(before, run.ticket())
     run.go(D)
     run.do(Fetched(run.effect, run.now, wanted.model, FREE))
     (spawn,) = run.commands_of(Spawn)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from orchestrator.base.tokens import Ticket
 from orchestrator.errors import Problem
 from orchestrator.machine.commands import Accept, Loaded, Spawn
-from orchestrator.machine.facts import BecameReady, Fact, LoadRequested, ServerFacts
+from orchestrator.machine.facts import BecameReady, Fact, ServerFacts
 from orchestrator.machine.plan import Plan, plan_load
 from orchestrator.settings.argv import build_argv
 from orchestrator.settings.drafting import explicit_mode
@@ -40,8 +40,7 @@ class Session(Run):
 
     def request(self, wanted: Target) -> Ticket:
         ticket = self.ticket()
-        self.do(LoadRequested(ticket, wanted, self.now))
-        return ticket
+        return self.load_target(wanted, ticket)
 
     def ready(self, *, alive: bool = True) -> Self:
         server = ServerFacts("http://127.0.0.1:1", context_length=2048)

@@ -29,7 +29,18 @@ from tests.kit.machine.checker import explore
 from tests.kit.machine.world import Core
 
 TRIGGERS = sorted({row.trigger for row in TABLE})
-HELPERS = {"is_same", "is_named", "cancels", "is_meant", "awaited_by", "prefetch_of", "find"}
+HELPERS = {
+    "awaited_by",
+    "cancels",
+    "find",
+    "is_looked_up_as",
+    "is_meant",
+    "is_named",
+    "is_same",
+    "look_up_of",
+    "prefetch_of",
+    "unloaded_look_ups",
+}
 """Functions of guards.py that guards and actions share."""
 
 MACHINE = Path(guards.__file__).parent

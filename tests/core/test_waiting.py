@@ -20,7 +20,6 @@ from orchestrator.machine.facts import (
     Exit,
     Exited,
     Fact,
-    LoadRequested,
     NotReady,
     Promoted,
 )
@@ -227,7 +226,7 @@ def test_load_that_resolves_to_the_running_model_is_already_loaded() -> None:
     other, request = run.ticket(), LoadRequest(model_path=B, revision="main")
     branch = ModelFiles((), None, None, HubModel(B, "main", is_settled=False))
     wanted = replace(target(request), model=branch)
-    run.do(LoadRequested(other, wanted, run.now, True))
+    run.load_target(wanted, other)
     assert run.state is H
     assert run.ctx.queue, "only the Hub knows whether that is another commit"
     run.resolved(2, B)

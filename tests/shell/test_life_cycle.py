@@ -16,15 +16,17 @@ import pytest
 from orchestrator import (
     Cancelled,
     Orchestrator,
+    OrchestratorError,
     ShuttingDown,
     SlotOccupied,
     SlotOwned,
     State,
     WrongProcess,
 )
-from orchestrator.base import workers
+from orchestrator.base import log, workers
 from tests.kit.sentences import assert_sentence
 from tests.kit.shell.harness import PATIENCE_S, Harness, asyncio_test, ctrl_c, error_of
+from tests.kit.shell.records import Entry
 
 
 def test_the_slot_is_claimed_once_at_the_first_call(harness: Harness) -> None:
@@ -233,8 +235,9 @@ async def test_an_async_load_looked_up_during_close_is_refused(harness: Harness)
 
 
 @asyncio_test
-async def test_a_load_without_a_worker_thread_raises_and_leaves_no_call(harness: Harness) -> None:
-
+async def test_a_load_without_a_worker_thread_raises_and_leaves_no_call(
+    harness: Harness, failures: list[Entry]
+) -> None:
     class NoThreads:
         def submit(self, _: object) -> NoReturn:
             raise RuntimeError("can't start new thread")
@@ -242,9 +245,12 @@ async def test_a_load_without_a_worker_thread_raises_and_leaves_no_call(harness:
     async with harness.asynchronous() as orch:
         harness.workers = NoThreads()
         for ask in (orch.load, orch.submit, orch.prefetch):
-            with pytest.raises(RuntimeError, match="new thread"):
+            with pytest.raises(OrchestratorError, match="new thread"):
                 await ask("A")
         harness.workers = workers.shared()
+        log.flush()
+        assert [entry["event"] for entry in failures] == ["look_up.failed"] * 3
+        failures.clear()
     assert not harness.os.started
     assert not harness.owner._calls
 

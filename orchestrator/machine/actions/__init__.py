@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from orchestrator.machine.actions import asking, effects, ending
+from orchestrator.machine.actions import asking, effects, ending, looking
 
 ACTIONS: Final[dict[str, Callable[..., Any]]] = {
     name: value
-    for module in (asking, effects, ending)
+    for module in (asking, effects, ending, looking)
     for name, value in vars(module).items()
     if callable(value) and value.__module__ == module.__name__ and not name.startswith("_")
 }

@@ -7,14 +7,14 @@ from dataclasses import replace
 from orchestrator.base.tokens import Generation
 from orchestrator.errors import Problem
 from orchestrator.machine import facts
-from orchestrator.machine.actions.working import MAX_REMEMBERED, Step, cooling_down, require
+from orchestrator.machine.actions.working import Step, cooling_down, require
 from orchestrator.machine.commands import Accept, Download, Prefetched, Resolve
 from orchestrator.machine.context import Caller, Job, Running
-from orchestrator.machine.guards import awaited_by, find, prefetch_of
+from orchestrator.machine.guards import awaited_by, find, look_up_of, prefetch_of
 from orchestrator.settings.target import ReloadReason, Target, differences
 
 
-def refuse_shutting_down(s: Step[facts.Request]) -> None:
+def refuse_shutting_down(s: Step[facts.LookUpRequested | facts.LeaseRequested]) -> None:
     s.answer(Problem("shutting_down", "the orchestrator is shutting down"))
 
 
@@ -51,12 +51,12 @@ def refuse_full(s: Step[facts.ModelRequested]) -> None:
 
 def enqueue(s: Step[facts.LoadRequested]) -> None:
     """Give the load its generation, and begin what it must wait for in the queue."""
-    fact = s.fact
+    fact, called = s.fact, require(look_up_of(s.ctx, s.fact.ticket))
     job = Job(
         Generation(s.ctx.generation + 1),
         fact.target,
-        (_caller(fact, joined=False),),
-        fact.at,
+        (_caller(fact, joined=False),) if called.has_caller else (),
+        called.at,
         fact.at,
         newest_before=s.ctx.newest_load,
         awaits=awaited_by(fact.target),
@@ -70,12 +70,12 @@ def enqueue(s: Step[facts.LoadRequested]) -> None:
 
 def begin_prefetch(s: Step[facts.PrefetchRequested]) -> None:
     """Prefetches are counted downwards from -1, so that the loads' generations have no gaps."""
-    fact = s.fact
+    fact, called = s.fact, require(look_up_of(s.ctx, s.fact.ticket))
     generation = Generation(s.ctx.last_prefetch - 1)
     callers = (_caller(fact, joined=False),)
-    job = Job(generation, fact.target, callers, fact.at, fact.at, awaits="files")
+    job = Job(generation, fact.target, callers, called.at, fact.at, awaits="files")
     s.put(last_prefetch=generation, prefetches=(*s.ctx.prefetches, job))
-    _record_id(s, fact)
+    s.take_look_up(fact.ticket)
     s.set_deadline(job)
     s.emit(Download(generation, job.target))
 
@@ -91,16 +91,23 @@ def _caller(fact: facts.ModelRequested, *, joined: bool) -> Caller:
 
 
 def _record_load(s: Step[facts.LoadRequested]) -> None:
-    """Every accepted load counts, even if it joins another or finds its model loaded."""
-    s.put(newest_load=max(s.ctx.newest_load, s.fact.ticket))
-    _record_id(s, s.fact)
+    """Every accepted load counts, even if it joins another or finds its model loaded.
 
-
-def _record_id(s: Step[facts.Fact], fact: facts.ModelRequested) -> None:
-    name = fact.target.request.load_request_id
-    if name is not None:
-        others = tuple(seen for seen in s.ctx.seen_ids if seen != name)
-        s.put(seen_ids=(*others, name)[-MAX_REMEMBERED:])
+    An older load of another model can only be superseded then: its caller does not wait for the
+    look-up. One of the same model may still join.
+    """
+    fact, model = s.fact, s.fact.target.request.model_path
+    s.put(newest_load=max(s.ctx.newest_load, fact.ticket))
+    s.take_look_up(fact.ticket)
+    older = [
+        look_up
+        for look_up in s.ctx.look_ups
+        if look_up.purpose == "load"
+        and look_up.ticket < fact.ticket
+        and look_up.request.on_busy == "supersede"
+        and look_up.request.model_path.lower() != model.lower()
+    ]
+    s.end_look_ups(older, Problem("superseded", f"superseded by a newer load of {model}"))
 
 
 def join_newest(s: Step[facts.LoadRequested]) -> None:
@@ -117,7 +124,9 @@ def _join(s: Step[facts.LoadRequested], job: Job) -> None:
     if fact.target.request.force_reload and job is not s.ctx.job:
         # the queued load must not be answered by a server that runs when its turn comes
         target = replace(target, request=replace(target.request, force_reload=True))
-    joined = replace(job, target=target, callers=(*job.callers, _caller(fact, joined=True)))
+    called = require(look_up_of(s.ctx, fact.ticket))
+    callers = (*job.callers, _caller(fact, joined=True)) if called.has_caller else job.callers
+    joined = replace(job, target=target, callers=callers)
     _record_load(s)
     s.put(
         job=joined if s.ctx.job is job else s.ctx.job,
@@ -130,7 +139,7 @@ def join_prefetch(s: Step[facts.PrefetchRequested]) -> None:
     job = require(prefetch_of(s.ctx, s.fact.target))
     joined = replace(job, callers=(*job.callers, _caller(s.fact, joined=True)))
     s.put(prefetches=tuple(joined if j is job else j for j in s.ctx.prefetches))
-    _record_id(s, s.fact)
+    s.take_look_up(s.fact.ticket)
 
 
 def answer_already_loaded(s: Step[facts.LoadRequested]) -> None:
@@ -155,6 +164,10 @@ def _keep_as(s: Step[facts.Fact], wanted: Target) -> Running:
     running = replace(running, target=running.target.with_retention(wanted.request))
     s.put(running=running)
     return running
+
+
+def answer_on_disk(s: Step[facts.PrefetchRequested]) -> None:
+    s.answer(Prefetched(s.fact.target.model))
 
 
 def answer_prefetched(s: Step[facts.Fetched]) -> None:

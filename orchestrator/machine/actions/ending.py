@@ -11,7 +11,16 @@ from orchestrator.machine import facts
 from orchestrator.machine.actions.working import MAX_REMEMBERED, Step, require
 from orchestrator.machine.commands import CancelAnswer, Done, Unloaded
 from orchestrator.machine.context import Caller, Job
-from orchestrator.machine.guards import EARLY_CANCEL_S, cancels, find, is_meant, is_named
+from orchestrator.machine.guards import (
+    EARLY_CANCEL_S,
+    cancels,
+    find,
+    is_looked_up_as,
+    is_meant,
+    is_named,
+    look_up_of,
+    unloaded_look_ups,
+)
 
 
 def supersede_queue(s: Step[facts.LoadRequested]) -> None:
@@ -66,6 +75,7 @@ def cancel_queued(s: Step[facts.UnloadRequested]) -> None:
 
 
 def latch_shutdown(s: Step[facts.Fact]) -> None:
+    s.end_look_ups(s.ctx.look_ups, Problem("shutting_down", "cancelled by the shutdown"))
     s.put(is_shutting_down=True, previous=None, recovery=None)
 
 
@@ -91,6 +101,8 @@ def wait_for_shutdown(s: Step[facts.ShutdownRequested]) -> None:
 
 def _record_unload(s: Step[facts.UnloadRequested]) -> None:
     fact = s.fact
+    ended = unloaded_look_ups(s.ctx.look_ups, fact)
+    s.end_look_ups(ended, Problem("cancelled", "cancelled by an unload"))
     others = tuple(unload for unload in s.ctx.unloads if unload[0] != fact.model)
     s.put(unloads=(*others, (fact.model, fact.ticket))[-MAX_REMEMBERED:])
     if s.ctx.previous is not None and is_named(s.ctx.previous, fact.model):
@@ -113,6 +125,8 @@ def cancel_callers(s: Step[facts.CancelRequested]) -> None:
     Several calls may share one id, and several may have joined one load.
     """
     fact = s.fact
+    named = [look_up for look_up in s.ctx.look_ups if is_looked_up_as(look_up, fact)]
+    s.end_look_ups(named, Problem("cancelled", "cancelled by the caller"))
     for job in (*s.ctx.wanted, *s.ctx.prefetches):
         meant = (caller for caller in job.callers if is_meant(job, caller, fact))
         s.settle(meant, _problem(job, "cancelled", "cancelled by the caller"))
@@ -155,6 +169,12 @@ def forget_ticket(s: Step[facts.Withdrawn]) -> None:
             if gone in tickets:
                 s.put(newest_load=max({job.newest_before} | (tickets - {gone})))
     _keep_callers(s, lambda caller: caller.ticket != gone)
+    if (called := look_up_of(s.ctx, gone)) is not None:
+        if cancels_abandoned or called.purpose == "prefetch":
+            s.take_look_up(gone)
+        else:
+            left = replace(called, has_caller=False)
+            s.put(look_ups=tuple(left if o is called else o for o in s.ctx.look_ups))
     s.put(
         waiters=tuple(w for w in s.ctx.waiters if w.ticket != gone),
         lease_waiters=tuple(t for t in s.ctx.lease_waiters if t != gone),

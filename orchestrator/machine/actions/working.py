@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 
-from orchestrator.base.tokens import CancelReason, Generation
+from orchestrator.base.tokens import CancelReason, Generation, Ticket
 from orchestrator.errors import Problem, Restored
 from orchestrator.machine import commands
-from orchestrator.machine.context import Caller, Context, Job
+from orchestrator.machine.context import Caller, Context, Job, LookUp
 from orchestrator.machine.facts import Fact, Promoted, Request
-from orchestrator.machine.guards import restores_previous
+from orchestrator.machine.guards import look_up_of, restores_previous
 from orchestrator.machine.recovery import Recovery, after_failure
 from orchestrator.settings.target import Target
 
@@ -61,7 +61,8 @@ class Step(Generic[F_co]):
         self.emitted.extend(new)
 
     def answer(self: Step[Request], answer: commands.Answer) -> None:
-        """Answer the call."""
+        """Answer the call, and end its look-up."""
+        self.take_look_up(self.fact.ticket)
         self.emit(commands.Settle(self.fact.ticket, answer))
 
     def answer_when_empty(self: Step[Request], answer: commands.Answer) -> None:
@@ -71,9 +72,25 @@ class Step(Generic[F_co]):
     def settle(self, callers: Iterable[Caller], answer: commands.Answer) -> None:
         self.emit(*(_settled(caller, answer) for caller in callers))
 
+    def take_look_up(self, ticket: Ticket) -> LookUp | None:
+        """Remove the look-up of a call, and return it."""
+        found = look_up_of(self.ctx, ticket)
+        if found is not None:
+            self.put(look_ups=tuple(other for other in self.ctx.look_ups if other is not found))
+            self.emit(commands.StopTimer(Generation(ticket), "look_up"))
+        return found
+
+    def end_look_ups(self, ended: Iterable[LookUp], answer: Problem) -> None:
+        """Answer these calls at once; nothing waits for what is still looked up."""
+        for look_up in ended:
+            self.take_look_up(look_up.ticket)
+            if look_up.has_caller:
+                self.emit(commands.Settle(look_up.ticket, answer))
+
     def set_deadline(self, job: Job) -> None:
         if (deadline_s := job.target.request.deadline_s) is not None:
-            self.emit(commands.SetTimer(job.generation, "deadline", deadline_s))
+            left_s = deadline_s - (self.fact.at - job.accepted_at)
+            self.emit(commands.SetTimer(job.generation, "deadline", left_s))
 
     def drop(self, jobs: Iterable[Job], reason: CancelReason = CancelReason.USER) -> None:
         """Remove queued loads and prefetches, and cancel what was begun for them."""

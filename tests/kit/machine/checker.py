@@ -25,7 +25,7 @@ from orchestrator.base.tokens import Ticket
 from orchestrator.machine.actions.working import Step
 from orchestrator.machine.commands import Command, DropStale, Loaded, Settle
 from orchestrator.machine.context import Context, Policy
-from orchestrator.machine.facts import Fact
+from orchestrator.machine.facts import Fact, LoadRequested
 from orchestrator.machine.states import State
 from orchestrator.machine.step import Lifecycle
 from orchestrator.machine.table import TABLE, Row
@@ -34,7 +34,7 @@ from tests.kit.machine.observed import Edge, answers
 from tests.kit.machine.programs import parse
 from tests.kit.machine.scenario import Move, Scenario
 from tests.kit.machine.story import Counterexample, StoryLine, describe
-from tests.kit.machine.world import Call, Core, Faults, Status, View, Work, World, load_requested
+from tests.kit.machine.world import Call, Core, Faults, Status, View, Work, World, look_up_requested
 
 ALL_FAULTS = Faults()
 CANCEL_ABANDONED = Policy()
@@ -142,6 +142,7 @@ class _Arrival(NamedTuple):
     before: World
     move: Move
     note: str
+    then: tuple[World, Move] | None = None  # what has followed at once
 
 
 class _BrokenError(Exception):
@@ -213,12 +214,11 @@ class _Exploration:
                 raise MemoryError(f"more than {max_worlds} worlds in {self._program!r}")
             own: list[World] = []
             for move in self._moves(world):
-                for note, after in self._apply(world, move):
+                for arrival, after in self._apply(world, move):
                     self._edges += 1
                     if move.is_own:
                         own.append(after)
                     if after not in self._reached:
-                        arrival = _Arrival(world, move, note)
                         self._reached[after] = arrival
                         self._check(after, arrival)
                         queue.append(after)
@@ -249,7 +249,21 @@ class _Exploration:
         self._where.setdefault((world.core, fact), world)
         return core is not world.core or [type(c) for c in commands] != [DropStale]
 
-    def _apply(self, world: World, move: Move) -> Iterator[tuple[str, World]]:
+    def _apply(self, world: World, move: Move) -> Iterator[tuple[_Arrival, World]]:
+        for note, after in self._carry_out(world, move):
+            follows = self._scenario.at_once(move, after)
+            if follows is None:
+                yield _Arrival(world, move, note), after
+                continue
+            try:
+                outcomes = list(self._carry_out(after, follows))
+            except _BrokenError as broken:
+                last = _Arrival(world, move, note, (after, follows))
+                raise _BrokenError(broken.violation, last) from broken
+            for note_, last_world in outcomes:
+                yield _Arrival(world, move, note_, (after, follows)), last_world
+
+    def _carry_out(self, world: World, move: Move) -> Iterator[tuple[str, World]]:
         if move.fact is None:
             yield "", move.world
             return
@@ -264,7 +278,8 @@ class _Exploration:
         for note, after in outcomes:
             edge = Edge(before, move.fact, View(self._scenario.actions, after), commands)
             broken = check_edge(edge, self._without)
-            if broken is None and move.is_own and move.is_good:
+            is_new = isinstance(move.fact, LoadRequested)  # which may end others
+            if broken is None and move.is_own and move.is_good and not is_new:
                 broken = _loses_a_load(edge)
             if broken is not None:
                 raise _BrokenError(broken, _Arrival(world, move, note))
@@ -320,7 +335,7 @@ class _Exploration:
     def _run_happily(self, setting: Scenario, world: World, ticket: Ticket) -> tuple[World, object]:
         request = setting.actions[0].request
         assert request is not None
-        fact: Fact | None = load_requested(ticket, request, False)
+        fact: Fact | None = look_up_requested(setting.actions[0], ticket)
         call = Call(Status.WAITING, ticket)
         world = world._replace(calls=(call,), progress=(1,))
         ends: Work | None = None
@@ -370,11 +385,18 @@ class _Exploration:
         while arrival is not None:
             arrivals.append(arrival)
             arrival = self._reached.get(arrival.before)
-        steps = tuple(self._line(arrival) for arrival in reversed(arrivals))
+        steps = tuple(line for arrival in reversed(arrivals) for line in self._lines(arrival))
         return Counterexample(broken.violation.invariant, broken.violation.message, steps)
 
-    def _line(self, arrival: _Arrival) -> StoryLine:
-        before, move, note = arrival
+    def _lines(self, arrival: _Arrival) -> Iterator[StoryLine]:
+        """Yield what is told of it; a look-up that ends at once is not worth a line."""
+        before, move, note, then = arrival
+        if then is None:
+            yield self._line(before, move, note)
+        else:
+            yield self._line(then[0], then[1]._replace(who=move.who, text=move.text), note)
+
+    def _line(self, before: World, move: Move, note: str) -> StoryLine:
         if move.fact is None:
             return StoryLine(move.who, move.text, before.core.state, before.core.state, ())
         known = self._steps.get((before.core, move.fact))

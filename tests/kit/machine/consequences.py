@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from orchestrator.base.tokens import Generation
 from orchestrator.machine.commands import (
     Accept,
     Command,
@@ -9,6 +10,7 @@ from orchestrator.machine.commands import (
     Download,
     Kill,
     LeaseGranted,
+    LookUp,
     Post,
     Probe,
     Resolve,
@@ -16,6 +18,7 @@ from orchestrator.machine.commands import (
     SetTimer,
     Settle,
     SetToken,
+    StopTimer,
 )
 from orchestrator.machine.context import EffectInFlight
 from tests.kit.machine.world import Core, Noticed, Status, Timer, Work, WorkKind, World
@@ -54,10 +57,21 @@ class Changes:
                 self._reported_ended |= {pid}
             case SetToken(generation):
                 self._tokens |= {generation}
-            case SetTimer(generation, kind):
-                self._timers |= {Timer(kind, generation)}
+            case LookUp() | SetTimer() | StopTimer():
+                self._time(command)
             case Post(fact):
                 self._noticed |= {Noticed("promote", fact.generation)}
+
+    def _time(self, command: LookUp | SetTimer | StopTimer) -> None:
+        match command:
+            case LookUp(ticket, request):
+                self._work.append(Work("look_up", Generation(ticket)))
+                if request.deadline_s is not None:  # the other look-ups have ten minutes
+                    self._timers |= {Timer("look_up", Generation(ticket))}
+            case SetTimer(generation, kind) if kind != "look_up":
+                self._timers |= {Timer(kind, generation)}
+            case StopTimer(generation, kind):
+                self._timers -= {Timer(kind, generation)}
 
     def _begun(self, command: Kill | Resolve | Download | Probe) -> Work:
         match command:

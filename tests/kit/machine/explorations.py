@@ -18,6 +18,7 @@ FULL = Policy(max_waiting=1, max_prefetches=1)
 RESTART = Policy(restart=RestartPolicy(limit=1))
 IDLE = Policy(idle_ttl_s=1.0)
 IDLE_RESTART = Policy(idle_ttl_s=1.0, restart=RestartPolicy(limit=1))
+FEW = Policy(max_looking=2)
 RESTART_CONTINUE = Policy(abandoned_load="continue", restart=RestartPolicy(limit=2))
 
 PROGRAMS: dict[str, dict[str, Any]] = {
@@ -82,13 +83,23 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "load A deadline | load B queue deadline": {},
     "load B deadline | lease; release": {"warm": "A"},
     # calls that arrive in another order than they were made
+    "load A late | load B late | unload": {},
+    "load A late | load B | unload A": {"warm": "A"},
+    "load A late | unload; load A": {},
+    "load A late | load A | load B queue": {},
+    # look-ups that take a while
     "load A slow | load B slow | unload": {},
     "load B slow | load A; unload A": {"warm": "A"},
     "load A slow | load B | unload A": {"warm": "A"},
-    "load A slow | unload A": {},
     "load A slow | load A": {},
-    "load A slow | unload; load A": {},
-    "load A slow | load A | load B queue": {},
+    "load A slow queue | load B slow reject": {"warm": "A"},
+    "load A slow id=x; withdraw | cancel x | load A slow id=x": {},
+    "load A slow; withdraw | load B slow deadline": {"policy": CONTINUE},
+    "load A slow deadline | shutdown | prefetch o/B slow": {"warm": "A"},
+    "prefetch o/B slow; withdraw | prefetch o/B slow id=x | cancel x": {},
+    "prefetch o/B slow; withdraw | unload": {"policy": CONTINUE},
+    "load A slow | load B slow | load C": {"policy": FEW},
+    "load A | prefetch A": {},
     # a slot that fills again
     "load A | unload": {"faults": Faults(strays=4)},
     # the previous model is restored

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, cast, get_args
 
+from orchestrator.base.tokens import Generation
 from orchestrator.machine.commands import (
     Accept,
     Concluded,
@@ -23,7 +24,7 @@ from orchestrator.machine.commands import (
     Spawn,
 )
 from orchestrator.machine.context import EffectInFlight, EffectKind
-from orchestrator.machine.facts import BecameReady, Completion, Fetched, TimerFired
+from orchestrator.machine.facts import BecameReady, Completion, Fetched, LookedUp, TimerFired
 from orchestrator.machine.states import State
 from tests.kit.machine.observed import Edge, Process, World, has_changed, is_known, is_owed, pids
 from tests.kit.machine.promises import STEP_PROMISES, WORLD_PROMISES
@@ -85,7 +86,10 @@ def inv_settled_holds_no_load(world: World) -> str | None:
 
 
 def inv_awaited_work_is_in_progress(world: World) -> str | None:
-    """What a queued load or a prefetch awaits is in progress."""
+    """What a call, a queued load or a prefetch awaits is in progress."""
+    for look_up in world.ctx.look_ups:
+        if ("look_up", Generation(look_up.ticket)) not in world.beside:
+            return f"call {look_up.ticket} awaits its look-up, which is not in progress"
     for job in (*world.ctx.queue, *world.ctx.prefetches):
         kind = {"answer": "resolve", "files": "prefetch"}.get(job.awaits or "")
         if kind is not None and (kind, job.generation) not in world.beside:
@@ -255,6 +259,22 @@ def inv_stale_is_dropped(edge: Edge) -> str | None:
     return None
 
 
+def inv_late_look_up_is_dropped(edge: Edge) -> str | None:
+    """The answer to a look-up is dropped if its call has been answered, or its caller is gone."""
+    fact = edge.fact
+    if (
+        not isinstance(fact, get_args(LookedUp))
+        or edge.before.ctx.policy.abandoned_load != "cancel"
+    ):
+        return None
+    ticket = cast("LookedUp", fact).ticket
+    if ticket in edge.before.unanswered:
+        return None
+    if has_changed(edge) or edge.commands != (DropStale(Generation(0), fact.trigger),):
+        return f"call {ticket} has ended, and its look-up is not dropped"
+    return None
+
+
 def inv_stale_timer_is_dropped(edge: Edge) -> str | None:
     """A deadline ends its load; a timer of something that is over changes nothing."""
     fact, ctx = edge.fact, edge.before.ctx
@@ -271,6 +291,10 @@ def inv_stale_timer_is_dropped(edge: Edge) -> str | None:
             and edge.before.state is State.HEALTHY
             and not (ctx.is_due or ctx.leases or running.target.request.pinned)
         )
+    elif fact.kind == "look_up":
+        is_due = fact.generation in {Generation(call.ticket) for call in ctx.look_ups}
+        if fact.generation in {Generation(call.ticket) for call in edge.after.ctx.look_ups}:
+            return f"call {fact.generation} is looked up after its deadline"
     elif fact.kind == "deadline":
         is_due = fact.generation in {job.generation for job in (*ctx.wanted, *ctx.prefetches)}
         after = edge.after.ctx
@@ -336,6 +360,7 @@ STEP_INVARIANTS: tuple[Callable[[Edge], str | None], ...] = (
     inv_healthy_is_proven,
     inv_stale_is_dropped,
     inv_stale_timer_is_dropped,
+    inv_late_look_up_is_dropped,
     inv_generations_grow,
     inv_token_set_once,
     *STEP_PROMISES,

@@ -8,7 +8,7 @@ trusts the machine about itself.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from orchestrator.base.tokens import Generation, Ticket
@@ -45,7 +45,7 @@ class World(Protocol):
 
     @property
     def beside(self) -> frozenset[tuple[str, Generation]]:
-        """What is in progress for queued loads and prefetches: `resolve` or `prefetch`."""
+        """What is in progress besides: `resolve`, `prefetch`, or `look_up` with its ticket."""
 
     @property
     def concluded(self) -> frozenset[Generation]:
@@ -103,8 +103,13 @@ def pids(world: World) -> str:
 
 
 def has_changed(edge: Edge) -> bool:
+    """Return whether the step has changed anything but the look-up that its fact ends."""
     before, after = edge.before, edge.after
-    return before.state is not after.state or before.ctx != after.ctx
+    if before.state is not after.state:
+        return True
+    own = getattr(edge.fact, "ticket", None)
+    left = tuple(look_up for look_up in before.ctx.look_ups if look_up.ticket != own)
+    return before.ctx != after.ctx and replace(before.ctx, look_ups=left) != after.ctx
 
 
 def answers(edge: Edge) -> dict[Ticket, Answer]:
@@ -133,6 +138,7 @@ _ENDS = {
     "download": ("fetched", "fetch_failed"),
     "spawn": ("spawned", "spawn_failed"),
     "probe": ("ready", "not_ready"),
+    "look_up": ("load", "prefetch", "look_up_failed"),
 }
 
 

@@ -5,10 +5,11 @@ Clients are separated by `|`, the calls of one client by `;`:
     load A slow id=x | load B queue; withdraw | unload
 
 A client does not wait for its answers, except that a lease is released only after it was granted,
-so every order of arrival is explored. `slow` is a load whose model takes a while to look up: it is
-called first and arrives later. A model with a `/` in its name is on the Hub and must be resolved;
-its load may say `prefetch`, and `prefetch o/A` only downloads it. `cancel x` is by id, `cancel`
-alone by the generation of the client's last load; `withdraw` means the client's last call.
+so every order of arrival is explored. The look-up of a `slow` load takes a while, that of any other
+ends at once. A `late` load has its place in the order of calls before it arrives. A model with a
+`/` in its name is on the Hub and must be resolved; its load may say `prefetch`, and `prefetch o/A`
+only downloads it. `cancel x` is by id, `cancel` alone by the generation of the client's last load;
+`withdraw` means the client's last call.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Action:
     model: str | None = None
     request_id: str | None = None
     is_slow: bool = False
+    is_late: bool = False
 
 
 def parse(program: str) -> tuple[tuple[Action, ...], ...]:
@@ -65,6 +67,7 @@ def _parse_action(text: str, index: int, earlier: list[Action]) -> Action:
                 request,
                 request_id=request.load_request_id,
                 is_slow="slow" in words,
+                is_late="late" in words,
             )
         case "unload":
             return Action(verb, text, index, index, model=words[0] if words else None)
@@ -99,6 +102,7 @@ def _request(words: list[str]) -> LoadRequest:
 
 _OPTIONS: dict[str, dict[str, str | bool | float]] = {
     "slow": {},
+    "late": {},
     "queue": {"on_busy": "queue"},
     "reject": {"on_busy": "reject"},
     "force": {"force_reload": True},

@@ -18,18 +18,20 @@ from orchestrator.machine.commands import (
     LeaseGranted,
     Loaded,
     Settle,
+    StopTimer,
     Unloaded,
 )
 from orchestrator.machine.facts import (
     Exited,
     LeaseRequested,
     LoadRequested,
+    LookUpRequested,
     ShutdownRequested,
     TimerFired,
     UnloadRequested,
 )
 from orchestrator.machine.states import State
-from orchestrator.settings.target import Target, differences
+from orchestrator.settings.target import Target, differences, is_same_model
 from tests.kit.machine.observed import Edge, World, answers, category, has_changed, is_known
 
 # ------------------------------------------------------------------------------ in every world
@@ -168,11 +170,31 @@ def inv_superseded_at_once(edge: Edge) -> str | None:
     return None
 
 
+def inv_superseded_during_its_look_up(edge: Edge) -> str | None:
+    """A newer load that is accepted ends the look-ups of older ones at once."""
+    fact = edge.fact
+    is_accepted = any(isinstance(command, Accept) for command in edge.commands)
+    if not isinstance(fact, LoadRequested) or not is_accepted:
+        return None
+    for look_up in edge.before.ctx.look_ups:
+        other, answer = edge.before.asked[look_up.ticket], answers(edge).get(look_up.ticket)
+        is_older = look_up.ticket < fact.ticket and look_up.purpose == "load"
+        is_meant = is_older and look_up.request.on_busy == "supersede"
+        has_ended = look_up not in edge.after.ctx.look_ups
+        if look_up.ticket in edge.before.unanswered:
+            has_ended = has_ended and category(answer) == "superseded"
+        if is_meant and not has_ended and not is_same_model(other, fact.target):
+            return f"call {look_up.ticket} is still looked up, and call {fact.ticket} is newer"
+    return None
+
+
 def inv_same_target_is_shared(edge: Edge) -> str | None:
     """A load of the same target joins the newest load or the one in flight, or answers at once."""
     fact, ctx = edge.fact, edge.before.ctx
     ended = {"cancelled", "shutting_down"}  # other invariants check these
-    if not isinstance(fact, LoadRequested) or category(answers(edge).get(fact.ticket)) in ended:
+    if not isinstance(fact, LoadRequested) or fact.ticket not in edge.before.unanswered:
+        return None
+    if category(answers(edge).get(fact.ticket)) in ended:
         return None
     request = fact.target.request
     candidates = ctx.wanted[-1:]
@@ -258,14 +280,15 @@ def inv_a_cancel_waits_for_no_lease(edge: Edge) -> str | None:
 def inv_refused_changes_nothing(edge: Edge) -> str | None:
     """A dropped fact or a refused request changes nothing."""
     refused = any(isinstance(c, DropStale) for c in edge.commands)
-    if isinstance(edge.fact, LoadRequested):
+    if isinstance(edge.fact, LoadRequested | LookUpRequested):
         own = [c for c in edge.commands if isinstance(c, Settle) and c.ticket == edge.fact.ticket]
         refused = any(isinstance(c.answer, Problem) for c in own)
     if any(isinstance(c, Settle) and c.answer == Unloaded(changed=False) for c in edge.commands):
         now = edge.after.ctx  # the unload is recorded, and prevents a restore
         before = replace(edge.before.ctx, unloads=now.unloads, previous=now.previous)
         refused = before != edge.after.ctx or edge.before.state is not edge.after.state
-    if refused and (has_changed(edge) or len(edge.commands) != 1):
+    said = [c for c in edge.commands if not isinstance(c, StopTimer)]  # of the look-up
+    if refused and (has_changed(edge) or len(said) != 1):
         return f"{edge.fact.trigger} is refused and changes something"
     return None
 
@@ -401,6 +424,7 @@ STEP_PROMISES: tuple[Callable[[Edge], str | None], ...] = (
     inv_loaded_is_what_was_requested,
     inv_an_older_call_never_wins,
     inv_superseded_at_once,
+    inv_superseded_during_its_look_up,
     inv_same_target_is_shared,
     inv_on_busy_is_honoured,
     inv_shutting_down_only_after_a_shutdown,

@@ -26,6 +26,7 @@ from orchestrator.machine.commands import (
     SetTimer,
     Settle,
     SetToken,
+    StopTimer,
 )
 from orchestrator.machine.context import Context, Policy, Running
 from orchestrator.machine.facts import (
@@ -42,8 +43,10 @@ from orchestrator.machine.facts import (
     LeaseReleased,
     LeaseRequested,
     LoadRequested,
+    LookUpRequested,
     NotReady,
     PrefetchRequested,
+    Purpose,
     Resolved,
     ServerFacts,
     ShutdownRequested,
@@ -58,6 +61,7 @@ from orchestrator.machine.facts import (
 from orchestrator.machine.states import State
 from orchestrator.machine.step import step
 from orchestrator.settings.request import LoadRequest
+from orchestrator.settings.target import Target
 from tests.kit.machine.world import files, resolved, target
 
 I, K, D, S, W, H = State  # noqa: E741 (the letters of the table)
@@ -69,7 +73,10 @@ SERVER = ServerFacts("http://127.0.0.1:36017")
 
 
 class Run:
-    """A machine, the answers to its callers, and the commands of its last step."""
+    """A machine, the answers to its callers, and the commands of its last step.
+
+    That the timer of a look-up stops is left out of `commands`: it does at every load.
+    """
 
     def __init__(self, policy: Policy | None = None) -> None:
         self.state = State.IDLE
@@ -81,7 +88,8 @@ class Run:
         self.generations: dict[int, int] = {}
 
     def do(self, fact: Fact) -> Self:
-        self.state, self.ctx, self.commands = step(self.state, self.ctx, fact)
+        self.state, self.ctx, commands = step(self.state, self.ctx, fact)
+        self.commands = tuple(c for c in commands if not isinstance(c, StopTimer))
         for command in self.commands:
             if isinstance(command, Settle):
                 assert command.ticket not in self.answers, f"call {command.ticket} answered twice"
@@ -102,14 +110,26 @@ class Run:
         self, model: str, *, ticket: Ticket | None = None, alive: bool = True, **options: Any
     ) -> Ticket:
         ticket = ticket or self.ticket()
-        wanted = target(LoadRequest.from_dict({"model_path": model, **options}))
-        self.do(LoadRequested(ticket, wanted, self.now, alive))
+        return self.load_target(
+            target(LoadRequest.from_dict({"model_path": model, **options})), ticket, alive=alive
+        )
+
+    def load_target(self, wanted: Target, ticket: Ticket, *, alive: bool = True) -> Ticket:
+        self.look_up(wanted.request, ticket)
+        if ticket not in self.answers:
+            self.do(LoadRequested(ticket, wanted, self.now, alive))
+        return ticket
+
+    def look_up(self, request: LoadRequest, ticket: Ticket, purpose: Purpose = "load") -> Ticket:
+        self.do(LookUpRequested(ticket, request, purpose, self.now))
         return ticket
 
     def prefetch(self, model: str, **options: Any) -> Ticket:
         ticket = self.ticket()
         wanted = target(LoadRequest.from_dict({"model_path": model, **options}))
-        self.do(PrefetchRequested(ticket, wanted, self.now))
+        self.look_up(wanted.request, ticket, "prefetch")
+        if ticket not in self.answers:
+            self.do(PrefetchRequested(ticket, wanted, self.now))
         return ticket
 
     def unload(self, model: str | None = None) -> Ticket:

@@ -27,8 +27,8 @@ from orchestrator.machine.facts import (
     KillFailed,
     LeaseReleased,
     LeaseRequested,
+    LookUpRequested,
     NotReady,
-    PrefetchRequested,
     Promoted,
     Resolved,
     ShutdownRequested,
@@ -58,9 +58,11 @@ from tests.kit.machine.world import (
     exited,
     files,
     load_requested,
+    look_up_failed,
+    look_up_requested,
+    prefetch_requested,
     resolved,
     stale_completions,
-    target,
 )
 
 
@@ -132,7 +134,8 @@ class Scenario:
             text = f"the {timer.kind} timer of load {timer.generation} fires"
             fact = TimerFired(timer.generation, AT, timer.kind)
             after = world._replace(timers=world.timers - {timer})
-            yield Move("clock", text, after, fact, is_good=timer.kind != "deadline")
+            is_good = timer.kind not in {"deadline", "look_up"}
+            yield Move("clock", text, after, fact, is_good=is_good)
 
     def _end_kill(self, world: World, work: Work) -> Iterator[Move]:
         if world.alive:
@@ -174,6 +177,34 @@ class Scenario:
             )
             yield Move("system", text, world, fact, work, is_good=False)
 
+    def _end_look_up(self, world: World, work: Work) -> Iterator[Move]:
+        ticket = Ticket(work.generation)
+        action = self._action_of(world, ticket)
+        assert action.request is not None
+        fact: Fact = prefetch_requested(ticket, action.request)
+        if action.verb == "load":
+            fact = load_requested(ticket, action.request, child_is_alive(world))
+        yield Move("system", f"{action.request.model_path} is found", world, fact, work)
+        if action.is_slow and self.faults.look_up:
+            text = f"{action.request.model_path} is not found"
+            yield Move("system", text, world, look_up_failed(ticket), work, is_good=False)
+
+    def at_once(self, move: Move, after: World) -> Move | None:
+        """Return the end of the look-up that a call has begun, unless it is slow."""
+        if not isinstance(move.fact, LookUpRequested):
+            return None
+        ticket = move.fact.ticket
+        if self._action_of(after, ticket).is_slow:
+            return None
+        begun = next((w for w in after.work if w == Work("look_up", Generation(ticket))), None)
+        if begun is None:
+            return None
+        return next(self._end_look_up(after, begun))
+
+    def _action_of(self, world: World, ticket: Ticket) -> Action:
+        index = next(i for i, c in enumerate(world.calls) if c.status and c.ticket == ticket)
+        return self.actions[index]
+
     def _end_spawn(self, world: World, work: Work) -> Iterator[Move]:
         if work.pid:
             child = Child(work.generation, work.pid)
@@ -202,9 +233,9 @@ class Scenario:
         if action.verb == "cancel" and action.request_id is None and not about.generation:
             return
         ticket = mine.ticket if mine.status else _next_ticket(world)
-        if action.is_slow and mine.status is Status.UNSENT:
+        if action.is_late and mine.status is Status.UNSENT:
             is_ended = action.request_id in world.cancelled_ids
-            status = Status.LOOKING_ENDED if is_ended else Status.LOOKING
+            status = Status.CALLED_ENDED if is_ended else Status.CALLED
             called = _with_call(world, action.index, Call(status, ticket))
             yield Move(who, f"calls {action.text}", called, None, is_own=False)
             return
@@ -223,19 +254,14 @@ class Scenario:
         if action.verb == "release":
             call = about._replace(status=Status.DONE)
             return _with_call(world, action.refers, call), LeaseReleased(about.ticket, AT)
-        is_ended = mine.status is Status.LOOKING_ENDED or (
+        is_ended = mine.status is Status.CALLED_ENDED or (
             action.verb in _ENDABLE and action.request_id in world.cancelled_ids
         )
         called = Call(Status.ENDED if is_ended else Status.WAITING, ticket)
         world = _with_call(world, action.index, called)
         match action.verb:
-            case "load":
-                assert action.request is not None
-                fact = load_requested(ticket, action.request, child_is_alive(world))
-                return world, fact
-            case "prefetch":
-                assert action.request is not None
-                return world, PrefetchRequested(ticket, target(action.request), AT)
+            case "load" | "prefetch":
+                return world, look_up_requested(action, ticket)
             case "lease":
                 return world, LeaseRequested(ticket, AT, child_is_alive(world))
             case "unload":
@@ -267,7 +293,7 @@ class Scenario:
 
     def _end(self, world: World, ends: Callable[[Action, Call], bool]) -> World:
         """Mark the loads that must not succeed any more."""
-        to = {Status.WAITING: Status.ENDED, Status.LOOKING: Status.LOOKING_ENDED}
+        to = {Status.WAITING: Status.ENDED, Status.CALLED: Status.CALLED_ENDED}
         calls = tuple(
             call._replace(status=to.get(call.status, call.status))
             if action.verb in _ENDABLE and ends(action, call)
@@ -340,7 +366,7 @@ _ENDABLE = frozenset({"load", "prefetch"})
 
 def _is_known(call: Call) -> bool:
     """Return whether the machine has processed the call."""
-    return call.status not in {Status.UNSENT, Status.LOOKING, Status.LOOKING_ENDED}
+    return call.status > Status.CALLED_ENDED
 
 
 def _next_ticket(world: World) -> Ticket:

@@ -18,6 +18,7 @@ from orchestrator.machine.commands import (
     Kill,
     LeaseGranted,
     Loaded,
+    LookUp,
     Post,
     Prefetched,
     Probe,
@@ -27,6 +28,7 @@ from orchestrator.machine.commands import (
     Settle,
     SetToken,
     Spawn,
+    StopTimer,
     Unloaded,
 )
 from orchestrator.machine.states import State
@@ -89,11 +91,13 @@ def describe(command: Command) -> str:
             return f"the token of load {generation} is set: {reason}"
         case SetTimer(generation, kind):
             return f"the {kind} timer of load {generation} is set"
+        case LookUp(ticket, request):
+            return f"the look-up of {request.model_path} begins, for call {ticket}"
         case Post(fact):
             return f"load {fact.generation} is promoted"
         case DropStale(generation, trigger):
             return f"{trigger} of load {generation} is dropped as stale"
-        case Concluded() | ServerEnded():
+        case Concluded() | ServerEnded() | StopTimer():
             return ""
         case Kill() | Resolve() | Download() | Spawn() | Probe():
             return _begins(command)
@@ -104,7 +108,7 @@ def _begins(effect: Effect) -> str:
         case Kill(_, child):
             return f"the kill begins: {f'server {child.pid}' if child else 'nothing on record'}"
         case Resolve(generation, target):
-            return f"the look-up of {target.request.model_path} begins, for load {generation}"
+            return f"the Hub is asked for {target.request.model_path}, for load {generation}"
         case Download(generation, target):
             return f"the download of {target.request.model_path} begins, for load {generation}"
         case Probe(_, child):

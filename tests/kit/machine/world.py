@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, cast
 
 from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import Problem
+from orchestrator.machine import facts
 from orchestrator.machine.context import Context, EffectInFlight, EffectKind
 from orchestrator.machine.facts import (
     BecameReady,
@@ -26,7 +27,11 @@ from orchestrator.machine.facts import (
     FetchFailed,
     KillFailed,
     LoadRequested,
+    LookUpFailed,
+    LookUpRequested,
     NotReady,
+    PrefetchRequested,
+    Purpose,
     Resolved,
     ServerFacts,
     SlotEvidence,
@@ -58,11 +63,11 @@ class Core:
 
 
 class Status(IntEnum):
-    """The progress of a call; `LOOKING` is called, and its model is being looked up."""
+    """The progress of a call; `CALLED` has its place in the order of calls, and has not arrived."""
 
     UNSENT = 0
-    LOOKING = 1
-    LOOKING_ENDED = 2
+    CALLED = 1
+    CALLED_ENDED = 2
     WAITING = 3
     ENDED = 4
     GONE = 5
@@ -78,12 +83,14 @@ class Call(NamedTuple):
     generation: Generation = Generation(0)
 
 
-WorkKind = EffectKind | Literal["resolve", "prefetch"]
-"""An effect of a state, or work for a queued load or a prefetch."""
+WorkKind = EffectKind | Literal["resolve", "prefetch", "look_up"]
+"""An effect of a state, or work for a queued load, a prefetch or a call."""
+
+BESIDE: Final = frozenset({"resolve", "prefetch", "look_up"})
 
 
 class Work(NamedTuple):
-    """Work in progress."""
+    """Work in progress; the generation of a look-up is the ticket of its call."""
 
     kind: WorkKind
     generation: Generation
@@ -100,7 +107,7 @@ class Noticed(NamedTuple):
 
 
 class Timer(NamedTuple):
-    kind: Literal["drain", "deadline", "restart", "idle"]
+    kind: facts.Timer
     generation: Generation
 
 
@@ -129,6 +136,7 @@ class Faults:
     Attributes:
         kill: A process survives the kill ladder.
         download, spawn, health: The effect fails.
+        look_up: A slow look-up fails.
         crash: A server ends by itself.
         strays: How often an unrecorded process appears in the slot between kill and spawn.
         stale: How many completions of ended effects arrive.
@@ -138,13 +146,21 @@ class Faults:
     download: bool = True
     spawn: bool = True
     health: bool = True
+    look_up: bool = True
     crash: bool = True
     strays: int = 0
     stale: int = 1
 
 
 NO_FAULTS = Faults(
-    kill=False, download=False, spawn=False, health=False, crash=False, strays=0, stale=0
+    kill=False,
+    download=False,
+    spawn=False,
+    health=False,
+    look_up=False,
+    crash=False,
+    strays=0,
+    stale=0,
 )
 
 
@@ -172,16 +188,14 @@ class View:
     @property
     def in_flight(self) -> tuple[EffectInFlight, ...]:
         return tuple(
-            effect_in_flight(w.kind, w.generation)
+            effect_in_flight(cast("EffectKind", w.kind), w.generation)
             for w in self._world.work
-            if w.kind != "resolve" and w.kind != "prefetch"
+            if w.kind not in BESIDE
         )
 
     @property
     def beside(self) -> frozenset[tuple[str, Generation]]:
-        return frozenset(
-            (w.kind, w.generation) for w in self._world.work if w.kind in {"resolve", "prefetch"}
-        )
+        return frozenset((w.kind, w.generation) for w in self._world.work if w.kind in BESIDE)
 
     @property
     def concluded(self) -> frozenset[Generation]:
@@ -253,6 +267,23 @@ _OCCUPIED = SlotEvidence(is_empty=False, reason="the slot's lock is held")
 @cache
 def effect_in_flight(kind: EffectKind, generation: Generation) -> EffectInFlight:
     return EffectInFlight(kind, generation)
+
+
+@cache
+def look_up_requested(action: Action, ticket: Ticket) -> LookUpRequested:
+    assert action.request is not None
+    purpose: Purpose = "prefetch" if action.verb == "prefetch" else "load"
+    return LookUpRequested(ticket, action.request, purpose, AT)
+
+
+@cache
+def look_up_failed(ticket: Ticket) -> LookUpFailed:
+    return LookUpFailed(ticket, Problem("model_not_found", "no such file"), AT)
+
+
+@cache
+def prefetch_requested(ticket: Ticket, request: LoadRequest) -> PrefetchRequested:
+    return PrefetchRequested(ticket, target(request), AT)
 
 
 @cache

@@ -17,14 +17,12 @@ from typing import Any, Final, cast
 
 from orchestrator.base.tokens import Ticket
 from orchestrator.errors import OrchestratorError
-from orchestrator.machine.commands import LeaseGranted
+from orchestrator.machine.commands import LeaseGranted, LookUp
+from orchestrator.runtime.effects import looked_up
 from orchestrator.runtime.orchestrator import AsyncOrchestrator, Orchestrator
 from orchestrator.runtime.owner import Call, Owner
-from orchestrator.settings.files import ModelFiles
-from orchestrator.settings.request import LoadRequest
 from tests.kit.machine.invariants import Violation
 from tests.kit.machine.programs import Action
-from tests.kit.machine.world import target
 from tests.kit.shell.fakes import fake_parts
 from tests.kit.shell.ledger import Caller
 from tests.kit.shell.scene import Scene
@@ -40,9 +38,7 @@ class FacadeStage(Stage):
 
     def _make_owner(self) -> Owner:
         parts = fake_parts(
-            look_up=self.look_up,
             clock=self.clock,
-            workers=lambda: self,
             effects=lambda _, post, *__: self._make_effects(post),
             owner=self._make_unstarted,
             wait=self.wait,
@@ -66,8 +62,12 @@ class FacadeStage(Stage):
         vars(made).update(call=call, start=lambda _: None)
         return made
 
-    def look_up(self, request: LoadRequest) -> ModelFiles:
-        return target(request).model
+    def _begin_look_up(self, command: LookUp) -> None:
+        self.looking.append(command)
+
+    def _end_look_up(self, command: LookUp) -> None:
+        self.looking.remove(command)
+        self.owner.post(looked_up(command, self.orch._look_up))
 
     def wait(self, future: Future[Any]) -> Any:
         return future.result()
@@ -170,23 +170,16 @@ class SteppedLoop(asyncio.BaseEventLoop):
 
 
 class LoopStage(FacadeStage):
-    """Clients are tasks of one loop; look-ups are jobs of worker threads."""
+    """Clients are tasks of one loop."""
 
     facade = AsyncOrchestrator
 
     def __init__(self, scene: Scene, choose: Choose) -> None:
         self.loop = SteppedLoop()
-        self.jobs: list[tuple[Future[object], Callable[[], object], Caller | None]] = []
         self.tasks: dict[int, asyncio.Task[object]] = {}
         self.ended: set[int] = set()
         self.given_back: dict[int, asyncio.Event] = {}
         super().__init__(scene, choose)
-
-    def submit(self, work: Callable[[], object]) -> Future[object]:
-        """Act as the worker threads."""
-        done: Future[object] = Future()
-        self.jobs.append((done, work, self._who()))
-        return done
 
     def _who(self) -> Caller | None:
         if running._get_running_loop() is None:
@@ -199,17 +192,8 @@ class LoopStage(FacadeStage):
 
     def _own_moves(self) -> Iterator[Move]:
         yield from super()._own_moves()
-        for job in self.jobs:
-            about = f" of call {job[2].ticket}" if job[2] else ""
-            yield Move("threads", f"the look-up{about} ends", partial(self._do_job, job))
         if ready := self.loop.ready:
             yield Move("loop", f"runs {self._named(ready[0])}", self.loop.step)
-
-    def _do_job(self, job: tuple[Future[object], Callable[[], object], Caller | None]) -> None:
-        self.jobs.remove(job)
-        done, work, _ = job
-        if done.set_running_or_notify_cancel():
-            done.set_result(work())
 
     def _named(self, handle: asyncio.Handle) -> str:
         callback = cast("Any", handle)._callback
@@ -255,7 +239,7 @@ class LoopStage(FacadeStage):
 
     @property
     def is_quiescent(self) -> bool:
-        return super().is_quiescent and not self.jobs and not self.loop.ready
+        return super().is_quiescent and not self.loop.ready
 
     def check_rest(self) -> None:
         if self.loop.failures:
@@ -268,7 +252,6 @@ class LoopStage(FacadeStage):
             *super().key(),
             tuple((i, *_position(task)) for i, task in self.tasks.items()),
             tuple(self._named(handle) for handle in self.loop.ready),
-            tuple((job[2] and job[2].ticket, job[0].cancelled()) for job in self.jobs),
             frozenset(self.ended),
             frozenset(i for i, event in self.given_back.items() if event.is_set()),
         )
@@ -385,11 +368,6 @@ class ThreadStage(FacadeStage):
         me = self._puppet()
         index = next((i for i, puppet in self.puppets.items() if puppet is me), None)
         return None if index is None else self.ledger.callers[index]
-
-    def look_up(self, request: LoadRequest) -> ModelFiles:
-        if (puppet := self._puppet()) is not None:
-            puppet.pause("its look-up", lambda: True)
-        return super().look_up(request)
 
     # --------------------------------------------------------------------------------- moves
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from orchestrator.runtime.effects import looked_up
 from orchestrator.runtime.parts import Parts
 from orchestrator.settings.request import LoadRequest
 from tests.kit.machine.world import target
@@ -27,7 +28,9 @@ def fake_parts(*, look_up: Any = lambda request: target(request).model, **replac
         "source": lambda *_: SimpleNamespace(look_up=look_up, check_args=lambda _: None),
         "server": lambda _: server,
         "catalogue": lambda *_: None,
-        "effects": lambda _slot, post, *_: GatedEffects(post),
+        "effects": lambda _slot, post, *others: GatedEffects(
+            post, look_ups=lambda command: post(looked_up(command, others[-1]))
+        ),
         "at_exit": lambda _: None,
     }
     return Parts(**(parts | replaced))

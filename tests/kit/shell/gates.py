@@ -15,7 +15,16 @@ from typing import Final, Literal
 
 from orchestrator.base.tokens import CancelToken, Generation
 from orchestrator.errors import Problem
-from orchestrator.machine.commands import Download, Effect, Kill, Probe, Resolve, Spawn, failure_of
+from orchestrator.machine.commands import (
+    Download,
+    Effect,
+    Kill,
+    LookUp,
+    Probe,
+    Resolve,
+    Spawn,
+    failure_of,
+)
 from orchestrator.machine.facts import (
     BecameReady,
     Child,
@@ -25,6 +34,9 @@ from orchestrator.machine.facts import (
     Exited,
     Fact,
     Fetched,
+    LoadRequested,
+    ModelRequested,
+    PrefetchRequested,
     Resolved,
     ServerFacts,
     SlotEvidence,
@@ -32,7 +44,7 @@ from orchestrator.machine.facts import (
 )
 from orchestrator.runtime.ports import Clock, LogPosition, Progress, SlotLock
 from tests.kit.machine.invariants import Process
-from tests.kit.machine.world import WorkKind, files, resolved
+from tests.kit.machine.world import WorkKind, files, resolved, target
 
 ALL_KINDS: Final[frozenset[WorkKind]] = frozenset({"kill", "resolve", "download", "spawn", "probe"})
 SpawnPlan = Literal["lives", "fails", "raises"]
@@ -181,6 +193,7 @@ class GatedEffects:
         notices_exits: Report an exit at once; otherwise it waits in `exits` for `notice_exit`.
         watch: Called before an effect is started; may raise what a start may raise.
         plan_spawn: Decides the result of a spawn.
+        look_ups: Does a look-up and posts its answer; None = every model is found at once.
     """
 
     post: Callable[[Fact], None]
@@ -190,6 +203,7 @@ class GatedEffects:
     notices_exits: bool = True
     watch: Callable[[Effect, CancelToken], None] = lambda _, __: None
     plan_spawn: Callable[[Spawn], SpawnPlan] = lambda _: "lives"
+    look_ups: Callable[[LookUp], object] | None = None
     gates: list[Gate] = field(default_factory=list)
     exits: list[Exited] = field(default_factory=list)
     is_closed: bool = False
@@ -214,6 +228,12 @@ class GatedEffects:
             self._changed.notify_all()
         if is_open:
             gate.succeed()
+
+    def look_up(self, command: LookUp) -> None:
+        if self.look_ups is None:
+            self.post(found(command, self.clock()))
+        else:
+            self.look_ups(command)
 
     def progress(self, generation: Generation) -> Progress | None:
         return None
@@ -298,3 +318,11 @@ class GatedEffects:
             self.exits.append(exited)
             if self.notices_exits:
                 self.notice_exit(exited)
+
+
+def found(command: LookUp, at: float) -> ModelRequested:
+    """Return the answer to a look-up that succeeds."""
+    wanted = target(command.request)
+    if command.purpose == "load":
+        return LoadRequested(command.ticket, wanted, at)
+    return PrefetchRequested(command.ticket, wanted, at)

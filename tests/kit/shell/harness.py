@@ -16,7 +16,9 @@ import pytest
 from orchestrator.base import workers
 from orchestrator.base.tokens import Ticket
 from orchestrator.errors import ModelNotFound, OrchestratorError
+from orchestrator.machine.commands import LookUp
 from orchestrator.machine.facts import CancelRequested, Fact, Withdrawn
+from orchestrator.runtime.effects import looked_up
 from orchestrator.runtime.events import EventLog
 from orchestrator.runtime.orchestrator import AsyncOrchestrator, Orchestrator
 from orchestrator.runtime.owner import Owner
@@ -81,9 +83,14 @@ class Harness:
         self.may_block("find the server")
         return target(LoadRequest(model_path="A")).server
 
-    def make_effects(self, _: object, post: Callable[[Fact], None], *__: object) -> GatedEffects:
+    def make_effects(self, _: object, post: Callable[[Fact], None], *others: Any) -> GatedEffects:
         self.may_block("make effects")
-        return GatedEffects(post, self.clock, self.os, self.open_gates)
+        *_, look_up = others
+
+        def begin(command: LookUp) -> None:
+            self.workers.submit(lambda: post(looked_up(command, look_up)))
+
+        return GatedEffects(post, self.clock, self.os, self.open_gates, look_ups=begin)
 
     def make_owner(self, effects: Any, **settings: Any) -> Owner:
         self.owners.append(WatchedOwner(effects, **settings))

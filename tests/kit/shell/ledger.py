@@ -17,8 +17,7 @@ from orchestrator.machine.facts import (
     CancelRequested,
     Fact,
     LeaseReleased,
-    LoadRequested,
-    PrefetchRequested,
+    LookUpRequested,
     ShutdownRequested,
     UnloadRequested,
     Withdrawn,
@@ -28,8 +27,8 @@ from tests.kit.machine.programs import Action
 from tests.kit.machine.world import Status
 
 _ENDABLE: Final = frozenset({"load", "prefetch"})
-_ARRIVING: Final = frozenset({Status.LOOKING, Status.LOOKING_ENDED})
-_ENDED: Final = {Status.WAITING: Status.ENDED, Status.LOOKING: Status.LOOKING_ENDED}
+_ARRIVING: Final = frozenset({Status.CALLED, Status.CALLED_ENDED})
+_ENDED: Final = {Status.WAITING: Status.ENDED, Status.CALLED: Status.CALLED_ENDED}
 
 
 @dataclass(slots=True)
@@ -48,7 +47,7 @@ class Caller:
     @property
     def is_known(self) -> bool:
         """Whether its load or prefetch has reached the machine."""
-        return self.action.verb in _ENDABLE and self.status > Status.LOOKING_ENDED
+        return self.action.verb in _ENDABLE and self.status > Status.CALLED_ENDED
 
     @property
     def is_settled(self) -> bool:
@@ -85,7 +84,7 @@ class Ledger:
         self._by_ticket: dict[Ticket, Caller] = {}
 
     def opened(self, caller: Caller, call: Call) -> None:
-        caller.call, caller.status = call, Status.LOOKING
+        caller.call, caller.status = call, Status.CALLED
         self._by_ticket[call.ticket] = caller
 
     def caller(self, ticket: Ticket | None) -> Caller | None:
@@ -102,7 +101,7 @@ class Ledger:
     def was_shut_down(self) -> bool:
         """Whether a shutdown has reached the machine."""
         return any(
-            caller.action.verb == "shutdown" and caller.status > Status.LOOKING_ENDED
+            caller.action.verb == "shutdown" and caller.status > Status.CALLED_ENDED
             for caller in self._by_ticket.values()
         )
 
@@ -129,14 +128,14 @@ class Ledger:
             case _:
                 pass
         if caller is not None and caller.status in _ARRIVING:
-            is_cancelled = isinstance(fact, LoadRequested | PrefetchRequested) and (
+            is_cancelled = isinstance(fact, LookUpRequested) and (
                 caller.action.request_id in self.cancelled_ids
             )
-            is_ended = is_cancelled or caller.status is Status.LOOKING_ENDED
+            is_ended = is_cancelled or caller.status is Status.CALLED_ENDED
             caller.status = Status.ENDED if is_ended else Status.WAITING
 
     def _cancel(self, fact: CancelRequested) -> None:
-        """An unknown id may belong to a load whose look-up has not ended."""
+        """An unknown id may belong to a load that has not arrived."""
         name = fact.request_id
         if name is None:
             self._end(lambda c: c.generation == fact.generation)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from orchestrator.machine.facts import CancelRequested, Fact, LoadRequested, UnloadRequested
+from orchestrator.machine.facts import CancelRequested, Fact, LookUpRequested, UnloadRequested
 from orchestrator.machine.states import State
 from orchestrator.runtime.owner import Call, Owner
 from orchestrator.settings.request import LoadRequest
-from tests.kit.machine.world import WorkKind, target
+from tests.kit.machine.world import WorkKind
 from tests.kit.shell.gates import GatedEffects
 
 
@@ -68,7 +68,8 @@ class PumpedOwner:
     def load(self, model: str, **fields: Any) -> Call:
         call = self.owner.call()
         request = LoadRequest(model_path=model, **fields)
-        return self._ask(call, LoadRequested(call.ticket, target(request), self.owner.clock()))
+        now = self.owner.clock()
+        return self._ask(call, LookUpRequested(call.ticket, request, "load", now))
 
     def cancel(self, generation: int) -> Call:
         call = self.owner.call()

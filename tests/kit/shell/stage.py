@@ -14,7 +14,7 @@ from typing import Any, cast, get_args
 
 from orchestrator.base.tokens import CancelToken, Generation, Ticket
 from orchestrator.errors import Problem
-from orchestrator.machine.commands import Effect, LeaseGranted, Probe, ServerEnded, Spawn
+from orchestrator.machine.commands import Effect, LeaseGranted, LookUp, Probe, ServerEnded, Spawn
 from orchestrator.machine.context import Context, EffectInFlight, EffectKind
 from orchestrator.machine.facts import (
     CancelRequested,
@@ -23,9 +23,12 @@ from orchestrator.machine.facts import (
     LeaseReleased,
     LeaseRequested,
     LoadRequested,
-    PrefetchRequested,
+    LookUpFailed,
+    LookUpRequested,
     Request,
     ShutdownRequested,
+    Timer,
+    TimerFired,
     UnloadRequested,
 )
 from orchestrator.machine.states import State
@@ -39,7 +42,7 @@ from tests.kit.machine.programs import Action, parse
 from tests.kit.machine.story import StoryLine, describe
 from tests.kit.machine.world import Status, target
 from tests.kit.shell import promises
-from tests.kit.shell.gates import KINDS, Gate, GatedEffects, SpawnPlan, VirtualClock
+from tests.kit.shell.gates import KINDS, Gate, GatedEffects, SpawnPlan, VirtualClock, found
 from tests.kit.shell.ledger import Caller, Ledger
 from tests.kit.shell.pumped import PumpedOwner
 from tests.kit.shell.records import outcomes
@@ -111,11 +114,13 @@ class Stage(PumpedOwner):
         self.scene = scene
         self.choose = choose
         self.clock = VirtualClock()
+        self.at_once: list[LookUp] = []
         self.machine = scene.machine
         super().__init__(self._make_owner())
         self.ledger = Ledger(scene.actions)
         self.progress = [0] * len(scene.clients)
-        self.looking: list[Caller] = []
+        self.late: list[Caller] = []
+        self.looking: list[LookUp] = []
         self.owed: list[EffectInFlight] = []
         self.beside: set[tuple[str, Generation]] = set()
         self.reported_ended: set[int] = set()
@@ -146,6 +151,7 @@ class Stage(PumpedOwner):
             notices_exits=False,
             watch=self._watch,
             plan_spawn=self._plan_spawn,
+            look_ups=self._begin_look_up,
         )
 
     def _warm_up(self, model: str) -> None:
@@ -192,11 +198,14 @@ class Stage(PumpedOwner):
         for exited in self.effects.exits:
             text = f"the exit of server {exited.exit.pid} is noticed"
             yield Move("system", text, partial(self.effects.notice_exit, exited))
-        for caller in self.looking:
-            text = f"the look-up of call {caller.ticket} ends"
-            yield Move("system", text, partial(self._end_look_up, caller))
-        if self.owner._timers:
-            kind, generation = min(self.owner._timers, key=self.owner._timers.__getitem__)
+        for caller in self.late:
+            text = f"call {caller.ticket} arrives"
+            yield Move("threads", text, partial(self._arrive, caller))
+        for look_up in self.looking:
+            text = f"the look-up of call {look_up.ticket} ends"
+            yield Move("system", text, partial(self._end_look_up, look_up))
+        if self.timers:
+            kind, generation = min(self.timers, key=self.timers.__getitem__)
             text = f"the {kind} timer of load {generation} fires"
             yield Move("clock", text, self._fire_timer)
 
@@ -242,9 +251,9 @@ class Stage(PumpedOwner):
             intrude = partial(self._mishap, os.intrude)
             yield Move("system", "a stray process holds the slot", intrude, is_own=False)
         if self._may("look-up"):
-            for caller in self.looking:
-                text = f"the look-up of call {caller.ticket} fails"
-                refuse = partial(self._mishap, partial(self._refuse, caller))
+            for look_up in self.looking:
+                text = f"the look-up of call {look_up.ticket} fails"
+                refuse = partial(self._mishap, partial(self._refuse, look_up))
                 yield Move("system", text, refuse, is_own=False)
 
     def _may(self, kind: Mishap) -> bool:
@@ -267,9 +276,9 @@ class Stage(PumpedOwner):
                     self.owner.post(LeaseReleased(about.ticket, self.clock()))
             case "release":
                 self.owner.post(LeaseReleased(about.ticket, self.clock()))
-            case "load" if action.is_slow:
+            case "load" if action.is_late:
                 self._open(caller)
-                self.looking.append(caller)
+                self.late.append(caller)
             case _:
                 self._open(caller)
                 self._send(caller, about)
@@ -283,29 +292,35 @@ class Stage(PumpedOwner):
             lambda done: None if done.cancelled() else self.published.append(self.owner.snapshot)
         )
 
-    def _end_look_up(self, caller: Caller) -> None:
-        self.looking.remove(caller)
+    def _arrive(self, caller: Caller) -> None:
+        self.late.remove(caller)
         self._send(caller)
 
-    def _refuse(self, caller: Caller) -> None:
-        """Let a look-up fail, so that the call has no request."""
-        assert caller.call is not None
-        self.looking.remove(caller)
-        self.owner.answer(caller.call, Problem("model_not_found", "no such file"))
-        caller.status = Status.DONE
+    def _begin_look_up(self, command: LookUp) -> None:
+        """It ends in the same move, unless it is slow."""
+        self.looking.append(command)
+        caller = self.ledger.caller(command.ticket)
+        if caller is None or not caller.action.is_slow:
+            self.at_once.append(command)
+
+    def _end_look_up(self, command: LookUp) -> None:
+        self.looking.remove(command)
+        self.owner.post(found(command, self.clock()))
+
+    def _refuse(self, command: LookUp) -> None:
+        self.looking.remove(command)
+        problem = Problem("model_not_found", "no such file")
+        self.owner.post(LookUpFailed(command.ticket, problem, self.clock()))
 
     def _send(self, caller: Caller, about: Caller | None = None) -> None:
         action, ticket, now = caller.action, caller.ticket, self.clock()
         fact: Request
         match action.verb:
-            case "load":
+            case "load" | "prefetch":
                 assert action.request is not None
-                fact = LoadRequested(ticket, target(action.request), now)
+                fact = LookUpRequested(ticket, action.request, action.verb, now)
             case "unload":
                 fact = UnloadRequested(ticket, action.model, now)
-            case "prefetch":
-                assert action.request is not None
-                fact = PrefetchRequested(ticket, target(action.request), now)
             case "lease":
                 fact = LeaseRequested(ticket, now)
             case "shutdown":
@@ -341,12 +356,29 @@ class Stage(PumpedOwner):
     # --------------------------------------------------------------------------------- the owner
 
     def _fire_timer(self) -> None:
-        self.clock.now = max(self.clock.now, min(self.owner._timers.values()))
-        fact = self.owner._due_timer()
-        assert fact is not None
-        self.pump(fact)
+        kind, generation = min(self.timers, key=self.timers.__getitem__)
+        self.clock.now = max(self.clock.now, self.owner._timers.pop((kind, generation)))
+        self.pump(TimerFired(generation, self.clock.now, kind))
+
+    @property
+    def timers(self) -> dict[tuple[Timer, Generation], float]:
+        """The timers of the owner, without those of look-ups that have ten minutes."""
+        patient = {
+            Generation(look_up.ticket)
+            for look_up in self.owner.snapshot.ctx.look_ups
+            if look_up.request.deadline_s is None
+        }
+        timers = self.owner._timers.items()
+        return {k: at for k, at in timers if k[0] != "look_up" or k[1] not in patient}
 
     def pump(self, fact: Fact) -> None:
+        self._process(fact)
+        while self.at_once:  # nothing can come between
+            command = self.at_once.pop()
+            self.looking.remove(command)
+            self._process(found(command, self.clock()))
+
+    def _process(self, fact: Fact) -> None:
         self.ledger.process(fact)
         before, state = self._instant() if self.is_checking else None, self.owner.snapshot.state
         if isinstance(fact, get_args(Completion)):
@@ -385,8 +417,9 @@ class Stage(PumpedOwner):
             self.inbox.facts
             or self.effects.parked
             or self.effects.exits
+            or self.late
             or self.looking
-            or self.owner._timers
+            or self.timers
         )
 
     def _instant(self) -> Instant:
@@ -396,7 +429,7 @@ class Stage(PumpedOwner):
             snapshot.ctx,
             frozenset(self.effects.os.alive.values()),
             tuple(self.owed),
-            frozenset(self.beside),
+            frozenset(self.beside) | {("look_up", Generation(c.ticket)) for c in self.looking},
             frozenset(load.generation for load in snapshot.history),
             self._told_of_child(),
             frozenset(g for g, token in self.owner._tokens.items() if token.is_set()),
@@ -427,7 +460,8 @@ class Stage(PumpedOwner):
             os.lock is None,
             tuple(self.progress),
             tuple((c.status, c.ticket, c.generation, c.is_settled) for c in callers),
-            tuple(caller.ticket for caller in self.looking),
+            tuple(caller.ticket for caller in self.late),
+            tuple(look_up.ticket for look_up in self.looking),
             frozenset(owner._timers.items()),
             frozenset((g, token.is_set()) for g, token in owner._tokens.items()),
             tuple((g, isinstance(o, LoadOutcome)) for g, o in outcomes(owner).items()),
@@ -463,6 +497,8 @@ def _raise(violation: Violation | None) -> None:
 
 def _named(fact: Fact) -> str:
     match fact:
+        case LookUpRequested():
+            return f"call {fact.ticket}: look up {fact.request.model_path}"
         case LoadRequested():
             return f"call {fact.ticket}: load {fact.target.request.model_path}"
         case CancelRequested():
