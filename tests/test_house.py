@@ -22,7 +22,7 @@ FILES = [path for path, name in NAMES.items() if re.split("[/.]", name)[0] in FL
 ONLY_IN = {
     "transitions": "machine/step.py",
     "jinja2": "settings/template.py",
-    "huggingface_hub": "models/hub/fetcher.py",
+    "huggingface_hub": "models/hub/fetcher",
     "psutil": "server/",
 }
 PURE = {"settings", "machine", "errors"}

@@ -90,13 +90,13 @@ class Variant(Record):
 
     Attributes:
         gguf_variant: Its name in a load request; None for a single file.
-        size_bytes: Of all parts, and of the projector that a load would use.
+        size_bytes: Of all parts, and of the projector that a load would use; None if not listed.
         is_default: Is it what a load without a variant would use?
         is_cached: Is all of it on this machine?
     """
 
     gguf_variant: str | None
-    size_bytes: int
+    size_bytes: int | None
     is_default: bool
     is_cached: bool = True
 

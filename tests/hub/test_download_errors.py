@@ -125,6 +125,33 @@ def test_unreachable_hub_and_untrusted_hub_are_different_reasons(
 
 
 @pytest.mark.usefixtures("gguf_repo")
+@pytest.mark.parametrize(
+    ("key", "name", "value"),
+    [
+        ("hub.proxy_socks", "HTTPS_PROXY", "socks5://me:secret@127.0.0.1:1"),
+        ("hub.proxy_socks", "all_proxy", "socks5h://me:secret@127.0.0.1:1"),
+        ("hub.proxy", "https_proxy", "proxy://me:secret@127.0.0.1:1"),
+        ("hub.proxy", "HTTPS_PROXY", "http://[me:secret@::1"),
+    ],
+)
+def test_proxy_that_the_client_cannot_use_is_named_by_its_variable(
+    hub: fake_hub.Hub,
+    records: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    key: str,
+    name: str,
+    value: str,
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:2")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(HubUnreachable) as caught:
+        fetch(records)
+    assert caught.value.reason == "proxy"
+    assert_sentence(key, caught.value.message.replace(name, "{name}"))
+    assert not hub.requests
+
+
+@pytest.mark.usefixtures("gguf_repo")
 @pytest.mark.parametrize("path", ["/api/models", "/resolve/", "/cdn/"])
 def test_transient_failures_are_retried(
     hub: fake_hub.Hub, download: Callable[..., Download], path: str
@@ -221,10 +248,10 @@ def test_files_with_impossible_names_hashes_or_sizes_are_ignored(
         {"rfilename": ""},
         {"rfilename": "1.gguf", "lfs": {"sha256": EVIL, "size": 1}},
         {"rfilename": "2.gguf", "lfs": {"sha256": "a" * 63 + "\n", "size": 1}},
-        {"rfilename": "3.gguf", "lfs": {"sha256": None, "size": 1}},
+        {"rfilename": "3.gguf", "lfs": {"sha256": "", "size": 1}},
         {"rfilename": "4.gguf", "size": -1},
         {"rfilename": "5.gguf", "size": "12"},
-        {"rfilename": "6.gguf", "size": None},
+        {"rfilename": "6.gguf", "size": 1.5},
         {"rfilename": "7.gguf", "size": 1 << 60},
     ]
 

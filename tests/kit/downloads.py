@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from huggingface_hub import scan_cache_dir
 
+from orchestrator.base import launch
 from orchestrator.base.tokens import CancelReason, CancelToken, Generation
 from orchestrator.errors import Cancelled, OrchestratorError
 from orchestrator.models.hub import cache
@@ -91,6 +94,41 @@ def fetchers() -> list[psutil.Process]:
             if child.status() != psutil.STATUS_ZOMBIE and "fetcher.py" in str(child.cmdline()):
                 found.append(child)
     return found
+
+
+def refuse(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    *,
+    links: int = 0,
+    locks: int = 0,
+    writes: int = 0,
+) -> None:
+    """Let fetchers meet a file system that refuses links, locks or writes with an errno.
+
+    In their process, by an audit hook: a mount would need privileges. `folder` is for the program
+    that installs it.
+    """
+    program = folder / "python"
+    program.write_text(f"""#!{sys.executable}
+import os, runpy, sys
+TOP = {str(cache.directory())!r}
+WRITES = {{"os.mkdir", "os.rename", "os.remove", "os.truncate", "os.symlink"}}
+def hook(event, args):
+    code = {{"os.symlink": {links}, "fcntl.flock": {locks}}}.get(event, 0)
+    is_open = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if (event in WRITES or is_open) and str(args[0]).startswith(TOP):
+        code = code or {writes}
+    if code:
+        raise OSError(code, os.strerror(code))
+sys.addaudithook(hook)
+if {writes}:
+    os.access = lambda path, mode, access=os.access: not mode & os.W_OK and access(path, mode)
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+""")
+    program.chmod(0o755)
+    monkeypatch.setattr(launch, "interpreter", lambda: str(program))
 
 
 def content(files: dict[str, Content], name: str) -> bytes:

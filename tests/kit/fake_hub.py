@@ -110,6 +110,7 @@ class Repo:
         gated: Anyone can list it, and only readers can get its files.
         readers: Tokens.
         aliases: Former names, which are redirected.
+        lists_sizes: Whether a listing has sizes and hashes; a mirror's may have names only.
     """
 
     def __init__(
@@ -121,12 +122,14 @@ class Repo:
         gated: bool = False,
         readers: Iterable[str] = (),
         aliases: Iterable[str] = (),
+        lists_sizes: bool = True,
     ) -> None:
         self.name = name
         self.private = private
         self.gated = gated
         self.readers = frozenset(readers)
         self.aliases = tuple(aliases)
+        self.lists_sizes = lists_sizes
         self.branches: dict[str, str] = {}
         self.commits: dict[str, dict[str, Blob]] = {}
         self.push(files)
@@ -599,7 +602,7 @@ def _info(repo: Repo, commit: str, has_metadata: bool) -> dict[str, Any]:
     siblings: list[dict[str, Any]] = []
     for name, blob in repo.commits[commit].items():
         sibling: dict[str, Any] = {"rfilename": name}
-        if has_metadata:
+        if has_metadata and repo.lists_sizes:
             sibling |= {"size": blob.size, "blobId": blob_id(name, blob)}
             if is_lfs(name, blob):
                 size = {"size": blob.size, "pointerSize": len(blob.pointer)}

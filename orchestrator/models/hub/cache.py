@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 DEFAULT_REVISION: Final = "main"
+ABSENT: Final = 0, "gone"
 _MAX_FILES: Final = 20_000
 _MAX_NAME: Final = 1024
 
@@ -93,7 +94,7 @@ class CachedRepo:
         with contextlib.suppress(OSError):
             link = os.readlink(path) if path.is_symlink() else name
             return path.stat().st_size, os.path.basename(link)
-        return 0, "gone"
+        return ABSENT
 
 
 def find(repo: str) -> CachedRepo | None:

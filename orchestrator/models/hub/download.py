@@ -29,7 +29,7 @@ from orchestrator.models import gguf_file, variants
 from orchestrator.models.hub import cache
 from orchestrator.models.hub.cache import CachedRepo
 from orchestrator.models.hub.fetch_process import FetchProcess, FetchProgress
-from orchestrator.models.hub.records import Listing, Records, key_of
+from orchestrator.models.hub.records import UNKNOWN, Listing, Records, key_of
 from orchestrator.models.local import identity_of, role_of
 from orchestrator.models.variants import Chosen, Variant
 from orchestrator.settings.files import FileIdentity, HubModel, ModelFiles
@@ -41,7 +41,7 @@ LISTING_S: Final = 20.0  # for the Hub to list a repo for `variants`
 RECENT_S: Final = 60.0  # for a plan to use an answer of the Hub
 _MAX_BYTES: Final = 1 << 50
 _ANSWERS: Final = frozenset(  # of the Hub, for which what is whole in the cache is used
-    {"hub_unreachable", "hub_rate_limited", "hub_error", "hub_corrupt"}
+    {"hub_unreachable", "hub_rate_limited", "hub_error", "hub_corrupt", "cache_dir"}
     | {"hub_unauthorized", "hub_gated", "model_not_found"}
 )
 _log = event_log("orchestrator.download")
@@ -61,7 +61,8 @@ class Wanted:
         return self.repo.path(self.commit, name)
 
     def size_and_etag(self, name: str) -> tuple[int, str]:
-        return self.listing.get(name) or self.repo.size_and_etag(self.commit, name)
+        listed = self.listing.get(name, UNKNOWN)
+        return self.repo.size_and_etag(self.commit, name) if listed == UNKNOWN else listed
 
     def identities(self) -> list[FileIdentity]:
         """Return the files as they are on disk; none unless all are there with the right size."""
@@ -190,15 +191,14 @@ class RequestedModel:
             listing = {name: cached.size_and_etag(commit, name) for name in names}
         role = _roles(cached, commit, listing)
         found, default = variants.every(listing, where=repo, role=role)
-        return [
-            Variant(
-                chosen.variant,
-                sum(listing[name][0] for name in chosen.files),
-                is_default=chosen is default,
-                is_cached=bool(Wanted(cached, None, commit, chosen, listing).identities()),
-            )
-            for chosen in found
-        ]
+        listed = []
+        for chosen in found:
+            wanted = Wanted(cached, None, commit, chosen, listing)
+            sizes = [wanted.size_and_etag(name) for name in chosen.files]
+            size = None if cache.ABSENT in sizes else sum(size for size, _ in sizes)
+            is_cached = bool(wanted.identities())
+            listed.append(Variant(chosen.variant, size, chosen is default, is_cached))
+        return listed
 
     def _cached(self) -> Wanted | None:
         """Return the files of the model in the cache, if its commit and variant are known."""
@@ -232,6 +232,11 @@ class RequestedModel:
         with FetchProcess(request, self._repo, token, progress, listing_tries=tries) as fetcher:
             repo, commit, listing = self._accept(fetcher.listing(within_s))
             wanted = self._choose(repo, commit, self._variant, listing)
+            unknown = [n for n in wanted.chosen.files if wanted.size_and_etag(n) == cache.ABSENT]
+            if unknown:
+                files = {"repo": repo.name, "commit": commit, "unknown": unknown}
+                found = fetcher.about(files, within_s)
+                wanted = replace(wanted, listing=self._complement(wanted, found))
             fetcher.check(self._job(wanted), within_s)
         return wanted
 
@@ -241,17 +246,28 @@ class RequestedModel:
         if not cache.is_commit(commit):
             message = "the Hub's answer cannot be used (it has no commit): try again later"
             raise HubUnreachable.because(message)
-        listing = {
-            file: (size, etag)
-            for file, (size, etag) in answer["files"].items()
-            if cache.is_file_name(file)
-            and cache.is_etag(etag)
-            and isinstance(size, int)
-            and 0 <= size < _MAX_BYTES
-        }
+        known, listing = self._records.listing(repo, commit), {}
+        for file, (size, etag) in answer["files"].items():
+            if cache.is_file_name(file):
+                if size is None or etag is None:  # a mirror need not list them
+                    listing[file] = known.get(file, UNKNOWN)
+                elif _is_usable(size, etag):
+                    listing[file] = size, etag
         self._records.add_listing(repo, commit, listing)
         spelled = name if name.lower() == repo.lower() else repo
         return cache.find(repo) or cache.place(spelled), commit, listing
+
+    def _complement(self, wanted: Wanted, found: dict[str, Any]) -> Listing:
+        """Record what a listing lacked, as the Hub said for each file."""
+        listing = {**wanted.listing}
+        for name, (size, etag) in found.items():
+            if not _is_usable(size, etag):
+                what = f"it has no size or no hash of {name}"
+                message = f"the Hub's answer cannot be used ({what}): try another HF_ENDPOINT"
+                raise HubUnreachable.because(message)
+            listing[name] = size, etag
+        self._records.add_listing(wanted.repo.name, wanted.commit, listing)
+        return listing
 
     def _complete(
         self,
@@ -326,12 +342,16 @@ def _check_token(token: CancelToken) -> None:
         raise Cancelled.because("the download was cancelled")
 
 
+def _is_usable(size: object, etag: object) -> bool:
+    return cache.is_etag(etag) and isinstance(size, int) and 0 <= size < _MAX_BYTES
+
+
 def _roles(repo: CachedRepo, commit: str, listing: Listing) -> variants.RoleOf:
     """Return what files are by their headers, where they are in the cache."""
 
     def role(name: str) -> str | None:
         path = repo.path(commit, name)
-        if not path.exists() and name in listing:
+        if not path.exists() and listing.get(name, UNKNOWN) != UNKNOWN:
             path = repo.root / "blobs" / listing[name][1]
         return role_of(path)
 

@@ -131,6 +131,11 @@ class FetchProcess:
             raise _not_understood("a listing that is not an object")
         return found
 
+    def about(self, files: dict[str, Any], within_s: float | None) -> dict[str, Any]:
+        """Return size and etag of files for which the listing has none."""
+        self._send(files)
+        return dict(self._receive("files", within_s))
+
     def check(self, job: dict[str, Any], within_s: float | None) -> None:
         """Check access to the files that are missing, and disk space for them."""
         self._send({**job, "only_check": True})

@@ -22,37 +22,30 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from email.utils import parsedate_to_datetime
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from typing import Any, BinaryIO
-from urllib.parse import quote
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 OURS = ".orchestrator."
 PARTIAL = f"{OURS}incomplete"
 CORRUPT = f"{OURS}corrupt"
 CHUNK_BYTES = 1 << 20
-MAX_LISTING_BYTES = 32 << 20
 REPORT_EVERY_S = 0.05
-MAX_FAILURES = 6  # in a row, without a byte in between
-LISTING_TRIES = 4  # fewer: nothing has been downloaded yet, and a caller waits for the answer
-MAX_BACKOFF_S = 8.0
 SWEEP_AFTER_S = 7 * 24 * 3600.0
-CONNECT_S = 10.0
-READ_S = 20.0
+UNSUPPORTED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}  # by a file system that has no links
+UNLOCKABLE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+
+if TYPE_CHECKING:
+    from orchestrator.models.hub.fetcher_hub import Failed, Hub, starts_at, unreachable
+else:
+    client = ModuleType("fetcher_hub")
+    SourceFileLoader(client.__name__, f"{__file__[:-3]}_hub.py").exec_module(client)
+    Failed, Hub = client.Failed, client.Hub
+    starts_at, unreachable = client.starts_at, client.unreachable
 
 _stdout = sys.stdout
 _reporting = threading.RLock()
-
-
-class Failed(Exception):
-    """Ends the program, unless it is transient; `members` are those of the parent's `Problem`."""
-
-    def __init__(
-        self, category: str, message: str, *, is_transient: bool = False, **members: Any
-    ) -> None:
-        super().__init__(message)
-        self.is_transient = is_transient
-        self.members: dict[str, Any] = {"category": category, "message": message, **members}
 
 
 def report(**message: Any) -> None:
@@ -68,11 +61,14 @@ def main() -> int:
     os.dup2(2, 1)
     try:
         setup = json.loads(sys.stdin.readline())
-        hub = None if setup["offline"] else Hub(setup)
+        hub = None if setup["offline"] else Hub(setup, lambda reason: report(waiting=reason))
         if hub is not None and setup["lists"]:
             report(listing=hub.listing())
         while line := sys.stdin.readline():
             job = json.loads(line)
+            if hub is not None and "unknown" in job:
+                report(files={name: hub.size_and_etag(job, name) for name in job["unknown"]})
+                continue
             fetch = Fetch(job, hub)
             fetch.check() if job.get("only_check") else fetch.run()
             report(finished=True)
@@ -107,163 +103,6 @@ def repeating(interval_s: float, call: Callable[[], object]) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-
-
-class Hub:
-    """Requests to the Hub, with huggingface_hub's session, headers and errors."""
-
-    def __init__(self, setup: dict[str, Any]) -> None:
-        import huggingface_hub
-        from huggingface_hub import constants, errors, utils
-
-        self._setup = setup
-        self._lib, self._errors = huggingface_hub, errors
-        self._endpoint = constants.ENDPOINT
-        self.max_file_bytes: int = getattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", 50 << 30)
-        self._session = huggingface_hub.get_session()
-        self._http = sys.modules[type(self._session).__module__.partition(".")[0]]
-        headers = utils.build_hf_headers(  # type: ignore[attr-defined]
-            token=setup["token"], library_name="llama-orchestrator"
-        )
-        self._headers = {**headers, "Accept-Encoding": "identity"}
-        self._raise_for_status = utils.hf_raise_for_status  # type: ignore[attr-defined]
-        part_s = setup["stall_timeout_s"] / 10  # so that further tries come before the stall
-        self._timeout = self._http.Timeout(min(CONNECT_S, part_s), read=min(READ_S, part_s))
-
-    def listing(self) -> Any:
-        """Return repo, commit and model files: name to size and etag (SHA-256 or git's hash)."""
-        url = f"{self._endpoint}/api/models/{self._setup['repo']}"
-        if (revision := self._setup["revision"]) is not None:
-            url += f"/revision/{quote(revision, safe='')}"
-        return self._retried(lambda: self._listing(f"{url}?blobs=true"))
-
-    def check_access(self, repo: str, commit: str, name: str) -> None:
-        """Ask for a file's headers: a gated repo lists its files for everyone."""
-        url = self._lib.hf_hub_url(repo, name, revision=commit)
-
-        def head() -> None:  # the CDN is asked when the bytes are fetched
-            with self._stream("HEAD", url, follow_redirects=False) as response:
-                if response.status_code >= 400:
-                    self._raise_for_status(response)
-
-        self._retried(head)
-
-    def _retried(self, request: Callable[[], Any]) -> Any:
-        failures, most = 0, self._setup["listing_tries"] or LISTING_TRIES
-        while True:
-            try:
-                return request()
-            except Exception as error:  # noqa: BLE001 (each library's own; `explain` sorts them)
-                failures += 1
-                self.wait(self.explain(error), failures, most)
-
-    def wait(self, failed: Failed, failures: int, most: int = MAX_FAILURES) -> None:
-        """Wait after so many failures in a row; raise the last, and any that is not transient."""
-        patience_s, wait_s = self._setup["stall_timeout_s"], failed.members.get("retry_after_s")
-        is_last = failures >= most or (wait_s or 0) >= patience_s
-        if is_last or not failed.is_transient:
-            raise failed
-        if wait_s is None:
-            wait_s = min(0.25 * 2**failures, MAX_BACKOFF_S, patience_s / 12)
-        report(waiting=failed.members["message"])
-        time.sleep(wait_s)
-
-    def _listing(self, url: str) -> dict[str, Any]:
-        text, files = bytearray(), {}
-        with self._stream("GET", url) as response:
-            self._raise_for_status(response)
-            _refuse_html(response)
-            for chunk in response.iter_bytes():
-                text += chunk
-                if len(text) > MAX_LISTING_BYTES:
-                    raise _unusable(f"a listing of more than {MAX_LISTING_BYTES >> 20} MiB")
-        try:
-            info = json.loads(text)
-            for file in info["siblings"]:
-                if (name := file["rfilename"]).lower().endswith(".gguf"):
-                    etag = file["lfs"]["sha256"] if file.get("lfs") else file.get("blobId")
-                    files[name] = file.get("size"), etag
-            return {"repo": info["id"], "commit": info["sha"], "files": files}
-        except ValueError as error:
-            raise _unusable(str(error), is_transient=True) from error
-        except (AttributeError, KeyError, TypeError) as error:
-            raise _unusable(f"{type(error).__name__}: {error}") from error
-
-    def _stream(self, method: str, url: str, **more: Any) -> Any:
-        about = {"headers": self._headers, "follow_redirects": True, "timeout": self._timeout}
-        return self._session.stream(method, url, **{**about, **more})
-
-    @contextlib.contextmanager
-    def body(self, repo: str, commit: str, file: File, start: int) -> Iterator[Any]:
-        """Request a file from a byte on; yield the response, its body unread."""
-        url = self._lib.hf_hub_url(repo, file.name, revision=commit)
-        headers = {**self._headers, **({"Range": f"bytes={start}-"} if start else {})}
-        with self._stream("GET", url, headers=headers) as response:
-            if response.status_code != 416:
-                self._raise_for_status(response)
-            _refuse_html(response)
-            for answer in (*response.history, response):
-                etag = answer.headers.get("X-Linked-ETag", "").removeprefix("W/").strip('"')
-                if etag and etag != file.etag:
-                    raise _changed(file)
-            yield response
-
-    def fetch_whole(self, repo: str, commit: str, name: str) -> None:
-        """Leave a file to the library: over 50 GB the Hub serves it by Xet only."""
-        token, cache = self._setup["token"], self._setup["cache_dir"]
-        try:
-            self._lib.hf_hub_download(repo, name, revision=commit, token=token, cache_dir=cache)
-        except Exception as error:
-            raise self.explain(error) from error
-
-    def explain(self, error: Exception) -> Failed:
-        """Return the failure that an error of any of the libraries means."""
-        if isinstance(error, Failed):
-            return error
-        if isinstance(error, (self._http.LocalProtocolError, UnicodeEncodeError)):
-            message = "the token has characters that HTTP headers cannot carry: check hf_token"
-            return Failed("hub_unauthorized", message, field="hf_token")
-        if isinstance(error, self._http.RequestError):
-            return _unreachable(error)
-        if isinstance(error, OSError) and error.errno is not None:
-            raise error  # of the disk, not of the Hub
-        for kind, category, field, message in self._meanings():
-            if isinstance(error, kind):
-                return Failed(category, message, field=field)
-        if (response := getattr(error, "response", None)) is not None:
-            return self._failed_by_status(response)
-        what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        return Failed("hub_error", f"the Hub cannot be used ({what})")
-
-    def _failed_by_status(self, response: Any) -> Failed:
-        status, wait_s = response.status_code, _retry_after(response.headers)
-        is_hub = str(response.url).startswith(self._endpoint)  # else its CDN: a retry has new links
-        if status in {401, 403} and is_hub:
-            message = f"the Hub refused {self._setup['repo']} (status {status}): check hf_token"
-            return Failed("hub_unauthorized", message, field="hf_token")
-        if status == 429:
-            message = "the Hub received too many requests: wait, or give hf_token"
-            return Failed("hub_rate_limited", message, is_transient=True, retry_after_s=wait_s)
-        is_transient = status in {408, 425} or status >= 500 or not is_hub
-        message = f"the Hub failed with status {status}: try again later"
-        return Failed("hub_unreachable", message, is_transient=is_transient, retry_after_s=wait_s)
-
-    def _meanings(self) -> tuple[tuple[type[Exception], str, str, str], ...]:
-        """Errors of the library, specific ones first: class, category, field, message."""
-        errors, repo = self._errors, self._setup["repo"]
-        token = "what hf_token may read" if "authorization" in self._headers else "give hf_token"
-        gone, gated = "model_not_found", "hub_gated"
-        terms = f"accept its terms at {self._endpoint}/{repo}, then give hf_token"
-        unknown = f"{repo} has no revision {self._setup['revision']!r}: check revision"
-        moved = f"{repo} has just changed on the Hub: load it again"
-        missing = f"{repo} does not exist on the Hub, or is private: check its name, or {token}"
-        return (
-            (errors.GatedRepoError, gated, "hf_token", f"{repo} is gated: {terms}"),
-            (errors.RevisionNotFoundError, gone, "revision", unknown),
-            (errors.EntryNotFoundError, gone, "model_path", moved),
-            (errors.RepositoryNotFoundError, gone, "model_path", missing),
-            (errors.HFValidationError, gone, "model_path", f"{repo} is not a valid repo id"),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,16 +147,22 @@ class Fetch:
         missing = [file for file in self._files if not file.is_at(file.pointer)]
         if self._hub is None or not missing:
             self._record_revision()
-        elif absent := [file for file in missing if file.bytes_on_disk < file.size]:
+            return
+        if not os.access(folder := self._folder(), os.W_OK | os.X_OK):
+            message = (
+                f"{self._repo} is not whole in the model cache, and {folder} cannot be written"
+            )
+            raise Failed("cache_dir", f"{message}: make it writable, or set HF_HUB_CACHE")
+        if absent := [file for file in missing if file.bytes_on_disk < file.size]:
             self._check_disk()
             self._hub.check_access(self._repo, self._commit, absent[0].name)
 
     def run(self) -> None:
         try:
             with repeating(REPORT_EVERY_S, self._report):
-                for folder in (self._blobs, self._root / "snapshots"):  # one alone is damage
-                    folder.mkdir(parents=True, exist_ok=True)
-                self._sweep()
+                if not all(file.is_at(file.pointer) for file in self._files):
+                    self._make_folders()
+                    self._sweep()
                 for file in self._files:
                     self._count(file, file.bytes_on_disk)
                 for file in self._files:
@@ -330,6 +175,13 @@ class Fetch:
             what = f"{error.strerror}: {error.filename or self._root}"
             message = f"the model cache cannot be used ({what}): check it, or set HF_HUB_CACHE"
             raise Failed("cache_dir", message) from error
+
+    def _folder(self) -> Path:
+        return next(f for f in (self._blobs, *self._blobs.parents) if f.exists())
+
+    def _make_folders(self) -> None:
+        for folder in (self._blobs, self._root / "snapshots"):  # one alone is damage
+            folder.mkdir(parents=True, exist_ok=True)
 
     def _record_revision(self) -> None:
         if self._revision is None or self._hub is None:
@@ -349,10 +201,30 @@ class Fetch:
                 self._fetch_whole(self._hub, file)
             else:
                 self._download(self._hub, file)
-        if not file.pointer.exists():
-            target = os.path.relpath(file.blob, file.pointer.parent)
-            self._create(file.pointer, lambda path: path.symlink_to(target))
+        self._link(file)
         report(verified=file.name)
+
+    def _link(self, file: File, *, is_new: bool = False) -> None:
+        """Link a file to its blob; without links it is the new blob, or a copy of an old one, which
+        other commits may have.
+        """
+
+        def symlink(path: Path) -> None:
+            if os.environ.get("HF_HUB_DISABLE_SYMLINKS", "").upper() in {"1", "ON", "YES", "TRUE"}:
+                raise OSError(errno.ENOSYS, "links are not wanted")
+            path.symlink_to(os.path.relpath(file.blob, file.pointer.parent))
+
+        if file.pointer.exists():
+            return
+        try:
+            self._create(file.pointer, symlink)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            if is_new:
+                os.replace(file.blob, file.pointer)
+            else:
+                self._create(file.pointer, lambda path: shutil.copyfile(file.blob, path))
 
     def _is_whole(self, path: Path, file: File) -> bool:
         """Is the file what the Hub announced? One that is not is set aside."""
@@ -365,6 +237,7 @@ class Fetch:
                 self._hash_present(check, data, file.size)
             is_good = check.is_good
         if not is_good:
+            self._make_folders()
             real = path.resolve()
             if real.is_relative_to(self._root.resolve()):  # a file elsewhere is not ours to move
                 os.replace(real, file.blob.with_name(file.etag + CORRUPT))
@@ -374,22 +247,27 @@ class Fetch:
         return is_good
 
     def _download(self, hub: Hub, file: File) -> None:
-        damaged = 0
+        self._make_folders()
+        damaged, path = 0, file.partial
         while damaged < 2:
-            with open(file.partial, "a+b", buffering=0) as partial:
-                self._lock(file, partial)
-                is_current = _is_same(partial, file.partial)  # not renamed or swept meanwhile
+            with open(path, "a+b", buffering=0) as partial:
+                if path == file.partial and not self._lock(file, partial):
+                    path = self._own_partial(file)
+                    continue
+                is_current = _is_same(partial, path)  # not renamed or swept meanwhile
                 # one that became the blob was hashed by the process that had the lock
-                if _is_same(partial, file.blob) or self._is_whole(file.blob, file):
+                is_theirs = _is_same(partial, file.blob) or _is_same(partial, file.pointer)
+                if is_theirs or self._is_whole(file.blob, file):
                     if is_current:
-                        file.partial.unlink()
+                        path.unlink()
                     return
                 if not is_current:
                     continue
                 if self._receive(hub, file, partial).is_good:
                     os.fsync(partial.fileno())
-                    os.replace(file.partial, file.blob)
+                    os.replace(path, file.blob)
                     file.blob.with_name(file.etag + CORRUPT).unlink(missing_ok=True)
+                    self._link(file, is_new=True)
                     return
                 partial.truncate(0)
             damaged += 1
@@ -397,13 +275,32 @@ class Fetch:
         message = f"{file.name} had a wrong hash after two downloads: try again later"
         raise Failed("hub_corrupt", message)
 
-    def _lock(self, file: File, partial: BinaryIO) -> None:
+    def _lock(self, file: File, partial: BinaryIO) -> bool:
+        """Wait for the lock of a partial file; False where the file system has no locks."""
         while True:
-            with contextlib.suppress(BlockingIOError):
-                return fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            size = os.fstat(partial.fileno()).st_size
-            self._count_growth(file, size, "another process is downloading it")
-            time.sleep(0.1)
+            try:
+                fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                size = os.fstat(partial.fileno()).st_size
+                self._count_growth(file, size, "another process is downloading it")
+                time.sleep(0.1)
+            except OSError as error:
+                if error.errno in UNLOCKABLE:
+                    return False
+                raise
+            else:
+                return True
+
+    def _own_partial(self, file: File) -> Path:
+        """Return a partial file of this process only, with what one that has ended here left."""
+        here = f"{file.etag}{OURS}{os.uname().nodename}."
+        mine = self._blobs / f"{here}{os.getpid()}.incomplete"
+        others = [p for p in self._blobs.iterdir() if p.name.startswith(here)]
+        left = next((p for p in others if _has_ended(p.name.split(".")[-2])), file.partial)
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(left, mine)
+        file.partial.unlink(missing_ok=True)
+        return mine
 
     def _receive(self, hub: Hub, file: File, partial: BinaryIO) -> Check:
         """Receive what is missing, in as many requests as it takes."""
@@ -415,7 +312,7 @@ class Fetch:
             before = check.size
             try:
                 self._receive_once(hub, partial, check)
-                failed = _unreachable("the answer ended too early")
+                failed = unreachable("the answer ended too early")
             except Exception as error:  # noqa: BLE001 (each library's own; `explain` sorts them)
                 failed = hub.explain(error)
             failures = 1 if check.size > before else failures + 1
@@ -427,7 +324,7 @@ class Fetch:
         """Write each chunk at once and unbuffered, so that a kill or a reset loses nothing."""
         file = check.file
         with hub.body(self._repo, self._commit, file, check.size) as response:
-            start = _starts_at(response, file)
+            start = starts_at(response, file.name, file.size)
             if start != check.size:  # the whole file again, or another part than was requested
                 partial.truncate(0)
                 check.restart()
@@ -479,8 +376,7 @@ class Fetch:
     def _check_disk(self, *, is_full: bool = False) -> None:
         """Raise if what is missing of all files does not fit, or did not."""
         missing = {file.etag: file.size - file.bytes_on_disk for file in self._files}
-        folder = next(f for f in (self._blobs, *self._blobs.parents) if f.exists())
-        needed, free = sum(missing.values()), shutil.disk_usage(folder).free
+        needed, free = sum(missing.values()), shutil.disk_usage(self._folder()).free
         if is_full or needed > free:
             message = (
                 f"{self._repo} needs {_bytes(needed)} more and {self._root.parent} has "
@@ -542,53 +438,14 @@ def _is_same(file: BinaryIO, path: Path) -> bool:
     return False
 
 
-def _starts_at(response: Any, file: File) -> int:
-    """Return where in the file the body of a response begins; -1 if it does not say."""
-    start, size = 0, response.headers.get("Content-Length")
-    if response.status_code != 200:
-        text = response.headers.get("Content-Range", "")
-        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", text)
-        if response.status_code != 206 or found is None:
-            return -1
-        start, size = int(found[1]), found[2]
-    if size not in {None, "*", str(file.size)}:
-        raise _changed(file)
-    return start
-
-
-def _refuse_html(response: Any) -> None:
-    if "html" in response.headers.get("Content-Type", ""):
-        message = "a web page was received instead of the Hub's answer: sign in to the proxy first"
-        raise Failed("hub_unreachable", message, reason="not_the_hub")
-
-
-def _unreachable(error: Exception | str) -> Failed:
-    why = (str(error) or type(error).__name__).splitlines()[0][:200]
-    if "CERTIFICATE" in why or "SSL" in why or "TLS" in why:
-        message = f"the Hub's certificate is not trusted ({why}): check clock, proxy, SSL_CERT_FILE"
-        return Failed("hub_unreachable", message, reason="tls")
-    message = f"the Hub cannot be reached ({why}): check the network, or try again"
-    return Failed("hub_unreachable", message, is_transient=True)
-
-
-def _unusable(why: str, *, is_transient: bool = False) -> Failed:
-    message = f"the Hub's answer cannot be used ({why[:200]}): try again later"
-    return Failed("hub_unreachable", message, is_transient=is_transient)
-
-
-def _changed(file: File) -> Failed:
-    return Failed("hub_corrupt", f"{file.name} has changed since the Hub listed it: load it again")
-
-
-def _retry_after(headers: Any) -> float | None:
-    """Source: RFC 9110, section 10.2.3; the Hub also sends it in `RateLimit`."""
-    text = headers.get("Retry-After", "").strip()
-    limit = re.search(r"\bt=(\d{1,7})", headers.get("RateLimit", ""))
-    if found := re.fullmatch(r"(\d{1,7})", text) or limit:
-        return float(found[1])
-    with contextlib.suppress(ValueError, TypeError):
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    return None
+def _has_ended(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError):
+        pass
+    return False
 
 
 def _bytes(size: int) -> str:

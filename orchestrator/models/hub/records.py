@@ -15,6 +15,9 @@ from orchestrator.settings.files import ModelFiles
 Listing = Mapping[str, tuple[int, str]]
 """The size in bytes and the etag of each model file of a commit, by its name."""
 
+UNKNOWN: Final = -1, ""
+"""Size and etag of a file for which a mirror lists none."""
+
 _MAX_LATEST: Final = 64
 _DAMAGED: Final = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
