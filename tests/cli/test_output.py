@@ -31,12 +31,9 @@ def begin(state_dir: Path) -> Iterator[Begin]:
     with contextlib.ExitStack() as stack:
 
         def start(*args: str, **options: Any) -> subprocess.Popen[bytes]:
-            process = subprocess.Popen(
-                [*COMMAND, *args],
-                env=environment(),
-                start_new_session=True,
-                **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | options,
-            )
+            files = dict.fromkeys(("stdout", "stderr"), subprocess.DEVNULL)
+            given: dict[str, Any] = {**files, "start_new_session": True, **options}
+            process = subprocess.Popen([*COMMAND, *args], env=environment(), **given)
             stack.callback(process.wait)
             stack.callback(process.kill)
             return process
@@ -117,7 +114,7 @@ def test_output_that_cannot_be_written_stops_nothing(
     process = begin(*args, stdout=output, stderr=output)
     until(lambda: state_of(url) == ("Healthy" if model else "Idle"), "the service")
     for context in (256, 512, 256):
-        body = {"model_path": tiny_model, "max_seq_length": context}
+        body: dict[str, object] = {"model_path": tiny_model, "max_seq_length": context}
         assert post(url, "/load", body)["status"] == "loaded"
     assert post(url, "/unload", {})["status"] == "unloaded"
     assert post(url, "/load", {"model_path": tiny_model})["status"] == "loaded"
