@@ -339,7 +339,10 @@ SHADOWED: Final = {name: row.shadowed for name, row in SETTINGS.items() if row.s
 """Flags that are removed from *inherited* args where a request sets the field."""
 
 REFUSED: Final = flags.REFUSED | {
-    f"use the field {name} instead": row.refused for name, row in SETTINGS.items() if row.refused
+    f"use the field {name} instead"
+    + f" ({', '.join(row.choices)})" * bool(row.choices): row.refused
+    for name, row in SETTINGS.items()
+    if row.refused
 }
 check_extra_args: Final = flags.RefusedFlags(REFUSED).check
 

@@ -18,9 +18,16 @@ CACHE_TYPES: Final = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q
 # Reasons, and flags with every alias; fields.py adds the flags that a field replaces. Their
 # environment variables never reach the server, see server/environment.py.
 _REFUSED: Final = """
-the model is chosen by model_path and gguf_variant:
-    -m --model -mu --model-url -dr --docker-repo -hf -hfr --hf-repo -hff --hf-file -hfv -hfrv
-    --hf-repo-v -hffv --hf-file-v -hft --hf-token -a --alias
+use the field model_path instead:
+    -m --model -hf -hfr --hf-repo
+use the field gguf_variant instead:
+    -hff --hf-file
+use the field hf_token instead:
+    -hft --hf-token
+model_path takes a file, a folder or a Hub repo:
+    -mu --model-url -dr --docker-repo -hfv -hfrv --hf-repo-v -hffv --hf-file-v
+the model's name in answers is that of model_path:
+    -a --alias
 the orchestrator sets the server's address:
     --host --port --path --api-prefix --reuse-port
 the orchestrator sets keys and TLS:

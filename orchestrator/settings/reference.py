@@ -7,6 +7,25 @@ from typing import Final
 
 _REPO: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _MAX_REPO_CHARACTERS: Final = 96
+_ADDRESS: Final = re.compile(
+    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)|hf:/)/([^?#]*)(?:[?#].*)?",
+    re.IGNORECASE,
+)
+_PLACE: Final = re.compile(r"([^/]+/[^/:]+)/(?:tree|blob|resolve)/([^/]+)(?:/(.+\.gguf))?")
+
+
+def of_address(model_path: str) -> tuple[str, str | None] | None:
+    """Return the repo (`owner/name`, `owner/name:VARIANT`) and the revision that an address on the
+    Hub means, None if it means none. What is no address is returned as it is.
+    """
+    if (address := _ADDRESS.fullmatch(model_path)) is None:
+        return model_path, None
+    path, revision = address[1].rstrip("/"), None
+    if place := _PLACE.fullmatch(path):
+        path = f"{place[1]}:{place[3]}" if place[3] else place[1]
+        revision = None if place[2] == "main" else place[2]
+    is_repo = split_reference(path) is not None and "%" not in address[1]
+    return (path, revision) if is_repo else None
 
 
 def split_reference(model_path: str) -> tuple[str, str | None] | None:

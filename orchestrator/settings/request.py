@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Self, Unpack
 
 from orchestrator.errors import InvalidRequest, MalformedRequest
-from orchestrator.settings.checks import printable
+from orchestrator.settings.checks import invalid, printable
 from orchestrator.settings.fields import SETTINGS, Fields, LoadFields
+from orchestrator.settings.reference import of_address
 
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
@@ -32,11 +33,24 @@ class LoadRequest(Fields):
             raise MalformedRequest.because("model_path is required", field="model_path")
         for name, row in SETTINGS.items():
             object.__setattr__(self, name, row.normal(name, values.get(name, row.default)))
+        self._take_address()
         if self.kind == "chat" and self.pooling is not None:
             raise InvalidRequest.because(
                 f"pooling is {self.pooling!r}, but kind is chat: set kind to embedding or rerank",
                 field="pooling",
             )
+
+    def _take_address(self) -> None:
+        """Turn an address on the Hub into a repo, and the revision in it."""
+        if (found := of_address(self.model_path)) is None:
+            expected = "owner/name, or the address of a repo or of a .gguf file in it"
+            raise invalid("model_path", self.model_path, expected)
+        path, revision = found
+        object.__setattr__(self, "model_path", path)
+        if revision is not None and self.revision not in {None, revision}:
+            message = f"revision is {self.revision!r}, but model_path has {revision!r}: give one"
+            raise InvalidRequest.because(message, field="revision")
+        object.__setattr__(self, "revision", self.revision or revision)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -17,7 +17,7 @@ from orchestrator.settings import drafting
 from orchestrator.settings.fields import SETTINGS, SHADOWED, Kind, strip_shadowed
 from orchestrator.settings.files import FileIdentity, ModelFiles
 from orchestrator.settings.help_text import Catalogue
-from orchestrator.settings.reference import split_reference
+from orchestrator.settings.reference import of_address, split_reference
 from orchestrator.settings.request import LoadRequest
 
 _COMPARED: Final = tuple(name for name, row in SETTINGS.items() if row.is_identity)
@@ -96,6 +96,7 @@ class Target:
 
     def is_called(self, model: str) -> bool:
         """Return whether a caller may mean this model: by its file, its repo, or repo:variant."""
+        model, _ = of_address(model) or (model, None)
         if model in {self.request.model_path, self.model.name}:
             return True
         repo, variant = split_reference(model) or (model, None)
@@ -164,6 +165,22 @@ def differences(running: Target, requested: Target) -> tuple[ReloadReason, ...]:
     )
 
 
+def keeps_commit(running: Target, requested: LoadRequest) -> bool:
+    """Return whether a request is for the repo, revision and variant that run, whatever commit the
+    revision has by now.
+    """
+    repo, in_path = split_reference(requested.model_path) or (None, None)
+    hub, variant, ours = running.model.hub, requested.gguf_variant or in_path, running.model.variant
+    return (
+        hub is not None
+        and repo is not None
+        and repo.lower() == hub.repo.lower()
+        and not requested.force_reload
+        and requested.revision == running.request.revision
+        and _upper(variant) in {_upper(ours), _upper(_requested_variant(running))}
+    )
+
+
 def is_same_model(one: Target, other: Target) -> bool:
     """Return whether both are made of the same files."""
     names = {"model_path", "gguf_variant", "revision", "mmproj_path"}
@@ -180,7 +197,7 @@ def _as_requested(target: Target, other: Target) -> dict[str, object]:
         variant = target.model.variant if _requested_variant(other) else variant
         revision = hub.commit if other_hub and other_hub.revision == hub.commit else revision
     return {
-        "gguf_variant": variant and variant.upper(),
+        "gguf_variant": _upper(variant),
         "revision": revision,
         "mmproj_path": target.request.mmproj_path,
     }
@@ -189,6 +206,10 @@ def _as_requested(target: Target, other: Target) -> dict[str, object]:
 def _requested_variant(target: Target) -> str | None:
     _, in_path = split_reference(target.request.model_path) or (None, None)
     return target.request.gguf_variant or in_path
+
+
+def _upper(variant: str | None) -> str | None:
+    return variant and variant.upper()
 
 
 def _shown(value: object) -> object:

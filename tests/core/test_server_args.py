@@ -95,6 +95,13 @@ def test_refused_flags_are_exactly_those_of_the_kit() -> None:
     ("key", "flag"),
     [
         ("settings.refused_model", "-m"),
+        ("settings.refused_repo", "--hf-repo"),
+        ("settings.refused_file", "--hf-file"),
+        ("settings.refused_token", "--hf-token"),
+        ("settings.refused_source", "--model-url"),
+        ("settings.refused_alias", "--alias"),
+        ("settings.refused_kind", "--embeddings"),
+        ("settings.refused_pooling", "--pooling"),
         ("settings.refused_address", "--port"),
         ("settings.refused_keys", "--api-key"),
         ("settings.refused_ui", "--webui"),
