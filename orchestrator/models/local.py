@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Final
 
 from orchestrator.base.paths import names_as_sent
-from orchestrator.errors import InvalidModel, ModelNotFound, naming
+from orchestrator.errors import InvalidModel, ModelNotFound, RefusedArgument, naming
 from orchestrator.models import gguf_file, variants
 from orchestrator.models.roots import ModelRoots
 from orchestrator.models.variants import Variant
+from orchestrator.settings import flags
 from orchestrator.settings.files import FileIdentity, ModelFiles
 from orchestrator.settings.request import LoadRequest
 
@@ -92,6 +94,30 @@ def with_projector(
             raise ModelNotFound.because(f"mmproj_path {path} is not a file", field="mmproj_path")
         projector = _checked(path, "mmproj_path")
     return replace(files, projector=projector, names=(*files.names, *names))
+
+
+def check_named_files(args: Iterable[str]) -> None:
+    """Refuse extra args that name a file which the server could not read.
+
+    Raises:
+        RefusedArgument: names the flag and the path.
+    """
+    for flag, value in flags.named_files(args):
+        for path in [value] if os.path.exists(value) else value.split(","):
+            unscaled, colon, _ = path.rpartition(":")
+            why = _unreadable(path)
+            if why is not None and (not colon or _unreadable(unscaled) is not None):
+                message = f"llama_extra_args: {flag} names {path[:200]}, which {why}"
+                raise RefusedArgument.because(message, field="llama_extra_args")
+
+
+def _unreadable(path: str) -> str | None:
+    """Return why the server could not read a file, None if it can. It expands no `~`."""
+    if not os.path.exists(path):
+        return "does not exist: give the absolute path of a file"
+    if os.path.isdir(path):
+        return "is a folder: give a file"
+    return None if os.access(path, os.R_OK) else "cannot be read: check its permissions"
 
 
 def variants_of(path: Path, request: LoadRequest, roots: ModelRoots | None = None) -> list[Variant]:

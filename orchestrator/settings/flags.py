@@ -167,21 +167,36 @@ def named_paths(args: Iterable[str]) -> Iterator[tuple[str, str | None]]:
     A value that looks like a path counts as one after any flag: newer servers have flags that are
     in no table here. Several files are separated by commas, and may have a scale.
     """
+    for flag, value, is_file in _values(args):
+        if value is None:
+            if flag in _REACHING:
+                yield flag, None
+        elif is_file:  # whatever it looks like
+            paths = {value, *value.split(",")}
+            yield from ((flag, path) for path in sorted(paths | {p.split(":")[0] for p in paths}))
+        elif value.lstrip().startswith(("/", "~", "./", "../")):
+            yield flag, value
+
+
+def named_files(args: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield (flag, value) for every flag that names a file which the server reads, or several."""
+    for flag, value, is_file in _values(args):
+        if value is not None and is_file:
+            yield flag, value
+
+
+def _values(args: Iterable[str]) -> Iterator[tuple[str, str | None, bool]]:
+    """Yield every flag with None, then its values, each with whether it is the flag's file."""
     flag, is_file = "", False
     for token in args:
         value = token
         if not is_file and (name := flag_of(token)) is not None:
             flag, is_file = name, name in _FILES
-            if name in _REACHING:
-                yield name, None
+            yield flag, None, is_file
             _, has_value, value = token.partition("=")
             if not has_value:
                 continue
-        if is_file:  # whatever it looks like
-            paths = {value, *value.split(",")}
-            yield from ((flag, path) for path in sorted(paths | {p.split(":")[0] for p in paths}))
-        elif value.lstrip().startswith(("/", "~", "./", "../")):
-            yield flag, value
+        yield flag, value, is_file
         is_file = False
 
 

@@ -451,8 +451,8 @@ def test_file_outside_is_refused_whatever_args_come_before(
 
 
 def test_extra_args_may_name_any_file_without_models_dir(make: Make, model_a: str) -> None:
-    argv = make().plan(model_a, llama_extra_args=["--grammar-file", "/nowhere.gbnf"]).argv
-    assert argv[-2:] == ["--grammar-file", "/nowhere.gbnf"]
+    argv = make().plan(model_a, llama_extra_args=["--grammar-file", "/etc/hosts"]).argv
+    assert argv[-2:] == ["--grammar-file", "/etc/hosts"]
 
 
 def test_load_outside_is_refused_before_anything_is_stopped(

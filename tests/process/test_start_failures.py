@@ -19,6 +19,7 @@ import pytest
 from orchestrator import Orchestrator, State
 from orchestrator.demo import tiny_model
 from orchestrator.errors import DeadlineExceeded, ServerStartFailed, Stalled
+from orchestrator.runtime import look_up
 from tests.kit.process.projector import close, write_projector
 from tests.kit.process.support import Fake, Make
 
@@ -87,9 +88,15 @@ def failure(orch: Orchestrator, model: str | Path, **fields: Any) -> ServerStart
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_flag_of_the_caller_is_blamed_by_name(
-    silent: Orchestrator, tiny_model: str, args: list[str], reason: str, contained: str
+    silent: Orchestrator,
+    tiny_model: str,
+    monkeypatch: pytest.MonkeyPatch,
+    args: list[str],
+    reason: str,
+    contained: str,
 ) -> None:
-    """Where the binary does not list its flags, only its start tells."""
+    """Where the binary does not list its flags, or a file goes away, only its start tells."""
+    monkeypatch.setattr(look_up, "check_named_files", lambda _: None)
     error = failure(silent, tiny_model, llama_extra_args=args)
     assert (error.reason, error.field) == (reason, "llama_extra_args")
     assert contained in error.message
