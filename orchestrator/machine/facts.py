@@ -77,13 +77,17 @@ class LookUpFailed:
 
 @dataclass(frozen=True, slots=True)
 class LoadRequested:
-    """The model of a call has been looked up, and is to be loaded."""
+    """The model of a call has been looked up, and is to be loaded.
+
+    `kept` is the same model at the commit that ran then, if that is still whole on disk.
+    """
 
     trigger: ClassVar[str] = "load"
     ticket: Ticket
     target: Target
     at: float
     child_is_alive: bool = True  # evidence
+    kept: ModelFiles | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,14 @@ table.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Literal
 
 from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.machine import facts
 from orchestrator.machine.context import Caller, Context, Job, LookUp, Running
 from orchestrator.machine.recovery import Recovery
-from orchestrator.settings.target import Target, differences, is_same_model
+from orchestrator.settings.target import Target, differences, is_same_model, keeps_commit
 
 EARLY_CANCEL_S = 60.0  # how long a cancel that arrived before its load is remembered
 MAX_VERIFICATIONS = 3  # how often a load empties an occupied slot again before it fails
@@ -43,7 +44,9 @@ def may_verify_again(ctx: Context, fact: facts.Fetched) -> bool:
     return ctx.job is not None and ctx.job.attempts < MAX_VERIFICATIONS
 
 
-def next_is_due(ctx: Context, fact: facts.Completion | facts.Promoted) -> bool:
+def next_is_due(
+    ctx: Context, fact: facts.Completion | facts.Promoted | facts.TimerFired
+) -> bool:
     return ctx.is_due
 
 
@@ -116,15 +119,15 @@ def newer_load_was_accepted(ctx: Context, fact: facts.LoadRequested) -> bool:
 
 
 def matches_newest(ctx: Context, fact: facts.LoadRequested) -> bool:
-    return bool(ctx.wanted) and is_same(ctx, ctx.wanted[-1], fact.target)
+    return bool(ctx.wanted) and is_same(ctx, ctx.wanted[-1], wanted_by(ctx, fact))
 
 
 def matches_job(ctx: Context, fact: facts.LoadRequested) -> bool:
-    return ctx.loading is not None and is_same(ctx, ctx.loading, fact.target)
+    return ctx.loading is not None and is_same(ctx, ctx.loading, wanted_by(ctx, fact))
 
 
 def matches_running(ctx: Context, fact: facts.LoadRequested) -> bool:
-    return _matches(ctx, ctx.running, fact.target)
+    return _matches(ctx, ctx.running, wanted_by(ctx, fact))
 
 
 def rejects_when_busy(ctx: Context, fact: facts.LoadRequested) -> bool:
@@ -141,8 +144,9 @@ def queue_is_full(ctx: Context, fact: facts.LoadRequested) -> bool:
 
 def prefetches_are_full(ctx: Context, fact: facts.ModelRequested) -> bool:
     """It needs one download too many, not counting those of the loads that it supersedes."""
-    request, model = fact.target.request, fact.target.model
     is_load = isinstance(fact, facts.LoadRequested)
+    target = wanted_by(ctx, fact) if isinstance(fact, facts.LoadRequested) else fact.target
+    request, model = target.request, target.model
     queued = () if is_load and request.on_busy == "supersede" else ctx.queue
     waiting = sum(job.awaits is not None and job.target.request.prefetch for job in queued)
     is_one_more = not is_load or (request.prefetch and not (model.is_settled and model.is_on_disk))
@@ -151,7 +155,7 @@ def prefetches_are_full(ctx: Context, fact: facts.ModelRequested) -> bool:
 
 def awaits_model(ctx: Context, fact: facts.LoadRequested) -> bool:
     """Its model must be resolved, or downloaded, before anything is stopped for it."""
-    return awaited_by(fact.target) is not None
+    return awaited_by(wanted_by(ctx, fact)) is not None
 
 
 def matches_prefetch(ctx: Context, fact: facts.PrefetchRequested) -> bool:
@@ -278,7 +282,7 @@ def is_cooling_down(ctx: Context, fact: facts.LoadRequested | facts.LeaseRequest
 
 def matches_failing(ctx: Context, fact: facts.LoadRequested) -> bool:
     """It requests exactly what failed too often, and does not force it."""
-    return _matches(ctx, ctx.recovery, fact.target)
+    return _matches(ctx, ctx.recovery, wanted_by(ctx, fact))
 
 
 def _matches(ctx: Context, known: Running | Recovery | None, wanted: Target) -> bool:
@@ -307,6 +311,19 @@ def unloaded_look_ups(
         and look_up.ticket < fact.ticket
         and fact.model in (None, look_up.request.model_path)
     )
+
+
+def wanted_by(ctx: Context, fact: facts.LoadRequested) -> Target:
+    """Return the target of a load. What runs keeps its commit, as long as it runs."""
+    running, kept = ctx.running, fact.kept
+    if (
+        running is not None
+        and kept is not None
+        and kept.hub == running.target.model.hub
+        and keeps_commit(running.target, fact.target.request)
+    ):
+        return replace(fact.target, model=kept)
+    return fact.target
 
 
 def awaited_by(target: Target) -> Literal["answer", "files"] | None:

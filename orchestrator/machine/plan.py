@@ -17,6 +17,7 @@ from orchestrator.machine.facts import LoadRequested, LookUpRequested
 from orchestrator.machine.states import State
 from orchestrator.machine.step import step
 from orchestrator.settings.argv import build_argv
+from orchestrator.settings.files import ModelFiles
 from orchestrator.settings.target import ReloadReason, Target, differences
 
 Action = Literal["none", "load", "reload"]
@@ -30,23 +31,38 @@ class Plan(Record):
         action: `none` if the model is running or loading already, else `load` or `reload`.
         reload_reasons: The differences from the running server.
         argv: The command line that it would start, with secrets redacted.
+        note: A remark, e.g. that the Hub has a newer revision than the one that runs.
         names: Display names of the local paths in it.
     """
 
     action: Action
     reload_reasons: list[ReloadReason]
     argv: list[str]
+    note: str | None = None
     names: PathNames = field(default=(), compare=False, repr=False)
 
     def as_dict(self) -> dict[str, object]:
         reasons = [reason.as_dict() for reason in self.reload_reasons]
-        return {"action": self.action, "reload_reasons": reasons, "argv": self.argv}
+        return {
+            "action": self.action,
+            "reload_reasons": reasons,
+            "argv": self.argv,
+            "note": self.note,
+        }
 
 
-def plan_load(state: State, ctx: Context, target: Target, *, at: float = 0.0) -> Plan:
+def plan_load(
+    state: State,
+    ctx: Context,
+    target: Target,
+    *,
+    kept: ModelFiles | None = None,
+    at: float = 0.0,
+) -> Plan:
     """Return what a load of `target` would do in this state.
 
     Args:
+        kept: See `LoadRequested`.
         at: Monotonic seconds.
 
     Raises:
@@ -54,7 +70,7 @@ def plan_load(state: State, ctx: Context, target: Target, *, at: float = 0.0) ->
     """
     ticket = Ticket(sys.maxsize)  # newer than every call
     asked = step(state, ctx, LookUpRequested(ticket, target.request, "load", at))
-    stepped = step(state, asked.ctx, LoadRequested(ticket, target, at))
+    stepped = step(state, asked.ctx, LoadRequested(ticket, target, at, kept=kept))
     before = [ctx.running.target] if ctx.running else []
     before += [job.target for job in stepped.ctx.wanted[:-1]]
     for command in (*asked.commands, *stepped.commands):

@@ -52,6 +52,11 @@ class ModelSource:
             RequestedModel(request, self._records).resolve(token, progress), request
         )
 
+    def look_up_at(self, request: LoadRequest, running: ModelFiles) -> ModelFiles | None:
+        """Return the model of a request at the commit that runs, if it is whole on disk."""
+        answer = RequestedModel(request, self._records).look_up_at(running)
+        return answer and self._with_projector(answer, request)
+
     def recent(self, request: LoadRequest) -> ModelFiles | None:
         """Return what `resolve` returned within the last minute, for display."""
         answer = RequestedModel(request, self._records).recent()

@@ -13,41 +13,36 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from dataclasses import replace
-from typing import Any, Final, Literal, Unpack, cast
+from typing import Any, Literal, Unpack, cast
 
 from orchestrator import errors
 from orchestrator.base import log
 from orchestrator.base.paths import PathNames, names_of_own
-from orchestrator.base.tokens import CancelToken, Generation, Ticket
-from orchestrator.errors import OrchestratorError, Problem
+from orchestrator.base.tokens import Generation, Ticket
+from orchestrator.errors import Problem
 from orchestrator.machine import facts
 from orchestrator.machine.commands import LookUp
 from orchestrator.machine.context import Context, Policy
-from orchestrator.machine.plan import Plan, plan_load
+from orchestrator.machine.plan import Plan
 from orchestrator.machine.recovery import RestartPolicy
 from orchestrator.machine.states import State
 from orchestrator.models.listings import Listings
 from orchestrator.models.roots import Folder, model_roots
 from orchestrator.runtime.answers import LoadOutcome, LoadProgress, Options, PastLoad, Status
 from orchestrator.runtime.effects import ServerSettings
+from orchestrator.runtime.look_up import LookUps
 from orchestrator.runtime.options import check_choice, restart_policy, server_keys
 from orchestrator.runtime.owner import Call, Owner
 from orchestrator.runtime.parts import Parts
 from orchestrator.runtime.ports import Progress
 from orchestrator.runtime.snapshot import KnownNames, Observer, Snapshot
 from orchestrator.server.state_dir import cache_dir
-from orchestrator.settings.argv import build_argv
 from orchestrator.settings.checks import checked_seconds
 from orchestrator.settings.drafting import accepted_modes
-from orchestrator.settings.extra_args import check_known, template_of
 from orchestrator.settings.fields import SETTINGS, LoadFields, StrPath
 from orchestrator.settings.flags import CACHE_TYPES
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import NO_SERVER, Target
-from orchestrator.settings.template import check_template
-
-_NO_LOAD: Final = Generation(0)
 
 RequestLike = LoadRequest | StrPath | None
 """A request, a `model_path`, or None where `model_path` is given by name."""
@@ -101,6 +96,7 @@ class Facade:
 
         Raises:
             InvalidRequest: an option is not usable; `field` names it.
+            StateDirError: there is no home folder for the default of `state_dir`.
         """
         check_choice("abandoned_load", abandoned_load, "cancel", "continue")
         check_choice("drain_policy", drain_policy, "wait", "cut")
@@ -114,7 +110,6 @@ class Facade:
         roots = model_roots(models_dir)
         self._parts = parts or Parts()
         self._clock = self._parts.clock
-        self._llama_server = os.fspath(llama_server)
         self._slot_name = slot
         self._state_dir = state_dir
         self._cache = cache_dir(state_dir)
@@ -123,6 +118,7 @@ class Facade:
         state_names = names_of_own(self._cache.parent, "<state>")
         self._known = KnownNames((state_names, roots.names if roots else ()))
         self._source = self._parts.source(self._cache / "hub", roots)
+        self._look_ups = LookUps(self._parts, self._source, os.fspath(llama_server), self._cache)
         self._listings = Listings(self._source, self._parts.workers())
         self._owner: Owner | None = None
         self._pid = 0
@@ -232,18 +228,9 @@ class Facade:
         completely (at most once a minute). This blocks in `AsyncOrchestrator` too: call it through
         `asyncio.to_thread`. Raises what `load` raises before it stops anything.
         """
-        wanted = request_of(request, fields)
-        target = self._target(wanted)
-        plan, model = self._plan(target), target.model
-        if plan.action == "none" or model.is_settled or model.is_on_disk:
-            return plan
-        model = self._source.recent(wanted) or self._source.resolve(wanted, CancelToken(_NO_LOAD))
-        return self._plan(replace(target, model=model))
-
-    def _plan(self, target: Target) -> Plan:
         self._check_usable()
-        snapshot = self._snapshot
-        return plan_load(snapshot.state, snapshot.ctx, target, at=self._clock())
+        wanted = request_of(request, fields)
+        return self._look_ups.plan(wanted, self._snapshot, self._clock())
 
     def outcome(self, generation: int) -> LoadOutcome | Problem | None:
         """Return the result of a load, or its problem; None while it is in flight.
@@ -271,7 +258,7 @@ class Facade:
         Raises:
             ServerUnavailable: there is no usable binary.
         """
-        catalogue = self._parts.catalogue(self._parts.server(self._llama_server), self._cache)
+        catalogue = self._look_ups.catalogue(self._look_ups.server())
         return Options(list(CACHE_TYPES), accepted_modes(catalogue))
 
     def known_paths(self) -> tuple[PathNames, ...]:
@@ -312,37 +299,10 @@ class Facade:
         """Look up the model of a call, on a worker thread; it may take any time."""
         ticket, request = command.ticket, command.request
         if command.purpose == "load":
-            return facts.LoadRequested(ticket, self._target(request), self._clock())
+            found = self._look_ups.find(request, self._snapshot, self._clock())
+            return found.fact(ticket, self._clock())
         target = Target(request, self._source.look_up(request), NO_SERVER)
         return facts.PrefetchRequested(ticket, target, self._clock())
-
-    def _target(self, request: LoadRequest) -> Target:
-        """Look up the model and the server, and refuse what this server cannot do."""
-        self._source.check_args(request.llama_extra_args or ())
-        model, server = self._source.look_up(request), self._parts.server(self._llama_server)
-        target = Target(request, model, server)
-        args = target.inheriting(dict(self._snapshot.ctx.committed_args)).extra_args
-        template, mode = request.chat_template_override, target.speculative_type
-        if not (args or template or mode) or self._needs_nothing(target):
-            return target
-        if template is not None:
-            check_template(template, "chat_template_override")
-        if (given := template_of(args)) is not None:
-            check_template(given, "llama_extra_args")
-        if args or mode:
-            catalogue = self._parts.catalogue(server, self._cache)
-            if catalogue is not None:
-                check_known(args, catalogue)
-            target = replace(target, server=replace(server, catalogue=catalogue))
-            build_argv(target, template_file=None)  # raises if the binary lacks the drafting type
-        return target
-
-    def _needs_nothing(self, target: Target) -> bool:
-        """Whether this model is loaded already, so that its server need not be asked."""
-        try:
-            return self._plan(target).action == "none"
-        except OrchestratorError:
-            return False
 
     def _send(self, call: Call, make_fact: MakeFact) -> None:
         """Post the request of a call."""

@@ -151,7 +151,8 @@ def shadowing_fields(request: LoadRequest) -> frozenset[str]:
 def differences(running: Target, requested: Target) -> tuple[ReloadReason, ...]:
     """Return why `running` cannot serve `requested`; empty means they are the same."""
     ours, theirs = running.identity(), requested.identity()
-    if not (running.model.is_resolved and requested.model.is_resolved):
+    is_known = running.model.is_resolved and requested.model.is_resolved
+    if not (is_known and (requested.model.is_settled or _has_revision_of(requested, running))):
         ours |= _as_requested(running, requested)
         theirs |= _as_requested(requested, running)
     elif running.model.is_on_disk != requested.model.is_on_disk:  # one projector is unknown
@@ -201,6 +202,10 @@ def _as_requested(target: Target, other: Target) -> dict[str, object]:
         "revision": revision,
         "mmproj_path": target.request.mmproj_path,
     }
+
+
+def _has_revision_of(target: Target, other: Target) -> bool:
+    return target.request.revision == other.request.revision
 
 
 def _requested_variant(target: Target) -> str | None:

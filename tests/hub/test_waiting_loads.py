@@ -67,15 +67,15 @@ def test_older_load_with_a_slow_look_up_never_ends_a_newer_prefetch(
     """B69: the older load ended the newer one, past the state machine."""
     path = tiny_model.write_tiny_model(tmp_path / "local.gguf", seed=5)
     looking, go_on = threading.Event(), threading.Event()
-    look_up = orch._target
+    look_up = orch._look_ups.find
 
-    def slow(request: LoadRequest) -> Any:
+    def slow(request: LoadRequest, *others: Any) -> Any:
         if request.model_path == str(path):
             looking.set()
             assert go_on.wait(20)
-        return look_up(request)
+        return look_up(request, *others)
 
-    monkeypatch.setattr(orch, "_target", slow)
+    monkeypatch.setattr(orch._look_ups, "find", slow)
     older = Background(orch.load, str(path))
     assert looking.wait(20)
     hold = hub.fail(hang=True, path="/cdn/")

@@ -10,7 +10,7 @@ from orchestrator.machine import facts
 from orchestrator.machine.actions.working import Step, cooling_down, require
 from orchestrator.machine.commands import Accept, Download, Prefetched, Resolve
 from orchestrator.machine.context import Caller, Job, Running
-from orchestrator.machine.guards import awaited_by, find, look_up_of, prefetch_of
+from orchestrator.machine.guards import awaited_by, find, look_up_of, prefetch_of, wanted_by
 from orchestrator.settings.target import ReloadReason, Target, differences
 
 
@@ -52,14 +52,15 @@ def refuse_full(s: Step[facts.ModelRequested]) -> None:
 def enqueue(s: Step[facts.LoadRequested]) -> None:
     """Give the load its generation, and begin what it must wait for in the queue."""
     fact, called = s.fact, require(look_up_of(s.ctx, s.fact.ticket))
+    target = wanted_by(s.ctx, fact)
     job = Job(
         Generation(s.ctx.generation + 1),
-        fact.target,
+        target,
         (_caller(fact, joined=False),) if called.has_caller else (),
         called.at,
         fact.at,
         newest_before=s.ctx.newest_load,
-        awaits=awaited_by(fact.target),
+        awaits=awaited_by(target),
     )
     s.put(generation=job.generation, queue=(*s.ctx.queue, job))
     _record_load(s)

@@ -117,6 +117,14 @@ class RequestedModel:
         hub = HubModel(self._repo, self._request.revision, is_settled=False)
         return ModelFiles((), None, self._variant, hub)
 
+    def look_up_at(self, running: ModelFiles) -> ModelFiles | None:
+        """Return the variant and commit that run, if they are whole in the cache."""
+        hub = cast("HubModel", running.hub)
+        with contextlib.suppress(ModelNotFound):
+            wanted = self._wanted(cache.place(hub.repo), cast("str", hub.commit), running.variant)
+            return wanted.cached_model()
+        return None
+
     def recent(self) -> ModelFiles | None:
         """Return what `resolve` returned for an equal request in the last minute, for display."""
         at, answer = self._records.answers.get(self._question(), (0.0, None))
@@ -168,7 +176,8 @@ class RequestedModel:
             return self._complete(wanted, token, progress)
         except OrchestratorError as error:
             older = self._cached()
-            if older is None or older.commit == wanted.commit:
+            has_run = resolved.is_on_disk  # it is restarted, or restored: no other commit will do
+            if has_run or older is None or older.commit == wanted.commit:
                 raise
             files = _fall_back(older.cached_model(), error)
             self._complete(older, token, progress, is_offline=True)

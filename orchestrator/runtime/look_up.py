@@ -1,0 +1,135 @@
+"""What a load needs of this machine, looked up before anything is decided.
+
+Whatever can be known without the new server is checked here, so that a load that cannot succeed
+costs the running model nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+from orchestrator.base.tokens import CancelToken, Generation, Ticket
+from orchestrator.errors import OrchestratorError
+from orchestrator.machine.facts import LoadRequested
+from orchestrator.machine.plan import Plan, plan_load
+from orchestrator.models.local import check_named_files
+from orchestrator.models.source import ModelSource
+from orchestrator.runtime.parts import Parts
+from orchestrator.runtime.snapshot import Snapshot
+from orchestrator.settings.argv import build_argv
+from orchestrator.settings.extra_args import check_known, template_of
+from orchestrator.settings.files import HubModel, ModelFiles
+from orchestrator.settings.help_text import Catalogue
+from orchestrator.settings.request import LoadRequest
+from orchestrator.settings.target import ServerBinary, Target, keeps_commit
+from orchestrator.settings.template import check_template
+
+_NO_LOAD = Generation(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A load's target; `kept` is explained in `LoadRequested`."""
+
+    target: Target
+    kept: ModelFiles | None
+
+    def fact(self, ticket: Ticket, at: float) -> LoadRequested:
+        return LoadRequested(ticket, self.target, at, kept=self.kept)
+
+    def plan(self, snapshot: Snapshot, at: float) -> Plan:
+        return plan_load(snapshot.state, snapshot.ctx, self.target, kept=self.kept, at=at)
+
+
+class LookUps:
+    """The look-ups of one orchestrator.
+
+    Args:
+        llama_server: Names the binary, see `Facade`.
+        cache: Folder for the flags of binaries.
+    """
+
+    def __init__(self, parts: Parts, source: ModelSource, llama_server: str, cache: Path) -> None:
+        self._parts = parts
+        self._source = source
+        self._llama_server = llama_server
+        self._cache = cache
+
+    def server(self) -> ServerBinary:
+        return self._parts.server(self._llama_server)
+
+    def catalogue(self, server: ServerBinary) -> Catalogue | None:
+        return self._parts.catalogue(server, self._cache)
+
+    def find(self, request: LoadRequest, snapshot: Snapshot, at: float) -> Found:
+        """Look up the model and the server, and refuse what this server cannot do."""
+        self._source.check_args(request.llama_extra_args or ())
+        model, server = self._source.look_up(request), self.server()
+        found = Found(Target(request, model, server), self._kept(request, model, snapshot))
+        target = replace(found.target, model=found.kept or model)
+        args = target.inheriting(dict(snapshot.ctx.committed_args)).extra_args
+        template, mode = request.chat_template_override, target.speculative_type
+        if not (args or template or mode) or _needs_nothing(found, snapshot, at):
+            return found
+        if template is not None:
+            check_template(template, "chat_template_override")
+        check_named_files(args)
+        if (given := template_of(args)) is not None:
+            check_template(given, "llama_extra_args")
+        if args or mode:
+            catalogue = self.catalogue(server)
+            if catalogue is not None:
+                check_known(args, catalogue)
+            server = replace(server, catalogue=catalogue)
+            # raises if the binary lacks the drafting type
+            build_argv(replace(target, server=server), template_file=None)
+        return replace(found, target=replace(found.target, server=server))
+
+    def plan(self, request: LoadRequest, snapshot: Snapshot, at: float) -> Plan:
+        """Return what a load would do; asks the Hub for what the cache does not answer."""
+        found = self.find(request, snapshot, at)
+        plan, model = found.plan(snapshot, at), found.target.model
+        if found.kept is not None:
+            return replace(plan, note=self._newer(request, found.kept))
+        has_moved = any(reason.field == "revision" for reason in plan.reload_reasons)
+        if plan.action == "none" or model.is_settled or (model.is_on_disk and not has_moved):
+            return plan
+        target = replace(found.target, model=self._ask(request))
+        return replace(found, target=target).plan(snapshot, at)
+
+    def _ask(self, request: LoadRequest) -> ModelFiles:
+        return self._source.recent(request) or self._source.resolve(request, CancelToken(_NO_LOAD))
+
+    def _newer(self, request: LoadRequest, kept: ModelFiles) -> str | None:
+        """Return a remark if the revision has moved since the model was loaded, or is unknown."""
+        recent, ours = self._source.recent(request), cast("HubModel", kept.hub)
+        newest = recent.hub if recent is not None else None
+        if newest is None or (newest.commit == ours.commit and newest.note is None):
+            try:
+                newest = self._source.resolve(request, CancelToken(_NO_LOAD)).hub
+            except OrchestratorError as error:
+                return f"a newer revision may be there: {error.message}"
+        if newest is None or newest.note is not None or newest.commit == ours.commit:
+            return newest and newest.note
+        return (
+            f"a newer revision is there: {newest.commit} ({ours.commit} is running); set "
+            "force_reload to load it"
+        )
+
+    def _kept(
+        self, request: LoadRequest, model: ModelFiles, snapshot: Snapshot
+    ) -> ModelFiles | None:
+        running = snapshot.ctx.running
+        if running is None or model.hub is None or not keeps_commit(running.target, request):
+            return None
+        return self._source.look_up_at(request, running.target.model)
+
+
+def _needs_nothing(found: Found, snapshot: Snapshot, at: float) -> bool:
+    """Whether this model is loaded already, so that its server need not be asked."""
+    try:
+        return found.plan(snapshot, at).action == "none"
+    except OrchestratorError:
+        return False
