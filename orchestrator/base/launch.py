@@ -11,8 +11,9 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 try:
     import fcntl
@@ -34,6 +35,16 @@ def popen(command: tuple[str, ...], **settings: Any) -> subprocess.Popen[bytes]:
     """Start a process, as `subprocess.Popen` does."""
     with no_fork:
         return subprocess.Popen(command, **settings)
+
+
+def output_file() -> BinaryIO:
+    """Return a file for the output of a child; in memory if there is no temporary folder."""
+    try:
+        return cast("BinaryIO", tempfile.TemporaryFile())
+    except OSError:
+        if not hasattr(os, "memfd_create"):
+            raise
+        return open(os.memfd_create("output"), "w+b")
 
 
 def beyond_streams(fd: int) -> int:

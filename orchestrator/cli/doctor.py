@@ -17,7 +17,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -27,10 +26,11 @@ from typing import Any, Final, Literal
 
 import click
 
+from orchestrator.base import launch
 from orchestrator.cli import config, logs, options
 from orchestrator.cli.client import Remote
 from orchestrator.cli.output import Failure, say, say_json
-from orchestrator.errors import OrchestratorError, SlotOwned
+from orchestrator.errors import CacheDirError, OrchestratorError, SlotOwned, StateDirError
 from orchestrator.models.hub import cache
 from orchestrator.models.variants import Variant
 from orchestrator.runtime.orchestrator import Orchestrator
@@ -96,7 +96,10 @@ def _server(intent: Intent) -> Iterator[Check]:
         yield Check("llama-server", "problem", f"{where} does not run: {error}", remedy)
         return
     yield Check("llama-server", "ok", f"{where}  {version}")
-    catalogue = ask_catalogue(binary, cache_dir(intent.state_dir))
+    try:
+        catalogue = ask_catalogue(binary, cache_dir(intent.state_dir))
+    except StateDirError:  # reported with the slot
+        return
     if catalogue is None:
         yield Check("server flags", "note", "its --help cannot be read: flags are not checked")
     elif missing := [flag for flag in _FLAGS if not catalogue.has(flag)]:
@@ -171,7 +174,7 @@ def _kernel(_: Intent) -> Iterator[Check]:
         remedy = "use Linux 5.3 or newer; without it, exits are found by polling"
         yield Check("pidfd", "note", "not available", remedy)
     try:
-        with tempfile.TemporaryFile() as file:
+        with launch.output_file() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield Check("flock", "ok", "files can be locked")
     except OSError as error:
@@ -249,7 +252,11 @@ def _is_orchestrator(url: str) -> bool:
 
 
 def _hub(_: Intent) -> Iterator[Check]:
-    folder = cache.directory()
+    try:
+        folder = cache.directory()
+    except CacheDirError as error:
+        yield Check("model cache", "note", error.message)
+        return
     free = _free_bytes(folder)
     yield _amount("model cache", free, f"free for {folder}", problem_gib=0.2, note_gib=5.0)
     if cache.is_offline():
@@ -300,10 +307,12 @@ def _model(intent: Intent) -> Iterator[Check]:
 
 
 def _fit(model: Variant) -> Check:
-    size, free = model.size_bytes, _free_bytes(cache.directory())
+    size = model.size_bytes
+    if size is None:
+        return Check("model", "note", f"{model.gguf_variant or 'the model'} has an unknown size")
     text = f"{size / _GIB:,.1f} GiB" if size >= _GIB else f"{size / (1 << 20):,.1f} MiB"
     detail = f"{model.gguf_variant or 'the model'} has {text}"
-    if not model.is_cached and size > free:
+    if not model.is_cached and size > (free := _free_bytes(cache.directory())):
         remedy = "free some, move the cache (HF_HUB_CACHE), or choose a smaller variant"
         return Check("model", "problem", f"{detail}, {free / _GIB:,.1f} GiB of disk free", remedy)
     memory = _available_bytes()

@@ -6,12 +6,14 @@ orchestrator knows it. The Python API and the logs of this process keep the real
 
 from __future__ import annotations
 
-import os
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
+from orchestrator.base import paths
 from orchestrator.base.paths import PathNames
+from orchestrator.errors import CacheDirError
 from orchestrator.models.hub import cache
 
 _START: Final = re.compile(r"(?<![\w.~-])/")
@@ -66,11 +68,15 @@ class PathRenamer:
 
 
 def own_folders() -> tuple[tuple[str, str], ...]:
-    """Return this user's home and Hub cache, and their names."""
-    return (os.path.expanduser("~"), "~"), (str(cache.directory()), "<hub cache>")
+    """Return this user's home and Hub cache where there are any, and their names."""
+    home = paths.home()
+    named = () if home is None else ((home, "~"),)
+    with contextlib.suppress(CacheDirError):
+        return *named, (str(cache.directory()), "<hub cache>")
+    return named
 
 
 def names_of(folders: Iterable[tuple[str, str]]) -> Iterator[PathNames]:
     """Yield the names of folders, also where they are links."""
     for folder, name in folders:
-        yield (folder.rstrip("/"), name), (os.path.realpath(folder), name)
+        yield (folder.rstrip("/"), name), (paths.real(folder), name)

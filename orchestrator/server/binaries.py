@@ -16,7 +16,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -184,7 +183,7 @@ def _run(command: tuple[str, ...]) -> tuple[int, str]:
 
     The output goes to a file: a grandchild would keep a pipe open.
     """
-    with tempfile.TemporaryFile() as output:
+    with launch.output_file() as output:
         process = launch.popen(
             command,
             stdin=subprocess.DEVNULL,

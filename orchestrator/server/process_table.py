@@ -66,9 +66,14 @@ class Usage:
 
 @cache
 def boot_id() -> str:
-    """Return the kernel's id of this boot; start ticks are only comparable within one."""
-    data = _read("/proc/sys/kernel/random/boot_id")
-    return data.decode().strip() if data else f"boot-{int(psutil.boot_time())}"
+    """Return the kernel's id of this boot; start ticks are only comparable within one.
+
+    Where it is hidden (systemd's `ProcSubset=pid`) all boots are alike: the boot time, which other
+    processes would compare, moves with the clock.
+    """
+    if LINUX:
+        return (_read("/proc/sys/kernel/random/boot_id") or b"unknown").decode().strip()
+    return f"boot-{int(psutil.boot_time())}"
 
 
 def row(pid: int) -> ProcessRow | None:

@@ -5,15 +5,27 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from orchestrator.base import paths
 from orchestrator.errors import StateDirError
 
 
 def default_state_dir() -> Path:
-    """Return `$LLAMA_ORCHESTRATOR_STATE_DIR`, or the XDG state directory of this user."""
+    """Return `$LLAMA_ORCHESTRATOR_STATE_DIR`, or the XDG state directory of this user.
+
+    Raises:
+        StateDirError: It would be below the home folder, and this user has none.
+    """
     if given := os.environ.get("LLAMA_ORCHESTRATOR_STATE_DIR"):
         return Path(given)
-    home = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    return Path(home) / "llama-orchestrator"
+    if base := os.environ.get("XDG_STATE_HOME"):
+        return Path(base) / "llama-orchestrator"
+    if (home := paths.home()) is None:
+        raise StateDirError.because(
+            "there is no home folder to have the state directory in: give state_dir, or set "
+            "LLAMA_ORCHESTRATOR_STATE_DIR",
+            field="state_dir",
+        )
+    return Path(home) / ".local/state/llama-orchestrator"
 
 
 def cache_dir(state_dir: str | os.PathLike[str] | None) -> Path:
@@ -23,8 +35,9 @@ def cache_dir(state_dir: str | os.PathLike[str] | None) -> Path:
 
 def prepare(state_dir: str | os.PathLike[str] | None) -> Path:
     """Return the state directory as an absolute path without links, created if necessary."""
-    root = default_state_dir()
-    if state_dir is not None:
+    if state_dir is None:
+        root = default_state_dir()
+    else:
         try:
             root = Path(state_dir).expanduser()
             is_usable = state_dir != "" and root.parent.is_dir()
@@ -36,7 +49,7 @@ def prepare(state_dir: str | os.PathLike[str] | None) -> Path:
                 field="state_dir",
             )
     make_private(root, parents=state_dir is None)
-    return root.resolve()
+    return Path(paths.real(root))
 
 
 def make_private(directory: Path, *, parents: bool = False) -> None:

@@ -15,6 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
+from orchestrator.errors import CacheDirError
+
 DEFAULT_REVISION: Final = "main"
 ABSENT: Final = 0, "gone"
 _MAX_FILES: Final = 20_000
@@ -51,14 +53,24 @@ def is_offline() -> bool:
 
 
 def directory() -> Path:
-    """Return the folder of the cache, as huggingface_hub finds it."""
+    """Return the folder of the cache, as huggingface_hub finds it.
+
+    Raises:
+        CacheDirError: It is below the home folder, and this user has none.
+    """
     env = os.environ
     hub = env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE")
     if not hub:
         home = env.get("HF_HOME")
         home = home or os.path.join(env.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
         hub = os.path.join(home, "hub")
-    return Path(os.path.expandvars(hub)).expanduser()
+    path = os.path.expanduser(os.path.expandvars(hub))
+    if path.startswith("~"):
+        raise CacheDirError.because(
+            f"the model cache is {path}, and there is no home folder: set HF_HOME to a folder",
+            field="model_path",
+        )
+    return Path(path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -93,7 +92,7 @@ class FetchProcess:
             )
         with contextlib.ExitStack() as stack:
             self._waker = stack.enter_context(contextlib.closing(Waker()))
-            self._errors = stack.enter_context(tempfile.TemporaryFile())
+            self._errors = stack.enter_context(launch.output_file())
             self._process = launch.popen(
                 (python, "-P", str(Path(__file__).with_name("fetcher.py"))),
                 stdin=subprocess.PIPE,
