@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Coroutine, Mapping
-from http import HTTPStatus
+from http.client import responses
 from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
@@ -54,7 +54,7 @@ def http_problem(
     """Return the problem document of a failure that has no exception in the tree."""
     document = {
         "type": "about:blank",
-        "title": HTTPStatus(status).phrase,
+        "title": responses.get(status, "Error"),
         "status": status,
         "detail": detail,
         "category": category or CATEGORIES.get(status, ("http_error",))[0],
@@ -104,7 +104,12 @@ class Responder:
                 _log("exception", "request.failed", path=path)
                 message = f"an unexpected {type(error).__name__}: see the log of this process"
                 problem = Problem("internal", message)
-        document = self.renamer(problem.names).members(problem.as_dict())
+        try:
+            document = self.renamer(problem.names).members(problem.as_dict())
+        except Exception:  # noqa: BLE001 (the sentence may have a path, so it is not sent)
+            _log("exception", "request.failed", path=path)
+            problem = Problem("internal", "an unexpected error: see the log of this process")
+            document = problem.as_dict()
         wait_s = problem.retry_after_s
         headers = None if wait_s is None else {"Retry-After": str(max(1, math.ceil(wait_s)))}
         return AsciiJSON(document, problem.status, headers, MEDIA_TYPE)
