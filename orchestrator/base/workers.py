@@ -7,6 +7,7 @@ mount that does not answer delays neither `close()` nor the exit of the interpre
 
 from __future__ import annotations
 
+import asyncio
 import os
 import queue
 import threading
@@ -98,6 +99,13 @@ class Workers:
 def shared() -> Workers:
     """Return the workers of this process."""
     return Workers()
+
+
+async def waited(work: Callable[[], _T]) -> _T:
+    """Run `work` on a thread of this process. Unlike for `asyncio.to_thread`, the end of the event
+    loop does not wait for it.
+    """
+    return await asyncio.wrap_future(shared().submit(work))
 
 
 if hasattr(os, "register_at_fork"):

@@ -6,9 +6,9 @@ event loop: what reads files runs in a thread. A client that disconnects withdra
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable
+from functools import partial
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response
@@ -18,6 +18,7 @@ from fastapi_offline import FastAPIOffline
 from starlette.responses import StreamingResponse
 
 import orchestrator
+from orchestrator.base import workers
 from orchestrator.errors import NotLoaded, ShuttingDown
 from orchestrator.http import metrics, openapi, pages, schemas
 from orchestrator.http.bodies import json_body, validated, while_connected
@@ -205,7 +206,7 @@ def _add_requests(
     @routes.post("/plan", **documented(Plan, *openapi.LOAD, body=schemas.LoadBody))
     async def plan(request: Request) -> Response:
         wanted = LoadRequest.from_dict(await json_body(request))
-        plan = await asyncio.to_thread(orch.plan, wanted)
+        plan = await workers.waited(partial(orch.plan, wanted))
         return responder.json(plan.as_dict(), plan.names)
 
     @routes.post(
@@ -231,7 +232,7 @@ def _add_queries(routes: APIRouter, orch: AsyncOrchestrator, responder: Responde
 
     @routes.get("/options", **documented(answers.Options, 424, *openapi.QUERY))
     async def options() -> Response:
-        return responder.json((await asyncio.to_thread(orch.options)).as_dict())
+        return responder.json((await workers.waited(orch.options)).as_dict())
 
     @routes.get("/diagram.svg", **documented("image/svg+xml"))
     async def diagram_svg() -> Response:
@@ -256,6 +257,7 @@ def _add_logs(
         lines: Annotated[int, Query(ge=1, le=MAX_LINES)] = 200, *, follow: bool = False
     ) -> Response:
         if follow:
+            await orch.start()  # it may fail, which a stream that has begun cannot say
             return StreamingResponse(followed(lines), media_type="text/plain; charset=utf-8")
         return responder.json({"lines": list(orch.logs(lines))})
 
