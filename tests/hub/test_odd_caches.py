@@ -157,7 +157,11 @@ def test_whole_model_is_used_from_a_cache_that_cannot_be_written(
     refuse(monkeypatch, tmp_path, writes=errno.EROFS)
     found = fetch(tmp_path / "other records", model_path=BIG)
     assert found.weights[0].path == str(path)
-    assert not has_blobs or (root_of(BIG) / "blobs").exists()
+    assert (root_of(BIG) / "blobs").exists() is has_blobs
+    assert not (root_of(BIG) / "refs" / "main").exists()
+    refuse(monkeypatch, tmp_path)  # nothing
+    fetch(tmp_path / "other records", model_path=BIG)
+    assert (root_of(BIG) / "refs" / "main").exists(), "where it can be written it is recorded"
 
 
 @pytest.mark.usefixtures("big")

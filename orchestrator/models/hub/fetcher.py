@@ -149,10 +149,9 @@ class Fetch:
             self._record_revision()
             return
         if not os.access(folder := self._folder(), os.W_OK | os.X_OK):
-            message = (
-                f"{self._repo} is not whole in the model cache, and {folder} cannot be written"
-            )
-            raise Failed("cache_dir", f"{message}: make it writable, or set HF_HUB_CACHE")
+            what = f"is not whole in the model cache, and {folder} cannot be written"
+            message = f"{self._repo} {what}: make it writable, or set HF_HUB_CACHE"
+            raise Failed("cache_dir", message)
         if absent := [file for file in missing if file.bytes_on_disk < file.size]:
             self._check_disk()
             self._hub.check_access(self._repo, self._commit, absent[0].name)
@@ -398,6 +397,7 @@ class Fetch:
 
     def _create(self, path: Path, make: Callable[[Path], object]) -> None:
         """Create or replace a file atomically; the temporary one is where no tool looks."""
+        self._make_folders()
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._blobs / f"{os.getpid()}{OURS}tmp"
         temporary.unlink(missing_ok=True)
@@ -441,10 +441,8 @@ def _is_same(file: BinaryIO, path: Path) -> bool:
 def _has_ended(pid: str) -> bool:
     try:
         os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, ValueError):
-        pass
+    except (OSError, ValueError) as error:
+        return isinstance(error, ProcessLookupError)
     return False
 
 
