@@ -32,7 +32,8 @@ _MAX_TEXT: Final = 65536
 _ALIGNMENT: Final = 32
 _CHUNK: Final = 1 << 20
 _ROLE_BYTES: Final = 1 << 14
-_WANTED: Final = (b"general.alignment", b"general.architecture")
+_GENERAL: Final = (b"general.alignment", b"general.architecture", b"general.type")
+_WANTED: Final = frozenset((*_GENERAL, b"adapter.type", b"split.count"))  # of millions, perhaps
 _ROLES: Final = {  # by general.architecture, or general.type
     b"clip": "projector",
     b"mmproj": "projector",
@@ -116,7 +117,7 @@ class _Reader:
     def role(self) -> str | None:
         metadata: dict[bytes, object] = {}
         for key, value in self._pairs():
-            metadata[key] = value
+            metadata |= {key: value} if key in _WANTED else {}
             if key.startswith(b"tokenizer.") and self._tensors:
                 break  # what matters comes before a vocabulary, which is long
         is_adapter = b"adapter" if b"adapter.type" in metadata else None
@@ -129,7 +130,8 @@ class _Reader:
     def architecture(self) -> str | None:
         metadata = {key: value for key, value in self._pairs() if key in _WANTED}
         ends = [self._tensor_end() for _ in range(self._tensors)]
-        alignment, name = (metadata.get(key) for key in _WANTED)
+        alignment = metadata.get(b"general.alignment")
+        name = metadata.get(b"general.architecture")
         step = alignment if isinstance(alignment, int) and alignment > 0 else _ALIGNMENT
         data_starts = -(-self._file.tell() // step) * step
         missing = data_starts + max(ends, default=0) - self._size

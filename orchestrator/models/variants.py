@@ -120,11 +120,6 @@ class _Model:
     def first(self) -> str:
         return next(iter(self.parts.values()))
 
-    @property
-    def order(self) -> tuple[object, ...]:
-        """Root before sub-folders, whole models before left-over parts."""
-        return self.folder.count("/"), self.folder, self.stem, not self.is_whole, self.first
-
 
 def choose(
     names: Iterable[str], variant: str | None, *, where: str, role: RoleOf = lambda _: None
@@ -229,9 +224,13 @@ class _Listing:
                 label = _last_label(stem) or _folder_label(folder) or file
                 model = models[key] = _Model(folder, stem, count, is_aside, label)
             model.parts[number] = name
-        in_order = sorted(models.values(), key=lambda model: model.order)
-        self._aside = [model for model in in_order if model.is_aside]
-        in_order = [model for model in in_order if not model.is_aside]
+        # root before sub-folders, whole models before left-over parts
+        found = sorted(
+            models.values(),
+            key=lambda m: (m.folder.count("/"), m.folder, m.stem, not m.is_whole, m.first),
+        )
+        self._aside = [model for model in found if model.is_aside]
+        in_order = [model for model in found if not model.is_aside]
         self._index = _index(in_order, self._aside)
         self.models = sorted(in_order, key=lambda model: _RANK.get(model.label, _OTHERS))
         self._folders = {model.folder for model in in_order}
