@@ -72,13 +72,13 @@ def test_every_metric_is_listed_with_its_labels() -> None:
         assert labels <= listed[name], name
 
 
-ANSWERED = (*range(1, 83), 84, 85, 90)
+ANSWERED = (*range(1, 83), 84, 85, 90, 102)
 """The rest of the list belongs to what is not built yet."""
 
 
 def test_every_known_bug_is_answered_once_by_a_test() -> None:
     """Bugs that real systems, this one included, shipped: each has a rule and a test."""
     text = (ROOT / "docs" / "assurance.md").read_text()
-    rows = re.findall(r"^\| (B\d\d) \|(.*)\|$", text, re.MULTILINE)
+    rows = re.findall(r"^\| (B\d+) \|(.*)\|$", text, re.MULTILINE)
     assert [number for number, _ in rows] == [f"B{number:02d}" for number in ANSWERED]
     assert not [number for number, row in rows if not re.search(r"`test_\w+`", row)]

@@ -183,6 +183,7 @@ def _http_server(service: Service) -> uvicorn.Server:
     import uvicorn
 
     from orchestrator.http import create_app
+    from orchestrator.http.connections import IDLE_S, BoundedProtocol
 
     app = create_app(
         service.orch,
@@ -196,6 +197,8 @@ def _http_server(service: Service) -> uvicorn.Server:
             server_header=False,
             log_config=None,
             access_log=False,
+            http=BoundedProtocol,
+            timeout_keep_alive=int(IDLE_S),
             timeout_graceful_shutdown=_OPEN_REQUESTS_S,
         )
     )

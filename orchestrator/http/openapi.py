@@ -24,7 +24,7 @@ Failures are problem documents (RFC 9457): `category` names the failure, `detail
 what to do. `/v1/*` is passed to the running server. HEAD is answered wherever GET is.
 """
 _ALWAYS: Final = (400, 401, 403, 500)  # no Host, no key, a page of another origin, a bug
-_BODY: Final = (413, 422)
+_BODY: Final = (408, 413, 422)
 
 LOAD: Final = (*_BODY, 404, 409, 424, 502, 503, 504, 507)
 VARIANTS: Final = (*_BODY, 404, 409, 502, 503, 504, 507)
@@ -107,7 +107,7 @@ def complete(app: FastAPI, *, needs_key: bool) -> None:
 def _passed_on(method: str, example: str) -> dict[str, Any]:
     """Document `/v1`, which bypasses FastAPI."""
     path = {"name": "path", "in": "path", "required": True, "schema": {"type": "string"}}
-    failures = {str(status): problem for status, problem in problems(404, 413, 503).items()}
+    failures = {str(status): problem for status, problem in problems(404, 408, 413, 503).items()}
     return {
         "tags": ["pass-through"],
         "summary": "Passed to the running server, with any method",

@@ -33,7 +33,9 @@ CATEGORIES: Final[Mapping[int, tuple[str, ...]]] = {
     403: ("forbidden_host", "forbidden_origin"),
     404: ("not_found",),
     405: ("method_not_allowed",),
+    408: ("too_slow",),
     413: ("too_large",),
+    431: ("head_too_large",),
     500: ("internal",),
 }
 """Of failures that have no exception in the tree; the first is the default."""

@@ -145,6 +145,13 @@ def test_serve_refuses_a_port_and_a_slot_in_use(
     assert running.signal(signal.SIGINT) == 130
 
 
+def test_serve_limits_the_heads_of_requests(start: Start, own: tuple[str, ...]) -> None:
+    url = start("serve", *own).api_url()
+    answer = httpx.get(url + STATUS, headers={"X-A": "a" * 100_000}, trust_env=False, timeout=20)
+    assert (answer.status_code, answer.json()["category"]) == (431, "head_too_large")
+    assert ask(url).status_code == 200
+
+
 def test_a_key_file_guards_the_api(
     cli: Cli, start: Start, own: tuple[str, ...], tmp_path: Path
 ) -> None:

@@ -224,7 +224,7 @@ def test_answer_is_there_before_the_rest_of_the_body(serve: Serve) -> None:
 def test_rest_of_a_body_is_read_within_bounds(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client decides how much it sends, and when."""
     monkeypatch.setattr(limits, "_LINGER_PAUSE_S", 0.05 if name == "pause" else 60.0)
-    monkeypatch.setattr(limits, "_LINGER_S", 0.05 if name == "time" else 60.0)
+    monkeypatch.setattr(limits, "LINGER_S", 0.05 if name == "time" else 60.0)
     sent: list[Any] = []
     received = 0
 

@@ -29,9 +29,9 @@ Serve = Callable[..., AbstractContextManager[httpx.Client]]
 
 
 @contextlib.contextmanager
-def serving(app: fastapi.FastAPI, port: int = 0) -> Iterator[httpx.Client]:
-    """Serve an app on loopback; its lifespan has ended when this returns."""
-    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1)
+def serving(app: fastapi.FastAPI, port: int = 0, **options: Any) -> Iterator[httpx.Client]:
+    """Serve an app on loopback, with options of uvicorn; its lifespan ends before this returns."""
+    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1, **options)
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", port)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -1,4 +1,4 @@
-"""A limit on the size of request bodies, and what is left of a body once it is answered.
+"""Limits of request bodies, and what is left of a body once it is answered.
 
 A declared length over the limit is refused before the body is read, a body of unknown length as
 soon as it exceeds the limit. Nothing is buffered.
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from typing import Final
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orchestrator.http.problems import http_problem
@@ -17,54 +18,83 @@ from orchestrator.http.problems import http_problem
 MAX_BODY_BYTES: Final = 256 << 20  # pictures in base64 are tens of MB
 _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 _MAX_DIGITS: Final = 18  # int() refuses thousands of them
-_LINGER_BYTES: Final = 4 * MAX_BODY_BYTES
-_LINGER_S: Final = 30.0
+BODY_PAUSE_S: Final = 20.0
+LINGER_BYTES: Final = 4 * MAX_BODY_BYTES
+LINGER_S: Final = 30.0
 _LINGER_PAUSE_S: Final = 5.0
 
 
 def limit_body(app: ASGIApp, max_bytes: int = MAX_BODY_BYTES) -> ASGIApp:
-    """ASGI middleware: a client that exceeds the limit has disconnected, as far as the app can see.
+    """ASGI middleware: a client that exceeds a limit has disconnected, as far as the app can see.
 
-    The client gets 413, unless its answer has begun.
+    The client gets 413, or 408 if its body pauses for too long, unless its answer has begun.
     """
-    # closed, so that the rest of the body need not be read to find the next request
-    headers = {"Connection": "close"}
-    refusal = http_problem(413, f"the body must not exceed {max_bytes} bytes", headers)
 
     async def limited(scope: Scope, receive: Receive, send: Send) -> None:
         framing = {name: value for name, value in scope.get("headers", ()) if name in _FRAMING}
         if scope["type"] != "http" or not framing:  # no body
             await app(scope, receive, send)
             return
-        length = framing.get(b"content-length", b"0")
+        length, body, has_begun = (
+            framing.get(b"content-length", b"0"),
+            _Body(receive, max_bytes),
+            False,
+        )
         if length.isdigit() and (len(length) > _MAX_DIGITS or int(length) > max_bytes):
-            await refusal(scope, receive, send)
+            await body.too_large()(scope, receive, send)
             return
-        left, has_begun = max_bytes, False
 
-        async def receive_counted() -> Message:
-            nonlocal left
-            if left >= 0:
-                message = await receive()
-                left -= len(message.get("body", b""))
-                if left >= 0:
-                    return message
-            return {"type": "http.disconnect"}
-
-        async def send_unless_over(message: Message) -> None:
+        async def send_unless_refused(message: Message) -> None:
             nonlocal has_begun
-            if left >= 0 or has_begun:
+            if body.refusal is None or has_begun:
                 has_begun = True
                 await send(message)
 
-        await app(scope, receive_counted, send_unless_over)
-        if left < 0 and not has_begun:
-            await refusal(scope, receive, send)
+        await app(scope, body.receive, send_unless_refused)
+        if body.refusal is not None and not has_begun:
+            await body.refusal(scope, receive, send)
 
     return limited
 
 
-def linger(app: ASGIApp, max_bytes: int = _LINGER_BYTES) -> ASGIApp:
+class _Body:
+    """The body of one request, up to its first fault.
+
+    Attributes:
+        refusal: The answer to that fault.
+    """
+
+    def __init__(self, receive: Receive, max_bytes: int) -> None:
+        self.refusal: Response | None = None
+        self._receive = receive
+        self._max_bytes = self._left = max_bytes
+        self._is_read = False
+
+    async def receive(self) -> Message:
+        if self.refusal is None:
+            try:
+                async with asyncio.timeout(None if self._is_read else BODY_PAUSE_S):
+                    message = await self._receive()
+            except TimeoutError:
+                self.refusal = _closing(408, f"the body must not pause for {BODY_PAUSE_S:g} s")
+            else:
+                self._left -= len(message.get("body", b""))
+                self._is_read = not message.get("more_body")
+                if self._left >= 0:
+                    return message
+                self.refusal = self.too_large()
+        return {"type": "http.disconnect"}
+
+    def too_large(self) -> Response:
+        return _closing(413, f"the body must not exceed {self._max_bytes} bytes")
+
+
+def _closing(status: int, detail: str) -> Response:
+    """Close the connection: it is not read any further to find the next request."""
+    return http_problem(status, detail, {"Connection": "close"})
+
+
+def linger(app: ASGIApp, max_bytes: int = LINGER_BYTES) -> ASGIApp:
     """ASGI middleware: read and discard the rest of a body whose answer is complete, so that a
     client that is still sending gets the answer.
 
@@ -97,7 +127,7 @@ def linger(app: ASGIApp, max_bytes: int = _LINGER_BYTES) -> ASGIApp:
                 return
             await send({**message, "more_body": True})  # all that the client waits for
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LINGER_S):
+                async with asyncio.timeout(LINGER_S):
                     await discard()
             await send({"type": "http.response.body", "body": b""})
 
