@@ -21,7 +21,7 @@ from yarl import URL
 
 from orchestrator.base.log import event_log
 from orchestrator.base.tokens import Generation
-from orchestrator.errors import OrchestratorError, Problem, ServerExited, Unavailable, WrongKind
+from orchestrator.errors import Problem, ServerExited, Unavailable, WrongKind
 from orchestrator.http.bodies import Client
 from orchestrator.http.guards import own_path
 from orchestrator.http.problems import Responder, http_problem
@@ -87,15 +87,20 @@ class PassThrough:
         if target is None:
             await http_problem(404, "the path leads out of /v1")(scope, receive, send)
             return
+        has_begun = False
         try:
             async with _Client(receive).connected() as client, contextlib.AsyncExitStack() as stack:
                 await client.begin()
                 server = await self._leased(stack)
                 _check_kind(server.kind, target)
-                await self._forward(scope, target, client, server, send)
+                response = await self._requested(scope, target, client, server)
+                has_begun = True
+                await self._forward(scope, response, send)
         except ClientDisconnect:
             return
-        except OrchestratorError as error:
+        except Exception as error:
+            if has_begun:
+                raise
             answer = await self._responder.failure(Request(scope), error)
             await answer(scope, receive, send)
 
@@ -163,10 +168,7 @@ class PassThrough:
         why = f"the server ended before it answered ({type(failure).__name__}): try again"
         raise ServerExited(Problem("server_exited", why, retry_after_s=_RETRY_AFTER_S)) from failure
 
-    async def _forward(
-        self, scope: Scope, target: str, client: _Client, server: LeasedServer, send: Send
-    ) -> None:
-        response = await self._requested(scope, target, client, server)
+    async def _forward(self, scope: Scope, response: aiohttp.ClientResponse, send: Send) -> None:
         headers = [
             (name, value)
             for name, value in _without(_HOP_BY_HOP, response.raw_headers)
