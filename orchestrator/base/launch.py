@@ -7,12 +7,14 @@ a spawn in progress, about a millisecond.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 import tempfile
 import threading
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 try:
@@ -56,15 +58,47 @@ def beyond_streams(fd: int) -> int:
     return moved
 
 
-def interpreter() -> str | None:
-    """Return a Python interpreter for our helper programs, or None if there is none.
+class NoInterpreter(OSError):
+    """There is no Python to run a program of ours with; the text is a part of a sentence."""
 
-    In a frozen application, or one that embeds Python, `sys.executable` is that application.
+
+def interpreter() -> str:
+    """Return the Python interpreter of this process, for programs of ours.
+
+    In a program that embeds Python `sys.executable` is that program, or empty.
+
+    Raises:
+        NoInterpreter: There is none, as in a frozen application.
     """
+    if getattr(sys, "frozen", False):
+        raise NoInterpreter("this application is frozen and brings none")
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    beside = os.path.join(sys.exec_prefix, "bin", version)
-    found = [] if getattr(sys, "frozen", False) else [sys.executable or "", beside]
-    for path in found:
+    for path in (sys.executable or "", os.path.join(sys.exec_prefix, "bin", version)):
         if re.match(r"python|pypy", os.path.basename(path)) and os.access(path, os.X_OK):
             return path
-    return None
+    raise NoInterpreter(f"sys.executable is {sys.executable!r}")
+
+
+def program(path: Path) -> tuple[str, ...]:
+    """Return the command that runs a program of ours.
+
+    Raises:
+        NoInterpreter: There is none, or the program is inside an archive.
+    """
+    if not path.is_file():
+        raise NoInterpreter(f"none can run {path}, which is not a file on disk")
+    # -P: modules of this folder must not shadow the standard library's
+    return (interpreter(), "-P", str(path))
+
+
+def import_path() -> list[str]:
+    """Return where this process imports from, to be used by a program of ours in place of its own.
+
+    PYTHONPATH would not do: the host may have changed `sys.path` since, or ignores the variable.
+    """
+    found = []
+    for folder in sys.path:
+        with contextlib.suppress(OSError):  # the working directory is gone
+            if isinstance(folder, str):
+                found.append(os.path.abspath(folder))
+    return found

@@ -36,9 +36,11 @@ from orchestrator.models.variants import Variant
 from orchestrator.runtime.orchestrator import Orchestrator
 from orchestrator.server import process_table
 from orchestrator.server.binaries import ask_catalogue, find_server
+from orchestrator.server.environment import inherited_environment
 from orchestrator.server.slot import Slot
 from orchestrator.server.state_dir import cache_dir
 from orchestrator.settings.reference import split_reference
+from orchestrator.settings.target import ServerBinary
 
 _MARKS: Final = {"ok": ("✓", "green"), "note": ("·", "yellow"), "problem": ("✗", "bold red")}
 _GIB: Final = 1 << 30
@@ -90,7 +92,7 @@ def _server(intent: Intent) -> Iterator[Check]:
         return
     where = binary.identity.path if binary.kind == "external" else "xllamacpp, embedded"
     try:
-        version = _version(binary.command)
+        version = _version(binary)
     except (OSError, subprocess.SubprocessError) as error:
         remedy = "run it by hand: a library may be missing, or it is built for another machine"
         yield Check("llama-server", "problem", f"{where} does not run: {error}", remedy)
@@ -109,9 +111,10 @@ def _server(intent: Intent) -> Iterator[Check]:
         yield Check("server flags", "ok", "it has every flag that the settings use")
 
 
-def _version(command: tuple[str, ...]) -> str:
+def _version(binary: ServerBinary) -> str:
     done = subprocess.run(
-        [*command, "--version"],
+        [*binary.command, "--version"],
+        env={**os.environ, **inherited_environment(binary.kind)},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         timeout=_VERSION_TIMEOUT_S,

@@ -169,7 +169,8 @@ class ProcessEffects:
             argv = build_argv(command.target, template_file=template)
             shared = self._settings.keys
             keys = None if shared is None else (secrets.token_urlsafe(32), *shared)
-            environment = child_environment(self._settings.env, self._slot, keys)
+            kind = command.target.server.kind
+            environment = child_environment(self._settings.env, self._slot, keys, kind)
             self._warden.spawn(command.generation, argv, environment, lock.fd, self._spawned)
         except OrchestratorError as error:
             self._remove_template()

@@ -110,23 +110,23 @@ def _problem_of(path: Path) -> str | None:
 
 
 def _embedded() -> ServerBinary:
-    spec, python = importlib.util.find_spec("xllamacpp"), launch.interpreter()
+    spec = importlib.util.find_spec("xllamacpp")
     if spec is None or spec.origin is None:
         raise ServerUnavailable.because(
             f"the embedded server needs xllamacpp: {_EMBEDDED_HINT}", field="llama_server"
         )
-    if python is None:
+    try:
+        command = launch.program(Path(__file__).with_name("embedded.py"))
+    except launch.NoInterpreter as error:
         raise ServerUnavailable.because(
-            "the embedded server needs Python, and sys.executable is not a Python interpreter: "
-            "give the path of a llama-server",
+            f"the embedded server needs a Python interpreter, and {error}: give the path of a "
+            "llama-server",
             field="llama_server",
-        )
-    script = str(Path(__file__).with_name("embedded.py"))
+        ) from error
     names = paths.names_of_own(spec.origin, "xllamacpp")
-    for path in (python, script):
+    for path in (command[0], command[-1]):
         names += paths.names_of_own(path, Path(path).name)
-    # -P: modules of this folder must not shadow the standard library's
-    return ServerBinary("embedded", (python, "-P", script), identity_of(spec.origin), names=names)
+    return ServerBinary("embedded", command, identity_of(spec.origin), names=names)
 
 
 _answers: dict[FileIdentity, Catalogue] = {}
@@ -146,7 +146,7 @@ def ask_catalogue(server: ServerBinary, cache: Path) -> Catalogue | None:
     if found is not None or time.monotonic() < _ask_after.get(server.identity, 0.0):
         return found
     try:
-        returncode, text = _run((*server.command, "--help"))
+        returncode, text = _run((*server.command, "--help"), server.kind)
         found, why = parse_help(text) if returncode == 0 else None, f"exit status {returncode}"
     except (OSError, ValueError) as error:
         why = str(error)
@@ -178,7 +178,7 @@ def _file_of(command: tuple[str, ...], identity: FileIdentity, cache: str) -> Pa
     return Path(cache) / f"help-{key}.json"
 
 
-def _run(command: tuple[str, ...]) -> tuple[int, str]:
+def _run(command: tuple[str, ...], kind: str) -> tuple[int, str]:
     """Run a command in a server's environment, kill what is left of it, and return its output.
 
     The output goes to a file: a grandchild would keep a pipe open.
@@ -189,7 +189,7 @@ def _run(command: tuple[str, ...]) -> tuple[int, str]:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=inherited_environment(),
+            env=inherited_environment(kind),
             start_new_session=True,
         )
         identity = process_table.identify(process.pid)

@@ -395,6 +395,8 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status of a process that never served: 0 for --help and --version, else 1.
     """
+    if path := os.environ.pop("LLAMA_ORCHESTRATOR_IMPORT_PATH", None):
+        sys.path[:] = json.loads(path)  # where the orchestrator imports from
     try:
         given = parse(sys.argv[1:] if argv is None else argv)
         requested = {flag.into for flag, _ in given}

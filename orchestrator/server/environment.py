@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from orchestrator.base import launch
 from orchestrator.errors import InvalidRequest
 from orchestrator.server.slot import Slot
 
@@ -17,6 +19,7 @@ _INHERITED: Final = (
 _INHERITED_PREFIXES: Final = ("LC_", "CUDA_", "HIP_", "ROCR_", "HSA_", "GGML_", "VK_", "OMP_")
 _NEVER_INHERITED: Final = "GGML_BACKEND_PATH"
 API_KEY_NAME: Final = "LLAMA_API_KEY"
+IMPORT_PATH_NAME: Final = "LLAMA_ORCHESTRATOR_IMPORT_PATH"  # of the embedded server
 _REFUSED: Final = {  # prefixes
     "LLAMA_ARG_": "use a field of the request, or llama_extra_args",
     API_KEY_NAME: "the orchestrator owns keys",
@@ -34,17 +37,23 @@ _HARDENED: Final = {  # by the names of several builds, which ignore those they 
 }
 
 
-def inherited_environment() -> dict[str, str]:
-    """Return the variables of the host that a server inherits."""
-    return {
+def inherited_environment(kind: str = "external") -> dict[str, str]:
+    """Return the variables that a server of this kind gets from its host."""
+    inherited = {
         name: value
         for name, value in os.environ.items()
         if (name in _INHERITED or name.startswith(_INHERITED_PREFIXES)) and name != _NEVER_INHERITED
     }
+    if kind == "embedded":
+        inherited[IMPORT_PATH_NAME] = json.dumps(launch.import_path())
+    return inherited
 
 
 def child_environment(
-    extra: Mapping[str, str], slot: Slot, api_keys: Sequence[str] | None = None
+    extra: Mapping[str, str],
+    slot: Slot,
+    api_keys: Sequence[str] | None = None,
+    kind: str = "external",
 ) -> dict[str, str]:
     """Return the whole environment of a server.
 
@@ -55,7 +64,7 @@ def child_environment(
     """
     name, _, value = slot.token.partition("=")
     protection = {} if api_keys is None else {**_HARDENED, API_KEY_NAME: ",".join(api_keys)}
-    return {**inherited_environment(), **extra, **protection, name: value}
+    return {**inherited_environment(kind), **extra, **protection, name: value}
 
 
 def check_server_env(extra: Mapping[Any, Any]) -> None:

@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +40,14 @@ def start(slot: Slot) -> subprocess.Popen[bytes]:
     if python is None:
         raise OSError("there is no Python interpreter to run it with")
     arguments = {
-        "path": [str(Path(__file__).parents[2]), *(p for p in sys.path if isinstance(p, str))],
+        "path": [str(Path(__file__).parents[2]), *launch.import_path()],
         "slot": slot.name,
         "state_dir": str(slot.directory.parent),
         "token": slot.token,
         "host": [host.pid, host.start_ticks, host.boot_id],
     }
     return launch.popen(
-        (python, "-I", "-S", "-c", _CODE, json.dumps(arguments)),
+        (launch.interpreter(), "-I", "-S", "-c", _CODE, json.dumps(arguments)),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

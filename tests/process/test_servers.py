@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -135,11 +136,20 @@ def test_a_help_is_read_in_a_host_that_ignores_sigchld(script: Script) -> None:
         signal.signal(signal.SIGCHLD, before)
 
 
-def test_the_embedded_server_needs_an_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a frozen application `sys.executable` is the application."""
+@pytest.mark.parametrize("lack", ["frozen", "executable", "archive"])
+def test_the_embedded_server_needs_an_interpreter(
+    monkeypatch: pytest.MonkeyPatch, lack: str
+) -> None:
+    """In a frozen application, as PyInstaller makes, `sys.executable` is the application."""
     assert find_server("embedded").command[0] == launch.interpreter()
-    monkeypatch.setattr(launch, "interpreter", lambda: None)
+    if lack == "frozen":
+        monkeypatch.setattr(sys, "frozen", True, raising=False)
+    elif lack == "executable":
+        monkeypatch.setattr(sys, "executable", None)
+        monkeypatch.setattr(sys, "exec_prefix", "/no/prefix")
+    else:
+        monkeypatch.setattr(binaries, "__file__", "/app.pyz/orchestrator/server/binaries.py")
     with pytest.raises(ServerUnavailable) as refused:
         find_server("embedded")
-    assert_sentence("binary.no_python", refused.value.message)
+    assert_sentence(f"binary.no_python_{lack}", refused.value.message)
     assert refused.value.field == "llama_server"

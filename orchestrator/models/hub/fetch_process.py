@@ -69,6 +69,7 @@ class FetchProcess:
         self._token = token
         self._progress = progress
         self._setup = {
+            "path": launch.import_path(),
             "repo": repo,
             "revision": request.revision,
             "token": request.hf_token,
@@ -83,18 +84,19 @@ class FetchProcess:
         self._buffer = bytearray()
 
     def __enter__(self) -> Self:
-        python = launch.interpreter()
-        if python is None:
+        try:
+            command = launch.program(Path(__file__).with_name("fetcher.py"))
+        except launch.NoInterpreter as error:
             raise HubError.because(
-                "a download from the Hub needs a Python interpreter, and sys.executable is not "
-                "one: download the file yourself and give its path",
+                f"a download from the Hub needs a Python interpreter, and {error}: download the "
+                "file yourself and give its path",
                 field="model_path",
-            )
+            ) from error
         with contextlib.ExitStack() as stack:
             self._waker = stack.enter_context(contextlib.closing(Waker()))
             self._errors = stack.enter_context(launch.output_file())
             self._process = launch.popen(
-                (python, "-P", str(Path(__file__).with_name("fetcher.py"))),
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,

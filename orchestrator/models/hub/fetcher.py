@@ -61,6 +61,7 @@ def main() -> int:
     os.dup2(2, 1)
     try:
         setup = json.loads(sys.stdin.readline())
+        sys.path[:] = setup["path"]  # where the parent imports from
         hub = None if setup["offline"] else Hub(setup, lambda reason: report(waiting=reason))
         if hub is not None and setup["lists"]:
             report(listing=hub.listing())
