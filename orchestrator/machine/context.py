@@ -45,7 +45,7 @@ class Caller:
 
     ticket: Ticket
     request_id: str | None
-    joined: bool
+    joined: bool = False
     failure: Problem | None = None
 
 
@@ -68,7 +68,7 @@ class Job:
     target: Target
     callers: tuple[Caller, ...]  # empty once it is cancelled
     accepted_at: float
-    phase_at: float  # when its current phase began, monotonic seconds
+    phase_at: float = 0.0  # when its current phase began, once it is in flight; monotonic seconds
     timings: Timings = Timings()
     reload_reasons: tuple[ReloadReason, ...] = ()
     newest_before: Ticket = Ticket(0)  # `Context.newest_load` when it was accepted

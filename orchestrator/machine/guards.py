@@ -44,9 +44,7 @@ def may_verify_again(ctx: Context, fact: facts.Fetched) -> bool:
     return ctx.job is not None and ctx.job.attempts < MAX_VERIFICATIONS
 
 
-def next_is_due(
-    ctx: Context, fact: facts.Completion | facts.Promoted | facts.TimerFired
-) -> bool:
+def next_is_due(ctx: Context, fact: facts.Completion | facts.Promoted | facts.TimerFired) -> bool:
     return ctx.is_due
 
 
@@ -313,17 +311,17 @@ def unloaded_look_ups(
     )
 
 
-def wanted_by(ctx: Context, fact: facts.LoadRequested) -> Target:
+def wanted_by(ctx: Context, load: facts.LoadRequested) -> Target:
     """Return the target of a load. What runs keeps its commit, as long as it runs."""
-    running, kept = ctx.running, fact.kept
+    running, kept = ctx.running, load.kept
     if (
         running is not None
         and kept is not None
         and kept.hub == running.target.model.hub
-        and keeps_commit(running.target, fact.target.request)
+        and keeps_commit(running.target, load.target.request)
     ):
-        return replace(fact.target, model=kept)
-    return fact.target
+        return replace(load.target, model=kept)
+    return load.target
 
 
 def awaited_by(target: Target) -> Literal["answer", "files"] | None:

@@ -194,6 +194,7 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("exited", ALL,  "",                                STAY, "drop_stale"),
 
     # ---- after an exit: the restart policy ------------------------------------------------------
+    _row("restart_due", ALL, "is_due_restart next_is_due",  STAY, "forget_restart"),
     _row("restart_due", I,   "is_due_restart",              K, "enqueue_restart take_next begin_kill"),
     _row("restart_due", K,   "is_due_restart",              STAY, "enqueue_restart take_next"),
     _row("restart_due", DSW, "is_due_restart",              STAY, "enqueue_restart"),

@@ -14,6 +14,7 @@ from tests.core import (
     test_answers,
     test_ending,
     test_idle,
+    test_look_ups,
     test_machine,
     test_recovery,
     test_servers,
@@ -29,6 +30,7 @@ SCENARIOS = (
     test_idle,
     test_answers,
     test_waiting,
+    test_look_ups,
 )
 _LEASE_OR_LOAD = "a ticket is that of a load or of a lease, never of both"
 _JOB_OR_QUEUED = "a generation is in flight or in the queue, never both"

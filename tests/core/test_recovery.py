@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from orchestrator.base.tokens import Generation
 from orchestrator.errors import Busy, Problem, ServerStartFailed
-from orchestrator.machine.commands import CancelAnswer, SetTimer, Unloaded
+from orchestrator.machine.commands import CancelAnswer, DropStale, Post, SetTimer, Unloaded
 from orchestrator.machine.context import Policy
 from orchestrator.machine.plan import plan_load
 from orchestrator.machine.recovery import Recovery, RestartPolicy, after_failure, backoff_s
@@ -323,6 +323,48 @@ def test_queued_restart_past_its_deadline_counts_as_a_failure() -> None:
     assert run.ctx.queue == ()
     assert run.recovery == ("waiting", 3)
     assert run.timer("restart").generation == second.generation
+
+
+@pytest.mark.parametrize("state", [D, S, W])
+def test_load_that_is_due_when_the_restart_is_takes_its_place(state: State) -> None:
+    """B16: the restart must not replace the model that was loaded after the crash."""
+    run = restarting(deadline_s=7.0)
+    timer = run.crash().timer("restart")
+    run.emptied().expire(timer)
+    deadline = run.timer("deadline")
+    run.go(state)
+    run.expire(deadline)
+    again = run.timer("restart")
+    newer = run.load(C)
+    run.expire(again)
+    assert (run.state, run.recovery, run.commands) == (state, None, ())
+    assert [job.target.request.model_path for job in run.ctx.queue] == [C]
+    run.settle()
+    assert (run.category(newer), run.model, run.ctx.generation) == ("loaded", C, 3)
+
+
+def test_stale_restart_timer_changes_nothing_while_a_load_is_due() -> None:
+    run = restarting()
+    timer = run.crash().timer("restart")
+    run.emptied().expire(timer)
+    run.load(B, on_busy="queue")
+    before = run.ctx
+    run.fire("restart", timer.generation)
+    assert (run.kinds, run.ctx) == ([DropStale], before)
+    assert run.recovery == ("trying", 1)
+
+
+def test_promoted_load_takes_the_place_of_a_restart_in_idle() -> None:
+    run = restarting()
+    timer = run.crash().timer("restart")
+    run.emptied()
+    newer = run.load("o/B")
+    run.resolved(2, "o/B")
+    (promotion,) = run.commands_of(Post)
+    run.expire(timer)
+    assert (run.state, run.recovery) == (I, None)
+    run.do(promotion.fact).settle()
+    assert (run.category(newer), run.model, run.ctx.generation) == ("loaded", "o/B", 2)
 
 
 def test_stable_server_resets_the_count() -> None:

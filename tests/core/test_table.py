@@ -40,6 +40,7 @@ HELPERS = {
     "look_up_of",
     "prefetch_of",
     "unloaded_look_ups",
+    "wanted_by",
 }
 """Functions of guards.py that guards and actions share."""
 

@@ -102,11 +102,9 @@ def record_exit(s: Step[facts.Exited]) -> None:
 
 
 def report_exit(s: Step[facts.Exited]) -> None:
-    """The server has ended by itself; that is reported once."""
-    if s.ctx.child_end != "reported":
-        exit_ = s.fact.exit
-        s.emit(commands.ServerEnded(exit_.pid, _ending(exit_.returncode)[0]))
-        s.put(child_end="reported")
+    exit_ = s.fact.exit
+    s.emit(commands.ServerEnded(exit_.pid, _ending(exit_.returncode)[0]))
+    s.put(child_end="reported")
 
 
 def record_death(s: Step[facts.BecameReady | facts.NotReady]) -> None:
@@ -126,7 +124,7 @@ def plan_recovery(s: Step[facts.Exited]) -> None:
     problem = Problem("server_exited", text, generation=number, log_tail=exit_.log_tail)
     if s.ctx.policy.restart is None or s.ctx.is_due:
         follows = "another load follows" if s.ctx.is_due else "load the model again"
-        s.put(recovery=None, last_error=replace(problem, message=f"{problem.message}: {follows}"))
+        s.put(last_error=replace(problem, message=f"{problem.message}: {follows}"))
     else:
         ran_s = s.fact.at - running.at
         s.plan_restart(running.target, running.generation, problem, ran_s)
@@ -136,6 +134,11 @@ def enqueue_restart(s: Step[facts.Fact]) -> None:
     recovery = require(s.ctx.recovery)
     s.enqueue_own(recovery.target, recovery.problem)
     s.put(recovery=replace(recovery, phase="trying"))
+
+
+def forget_restart(s: Step[facts.TimerFired]) -> None:
+    """The load that is due takes its place."""
+    s.put(recovery=None)
 
 
 def drop_stale(s: Step[facts.Report]) -> None:

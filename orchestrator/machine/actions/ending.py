@@ -55,7 +55,7 @@ def cancel_all(s: Step[facts.UnloadRequested | facts.ShutdownRequested]) -> None
     ended = [job for job in s.ctx.wanted if is_named(job.target, s.fact.model)]
     for job in ended:
         problem = _problem(job, category, message)
-        s.end(job, problem, "empty")
+        s.end(job, problem)
         if job is s.ctx.job:
             s.put(last_error=problem)
             s.interrupt(reason)
@@ -71,7 +71,7 @@ def cancel_queued(s: Step[facts.UnloadRequested]) -> None:
     ended = [job for job in s.ctx.queue if is_named(job.target, s.fact.model)]
     s.drop(ended)
     for job in ended:
-        s.end(job, _problem(job, "cancelled", "cancelled by an unload"), "now")
+        s.end(job, _cancelled(job, "an unload"), "now")
 
 
 def latch_shutdown(s: Step[facts.Fact]) -> None:
@@ -113,7 +113,7 @@ def _record_unload(s: Step[facts.UnloadRequested]) -> None:
 
 def cancel_job(s: Step[facts.Fact]) -> None:
     job = require(s.ctx.job)
-    problem = _problem(job, "cancelled", "cancelled by the caller")
+    problem = _cancelled(job)
     s.end(job, problem, "effect_ended")
     s.put(last_error=problem, recovery=None)
     s.interrupt(CancelReason.USER)
@@ -129,11 +129,11 @@ def cancel_callers(s: Step[facts.CancelRequested]) -> None:
     s.end_look_ups(named, Problem("cancelled", "cancelled by the caller"))
     for job in (*s.ctx.wanted, *s.ctx.prefetches):
         meant = (caller for caller in job.callers if is_meant(job, caller, fact))
-        s.settle(meant, _problem(job, "cancelled", "cancelled by the caller"))
+        s.settle(meant, _cancelled(job))
     ended = [job for job in (*s.ctx.queue, *s.ctx.prefetches) if cancels(job, fact)]
     for job in ended:
         if job in s.ctx.queue:
-            s.conclude(job, _problem(job, "cancelled", "cancelled by the caller"))
+            s.conclude(job, _cancelled(job))
     s.drop(ended)
     if fact.request_id is not None:
         _keep_callers(s, lambda caller: caller.request_id != fact.request_id)
@@ -247,7 +247,7 @@ def _fail_job(s: Step[facts.Fact], problem: Problem) -> None:
 def fail_all(s: Step[facts.KillFailed]) -> None:
     """No load can start beside what is still alive in the slot."""
     for job in s.ctx.wanted:
-        s.end(job, replace(s.fact.problem, generation=job.generation), "empty")
+        s.end(job, replace(s.fact.problem, generation=job.generation))
     s.drop(s.ctx.queue)
     s.put(job=None, running=None, effect=None, recovery=None, last_error=s.fact.problem)
 
@@ -264,6 +264,10 @@ def answer_waiters_occupied(s: Step[facts.KillFailed]) -> None:
         s.emit(replace(waiter, answer=s.fact.problem) if wanted_empty else waiter)
     s.emit(*s.ctx.ending)
     s.put(waiters=(), ending=())
+
+
+def _cancelled(job: Job, by: str = "the caller") -> Problem:
+    return _problem(job, "cancelled", f"cancelled by {by}")
 
 
 def _problem(job: Job, category: str, message: str, field: str | None = None) -> Problem:

@@ -121,7 +121,7 @@ class Step(Generic[F_co]):
         self.put(job=replace(job, token=reason, callers=()))
         self.emit(commands.SetToken(job.generation, reason))
 
-    def end(self, job: Job, answer: Problem, when: When) -> None:
+    def end(self, job: Job, answer: Problem, when: When = "empty") -> None:
         if when == "now" or (when == "effect_ended" and self.ctx.effect is None):
             self.settle(job.callers, answer)
             self.conclude(job, answer)
@@ -147,8 +147,7 @@ class Step(Generic[F_co]):
 
     def _spent(self, job: Job) -> commands.Timings:
         """Return the timings of a load, including the phase in which it ends."""
-        current = self.ctx.job
-        if current is None or current.generation != job.generation or job.token is not None:
+        if job is not self.ctx.job:
             return job.timings
         kind = self.ctx.effect.kind if self.ctx.effect else "kill"  # it waits for leases
         return job.spent("health" if kind == "probe" else kind, self.fact.at)
@@ -161,16 +160,16 @@ class Step(Generic[F_co]):
             self.put(previous=None)
             return
         self.end(job, problem, when)
-        recovery = self.ctx.recovery
-        if job.after is not None and recovery is None:
-            self.put(last_error=_with_restore(job.after, problem))
-        elif job.after is None or recovery is None or self.ctx.is_due:
+        after, recovery = job.after, self.ctx.recovery
+        if after is None or (recovery is not None and self.ctx.is_due):
             self.put(last_error=problem)
+        elif recovery is None:
+            self.put(last_error=_with_restore(after, problem))
         else:
             self.plan_restart(recovery.target, job.generation, problem, ran_s=None)
 
     def enqueue_own(self, target: Target, failure: Problem, failed: Job | None = None) -> None:
-        """Queue a load that repairs a failure, before any load that awaits its model.
+        """Queue a load that repairs a failure. No load is due: the others await their model.
 
         The callers of the failed load, if there is one, are answered with both outcomes.
         """
@@ -183,15 +182,11 @@ class Step(Generic[F_co]):
             target,
             tuple(replace(caller, failure=caller.failure or failure) for caller in callers),
             at,
-            at,
             newest_before=self.ctx.newest_load,
             after=failure,
             failed=self._conclusion(failed, failure) if failed else None,
         )
-        queue = self.ctx.queue
-        index = next((i for i, other in enumerate(queue) if other.awaits), len(queue))
-        queue = (*queue[:index], job, *queue[index:])
-        self.put(generation=generation, queue=queue, last_error=failure)
+        self.put(generation=generation, queue=(job, *self.ctx.queue), last_error=failure)
         self.set_deadline(job)
 
     def plan_restart(

@@ -11,7 +11,7 @@ from dataclasses import replace
 from types import UnionType
 from typing import Any, Self
 
-from orchestrator.base.tokens import Generation, Ticket
+from orchestrator.base.tokens import CancelReason, Generation, Ticket
 from orchestrator.errors import Problem
 from orchestrator.machine.commands import (
     Accept,
@@ -75,7 +75,8 @@ SERVER = ServerFacts("http://127.0.0.1:36017")
 class Run:
     """A machine, the answers to its callers, and the commands of its last step.
 
-    That the timer of a look-up stops is left out of `commands`: it does at every load.
+    The timers that have been stopped are in `stopped`, not in `commands`: every load stops that
+    of its look-up.
     """
 
     def __init__(self, policy: Policy | None = None) -> None:
@@ -84,12 +85,14 @@ class Run:
         self.now = 0.0
         self.tickets = 0
         self.commands: tuple[Command, ...] = ()
+        self.stopped: list[StopTimer] = []
         self.answers: dict[int, Answer] = {}
         self.generations: dict[int, int] = {}
 
     def do(self, fact: Fact) -> Self:
         self.state, self.ctx, commands = step(self.state, self.ctx, fact)
         self.commands = tuple(c for c in commands if not isinstance(c, StopTimer))
+        self.stopped += [c for c in commands if isinstance(c, StopTimer)]
         for command in self.commands:
             if isinstance(command, Settle):
                 assert command.ticket not in self.answers, f"call {command.ticket} answered twice"
@@ -123,6 +126,12 @@ class Run:
     def look_up(self, request: LoadRequest, ticket: Ticket, purpose: Purpose = "load") -> Ticket:
         self.do(LookUpRequested(ticket, request, purpose, self.now))
         return ticket
+
+    def found(self, ticket: Ticket, model: str, purpose: Purpose = "load", **options: Any) -> Self:
+        """The look-up of a call has found its model."""
+        wanted = target(LoadRequest.from_dict({"model_path": model, **options}))
+        requested = LoadRequested if purpose == "load" else PrefetchRequested
+        return self.do(requested(ticket, wanted, self.now))
 
     def prefetch(self, model: str, **options: Any) -> Ticket:
         ticket = self.ticket()
@@ -319,6 +328,10 @@ class Run:
     def tokens(self) -> list[int]:
         """The loads whose token was set."""
         return [c.generation for c in self.commands_of(SetToken)]
+
+    def reasons(self) -> list[tuple[int, CancelReason]]:
+        """The loads whose token was set, and why."""
+        return [(c.generation, c.reason) for c in self.commands_of(SetToken)]
 
     def timer(self, kind: Timer) -> SetTimer:
         (timer,) = self.timers(kind)
