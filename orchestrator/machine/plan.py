@@ -95,4 +95,4 @@ def _plan(action: Action, target: Target, reasons: tuple[ReloadReason, ...] = ()
     template = "<chat template>" if target.request.chat_template_override else None
     argv = [redact(token) for token in build_argv(target, template_file=template)]
     names = (*target.names, *(name for reason in reasons for name in reason.names))
-    return Plan(action, list(reasons), argv, names)
+    return Plan(action, list(reasons), argv, names=names)
