@@ -27,8 +27,9 @@ export function say(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
-/** @param {number} n bytes */
+/** @param {number | null} n bytes; null where a mirror of the Hub lists none */
 export function bytes(n) {
+  if (n === null) return "unknown size";
   const units = ["B", "KB", "MB", "GB", "TB"];
   let at = 0;
   for (; n >= 1000 && at < units.length - 1; at += 1) n /= 1000;
