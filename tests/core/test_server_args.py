@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from orchestrator.errors import InvalidRequest, RefusedArgument
 from orchestrator.server import embedded
 from orchestrator.server.environment import check_server_env, child_environment
+from orchestrator.settings import flags
 from orchestrator.settings.fields import REFUSED, SHADOWED, check_extra_args, strip_shadowed
 from orchestrator.settings.flags import MAX_BYTES, MAX_TOKENS, flag_of
 from orchestrator.settings.help_text import Catalogue, parse_help
@@ -375,3 +376,52 @@ def test_server_env_cannot_set_the_variable_of_a_refused_flag(name: str) -> None
         check_server_env({"FINE": "1", name: "secret"})
     assert caught.value.field == "server_env"
     assert "secret" not in str(caught.value)
+
+
+# Files that args name
+
+
+@pytest.mark.parametrize(
+    ("args", "files"),
+    [
+        ("--lora a.gguf", [("--lora", "a.gguf")]),
+        ("--lora=a.gguf", [("--lora", "a.gguf")]),
+        ("--lora-scaled a.gguf 0.5", [("--lora-scaled", "a.gguf")]),
+        ("--lora-scaled a:0.5,b:1 /c", [("--lora-scaled", "a:0.5,b:1")]),
+        ("--lora --top-k", [("--lora", "--top-k")]),
+        ("--lora= --top-k 1", [("--lora", "")]),
+        ("-md -1 --mlock x", [("-md", "-1")]),
+        ("--chat_template_file t --grammar-file g", [("--chat-template-file", "t"),
+                                                     ("--grammar-file", "g")]),
+        ("--top-k a.gguf --rpc /x stray", []),
+        ("--lora", []),
+        ("", []),
+    ],
+)  # fmt: skip
+def test_files_are_the_values_of_flags_that_take_one(
+    args: str, files: list[tuple[str, str]]
+) -> None:
+    """The token after such a flag is its file, whatever it looks like; no other token is."""
+    assert list(flags.named_files(args.split())) == files
+
+
+@pytest.mark.parametrize(
+    ("args", "paths"),
+    [
+        ("--lora b", [("--lora", "b")]),
+        (
+            "--lora a:1,b",
+            [("--lora", "a"), ("--lora", "a:1"), ("--lora", "a:1,b"), ("--lora", "b")],
+        ),
+        ("--new /x ~y ./z ../w v", [("--new", p) for p in ("/x", "~y", "./z", "../w")]),
+        ("--new=/x", [("--new", "/x")]),
+        ("/stray", [("", "/stray")]),
+        ("--rpc host --rpc=/x", [("--rpc", None), ("--rpc", None), ("--rpc", "/x")]),
+        ("--lora --rpc", [("--lora", "--rpc")]),
+        ("--top-k 1 -5", []),
+    ],
+)
+def test_paths_are_files_of_flags_and_whatever_looks_like_one(
+    args: str, paths: list[tuple[str, str | None]]
+) -> None:
+    assert list(flags.named_paths(args.split())) == paths
