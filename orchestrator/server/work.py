@@ -23,7 +23,7 @@ from orchestrator.server.process_table import Usage
 _WINDOW_S: Final = 1.0
 _SAMPLE_S: Final = 0.25
 _SCAN_S: Final = 1.0  # a scan of the process table takes 3 to 8 ms
-_LONGEST_GAP_S: Final = 5.0  # a probe may take 2 s
+_LONGEST_GAP_S: Final = 5.0  # a probe takes at most 4 s
 _CPU_SHARE: Final = 0.2  # of one core
 _NOISE_BYTES: Final = 64 << 10  # per second
 _PROBE_CPU_S: Final = 0.25  # a busy server is slow to answer: that is no cost of the probe

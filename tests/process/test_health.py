@@ -468,7 +468,7 @@ def test_progress_counts_pages_and_is_indeterminate_once_all_is_read(
 ) -> None:
     """llama.cpp maps its files. After the last page nobody knows how long the rest takes."""
     large = write_tiny_model(tmp_path / "large.gguf", padding_bytes=64 << 20)
-    fake.behave(loading_s=4.0, work="map")
+    fake.behave(loading_s=1.5, work="map")
     orch = make(llama_server=fake.path if started == "directly" else fake.wrapper())
     loading = Background(orch.load, str(large))
     seen = []

@@ -187,15 +187,17 @@ class Server:
             elif kind == "grow":
                 kept.append(bytearray(os.urandom(1 << 18)))
             elif kind == "compute":
-                burn(0.015)
+                burn(0.1)
             time.sleep(0.02)
 
     def map(self, model: str, *, again: bool) -> None:
-        """Map the model and touch its pages, as llama.cpp does; `again`: always the same one, which
-        is no longer in memory.
+        """Map the model and touch its pages, as llama.cpp does, and only then begin `loading_s`;
+        `again`: touch always the same page, which is no longer in memory.
         """
         import mmap
 
+        if not again:
+            self.ready_at = float("inf")
         fd = os.open(model, os.O_RDONLY)
         os.fsync(fd)  # a page that is not written yet cannot be dropped
         with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as pages:
@@ -208,7 +210,9 @@ class Server:
                 pages[at]
                 if at % (1 << 20) == 0:
                     time.sleep(0.02)
-            self.journal.write("mapped")
+            if not again:
+                self.ready_at = time.monotonic()
+                self.journal.write("mapped")
             while not self.is_ready():
                 time.sleep(0.02)
 
