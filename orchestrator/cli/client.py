@@ -25,6 +25,7 @@ from orchestrator.cli.output import (
     say,
     say_field,
     say_json,
+    say_note,
     say_problem,
     say_reload_reasons,
     state_part,
@@ -240,6 +241,7 @@ def plan(*, remote: Remote, as_json: bool, **fields: Any) -> None:
     }
     say("a load would ", (actions[answer["action"]], "bold"))
     say_reload_reasons(answer["reload_reasons"])
+    say_note(answer)
     say_field("argv", shlex.join(answer["argv"]))
 
 
@@ -258,6 +260,7 @@ def say_loaded(loaded: Mapping[str, Any]) -> None:
     say_field("settings", ", ".join(settings))
     if loaded["llama_extra_args"]:
         say_field("flags", shlex.join(loaded["llama_extra_args"]))
+    say_note(loaded)
 
 
 @_command(

@@ -151,6 +151,12 @@ def say_reload_reasons(reasons: list[dict[str, Any]]) -> None:
         say_field("differs", f"{reason['field']}: {running} → {requested}")
 
 
+def say_note(answer: Mapping[str, Any]) -> None:
+    """Print the remark of an answer, if it has one."""
+    if note := answer.get("note"):
+        say_field("note", note)
+
+
 class Failure(click.ClickException):
     """Ends the command with a problem document (RFC 9457), printed as JSON where requested."""
 

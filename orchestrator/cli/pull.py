@@ -15,7 +15,7 @@ import click
 
 from orchestrator.base.tokens import CancelToken, Generation
 from orchestrator.cli import INTERRUPTED, options
-from orchestrator.cli.output import download_bars, say, say_field, say_json
+from orchestrator.cli.output import download_bars, say, say_json, say_note
 from orchestrator.errors import OrchestratorError
 from orchestrator.models.hub.download import RequestedModel
 from orchestrator.models.hub.fetch_process import FetchProgress
@@ -55,8 +55,7 @@ def pull(*, model: str, state_dir: str | None, as_json: bool, **fields: Any) -> 
     say(("✓ ", "bold green"), (outcome.model_path, "bold"), f"  {outcome.gguf_variant}")
     for path in outcome.files:
         say(f"  {path}")
-    if outcome.note:
-        say_field("note", outcome.note)
+    say_note({"note": outcome.note})
     return 0
 
 

@@ -57,9 +57,13 @@ class ModelSource:
         answer = RequestedModel(request, self._records).look_up_at(running)
         return answer and self._with_projector(answer, request)
 
-    def recent(self, request: LoadRequest) -> ModelFiles | None:
-        """Return what `resolve` returned within the last minute, for display."""
-        answer = RequestedModel(request, self._records).recent()
+    def recent(self, request: LoadRequest, since: float = 0.0) -> ModelFiles | None:
+        """Return what `resolve` returned within the last minute, and since then, for display.
+
+        Args:
+            since: Monotonic seconds.
+        """
+        answer = RequestedModel(request, self._records).recent(since)
         return answer and self._with_projector(answer, request)
 
     def fetch(

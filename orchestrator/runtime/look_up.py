@@ -91,28 +91,27 @@ class LookUps:
         """Return what a load would do; asks the Hub for what the cache does not answer."""
         found = self.find(request, snapshot, at)
         plan, model = found.plan(snapshot, at), found.target.model
-        if found.kept is not None:
-            return replace(plan, note=self._newer(request, found.kept))
+        if (running := snapshot.ctx.running) is not None and found.kept is not None:
+            return replace(plan, note=self._moved(request, found.kept, since=running.at))
         has_moved = any(reason.field == "revision" for reason in plan.reload_reasons)
         if plan.action == "none" or model.is_settled or (model.is_on_disk and not has_moved):
             return plan
         target = replace(found.target, model=self._ask(request))
         return replace(found, target=target).plan(snapshot, at)
 
-    def _ask(self, request: LoadRequest) -> ModelFiles:
-        return self._source.recent(request) or self._source.resolve(request, CancelToken(_NO_LOAD))
+    def _ask(self, request: LoadRequest, since: float = 0.0) -> ModelFiles:
+        recent = self._source.recent(request, since)
+        return recent or self._source.resolve(request, CancelToken(_NO_LOAD))
 
-    def _newer(self, request: LoadRequest, kept: ModelFiles) -> str | None:
-        """Return a remark if the revision has moved since the model was loaded, or is unknown."""
-        recent, ours = self._source.recent(request), cast("HubModel", kept.hub)
-        newest = recent.hub if recent is not None else None
-        if newest is None or (newest.commit == ours.commit and newest.note is None):
-            try:
-                newest = self._source.resolve(request, CancelToken(_NO_LOAD)).hub
-            except OrchestratorError as error:
-                return f"a newer revision may be there: {error.message}"
-        if newest is None or newest.note is not None or newest.commit == ours.commit:
-            return newest and newest.note
+    def _moved(self, request: LoadRequest, kept: ModelFiles, since: float) -> str | None:
+        """Return a remark if the revision has moved since the model was loaded, or may have."""
+        ours = cast("HubModel", kept.hub)
+        try:
+            newest = cast("HubModel", self._ask(request, since).hub)
+        except OrchestratorError as error:
+            return f"a newer revision may be there: {error.message}"
+        if newest.note is not None or newest.commit == ours.commit:
+            return newest.note
         return (
             f"a newer revision is there: {newest.commit} ({ours.commit} is running); set "
             "force_reload to load it"

@@ -34,8 +34,10 @@ def test_apply_of_another_field_keeps_the_commit_that_runs(
     assert plan.note is not None
     assert newer in plan.note
     assert plan.as_dict()["note"] == plan.note
+    asked = len(hub.seen("/api/models"))
     plan = orch.plan(TINY)
     assert (plan.action, plan.note is not None) == ("none", True)
+    assert len(hub.seen("/api/models")) == asked, "an answer is used for a minute"
     hub.stop()  # what is known is not asked again
     changed = orch.load(TINY, n_parallel=2)
     assert (changed.status, changed.revision, changed.note) == ("loaded", first.revision, None)
@@ -82,9 +84,11 @@ def test_restart_after_a_crash_takes_the_commit_that_ran_and_needs_no_hub(
         assert orch.prefetch(TINY).revision == newer, "the cache has the newer one too"
         hub.stop()
         os.kill(first.pid, signal.SIGKILL)
-        loaded = until(
-            lambda: (now := orch.status().loaded) and now.pid != first.pid and now, "the restart"
+        until(
+            lambda: (now := orch.status().loaded) and now.pid != first.pid, "the restarted server"
         )
+        loaded = orch.status().loaded
+        assert loaded is not None
         assert loaded.revision == first.revision
 
 

@@ -26,7 +26,8 @@ async function plan() {
     if (!body.model_path) return showPlan(el("p", {}, "Enter a model to load."));
     const found = await post("plan", body, planning.signal);
     showFieldError(null);
-    showPlan(...sentences(found, body), found.argv);
+    const note = found.note ? el("p", {}, `${found.note[0].toUpperCase()}${found.note.slice(1)}.`) : null;
+    showPlan(...sentences(found, body), note, found.argv);
   } catch (error) {
     const { name, message, problem } = /** @type {any} */ (error);
     if (name === "AbortError") return;

@@ -125,10 +125,10 @@ class RequestedModel:
             return wanted.cached_model()
         return None
 
-    def recent(self) -> ModelFiles | None:
+    def recent(self, since: float = 0.0) -> ModelFiles | None:
         """Return what `resolve` returned for an equal request in the last minute, for display."""
         at, answer = self._records.answers.get(self._question(), (0.0, None))
-        return answer if time.monotonic() - at <= RECENT_S else None
+        return answer if at >= max(since, time.monotonic() - RECENT_S) else None
 
     def resolve(self, token: CancelToken, progress: FetchProgress | None = None) -> ModelFiles:
         """Ask the Hub what the model is and whether it can be fetched.
