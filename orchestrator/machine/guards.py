@@ -356,7 +356,7 @@ def cancels(job: Job, fact: facts.CancelRequested) -> bool:
         return False
     if fact.generation is not None:
         return job.generation == fact.generation
-    is_all = bool(job.callers) and all(is_meant(job, caller, fact) for caller in job.callers)
+    is_all = bool(job.callers) and all(_is_meant_by_id(caller, fact) for caller in job.callers)
     return is_all and job.after is None
 
 
@@ -369,5 +369,9 @@ def is_meant(job: Job, caller: Caller, fact: facts.CancelRequested) -> bool:
     """Return whether the cancel names this load, or a caller of it that has no failure yet."""
     if fact.generation is not None:
         return job.generation == fact.generation
-    is_named = fact.request_id is not None and caller.request_id == fact.request_id
-    return is_named and caller.failure is None
+    return _is_meant_by_id(caller, fact)
+
+
+def _is_meant_by_id(caller: Caller, fact: facts.CancelRequested) -> bool:
+    is_same_id = fact.request_id is not None and caller.request_id == fact.request_id
+    return is_same_id and caller.failure is None

@@ -13,7 +13,22 @@ from orchestrator.machine.context import Policy
 from orchestrator.machine.facts import Exit, Promoted
 from orchestrator.machine.recovery import RestartPolicy
 from orchestrator.machine.states import State
-from tests.kit.machine.run import OCCUPIED, A, B, C, D, H, I, K, Run, S, W, healthy, in_flight
+from tests.kit.machine.run import (
+    OCCUPIED,
+    SERVER,
+    A,
+    B,
+    C,
+    D,
+    H,
+    I,
+    K,
+    Run,
+    S,
+    W,
+    healthy,
+    in_flight,
+)
 from tests.kit.sentences import assert_sentence
 
 RULES = RestartPolicy(backoff_s=4, backoff_max_s=60, limit=1, cool_down_s=100, stable_after_s=60)
@@ -155,8 +170,7 @@ def test_granted_lease_has_its_ticket() -> None:
     run = healthy()
     ticket = run.lease()
     granted = run.answers[ticket]
-    assert isinstance(granted, LeaseGranted)
-    assert granted.ticket == ticket
+    assert granted == LeaseGranted(ticket, run.running.target, run.running.child, SERVER)
 
 
 @pytest.mark.parametrize(

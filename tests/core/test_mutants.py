@@ -12,6 +12,7 @@ import pytest
 from orchestrator.machine.table import TABLE
 from tests.core import (
     test_answers,
+    test_conclusions,
     test_ending,
     test_idle,
     test_look_ups,
@@ -31,6 +32,7 @@ SCENARIOS = (
     test_answers,
     test_waiting,
     test_look_ups,
+    test_conclusions,
 )
 _LEASE_OR_LOAD = "a ticket is that of a load or of a lease, never of both"
 _JOB_OR_QUEUED = "a generation is in flight or in the queue, never both"

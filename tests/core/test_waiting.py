@@ -12,7 +12,14 @@ import pytest
 
 from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import Problem
-from orchestrator.machine.commands import Concluded, DropStale, LeaseGranted, Post, Prefetched
+from orchestrator.machine.commands import (
+    Concluded,
+    Download,
+    DropStale,
+    LeaseGranted,
+    Post,
+    Prefetched,
+)
 from orchestrator.machine.context import Policy
 from orchestrator.machine.facts import (
     BecameReady,
@@ -345,6 +352,42 @@ def test_prefetch_limit_is_answered_busy() -> None:
     assert run.settle().category(newer) == "loaded"
 
 
+def test_prefetches_and_prefetching_loads_are_counted_together() -> None:
+    run = Run(Policy(max_prefetches=2))
+    run.load(B, prefetch=True)
+    run.prefetch(E)
+    assert run.problem(run.prefetch("o/F")).field == "prefetch"
+
+
+def test_load_that_awaits_the_hub_only_does_not_count_as_prefetch() -> None:
+    """Nor does one whose files have arrived."""
+    run = Run(Policy(max_prefetches=1))
+    run.load(B)
+    assert run.prefetch(E) not in run.answers
+    run = Run(Policy(max_prefetches=1))
+    run.load(A)
+    run.load(B, prefetch=True, on_busy="queue")
+    run.resolved(2, B)
+    run.fetched_beside(2, B)
+    assert run.prefetch(E) not in run.answers
+
+
+@pytest.mark.parametrize(
+    ("is_on_disk", "is_settled", "is_refused"),
+    [(True, True, False), (True, False, True), (False, True, True), (False, False, True)],
+)
+def test_load_counts_as_prefetch_unless_it_is_settled_and_on_disk(
+    is_on_disk: bool, is_settled: bool, is_refused: bool
+) -> None:
+    run = Run(FULL)
+    run.prefetch(E)
+    weights = files(B).weights if is_on_disk else ()
+    model = ModelFiles(weights, None, "V", HubModel(B, "c" * 40, is_settled=is_settled))
+    wanted = replace(target(LoadRequest(model_path=B, prefetch=True)), model=model)
+    load = run.load_target(wanted, run.ticket())
+    assert run.category(load) == ("busy" if is_refused else None)
+
+
 def test_load_without_a_download_does_not_count_as_prefetch() -> None:
     run = Run(FULL)
     run.prefetch(B)
@@ -359,6 +402,10 @@ def test_prefetch_has_a_negative_generation_and_changes_no_state() -> None:
     run = healthy()
     call = run.prefetch(B)
     assert (run.state, run.begun_beside(), run.ctx.generation) == (H, [("Download", -1)], 1)
+    assert run.commands_of(Download) == [
+        Download(Generation(-1), target(LoadRequest(model_path=B)))
+    ]
+    assert [job.awaits for job in run.ctx.prefetches] == ["files"]
     run.fetched_beside(-1, B)
     assert run.answers[call] == Prefetched(files(B))
     assert (run.state, run.ctx.prefetches) == (H, ())
@@ -375,6 +422,24 @@ def test_callers_of_the_same_prefetch_share_one_download() -> None:
     run.withdraw(second)
     run.fetched_beside(-1, B)
     assert run.answers == {third: Prefetched(files(B))}
+
+
+def test_caller_joins_the_prefetch_of_its_model_only() -> None:
+    run = Run()
+    first, other = run.prefetch(B), run.prefetch(E)
+    joined = run.prefetch(B)
+    run.fetched_beside(-2, E)
+    assert run.answers == {other: Prefetched(files(E))}
+    run.fetched_beside(-1, B)
+    assert run.answers.keys() == {first, other, joined}
+
+
+def test_answer_of_the_hub_is_that_of_one_queued_load() -> None:
+    run = Run()
+    run.load(B), run.load(E, on_busy="queue")
+    run.resolved(2, E)
+    assert [(job.generation, job.awaits) for job in run.ctx.queue] == [(1, "answer"), (2, None)]
+    assert [job.target.model.hub.repo for job in run.ctx.queue if job.target.model.hub] == [B, E]
 
 
 def test_prefetch_without_callers_is_cancelled() -> None:

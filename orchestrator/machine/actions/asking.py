@@ -56,9 +56,8 @@ def enqueue(s: Step[facts.LoadRequested]) -> None:
     job = Job(
         Generation(s.ctx.generation + 1),
         target,
-        (_caller(fact, joined=False),) if called.has_caller else (),
+        (_caller(fact),) if called.has_caller else (),
         called.at,
-        fact.at,
         newest_before=s.ctx.newest_load,
         awaits=awaited_by(target),
     )
@@ -73,8 +72,7 @@ def begin_prefetch(s: Step[facts.PrefetchRequested]) -> None:
     """Prefetches are counted downwards from -1, so that the loads' generations have no gaps."""
     fact, called = s.fact, require(look_up_of(s.ctx, s.fact.ticket))
     generation = Generation(s.ctx.last_prefetch - 1)
-    callers = (_caller(fact, joined=False),)
-    job = Job(generation, fact.target, callers, called.at, fact.at, awaits="files")
+    job = Job(generation, fact.target, (_caller(fact),), called.at, awaits="files")
     s.put(last_prefetch=generation, prefetches=(*s.ctx.prefetches, job))
     s.take_look_up(fact.ticket)
     s.set_deadline(job)
@@ -87,7 +85,7 @@ def _begin_waiting(s: Step[facts.Fact], job: Job) -> None:
         s.emit(effect(job.generation, job.target))
 
 
-def _caller(fact: facts.ModelRequested, *, joined: bool) -> Caller:
+def _caller(fact: facts.ModelRequested, *, joined: bool = False) -> Caller:
     return Caller(fact.ticket, fact.target.request.load_request_id, joined)
 
 
@@ -138,7 +136,7 @@ def _join(s: Step[facts.LoadRequested], job: Job) -> None:
 
 def join_prefetch(s: Step[facts.PrefetchRequested]) -> None:
     job = require(prefetch_of(s.ctx, s.fact.target))
-    joined = replace(job, callers=(*job.callers, _caller(s.fact, joined=True)))
+    joined = replace(job, callers=(*job.callers, _caller(s.fact)))
     s.put(prefetches=tuple(joined if j is job else j for j in s.ctx.prefetches))
     s.take_look_up(s.fact.ticket)
 
@@ -152,9 +150,9 @@ def answer_already_loaded(s: Step[facts.LoadRequested]) -> None:
 
 def answer_next_already_loaded(s: Step[facts.Fact]) -> None:
     first, *rest = s.ctx.queue
-    running = _keep_as(s, first.target)
-    s.settle(first.callers, running.loaded(already=True))
-    s.conclude(first, running.loaded(already=True))
+    answer = _keep_as(s, first.target).loaded(already=True)
+    s.settle(first.callers, answer)
+    s.conclude(first, answer)
     s.put(queue=tuple(rest))
     s.promote_next()
 

@@ -26,7 +26,7 @@ from orchestrator.machine.guards import (
 def supersede_queue(s: Step[facts.LoadRequested]) -> None:
     """End the queued loads that were called before this one."""
     older = [job for job in s.ctx.queue if all(c.ticket < s.fact.ticket for c in job.callers)]
-    s.drop(older)
+    s.drop(older, CancelReason.SUPERSEDED)
     for job in older:
         s.end(job, _superseded(s, job), "now")
 
@@ -215,10 +215,11 @@ def fail_queued(s: Step[facts.FetchFailed]) -> None:
 
 def fail_prefetch(s: Step[facts.FetchFailed | facts.TimerFired]) -> None:
     job = require(find(s.ctx.prefetches, s.fact.generation))
-    s.drop((job,))
     if isinstance(s.fact, facts.TimerFired):
+        s.drop((job,), CancelReason.DEADLINE)
         s.settle(job.callers, _deadline(job, "on disk"))
     else:
+        s.drop((job,))
         s.settle(job.callers, s.fact.problem)
 
 

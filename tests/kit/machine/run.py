@@ -76,7 +76,7 @@ class Run:
     """A machine, the answers to its callers, and the commands of its last step.
 
     The timers that have been stopped are in `stopped`, not in `commands`: every load stops that
-    of its look-up.
+    of its look-up. All loads that have been concluded are in `history`.
     """
 
     def __init__(self, policy: Policy | None = None) -> None:
@@ -86,6 +86,7 @@ class Run:
         self.tickets = 0
         self.commands: tuple[Command, ...] = ()
         self.stopped: list[StopTimer] = []
+        self.history: list[Concluded] = []
         self.answers: dict[int, Answer] = {}
         self.generations: dict[int, int] = {}
 
@@ -100,6 +101,7 @@ class Run:
                 _check_message(command.answer)
             elif isinstance(command, Accept):
                 self.generations[command.ticket] = command.generation
+        self.history += self.commands_of(Concluded)
         _check_message(self.ctx.last_error)
         return self
 
