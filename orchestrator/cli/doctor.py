@@ -34,7 +34,7 @@ from orchestrator.errors import CacheDirError, OrchestratorError, SlotOwned, Sta
 from orchestrator.models.hub import cache
 from orchestrator.models.variants import Variant
 from orchestrator.runtime.orchestrator import Orchestrator
-from orchestrator.server import process_table
+from orchestrator.server import memory, process_table
 from orchestrator.server.binaries import ask_catalogue, find_server
 from orchestrator.server.environment import inherited_environment
 from orchestrator.server.slot import Slot
@@ -189,27 +189,12 @@ def _kernel(_: Intent) -> Iterator[Check]:
 
 
 def _memory(_: Intent) -> Iterator[Check]:
-    available = _available_bytes()
+    available, limit = memory.available_bytes(), min(memory.limits(), default=None)
     if available is None:
         yield Check("memory", "note", "unknown")
-    else:
-        yield _amount("memory", available, "available", problem_gib=0.25, note_gib=2.0)
-
-
-def _available_bytes() -> int | None:
-    """Return the memory available to a server, within the limit of its cgroup (version 2)."""
-    try:
-        with open("/proc/meminfo") as file:
-            kib = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return None
-    try:
-        cgroups = Path("/proc/self/cgroup").read_text().splitlines()
-        (group,) = (line[3:] for line in cgroups if line.startswith("0::"))
-        limit = int(Path(f"/sys/fs/cgroup{group}/memory.max").read_text())
-    except (OSError, ValueError):  # no cgroup of version 2, or "max"
-        return kib * 1024
-    return min(kib * 1024, limit)
+        return
+    what = "available" if available != limit else "allowed by the control group"
+    yield _amount("memory", available, what, problem_gib=0.25, note_gib=2.0)
 
 
 def _amount(name: str, size: int, what: str, *, problem_gib: float, note_gib: float) -> Check:
@@ -318,9 +303,9 @@ def _fit(model: Variant) -> Check:
     if not model.is_cached and size > (free := _free_bytes(cache.directory())):
         remedy = "free some, move the cache (HF_HUB_CACHE), or choose a smaller variant"
         return Check("model", "problem", f"{detail}, {free / _GIB:,.1f} GiB of disk free", remedy)
-    memory = _available_bytes()
-    if memory is not None and size > memory:
-        detail += f", {memory / _GIB:,.1f} GiB of memory available"
+    available = memory.available_bytes()
+    if available is not None and size > available:
+        detail += f", {available / _GIB:,.1f} GiB of memory available"
         remedy = "choose a smaller variant, or free memory"
         return Check("model", "note" if _gpu_tool() else "problem", detail, remedy)
     return Check("model", "ok", f"{detail} and fits")
