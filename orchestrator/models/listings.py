@@ -6,6 +6,7 @@ A listing that no caller waits for any more is ended.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Final
 
@@ -22,9 +23,13 @@ _NO_LOAD: Final = Generation(0)
 
 
 class Listings:
-    """The listings of one orchestrator."""
+    """The listings of one orchestrator.
 
-    def __init__(self, source: ModelSource, workers: Workers) -> None:
+    Args:
+        workers: Returns those of this process: an unused orchestrator may be made before a fork.
+    """
+
+    def __init__(self, source: ModelSource, workers: Callable[[], Workers]) -> None:
         self._source = source
         self._workers = workers
         self._in_flight: dict[Future[list[Variant]], tuple[CancelToken, Future[list[Variant]]]] = {}
@@ -41,7 +46,7 @@ class Listings:
         with self._guard:
             if len(self._in_flight) >= MAX_AT_ONCE:
                 raise Busy.because(f"{MAX_AT_ONCE} listings are in flight: try again later")
-            done = self._workers.submit(lambda: self._source.variants(request, token))
+            done = self._workers().submit(lambda: self._source.variants(request, token))
             self._in_flight[found] = token, done
         done.add_done_callback(lambda _: self._settle(found, done))
         found.add_done_callback(lambda _: token.set(CancelReason.USER))

@@ -119,7 +119,7 @@ class Facade:
         self._known = KnownNames((state_names, roots.names if roots else ()))
         self._source = self._parts.source(self._cache / "hub", roots)
         self._look_ups = LookUps(self._parts, self._source, os.fspath(llama_server), self._cache)
-        self._listings = Listings(self._source, self._parts.workers())
+        self._listings = Listings(self._source, self._parts.workers)
         self._owner: Owner | None = None
         self._pid = 0
         self._is_closed = False

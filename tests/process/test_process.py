@@ -839,6 +839,27 @@ def test_a_forked_worker_neither_uses_nor_ends_the_server(host: StartHost) -> No
     assert parent.receive() == {"left": "Idle"}
 
 
+UNUSED = """
+unused = make(slot="unused")
+listed = len(orch.variants(a["model"]).variants)  # by a thread that has nothing to do after that
+if os.fork() == 0:
+    signal.alarm(20)
+    again = len(unused.variants(a["model"]).variants)
+    send(again=again, status=unused.load(a["model"]).status)
+    unused.close()
+    os._exit(0)
+os.wait()
+send(listed=listed)
+"""
+
+
+def test_an_unused_orchestrator_works_after_a_fork(host: StartHost) -> None:
+    """Pre-fork servers import the app first. The threads of the parent are not in the child."""
+    parent = host(UNUSED)
+    assert parent.receive() == {"again": 1, "status": "loaded"}
+    assert parent.receive() == {"listed": 1}
+
+
 def test_workers_forked_at_any_moment_hold_no_lock(
     orch: Orchestrator, fake: Fake, model_a: str, model_b: str
 ) -> None:
