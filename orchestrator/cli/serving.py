@@ -35,6 +35,7 @@ from orchestrator.cli.output import (
 )
 from orchestrator.errors import InvalidRequest, OrchestratorError, Superseded
 from orchestrator.machine.states import State
+from orchestrator.runtime.answers import LoadOutcome
 from orchestrator.runtime.orchestrator import AsyncOrchestrator
 from orchestrator.settings.request import LoadRequest
 
@@ -214,10 +215,8 @@ async def _load(
     tasks: list[asyncio.Task[Any]],
 ) -> None:
     """Load until settled or stopped, and print every transition until the orchestrator closes."""
-    healthy_printed = asyncio.Event()
     loading = asyncio.create_task(service.orch.load(request))
-    printing = asyncio.create_task(_print_transitions(service, healthy_printed))
-    tasks += [printing, loading]
+    tasks += [asyncio.create_task(_print_transitions(service, loading)), loading]
     either: set[asyncio.Future[Any]] = {loading, stopped}
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
@@ -229,16 +228,10 @@ async def _load(
         return
     if service.as_json:
         say_json({"url": service.url, "outcome": outcome.as_dict()}, one_line=True)
-        return
-    await healthy_printed.wait()
-    if service.quiet:
-        return
-    say()
-    say_loaded(outcome.as_dict())
-    _announce(service)
 
 
-async def _print_transitions(service: Service, healthy_printed: asyncio.Event) -> None:
+async def _print_transitions(service: Service, loading: asyncio.Task[LoadOutcome]) -> None:
+    is_announced = service.is_silent
     started = time.time()
     bar: asyncio.Task[None] | None = None
     async for event in service.orch.events(after=0):
@@ -253,8 +246,13 @@ async def _print_transitions(service: Service, healthy_printed: asyncio.Event) -
             say(*state_line((event.data["at"] - started) * 1000, state, event.data["pid"]))
         if event.data["trigger"] == "exited" and (exit_ := service.orch.status().last_exit):
             say(f"  the server exited by itself, status {exit_.returncode}", stderr=True)
-        if state is State.HEALTHY:
-            healthy_printed.set()
+        if state is State.HEALTHY and not is_announced:
+            is_announced = True
+            (outcome,) = await asyncio.gather(loading, return_exceptions=True)
+            if isinstance(outcome, LoadOutcome):
+                say()
+                say_loaded(outcome.as_dict())
+                _announce(service)
 
 
 async def _show_download(orch: AsyncOrchestrator) -> None:
