@@ -89,7 +89,7 @@ def test_no_secret_in_logs_errors_events_or_status(
         nonsense: Any = type("Nonsense", (), {"trigger": "load", "target": owner.snapshot})()
         owner.post(nonsense)
         harness.catch_up()
-        with pytest.raises(PermissionError):
+        with pytest.raises(OrchestratorError, match="PermissionError"):
             orch.load("unreadable", hf_token=SECRET)
         shown = [outcome, orch.status(), orch.plan("A", hf_token=SECRET), error.value]
         shown += [outcome.as_dict(), orch.status().as_dict(), error.value.problem.as_dict()]
