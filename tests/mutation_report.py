@@ -51,9 +51,11 @@ def _body(function: ast.FunctionDef) -> list[str]:
 
 
 def _only_for_import(module: Path) -> set[str]:
+    """Return the functions that are called by the body of the module or of a class alone."""
     tree = ast.parse(module.read_text())
     inside = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
-    outside = [n for n in tree.body if not isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    bodies = [n.body for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef)]
+    outside = [n for n in sum(bodies, []) if not isinstance(n, ast.FunctionDef | ast.ClassDef)]
     return _called(outside) - _called(inside)
 
 

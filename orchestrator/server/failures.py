@@ -148,7 +148,9 @@ _SUBJECTS: Final = (
     ("failed to load draft model", _EXTRA, "draft model"),
     ("failed to load lora adapter", _EXTRA, "LoRA adapter"),
 )
-_FLAGS: Final = {name: f"{row.refused} {row.shadowed}" for name, row in SETTINGS.items()}
+_FLAGS: Final[dict[str | None, str]] = {
+    name: f"{row.refused} {row.shadowed}" for name, row in SETTINGS.items()
+}
 _FIELD_OF: Final = {flag.rstrip("!"): f for f, flags in _FLAGS.items() for flag in flags.split()}
 _READY: Final = re.compile(r"\blistening on http")
 # Lines that starts which succeed print too: below error level, metadata, debuggers.
@@ -220,11 +222,12 @@ def _blame(
     """Return the reason, the sentence and the field."""
     groups = {name: _plain(text or "") for name, text in found.groupdict().items()}
     theirs = {flag_of(token) or token for token in extra_args}
+    their_fields = {_FIELD_OF[flag] for flag in theirs & _FIELD_OF.keys()}
     field, subject = cause.field, "model"
     if flag := groups.get("flag"):
         flag = flag_of(flag) or flag
         field = _EXTRA if flag in theirs else _FIELD_OF.get(flag, _SERVER)
-    elif theirs.intersection(f"{cause.flags} {_FLAGS.get(field or '', '')}".split()):
+    elif theirs.intersection(cause.flags.split()) or field in their_fields:
         field = _EXTRA
     elif field == "model_path":
         failed = (rest for text, *rest in _SUBJECTS if any(text in line for line in lines))
@@ -241,15 +244,14 @@ def _plain(text: str) -> str:
     return text.strip()[:_LONGEST]
 
 
-def _signal_of(returncode: int | None) -> int | None:
-    """Return the signal of an exit status, also of a shell's 128 + N."""
-    if returncode is None or 0 <= returncode <= 128:
-        return None
-    return -returncode if returncode < 0 else returncode - 128
+def _signal_of(returncode: int | None) -> int:
+    """Return the signal of an exit status, also of a shell's 128 + N; 0 if it is none."""
+    status = returncode or 0
+    return -status if status < 0 else max(0, status - 128)
 
 
 def _by_status(
-    returncode: int | None, signum: int | None, lines: tuple[str, ...]
+    returncode: int | None, signum: int, lines: tuple[str, ...]
 ) -> tuple[str, str, str | None]:
     """Return the reason, the explanation and the field."""
     if signum in _SIGNALS:
@@ -258,7 +260,7 @@ def _by_status(
         return "crashed", "see its output", None
     if returncode in {126, 127}:
         return "not_executable", "the wrapper could not run the binary: check the script", _SERVER
-    errors = [line for line in lines if re.search("error|fail", line, re.IGNORECASE)]
+    errors = [line for line in lines if re.search("(?i)error|fail", line)]
     best = [line for line in errors if not _EMPTY_WORDS.search(line)] or errors or lines
     return "exited", (best[-1].strip() if best else "") or "it printed nothing", None
 

@@ -6,7 +6,7 @@ its choices; by then the running model is gone. In doubt an arg passes: the serv
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from itertools import pairwise
 from typing import Final, NoReturn
@@ -32,10 +32,14 @@ def check_known(args: tuple[str, ...], catalogue: Catalogue) -> None:
     Raises:
         RefusedArgument: names the arg, and the nearest flag or field of a request.
     """
-    accepted = catalogue.accepted()
-    for token, flag, values in _parsed(args, accepted):
+    accepted, at = catalogue.accepted(), 0
+    while at < len(args):
+        token = args[at]
+        flag = _entry(token, accepted)
         if flag is None:
             _refuse_unknown(token, catalogue, accepted)
+        # whatever follows a flag that takes a value is that value
+        at, values = at + 1 + flag.value_count, args[at + 1 : at + 1 + flag.value_count]
         if len(values) < flag.value_count or any(_is_flag(v, accepted) for v in values):
             count = "a value" if flag.value_count == 1 else f"{flag.value_count} values"
             _refuse(f"{token} in {_FIELD} needs {count}: {flag.placeholder}")
@@ -49,21 +53,6 @@ def template_of(args: tuple[str, ...]) -> str | None:
     """Return the chat template that extra args contain; the last one counts."""
     given = [v for token, v in pairwise(args) if flag_of(token) == "--chat-template"]
     return given[-1] if given else None
-
-
-def _parsed(
-    args: tuple[str, ...], accepted: _Accepted
-) -> Iterator[tuple[str, FlagHelp | None, tuple[str, ...]]]:
-    """Yield each flag, its entry and its values, as llama-server reads them: whatever follows a
-    flag that takes a value is that value.
-    """
-    at = 0
-    while at < len(args):
-        token = args[at]
-        flag = _entry(token, accepted)
-        end = at + 1 + (flag.value_count if flag is not None else 0)
-        yield token, flag, args[at + 1 : end]
-        at = end
 
 
 def _entry(token: str, accepted: _Accepted) -> FlagHelp | None:
@@ -89,12 +78,10 @@ def _refuse_unknown(token: str, catalogue: Catalogue, accepted: _Accepted) -> No
         _refuse(f"{name} and its value are two elements of {_FIELD}, without a =")
     if entry is not None:
         _refuse(f"{name} in {_FIELD} was removed from this llama-server")
-    near = get_close_matches(name, accepted, n=1, cutoff=_NEAR)
-    fields = {"--" + field.replace("_", "-"): field for field in SETTINGS}
-    ours = get_close_matches(name, fields, n=1, cutoff=_NEAR)
-    hints = [f"did you mean {near[0]}"] if near else []
-    hints += [f"{'or ' if near else 'did you mean '}the field {fields[ours[0]]}"] if ours else []
-    hint = f": {' '.join(hints)}?" if hints else ""
+    near = get_close_matches(name, accepted, cutoff=_NEAR)[:1]
+    ours = get_close_matches(name.strip("-").replace("-", "_"), SETTINGS, cutoff=_NEAR)[:1]
+    hints = " or ".join([*near, *(f"the field {field}" for field in ours)])
+    hint = f": did you mean {hints}?" if hints else ""
     _refuse(f"{name[:_SHOWN]} in {_FIELD} is not a flag of this llama-server{hint}")
 
 

@@ -84,7 +84,7 @@ def flag_of(token: str) -> str | None:
     text = token.strip()
     if not text.startswith("-") or text in {"-", "--"} or _NUMBER.fullmatch(text):
         return None
-    name = text.split("=", 1)[0].strip()
+    name = text.partition("=")[0].strip()
     return name.replace("_", "-") if name.startswith("--") else name
 
 
@@ -202,7 +202,7 @@ def _values(args: Iterable[str]) -> Iterator[tuple[str, str | None, bool]]:
 
 def without(args: tuple[str, ...], flags: Iterable[str]) -> tuple[str, ...]:
     """Return `args` without these flags and their values; `!` marks a flag that takes no value."""
-    takes_value = {flag.rstrip("!"): not flag.endswith("!") for flag in flags}
+    takes_value = {flag.removesuffix("!"): not flag.endswith("!") for flag in flags}
     kept: list[str] = []
     tokens = list(args)
     while tokens:

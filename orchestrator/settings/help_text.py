@@ -83,7 +83,7 @@ def _entry(line: str, more_lines: list[str]) -> FlagHelp | None:
         at, more = found.end(), bool(found.group(2))
     if not names:
         return None
-    is_on_this_line = at < _COLUMN < len(line) and line[_COLUMN - 1] == " "
+    is_on_this_line = at < _COLUMN and line[_COLUMN - 1 : _COLUMN] == " "
     end = _COLUMN if is_on_this_line else len(line)
     hint = line[at:end].strip()
     about = " ".join(" ".join([line[end:], *more_lines]).split())

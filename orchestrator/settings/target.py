@@ -100,11 +100,10 @@ class Target:
         if model in {self.request.model_path, self.model.name}:
             return True
         repo, variant = split_reference(model) or (model, None)
-        known = self.model.variant or ""
         return (
             self.model.hub is not None
             and repo.lower() == self.model.name
-            and (variant is None or variant.upper() == known.upper())
+            and (variant is None or _upper(variant) == _upper(self.model.variant))
         )
 
     def inheriting(self, committed: Mapping[Source, tuple[str, ...]]) -> Target:

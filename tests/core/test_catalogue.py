@@ -103,6 +103,15 @@ def test_text_that_is_not_help_gives_none(text: str) -> None:
     assert parse_help(text) is None
 
 
+@pytest.mark.parametrize(
+    ("placeholder", "choices"),
+    [("path", ()), ("a,b", ("a", "b")), ("<a|b>", ("a", "b")), ("dev1,dev2,..", ())],
+)
+def test_choices_are_at_least_two_words(placeholder: str, choices: tuple[str, ...]) -> None:
+    found = parsed(f"--model {placeholder}").get("--model")
+    assert found == FlagHelp(("--model",), placeholder, choices)
+
+
 def test_placeholder_may_end_one_column_before_the_description() -> None:
     """Only the blank between them separates the two."""
     line = "--model " + "{a,b}".rjust(31) + " the file"

@@ -13,6 +13,7 @@ HELP = """\
 -m,    --model FNAME                    model path to load
 -c,    --ctx-size N                     size of the prompt context
 -fa,   --flash-attn [on|off|auto]       set Flash Attention use
+--kv-unified [on|off]                   one KV buffer
 --temp, --temperature N                 temperature
 --no-repack                             disable weight repacking
 --control-vector-layer-range START END
@@ -44,6 +45,7 @@ def catalogue() -> Catalogue:
         "--ctx_size 4096 --temp -0.5",
         "-fa on",
         "-fa 1 --flash-attn enabled",
+        "--kv-unified 0",
         "--no-repack -c 1",
         "--control-vector-layer-range 1 2",
         "--spec-type ngram-mod,ngram-simple",
@@ -63,6 +65,10 @@ def test_args_that_the_binary_accepts_pass(args: str, catalogue: Catalogue) -> N
         ("extra_args.unknown", "--tempp 1"),
         ("extra_args.unknown_field", "--max-seq-lengths 4096"),
         ("extra_args.unknown_far", "--qqqqqqqq"),
+        ("extra_args.unknown_not_near", "--n-par 2"),
+        ("extra_args.unknown_near_two", "--temper 1"),
+        ("extra_args.unknown_flag_or_field", "--cachetype-kv q8_0"),
+        ("extra_args.unknown_short_field", "--on-busi queue"),
         ("extra_args.no_value", "--no-repack -c"),
         ("extra_args.flag_for_value", "-c --no-repack"),
         ("extra_args.two_values", "--control-vector-layer-range 1"),
@@ -70,6 +76,7 @@ def test_args_that_the_binary_accepts_pass(args: str, catalogue: Catalogue) -> N
         ("extra_args.choice_of_list", "--spec-type ngram-mod,bogus"),
         ("extra_args.allowed_value", "-ctk F16"),
         ("extra_args.stray", "--no-repack true"),
+        ("extra_args.stray_underscore", "_c 4096"),
         ("extra_args.attached", "--temp=0.5"),
         ("extra_args.removed", "--draft-max 3"),
     ],
@@ -86,4 +93,6 @@ def test_args_that_the_binary_would_exit_for_are_refused(
 
 def test_last_chat_template_of_the_args_counts() -> None:
     assert template_of(("--chat-template", "a", "--chat_template", "b", "-c", "1")) == "b"
+    assert template_of(("--chat-template", "a")) == "a"
+    assert template_of(("--chat-template", *"ab", "--chat-template", "c")) == "c"
     assert template_of(("-c", "--chat-template")) is None

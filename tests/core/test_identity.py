@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from orchestrator.settings.files import FileIdentity, HubModel, ModelFiles
 from orchestrator.settings.request import LoadRequest
-from orchestrator.settings.target import ReloadReason, ServerBinary, Source, differences
+from orchestrator.settings.target import (
+    ReloadReason,
+    ServerBinary,
+    Source,
+    differences,
+    is_same_model,
+)
 from tests.kit.sentences import assert_sentence
 from tests.kit.settings import (
     PROJECTOR,
@@ -344,3 +350,46 @@ def test_inherited_args_are_then_explicit(values: dict[str, Any], args: list[str
 )
 def test_hub_model_is_called_by_its_repo_in_any_case(name: str, is_it: bool) -> None:
     assert target(model=on_hub()).is_called(name) == is_it
+
+
+def test_model_without_a_known_variant_is_called_by_its_repo_only() -> None:
+    unresolved = target(model=not_downloaded())
+    assert unresolved.is_called("org/a")
+    assert not unresolved.is_called("org/a:q8_0")
+
+
+@pytest.mark.parametrize(
+    ("values", "is_it"),
+    [
+        ({}, True),
+        ({"max_seq_length": 4096, "llama_extra_args": ["-t", "4"]}, True),
+        ({"model": on_hub("org/b")}, False),
+        ({"model": on_hub(variant="F16")}, False),
+        ({"model": on_hub(commit="b" * 40)}, False),
+        ({"model": replace(on_hub(), projector=PROJECTOR)}, False),
+    ],
+)
+def test_same_model_is_of_the_same_files_whatever_the_settings(
+    values: dict[str, Any], is_it: bool
+) -> None:
+    """Callers of one prefetch share one download."""
+    one, other = target(model=on_hub()), target(**{"model": on_hub(), **values})
+    assert is_same_model(one, other) == is_same_model(other, one) == is_it
+
+
+def test_projectors_are_compared_as_requested_while_one_model_is_not_on_disk() -> None:
+    on_disk = replace(on_hub(), projector=PROJECTOR)
+    listed = replace(on_disk, weights=(), projector=None)
+    ours = target(model=on_disk, mmproj_path="p.gguf")
+    assert differences(ours, target(model=listed, mmproj_path="p.gguf")) == ()
+    other = target(model=listed, mmproj_path="q.gguf")
+    for running, requested in ((ours, other), (other, ours)):
+        paths = running.request.mmproj_path, requested.request.mmproj_path
+        assert differences(running, requested) == (ReloadReason("mmproj_path", *paths),)
+
+
+def test_commit_that_runs_may_be_requested_by_its_hash() -> None:
+    running = target(model=on_hub())
+    for commit, fields in (("a" * 40, []), ("b" * 40, ["revision"])):
+        wanted = target(model=not_downloaded(revision=commit), revision=commit)
+        assert [reason.field for reason in differences(running, wanted)] == fields

@@ -87,6 +87,31 @@ def test_a_value_attached_to_a_short_flag_is_refused(token: str) -> None:
         check_extra_args((token,))
 
 
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        ("-b", "-b is refused in llama_extra_args: why b"),
+        ("-bc", "-bc is refused in llama_extra_args: why bc"),
+        ("-b7", "-b is refused in llama_extra_args: why b"),
+        ("-bcd/x", "-bc is refused in llama_extra_args: why bc"),
+        ("--long=1", "--long is refused in llama_extra_args: why b"),
+        ("-long", "--long is refused in llama_extra_args: why b"),
+        ("--longer", None),
+        ("-cb", None),
+    ],
+)
+def test_longest_refused_flag_that_a_token_begins_with_is_named(
+    token: str, message: str | None
+) -> None:
+    refused = flags.RefusedFlags({"why b": "-b --long", "why bc": "-bc"})
+    if message is None:
+        refused.check((token,))
+    else:
+        with pytest.raises(RefusedArgument) as raised:
+            refused.check((token,))
+        assert raised.value.message == message
+
+
 def test_refused_flags_are_exactly_those_of_the_kit() -> None:
     assert sorted(" ".join(REFUSED.values()).split()) == sorted(REFUSED_FLAGS)
     assert len(set(REFUSED_FLAGS)) == len(REFUSED_FLAGS)
