@@ -55,7 +55,9 @@ def _only_for_import(module: Path) -> set[str]:
     tree = ast.parse(module.read_text())
     inside = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
     bodies = [n.body for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef)]
-    outside = [n for n in sum(bodies, []) if not isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    outside = [
+        n for body in bodies for n in body if not isinstance(n, ast.FunctionDef | ast.ClassDef)
+    ]
     return _called(outside) - _called(inside)
 
 
