@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
+import select
+import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +15,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -349,6 +353,45 @@ def test_a_host_that_has_not_configured_logging_sees_nothing(
         timeout=60,
     )
     assert (done.stdout, done.stderr) == ("", "")
+
+
+UNREAD = """
+import logging, signal, sys, time
+logging.basicConfig(level=logging.DEBUG)  # to stderr, which nobody reads
+from orchestrator import Orchestrator
+orch = Orchestrator(llama_server="embedded", state_dir=sys.argv[1])
+orch.start()
+for context in (256, 512, 256):
+    orch.load(sys.argv[2], max_seq_length=context)
+orch.unload()
+began = time.monotonic()
+orch.close()
+print(time.monotonic() - began, flush=True)
+signal.pause()
+"""
+
+
+def test_a_host_whose_stderr_is_a_full_pipe_loads_unloads_and_closes(
+    state_dir: Path, tiny_model: str
+) -> None:
+    """As under a supervisor that no longer reads what its services log."""
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    os.set_blocking(writer, False)
+    os.write(writer, b"x" * 4096)
+    os.set_blocking(writer, True)
+    command = [sys.executable, "-c", UNREAD, str(state_dir), tiny_model]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=writer) as host:
+        os.close(writer)
+        try:
+            assert host.stdout is not None
+            assert select.select([host.stdout], [], [], 60)[0], "the host is held up"
+            assert float(host.stdout.readline()) < 3.0
+            host.terminate()
+            assert host.wait(PATIENCE_S) == -signal.SIGTERM
+        finally:
+            host.kill()
+    os.close(reader)
 
 
 FORKING = """
