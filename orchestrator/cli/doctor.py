@@ -39,7 +39,7 @@ from orchestrator.server.binaries import ask_catalogue, find_server
 from orchestrator.server.environment import inherited_environment
 from orchestrator.server.slot import Slot
 from orchestrator.server.state_dir import cache_dir
-from orchestrator.settings.reference import split_reference
+from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import ServerBinary
 
 _MARKS: Final = {"ok": ("✓", "green"), "note": ("·", "yellow"), "problem": ("✗", "bold red")}
@@ -280,7 +280,7 @@ def _model(intent: Intent) -> Iterator[Check]:
     except OrchestratorError as error:
         yield Check("model", "problem", error.message, f"a load would fail: {error.category}")
         return
-    _, label = split_reference(intent.model) or (None, None)
+    label = LoadRequest(model_path=intent.model).variant
     names = ", ".join(str(one.gguf_variant) for one in found)
     for one in found:
         if one.is_default if label is None else (one.gguf_variant or "").lower() == label.lower():
