@@ -9,7 +9,7 @@ from typing import Any, Self, Unpack
 from orchestrator.errors import InvalidRequest, MalformedRequest
 from orchestrator.settings.checks import invalid, printable
 from orchestrator.settings.fields import SETTINGS, Fields, LoadFields
-from orchestrator.settings.reference import of_address
+from orchestrator.settings.reference import of_address, split_reference
 
 
 @dataclass(frozen=True, slots=True, init=False, repr=False)
@@ -72,6 +72,12 @@ class LoadRequest(Fields):
         if self.llama_extra_args is not None:
             values["llama_extra_args"] = list(self.llama_extra_args)
         return values
+
+    @property
+    def variant(self) -> str | None:
+        """The requested variant: `gguf_variant`, or the one in `model_path`."""
+        _, in_path = split_reference(self.model_path) or (None, None)
+        return self.gguf_variant or in_path
 
     def effective(self, name: str) -> Any:
         """Return the value of a setting, or what the other fields imply where it is None."""

@@ -169,15 +169,15 @@ def keeps_commit(running: Target, requested: LoadRequest) -> bool:
     """Return whether a request is for the repo, revision and variant that run, whatever commit the
     revision has by now.
     """
-    repo, in_path = split_reference(requested.model_path) or (None, None)
-    hub, variant, ours = running.model.hub, requested.gguf_variant or in_path, running.model.variant
+    repo, _ = split_reference(requested.model_path) or (None, None)
+    hub, names = running.model.hub, (running.model.variant, running.request.variant)
     return (
         hub is not None
         and repo is not None
         and repo.lower() == hub.repo.lower()
         and not requested.force_reload
         and requested.revision == running.request.revision
-        and _upper(variant) in {_upper(ours), _upper(_requested_variant(running))}
+        and _upper(requested.variant) in map(_upper, names)
     )
 
 
@@ -191,10 +191,10 @@ def _as_requested(target: Target, other: Target) -> dict[str, object]:
     """Return the parts of a Hub model to compare while one of two targets is not resolved: what was
     requested, or what it was resolved to where the other requests that by name.
     """
-    hub, other_hub, variant = target.model.hub, other.model.hub, _requested_variant(target)
+    hub, other_hub, variant = target.model.hub, other.model.hub, target.request.variant
     revision = hub and hub.revision
     if hub is not None and hub.commit is not None:
-        variant = target.model.variant if _requested_variant(other) else variant
+        variant = target.model.variant if other.request.variant else variant
         revision = hub.commit if other_hub and other_hub.revision == hub.commit else revision
     return {
         "gguf_variant": _upper(variant),
@@ -205,11 +205,6 @@ def _as_requested(target: Target, other: Target) -> dict[str, object]:
 
 def _has_revision_of(target: Target, other: Target) -> bool:
     return target.request.revision == other.request.revision
-
-
-def _requested_variant(target: Target) -> str | None:
-    _, in_path = split_reference(target.request.model_path) or (None, None)
-    return target.request.gguf_variant or in_path
 
 
 def _upper(variant: str | None) -> str | None:

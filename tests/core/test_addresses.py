@@ -96,3 +96,19 @@ def test_model_is_called_by_its_address_too(name: str) -> None:
     assert loaded.is_called(name)
     assert not loaded.is_called("https://huggingface.co/org/other")
     assert not loaded.is_called("https://huggingface.co/org/a/discussions")
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "variant"),
+    [
+        ("o/n", None, None),
+        ("o/n", "Q8_0", "Q8_0"),
+        ("o/n:Q8_0", None, "Q8_0"),
+        ("hf.co/o/n:Q8_0", None, "Q8_0"),
+        ("/models/a:b.gguf", None, None),
+    ],
+)
+def test_requested_variant_is_in_the_path_or_a_field(
+    path: str, given: str | None, variant: str | None
+) -> None:
+    assert LoadRequest(model_path=path, gguf_variant=given).variant == variant

@@ -1,1 +1,1 @@
-"""Models on the Hub and in its cache; `huggingface_hub` in fetcher.py only."""
+"""Models on the Hub and in its cache; `huggingface_hub` in the fetcher's process only."""
