@@ -15,14 +15,17 @@ from orchestrator.machine.commands import (
     Concluded,
     Done,
     DropStale,
+    Prefetched,
     SetTimer,
     StopTimer,
     Unloaded,
 )
 from orchestrator.machine.context import LookUp, Policy
 from orchestrator.machine.facts import LookUpFailed, Purpose
+from orchestrator.machine.states import State
 from orchestrator.settings.request import LoadRequest
 from tests.kit.machine.run import A, B, C, D, H, I, K, Run, W, healthy, in_flight
+from tests.kit.machine.world import files
 from tests.kit.sentences import assert_sentence
 
 PURPOSES: list[Purpose] = ["load", "prefetch"]
@@ -33,6 +36,16 @@ def looking(run: Run, model: str = A, purpose: Purpose = "load", **options: Any)
     """Begin the look-up of a call."""
     request = LoadRequest.from_dict({"model_path": model, **options})
     return run.look_up(request, run.ticket(), purpose)
+
+
+def at(state: State, policy: Policy | None = None) -> Run:
+    """Return a machine in a state, whose next call has ticket 2."""
+    run = Run(policy)
+    if state is I:
+        run.ticket()
+        return run
+    run.load(A)
+    return run.go(state)
 
 
 def looked_up(run: Run) -> list[int]:
@@ -87,32 +100,51 @@ def test_look_ups_end_in_any_order() -> None:
     assert run.settle().category(first) == "loaded"
 
 
-def test_look_ups_are_limited() -> None:
+@pytest.mark.parametrize("state", State)
+def test_look_ups_are_limited(state: State) -> None:
     """A disk that hangs must not take every thread."""
-    run = Run(Policy(max_looking=2))
-    first, second, third = looking(run), looking(run), looking(run, B)
+    run = at(state, Policy(max_looking=2))
+    run.cancel("x")
+    first, second, third = looking(run, HUB), looking(run, HUB), looking(run, B)
     problem = run.problem(third)
     assert (problem.category, problem.field) == ("busy", "model_path")
     assert_sentence("machine.look_ups_full", problem.message, limit=2)
-    assert looked_up(run) == [first, second]
-    run.found(first, A)
-    assert looking(run) not in run.answers
+    assert run.category(looking(run, B, load_request_id="x")) == "cancelled"
+    assert (run.state, looked_up(run)) == (state, [first, second])
+    run.found(first, HUB)
+    assert (run.state, looking(run) in run.answers) == (state, False)
 
 
+@pytest.mark.parametrize("state", State)
+def test_prefetch_of_a_local_model_is_answered_at_once(state: State) -> None:
+    """There is nothing to download, so the limit of downloads does not matter."""
+    run = at(state, Policy(max_prefetches=1))
+    for _ in range(2):
+        call = looking(run, C, "prefetch")
+        run.found(call, C, "prefetch")
+        assert run.answers[call] == Prefetched(files(C))
+    first, same, other = (run.prefetch(name) for name in (HUB, HUB, "o/E"))
+    assert (first in run.answers, same in run.answers) == (False, False)
+    assert (run.problem(other).category, run.problem(other).field) == ("busy", "prefetch")
+    assert (run.state, len(run.ctx.prefetches), looked_up(run)) == (state, 1, [])
+
+
+@pytest.mark.parametrize("state", State)
 @pytest.mark.parametrize("purpose", PURPOSES)
-def test_look_up_that_fails_answers_its_call(purpose: Purpose) -> None:
-    run = healthy()
+def test_look_up_that_fails_answers_its_call(purpose: Purpose, state: State) -> None:
+    run = at(state)
     failing, other = looking(run, B, purpose), looking(run, C)
     problem = Problem("model_not_found", "no such file", field="model_path")
     run.do(LookUpFailed(failing, problem, run.now))
     assert (run.problem(failing), looked_up(run)) == (problem, [other])
-    assert (run.state, run.ctx.last_error) == (H, None)
+    assert (run.state, run.ctx.last_error) == (state, None)
     assert_ended(run, failing)
 
 
 # ----------------------------------------------------------------------------------------- it ends
 
 
+@pytest.mark.parametrize("state", State)
 @pytest.mark.parametrize("purpose", PURPOSES)
 @pytest.mark.parametrize(
     ("stall_s", "deadline_s", "limit_s", "category", "field"),
@@ -130,9 +162,10 @@ def test_look_up_ends_at_the_deadline_or_when_it_stalls(
     category: str,
     field: str,
     purpose: Purpose,
+    state: State,
 ) -> None:
     """B73: a disk that does not answer must not hold a call for ever."""
-    run = Run()
+    run = at(state)
     other = looking(run, C)
     late = looking(run, B, purpose, stall_timeout_s=stall_s, deadline_s=deadline_s)
     timer = run.timer("look_up")
@@ -143,7 +176,7 @@ def test_look_up_ends_at_the_deadline_or_when_it_stalls(
     assert_sentence(
         "machine.look_up_late", problem.message, field=field, limit_s=f"{limit_s:g}", model=B
     )
-    assert looked_up(run) == [other]
+    assert (run.state, looked_up(run)) == (state, [other])
     assert_ended(run, late)
 
 

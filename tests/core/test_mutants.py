@@ -56,8 +56,8 @@ SURVIVORS: dict[str, str] = {
     "fetch_failed in IKDSWH if is_prefetch: behind [fetch_failed in D if is_current next_is_due]": (
         _JOB_OR_QUEUED_FETCH
     ),
-    "load in IKDSWH if was_cancelled_early: behind [load in IKDSWH if was_unloaded_since]": (
-        "both rows have the same actions"
+    "prefetch in IKDSWH if model_is_local: behind [prefetch in IKDSWH if matches_prefetch]": (
+        "a local model is never downloaded, so only one of the two can fire"
     ),
     "withdraw in K if abandons_job: behind [withdraw in K if releases_last_lease]": (
         _LEASE_OR_LOAD
