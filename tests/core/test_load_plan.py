@@ -58,6 +58,17 @@ def test_load_that_supersedes_the_only_load_has_nothing_to_be_compared_with() ->
     assert plan_of(run, wanted(B)).action == "load"
 
 
+def test_plan_as_json_has_a_note_only_if_there_is_one() -> None:
+    plan = plan_of(healthy(max_seq_length=256), wanted(A, max_seq_length=512))
+    assert plan.as_dict() == {
+        "action": "reload",
+        "reload_reasons": [{"field": "max_seq_length", "running": 256, "requested": 512}],
+        "argv": plan.argv,
+    }
+    noted = replace(plan, note="a remark")
+    assert noted.as_dict() == {**plan.as_dict(), "note": "a remark"}
+
+
 def test_plan_names_the_paths_of_both_models() -> None:
     """Over HTTP the paths are replaced by these names."""
     ours = replace(wanted(A), model=replace(files(A), names=(("/m/a", "a.gguf"),)))
