@@ -115,9 +115,12 @@ class PassThrough:
             raise _retry_later("too many requests wait for a model")
         self.held += 1
         try:
-            async with asyncio.timeout(self._held_s):
-                return await self._shutdown.wait(stack.enter_async_context(self._orch.lease()))
+            async with asyncio.timeout(self._held_s) as scope:
+                with self._shutdown.ending(scope):
+                    return await stack.enter_async_context(self._orch.lease())
         except TimeoutError:
+            if self._shutdown.has_begun:
+                raise self._shutdown.error() from None
             raise _retry_later(f"no model became Healthy within {self._held_s:g} s") from None
         finally:
             self.held -= 1

@@ -33,7 +33,7 @@ class Shutdown:
     def __init__(self, *signals: signal.Signals) -> None:
         self._signals = signals
         self._covers: dict[signal.Signals, tuple[_Handler, _Handler]] = {}  # ours, over the other
-        self._ends: set[Callable[[], object]] = set()
+        self._waiting: set[tuple[asyncio.AbstractEventLoop, asyncio.Timeout]] = set()
         self._heard_at: float | None = None
 
     @property
@@ -44,14 +44,19 @@ class Shutdown:
 
     async def wait(self, work: Awaitable[_T]) -> _T:
         """Await `work`; raise ShuttingDown as soon as the shutdown begins."""
+        self._listen()
         try:
             async with asyncio.timeout(None) as scope:
-                with self._ending(scope):
+                with self.ending(scope):
                     return await work
         except TimeoutError:
             if scope.expired():
-                raise ShuttingDown.because("this service is shutting down") from None
+                raise self.error() from None
             raise
+
+    def error(self) -> ShuttingDown:
+        """Return the error of a wait that has been ended."""
+        return ShuttingDown.because("this service is shutting down")
 
     async def until(self, stream: AsyncGenerator[_T, None]) -> AsyncGenerator[_T | None, None]:
         """Yield what a stream yields, and None when it pauses, until the shutdown begins."""
@@ -91,34 +96,32 @@ class Shutdown:
     def _cover(self, signum: signal.Signals, other: _Handler) -> None:
         def hear(number: int, frame: FrameType | None) -> None:
             self._heard_at = time.monotonic()
-            for end in tuple(self._ends):
-                with contextlib.suppress(RuntimeError):  # its loop has been closed
-                    end()
+            for loop, scope in tuple(self._waiting):
+                with contextlib.suppress(RuntimeError):  # the loop has been closed
+                    loop.call_soon_threadsafe(_expire, scope)
             other(number, frame)
 
         self._covers[signum] = hear, other
         signal.signal(signum, hear)
 
     @contextlib.contextmanager
-    def _ending(self, scope: asyncio.Timeout) -> Iterator[None]:
-        """Let a scope expire when the shutdown begins."""
-        loop = asyncio.get_running_loop()
-
-        def expire() -> None:
-            with contextlib.suppress(RuntimeError):  # it has ended
-                scope.reschedule(0.0)
-
-        def end() -> None:
-            loop.call_soon_threadsafe(expire)
-
-        self._listen()
-        self._ends.add(end)
+    def ending(self, scope: asyncio.Timeout) -> Iterator[None]:
+        """Let a scope expire when the shutdown begins. Every request below `/v1` pays for this."""
+        if not self._covers:
+            self._listen()
+        waiting = asyncio.get_running_loop(), scope
+        self._waiting.add(waiting)
         if self.has_begun:
-            expire()
+            _expire(scope)
         try:
             yield
         finally:
-            self._ends.discard(end)
+            self._waiting.discard(waiting)
+
+
+def _expire(scope: asyncio.Timeout) -> None:
+    with contextlib.suppress(RuntimeError):  # it has ended
+        scope.reschedule(0.0)
 
 
 HOST: Final = Shutdown(signal.SIGINT, signal.SIGTERM)
