@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.server import embedded
+from orchestrator.server import embedded_flags
 from orchestrator.server.environment import child_environment
 from orchestrator.settings.drafting import SPECULATIVE, accepted_modes, speculative_flags
 from orchestrator.settings.fields import check_extra_args
@@ -123,7 +123,7 @@ def test_placeholder_may_end_one_column_before_the_description() -> None:
 
 # ------------------------------------------------------------------------------ any help text
 
-EMBEDDED_HELP = embedded.usage()
+EMBEDDED_HELP = embedded_flags.usage()
 KNOWN = parsed(EMBEDDED_HELP)
 LINES = EMBEDDED_HELP.splitlines()
 EDITS_OF_HELP = st.lists(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import InvalidRequest, RefusedArgument
-from orchestrator.server import embedded
+from orchestrator.server import embedded_flags
 from orchestrator.server.environment import check_server_env, child_environment
 from orchestrator.settings import flags
 from orchestrator.settings.fields import REFUSED, SHADOWED, check_extra_args, strip_shadowed
@@ -312,7 +312,7 @@ def test_no_token_that_the_server_reads_as_a_refused_flag_passes(
         assert flag_of(token) not in REFUSED_FLAGS
 
 
-KNOWN = cast("Catalogue", parse_help(embedded.usage()))
+KNOWN = cast("Catalogue", parse_help(embedded_flags.usage()))
 ALLOWED_FLAGS = sorted({n for f in KNOWN.flags for n in f.names} - set(REFUSED_FLAGS))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from orchestrator.demo import tiny_model
-from orchestrator.server import embedded
+from orchestrator.server import embedded, embedded_flags
 from tests.kit.process.support import Watch, until
 
 DEADLINE_S = 60.0
@@ -224,7 +224,7 @@ def test_help_lists_every_flag_in_llama_servers_layout() -> None:
     lines = ended.stdout.splitlines()
     assert [line for line in HELP_AS_LLAMA_SERVER_WRITES_IT.splitlines() if line not in lines] == []
     listed = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", ended.stdout))
-    flags = [flag for rows in embedded.FLAGS.values() for flag in rows]
+    flags = [flag for rows in embedded_flags.FLAGS.values() for flag in rows]
     assert {name for flag in flags for name in flag.spellings()} <= listed
 
 
@@ -233,7 +233,9 @@ def test_the_listed_speculative_types_are_those_the_library_knows() -> None:
 
     known = xllamacpp.common_speculative_type.__members__
     names = [name.removeprefix("COMMON_SPECULATIVE_TYPE_").lower() for name in known]
-    row = next(flag for flag in embedded.FLAGS["speculative params"] if flag.names == "--spec-type")
+    row = next(
+        flag for flag in embedded_flags.FLAGS["speculative params"] if flag.names == "--spec-type"
+    )
     assert [*row.value.replace("-", "_").split(","), "count"] == names
 
 
