@@ -10,6 +10,7 @@ import pytest
 from orchestrator.errors import Busy, OrchestratorError
 from orchestrator.machine.context import Policy
 from orchestrator.machine.plan import Plan, plan_load
+from orchestrator.settings.files import HubModel, ModelFiles
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import Target
 from tests.kit.machine.run import A, B, C, D, Run, healthy, in_flight
@@ -56,6 +57,26 @@ def test_queued_load_is_compared_with_the_load_before_it(
 def test_load_that_supersedes_the_only_load_has_nothing_to_be_compared_with() -> None:
     run, _ = in_flight(D)
     assert plan_of(run, wanted(B)).action == "load"
+
+
+def test_plan_of_what_runs_is_its_command_line() -> None:
+    run = healthy(chat_template_override="{{ x }}")
+    plan = plan_of(run, wanted(A, chat_template_override="{{ x }}"))
+    assert (plan.action, plan.reload_reasons, plan.note) == ("none", [], None)
+    at = plan.argv.index("--chat-template-file")
+    assert plan.argv[at + 1] == "<chat template>", "the file is written at the start"
+    assert "--chat-template-file" not in plan_of(run, wanted(A)).argv
+
+
+def test_plan_keeps_the_commit_that_runs() -> None:
+    run = Run()
+    run.load("o/B")
+    run.resolved(1, "o/B").promote().settle()
+    moved = ModelFiles((), None, "V", HubModel("o/B", commit="d" * 40))
+    newer = replace(wanted("o/B"), model=moved)
+    plan = plan_load(run.state, run.ctx, newer, kept=files("o/B"))
+    assert (plan.action, plan.reload_reasons) == ("none", [])
+    assert changes(plan_of(run, newer)) == [("revision", "c" * 40, "d" * 40)]
 
 
 def test_plan_as_json_has_a_note_only_if_there_is_one() -> None:
