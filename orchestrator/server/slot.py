@@ -204,9 +204,11 @@ class Slot:
             fd = _try_lock(self.lock_path)
         except (SlotOwned, StateDirError) as error:
             return SlotEvidence(False, error.message), None
-        if fd is None:
-            return SlotEvidence(False, "a process still holds the lock of this slot"), None
-        return evidence, fd
+        if fd is not None and os.path.sameopenfile(fd, cast("int", self._lock_fd)):
+            return evidence, fd
+        if fd is not None:  # the file has been replaced since `_restore`
+            os.close(fd)
+        return SlotEvidence(False, "a process still holds the lock of this slot"), None
 
     def _restore(self) -> None:
         """Make the folder and the lock files anew if they are not those that we have open."""

@@ -223,6 +223,29 @@ def test_an_owner_in_another_network_namespace_is_kept_out_by_the_folder_only(
     assert len(fake.entries("start")) == 1
 
 
+def test_a_lock_replaced_in_the_step_that_takes_it_is_not_handed_out(
+    state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server would inherit a lock that nobody looks at."""
+    mine = Slot("s", state_dir)
+    mine.claim()
+    take = slot._try_lock
+
+    def replaced(path: Path) -> int | None:
+        replace_file(path)
+        return take(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slot, "_try_lock", replaced)
+        evidence, fd = mine.take_lock()
+        assert (evidence.is_empty, fd) == (False, None)
+    evidence, fd = mine.take_lock()
+    assert evidence.is_empty
+    assert fd is not None
+    os.close(fd)
+    mine.release()
+
+
 # Who the owner is
 
 
