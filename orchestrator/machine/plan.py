@@ -43,8 +43,8 @@ class Plan(Record):
 
     def as_dict(self) -> dict[str, object]:
         reasons = [reason.as_dict() for reason in self.reload_reasons]
-        answer = {"action": self.action, "reload_reasons": reasons, "argv": self.argv}
-        return answer if self.note is None else answer | {"note": self.note}
+        note = {} if self.note is None else {"note": self.note}
+        return {"action": self.action, "reload_reasons": reasons, "argv": self.argv, **note}
 
 
 def plan_load(

@@ -129,7 +129,7 @@ class FakeFetcher(FetchProcess):
         self._process = SimpleNamespace(  # type: ignore[assignment]
             stdin=io.BytesIO(), wait=lambda _: 0, returncode=0
         )
-        self._errors = io.BytesIO(b"an error")  # type: ignore[assignment]
+        self._errors = io.BytesIO(b"an error")
         self.most_buffered = 0
 
     def _wait(self, ends_at: float) -> bool:
