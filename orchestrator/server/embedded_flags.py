@@ -322,7 +322,9 @@ def usage_of(flag: Flag) -> str:
     first, *rest = flag.spellings()
     left = f"{first + ',':<6} {', '.join(rest)}" if rest else first
     left = f"{left} {flag.value}".rstrip()
-    wrap = functools.partial(textwrap.wrap, width=70, break_long_words=False, break_on_hyphens=False)
+    wrap = functools.partial(
+        textwrap.wrap, width=70, break_long_words=False, break_on_hyphens=False
+    )
     lines = [line for text in flag.help.splitlines() for line in wrap(text)]
     if len(left) > 37:
         lines.insert(0, "")
