@@ -84,7 +84,7 @@ def _one_line(text: str) -> str:
 
 
 def _report_loss(count: int) -> None:
-    event_log(ROOT)("warning", "log.dropped", count=count)
+    _log(logging.getLogger(ROOT), "warning", "log.dropped", count=count)
 
 
 thread: Final = Background("llama-log", _report_loss)

@@ -38,6 +38,8 @@ _STYLES_AND_MEANINGS: Final = {
 _WIDTH: Final = max(map(len, State))
 _TAIL_LINES: Final = 12
 
+_log = log.event_log("orchestrator.cli")
+
 Part = str | tuple[str, str]
 
 
@@ -80,8 +82,9 @@ def _write(fd: int, data: bytes) -> None:
 
 def never_wait() -> None:
     """Have nothing in this process wait for a reader of its stdout and stderr, or end with one."""
-    report_loss = partial(log.event_log("orchestrator.cli"), "warning", "output.dropped")
-    stdout = Background("llama-stdout", lambda count: report_loss(count=count))
+    stdout = Background(
+        "llama-stdout", lambda count: _log("warning", "output.dropped", count=count)
+    )
     sys.stdout = BackgroundStream(sys.stdout or _nowhere(), stdout)
     sys.stderr = BackgroundStream(sys.stderr or _nowhere(), log.thread)
 
