@@ -327,7 +327,7 @@ def test_queued_restart_past_its_deadline_counts_as_a_failure() -> None:
 
 @pytest.mark.parametrize("state", [D, S, W])
 def test_load_that_is_due_when_the_restart_is_takes_its_place(state: State) -> None:
-    """B16: the restart must not replace the model that was loaded after the crash."""
+    """The restart must not replace the model that was loaded after the crash."""
     run = restarting(deadline_s=7.0)
     timer = run.crash().timer("restart")
     run.emptied().expire(timer)
