@@ -136,20 +136,22 @@ def test_a_help_is_read_in_a_host_that_ignores_sigchld(script: Script) -> None:
         signal.signal(signal.SIGCHLD, before)
 
 
-@pytest.mark.parametrize("lack", ["frozen", "executable", "archive"])
+@pytest.mark.parametrize(
+    "key", ["binary.no_python_frozen", "binary.no_python_executable", "binary.no_python_archive"]
+)
 def test_the_embedded_server_needs_an_interpreter(
-    monkeypatch: pytest.MonkeyPatch, lack: str
+    monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     """In a frozen application, as PyInstaller makes, `sys.executable` is the application."""
     assert find_server("embedded").command[0] == launch.interpreter()
-    if lack == "frozen":
+    if key.endswith("frozen"):
         monkeypatch.setattr(sys, "frozen", True, raising=False)
-    elif lack == "executable":
+    elif key.endswith("executable"):
         monkeypatch.setattr(sys, "executable", None)
         monkeypatch.setattr(sys, "exec_prefix", "/no/prefix")
     else:
         monkeypatch.setattr(binaries, "__file__", "/app.pyz/orchestrator/server/binaries.py")
     with pytest.raises(ServerUnavailable) as refused:
         find_server("embedded")
-    assert_sentence(f"binary.no_python_{lack}", refused.value.message)
+    assert_sentence(key, refused.value.message)
     assert refused.value.field == "llama_server"

@@ -268,23 +268,22 @@ def claim_in(state_dir: Path, *, start_new_session: bool) -> subprocess.Popen[by
 
 
 @pytest.mark.parametrize("is_removed", [False, True], ids=["folder", "no folder"])
-@pytest.mark.parametrize("kind", ["owned", "owned_by_worker"])
+@pytest.mark.parametrize("key", ["slot.owned", "slot.owned_by_worker"])
 def test_the_refusal_says_which_process_the_owner_is(
-    state_dir: Path, kind: str, is_removed: bool
+    state_dir: Path, key: str, is_removed: bool
 ) -> None:
     """Workers of one program share its process group, and are told so."""
-    with claim_in(state_dir, start_new_session=kind == "owned") as owner:
+    with claim_in(state_dir, start_new_session=key == "slot.owned") as owner:
         if is_removed:
             shutil.rmtree(state_dir / "s")
         with pytest.raises(SlotOwned) as refused:
             Slot("s", state_dir).claim()
-        assert_sentence(f"slot.{kind}", refused.value.message, pid=owner.pid)
+        assert_sentence(key, refused.value.message, pid=owner.pid)
         assert refused.value.field == "slot"
         owner.kill()
 
 
 def test_the_refusal_says_that_this_process_is_the_owner(state_dir: Path) -> None:
-
     mine = Slot("mine", state_dir)
     mine.claim()
     shutil.rmtree(mine.directory)
