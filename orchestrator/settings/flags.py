@@ -98,7 +98,7 @@ class RefusedFlags:
     def __init__(self, table: Mapping[str, str]) -> None:
         self._reasons = {flag: reason for reason, flags in table.items() for flag in flags.split()}
         short = (flag for flag in self._reasons if not flag.startswith("--"))
-        self._short = sorted(short, key=len, reverse=True)
+        self._short = sorted(short, reverse=True)  # the longest of those that begin a token first
 
     def check(self, args: tuple[str, ...]) -> None:
         """Refuse flags of the table, and what no server could accept.

@@ -120,6 +120,8 @@ def test_unresolved_hub_model_is_compared_as_requested() -> None:
     assert [r.field for r in differences(nothing, q8)] == ["gguf_variant"]
     branch = target(model=not_downloaded(revision="dev"))
     assert [r.field for r in differences(nothing, branch)] == ["revision"]
+    by_default = target(model=on_hub())
+    assert differences(by_default, q8) == differences(q8, by_default) == ()
     f16 = target(model=not_downloaded("f16"), gguf_variant="f16")
     shown = ReloadReason("gguf_variant", running="Q8_0", requested="F16")
     assert differences(running, f16) == (shown,)
@@ -344,6 +346,8 @@ def test_inherited_args_are_then_explicit(values: dict[str, Any], args: list[str
         ("ORG/A", True),
         ("org/a:q8_0", True),
         ("org/a:F16", False),
+        ("https://huggingface.co/Org/A", True),
+        ("https://huggingface.co/org/b", False),
         ("org/b", False),
         ("a", False),
     ],

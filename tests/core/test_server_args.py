@@ -97,6 +97,7 @@ def test_a_value_attached_to_a_short_flag_is_refused(token: str) -> None:
         ("--long=1", "--long is refused in llama_extra_args: why b"),
         ("-long", "--long is refused in llama_extra_args: why b"),
         ("--longer", None),
+        ("--longer7", None),
         ("-cb", None),
     ],
 )
