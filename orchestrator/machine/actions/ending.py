@@ -9,7 +9,7 @@ from orchestrator.base.tokens import CancelReason
 from orchestrator.errors import Problem
 from orchestrator.machine import facts
 from orchestrator.machine.actions.working import MAX_REMEMBERED, Step, require
-from orchestrator.machine.commands import CancelAnswer, Done, Unloaded
+from orchestrator.machine.commands import CancelAnswer, Done, Settle, Unloaded
 from orchestrator.machine.context import Caller, Job
 from orchestrator.machine.guards import (
     EARLY_CANCEL_S,
@@ -75,8 +75,10 @@ def cancel_queued(s: Step[facts.UnloadRequested]) -> None:
 
 
 def latch_shutdown(s: Step[facts.Fact]) -> None:
-    s.end_look_ups(s.ctx.look_ups, Problem("shutting_down", "cancelled by the shutdown"))
-    s.put(is_shutting_down=True, previous=None, recovery=None)
+    problem = Problem("shutting_down", "cancelled by the shutdown")
+    s.end_look_ups(s.ctx.look_ups, problem)
+    s.emit(*(Settle(ticket, problem) for ticket in s.ctx.lease_waiters))
+    s.put(is_shutting_down=True, previous=None, recovery=None, lease_waiters=())
 
 
 def answer_unchanged(s: Step[facts.UnloadRequested]) -> None:
