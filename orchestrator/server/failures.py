@@ -245,9 +245,9 @@ def _plain(text: str) -> str:
 
 
 def _signal_of(returncode: int | None) -> int:
-    """Return the signal of an exit status, also of a shell's 128 + N; 0 if it is none."""
+    """Return the signal of an exit status, also of a shell's 128 + N; less than 1 is none."""
     status = returncode or 0
-    return -status if status < 0 else max(0, status - 128)
+    return -status if status < 0 else status - 128
 
 
 def _by_status(

@@ -10,7 +10,7 @@ from orchestrator.base.tokens import CancelReason, Generation
 from orchestrator.errors import Problem
 from orchestrator.machine.actions.working import require
 from orchestrator.machine.commands import Concluded, Kill, Loaded, Timings
-from orchestrator.machine.context import Policy
+from orchestrator.machine.context import EffectInFlight, Policy
 from orchestrator.machine.recovery import RestartPolicy
 from orchestrator.machine.states import State
 from tests.kit.machine.run import A, B, C, D, H, I, K, Run, S, W, healthy, in_flight
@@ -247,7 +247,8 @@ def test_loads_are_concluded_once_when_the_slot_is_empty_or_cannot_be_emptied() 
         assert [c.generation for c in run.history] == [1, 2]
 
 
-def test_each_server_that_ends_by_itself_is_reported() -> None:
+def test_end_of_each_server_is_reported() -> None:
+    """What is known of one server says nothing about the next."""
     run = healthy()
     run.crash()
     assert run.ended() == [(41, "signal")]
@@ -255,6 +256,11 @@ def test_each_server_that_ends_by_itself_is_reported() -> None:
     run.load(B)
     run.settle().crash(3)
     assert run.ended() == [(42, "exit")]
+    run.emptied()
+    run.load(C)
+    run.settle().unload()
+    run.emptied()
+    assert run.ended() == [(43, "stopped")]
 
 
 def test_kill_is_that_of_the_load_in_flight_not_of_the_newest() -> None:
@@ -264,6 +270,7 @@ def test_kill_is_that_of_the_load_in_flight_not_of_the_newest() -> None:
     run.load(C, on_busy="queue")
     run.go(H).promote()
     assert run.commands_of(Kill) == [Kill(Generation(2), run.ctx.child)]
+    assert run.ctx.effect == EffectInFlight("kill", Generation(2))
 
 
 def test_restart_is_over_when_its_server_is_stopped_for_being_idle() -> None:
