@@ -156,7 +156,7 @@ class Accept:
 
     ticket: Ticket
     generation: Generation
-    joined: bool
+    joined: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,6 +118,9 @@ def test_unresolved_hub_model_is_compared_as_requested() -> None:
     running = target(model=on_hub(), gguf_variant="Q8_0")
     assert differences(running, q8) == ()
     assert [r.field for r in differences(nothing, q8)] == ["gguf_variant"]
+    parallel = target(model=not_downloaded(), n_parallel=2)
+    assert [r.field for r in differences(nothing, parallel)] == ["n_parallel"]
+    assert [r.field for r in differences(parallel, target(model=on_hub()))] == ["n_parallel"]
     branch = target(model=not_downloaded(revision="dev"))
     assert [r.field for r in differences(nothing, branch)] == ["revision"]
     by_default = target(model=on_hub())

@@ -63,7 +63,7 @@ def enqueue(s: Step[facts.LoadRequested]) -> None:
     )
     s.put(generation=job.generation, queue=(*s.ctx.queue, job))
     _record_load(s)
-    s.emit(Accept(fact.ticket, job.generation, joined=False))
+    s.emit(Accept(fact.ticket, job.generation))
     s.set_deadline(job)
     _begin_waiting(s, job)
 
@@ -144,7 +144,7 @@ def join_prefetch(s: Step[facts.PrefetchRequested]) -> None:
 def answer_already_loaded(s: Step[facts.LoadRequested]) -> None:
     running = _keep_as(s, s.fact.target)
     _record_load(s)
-    s.emit(Accept(s.fact.ticket, running.generation, joined=False))
+    s.emit(Accept(s.fact.ticket, running.generation))
     s.answer(running.loaded(already=True))
 
 
