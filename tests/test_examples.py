@@ -196,7 +196,7 @@ def test_two_slots_hold_two_models_and_refuse_a_third_owner(
     addresses = {line.rpartition(" at ")[2] for line in printed[:2]}
     assert len(addresses) == 2
     assert printed[2] == "answers: Idle, titles: Healthy"
-    assert printed[3].startswith("slot 'titles' is owned by process ")
+    assert printed[3].startswith("slot 'titles' is owned by this process")
 
 
 def test_crash_policy_restarts_the_server(example: Example, tiny_model: str) -> None:
