@@ -166,7 +166,8 @@ class Orchestrator(Facade):
 
     def _ask(self, make_fact: MakeFact) -> Call:
         call = self._start().call()
-        self._send(call, make_fact)
+        with call.withdrawn_on_error():  # an interrupt may come at any moment
+            self._send(call, make_fact)
         return call
 
     def _answer(self, make_fact: MakeFact) -> Any:

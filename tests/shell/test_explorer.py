@@ -38,6 +38,7 @@ SCENES = (
     # callers that leave: waiting, looking up, joined, queued
     Scene("load A; withdraw", mishaps=2),
     Scene("load A slow; withdraw", mishaps=2),
+    Scene("load A late; withdraw", mishaps=2),
     Scene("load A; withdraw | load A", mishaps=2, pairs=0),
     Scene("load A; withdraw | load A; withdraw", pairs=0),
     Scene("load A; withdraw | load B queue", policy=CONTINUE),

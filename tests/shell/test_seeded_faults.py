@@ -174,7 +174,7 @@ class KeepsCalls(Owner):
 
 
 class ForgetsWhoLeftEarly(Owner):
-    """Does not notice a caller that left during its look-up."""
+    """Does not notice a caller that left before its request arrived."""
 
     def ask(self, call: Call, fact: Request) -> None:
         self.post(fact)
@@ -309,7 +309,7 @@ FAULTS = (
     Fault(KeepsCalls, Scene("load A; withdraw"), ("promise_no_call_is_retained",)),
     Fault(
         ForgetsWhoLeftEarly,
-        Scene("load A slow; withdraw"),
+        Scene("load A late; withdraw"),
         ("inv_answered_once", "inv_cancel_before_the_commit_wins"),
     ),
     Fault(
@@ -330,7 +330,7 @@ FAULTS = (
         Scene("load B | load A queue", mishaps=0),
         ("inv_at_rest_all_are_answered",),
     ),
-    Fault(ForgetsTheTime, Scene("lease | load B", warm="A"), ("inv_at_rest_is_settled",)),
+    Fault(ForgetsTheTime, Scene("lease | load B", warm="A"), ("promise_timers_are_kept",)),
     Fault(SwallowsAFailedStart, Scene("load A"), ("inv_at_rest_is_settled",)),
     Fault(StopsAtTheFirstCommand, Scene("load A | load B", mishaps=0), (STEP,)),
 )

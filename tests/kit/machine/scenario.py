@@ -328,6 +328,8 @@ class Scenario:
                 if (fact.trigger, number) not in owed:
                     text = f"a late {fact.trigger} of load {number} arrives"
                     yield Move("adversary", text, reported, fact, is_own=False)
+        late = TimerFired(Generation(0), AT, "look_up")  # of the load that warms up
+        yield Move("adversary", "a late look_up timer fires", reported, late, is_own=False)
 
     # ---------------------------------------------------------------------------- commands
 

@@ -23,6 +23,7 @@ from orchestrator.machine.facts import (
     LeaseReleased,
     LeaseRequested,
     LoadRequested,
+    LookedUp,
     LookUpFailed,
     LookUpRequested,
     Request,
@@ -429,7 +430,7 @@ class Stage(PumpedOwner):
             snapshot.ctx,
             frozenset(self.effects.os.alive.values()),
             tuple(self.owed),
-            frozenset(self.beside) | {("look_up", Generation(c.ticket)) for c in self.looking},
+            frozenset(self.beside | self._look_ups()),
             frozenset(load.generation for load in snapshot.history),
             self._told_of_child(),
             frozenset(g for g, token in self.owner._tokens.items() if token.is_set()),
@@ -441,6 +442,12 @@ class Stage(PumpedOwner):
             self.ledger.was_shut_down,
             self.is_quiescent,
         )
+
+    def _look_ups(self) -> set[tuple[str, Generation]]:
+        """The look-ups in progress: an answer that waits in the inbox is owed too."""
+        answered = [f for f in self.inbox.facts if isinstance(f, get_args(LookedUp))]
+        tickets = [c.ticket for c in self.looking] + [cast("LookedUp", f).ticket for f in answered]
+        return {("look_up", Generation(ticket)) for ticket in tickets}
 
     def _told_of_child(self) -> frozenset[int]:
         child = self.owner.snapshot.ctx.child
