@@ -22,7 +22,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-no_fork = threading.RLock()  # a signal handler may fork in the middle of a spawn
+no_fork: threading.RLock = threading.RLock()  # a signal handler may fork in the middle of a spawn
 """While it is held, a fork by another thread waits."""
 
 if hasattr(os, "register_at_fork"):

@@ -17,6 +17,7 @@ class Waker:
     """
 
     def __init__(self) -> None:
+        self.fd: int
         self.fd, self._write = os.pipe()
         os.set_blocking(self._write, False)
         os.set_blocking(self.fd, False)

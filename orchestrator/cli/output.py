@@ -41,6 +41,7 @@ _TAIL_LINES: Final = 12
 _log = log.event_log("orchestrator.cli")
 
 Part = str | tuple[str, str]
+_ERRORS: Final = "backslashreplace"
 
 
 class BackgroundStream(io.TextIOBase):
@@ -49,8 +50,8 @@ class BackgroundStream(io.TextIOBase):
     Not through a buffer of Python, which a thread that waits would keep locked at the exit.
     """
 
-    encoding = "utf-8"
-    errors = "backslashreplace"
+    encoding: str = "utf-8"
+    errors: str | None = _ERRORS
 
     def __init__(self, stream: TextIO, background: Background) -> None:
         self._fd, self._background = stream.fileno(), background
@@ -67,7 +68,7 @@ class BackgroundStream(io.TextIOBase):
         return True
 
     def write(self, text: str) -> int:
-        self._background.put(partial(_write, self._fd, text.encode(self.encoding, self.errors)))
+        self._background.put(partial(_write, self._fd, text.encode(self.encoding, _ERRORS)))
         return len(text)
 
 

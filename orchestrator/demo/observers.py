@@ -33,7 +33,9 @@ class Timeline:
         self._began_at = began_at
         self._show = show
         self._changed = threading.Condition()
-        self.thread = threading.Thread(target=self._follow, name="demo-timeline", daemon=True)
+        self.thread: threading.Thread = threading.Thread(
+            target=self._follow, name="demo-timeline", daemon=True
+        )
         self.thread.start()
 
     def catch_up(self) -> int:
