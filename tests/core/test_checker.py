@@ -339,7 +339,7 @@ def test_checker_reports_an_exception_in_a_step() -> None:
 def test_checker_finds_an_older_call_that_wins(name: str) -> None:
     """B16, B17: the last call wins, whatever arrives last."""
     broken = TracedLifecycle(**{name: _never})
-    report = explore("load B slow | load A; unload", lifecycle=broken)
+    report = explore("load B late | load A; unload", lifecycle=broken)
     _caught(
         report, {"inv_an_older_call_never_wins", "inv_cancel_before_the_commit_wins"}, within=11
     )

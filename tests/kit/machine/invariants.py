@@ -268,8 +268,9 @@ def inv_late_look_up_is_dropped(edge: Edge) -> str | None:
     ):
         return None
     ticket = cast("LookedUp", fact).ticket
-    if ticket in edge.before.unanswered:
-        return None
+    has_gone_early = any(look_up.ticket == ticket for look_up in edge.before.ctx.look_ups)
+    if ticket in edge.before.unanswered or (has_gone_early and ticket in edge.before.ended):
+        return None  # the owner reports a caller that left before its request once more
     if has_changed(edge) or edge.commands != (DropStale(Generation(0), fact.trigger),):
         return f"call {ticket} has ended, and its look-up is not dropped"
     return None

@@ -161,6 +161,9 @@ class Stage(PumpedOwner):
         self._open(caller)
         self._send(caller)
         self.settle()
+        while self.looking:
+            self._end_look_up(self.looking[0])
+            self.settle()
         assert self.state is State.HEALTHY, self.owner.snapshot
         self.story.clear()
 
