@@ -170,8 +170,7 @@ def names_absent_model(ctx: Context, fact: facts.UnloadRequested) -> bool:
     targets = [job.target for job in ctx.wanted]
     targets += [known.target for known in (ctx.running, ctx.recovery) if known is not None]
     return fact.model is not None and not (
-        any(is_named(target, fact.model) for target in targets)
-        or unloaded_look_ups(ctx.look_ups, fact)
+        any(is_named(target, fact.model) for target in targets) or unloaded_look_ups(ctx, fact)
     )
 
 
@@ -298,17 +297,15 @@ def look_up_of(ctx: Context, ticket: Ticket) -> LookUp | None:
     return next((look_up for look_up in ctx.look_ups if look_up.ticket == ticket), None)
 
 
-def unloaded_look_ups(
-    look_ups: Iterable[LookUp], fact: facts.UnloadRequested
-) -> tuple[LookUp, ...]:
+def older_look_ups(ctx: Context, ticket: Ticket) -> list[LookUp]:
+    """Return the look-ups of loads that were called before this call."""
+    return [one for one in ctx.look_ups if one.purpose == "load" and one.ticket < ticket]
+
+
+def unloaded_look_ups(ctx: Context, unload: facts.UnloadRequested) -> list[LookUp]:
     """Return the look-ups of older loads that the unload names in the same words, or all."""
-    return tuple(
-        look_up
-        for look_up in look_ups
-        if look_up.purpose == "load"
-        and look_up.ticket < fact.ticket
-        and fact.model in (None, look_up.request.model_path)
-    )
+    older = older_look_ups(ctx, unload.ticket)
+    return [one for one in older if unload.model in (None, one.request.model_path)]
 
 
 def wanted_by(ctx: Context, load: facts.LoadRequested) -> Target:

@@ -202,11 +202,8 @@ class ProcessEffects:
         def run() -> None:
             try:
                 fact = work()
-            except OrchestratorError as error:
-                fact = failure_of(effect, error.problem, time.monotonic())
             except BaseException as error:  # noqa: BLE001 (also at SystemExit: the load waits)
-                _log("exception", "effect.failed", effect=type(effect).__name__)
-                problem = Problem("internal", f"{type(error).__name__}: {error}")
+                problem = _problem_of(error, "effect.failed", effect=type(effect).__name__)
                 fact = failure_of(effect, problem, time.monotonic())
             self._progress.pop(effect.generation, None)
             self._post(fact)
@@ -267,9 +264,14 @@ def looked_up(command: LookUp, look_up: Callable[[LookUp], facts.ModelRequested]
     """Return the answer to a look-up, whatever it raises: its call waits for it."""
     try:
         return look_up(command)
-    except OrchestratorError as error:
-        problem = error.problem
     except BaseException as error:  # noqa: BLE001 (also at SystemExit)
-        _log("exception", "look_up.failed")
-        problem = Problem("internal", f"{type(error).__name__}: {error}")
-    return facts.LookUpFailed(command.ticket, problem, time.monotonic())
+        problem = _problem_of(error, "look_up.failed")
+        return facts.LookUpFailed(command.ticket, problem, time.monotonic())
+
+
+def _problem_of(error: BaseException, event: str, **fields: object) -> Problem:
+    """Return what an exception says to callers; one that nobody expects is logged as `event`."""
+    if isinstance(error, OrchestratorError):
+        return error.problem
+    _log("exception", event, **fields)
+    return Problem("internal", f"{type(error).__name__}: {error}")

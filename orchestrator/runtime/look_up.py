@@ -123,7 +123,11 @@ class LookUps:
         running = snapshot.ctx.running
         if running is None or model.hub is None or not keeps_commit(running.target, request):
             return None
-        return self._source.look_up_at(request, running.target.model)
+        ours = running.target.model
+        is_found = model.is_on_disk and model.variant == ours.variant
+        if is_found and ours.hub is not None and model.hub.commit == ours.hub.commit:
+            return replace(model, hub=replace(model.hub, is_settled=True))
+        return self._source.look_up_at(request, ours)
 
 
 def _needs_nothing(found: Found, snapshot: Snapshot, at: float) -> bool:

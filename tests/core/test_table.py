@@ -38,6 +38,7 @@ HELPERS = {
     "is_named",
     "is_same",
     "look_up_of",
+    "older_look_ups",
     "prefetch_of",
     "unloaded_look_ups",
     "wanted_by",

@@ -35,11 +35,8 @@ def limit_body(app: ASGIApp, max_bytes: int = MAX_BODY_BYTES) -> ASGIApp:
         if scope["type"] != "http" or not framing:  # no body
             await app(scope, receive, send)
             return
-        length, body, has_begun = (
-            framing.get(b"content-length", b"0"),
-            _Body(receive, max_bytes),
-            False,
-        )
+        length, body = framing.get(b"content-length", b"0"), _Body(receive, max_bytes)
+        has_begun = False
         if length.isdigit() and (len(length) > _MAX_DIGITS or int(length) > max_bytes):
             await body.too_large()(scope, receive, send)
             return

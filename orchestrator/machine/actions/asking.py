@@ -7,10 +7,17 @@ from dataclasses import replace
 from orchestrator.base.tokens import Generation
 from orchestrator.errors import Problem
 from orchestrator.machine import facts
-from orchestrator.machine.actions.working import Step, cooling_down, require
+from orchestrator.machine.actions.working import Step, cooling_down, require, superseded
 from orchestrator.machine.commands import Accept, Download, Prefetched, Resolve
 from orchestrator.machine.context import Caller, Job, Running
-from orchestrator.machine.guards import awaited_by, find, look_up_of, prefetch_of, wanted_by
+from orchestrator.machine.guards import (
+    awaited_by,
+    find,
+    look_up_of,
+    older_look_ups,
+    prefetch_of,
+    wanted_by,
+)
 from orchestrator.settings.target import ReloadReason, Target, differences
 
 
@@ -74,7 +81,7 @@ def begin_prefetch(s: Step[facts.PrefetchRequested]) -> None:
     generation = Generation(s.ctx.last_prefetch - 1)
     job = Job(generation, fact.target, (_caller(fact),), called.at, awaits="files")
     s.put(last_prefetch=generation, prefetches=(*s.ctx.prefetches, job))
-    s.take_look_up(fact.ticket)
+    s.drop_look_up(fact.ticket)
     s.set_deadline(job)
     s.emit(Download(generation, job.target))
 
@@ -95,18 +102,15 @@ def _record_load(s: Step[facts.LoadRequested]) -> None:
     An older load of another model can only be superseded then: its caller does not wait for the
     look-up. One of the same model may still join.
     """
-    fact, model = s.fact, s.fact.target.request.model_path
+    fact, model = s.fact, s.fact.target.request.model_path.lower()
     s.put(newest_load=max(s.ctx.newest_load, fact.ticket))
-    s.take_look_up(fact.ticket)
-    older = [
-        look_up
-        for look_up in s.ctx.look_ups
-        if look_up.purpose == "load"
-        and look_up.ticket < fact.ticket
-        and look_up.request.on_busy == "supersede"
-        and look_up.request.model_path.lower() != model.lower()
+    s.drop_look_up(fact.ticket)
+    ended = [
+        older
+        for older in older_look_ups(s.ctx, fact.ticket)
+        if older.request.on_busy == "supersede" and older.request.model_path.lower() != model
     ]
-    s.end_look_ups(older, Problem("superseded", f"superseded by a newer load of {model}"))
+    s.end_look_ups(ended, superseded(fact))
 
 
 def join_newest(s: Step[facts.LoadRequested]) -> None:
@@ -138,7 +142,7 @@ def join_prefetch(s: Step[facts.PrefetchRequested]) -> None:
     job = require(prefetch_of(s.ctx, s.fact.target))
     joined = replace(job, callers=(*job.callers, _caller(s.fact)))
     s.put(prefetches=tuple(joined if j is job else j for j in s.ctx.prefetches))
-    s.take_look_up(s.fact.ticket)
+    s.drop_look_up(s.fact.ticket)
 
 
 def answer_already_loaded(s: Step[facts.LoadRequested]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from orchestrator.base.tokens import CancelReason
 from orchestrator.errors import Problem
 from orchestrator.machine import facts
-from orchestrator.machine.actions.working import MAX_REMEMBERED, Step, require
+from orchestrator.machine.actions.working import MAX_REMEMBERED, Step, require, superseded
 from orchestrator.machine.commands import CancelAnswer, Done, Settle, Unloaded
 from orchestrator.machine.context import Caller, Job
 from orchestrator.machine.guards import (
@@ -28,21 +28,16 @@ def supersede_queue(s: Step[facts.LoadRequested]) -> None:
     older = [job for job in s.ctx.queue if all(c.ticket < s.fact.ticket for c in job.callers)]
     s.drop(older, CancelReason.SUPERSEDED)
     for job in older:
-        s.end(job, _superseded(s, job), "now")
+        s.end(job, superseded(s.fact, job.generation), "now")
 
 
 def supersede_all(s: Step[facts.LoadRequested]) -> None:
     supersede_queue(s)
     if (job := s.ctx.loading) is not None:
-        problem = _superseded(s, job)
+        problem = superseded(s.fact, job.generation)
         s.end(job, problem, "now")
         s.put(last_error=problem)
         s.interrupt(CancelReason.SUPERSEDED)
-
-
-def _superseded(s: Step[facts.LoadRequested], job: Job) -> Problem:
-    newer = s.fact.target.request.model_path
-    return _problem(job, "superseded", f"superseded by a newer load of {newer}")
 
 
 def cancel_all(s: Step[facts.UnloadRequested | facts.ShutdownRequested]) -> None:
@@ -51,10 +46,9 @@ def cancel_all(s: Step[facts.UnloadRequested | facts.ShutdownRequested]) -> None
         reason, category, by = CancelReason.SHUTDOWN, "shutting_down", "the shutdown"
     else:
         reason, category, by = CancelReason.USER, "cancelled", "an unload"
-    message = f"cancelled by {by}"
     ended = [job for job in s.ctx.wanted if is_named(job.target, s.fact.model)]
     for job in ended:
-        problem = _problem(job, category, message)
+        problem = _cancelled(job, by, category)
         s.end(job, problem)
         if job is s.ctx.job:
             s.put(last_error=problem)
@@ -64,7 +58,7 @@ def cancel_all(s: Step[facts.UnloadRequested | facts.ShutdownRequested]) -> None
         prefetches = s.ctx.prefetches
         s.drop(prefetches, reason)
         for job in prefetches:
-            s.settle(job.callers, _problem(job, category, message))
+            s.settle(job.callers, _cancelled(job, by, category))
 
 
 def cancel_queued(s: Step[facts.UnloadRequested]) -> None:
@@ -75,7 +69,7 @@ def cancel_queued(s: Step[facts.UnloadRequested]) -> None:
 
 
 def latch_shutdown(s: Step[facts.Fact]) -> None:
-    problem = Problem("shutting_down", "cancelled by the shutdown")
+    problem = _cancelled(None, "the shutdown", "shutting_down")
     s.end_look_ups(s.ctx.look_ups, problem)
     s.emit(*(Settle(ticket, problem) for ticket in s.ctx.lease_waiters))
     s.put(is_shutting_down=True, previous=None, recovery=None, lease_waiters=())
@@ -103,8 +97,7 @@ def wait_for_shutdown(s: Step[facts.ShutdownRequested]) -> None:
 
 def _record_unload(s: Step[facts.UnloadRequested]) -> None:
     fact = s.fact
-    ended = unloaded_look_ups(s.ctx.look_ups, fact)
-    s.end_look_ups(ended, Problem("cancelled", "cancelled by an unload"))
+    s.end_look_ups(unloaded_look_ups(s.ctx, fact), _cancelled(None, "an unload"))
     others = tuple(unload for unload in s.ctx.unloads if unload[0] != fact.model)
     s.put(unloads=(*others, (fact.model, fact.ticket))[-MAX_REMEMBERED:])
     if s.ctx.previous is not None and is_named(s.ctx.previous, fact.model):
@@ -128,7 +121,7 @@ def cancel_callers(s: Step[facts.CancelRequested]) -> None:
     """
     fact = s.fact
     named = [look_up for look_up in s.ctx.look_ups if is_looked_up_as(look_up, fact)]
-    s.end_look_ups(named, Problem("cancelled", "cancelled by the caller"))
+    s.end_look_ups(named, _cancelled(None))
     for job in (*s.ctx.wanted, *s.ctx.prefetches):
         meant = (caller for caller in job.callers if is_meant(job, caller, fact))
         s.settle(meant, _cancelled(job))
@@ -173,7 +166,7 @@ def forget_ticket(s: Step[facts.Withdrawn]) -> None:
     _keep_callers(s, lambda caller: caller.ticket != gone)
     if (called := look_up_of(s.ctx, gone)) is not None:
         if cancels_abandoned or called.purpose == "prefetch":
-            s.take_look_up(gone)
+            s.drop_look_up(gone)
         else:
             left = replace(called, has_caller=False)
             s.put(look_ups=tuple(left if o is called else o for o in s.ctx.look_ups))
@@ -269,12 +262,13 @@ def answer_waiters_occupied(s: Step[facts.KillFailed]) -> None:
     s.put(waiters=(), ending=())
 
 
-def _cancelled(job: Job, by: str = "the caller") -> Problem:
-    return _problem(job, "cancelled", f"cancelled by {by}")
+def _cancelled(job: Job | None, by: str = "the caller", category: str = "cancelled") -> Problem:
+    """Return why a load has ended, or a call without one."""
+    return _problem(job, category, f"cancelled by {by}")
 
 
-def _problem(job: Job, category: str, message: str, field: str | None = None) -> Problem:
-    number = job.generation if job.generation > 0 else None  # that of a prefetch is not public
+def _problem(job: Job | None, category: str, message: str, field: str | None = None) -> Problem:
+    number = job.generation if job is not None and job.generation > 0 else None  # not a prefetch's
     return Problem(category, message, field=field, generation=number)
 
 

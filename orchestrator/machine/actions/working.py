@@ -14,7 +14,7 @@ from orchestrator.base.tokens import CancelReason, Generation, Ticket
 from orchestrator.errors import Problem, Restored
 from orchestrator.machine import commands
 from orchestrator.machine.context import Caller, Context, Job, LookUp
-from orchestrator.machine.facts import Fact, Promoted, Request
+from orchestrator.machine.facts import Fact, LoadRequested, Promoted, Request
 from orchestrator.machine.guards import look_up_of, restores_previous
 from orchestrator.machine.recovery import Recovery, after_failure
 from orchestrator.settings.target import Target
@@ -62,7 +62,7 @@ class Step(Generic[F_co]):
 
     def answer(self: Step[Request], answer: commands.Answer) -> None:
         """Answer the call, and end its look-up."""
-        self.take_look_up(self.fact.ticket)
+        self.drop_look_up(self.fact.ticket)
         self.emit(commands.Settle(self.fact.ticket, answer))
 
     def answer_when_empty(self: Step[Request], answer: commands.Answer) -> None:
@@ -72,18 +72,17 @@ class Step(Generic[F_co]):
     def settle(self, callers: Iterable[Caller], answer: commands.Answer) -> None:
         self.emit(*(_settled(caller, answer) for caller in callers))
 
-    def take_look_up(self, ticket: Ticket) -> LookUp | None:
-        """Remove the look-up of a call, and return it."""
+    def drop_look_up(self, ticket: Ticket) -> None:
+        """Forget the look-up of a call, if it has one."""
         found = look_up_of(self.ctx, ticket)
         if found is not None:
             self.put(look_ups=tuple(other for other in self.ctx.look_ups if other is not found))
             self.emit(commands.StopTimer(Generation(ticket), "look_up"))
-        return found
 
     def end_look_ups(self, ended: Iterable[LookUp], answer: Problem) -> None:
         """Answer these calls at once; nothing waits for what is still looked up."""
         for look_up in ended:
-            self.take_look_up(look_up.ticket)
+            self.drop_look_up(look_up.ticket)
             if look_up.has_caller:
                 self.emit(commands.Settle(look_up.ticket, answer))
 
@@ -221,6 +220,11 @@ def _settled(caller: Caller, answer: commands.Answer) -> commands.Settle:
 def _with_restore(failure: Problem, problem: Problem | None) -> Problem:
     """Add the outcome of the restoring load: its problem, or None for success."""
     return replace(failure, restored=replace(require(failure.restored), problem=problem))
+
+
+def superseded(newer: LoadRequested, generation: Generation | None = None) -> Problem:
+    message = f"superseded by a newer load of {newer.target.request.model_path}"
+    return Problem("superseded", message, generation=generation)
 
 
 def cooling_down(recovery: Recovery, now: float) -> Problem:
