@@ -116,6 +116,10 @@ class Harness:
     def release_look_ups_of(self, model: str) -> None:
         self._held.pop(model).set()
 
+    def release_all_look_ups(self) -> None:
+        for model in tuple(self._held):
+            self.release_look_ups_of(model)
+
     def until_looked_up(self, count: int) -> None:
         """Wait until so many look-ups have ended."""
         with self._looked:
