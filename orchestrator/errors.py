@@ -329,3 +329,10 @@ class CacheDirError(OrchestratorError):
 
 class UnsupportedPlatform(OrchestratorError):
     _row = "unsupported_platform", 500, "Unsupported platform"
+
+
+def problem_of(error: BaseException) -> Problem:
+    """Return what an exception says to callers."""
+    if isinstance(error, OrchestratorError):
+        return error.problem
+    return Problem("internal", f"{type(error).__name__}: {error}")

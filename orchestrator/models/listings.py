@@ -12,7 +12,7 @@ from typing import Final
 
 from orchestrator.base.tokens import CancelReason, CancelToken, Generation
 from orchestrator.base.workers import Workers
-from orchestrator.errors import Busy, Cancelled, OrchestratorError, Problem, ShuttingDown
+from orchestrator.errors import Busy, Cancelled, ShuttingDown, problem_of
 from orchestrator.models.source import ModelSource
 from orchestrator.models.variants import Variant
 from orchestrator.settings.request import LoadRequest
@@ -70,7 +70,5 @@ class Listings:
         elif isinstance(error, Cancelled):
             message = "the orchestrator has been closed: make a new one"
             found.set_exception(ShuttingDown.because(message))
-        elif isinstance(error, OrchestratorError):
-            found.set_exception(error)
         else:
-            found.set_exception(Problem("internal", f"{type(error).__name__}: {error}").error())
+            found.set_exception(problem_of(error).error())

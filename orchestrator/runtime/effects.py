@@ -20,7 +20,7 @@ from typing import Final
 from orchestrator.base.log import event_log
 from orchestrator.base.tokens import CancelToken, Generation
 from orchestrator.base.workers import Workers
-from orchestrator.errors import OrchestratorError, Problem, StateDirError
+from orchestrator.errors import OrchestratorError, Problem, StateDirError, problem_of
 from orchestrator.machine import facts
 from orchestrator.machine.commands import (
     Download,
@@ -203,8 +203,9 @@ class ProcessEffects:
             try:
                 fact = work()
             except BaseException as error:  # noqa: BLE001 (also at SystemExit: the load waits)
-                problem = _problem_of(error, "effect.failed", effect=type(effect).__name__)
-                fact = failure_of(effect, problem, time.monotonic())
+                if not isinstance(error, OrchestratorError):
+                    _log("exception", "effect.failed", effect=type(effect).__name__)
+                fact = failure_of(effect, problem_of(error), time.monotonic())
             self._progress.pop(effect.generation, None)
             self._post(fact)
 
@@ -265,13 +266,6 @@ def looked_up(command: LookUp, look_up: Callable[[LookUp], facts.ModelRequested]
     try:
         return look_up(command)
     except BaseException as error:  # noqa: BLE001 (also at SystemExit)
-        problem = _problem_of(error, "look_up.failed")
-        return facts.LookUpFailed(command.ticket, problem, time.monotonic())
-
-
-def _problem_of(error: BaseException, event: str, **fields: object) -> Problem:
-    """Return what an exception says to callers; one that nobody expects is logged as `event`."""
-    if isinstance(error, OrchestratorError):
-        return error.problem
-    _log("exception", event, **fields)
-    return Problem("internal", f"{type(error).__name__}: {error}")
+        if not isinstance(error, OrchestratorError):
+            _log("exception", "look_up.failed")
+        return facts.LookUpFailed(command.ticket, problem_of(error), time.monotonic())

@@ -20,7 +20,7 @@ from typing import Any, Final, cast
 
 from orchestrator.base.log import event_log
 from orchestrator.base.tokens import CancelToken, Generation, Ticket
-from orchestrator.errors import OrchestratorError, Problem
+from orchestrator.errors import Problem, problem_of
 from orchestrator.machine import commands, facts
 from orchestrator.machine.commands import Answer, Command, Effect, Settle
 from orchestrator.machine.context import Context, Policy
@@ -179,8 +179,7 @@ class Owner:
         except (Exception, SystemExit) as error:  # noqa: BLE001 (this thread must survive)
             _log("exception", "owner.failed", trigger=getattr(fact, "trigger", type(fact).__name__))
             if (ticket := getattr(fact, "ticket", None)) is not None:
-                problem = Problem("internal", f"{type(error).__name__}: {error}")
-                self._settle(Settle(ticket, problem))
+                self._settle(Settle(ticket, problem_of(error)))
         finally:
             if lock is not None:
                 lock.release()
@@ -291,18 +290,14 @@ class Owner:
             self.effects.start(effect, self._token(effect.generation), lock)
         except Exception as error:  # noqa: BLE001 (an effect that cannot start has failed)
             _log("exception", "effect.failed", effect=type(effect).__name__)
-            problem = Problem("internal", repr(error))
-            if isinstance(error, OrchestratorError):
-                problem = error.problem
-            self.post(commands.failure_of(effect, problem, self.clock()))
+            self.post(commands.failure_of(effect, problem_of(error), self.clock()))
 
     def _look_up(self, command: commands.LookUp) -> None:
         try:
             self.effects.look_up(command)
         except Exception as error:  # noqa: BLE001 (as when no thread can be started)
             _log("exception", "look_up.failed")
-            problem = Problem("internal", repr(error))
-            self.post(facts.LookUpFailed(command.ticket, problem, self.clock()))
+            self.post(facts.LookUpFailed(command.ticket, problem_of(error), self.clock()))
 
     def _token(self, generation: Generation) -> CancelToken:
         return self._tokens.setdefault(generation, CancelToken(generation))
