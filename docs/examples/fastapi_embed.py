@@ -23,6 +23,7 @@ app.include_router(router(orch))  # also starts the orchestrator, and closes it 
 async def ask(question: str) -> str:
     await orch.load(os.environ["MODEL"])  # under a millisecond when it runs already
     async with orch.lease() as server, httpx.AsyncClient(base_url=server.base_url) as client:
+        client.headers["Authorization"] = f"Bearer {server.api_key}"
         body = {"messages": [{"role": "user", "content": question}], "max_tokens": 100}
         answer = await client.post("/v1/chat/completions", json=body, timeout=120)
     answer.raise_for_status()

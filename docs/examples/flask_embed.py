@@ -22,7 +22,9 @@ def ask() -> Any:
     orch.load(os.environ["MODEL"])  # under a millisecond when it runs already
     body = {"messages": [{"role": "user", "content": request.json["question"]}], "max_tokens": 100}
     with orch.lease() as server:
-        answer = httpx.post(server.base_url + "/v1/chat/completions", json=body, timeout=120)
+        key = {"Authorization": f"Bearer {server.api_key}"}
+        url = server.base_url + "/v1/chat/completions"
+        answer = httpx.post(url, json=body, headers=key, timeout=120)
     return answer.json()
 
 

@@ -16,7 +16,7 @@ async def main(model: str, question: str) -> None:
         await orch.load(model)
         async with orch.lease() as server:  # no swap ends the stream in the middle
             client = AsyncOpenAI(
-                base_url=f"{server.base_url}/v1", api_key=server.api_key or "none", max_retries=0
+                base_url=f"{server.base_url}/v1", api_key=server.api_key, max_retries=0
             )
             async with client:
                 stream = await client.chat.completions.create(

@@ -75,6 +75,8 @@ class Settings(BaseModel):
     """Host name of the service, beside localhost and its addresses; repeatable."""
     models_dir: Annotated[list[_Text], _Flag(is_path=True, metavar="DIR")] = _UNSET
     """Allow local models only in this folder; relative paths start there; repeatable."""
+    protect_server: bool = True
+    """Give every server a random key, so that its own port is of no use to other programs."""
     idle_ttl: Annotated[_Duration, _Flag("idle_ttl_s", metavar="S")] = _UNSET
     """Unload a model unused for this long, seconds."""
     log_format: Literal["console", "json"] = "console"
@@ -142,8 +144,9 @@ def _option(key: str) -> click.Option:
         case {"type": "number", "maximum": most}:
             least = allows.get("minimum")
             type_ = click.FloatRange(least or 0, most, min_open=least is None)
+    name = key.replace("_", "-")
     return click.Option(
-        [f"--{key.replace('_', '-')}", PARAMETERS[key]],
+        [f"--{name}/--no-{name}" if field.default is True else f"--{name}", PARAMETERS[key]],
         envvar=PREFIX + key.upper(),
         show_envvar=True,
         type=type_,
@@ -259,7 +262,8 @@ def _explained(ctx: click.Context, key: str, parameter: str) -> dict[str, Any]:
     source, origin = "default", None
     match ctx.get_parameter_source(parameter):
         case ParameterSource.COMMANDLINE:
-            source, origin = "flag", f"--{key.replace('_', '-')}"
+            is_off = value is False and Settings.model_fields[key].default is True
+            source, origin = "flag", f"--{'no-' if is_off else ''}{key.replace('_', '-')}"
         case ParameterSource.DEFAULT_MAP:
             source, origin = "file", ctx.meta[_FILE]
         case ParameterSource.ENVIRONMENT:

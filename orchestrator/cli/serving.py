@@ -117,13 +117,12 @@ def _service(
             f"--host {host} can be reached from other machines: give --api-key-file too, or set "
             f"{options.API_KEY_VARIABLE}."
         )
-    from orchestrator.http.guards.keys import shareable
     from orchestrator.http.guards.origins import checked_hosts
 
     try:
         hosts = checked_hosts((host, *allowed_hosts))
         given = {name: value for name, value in for_orchestrator.items() if value is not None}
-        orch = AsyncOrchestrator(protect_server=shareable(keys), **given)
+        orch = AsyncOrchestrator(**given)
     except InvalidRequest as error:
         raise click.UsageError(error.message) from error
     with _listen(host, port) as listener:

@@ -66,8 +66,7 @@ def create_app(
         end_on_signals: End event streams, followed logs and waits at SIGINT and SIGTERM, because
             an ASGI server waits for them before it ends the lifespan. Without it, close the
             orchestrator before you stop the server.
-        **orchestrator_options: As for `AsyncOrchestrator`. With keys, `protect_server` is on, so
-            that the server's own port is no way around them; it accepts the same keys.
+        **orchestrator_options: As for `AsyncOrchestrator`.
 
     Raises:
         TypeError: both an orchestrator and options for one.
@@ -76,8 +75,7 @@ def create_app(
     if orch is not None and orchestrator_options:
         raise TypeError("give an orchestrator or the options for one, not both")
     api_keys = tuple(api_keys)
-    options = {"protect_server": keys.shareable(api_keys), **orchestrator_options}
-    orch = orch or AsyncOrchestrator(**options)
+    orch = orch or AsyncOrchestrator(**orchestrator_options)
     shutdown = HOST if end_on_signals else Shutdown()
     passed_on = PassThrough(orch, held_s=held_s, max_held=max_held, shutdown=shutdown)
 

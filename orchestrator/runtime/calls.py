@@ -31,7 +31,7 @@ from orchestrator.models.roots import Folder, model_roots
 from orchestrator.runtime.answers import LoadOutcome, LoadProgress, Options, PastLoad, Status
 from orchestrator.runtime.effects import ServerSettings
 from orchestrator.runtime.look_up import LookUps
-from orchestrator.runtime.options import check_choice, restart_policy, server_keys
+from orchestrator.runtime.options import check_choice, check_switch, restart_policy
 from orchestrator.runtime.owner import Call, Owner
 from orchestrator.runtime.parts import Parts
 from orchestrator.runtime.ports import Progress
@@ -68,7 +68,7 @@ class Facade:
         idle_ttl_s: float | None = None,
         server_env: Mapping[str, str] | None = None,
         models_dir: Folder | Iterable[Folder] = (),
-        protect_server: bool | Iterable[str] = False,
+        protect_server: bool = True,
         parts: Parts | None = None,
     ) -> None:
         """Check the options. `start`, or the first call, claims the slot.
@@ -89,9 +89,9 @@ class Facade:
             server_env: Environment variables for the server, besides those on the allow-list.
             models_dir: One or more folders that must contain all local models; relative names are
                 looked up in them. Empty = models may be anywhere.
-            protect_server: Give every server a random API key, so that only `lease()` and the
-                pass-through can use it: `base_url` alone is then not enough. A string, or several,
-                are API keys that every server accepts besides its own.
+            protect_server: Give every server a random API key of its own, which only `lease()` and
+                the pass-through have. False lets every program and web page of this machine use
+                the server's port.
             parts: Replacements for the parts of an orchestrator, for tests and embedders.
 
         Raises:
@@ -106,7 +106,7 @@ class Facade:
             drain_s = 0.0
         if idle_ttl_s is not None:
             idle_ttl_s = checked_seconds("idle_ttl_s", idle_ttl_s, zero=False)
-        keys = server_keys(protect_server)
+        check_switch("protect_server", protect_server)
         roots = model_roots(models_dir)
         self._parts = parts or Parts()
         self._clock = self._parts.clock
@@ -114,7 +114,7 @@ class Facade:
         self._state_dir = state_dir
         self._cache = cache_dir(state_dir)
         self._policy = Policy(drain_s, abandoned_load, restart_policy(restart), idle_ttl_s)
-        self._servers = ServerSettings(grace_s, dict(server_env or {}), keys)
+        self._servers = ServerSettings(grace_s, dict(server_env or {}), protect_server)
         state_names = names_of_own(self._cache.parent, "<state>")
         self._known = KnownNames((state_names, roots.names if roots else ()))
         self._source = self._parts.source(self._cache / "hub", roots)

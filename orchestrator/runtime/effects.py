@@ -51,15 +51,11 @@ _CLOSE_S: Final = 5.0  # cancelled work takes some 10 ms to end its child proces
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """Options of an orchestrator for its servers.
-
-    Attributes:
-        keys: API keys that every server accepts besides its own; None = servers need no key.
-    """
+    """Options of an orchestrator for its servers."""
 
     kill_grace_s: float
     env: Mapping[str, str]
-    keys: tuple[str, ...] | None
+    are_protected: bool
 
 
 @dataclass(slots=True)
@@ -167,10 +163,9 @@ class ProcessEffects:
         try:
             template = self._write_template(command.target.request.chat_template_override)
             argv = build_argv(command.target, template_file=template)
-            shared = self._settings.keys
-            keys = None if shared is None else (secrets.token_urlsafe(32), *shared)
+            key = secrets.token_urlsafe(32) if self._settings.are_protected else None
             kind = command.target.server.kind
-            environment = child_environment(self._settings.env, self._slot, keys, kind)
+            environment = child_environment(self._settings.env, self._slot, key, kind)
             self._warden.spawn(command.generation, argv, environment, lock.fd, self._spawned)
         except OrchestratorError as error:
             self._remove_template()

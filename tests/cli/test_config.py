@@ -36,6 +36,7 @@ OF_FLAG = {
     "api_key_file": "/flag/keys",
     "allowed_host": "flag.example",
     "models_dir": "/flag/models",
+    "protect_server": "False",
     "idle_ttl": "3.5",
     "log_format": "json",
     "log_level": "error",
@@ -62,6 +63,7 @@ OF_FILE: dict[str, Any] = {
     "api_key_file": "/file/keys",
     "allowed_host": ["file.example", "other.example"],
     "models_dir": ["/file/models"],
+    "protect_server": False,
     "idle_ttl": 300.0,
     "log_format": "json",
     "log_level": "error",
@@ -96,7 +98,7 @@ def file(tmp_path: Path) -> Path:
 def test_flag_wins_over_environment_over_file_over_default(
     command: click.Command, key: str, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flag = f"--{key.replace('_', '-')}"
+    flag = f"--{'no-' * (OF_FLAG[key] == 'False')}{key.replace('_', '-')}"
     variable = f"LLAMA_ORCHESTRATOR_{key.upper()}"
     default = explained(command)[key]
     assert (default["source"], default["origin"]) == ("default", None)
@@ -108,7 +110,7 @@ def test_flag_wins_over_environment_over_file_over_default(
     monkeypatch.setenv(variable, OF_ENVIRONMENT[key])
     of_environment = explained(command, *read)[key]
     assert (of_environment["source"], of_environment["origin"]) == ("environment", variable)
-    arguments = (flag,) if OF_FLAG[key] == "True" else (flag, OF_FLAG[key])
+    arguments = (flag,) if OF_FLAG[key] in {"True", "False"} else (flag, OF_FLAG[key])
     of_flag = explained(command, *read, *arguments)[key]
     assert (of_flag["source"], of_flag["origin"]) == ("flag", flag)
     for one, given in ((of_environment, OF_ENVIRONMENT), (of_flag, OF_FLAG)):

@@ -7,7 +7,6 @@ help, settings, redaction and HTTP have such tests beside their others.
 from __future__ import annotations
 
 import contextlib
-import http.client
 import io
 import json
 import socket
@@ -197,15 +196,12 @@ def test_endless_line_of_the_fetcher_is_an_error() -> None:
 def test_any_bytes_on_the_probe_socket_are_an_answer_or_none(data: bytes, ended: bool) -> None:
     for answer in (data, b"HTTP/1.1 200 OK\r\n" + data, b"HTTP/1.1 200 OK\r\n\r\n" + data):
         ours, theirs = socket.socketpair()
-        connection = http.client.HTTPConnection("127.0.0.1", 1)
-        connection.auto_open = 0
-        connection.sock = readiness._BoundedSocket(fileno=ours.detach())
-        with theirs, contextlib.closing(connection):
+        with theirs, readiness._BoundedSocket(fileno=ours.detach()) as probe:
             theirs.sendall(answer)
             if ended:
                 theirs.shutdown(socket.SHUT_WR)
             with contextlib.suppress(*readiness.NO_ANSWER):
-                status, body = readiness._ask(connection, "/health", 0.01)
+                status, body = readiness._answer(probe, "/health", 0.01)
                 assert isinstance(status, int)
                 assert isinstance(body, bytes)
 

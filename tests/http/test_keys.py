@@ -35,10 +35,3 @@ def test_every_key_is_compared_in_constant_time(
 def test_api_key_must_not_be_empty() -> None:
     with pytest.raises(ValueError, match="must not be empty"):
         keys.require_key(["key", ""])
-
-
-def test_server_gets_only_keys_it_can_read_and_is_always_protected() -> None:
-    """llama-server reads a comma-separated list; a key that it cannot read opens this API only."""
-    assert keys.shareable(["good", "a,b", "k\t1", "\xe9"]) == ["good"]
-    assert keys.shareable(["a,b"]) is True
-    assert keys.shareable([]) is False

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.kit.http import PREFIX, Gate, Serve, is_at_gate, problem, until
-from tests.kit.process.support import Background
+from tests.kit.process.support import Background, key_of
 
 LOAD = PREFIX + "/load"
 LOAD_KEYS = {
@@ -40,9 +40,8 @@ def test_load_answers_when_the_model_is_healthy(serve: Serve, tiny_model: str) -
         assert (loaded["status"], loaded["context_length"]) == ("loaded", 512)
         assert client.get("/readyz").status_code == 200
         body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
-        chat = httpx.post(
-            loaded["base_url"] + "/v1/chat/completions", json=body, trust_env=False, timeout=20
-        )
+        url, key = loaded["base_url"] + "/v1/chat/completions", key_of(loaded["pid"])
+        chat = httpx.post(url, json=body, headers=key, trust_env=False, timeout=20)
         assert chat.json()["usage"]["completion_tokens"] == 4
 
         status = client.get(PREFIX + "/status").json()

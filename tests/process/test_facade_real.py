@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import gguf
 import pytest
 
-from orchestrator import AsyncOrchestrator, Orchestrator, State
+from orchestrator import AsyncOrchestrator, LoadOutcome, Orchestrator, State
 from orchestrator.demo import tiny_model
 from orchestrator.errors import Cancelled, InvalidRequest, ServerStartFailed, Superseded
 from orchestrator.models.source import ModelSource
@@ -28,6 +28,7 @@ from tests.kit.process.support import (
     StartHost,
     Watch,
     is_running,
+    key_of,
     kill,
     stream,
     transitions,
@@ -50,11 +51,12 @@ def slow_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_model.write_tiny_model(path, padding_bytes=256 << 20))
 
 
-def post(base_url: str, path: str, body: object) -> Any:
-    parts = urlsplit(base_url)
+def post(server: LoadOutcome, path: str, body: object) -> Any:
+    parts = urlsplit(server.base_url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
     try:
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json", **key_of(server.pid)}
+        connection.request("POST", path, json.dumps(body), headers)
         response = connection.getresponse()
         assert response.status == 200
         return json.loads(response.read())
@@ -65,7 +67,7 @@ def post(base_url: str, path: str, body: object) -> Any:
 def test_a_model_is_loaded_used_and_unloaded(real: Orchestrator, tiny_model: str) -> None:
     outcome = real.load(tiny_model, max_seq_length=512, n_parallel=1)
     assert (outcome.status, outcome.context_length) == ("loaded", 512)
-    answer = post(outcome.base_url, "/v1/chat/completions", CHAT)
+    answer = post(outcome, "/v1/chat/completions", CHAT)
     assert len(answer["choices"][0]["message"]["content"]) == 5
     assert real.unload().status == "unloaded"
     assert not is_running(outcome.pid)
@@ -189,7 +191,7 @@ def test_an_unload_with_an_active_stream_does_not_wait_for_its_end(
 ) -> None:
     """The real server then ignores the first SIGTERM for 20 s and more."""
     outcome = real.load(tiny_model, max_seq_length=100_000)
-    with stream(outcome.base_url):
+    with stream(outcome):
         watch, begun = Watch(outcome.pid), time.monotonic()
         real.unload()
         assert watch.seconds_to_exit(begun) < 3
@@ -259,9 +261,7 @@ def test_an_address_in_the_models_metadata_is_not_believed(
     outcome = real.load(str(path), llama_extra_args=["-v"])
     assert any(claim[:30] in line for line in real.logs(2000))
     assert urlsplit(outcome.base_url).port != 9
-    assert (
-        len(post(outcome.base_url, "/completion", {"prompt": "a", "n_predict": 1})["content"]) == 1
-    )
+    assert len(post(outcome, "/completion", {"prompt": "a", "n_predict": 1})["content"]) == 1
 
 
 def test_a_split_model_behind_links_loads(real: Orchestrator, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_server_killed_by_the_kernel_is_reported(real: Orchestrator, tmp_path:
     """At its CPU limit, during a stream; the out-of-memory killer sends the same SIGKILL."""
     model = write_tiny_model(tmp_path / "long.gguf", context_length=1 << 17)  # for over a second
     outcome = real.load(str(model), n_parallel=1)
-    with stream(outcome.base_url) as response:
+    with stream(outcome) as response:
         resource.prlimit(outcome.pid, resource.RLIMIT_CPU, (1, 1))
         reading = Background(response.read)  # a server whose output is not read uses no CPU
         until_state(real, State.IDLE)

@@ -48,7 +48,7 @@ def test_a_protected_server_answers_only_lease_holders(
 ) -> None:
     """Other programs and pages in a browser can reach the port."""
     binary = kind if kind == "embedded" else request.getfixturevalue("llama_server")
-    with Orchestrator(llama_server=binary, state_dir=state_dir, protect_server=True) as orch:
+    with Orchestrator(llama_server=binary, state_dir=state_dir) as orch:
         outcome = orch.load(tiny_model, max_seq_length=512)
         assert outcome.context_length == 512  # read with the key
         url = outcome.base_url
@@ -67,24 +67,11 @@ def test_a_protected_server_answers_only_lease_holders(
             assert ask(server.base_url, "/props", first)[0] == 401
 
 
-@pytest.mark.parametrize("kind", ["embedded", pytest.param("external", marks=pytest.mark.external)])
-def test_shared_keys_are_accepted_at_the_servers_own_address(
-    kind: str, tiny_model: str, state_dir: Path, request: pytest.FixtureRequest
-) -> None:
-    """The server's own key still works only for lease holders."""
-    binary = kind if kind == "embedded" else request.getfixturevalue("llama_server")
-    shared = ["first-key", "second-key"]
-    with Orchestrator(llama_server=binary, state_dir=state_dir, protect_server=shared) as orch:
-        url = orch.load(tiny_model).base_url
-        assert [ask(url, "/v1/models", key)[0] for key in (*shared, "first")] == [200, 200, 401]
-        with orch.lease() as server:
-            assert server.api_key not in (None, *shared)
-
-
-@pytest.mark.parametrize("given", [["a,b"], [""], [None], 7, ["\n"], ["é"]])
-def test_an_invalid_shared_key_is_refused(given: Any, state_dir: Path) -> None:
+@pytest.mark.parametrize("given", ["key", ["key"], None, 1])
+def test_protection_is_on_or_off(given: Any, state_dir: Path) -> None:
     with pytest.raises(InvalidRequest) as caught:
         Orchestrator(state_dir=state_dir, protect_server=given)
+    assert_sentence("option.protect_server", caught.value.message, value=repr(given))
     assert caught.value.field == "protect_server"
 
 
@@ -94,7 +81,7 @@ def test_a_protected_server_has_no_web_ui_and_allows_no_foreign_origin(
 ) -> None:
     """By default llama-server lets any web page read its answers, with credentials."""
     binary = kind if kind == "embedded" else request.getfixturevalue("llama_server")
-    with Orchestrator(llama_server=binary, state_dir=state_dir, protect_server=True) as orch:
+    with Orchestrator(llama_server=binary, state_dir=state_dir) as orch:
         orch.load(tiny_model)
         with orch.lease() as server:
             key = server.api_key
@@ -103,11 +90,17 @@ def test_a_protected_server_has_no_web_ui_and_allows_no_foreign_origin(
             assert evil == (200, None)
 
 
-def test_an_unprotected_server_needs_no_key(tiny_model: str, state_dir: Path) -> None:
-    """For local use any client works with `base_url` alone."""
-    with Orchestrator(llama_server="embedded", state_dir=state_dir) as orch:
+@pytest.mark.parametrize("kind", ["embedded", pytest.param("external", marks=pytest.mark.external)])
+def test_an_unprotected_server_needs_no_key_and_is_still_hardened(
+    kind: str, tiny_model: str, state_dir: Path, request: pytest.FixtureRequest
+) -> None:
+    binary = kind if kind == "embedded" else request.getfixturevalue("llama_server")
+    with Orchestrator(llama_server=binary, state_dir=state_dir, protect_server=False) as orch:
         outcome = orch.load(tiny_model)
         assert ask(outcome.base_url, "/v1/chat/completions")[0] == 200
+        assert ask(outcome.base_url, "/")[0] == 404
+        evil = ask(outcome.base_url, "/props", Origin="http://evil.example")
+        assert evil == (200, None)
         assert "LLAMA_API_KEY" not in psutil.Process(outcome.pid).environ()
         with orch.lease() as server:
             assert server.api_key is None
@@ -115,7 +108,7 @@ def test_an_unprotected_server_needs_no_key(tiny_model: str, state_dir: Path) ->
 
 def test_a_server_that_ignores_its_key_fails_to_start(make: Make, fake: Fake, model_a: str) -> None:
     """It would serve every program without anyone noticing."""
-    orch = make(protect_server=True)
+    orch = make()
     fake.behave(knows_keys=False)
     with pytest.raises(ServerStartFailed) as refused:
         orch.load(model_a)
@@ -136,7 +129,7 @@ def test_the_key_is_never_shown_or_written(
 ) -> None:
     """Not in argv, status, events, plan, logs, errors, files or output."""
     caplog.set_level(logging.DEBUG)
-    orch = make(protect_server=True)
+    orch = make()
     outcome = orch.load(model_a)
     with orch.lease() as server:
         key = server.api_key
@@ -157,7 +150,7 @@ def test_the_key_is_never_shown_or_written(
 
 
 def test_a_key_printed_by_the_server_is_redacted(make: Make, fake: Fake, model_a: str) -> None:
-    orch = make(protect_server=True, llama_server=fake.wrapper('env; "$SERVER" "$@"; exit $?'))
+    orch = make(llama_server=fake.wrapper('env; "$SERVER" "$@"; exit $?'))
     orch.load(model_a)
     with orch.lease() as server:
         key = server.api_key
@@ -166,20 +159,18 @@ def test_a_key_printed_by_the_server_is_redacted(make: Make, fake: Fake, model_a
     assert str(key) not in "".join(orch.logs())
 
 
-def test_only_a_protected_server_is_given_a_key(
+def test_no_server_inherits_a_key_or_an_open_door(
     make: Make, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor does a server inherit one from the host's environment."""
     for name in ("LLAMA_API_KEY", "LLAMA_ARG_CORS_ORIGINS", "LLAMA_ARG_UI"):
         monkeypatch.setenv(name, "of the host")
     make().load(model_a)
-    env = fake.wait_for("start")["env"]
-    assert not [name for name in env if name.startswith("LLAMA_A")]
-    make(protect_server=True, slot="protected").load(model_a)
-    (_, second) = [entry for entry in fake.entries() if entry["event"] == "start"]
-    ours = {name: value for name, value in second["env"].items() if name.startswith("LLAMA_A")}
-    assert "of the host" not in ours.values()
-    assert ours["LLAMA_ARG_CORS_ORIGINS"] == "localhost"
+    make(protect_server=False, slot="open").load(model_a)
+    starts = [entry["env"] for entry in fake.entries() if entry["event"] == "start"]
+    ours = [{n: v for n, v in env.items() if n.startswith("LLAMA_A")} for env in starts]
+    assert [("LLAMA_API_KEY" in one) for one in ours] == [True, False]
+    assert not [one for one in ours if "of the host" in one.values()]
+    assert {one["LLAMA_ARG_CORS_ORIGINS"] for one in ours} == {"localhost"}
 
 
 def test_a_lease_can_be_made_without_a_key() -> None:

@@ -17,7 +17,16 @@ from orchestrator import Orchestrator, RestartPolicy, State
 from orchestrator.errors import InvalidRequest, ServerStartFailed
 from orchestrator.http import create_app
 from tests.kit.http import PREFIX, serving
-from tests.kit.process.support import Background, Fake, Make, is_running, kill, transitions, until
+from tests.kit.process.support import (
+    Background,
+    Fake,
+    Make,
+    is_running,
+    key_of,
+    kill,
+    transitions,
+    until,
+)
 
 AT_ONCE = RestartPolicy(backoff_s=0.01, backoff_max_s=0.02, limit=2, cool_down_s=600)
 
@@ -52,6 +61,7 @@ def test_a_killed_server_is_restarted_with_its_settings(
     assert not is_running(before.pid)
     assert after.llama_extra_args == ["--seed", "7"]
     with httpx.Client(base_url=after.base_url, trust_env=False) as server:
+        server.headers.update(key_of(after.pid))
         assert server.get("/props").json()["default_generation_settings"]["n_ctx"] == 512
     status = orch.status()
     assert status.last_exit is not None

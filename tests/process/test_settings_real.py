@@ -35,7 +35,7 @@ from orchestrator.errors import (
 )
 from orchestrator.models import gguf_file
 from tests.kit.process.projector import write_projector
-from tests.kit.process.support import is_running, until
+from tests.kit.process.support import is_running, key_of, until
 
 pytestmark = pytest.mark.external
 
@@ -66,7 +66,7 @@ def reported(orch: Orchestrator) -> Reported:
     """Ask the running server."""
     loaded = orch.status().loaded
     assert loaded is not None
-    props, slots = ask(loaded.base_url, "/props"), ask(loaded.base_url, "/slots")
+    props, slots = ask(loaded, "/props"), ask(loaded, "/slots")
     defaults = props["default_generation_settings"]
     log = until(lambda: whole_log(orch), "the log up to where the server listens")
     drafting = tuple(_DRAFTING.findall(log))
@@ -93,11 +93,11 @@ def whole_log(orch: Orchestrator) -> str | None:
     return log if "listening on" in log else None
 
 
-def ask(base_url: str, path: str) -> Any:
-    parts = urlsplit(base_url)
+def ask(server: LoadOutcome, path: str) -> Any:
+    parts = urlsplit(server.base_url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=30)
     try:
-        connection.request("GET", path, headers={"Connection": "close"})
+        connection.request("GET", path, headers={"Connection": "close", **key_of(server.pid)})
         response = connection.getresponse()
         assert response.status == 200
         return json.loads(response.read())

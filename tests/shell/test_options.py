@@ -20,8 +20,6 @@ OPTIONS = (
     ({"restart": RestartPolicy(backoff_s=-1)}, "restart.backoff_s", None),
     ({"restart": RestartPolicy(limit=0)}, "restart.limit", "option.restart_limit"),
     ({"restart": RestartPolicy(limit=True)}, "restart.limit", None),
-    ({"protect_server": "a,b"}, "protect_server", "option.protect_server"),
-    ({"protect_server": 1}, "protect_server", None),
     ({"models_dir": "/does/not/exist"}, "models_dir", None),
 )
 

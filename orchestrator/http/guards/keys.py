@@ -21,14 +21,6 @@ from orchestrator.http.problems import http_problem
 OPEN_PATHS: Final = frozenset({*PROBED_PATHS, *pages.PATHS})
 
 
-def shareable(keys: Sequence[str]) -> Sequence[str] | bool:
-    """Return the `protect_server` of an API with these keys: those that llama-server can read from
-    its comma-separated list, or True if it can read none of them.
-    """
-    readable = [key for key in keys if "," not in key and key.isascii() and key.isprintable()]
-    return readable or bool(keys)
-
-
 def _sent(headers: Headers) -> list[bytes]:
     """Return the keys of a request."""
     given = headers.getlist("x-api-key")

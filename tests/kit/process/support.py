@@ -24,7 +24,7 @@ from typing import Any, TypeVar, cast
 import psutil
 import pytest
 
-from orchestrator import Orchestrator, State
+from orchestrator import LoadOutcome, Orchestrator, State
 from orchestrator.runtime.events import Event
 from orchestrator.server import process_table
 from orchestrator.server.process_table import ProcessId
@@ -318,12 +318,19 @@ def guardian_of(host: Host) -> int:
     return guardian.pid
 
 
+def key_of(pid: int | None) -> dict[str, str]:
+    """Return the header with the key of a server, read as only its own user can."""
+    key = psutil.Process(pid).environ()["LLAMA_API_KEY"]
+    return {"Authorization": f"Bearer {key}"}
+
+
 @contextlib.contextmanager
-def stream(base_url: str) -> Iterator[http.client.HTTPResponse]:
+def stream(server: LoadOutcome) -> Iterator[http.client.HTTPResponse]:
     """Start a generation that takes a long time; its first token has arrived."""
-    connection = http.client.HTTPConnection(base_url.removeprefix("http://"), timeout=60)
+    address = str(server.base_url).removeprefix("http://")
+    connection = http.client.HTTPConnection(address, timeout=60)
     body = {"prompt": "hi", "n_predict": 1_000_000, "stream": True, "ignore_eos": True}
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json", **key_of(server.pid)}
     connection.request("POST", "/completion", json.dumps(body), headers)
     with contextlib.closing(connection), connection.getresponse() as response:
         assert response.read(6) == b"data: "
