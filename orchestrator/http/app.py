@@ -7,7 +7,7 @@ event loop: what reads files runs in a thread. A client that disconnects withdra
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from functools import partial
 from typing import Annotated, Any, Final
 
@@ -39,6 +39,7 @@ from orchestrator.settings.request import LoadRequest
 
 PREFIX: Final = "/api/inference"
 _MAX_WAIT_S: Final = 300.0
+_Requested = Callable[[Request], Awaitable[LoadRequest]]
 
 
 def create_app(
@@ -96,13 +97,15 @@ def create_app(
             route.methods.add("HEAD")
     responder = Responder(orch.known_paths)
     responder.install(app)
-    app.include_router(_routes(orch, shutdown))
+    hosts = origins.checked_hosts(allowed_hosts)
+    is_exposed = bool(api_keys) or origins.has_foreign_name(hosts)
+    app.include_router(_routes(orch, shutdown, is_exposed=is_exposed))
     app.include_router(_health(orch, responder, lambda: passed_on.held))
     app.router.routes.extend(pages.routes())
     openapi.complete(app, needs_key=bool(api_keys))
     app.add_middleware(below, prefix="/v1/", other=passed_on)
     app.add_middleware(limits.limit_body, max_bytes=max_body_bytes)
-    checks = [origins.refuse_foreign(origins.checked_hosts(allowed_hosts))]
+    checks = [origins.refuse_foreign(hosts)]
     if api_keys:
         checks.append(keys.require_key(api_keys))
     not_stored = (PREFIX, "/metrics", *PROBED_PATHS)
@@ -117,10 +120,16 @@ def router(orch: AsyncOrchestrator) -> APIRouter:
     They bring a lifespan that starts the orchestrator and closes it; FastAPI joins it to the app's.
     Event streams, followed logs and waits end at SIGINT and SIGTERM.
     """
-    return _routes(orch, HOST)
+    return _routes(orch, HOST, is_exposed=False)
 
 
-def _routes(orch: AsyncOrchestrator, shutdown: Shutdown) -> APIRouter:
+def _routes(orch: AsyncOrchestrator, shutdown: Shutdown, *, is_exposed: bool) -> APIRouter:
+    async def requested(request: Request) -> LoadRequest:
+        wanted = LoadRequest.from_dict(await json_body(request))
+        if is_exposed or origins.is_from_elsewhere(request.scope):
+            orch.check_sent(wanted)
+        return wanted
+
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         try:
@@ -133,8 +142,8 @@ def _routes(orch: AsyncOrchestrator, shutdown: Shutdown) -> APIRouter:
     routes = APIRouter(
         prefix=PREFIX, route_class=responder.route_class(), tags=["inference"], lifespan=lifespan
     )
-    _add_loads(routes, orch, responder, shutdown)
-    _add_requests(routes, orch, responder, shutdown)
+    _add_loads(routes, orch, responder, shutdown, requested)
+    _add_requests(routes, orch, responder, shutdown, requested)
     _add_queries(routes, orch, responder)
     _add_logs(routes, orch, responder, shutdown)
     _add_events(routes, orch, shutdown)
@@ -142,14 +151,18 @@ def _routes(orch: AsyncOrchestrator, shutdown: Shutdown) -> APIRouter:
 
 
 def _add_loads(
-    routes: APIRouter, orch: AsyncOrchestrator, responder: Responder, shutdown: Shutdown
+    routes: APIRouter,
+    orch: AsyncOrchestrator,
+    responder: Responder,
+    shutdown: Shutdown,
+    requested: _Requested,
 ) -> None:
     document = documented(answers.LoadOutcome, *openapi.LOAD, body=schemas.LoadBody)
     document["responses"][202] = {"model": schemas.Accepted, "description": "With `wait=false`"}
 
     @routes.post("/load", **document)
     async def load(request: Request, *, wait: bool = True) -> Response:
-        wanted = LoadRequest.from_dict(await json_body(request))
+        wanted = await requested(request)
         if wait:
             loading = shutdown.wait(orch.load(wanted))
             return responder.json((await while_connected(request, loading)).as_dict())
@@ -183,7 +196,11 @@ def _add_loads(
 
 
 def _add_requests(
-    routes: APIRouter, orch: AsyncOrchestrator, responder: Responder, shutdown: Shutdown
+    routes: APIRouter,
+    orch: AsyncOrchestrator,
+    responder: Responder,
+    shutdown: Shutdown,
+    requested: _Requested,
 ) -> None:
     @routes.post(
         "/unload",
@@ -203,7 +220,7 @@ def _add_requests(
 
     @routes.post("/plan", **documented(Plan, *openapi.LOAD, body=schemas.LoadBody))
     async def plan(request: Request) -> Response:
-        wanted = LoadRequest.from_dict(await json_body(request))
+        wanted = await requested(request)
         plan = await workers.waited(partial(orch.plan, wanted))
         return responder.json(plan.as_dict(), plan.names)
 

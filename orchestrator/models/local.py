@@ -19,7 +19,7 @@ from orchestrator.errors import InvalidModel, ModelNotFound, RefusedArgument, na
 from orchestrator.models import gguf_file, variants
 from orchestrator.models.roots import ModelRoots
 from orchestrator.models.variants import Variant
-from orchestrator.settings import flags
+from orchestrator.settings import reach
 from orchestrator.settings.files import FileIdentity, ModelFiles
 from orchestrator.settings.request import LoadRequest
 
@@ -102,7 +102,7 @@ def check_named_files(args: Iterable[str]) -> None:
     Raises:
         RefusedArgument: names the flag and the path.
     """
-    for flag, value in flags.named_files(args):
+    for flag, value in reach.named_files(args):
         for path in [value] if os.path.exists(value) else value.split(","):
             unscaled, colon, _ = path.rpartition(":")
             why = _unreadable(path)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from orchestrator.base.paths import PathNames
 from orchestrator.errors import InvalidRequest, RefusedArgument
-from orchestrator.settings import flags
+from orchestrator.settings import reach
 
 Folder = str | os.PathLike[str]
 
@@ -50,7 +50,7 @@ class ModelRoots:
 
         The server opens them by name, so each must be absolute and free of `..`.
         """
-        for flag, path in flags.named_paths(args):
+        for flag, path in reach.named_paths(args):
             if path is None:
                 why = "is refused while models_dir is set: it can reach other files or machines"
             elif (

@@ -84,6 +84,11 @@ class ModelSource:
             return RequestedModel(request, self._records).variants(token)
         return local.variants_of(path, request, self._roots)
 
+    @property
+    def is_confined(self) -> bool:
+        """Whether files are allowed in the folders of an operator only."""
+        return self._roots is not None
+
     def check_args(self, args: tuple[str, ...]) -> None:
         """Raise RefusedArgument for extra args that name files outside of the allowed folders."""
         if self._roots is not None:

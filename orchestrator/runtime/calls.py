@@ -37,6 +37,7 @@ from orchestrator.runtime.parts import Parts
 from orchestrator.runtime.ports import Progress
 from orchestrator.runtime.snapshot import KnownNames, Observer, Snapshot
 from orchestrator.server.state_dir import cache_dir
+from orchestrator.settings import reach
 from orchestrator.settings.checks import checked_seconds
 from orchestrator.settings.drafting import accepted_modes
 from orchestrator.settings.fields import SETTINGS, LoadFields, StrPath
@@ -260,6 +261,28 @@ class Facade:
         """
         catalogue = self._look_ups.catalogue(self._look_ups.server())
         return Options(list(CACHE_TYPES), accepted_modes(catalogue))
+
+    def check_sent(self, request: LoadRequest) -> None:
+        """Refuse a request from elsewhere whose extra args read files or reach other machines.
+
+        `models_dir` confines such args, and a list that a load has become Healthy with may be sent
+        back.
+
+        Raises:
+            RefusedArgument: names the flag.
+        """
+        args = request.llama_extra_args or ()
+        if self._source.is_confined or args in dict(self._snapshot.ctx.committed_args).values():
+            return
+        for flag, path in reach.named_paths(args):
+            what, way = "reaches other machines", "load in the program that owns the model"
+            if path is not None:
+                what, way = "may read a file", f"set models_dir, or {way}"
+            message = (
+                f"{flag or repr(path)} in llama_extra_args {what}: over HTTP this is refused where "
+                f"the API has keys or is reached from elsewhere; {way}"
+            )
+            raise errors.RefusedArgument.because(message, field="llama_extra_args")
 
     def known_paths(self) -> tuple[PathNames, ...]:
         """Return the display names of all paths in its answers; see `KnownNames.now`."""

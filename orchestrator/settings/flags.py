@@ -1,14 +1,14 @@
 """llama-server's flags: how a token is read, and which flags extra args may not contain.
 
 A flag counts as the same in every spelling that llama-server accepts; a refused flag is refused in
-every spelling that a caller could mean it by. Only this module, drafting.py, argv.py and the rows
-of fields.py contain names of flags.
+every spelling that a caller could mean it by. Only this module, reach.py, drafting.py, argv.py and
+the rows of fields.py contain names of flags.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from orchestrator.errors import InvalidRequest, RefusedArgument
@@ -41,8 +41,15 @@ server-side tools run code on this machine:
     --tools --tools-runtime -ag --agent -no-ag --no-agent --mcp-servers-config --mcp-servers-json
 the orchestrator sets the CORS rules:
     --cors-origins --cors-methods --cors-headers --cors-credentials --no-cors-credentials
-it reads or writes arbitrary files:
-    --media-path --slot-save-path --log-file --log-disable --log-prompts-dir
+it writes files:
+    --slot-save-path --log-file --log-prompts-dir -lcd --lookup-cache-dynamic --prompt-cache
+    -o --output --output-file --logits-output-dir
+it runs the programs of a folder:
+    --video-ffmpeg-dir
+the pass-through would read any file of this folder to anybody:
+    --media-path
+the orchestrator reads the log:
+    --log-disable
 the server would print and exit:
     -h --help --usage --version --list-devices -cl --cache-list --completion-bash
 it sets a model and a port of its own:
@@ -53,20 +60,6 @@ it sets a model and a port of its own:
 """
 REFUSED: Final = dict(re.findall(r"^(\S.*):\n((?: .*\n)+)", _REFUSED, re.MULTILINE))
 _LONGER: Final = frozenset({"-md", "-mg", "-mmdev", "-hfd", "-hfrd"})  # begin like a refused one
-
-# Flags that are refused where models are confined to folders: FILES if the file is outside of them,
-# REACHING always (they reach other machines, programs, or files that are written).
-FILES: Final = (
-    "-md --model-draft --spec-draft-model -mv --model-vocoder --lora --lora-scaled "
-    "--control-vector --control-vector-scaled --grammar-file -jf --json-schema-file "
-    "--chat-template-file -lcs --lookup-cache-static --tts-speaker-file -f --file -bf "
-    "--binary-file -sysf --system-prompt-file --in-file --context-file --image --audio --video"
-)
-REACHING: Final = (
-    "-hfd -hfrd --hf-repo-draft --spec-draft-hf --rpc --server-base --video-ffmpeg-dir "
-    "-lcd --lookup-cache-dynamic --prompt-cache -o --output --output-file --logits-output-dir"
-)
-_FILES, _REACHING = frozenset(FILES.split()), frozenset(REACHING.split())
 
 MAX_TOKENS: Final = 256
 MAX_BYTES: Final = 32 * 1024
@@ -159,45 +152,6 @@ def is_encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def named_paths(args: Iterable[str]) -> Iterator[tuple[str, str | None]]:
-    """Yield (flag, path) for every file that args name, and (flag, None) for a flag of REACHING.
-
-    A value that looks like a path counts as one after any flag: newer servers have flags that are
-    in no table here. Several files are separated by commas, and may have a scale.
-    """
-    for flag, value, is_file in _values(args):
-        if value is None:
-            if flag in _REACHING:
-                yield flag, None
-        elif is_file:  # whatever it looks like
-            paths = {value, *value.split(",")}
-            yield from ((flag, path) for path in sorted(paths | {p.split(":")[0] for p in paths}))
-        elif value.lstrip().startswith(("/", "~", "./", "../")):
-            yield flag, value
-
-
-def named_files(args: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield (flag, value) for every flag that names a file which the server reads, or several."""
-    for flag, value, is_file in _values(args):
-        if value is not None and is_file:
-            yield flag, value
-
-
-def _values(args: Iterable[str]) -> Iterator[tuple[str, str | None, bool]]:
-    """Yield every flag with None, then its values, each with whether it is the flag's file."""
-    flag, is_file = "", False
-    for token in args:
-        value = token
-        if not is_file and (name := flag_of(token)) is not None:
-            flag, is_file = name, name in _FILES
-            yield flag, None, is_file
-            _, has_value, value = token.partition("=")
-            if not has_value:
-                continue
-        yield flag, value, is_file
-        is_file = False
 
 
 def without(args: tuple[str, ...], flags: Iterable[str]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from typing import cast
 
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 
 from orchestrator.server import embedded_flags
 from orchestrator.server.environment import child_environment
+from orchestrator.settings import reach
 from orchestrator.settings.drafting import SPECULATIVE, accepted_modes, speculative_flags
-from orchestrator.settings.fields import check_extra_args
+from orchestrator.settings.fields import REFUSED, check_extra_args
 from orchestrator.settings.help_text import Catalogue, FlagHelp, parse_help
 from tests.kit.sentences import assert_sentence
 from tests.kit.settings import ANY_TEXT, REFUSED_FLAGS, SHADOWS, SLOT, refusal, repeatable
@@ -374,6 +376,48 @@ def real_help(llama_server: str) -> str:
         [llama_server, "--help"], capture_output=True, text=True, timeout=60, check=True
     )
     return done.stdout
+
+
+REACHES = {
+    "refused": " ".join(REFUSED.values()),
+    "files": reach.FILES,
+    "machines": reach.MACHINES,
+    "harmless": reach.HARMLESS,
+}
+
+
+def _reach_of(catalogue: Catalogue) -> dict[str, list[str]]:
+    return {
+        name: [where for where, listed in REACHES.items() if name in listed.split()]
+        for flag in catalogue.flags
+        for name in flag.names
+        if not flag.is_removed
+    }
+
+
+@pytest.mark.external
+def test_every_flag_of_the_real_server_has_one_reach(real_help: str) -> None:
+    """It fails when a new release brings a flag: then decide what it can reach."""
+    found = _reach_of(parsed(real_help))
+    assert len(found) > 350
+    assert {name: listed for name, listed in found.items() if len(listed) != 1} == {}
+
+
+def test_every_flag_of_the_embedded_server_has_one_reach() -> None:
+    found = _reach_of(parsed(embedded_flags.usage()))
+    assert len(found) > 80
+    assert {name: listed for name, listed in found.items() if len(listed) != 1} == {}
+
+
+_LOOKS = re.compile(r"FNAME|FILE|PATH|\bDIR\b|SERVERS|URL|<user>|_FILE|\bHOST\b", re.IGNORECASE)
+
+
+@pytest.mark.external
+def test_flag_whose_value_is_a_file_or_an_address_is_not_harmless(real_help: str) -> None:
+    found = parsed(real_help)
+    looking = [name for f in found.flags if _LOOKS.search(f.placeholder) for name in f.names]
+    assert len(looking) > 40
+    assert not set(looking) & set(reach.HARMLESS.split())
 
 
 @pytest.mark.external

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from orchestrator.errors import InvalidRequest, RefusedArgument
 from orchestrator.server import embedded_flags
 from orchestrator.server.environment import check_server_env, child_environment
-from orchestrator.settings import flags
+from orchestrator.settings import flags, reach
 from orchestrator.settings.fields import REFUSED, SHADOWED, check_extra_args, strip_shadowed
 from orchestrator.settings.flags import MAX_BYTES, MAX_TOKENS, flag_of
 from orchestrator.settings.help_text import Catalogue, parse_help
@@ -428,7 +428,7 @@ def test_files_are_the_values_of_flags_that_take_one(
     args: str, files: list[tuple[str, str]]
 ) -> None:
     """The token after such a flag is its file, whatever it looks like; no other token is."""
-    assert list(flags.named_files(args.split())) == files
+    assert list(reach.named_files(args.split())) == files
 
 
 @pytest.mark.parametrize(
@@ -442,12 +442,20 @@ def test_files_are_the_values_of_flags_that_take_one(
         ("--new /x ~y ./z ../w v", [("--new", p) for p in ("/x", "~y", "./z", "../w")]),
         ("--new=/x", [("--new", "/x")]),
         ("/stray", [("", "/stray")]),
-        ("--rpc host --rpc=/x", [("--rpc", None), ("--rpc", None), ("--rpc", "/x")]),
+        (
+            "--rpc host --rpc=/x",
+            [("--rpc", None), ("--rpc", "host"), ("--rpc", None), ("--rpc", "/x")],
+        ),
         ("--lora --rpc", [("--lora", "--rpc")]),
         ("--top-k 1 -5", []),
+        ("-r /end --samplers a;b", []),  # listed, so their values are no paths
+        ("--new 1.5 --new-file 2 --new on", []),
+        ("--new-file x --new_url=y", [("--new-file", "x"), ("--new-url", "y")]),
+        ("--new 10.0.0.1:50052", [("--new", "10.0.0.1"), ("--new", "10.0.0.1:50052")]),
+        ("--new secret.txt", [("--new", "secret.txt")]),
     ],
 )
 def test_paths_are_files_of_flags_and_whatever_looks_like_one(
     args: str, paths: list[tuple[str, str | None]]
 ) -> None:
-    assert list(flags.named_paths(args.split())) == paths
+    assert list(reach.named_paths(args.split())) == paths

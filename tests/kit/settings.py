@@ -116,7 +116,9 @@ _REFUSED: Final = """
     --models-dir --models-preset --models-max --models-autoload --no-models-autoload
     --tools --tools-runtime -ag --agent -no-ag --no-agent --mcp-servers-config --mcp-servers-json
     --cors-origins --cors-methods --cors-headers --cors-credentials --no-cors-credentials
-    --media-path --slot-save-path --log-file --log-disable --log-prompts-dir
+    --media-path --slot-save-path --log-file --log-disable --log-prompts-dir -lcd
+    --lookup-cache-dynamic --prompt-cache -o --output --output-file --logits-output-dir
+    --video-ffmpeg-dir
     --embedding --embeddings --rerank --reranking --pooling -h --help --usage --version
     --list-devices -cl --cache-list --completion-bash
     --embd-gemma-default --embd-bge-small-en-default --embd-e5-small-en-default

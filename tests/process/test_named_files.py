@@ -11,7 +11,7 @@ import pytest
 from orchestrator import Orchestrator
 from orchestrator.errors import RefusedArgument
 from orchestrator.models.local import check_named_files
-from orchestrator.settings import flags
+from orchestrator.settings import reach
 from tests.kit.sentences import assert_sentence
 
 
@@ -29,7 +29,7 @@ def refusal(*args: str) -> str:
     return refused.value.message
 
 
-@pytest.mark.parametrize("flag", flags.FILES.split())
+@pytest.mark.parametrize("flag", reach.FILES.split())
 def test_file_of_every_flag_must_be_there(flag: str, there: str) -> None:
     check_named_files((flag, there, "--top-k", "20"))
     check_named_files((f"{flag}={there}",))

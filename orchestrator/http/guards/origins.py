@@ -84,6 +84,19 @@ def is_local(host: Authority, server: tuple[str, int | None] | None) -> bool:
     return host.name == "localhost" or (called == host.name and "." not in host.name)
 
 
+def is_from_elsewhere(scope: Scope) -> bool:
+    """Return whether a request arrived at an address that other machines can reach."""
+    server = scope.get("server")
+    arrived = _address(server[0]) if server else None
+    return arrived is not None and not arrived.is_loopback
+
+
+def has_foreign_name(hosts: Iterable[str]) -> bool:
+    """Return whether one of these hosts, from `checked_hosts`, is a name of another machine."""
+    addresses = {host: _address(host) for host in hosts if host != "localhost"}
+    return any(one is None or not one.is_loopback for one in addresses.values())
+
+
 def _is_same_origin(host: Authority, headers: Headers, method: str) -> bool:
     """Return whether no page of another origin has sent the request.
 
