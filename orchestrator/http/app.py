@@ -262,10 +262,10 @@ def _add_logs(
     routes: APIRouter, orch: AsyncOrchestrator, responder: Responder, shutdown: Shutdown
 ) -> None:
     async def followed(lines: int) -> AsyncIterator[str]:
-        async with contextlib.aclosing(shutdown.until(orch.follow_logs(lines))) as stream:
-            async for line in stream:
-                if line is not None:
-                    yield responder.renamer().text(line) + "\n"
+        async with contextlib.aclosing(shutdown.until(orch.log_batches(lines))) as stream:
+            async for batch in stream:
+                if batch is not None:
+                    yield await workers.waited(partial(responder.lines, batch))
 
     @routes.get("/logs", **documented(schemas.Logs, *openapi.QUERY))
     async def logs(

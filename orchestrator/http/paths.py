@@ -18,6 +18,7 @@ from orchestrator.models.hub import cache
 
 _START: Final = re.compile(r"(?<![\w.~-])/")
 _CONTINUES: Final = re.compile(r"[\w-]|\.\w")
+_MOST_LINES: Final = 4000
 _TEXTS: Final = frozenset(
     ("detail", "log_tail", "story", "argv", "running", "requested", "note", "lines")
 )
@@ -32,6 +33,7 @@ class PathRenamer:
         # longest first: what is in a folder goes before the folder
         self._names = sorted(named.items(), key=lambda item: len(item[0]), reverse=True)
         self._paths = tuple(path for path, _ in self._names)
+        self._lines: dict[str, str] = {}
 
     def text(self, text: str) -> str:
         """Replace every path in one pass, so that a name is not replaced again.
@@ -50,6 +52,15 @@ class PathRenamer:
                     done = end
                     break
         return "".join([*parts, text[done:]])
+
+    def line(self, line: str) -> str:
+        """Return `text` of a line of output, made once for all who follow it."""
+        found = self._lines.get(line)
+        if found is None:
+            if len(self._lines) >= _MOST_LINES:
+                self._lines.clear()
+            found = self._lines[line] = self.text(line)
+        return found
 
     def members(self, answer: Any, is_text: bool = False) -> Any:
         """Return an answer with the paths in its texts replaced."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from http.client import responses
 from typing import Any, Final
 
@@ -83,6 +83,11 @@ class Responder:
         if self._last is None or self._last[0] is not known or self._last[1] != folders:
             self._last = known, folders, PathRenamer((*known, *names_of(folders)))
         return self._last[2]
+
+    def lines(self, lines: Iterable[str]) -> str:
+        """Return lines of output as one text."""
+        renamer = self.renamer()
+        return "".join([f"{renamer.line(line)}\n" for line in lines])
 
     def json(self, members: Mapping[str, Any], names: PathNames = (), **sent: Any) -> Response:
         """Return an answer; `names` as for `renamer`."""

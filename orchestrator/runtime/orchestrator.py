@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from functools import partial
 from typing import Any, Final, Self, Unpack
 
+from orchestrator.base import workers
 from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import Problem
 from orchestrator.runtime import answers
@@ -26,7 +28,8 @@ from orchestrator.runtime.events import Event, EventLog
 from orchestrator.runtime.owner import Call, Owner
 from orchestrator.settings.fields import LoadFields
 
-_LOG_INTERVAL_S: Final = 0.2
+_LOG_INTERVAL_S: Final = 0.1
+_LINES_A_TURN: Final = 100
 
 
 class Orchestrator(Facade):
@@ -258,17 +261,25 @@ class AsyncOrchestrator(Facade):
 
         Begins with the last lines. A slow reader misses lines that are no longer kept.
         """
+        async with contextlib.aclosing(self.log_batches(lines)) as batches:
+            async for batch in batches:
+                for count, line in enumerate(batch, 1):
+                    yield line
+                    if not count % _LINES_A_TURN:
+                        await asyncio.sleep(0)
+
+    async def log_batches(self, lines: int = 200) -> AsyncGenerator[tuple[str, ...], None]:
+        """Iterate over what `follow_logs` yields, in batches of lines that are new together."""
         owner = await self._started()
-        position, new = owner.effects.log_since((0, 0))
+        position, new = await workers.waited(partial(owner.effects.log_since, (0, 0)))
         new = new[max(0, len(new) - lines) :]
         while True:
-            for line in new:
-                yield line
-            if not new:
-                if owner.has_ended:
-                    return
-                await asyncio.sleep(_LOG_INTERVAL_S)
-            position, new = owner.effects.log_since(position)
+            if new:
+                yield new
+            elif owner.has_ended:
+                return
+            await asyncio.sleep(_LOG_INTERVAL_S)
+            position, new = await workers.waited(partial(owner.effects.log_since, position))
 
     async def settled(
         self, generation: int, timeout_s: float | None = None

@@ -1,8 +1,8 @@
 """The server's output: a bounded ring of its last lines, and the addresses it announces.
 
 The thread that drains the pipe feeds raw bytes in; lines may have any length and hold any bytes.
-They are cleaned when they are read, which is rare: terminal control sequences and secrets never
-leave this module.
+A line is cleaned when it is first read, once for all readers: terminal control sequences and
+secrets never leave this module.
 """
 
 from __future__ import annotations
@@ -35,6 +35,21 @@ _PROBE_PATH: Final = re.compile(rb"/(?:health|props|slots)\b")
 _LISTENING: Final = re.compile(r"listening on (http://[\w.:\[\]-]+:\d{1,5})(?!\d)")
 
 
+class _Line:
+    """A line of output: raw until somebody reads it."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, raw: bytes) -> None:
+        self._text: bytes | str = raw
+
+    def __str__(self) -> str:
+        text = self._text
+        if isinstance(text, bytes):  # two readers at once get the same
+            text = self._text = _clean(text)
+        return text
+
+
 class OutputRing:
     """The last lines of one server.
 
@@ -49,7 +64,7 @@ class OutputRing:
         self.lines_seen: int = 0
         self.announced: tuple[str, ...] = ()
         self._notify = notify
-        self._lines: deque[bytes] = deque(maxlen=MAX_LINES)
+        self._lines: deque[_Line] = deque(maxlen=MAX_LINES)
         self._partial = b""
         self._guard = threading.Lock()
 
@@ -60,7 +75,7 @@ class OutputRing:
         self.unprompted_bytes += len(data) - about_probes
         with self._guard:
             self.lines_seen += len(whole)
-            self._lines.extend(line[:MAX_LINE_BYTES] for line in whole[-MAX_LINES:])
+            self._lines.extend(_Line(line[:MAX_LINE_BYTES]) for line in whole[-MAX_LINES:])
         self._partial = partial[:MAX_LINE_BYTES]
         for line in whole:
             found = _LISTENING.search(_clean(line)) if b"listening on" in line else None
@@ -73,21 +88,21 @@ class OutputRing:
         if self._partial:
             with self._guard:
                 self.lines_seen += 1
-                self._lines.append(self._partial)
+                self._lines.append(_Line(self._partial))
             self._partial = b""
 
     def tail(self, count: int = TAIL_LINES) -> tuple[str, ...]:
         """Return the last lines, oldest first."""
         with self._guard:
             lines = tuple(self._lines)[max(0, len(self._lines) - count) :]
-        return tuple(map(_clean, lines))
+        return tuple(map(str, lines))
 
     def since(self, seen: int) -> tuple[int, tuple[str, ...]]:
         """Return how many lines there were, and the retained ones after the first `seen`."""
         with self._guard:
             total, lines = self.lines_seen, tuple(self._lines)
         new = min(max(0, total - seen), len(lines))
-        return total, tuple(map(_clean, lines[len(lines) - new :]))
+        return total, tuple(map(str, lines[len(lines) - new :]))
 
 
 def _clean(line: bytes) -> str:

@@ -14,8 +14,9 @@ from orchestrator.http import create_app
 from tests.kit.http import PREFIX, Lender, pass_through_app, problem, serving
 from tests.kit.shell.records import captured
 
-NOT_IN_A_ROUTE = {"observe", "close", "outcome", "prefetch", "settled"}  # or with a load only
-AFTER_THE_START = {"events", "follow_logs"}
+NOT_IN_A_ROUTE = {"observe", "close", "outcome", "prefetch", "settled", "follow_logs", "check_sent"}
+"""Or with a load or for requests from elsewhere only."""
+AFTER_THE_START = {"events", "log_batches"}
 """An answer that has begun can only be cut."""
 PARTS = sorted(
     name

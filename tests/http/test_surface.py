@@ -299,7 +299,7 @@ def test_head_of_a_stream_ends_at_once(serve: Serve, monkeypatch: pytest.MonkeyP
         finally:
             has_ended.set()
 
-    monkeypatch.setattr(AsyncOrchestrator, "follow_logs", endless)
+    monkeypatch.setattr(AsyncOrchestrator, "log_batches", endless)
     monkeypatch.setattr(AsyncOrchestrator, "events", endless)
     with serve() as client:
         for path, kind in (("/logs?follow=true", "text/plain"), ("/events", "text/event-stream")):
