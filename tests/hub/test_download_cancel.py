@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ from tests.kit.downloads import (
     flip_byte,
     root_of,
 )
-from tests.kit.process.support import DEADLINE_S
+from tests.kit.process.support import DEADLINE_S, Watch
 
 pytestmark = pytest.mark.usefixtures("hub")
 
@@ -155,6 +156,26 @@ def test_cancel_does_not_wait_for_a_fetcher_that_the_kernel_keeps(
     (fetcher,) = fetchers()
     assert one.cancel() < 1
     assert not psutil.wait_procs([fetcher], timeout=DEADLINE_S)[1]
+
+
+HOST = """
+import sys
+from orchestrator import Orchestrator
+Orchestrator(state_dir=sys.argv[1]).prefetch(sys.argv[2])
+"""
+
+
+@pytest.mark.usefixtures("big")
+def test_stopped_fetcher_ends_with_its_host(hub: fake_hub.Hub, state_dir: Path) -> None:
+    """It would keep the lock of the file, and hold up every later download of it (B108)."""
+    held = hub.fail(stall_after=1 << 20)
+    with subprocess.Popen([sys.executable, "-c", HOST, str(state_dir), BIG]) as host:
+        hub.wait_for(lambda: held.held)
+        (fetcher,) = fetchers(host.pid)
+        end = Watch(fetcher.pid)
+        fetcher.suspend()
+        host.kill()
+    end.seconds_to_exit(0, DEADLINE_S)
 
 
 # ------------------------------------------------------------------------------------ one transfer

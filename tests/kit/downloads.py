@@ -86,10 +86,10 @@ class Download:
         self._fetch.error()
 
 
-def fetchers() -> list[psutil.Process]:
-    """Return the fetcher processes of this one that are alive."""
+def fetchers(of: int | None = None) -> list[psutil.Process]:
+    """Return the fetcher processes of a process, by default of this one, that are alive."""
     found = []
-    for child in psutil.Process().children():
+    for child in psutil.Process(of).children():
         with contextlib.suppress(psutil.Error):
             if child.status() != psutil.STATUS_ZOMBIE and "fetcher.py" in str(child.cmdline()):
                 found.append(child)

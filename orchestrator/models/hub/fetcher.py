@@ -10,6 +10,7 @@ that library's. Only `blobs/*.orchestrator.*` are files of our own.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -17,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -34,6 +36,7 @@ CHUNK_BYTES = 1 << 20
 REPORT_EVERY_S = 0.05
 SWEEP_AFTER_S = 7 * 24 * 3600.0
 UNSUPPORTED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}  # by a file system that has no links
+PR_SET_PDEATHSIG = 1  # of the thread that started this; it waits for the end of this
 UNLOCKABLE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 if TYPE_CHECKING:
@@ -56,7 +59,10 @@ def report(**message: Any) -> None:
 
 def main() -> int:
     global _stdout  # noqa: PLW0603 (set once; what libraries print goes to stderr)
-    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+    parent = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):  # other systems have no such call
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # also while this is stopped
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     _stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
