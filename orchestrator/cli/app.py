@@ -6,6 +6,7 @@ interrupt with 130.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -16,7 +17,7 @@ import click
 
 import orchestrator
 from orchestrator.cli import INTERRUPTED
-from orchestrator.cli.output import Failure
+from orchestrator.cli.output import Failure, open_closed_streams
 from orchestrator.errors import OrchestratorError
 
 PROGRAM: Final = "llama-orchestrator"
@@ -28,6 +29,7 @@ _COMMANDS: Final = {
     "cli.doctor": "doctor",
     "cli.picture": "diagram",
 }
+_UNWRITABLE: Final = {errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EFBIG}
 _MODULE_OF: Final = {name: module for module, names in _COMMANDS.items() for name in names.split()}
 
 
@@ -55,18 +57,34 @@ def commands() -> None:
 
 
 def run(args: Sequence[str] | None) -> int:
-    """Run one command line and return its exit code."""
+    """Run one command line and return its exit code, whatever becomes of its output."""
+    open_closed_streams()
     try:
         code = commands.main(args, prog_name=PROGRAM, standalone_mode=False)
     except click.Abort:
         return INTERRUPTED
     except click.ClickException as error:
-        error.show()
-        return error.exit_code
+        return _shown(error)
     except OrchestratorError as error:
-        Failure(error.problem.as_dict()).show()
-        return 1
-    except BrokenPipeError:  # the reader of the output has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _shown(Failure(error.problem.as_dict()))
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        _discard_output()
+        if error.errno != errno.EPIPE:  # its reader has seen enough
+            _shown(click.ClickException(f"the output cannot be written: {error.strerror}"))
         return 1
     return code if isinstance(code, int) else 0
+
+
+def _shown(error: click.ClickException) -> int:
+    try:
+        error.show()
+    except OSError:
+        _discard_output()
+    return error.exit_code
+
+
+def _discard_output() -> None:
+    """Have what is flushed at the exit go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

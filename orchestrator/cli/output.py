@@ -86,12 +86,17 @@ def never_wait() -> None:
     stdout = Background(
         "llama-stdout", lambda count: _log("warning", "output.dropped", count=count)
     )
-    sys.stdout = BackgroundStream(sys.stdout or _nowhere(), stdout)
-    sys.stderr = BackgroundStream(sys.stderr or _nowhere(), log.thread)
+    sys.stdout = BackgroundStream(sys.stdout, stdout)
+    sys.stderr = BackgroundStream(sys.stderr, log.thread)
+
+
+def open_closed_streams() -> None:
+    """Put nothing in place of a stream that was closed when the process was started."""
+    sys.stdout = sys.stdout or _nowhere()
+    sys.stderr = sys.stderr or _nowhere()
 
 
 def _nowhere() -> TextIO:
-    """In place of a stream that was closed when the process was started."""
     return open(os.devnull, "w")
 
 

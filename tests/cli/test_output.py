@@ -148,6 +148,38 @@ def test_serve_starts_with_its_output_closed(
     assert process.wait(DEADLINE_S) == 0
 
 
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        (("diagram",), 0),
+        (("doctor", "--config"), 0),
+        (("--version",), 0),
+        (("--help",), 0),
+        (("status", "--url", "http://127.0.0.1:1"), 1),
+        (("status", "--json", "--url", "http://127.0.0.1:1"), 1),
+        (("pull", "/nope"), 2),
+    ],
+    ids=lambda one: " ".join(one) if isinstance(one, tuple) else "",
+)
+def test_command_ends_in_order_whatever_becomes_of_its_output(
+    begin: Begin, full_disk: int, broken_pipe: int, args: tuple[str, ...], code: int
+) -> None:
+    """Both streams closed, on a full disk, or without a reader: no traceback takes its place."""
+    closed = begin(*args, preexec_fn=lambda: os.closerange(1, 3))
+    assert closed.wait(DEADLINE_S) == code
+    for output in (full_disk, broken_pipe):
+        process = begin(*args, stdout=output, stderr=output)
+        assert process.wait(DEADLINE_S) == (code or 1)
+        process = begin(*args, stdout=output, stderr=subprocess.PIPE)
+        assert process.stderr is not None
+        with process.stderr as stderr:
+            said = stderr.read()
+        assert process.wait(DEADLINE_S) == (code or 1)
+        assert b"Traceback" not in bytes(said)
+        if output == full_disk and code == 0:
+            assert said == b"Error: the output cannot be written: No space left on device\n"
+
+
 def test_what_was_printed_before_the_end_is_written(cli: Cli, own: tuple[str, ...]) -> None:
     """The threads that write are not cut off."""
     done = cli("run", "gone.gguf", *own, "--json")
