@@ -351,10 +351,10 @@ def test_projector_in_the_folder_is_used_only_if_requested(folder: Callable[...,
     assert projector.path == str(root / "mmproj-F16.gguf")
 
 
-def test_look_up_in_a_folder_reads_no_more_than_it_must(folder: Callable[..., Path]) -> None:
+def test_look_up_in_a_folder_takes_under_a_millisecond(folder: Callable[..., Path]) -> None:
     """`plan` and an `already_loaded` answer look it up each time."""
     root = folder(*(f"m{number}-Q{number % 9}_0.gguf" for number in range(50)))
-    assert fastest_s(lambda: find(root), times=20) < 0.01  # about a millisecond
+    assert fastest_s(lambda: find(root), times=100) < 0.001
 
 
 def test_model_path_is_a_repo_only_if_no_such_path_exists(
