@@ -63,7 +63,7 @@ _LONGER: Final = frozenset({"-md", "-mg", "-mmdev", "-hfd", "-hfrd"})  # begin l
 
 MAX_TOKENS: Final = 256
 MAX_BYTES: Final = 32 * 1024
-_NUMBER: Final = re.compile(
+NUMBER: Final = re.compile(
     r"[-+]?((\d+(\.\d*)?|\.\d+)(e[-+]?\d+)?|inf(inity)?|nan)", re.ASCII | re.IGNORECASE
 )
 _WORD: Final = re.compile(r"(--?[a-z][a-z-]*)[a-z0-9.-]*")
@@ -75,7 +75,7 @@ def flag_of(token: str) -> str | None:
     `--flag=value`, underscores and padding name the same flag; negative numbers are values.
     """
     text = token.strip()
-    if not text.startswith("-") or text in {"-", "--"} or _NUMBER.fullmatch(text):
+    if not text.startswith("-") or text in {"-", "--"} or NUMBER.fullmatch(text):
         return None
     name = text.partition("=")[0].strip()
     return name.replace("_", "-") if name.startswith("--") else name

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from orchestrator.settings.flags import flag_of
+from orchestrator.settings.flags import NUMBER, flag_of
 
 FILES: Final = (
     "-md --model-draft --spec-draft-model -mv --model-vocoder --lora --lora-scaled "
@@ -82,7 +82,6 @@ _NAME: Final = re.compile(
     r"(?<![a-z])(files?|paths?|dir|folder|ur[li]|host|servers?|addr(ess)?|endpoint|repo|hf|socket|"
     r"cache|output|save|dump|load|exec|command|script|plugin|config)(?![a-z])"
 )
-_NUMBER: Final = re.compile(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", re.ASCII | re.IGNORECASE)
 _WORD: Final = re.compile(r"[\w+-]*", re.ASCII)
 
 
@@ -108,7 +107,7 @@ def named_files(args: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def _is_reaching(flag: str, value: str) -> bool:
-    if _NUMBER.fullmatch(value.strip()):
+    if NUMBER.fullmatch(value.strip()):
         return False
     is_named = _NAME.search(flag) is not None or flag in _MACHINES
     return is_named or _WORD.fullmatch(value.strip()) is None

@@ -453,6 +453,7 @@ def test_files_are_the_values_of_flags_that_take_one(
         ("--new-file x --new_url=y", [("--new-file", "x"), ("--new-url", "y")]),
         ("--new 10.0.0.1:50052", [("--new", "10.0.0.1"), ("--new", "10.0.0.1:50052")]),
         ("--new secret.txt", [("--new", "secret.txt")]),
+        ("--new 10.0.0.1", [("--new", "10.0.0.1")]),  # an address is no number
     ],
 )
 def test_paths_are_files_of_flags_and_whatever_looks_like_one(
