@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, TextIO
 
 import click
 
@@ -70,7 +70,7 @@ def run(args: Sequence[str] | None) -> int:
     except OSError as error:
         if error.errno not in _UNWRITABLE:
             raise
-        _discard_output()
+        _discard(sys.stdout)
         if error.errno != errno.EPIPE:  # its reader has seen enough
             _shown(click.ClickException(f"the output cannot be written: {error.strerror}"))
         return 1
@@ -80,11 +80,12 @@ def run(args: Sequence[str] | None) -> int:
 def _shown(error: click.ClickException) -> int:
     try:
         error.show()
-    except OSError:
-        _discard_output()
+    except (OSError, SystemExit):  # rich makes the second of a broken pipe
+        _discard(sys.stdout, sys.stderr)
     return error.exit_code
 
 
-def _discard_output() -> None:
-    """Have what is flushed at the exit go nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _discard(*streams: TextIO) -> None:
+    """Have what is flushed at the exit go nowhere; it would end the process with 120."""
+    for stream in streams:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -22,8 +22,12 @@ Start = Callable[..., "Running"]
 
 
 def environment() -> dict[str, str]:
-    """Return an environment that finds the package, and selects no server and no setting."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_")}
+    """Return an environment that finds the package, and selects no server and no setting.
+
+    Output is buffered, as it is for users.
+    """
+    theirs = ("LLAMA_", "PYTHONUNBUFFERED")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
     root = str(Path(orchestrator.__file__).parents[1])
     clean |= {"PYTHONPATH": root, "COLUMNS": "100", "PYTHONWARNINGS": "error"}
     return clean | {"XDG_CONFIG_HOME": "/nonexistent"}
