@@ -11,7 +11,7 @@ import httpx
 import psutil
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 from orchestrator import RestartPolicy
 from orchestrator.demo.tiny_model import write_tiny_model
@@ -348,6 +348,21 @@ def test_refusal_is_shown_beside_its_field(
     expect(panel.page.get_by_role("alert").filter(has_text=value)).to_be_visible()
     expect(panel.page.locator(f"#{field}")).to_be_focused()
     panel.expect_state("Idle")
+
+
+def test_late_hint_does_not_move_apply(start: Start, open_panel: Open) -> None:
+    """A click whose button moves away between its two halves does nothing."""
+    panel = open_panel(start()).until_live()
+    held: list[Route] = []
+    panel.page.route("**/variants", lambda route: held.append(route))
+    panel.page.fill("#model_path", "/no/such/" + "folder/" * 20)
+    panel.expect_text("#plan", "/no/such/")
+    with panel.page.expect_request("**/variants"):
+        panel.page.locator("#model_path").blur()  # as the press of a button does
+    before = panel.page.locator("#apply").bounding_box()
+    held[0].continue_()
+    panel.expect_text("#gguf_variant-hint", "Variants cannot be listed")
+    assert panel.page.locator("#apply").bounding_box() == before
 
 
 def test_panel_reconnects_after_the_backend_restarts(

@@ -105,6 +105,7 @@ export async function listVariants() {
   };
   if (!model_path) return say(hint, "");
   say(hint, "Listing variants …");
+  hint.title = "";
   const body = { model_path };
   for (const name of ["revision", "hf_token"]) if ($(name).value.trim()) body[name] = $(name).value.trim();
   try {
@@ -115,6 +116,7 @@ export async function listVariants() {
   } catch (error) {
     if (/** @type {any} */ (error).name === "AbortError") return;
     say(hint, `Variants cannot be listed: ${/** @type {any} */ (error).message}`);
+    hint.title = hint.textContent;
   }
   shown();
   form.dispatchEvent(new Event("listed"));
