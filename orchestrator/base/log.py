@@ -68,7 +68,7 @@ def _handle(
         return
     text = f"{event} {_pairs(None, '', dict(fields))}" if fields else event
     extra = {"event": event, "fields": fields}
-    record = logger.makeRecord(logger.name, level, "", 0, _one_line(text), (), None, extra=extra)
+    record = logger.makeRecord(logger.name, level, "", 0, escaped(text), (), None, extra=extra)
     record.relativeCreated -= (record.created - at["created"]) * 1000
     record.msecs = float(int(at["created"] % 1 * 1000))
     vars(record).update(at)
@@ -76,11 +76,11 @@ def _handle(
     logger.handle(record)
 
 
-def _one_line(text: str) -> str:
+def escaped(text: str, *, kept: str = "") -> str:
     """Escape what is not printable, such as line ends and bytes of a name that is not UTF-8."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
 
 
 def _report_loss(count: int) -> None:

@@ -101,7 +101,11 @@ class Remote:
                 if response.status >= 400:
                     raise Failure(document)
                 return document
-        raise self._unreachable("Not an orchestrator", "does not speak this API")
+        raise self.not_understood()
+
+    def not_understood(self) -> Failure:
+        """Return the error of an answer that is none of an orchestrator's."""
+        return self._unreachable("Not an orchestrator", "does not speak this API")
 
     def _unreachable(self, title: str, what: str) -> Failure:
         detail = f"{self.url} {what}"
@@ -129,8 +133,11 @@ def _command(
     def decorate(function: Callable[..., None]) -> click.Command:
         @functools.wraps(function)
         def call(*, url: str, api_key_file: str | None, **given: Any) -> None:
-            key = next(iter(options.keys_in(api_key_file)), None)
-            function(remote=Remote(url, key), **given)
+            remote = Remote(url, next(iter(options.keys_in(api_key_file)), None))
+            try:
+                function(remote=remote, **given)
+            except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+                raise remote.not_understood() from error
 
         return click.command(cls=cls, params=[*params, *_OPTIONS])(call)
 

@@ -1,7 +1,8 @@
 """What the commands print: results on stdout, problems and progress on stderr.
 
-Text from elsewhere (paths, messages, a model's answer) is never read as markup. Lines are not
-wrapped or cut: what is piped can be searched, and the terminal wraps.
+Text from elsewhere (paths, messages, a model's answer) is never read as markup, and its control
+characters are shown instead of obeyed. Lines are not wrapped or cut: what is piped can be searched,
+and the terminal wraps.
 """
 
 from __future__ import annotations
@@ -107,7 +108,9 @@ def console(*, stderr: bool = False) -> Console:
 
 def say(*parts: Part, stderr: bool = False) -> None:
     """Print one line of parts; a part is text, or text and its style."""
-    console(stderr=stderr).print(Text.assemble(*parts))
+    shown = [(part, "") if isinstance(part, str) else part for part in parts]
+    line = Text.assemble(*[(log.escaped(text, kept="\t\n"), style) for text, style in shown])
+    console(stderr=stderr).print(line)
     (sys.stderr if stderr else sys.stdout).flush()
 
 
@@ -122,12 +125,12 @@ def download_bars() -> Progress:
     from rich import progress
 
     return progress.Progress(
-        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
         progress.DownloadColumn(binary_units=True),
         progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
-        progress.TextColumn("{task.fields[note]}", style="yellow"),
+        progress.TextColumn("{task.fields[note]}", style="yellow", markup=False),
         console=console(stderr=True),
     )
 

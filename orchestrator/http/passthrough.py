@@ -10,16 +10,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterable
+from types import SimpleNamespace
 from typing import Final
 from urllib.parse import unquote
 
 import aiohttp
+from fastapi import HTTPException
 from multidict import CIMultiDict
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 from yarl import URL
 
-from orchestrator.base.log import event_log
+from orchestrator.base.log import escaped, event_log
 from orchestrator.base.tokens import Generation
 from orchestrator.errors import Problem, ServerExited, Unavailable, WrongKind
 from orchestrator.http.bodies import Client
@@ -37,6 +39,8 @@ MAX_HELD: Final = 256
 _RETRY_AFTER_S: Final = 1.0
 _CONNECT_S: Final = 5.0
 _KEEPALIVE_S: Final = 1.0  # each idle connection takes one of llama-server's few HTTP threads
+_LOST: Final = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)
+_FINAL: Final = range(200, 600)  # other statuses an ASGI server cannot send
 
 _HOP_BY_HOP: Final = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
@@ -136,6 +140,7 @@ class PassThrough:
                 connector=aiohttp.TCPConnector(
                     limit=0, force_close=not generation, keepalive_timeout=keepalive_s
                 ),
+                trace_configs=[_REUSE],
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
@@ -150,26 +155,33 @@ class PassThrough:
         """Send the request to the server, and return its response as soon as that begins.
 
         A request that may be answered with a stream gets a fresh connection, because llama-server
-        closes it after a stream whatever its headers say. If the server closes a reused connection
-        while the request is sent, it is sent again, which is safe because it changes nothing.
+        closes it after a stream whatever its headers say. A server may close a kept connection at
+        the moment when it is used again, without having read the request: that request is sent once
+        more, on a fresh one. Nothing else is, because it may have been executed.
         """
         body = client.body(scope["headers"])
         may_stream = body is not None and (not isinstance(body, bytes) or b'"stream"' in body)
-        failure: Exception | None = None
-        for generation in (None,) if may_stream else (server.generation, None):
-            session = await self._session(generation)
+        generation = None if may_stream else server.generation
+        while True:
+            session, attempt = await self._session(generation), SimpleNamespace(is_reused=False)
             try:
-                return await session.request(
+                response = await session.request(
                     scope["method"],
                     URL(server.base_url + target, encoded=True),
                     headers=_headers_for(scope["headers"], server),
                     data=body,
                     allow_redirects=False,
+                    trace_request_ctx=attempt,
                 )
             except (aiohttp.ClientError, TimeoutError) as error:
-                failure = error
-        why = f"the server ended before it answered ({type(failure).__name__}): try again"
-        raise ServerExited(Problem("server_exited", why, retry_after_s=_RETRY_AFTER_S)) from failure
+                if not (attempt.is_reused and isinstance(error, _LOST)):
+                    raise await _failure(server, error) from error
+                generation = None
+                continue
+            if response.status not in _FINAL:
+                response.close()
+                raise HTTPException(502, f"the server answered with status {response.status}")
+            return response
 
     async def _forward(self, scope: Scope, response: aiohttp.ClientResponse, send: Send) -> None:
         headers = [
@@ -185,7 +197,7 @@ class PassThrough:
             await send({"type": "http.response.body", "body": b""})
         except aiohttp.ClientError as error:
             # The status is sent already: an answer without its end shows that it was cut.
-            _log("warning", "passthrough.cut", path=scope["path"], reason=str(error))
+            _log("warning", "passthrough.cut", path=scope["path"], reason=_reason(error))
         finally:
             response.close()
 
@@ -229,6 +241,37 @@ class _Client(Client):
         if self._is_whole:
             self.watch()
         return bytes(message.get("body", b""))
+
+
+async def _mark_reused(_: object, context: SimpleNamespace, __: object) -> None:
+    context.trace_request_ctx.is_reused = True
+
+
+_REUSE: Final = aiohttp.TraceConfig()
+_REUSE.on_connection_reuseconn.append(_mark_reused)
+
+
+async def _failure(server: LeasedServer, error: Exception) -> Exception:
+    """Return what to tell the client of a request that got no answer."""
+    if isinstance(error, TimeoutError):
+        return HTTPException(502, f"the server accepted no connection within {_CONNECT_S:g} s")
+    if not isinstance(error, aiohttp.ClientConnectionError):
+        return HTTPException(502, f"the server's answer is not HTTP: {_reason(error)}")
+    url = URL(server.base_url)
+    try:
+        async with asyncio.timeout(_CONNECT_S):
+            _, writer = await asyncio.open_connection(url.host, url.port)
+    except OSError:
+        why = "the server ended before it answered: try again"
+        return ServerExited(Problem("server_exited", why, retry_after_s=_RETRY_AFTER_S))
+    writer.close()
+    why = "it may have refused the request unread, or executed it"
+    return HTTPException(502, f"the server closed the connection before it answered: {why}")
+
+
+def _reason(error: Exception) -> str:
+    """Return what is wrong with an answer; it may quote the server."""
+    return escaped(" ".join(getattr(error, "message", str(error)).split())[:200])
 
 
 def _target(scope: Scope) -> str | None:

@@ -37,6 +37,7 @@ CATEGORIES: Final[Mapping[int, tuple[str, ...]]] = {
     413: ("too_large",),
     431: ("head_too_large",),
     500: ("internal",),
+    502: ("bad_gateway",),
 }
 """Of failures that have no exception in the tree; the first is the default."""
 

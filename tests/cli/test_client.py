@@ -7,6 +7,7 @@ import json
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,87 @@ def test_a_key_follows_neither_redirect_nor_proxy(cli: Cli) -> None:
     assert done.returncode == 1
     assert received == [("/api/inference/status", "Bearer s3cret")]
     assert "s3cret" not in done.stdout + done.stderr
+
+
+HOSTILE = "a\x1b]0;title\x07b\x1b[31mc\x9b2Jd\u202ee"
+COMMANDS = [
+    ("status",),
+    ("plan", "org/x"),
+    ("load", "org/x"),
+    ("unload",),
+    ("cancel", "--generation", "1"),
+    ("logs",),
+    ("logs", "--follow"),
+    ("events",),
+]
+
+
+@pytest.fixture
+def foreign() -> Iterator[Callable[[int, bytes], str]]:
+    """Serve one answer to everything; return its URL."""
+    answer = 200, b""
+
+    class Foreign(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(answer[0])
+            self.send_header("Content-Length", str(len(answer[1])))
+            self.end_headers()
+            self.wfile.write(answer[1])
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            """Print nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Foreign) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+
+        def serve(status: int, body: bytes) -> str:
+            nonlocal answer
+            answer = status, body
+            return f"http://127.0.0.1:{server.server_port}"
+
+        yield serve
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_what_a_foreign_service_says_is_shown_and_not_obeyed(
+    cli: Cli, foreign: Callable[[int, bytes], str], command: tuple[str, ...]
+) -> None:
+    """A terminal is told nothing by the service at the given address."""
+    names = ("title", "detail", "field", "category")
+    refusal = {**dict.fromkeys(names, HOSTILE), "log_tail": [HOSTILE]}
+    refused = cli(*command, "--url", foreign(400, json.dumps(refusal).encode()))
+    assert refused.returncode == 1
+    assert "\\x1b]0;title" in refused.stderr
+    lines = cli("logs", "--follow", "--url", foreign(200, HOSTILE.encode() + b"\n"))
+    assert "\\x1b]0;title" in lines.stdout
+    for text in (refused.stdout, refused.stderr, lines.stdout, lines.stderr):
+        assert text.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize(
+    ("body", "commands"),
+    [
+        (b"{}", ["status", "plan org/x", "load org/x", "cancel --generation 1", "logs"]),
+        (b"[" * 100_000, ["status", "load org/x"]),
+        (b'{"state": "\\u001b[31m", "lines": 1, "action": []}', ["status", "plan org/x", "logs"]),
+        (b"data: nonsense\n\n", ["events"]),
+        (b"data: []\n\n", ["events"]),
+    ],
+    ids=["empty", "deep", "odd", "nonsense", "list"],
+)
+def test_another_service_is_not_taken_for_an_orchestrator(
+    cli: Cli, foreign: Callable[[int, bytes], str], body: bytes, commands: list[str]
+) -> None:
+    for command in commands:
+        done = cli(*command.split(), "--url", foreign(200, body))
+        assert done.returncode == 1
+        assert "does not speak this API" in done.stderr
+        assert done.stderr.count("\n") <= 3, "no traceback"
 
 
 def test_an_idle_model_is_unloaded_unless_pinned(cli: Cli, serving: str, tiny_model: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
+from orchestrator.cli.output import download_bars
 from tests.kit.command import COMMAND, DEADLINE_S, Cli, Start, environment
 from tests.kit.process.servers import servers_of
 from tests.kit.process.support import until
@@ -289,3 +290,10 @@ def test_serve_outlives_its_terminal_under_nohup(
         os.kill(pid, signal.SIGTERM)
         shell.stdout.close()
     until(lambda: state_of(url) is None, "the end of the service")
+
+
+def test_names_of_files_are_no_markup_of_progress_bars() -> None:
+    """`[/x].gguf` ended `pull` and `run` with a traceback."""
+    with download_bars() as bars:
+        bars.add_task("[/x].gguf", total=1, note="[/y]")
+        assert "[/x].gguf" in "".join(segment.text for segment in bars.console.render(bars))

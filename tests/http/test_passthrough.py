@@ -6,13 +6,14 @@ import contextlib
 import http.server
 import json
 import os
+import re
 import signal
 import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import fastapi
 import httpx
@@ -35,6 +36,7 @@ from tests.kit.http import (
     until,
 )
 from tests.kit.process.support import Background
+from tests.kit.sentences import assert_sentence
 
 LOAD, CHAT = PREFIX + "/load", "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -394,6 +396,95 @@ def test_request_is_resent_when_a_reused_connection_was_closed(
         client.close()
         listener.shutdown(socket.SHUT_RDWR)
         thread.join(DEADLINE_S)
+
+
+class Raw:
+    """A server that answers each request of a connection with the next of these, as they are, and
+    then closes it. It reads heads and bodies of a known length.
+    """
+
+    def __init__(self, *answers: bytes) -> None:
+        self.answers = list(answers)
+        self.requests: list[bytes] = []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.thread = threading.Thread(target=self._accept)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        self.thread.join(DEADLINE_S)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return
+            with connection, connection.makefile("rb") as file:
+                while head := b"".join(iter(file.readline, b"\r\n")) if file.peek(1) else b"":
+                    length = re.search(rb"(?i)content-length: (\d+)", head)
+                    self.requests.append(head + file.read(int(length[1]) if length else 0))
+                    answer = self.answers.pop(0) if self.answers else b""
+                    connection.sendall(answer)
+                    if not answer.startswith(b"HTTP/1.1 200"):
+                        break
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+@pytest.mark.parametrize("method", ["POST", "PATCH"])
+def test_request_that_may_have_been_executed_is_not_sent_again(
+    through: Callable[..., httpx.Client], method: str
+) -> None:
+    """The server is there, so it has not ended either."""
+    with Raw() as server:
+        answer = through(Lender(server.url)).request(method, "/v1/x", content=b"{}")
+        assert problem(answer) == (502, "bad_gateway")
+        assert_sentence("http.unanswered", answer.json()["detail"])
+        assert len(server.requests) == 1
+
+
+def test_request_on_a_lost_kept_connection_is_sent_once_more(
+    through: Callable[..., httpx.Client],
+) -> None:
+    """And only once: the second connection is a fresh one."""
+    with Raw(OK) as server:
+        client = through(Lender(server.url))
+        assert client.post("/v1/x", content=b"first").text == "ok"
+        assert client.post("/v1/x", content=b"second").status_code == 502
+        bodies = [request.rpartition(b"\r\n")[2] for request in server.requests]
+        assert bodies == [b"first", b"second", b"second"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "named"),
+    [
+        (b"HTTP/1.1 999 Odd\r\nContent-Length: 0\r\n\r\n", "999"),
+        (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n", "101"),
+        (b"HTTP/1.1 600 \r\nContent-Length: 0\r\n\r\n", "600"),
+        (b"SSH-2.0-OpenSSH_9.9 \x1b[31mred\r\n\r\n", "not HTTP"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n", "not HTTP"),
+    ],
+)
+def test_answer_that_nobody_can_pass_on_is_502(
+    through: Callable[..., httpx.Client], answer: bytes, named: str
+) -> None:
+    """With what was wrong, and without what a terminal would obey."""
+    with Raw(answer) as server:
+        answered = through(Lender(server.url)).post("/v1/completions", content=b"{}")
+        assert problem(answered) == (502, "bad_gateway")
+        assert named in answered.json()["detail"]
+        assert answered.json()["detail"].isprintable()
+        assert len(server.requests) == 1
 
 
 def test_held_requests_are_bounded_in_time_and_number(through: Callable[..., httpx.Client]) -> None:
