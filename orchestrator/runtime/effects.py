@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from functools import partial
 from typing import Final
 
 from orchestrator.base.log import event_log
+from orchestrator.base.private_file import replace_file
 from orchestrator.base.tokens import CancelToken, Generation
 from orchestrator.base.workers import Workers
 from orchestrator.errors import OrchestratorError, Problem, StateDirError, problem_of
@@ -244,8 +244,7 @@ class ProcessEffects:
         if template is None:
             return None
         try:
-            with open(path, "w", opener=partial(os.open, mode=0o600), encoding="utf-8") as file:
-                file.write(template)
+            replace_file(path, template)
         except OSError as error:
             message = f"the chat template cannot be written to {path} ({error.strerror})"
             raise StateDirError.because(message, field="state_dir") from error

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Final
 
 from orchestrator.base import launch, paths
-from orchestrator.base.json_file import write_json
 from orchestrator.base.log import event_log
 from orchestrator.base.paths import PathNames
+from orchestrator.base.private_file import read_file, write_json
 from orchestrator.errors import ServerUnavailable, naming
 from orchestrator.models.local import identity_of
 from orchestrator.server import process_table
@@ -163,7 +163,7 @@ def _known(command: tuple[str, ...], identity: FileIdentity, cache: str) -> Cata
     if identity in _answers:
         return _answers[identity]
     try:
-        members = json.loads(_file_of(command, identity, cache).read_text(encoding="utf-8"))
+        members = json.loads(read_file(_file_of(command, identity, cache)))
         flags = tuple(
             FlagHelp(tuple(f["names"]), f["placeholder"], tuple(f["choices"]), f["is_removed"])
             for f in members["flags"]

@@ -24,12 +24,13 @@ from typing import Any, Final, cast
 
 from orchestrator.base import launch
 from orchestrator.base.log import event_log
+from orchestrator.base.private_file import open_file, read_file, replace_file
 from orchestrator.errors import InvalidRequest, SlotOwned, StateDirError, UnsupportedPlatform
 from orchestrator.machine.facts import SlotEvidence
 from orchestrator.server import process_table, slot_name
 from orchestrator.server.process_table import ProcessId
 from orchestrator.server.slot_name import NameTaken
-from orchestrator.server.state_dir import make_private, prepare, unusable
+from orchestrator.server.state_dir import make_slot, prepare, unusable
 
 try:
     import fcntl
@@ -63,7 +64,7 @@ class Slot:
             )
         self.name = name
         self.directory: Path = prepare(state_dir) / name
-        make_private(self.directory)
+        make_slot(self.directory)
         self.lock_path: Path = self.directory / "server.lock"
         self.record_path: Path = self.directory / "server.json"
         self.owner_path: Path = self.directory / "owner.lock"
@@ -215,7 +216,7 @@ class Slot:
         if _is_at(self.owner_path, self._owner_fd) and _is_at(self.lock_path, self._lock_fd):
             return
         _log("warning", "slot.restored", directory=str(self.directory))
-        make_private(self.directory, parents=True)
+        make_slot(self.directory, parents=True)
         fd = (
             self._owner_fd
             if _is_at(self.owner_path, self._owner_fd)
@@ -275,10 +276,8 @@ class Slot:
             self._known.add(server)
         members = {"version": _RECORD_VERSION, "host": asdict(host)}
         members["server"] = None if server is None else asdict(server)
-        temporary = self.record_path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(members), encoding="utf-8")
-            os.replace(temporary, self.record_path)
+            replace_file(self.record_path, json.dumps(members))
         except OSError as error:
             raise unusable(self.record_path, error) from error
 
@@ -288,7 +287,7 @@ class Slot:
         None if the record is missing, corrupt or not ours.
         """
         try:
-            members = json.loads(self.record_path.read_bytes()[:65536])
+            members = json.loads(read_file(self.record_path, 65536))
             _parse_process(members["host"])
             if members["version"] != _RECORD_VERSION or members["server"] is None:
                 return None
@@ -321,7 +320,7 @@ if hasattr(os, "register_at_fork"):
 
 def _read_owner(path: Path) -> ProcessId | None:
     try:
-        return _parse_process(json.loads(path.read_bytes()[:4096]))
+        return _parse_process(json.loads(read_file(path, 4096)))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
 
@@ -348,8 +347,7 @@ def _owned(name: str, pid: int | None) -> SlotOwned:
 
 
 def _open(path: Path) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-    return launch.beyond_streams(os.open(path, flags, 0o600))
+    return launch.beyond_streams(open_file(path, os.O_RDWR | os.O_CREAT))
 
 
 def _lock(fd: int) -> bool:

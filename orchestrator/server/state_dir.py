@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 from orchestrator.base import paths
+from orchestrator.base.private_file import this_user
 from orchestrator.errors import StateDirError
+
+_ROOT: Final = 0  # owns volumes of containers; the user whom everybody trusts
 
 
 def default_state_dir() -> Path:
@@ -48,18 +55,62 @@ def prepare(state_dir: str | os.PathLike[str] | None) -> Path:
                 f"state_dir is {state_dir!r}: give the path of a folder whose parent exists",
                 field="state_dir",
             )
-    make_private(root, parents=state_dir is None)
+    with _usable(root):
+        root.mkdir(mode=0o700, parents=state_dir is None, exist_ok=True)
+        found = root.stat()
+        if _may_write(found, stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
+            cure = "run chmod o-w, choose a new folder inside it"
+            raise _unsafe(root, "may be written by every user", cure)
+        _check_owner(root, found.st_uid, _ROOT)
+        _try_to_write(root)
     return Path(paths.real(root))
 
 
-def make_private(directory: Path, *, parents: bool = False) -> None:
-    probe = directory / ".probe"
-    try:
+def make_slot(directory: Path, *, parents: bool = False) -> None:
+    """Create the folder of a slot if necessary.
+
+    Raises:
+        StateDirError: It cannot be written, or another user may have written what is in it.
+    """
+    with _usable(directory):
         directory.mkdir(mode=0o700, parents=parents, exist_ok=True)
-        probe.touch()
-        probe.unlink(missing_ok=True)
+        found = directory.lstat()
+        if not stat.S_ISDIR(found.st_mode):
+            raise _unsafe(directory, "is a link", "remove it")
+        if _may_write(found, stat.S_IWGRP | stat.S_IWOTH):
+            raise _unsafe(directory, "may be written by other users", "run chmod go-w")
+        _check_owner(directory, found.st_uid)
+        _try_to_write(directory)
+
+
+def _may_write(found: os.stat_result, others: int) -> bool:
+    return os.name == "posix" and bool(found.st_mode & others)
+
+
+def _check_owner(directory: Path, owner: int, *others: int) -> None:
+    """Refuse a folder of another user than this one and these."""
+    if (user := this_user(owner)) != owner and owner not in others:
+        what = f"belongs to user {owner}, and this process to user {user}"
+        raise _unsafe(directory, what, "run chown")
+
+
+def _try_to_write(directory: Path) -> None:
+    import tempfile
+
+    tempfile.TemporaryFile(dir=directory).close()
+
+
+@contextlib.contextmanager
+def _usable(directory: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise unusable(directory, error) from error
+
+
+def _unsafe(path: Path, what: str, cure: str) -> StateDirError:
+    message = f"{path} {what}: {cure}, or choose another state_dir"
+    return StateDirError.because(message, field="state_dir")
 
 
 def unusable(path: Path, error: Exception) -> StateDirError:

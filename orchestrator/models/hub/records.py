@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from orchestrator.base.json_file import write_json
+from orchestrator.base.private_file import read_file, write_json
 from orchestrator.settings.files import ModelFiles
 
 Listing = Mapping[str, tuple[int, str]]
@@ -48,8 +48,7 @@ class Records:
         if (known := self._listings.get(key_of(repo.lower(), commit))) is not None:
             return known
         with contextlib.suppress(OSError, *_DAMAGED):
-            text = self.listing_path(repo, commit).read_text(encoding="utf-8")
-            files = json.loads(text)["files"]
+            files = json.loads(read_file(self.listing_path(repo, commit)))["files"]
             return {str(name): (int(size), str(etag)) for name, (size, etag) in files.items()}
         return {}
 
@@ -61,7 +60,10 @@ class Records:
             write_json(mark, {"name": path.name})
 
     def is_hashed(self, path: Path, etag: str) -> bool:
-        return (mark := self._mark(path, etag)) is not None and mark.exists()
+        if (mark := self._mark(path, etag)) is not None:
+            with contextlib.suppress(OSError):
+                return bool(read_file(mark))
+        return False
 
     def _mark(self, path: Path, etag: str) -> Path | None:
         """Return the record that exactly this file was hashed; a changed file has another."""
