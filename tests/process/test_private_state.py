@@ -19,7 +19,6 @@ from orchestrator.base.private_file import read_file, replace_file, write_json
 from orchestrator.models.hub.records import Records
 from orchestrator.server import process_table
 from orchestrator.server.slot import Slot
-from tests.kit.process.support import Make
 from tests.kit.sentences import assert_sentence
 
 
@@ -111,19 +110,6 @@ def test_a_link_in_place_of_the_record_is_neither_believed_nor_written(
     assert slot.recall() == me
     slot.forget()
     slot.release()
-
-
-def test_a_link_in_place_of_the_template_is_not_followed(
-    make: Make, model_a: str, state_dir: Path, tmp_path: Path
-) -> None:
-    target = tmp_path / "target"
-    with make() as orch:
-        (state_dir / "default/chat-template.jinja").symlink_to(target)
-        orch.load(model_a, chat_template_override="{{ messages }}")
-        assert not target.exists()
-        written = state_dir / "default/chat-template.jinja"
-        assert (written.read_text(), written.is_symlink()) == ("{{ messages }}", False)
-        assert written.stat().st_mode & 0o777 == 0o600
 
 
 def test_what_another_user_wrote_is_not_read(tmp_path: Path, as_other: Callable[[], None]) -> None:
