@@ -30,7 +30,7 @@ from orchestrator.machine.facts import SlotEvidence
 from orchestrator.server import process_table, slot_name
 from orchestrator.server.process_table import ProcessId
 from orchestrator.server.slot_name import NameTaken
-from orchestrator.server.state_dir import make_slot, prepare, unusable
+from orchestrator.server.state_dir import check_trusted, make_folder, prepare, unusable
 
 try:
     import fcntl
@@ -64,7 +64,7 @@ class Slot:
             )
         self.name = name
         self.directory: Path = prepare(state_dir) / name
-        make_slot(self.directory)
+        make_folder(self.directory)
         self.lock_path: Path = self.directory / "server.lock"
         self.record_path: Path = self.directory / "server.json"
         self.owner_path: Path = self.directory / "owner.lock"
@@ -86,10 +86,11 @@ class Slot:
         Raises:
             SlotOwned: Another live orchestrator has it; the message says which process that is.
             UnsupportedPlatform: There are no inherited locks here.
-            StateDirError: A lock file cannot be opened or written.
+            StateDirError: A lock file cannot be opened or written, or others may write the folder.
         """
         if fcntl is None:
             raise UnsupportedPlatform.because("this platform has no flock: use Linux or macOS")
+        check_trusted(self.directory)
         ends = time.monotonic() + _SUCCESSION_S
         while not self._try_claim():
             pid = self._living_owner()
@@ -216,7 +217,8 @@ class Slot:
         if _is_at(self.owner_path, self._owner_fd) and _is_at(self.lock_path, self._lock_fd):
             return
         _log("warning", "slot.restored", directory=str(self.directory))
-        make_slot(self.directory, parents=True)
+        make_folder(self.directory, parents=True)
+        check_trusted(self.directory)
         fd = (
             self._owner_fd
             if _is_at(self.owner_path, self._owner_fd)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -55,32 +53,40 @@ def prepare(state_dir: str | os.PathLike[str] | None) -> Path:
                 f"state_dir is {state_dir!r}: give the path of a folder whose parent exists",
                 field="state_dir",
             )
-    with _usable(root):
-        root.mkdir(mode=0o700, parents=state_dir is None, exist_ok=True)
-        found = root.stat()
-        if _may_write(found, stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
-            cure = "run chmod o-w, choose a new folder inside it"
-            raise _unsafe(root, "may be written by every user", cure)
-        _check_owner(root, found.st_uid, _ROOT)
-        _try_to_write(root)
+    make_folder(root, parents=state_dir is None)
     return Path(paths.real(root))
 
 
-def make_slot(directory: Path, *, parents: bool = False) -> None:
-    """Create the folder of a slot if necessary.
+def make_folder(directory: Path, *, parents: bool = False) -> None:
+    """Create a folder for this user only, unless it is there, and check that it can be written."""
+    import tempfile
+
+    try:
+        directory.mkdir(mode=0o700, parents=parents, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except (OSError, ValueError) as error:
+        raise unusable(directory, error) from error
+
+
+def check_trusted(slot: Path) -> None:
+    """Refuse the folder of a slot if another user may have written or replaced what is in it.
 
     Raises:
-        StateDirError: It cannot be written, or another user may have written what is in it.
+        StateDirError: This, or the folder cannot be read.
     """
-    with _usable(directory):
-        directory.mkdir(mode=0o700, parents=parents, exist_ok=True)
-        found = directory.lstat()
-        if not stat.S_ISDIR(found.st_mode):
-            raise _unsafe(directory, "is a link", "remove it")
-        if _may_write(found, stat.S_IWGRP | stat.S_IWOTH):
-            raise _unsafe(directory, "may be written by other users", "run chmod go-w")
-        _check_owner(directory, found.st_uid)
-        _try_to_write(directory)
+    try:
+        root, found = slot.parent.stat(), slot.lstat()
+    except OSError as error:
+        raise unusable(slot, error) from error
+    if _may_write(root, stat.S_IWOTH) and not root.st_mode & stat.S_ISVTX:
+        cure = "run chmod o-w, choose a new folder inside it"
+        raise _unsafe(slot.parent, "may be written by every user", cure)
+    _check_owner(slot.parent, root.st_uid, _ROOT)
+    if not stat.S_ISDIR(found.st_mode):
+        raise _unsafe(slot, "is a link", "remove it")
+    if _may_write(found, stat.S_IWGRP | stat.S_IWOTH):
+        raise _unsafe(slot, "may be written by other users", "run chmod go-w")
+    _check_owner(slot, found.st_uid)
 
 
 def _may_write(found: os.stat_result, others: int) -> bool:
@@ -92,20 +98,6 @@ def _check_owner(directory: Path, owner: int, *others: int) -> None:
     if (user := this_user(owner)) != owner and owner not in others:
         what = f"belongs to user {owner}, and this process to user {user}"
         raise _unsafe(directory, what, "run chown")
-
-
-def _try_to_write(directory: Path) -> None:
-    import tempfile
-
-    tempfile.TemporaryFile(dir=directory).close()
-
-
-@contextlib.contextmanager
-def _usable(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise unusable(directory, error) from error
 
 
 def _unsafe(path: Path, what: str, cure: str) -> StateDirError:

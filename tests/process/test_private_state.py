@@ -19,12 +19,13 @@ from orchestrator.base.private_file import read_file, replace_file, write_json
 from orchestrator.models.hub.records import Records
 from orchestrator.server import process_table
 from orchestrator.server.slot import Slot
+from tests.kit.process.support import Fake, StartHost, Watch
 from tests.kit.sentences import assert_sentence
 
 
 def refused(state_dir: Path) -> StateDirError:
     with pytest.raises(StateDirError) as error:
-        Slot("s", state_dir)
+        Slot("s", state_dir).claim()
     assert error.value.field == "state_dir"
     return error.value
 
@@ -53,13 +54,15 @@ def test_a_folder_of_another_user_is_refused(
 def test_a_folder_that_every_user_may_write_is_refused(state_dir: Path, mode: int) -> None:
     state_dir.chmod(mode)
     assert_sentence("slot.everyone", refused(state_dir).message, path=state_dir)
-    assert list(state_dir.iterdir()) == []
 
 
 @pytest.mark.parametrize("mode", [0o1777, 0o775, 0o755])
 def test_a_folder_in_which_nobody_can_replace_ours_is_used(state_dir: Path, mode: int) -> None:
     state_dir.chmod(mode)
-    assert Slot("s", state_dir).directory.stat().st_mode & 0o777 == 0o700
+    slot = Slot("s", state_dir)
+    slot.claim()
+    assert slot.directory.stat().st_mode & 0o777 == 0o700
+    slot.release()
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
@@ -138,3 +141,14 @@ def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path: Path) ->
     with pytest.raises(OSError, match="file"):
         replace_file(tmp_path / "file", "text")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_guardian_ends_the_server_of_a_folder_that_others_may_write_by_now(
+    host: StartHost, fake: Fake, state_dir: Path
+) -> None:
+    """Trust is asked for when a slot is claimed: what was started must be ended in any case."""
+    backend = host('send(pid=orch.load(a["model"]).pid)\nsleep_forever()')
+    server = Watch(backend.receive()["pid"])
+    (state_dir / "default").chmod(0o777)
+    assert server.seconds_to_exit(backend.die()) < 1
+    assert fake.running() == set()
