@@ -48,6 +48,7 @@ from typing import Any, ClassVar, Final, Self
 
 from orchestrator.base.paths import PathNames
 from orchestrator.base.record import Record
+from orchestrator.base.threads import NoThread
 
 CLASSES: Final[dict[str, type[OrchestratorError]]] = {}
 """The class of each category, in the order of the tree."""
@@ -331,8 +332,19 @@ class UnsupportedPlatform(OrchestratorError):
     _row = "unsupported_platform", 500, "Unsupported platform"
 
 
+@contextlib.contextmanager
+def no_thread_as_error() -> Iterator[None]:
+    """Raise Unavailable for a thread that could not be started."""
+    try:
+        yield
+    except NoThread as error:
+        raise problem_of(error).error() from error
+
+
 def problem_of(error: BaseException) -> Problem:
     """Return what an exception says to callers."""
     if isinstance(error, OrchestratorError):
         return error.problem
+    if isinstance(error, NoThread):
+        return Problem(Unavailable.category, str(error))
     return Problem("internal", f"{type(error).__name__}: {error}")

@@ -16,6 +16,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
+from orchestrator.base import threads
+from orchestrator.base.threads import NoThread
+
 CAPACITY: Final = 10_000
 FLUSH_S: Final = 1.0
 
@@ -62,8 +65,8 @@ class Background:
             self._put += 1
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                with contextlib.suppress(RuntimeError):  # there can be no thread now
-                    thread.start()
+                with contextlib.suppress(NoThread):  # the next call tries again
+                    threads.start(thread)
                     self._thread = thread
             self._changed.notify_all()
 

@@ -21,7 +21,8 @@ from starlette.requests import ClientDisconnect
 
 from orchestrator.base.log import event_log
 from orchestrator.base.paths import PathNames
-from orchestrator.errors import OrchestratorError, Problem
+from orchestrator.base.threads import NoThread
+from orchestrator.errors import OrchestratorError, Problem, problem_of
 from orchestrator.http.bodies import malformed
 from orchestrator.http.head import HeadRoute
 from orchestrator.http.paths import PathRenamer, names_of, own_folders
@@ -98,8 +99,8 @@ class Responder:
         """Return the problem document of an exception."""
         path = request.url.path
         match error:
-            case OrchestratorError():
-                problem = error.problem
+            case OrchestratorError() | NoThread():
+                problem = problem_of(error)
             case RequestValidationError():
                 problem = malformed(error.errors()[0])
             case HTTPException():

@@ -12,7 +12,7 @@ from typing import Final
 
 from orchestrator.base.tokens import CancelReason, CancelToken, Generation
 from orchestrator.base.workers import Workers
-from orchestrator.errors import Busy, Cancelled, ShuttingDown, problem_of
+from orchestrator.errors import Busy, Cancelled, ShuttingDown, no_thread_as_error, problem_of
 from orchestrator.models.source import ModelSource
 from orchestrator.models.variants import Variant
 from orchestrator.settings.request import LoadRequest
@@ -46,7 +46,8 @@ class Listings:
         with self._guard:
             if len(self._in_flight) >= MAX_AT_ONCE:
                 raise Busy.because(f"{MAX_AT_ONCE} listings are in flight: try again later")
-            done = self._workers().submit(lambda: self._source.variants(request, token))
+            with no_thread_as_error():
+                done = self._workers().submit(lambda: self._source.variants(request, token))
             self._in_flight[found] = token, done
         done.add_done_callback(lambda _: self._settle(found, done))
         found.add_done_callback(lambda _: token.set(CancelReason.USER))

@@ -7,6 +7,7 @@ answer.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
@@ -19,7 +20,7 @@ from orchestrator import errors
 from orchestrator.base import log
 from orchestrator.base.paths import PathNames, names_of_own
 from orchestrator.base.tokens import Generation, Ticket
-from orchestrator.errors import Problem
+from orchestrator.errors import Problem, no_thread_as_error
 from orchestrator.machine import facts
 from orchestrator.machine.commands import LookUp
 from orchestrator.machine.context import Context, Policy
@@ -153,8 +154,11 @@ class Facade:
     def _claim(self) -> Owner:
         parts, workers = self._parts, self._parts.workers()
         slot = parts.slot(self._slot_name, self._state_dir)
-        slot.claim()
-        try:
+        with contextlib.ExitStack() as undo, no_thread_as_error():
+            workers.claim()
+            undo.callback(workers.release)
+            slot.claim()
+            undo.callback(slot.release)
             owner = parts.owner(
                 lambda post: parts.effects(
                     slot, post, self._source, workers, self._servers, self._look_up
@@ -164,10 +168,9 @@ class Facade:
                 observers=self._observers,
                 tickets=self._tickets,
             )
-        except BaseException:
-            slot.release()
-            raise
-        owner.start(slot.name)
+            undo.callback(owner.effects.close)
+            owner.start(slot.name)
+            undo.pop_all()
         self._pid = os.getpid()
         self._owner = owner  # last: other threads read it without the lock
         parts.at_exit(self._close)
@@ -190,6 +193,7 @@ class Facade:
             owner.ask(call, facts.ShutdownRequested(call.ticket, owner.clock()))
             answer = self._wait(call, call.settled)  # if interrupted, close can be called again
             owner.stop()
+            self._parts.workers().release()
             self._parts.not_at_exit(self._close)
         log.flush()
         unwrap(answer)

@@ -16,6 +16,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Final
 
+from orchestrator.base import threads
 from orchestrator.base.log import event_log
 from orchestrator.base.private_file import replace_file
 from orchestrator.base.tokens import CancelToken, Generation
@@ -79,6 +80,7 @@ class ProcessEffects:
 
     Raises:
         InvalidRequest: a variable in `settings.env` is not allowed (field `server_env`).
+        NoThread: there can be no thread to own the slot's processes.
     """
 
     def __init__(
@@ -106,8 +108,8 @@ class ProcessEffects:
         ended, evidence = eviction.reap(slot)
         if ended:
             _log("warning", "slot.reaped", pids=sorted(ended), is_empty=evidence.is_empty)
+        threads.start(self._warden)
         self._ensure_guardian()
-        self._warden.start()
 
     # ----------------------------------------------------------------------- on the owner's thread
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from functools import partial
 from typing import Any, Final, Self, Unpack
 
 from orchestrator.base import workers
 from orchestrator.base.tokens import Generation, Ticket
-from orchestrator.errors import Problem
+from orchestrator.errors import Problem, no_thread_as_error
 from orchestrator.runtime import answers
 from orchestrator.runtime.answers import (
     LeasedServer,
@@ -197,8 +197,7 @@ class AsyncOrchestrator(Facade):
 
     async def close(self) -> None:
         """Cancel all loads, stop the server and release the slot, even if cancelled."""
-        closing = asyncio.wrap_future(self._parts.workers().submit(self._close))
-        await asyncio.shield(closing)
+        await asyncio.shield(self._on_a_thread(self._close))
 
     async def __aenter__(self) -> Self:
         return await self.start()
@@ -313,8 +312,12 @@ class AsyncOrchestrator(Facade):
     async def _started(self) -> Owner:
         """Claiming a slot may block: processes of a dead owner have to be killed first."""
         if self._owner is None:
-            await asyncio.wrap_future(self._parts.workers().submit(self._start))
+            await self._on_a_thread(self._start)
         return self._start()
+
+    def _on_a_thread(self, work: Callable[[], object]) -> asyncio.Future[object]:
+        with no_thread_as_error():
+            return asyncio.wrap_future(self._parts.workers().submit(work))
 
     async def _ask(self, make_fact: MakeFact) -> Call:
         ticket = Ticket(next(self._tickets))  # first: starting must not change the order

@@ -18,6 +18,7 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, cast
 
+from orchestrator.base import threads
 from orchestrator.base.log import event_log
 from orchestrator.base.tokens import CancelToken, Generation, Ticket
 from orchestrator.errors import Problem, problem_of
@@ -126,9 +127,10 @@ class Owner:
     # ------------------------------------------------------------------------ the owner's thread
 
     def start(self, name: str) -> None:
-        """Process facts on a thread of its own until `stop`."""
-        self._thread = threading.Thread(target=self._run, name=f"llama-owner-{name}", daemon=True)
-        self._thread.start()
+        """Process facts on a thread of its own until `stop`. Raises NoThread."""
+        thread = threading.Thread(target=self._run, name=f"llama-owner-{name}", daemon=True)
+        threads.start(thread)
+        self._thread = thread
 
     def stop(self) -> None:
         """End the thread and the effects, after the machine has been shut down."""

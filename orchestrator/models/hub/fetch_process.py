@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Self, cast
 
-from orchestrator.base import launch
+from orchestrator.base import launch, threads
 from orchestrator.base.log import event_log
 from orchestrator.base.redaction import HIDDEN, redact
+from orchestrator.base.threads import NoThread
 from orchestrator.base.tokens import CancelToken
 from orchestrator.base.waker import Waker
 from orchestrator.errors import (
@@ -122,7 +123,8 @@ class FetchProcess:
             self._process.wait(REAP_S)
         except subprocess.TimeoutExpired:  # the kernel keeps it until its fsync is done
             _log("warning", "download.lingers", pid=self._process.pid)
-            threading.Thread(target=self._process.wait, daemon=True).start()
+            with contextlib.suppress(NoThread):  # it stays a zombie
+                threads.start(threading.Thread(target=self._process.wait, daemon=True))
 
     def listing(self, within_s: float | None) -> dict[str, Any]:
         """Return the files of the repo, as the Hub lists them."""
