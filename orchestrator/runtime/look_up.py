@@ -6,6 +6,7 @@ costs the running model nothing.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -56,12 +57,14 @@ class LookUps:
         self._source = source
         self._llama_server = llama_server
         self._cache = cache
+        self._turn = threading.Lock()
 
     def server(self) -> ServerBinary:
         return self._parts.server(self._llama_server)
 
     def catalogue(self, server: ServerBinary) -> Catalogue | None:
-        return self._parts.catalogue(server, self._cache)
+        with self._turn:  # many may ask at once what one run of the binary answers
+            return self._parts.catalogue(server, self._cache)
 
     def find(self, request: LoadRequest, snapshot: Snapshot, at: float) -> Found:
         """Look up the model and the server, and refuse what this server cannot do."""
@@ -73,11 +76,9 @@ class LookUps:
         template, mode = request.chat_template_override, target.speculative_type
         if not (args or template or mode) or _needs_nothing(found, snapshot, at):
             return found
-        if template is not None:
-            check_template(template, "chat_template_override")
+        self._check_template(template, "chat_template_override")
         check_named_files(args)
-        if (given := template_of(args)) is not None:
-            check_template(given, "llama_extra_args")
+        self._check_template(template_of(args), "llama_extra_args")
         if args or mode:
             catalogue = self.catalogue(server)
             if catalogue is not None:
@@ -86,6 +87,11 @@ class LookUps:
             # raises if the binary lacks the drafting type
             build_argv(replace(target, server=server), template_file=None)
         return replace(found, target=replace(found.target, server=server))
+
+    def _check_template(self, template: str | None, field: str) -> None:
+        if template is not None:
+            with self._turn:  # hundreds that compute at once would leave the owner no time
+                check_template(template, field)
 
     def plan(self, request: LoadRequest, snapshot: Snapshot, at: float) -> Plan:
         """Return what a load would do; asks the Hub for what the cache does not answer."""
