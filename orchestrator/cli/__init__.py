@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Final
 
 _EXTRA: Final = frozenset(
-    {"click", "rich", "aiohttp", "fastapi", "fastapi_offline", "httptools", "prometheus_client"}
-    | {"pydantic", "starlette", "uvicorn", "uvloop"}
+    {"click", "rich", "aiohttp", "fastapi", "fastapi_swagger", "httptools", "multidict"}
+    | {"prometheus_client", "pydantic", "starlette", "uvicorn", "uvloop", "yarl"}
 )
 INTERRUPTED: Final = 130
 

@@ -12,9 +12,7 @@ from functools import partial
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response
-from fastapi.routing import APIRoute
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from fastapi_offline import FastAPIOffline
 from starlette.responses import StreamingResponse
 
 import orchestrator
@@ -85,16 +83,14 @@ def create_app(
         yield
         await passed_on.close()
 
-    app = FastAPIOffline(
+    app = FastAPI(
+        docs_url=None,  # its page would load scripts of another host
         redoc_url=None,
         title="llama-orchestrator",
         description=openapi.DESCRIPTION,
         version=orchestrator.__version__,
         lifespan=lifespan,
     )
-    for route in app.routes:
-        if isinstance(route, APIRoute) and route.methods:  # of the documentation
-            route.methods.add("HEAD")
     responder = Responder(orch.known_paths)
     responder.install(app)
     hosts = origins.checked_hosts(allowed_hosts)

@@ -1,8 +1,9 @@
-"""The panel at `/`: static files with strict headers.
+"""The panel at `/` and Swagger UI at `/docs`: static files with strict headers.
 
-Only scripts and styles of this origin run, nothing may frame the page, and it reaches no other
-host. The files hold no secret and are sent without a key. Two are generated: the style of the
-diagram, which the policy forbids inside it, and the settings with a plain control.
+Only scripts and styles of this origin run, nothing may frame a page, and none reaches another
+host. The panel's files hold no secret and are sent without a key. Two are generated: the style of
+the diagram, which the policy forbids inside it, and the settings with a plain control. Links are
+relative, so that the pages work below any path.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from orchestrator.settings.fields import ECHOED, SETTINGS, type_of
 
 _FOLDER: Final = resources.files("orchestrator.http") / "panel"
 _PAGE: Final = "index.html"
+_SWAGGER_UI: Final = resources.files("fastapi_swagger.resources")
 CSP: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -58,25 +60,68 @@ def _fields() -> str:
     return f"export const FIELDS = {json.dumps(fields, indent=1)};\n"
 
 
-_GENERATED: Final = {
+_DOCS: Final = """\
+<!doctype html>
+<html lang="en">
+<head>
+  <meta charset="utf-8">
+  <meta name="viewport" content="width=device-width, initial-scale=1">
+  <title>llama-orchestrator: API</title>
+  <link rel="icon" href="panel/icon.svg" type="image/svg+xml">
+  <link rel="stylesheet" href="docs/swagger-ui.css">
+</head>
+<body>
+  <div id="swagger-ui"></div>
+  <noscript>This page needs JavaScript. The document itself:
+    <a href="openapi.json">openapi.json</a>.</noscript>
+  <script src="docs/swagger-ui-bundle.js"></script>
+  <script src="docs/start.js"></script>
+</body>
+</html>
+"""
+_START: Final = """\
+SwaggerUIBundle({
+  url: "openapi.json",
+  dom_id: "#swagger-ui",
+  deepLinking: true,
+  validatorUrl: null,
+});
+"""
+_PANEL_TEXTS: Final = {
     "/panel/diagram.css": (diagram.STYLE, "text/css"),
     "/panel/fields.js": (_fields(), "text/javascript"),
 }
-PATHS: Final = frozenset(
-    {"/", *_GENERATED, *(f"/panel/{file.name}" for file in _FOLDER.iterdir() if file.name != _PAGE)}
+_DOCS_TEXTS: Final = {"/docs": (_DOCS, "text/html"), "/docs/start.js": (_START, "text/javascript")}
+_DOCS_FILES: Final = ("swagger-ui.css", "swagger-ui-bundle.js")
+PANEL_PATHS: Final = frozenset(
+    {"/", *_PANEL_TEXTS}
+    | {f"/panel/{file.name}" for file in _FOLDER.iterdir() if file.name != _PAGE}
 )
+PATHS: Final = PANEL_PATHS | {*_DOCS_TEXTS, *(f"/docs/{name}" for name in _DOCS_FILES)}
 
 
 def routes() -> list[BaseRoute]:
-    """Return the routes of the panel; they answer GET and HEAD."""
+    """Return the routes of the pages; they answer GET and HEAD."""
     files = StaticFiles(directory=str(_FOLDER))
+    swagger_ui = StaticFiles(directory=str(_SWAGGER_UI))
+    texts = {**_PANEL_TEXTS, **_DOCS_TEXTS}
+    return [
+        _file("/", files, _PAGE),
+        *(_text(path, *text) for path, text in texts.items()),
+        *(_file(f"/docs/{name}", swagger_ui, name) for name in _DOCS_FILES),
+        Mount("/panel", files),
+    ]
 
-    async def page(request: Request) -> Response:
-        return await files.get_response(_PAGE, request.scope)
 
-    async def generated(request: Request) -> Response:
-        text, media_type = _GENERATED[request.url.path]
+def _file(path: str, files: StaticFiles, name: str) -> Route:
+    async def send(request: Request) -> Response:
+        return await files.get_response(name, request.scope)
+
+    return Route(path, send)
+
+
+def _text(path: str, text: str, media_type: str) -> Route:
+    async def send(_: Request) -> Response:
         return Response(text, media_type=media_type)
 
-    ours = [Route(path, generated) for path in _GENERATED]
-    return [Route("/", page), *ours, Mount("/panel", files)]
+    return Route(path, send)

@@ -11,6 +11,7 @@ import httpx
 import psutil
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from fastapi import FastAPI
 from playwright.sync_api import Browser, Page, Route, expect
 
 from orchestrator import RestartPolicy
@@ -18,7 +19,7 @@ from orchestrator.demo.tiny_model import write_tiny_model
 from orchestrator.http import create_app
 from tests.kit.fake_hub import Hub, Repo
 from tests.kit.http import PREFIX, Gate, is_at_gate, serving, until
-from tests.kit.panel import DESKTOP, PHONE, Open, Start
+from tests.kit.panel import DESKTOP, PHONE, Open, Panel, Start
 from tests.kit.process.servers import servers_of
 
 
@@ -442,18 +443,30 @@ def test_panel_is_accessible_and_fits(
 # ----------------------------------------------------------------------------------------- /docs
 
 
-def test_docs_page_works_without_other_hosts(start: Start, chromium: Browser) -> None:
-    """A script of another host could do all that the user may, and the page must work offline."""
-    client = start()
-    context = chromium.new_context()
-    page = context.new_page()
-    hosts: set[str] = set()
-    page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
-    page.goto(f"{client.base_url}/docs")
-    route = page.locator("#operations-inference-status_api_inference_status_get")
-    route.click()
-    route.get_by_role("button", name="Try it out").click()
-    route.get_by_role("button", name="Execute").click()
-    expect(route.locator(".live-responses-table")).to_contain_text('"state": "Idle"')
-    context.close()
-    assert {host for host in hosts if host} == {urlsplit(str(client.base_url)).netloc}
+@pytest.mark.parametrize("prefix", ["", "/llama"])
+def test_docs_page_works_without_other_hosts(
+    chromium: Browser, state_dir: Path, prefix: str
+) -> None:
+    """A script of another host could do all that the user may, and the page must work offline. Its
+    policy allows no such script, and all that its own scripts do; a proxy or a host may have put
+    the app below a path.
+    """
+    app = create_app(llama_server="embedded", state_dir=state_dir)
+    if prefix:
+        host = FastAPI(docs_url=None)
+        host.mount(prefix, app)
+        app = host
+    with serving(app) as client:
+        context = chromium.new_context()
+        page = context.new_page()
+        seen = Panel(page, str(client.base_url))
+        page.goto(f"{client.base_url}{prefix}/docs")
+        route = page.locator("#operations-inference-status_api_inference_status_get")
+        route.click()
+        route.get_by_role("button", name="Try it out").click()
+        route.get_by_role("button", name="Execute").click()
+        expect(route.locator(".live-responses-table")).to_contain_text('"state": "Idle"')
+        page.locator("#operations-inference-load_api_inference_load_post").click()
+        context.close()
+    assert not seen.errors
+    assert seen.hosts == {urlsplit(str(client.base_url)).netloc}

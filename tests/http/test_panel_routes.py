@@ -36,8 +36,8 @@ WITH_KEY = {"Authorization": "Bearer s3cret"}
 def test_panel_files_need_no_key_and_have_strict_headers(idle: httpx.Client) -> None:
     """Each has its own type, and the page has no inline script or style."""
     kinds = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
-    assert {"/", "/panel/main.js", "/panel/panel.css", "/panel/diagram.css"} < pages.PATHS
-    for path in pages.PATHS:
+    assert {"/", "/panel/main.js", "/panel/panel.css", "/panel/diagram.css"} < pages.PANEL_PATHS
+    for path in pages.PANEL_PATHS:
         answer = idle.get(path)
         assert answer.status_code == 200, path
         kind = "text/html" if path == "/" else kinds[path.rpartition(".")[2]]
@@ -48,6 +48,22 @@ def test_panel_files_need_no_key_and_have_strict_headers(idle: httpx.Client) -> 
     assert not re.search(r"<style|<script(?! type=\"module\" src)|\son\w+=|\sstyle=", page)
     for name in re.findall(r'(?:src|href)="([^"#]+)"', page):
         assert idle.get("/" + name).status_code == 200, name
+
+
+def test_docs_page_has_the_strict_headers_and_needs_the_key(idle: httpx.Client) -> None:
+    """It runs scripts of a package, at the origin that may do everything."""
+    docs = pages.PATHS - pages.PANEL_PATHS
+    assert {"/docs", "/docs/swagger-ui-bundle.js"} < docs
+    for path in docs:
+        assert problem(idle.get(path)) == (401, "unauthorized")
+        answer = idle.get(path, headers=WITH_KEY)
+        assert answer.status_code == 200
+        assert answer.headers.items() >= {n.lower(): v for n, v in pages.HEADERS.items()}.items()
+    page = idle.get("/docs", headers=WITH_KEY).text
+    links = set(re.findall(r'(?:src|href)="([^"]+)"', page))
+    assert links == {path[1:] for path in docs} - {"docs"} | {"panel/icon.svg", "openapi.json"}
+    for path in ("/docs/", "/docs/main.py", "/docs/__init__.py", "/redoc"):
+        assert idle.get(path, headers=WITH_KEY).status_code in {307, 404}
 
 
 def test_unchanged_panel_file_is_304(idle: httpx.Client) -> None:

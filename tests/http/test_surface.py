@@ -463,9 +463,12 @@ def test_mounted_app_recognises_its_own_paths(state_dir: Path) -> None:
     with TestClient(app) as client:
         assert client.get("/llama/healthz").json() == {"status": "alive"}
         assert client.get("/llama/healthz").headers["Cache-Control"] == "no-store"
-        panel = client.get("/llama/panel/main.js")
-        assert panel.status_code == 200
-        assert panel.headers["Content-Security-Policy"] == pages.CSP
+        for path in pages.PATHS:
+            page = client.get("/llama" + path, headers={"X-Api-Key": "k"})
+            assert page.status_code == 200, path
+            assert page.headers["Content-Security-Policy"] == pages.CSP
+            without_key = client.get("/llama" + path).status_code
+            assert without_key == (200 if path in pages.PANEL_PATHS else 401), path
         assert client.get("/llama" + PREFIX + "/status").status_code == 401
 
 

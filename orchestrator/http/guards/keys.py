@@ -18,7 +18,7 @@ from orchestrator.http import pages
 from orchestrator.http.guards import PROBED_PATHS, Check, own_path
 from orchestrator.http.problems import http_problem
 
-OPEN_PATHS: Final = frozenset({*PROBED_PATHS, *pages.PATHS})
+OPEN_PATHS: Final = frozenset({*PROBED_PATHS, *pages.PANEL_PATHS})
 
 
 def _sent(headers: Headers) -> list[bytes]:
