@@ -134,7 +134,8 @@ bench: $(VENV)/.ready llama-server
 	$(BIN)/python -m tests.bench.bench --json build/bench.json $(ARGS) && \
 	$(BIN)/python -m tests.bench.passthrough_bench --json build/bench-passthrough.json && \
 	$(BIN)/python -m tests.bench.scale_bench --json build/bench-scale.json --plots docs && \
-	$(BIN)/python -m tests.bench.hub_bench --json build/bench-hub.json
+	$(BIN)/python -m tests.bench.hub_bench --json build/bench-hub.json && \
+	$(BIN)/python -m tests.bench.attack_bench --json build/bench-attack.json
 
 # The site of this version is added to the local branch gh-pages; pushing that branch publishes it.
 release: docs-tools

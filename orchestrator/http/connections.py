@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import time
 from typing import Final
+from weakref import WeakKeyDictionary
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
 
 from orchestrator.http.guards.limits import LINGER_BYTES, LINGER_S
 from orchestrator.http.problems import http_problem
@@ -27,11 +28,26 @@ class _HeadTooLarge(Exception):
     """Raised in a callback; the parser then fails, and `send_400_response` is called."""
 
 
+class _Places:
+    """The connections of one server.
+
+    Attributes:
+        taken: All that are open.
+        waiting: Those that wait for a request, or the rest of its head; the oldest first.
+    """
+
+    def __init__(self) -> None:
+        self.taken: set[BoundedProtocol] = set()
+        self.waiting: dict[BoundedProtocol, None] = {}
+
+
+_PLACES: Final[WeakKeyDictionary[ServerState, _Places]] = WeakKeyDictionary()
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's protocol with limits; its callbacks have the names that httptools calls."""
 
     _timer: asyncio.TimerHandle | None = None
-    waiting_since: float | None = None  # for a request, or the rest of its head
     _is_in_head = False
     _head_bytes = 0  # of its complete fields
     _unparsed_bytes = 0  # of the pieces in which the head does not end, but the first
@@ -39,16 +55,16 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._places = _PLACES.setdefault(self.server_state, _Places())
+        self._places.taken.add(self)
         self._await_request()
-        limit = max_connections()
-        if len(self.connections) > limit:
-            protocols = [one for one in self.connections if isinstance(one, BoundedProtocol)]
-            opened = [one for one in protocols if not one.transport.is_closing()]
-            if len(opened) > limit:  # the one that has waited longest makes room
-                waiting = [one for one in opened if one.waiting_since is not None]
-                min(waiting, key=lambda one: one.waiting_since or 0.0).transport.close()
+        if len(self._places.taken) > max_connections():
+            oldest = next(iter(self._places.waiting))
+            oldest.leave()  # now: the loop may accept many before it reports the end of this one
+            oldest.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.leave()
         self._set_timer()
         super().connection_lost(exc)
 
@@ -86,7 +102,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._is_in_head, self.waiting_since = False, None
+        self._is_in_head = False
+        self._places.waiting.pop(self, None)
         self._set_timer()
         super().on_headers_complete()
 
@@ -96,8 +113,13 @@ class BoundedProtocol(HttpToolsProtocol):
             self._await_request()
 
     def _await_request(self) -> None:
-        self.waiting_since = time.monotonic()
+        self._places.waiting[self] = None
         self._set_timer(IDLE_S)
+
+    def leave(self) -> None:
+        """Give up the place; the connection is closed, or about to be."""
+        self._places.taken.discard(self)
+        self._places.waiting.pop(self, None)
 
     def _set_timer(self, seconds: float | None = None) -> None:
         if self._timer is not None:
