@@ -3,6 +3,8 @@
 Otherwise one client without a key could hold all memory by an endless head, or all descriptors by
 connections that stay silent. So heads are bounded in bytes and in time, idle connections in time,
 and all connections in number. A refusal reaches a client that is still sending.
+
+No other protocol is spoken here: a request that offers one by `Upgrade` is read like any other.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import sys
 from typing import Final
 from weakref import WeakKeyDictionary
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
@@ -26,6 +29,10 @@ _RESERVED_DESCRIPTORS: Final = 128  # for files, and the pipes of child processe
 
 class _HeadTooLarge(Exception):
     """Raised in a callback; the parser then fails, and `send_400_response` is called."""
+
+
+class _Tunnel(Exception):
+    """Raised in the same way for CONNECT, after which the parser takes no body either."""
 
 
 class _Places:
@@ -51,6 +58,7 @@ class BoundedProtocol(HttpToolsProtocol):
     _is_in_head = False
     _head_bytes = 0  # of its complete fields
     _unparsed_bytes = 0  # of the pieces in which the head does not end, but the first
+    _head_without_upgrade = b""
     _discarded_bytes: int | None = None  # None until the refusal
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -75,11 +83,30 @@ class BoundedProtocol(HttpToolsProtocol):
                 self.transport.close()
             return
         had_begun = self._is_in_head
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            self.send_400_response("")
         if had_begun and self._is_in_head and self._discarded_bytes is None:
             self._unparsed_bytes += len(data)
             if self._unparsed_bytes > MAX_HEAD_BYTES:
                 self._refuse_head()
+
+    def _parse(self, data: bytes) -> None:
+        """Parse a head that has `Upgrade` once more, without it.
+
+        After such a head httptools reads no body (`cb_on_headers_complete`), and takes its bytes
+        for the next request. A server may ignore `Upgrade` (RFC 9110, 7.8), which some clients
+        send with every request, such as Java's.
+        """
+        while True:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                data = self._head_without_upgrade + data[upgrade.args[0] :]
+            else:
+                return
 
     def send_400_response(self, msg: str) -> None:
         if self._head_bytes > MAX_HEAD_BYTES:
@@ -99,13 +126,25 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._count(len(name) + len(value))
-        super().on_header(name, value)
+        if self._is_in_head:  # a trailer must not be merged into the head (RFC 9110, 6.5.1)
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            if (method := self.parser.get_method()) == b"CONNECT":
+                raise _Tunnel
+            line = b"%b %b HTTP/%b" % (method, self.url, self.parser.get_http_version().encode())
+            fields = [b"%b: %b" % field for field in self.headers if field[0] != b"upgrade"]
+            self._head_without_upgrade = b"\r\n".join([line, *fields, b"", b""])
+            return
         self._is_in_head = False
         self._places.waiting.pop(self, None)
         self._set_timer()
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        if not self._is_in_head:  # or the end of a head that is parsed once more
+            super().on_message_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

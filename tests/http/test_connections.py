@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import re
 import resource
 import socket
 import sys
@@ -50,6 +52,18 @@ def answer(connection: socket.socket, sent: bytes = b"") -> tuple[int, str]:
     assert b"\r\nconnection: close" in head
     assert b"\r\ncontent-type: application/problem+json" in head
     return int(head.split()[1]), json.loads(body)["category"]
+
+
+def first_line(connection: socket.socket) -> bytes:
+    """Return the first line of an answer that has a length."""
+    received = b""
+    while b"\r\n\r\n" not in received and (piece := connection.recv(65536)):
+        received += piece
+    head, _, body = received.partition(b"\r\n\r\n")
+    length = re.search(rb"content-length: (\d+)", head)
+    while length and len(body) < int(length[1]) and (piece := connection.recv(65536)):
+        body += piece
+    return head.split(b"\r\n")[0]
 
 
 def is_open(connection: socket.socket) -> bool:
@@ -113,7 +127,10 @@ def test_slow_head_is_refused(connect: Connect, monkeypatch: pytest.MonkeyPatch)
     assert answer(connection, b"G") == (408, "too_slow")
 
 
-@pytest.mark.parametrize("junk", [b"\x16\x03\x01\x00", b"get / x\r\n", b"SSH-2.0-x\r\n"])
+@pytest.mark.parametrize(
+    "junk",
+    [b"\x16\x03\x01\x00", b"get / x\r\n", b"SSH-2.0-x\r\n", b"CONNECT /v1/x HTTP/1.1\r\n\r\n"],
+)
 def test_what_is_no_request_is_refused(connect: Connect, junk: bytes) -> None:
     assert answer(connect(), junk) == (400, "bad_request")
 
@@ -134,6 +151,58 @@ def test_body_that_pauses_is_refused(connect: Connect, monkeypatch: pytest.Monke
         if path.startswith(b"/v1"):
             post = post.removesuffix(b"half")
         assert answer(connect(), post) == (408, "too_slow")
+
+
+class _NoWebSocket(asyncio.Protocol):
+    """Stands for the library of WebSockets that uvicorn uses where it is installed."""
+
+    def __init__(self, **_: object) -> None:
+        raise AssertionError("a connection has left the limits")
+
+
+@pytest.mark.parametrize("protocol", ["h2c", "websocket"])
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+def test_body_of_a_request_that_offers_another_protocol_is_no_request(
+    state_dir: Path, protocol: str, framing: str
+) -> None:
+    """Its sender could be refused a request, and have a proxy that keeps the connection send it as
+    somebody else's. Java's client offers h2c with every request. With a WebSocket, the connection
+    would keep its place for ever: a few hundred refused handshakes, and nobody can connect.
+    """
+    cancel, inside = b"POST " + PREFIX.encode() + b"/cancel HTTP/1.1\r\n", HEALTH + b"\r\n"
+    offer = HOST + b"Connection: Upgrade\r\nUpgrade: " + protocol.encode() + b"\r\n"
+    how, body = b"Content-Length: %d\r\n\r\n" % len(inside), inside
+    if framing == "chunks":
+        how = b"Transfer-Encoding: chunked\r\n\r\n"
+        body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(inside), inside)
+    next_one = b"GET /readyz HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n"
+    app = create_app(llama_server="embedded", state_dir=state_dir)
+    with serving(app, http=BoundedProtocol, ws=_NoWebSocket) as client:
+        address = client.base_url.host, client.base_url.port
+        for expect in (b"", b"Expect: 100-continue\r\n"):
+            with socket.create_connection(address, DEADLINE_S) as connection:
+                connection.sendall(cancel + offer + expect + how + (b"" if expect else body))
+                if expect:
+                    assert first_line(connection) == b"HTTP/1.1 100 Continue"
+                    connection.sendall(body)
+                assert first_line(connection) == b"HTTP/1.1 422 Unprocessable Entity"
+                connection.sendall(next_one)
+                with connection.makefile("rb") as reader:
+                    assert re.findall(rb"HTTP/1.1 \d+", reader.read()) == [b"HTTP/1.1 503"]
+
+
+def test_trailer_is_no_header(connect: Connect) -> None:
+    """RFC 9110, 6.5.1: a proxy that checks heads does not see it."""
+    post = b"POST " + PREFIX.encode() + b"/cancel HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    connection = connect()
+    connection.sendall(post + b"2\r\n{}\r\n0\r\n" + HOST + b"\r\n")
+    assert first_line(connection) == b"HTTP/1.1 400 Bad Request"
+    endless = (
+        post.replace(b"Transfer", HOST + b"Transfer")
+        + b"0\r\n"
+        + b"X-A: b\r\n" * (MAX_HEAD_BYTES // 4 + 1)
+    )
+    assert answer(connect(), endless) == (431, "head_too_large")
 
 
 # ------------------------------------------------------------------------------ idle, and too many
