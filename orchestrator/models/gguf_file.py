@@ -27,13 +27,15 @@ _STRING: Final = 8
 _ARRAY: Final = 9
 _SIZES: Final = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _MAX_ITEMS: Final = 1 << 24
+_MAX_ENTRIES: Final = 1 << 16  # of pairs, and of tensors: read one by one, 5 µs each
+_MAX_TEXTS: Final = 1 << 22  # in all vocabularies of a file: 0.7 µs each
 _MAX_DIMENSIONS: Final = 8
 _MAX_TEXT: Final = 65536
 _ALIGNMENT: Final = 32
 _CHUNK: Final = 1 << 20
 _ROLE_BYTES: Final = 1 << 14
 _GENERAL: Final = (b"general.alignment", b"general.architecture", b"general.type")
-_WANTED: Final = frozenset((*_GENERAL, b"adapter.type", b"split.count"))  # of millions, perhaps
+_WANTED: Final = frozenset((*_GENERAL, b"adapter.type", b"split.count"))  # of thousands, perhaps
 _ROLES: Final = {  # by general.architecture, or general.type
     b"clip": "projector",
     b"mmproj": "projector",
@@ -108,7 +110,9 @@ class _Reader:
         version = self._number("<I")
         if version not in _VERSIONS:
             raise _Malformed(f"version {version} is not {' or '.join(map(str, _VERSIONS))}")
-        self._tensors, self._count_of_pairs = self._count("<Q"), self._count("<Q")
+        self._tensors = self._count("<Q", _MAX_ENTRIES)
+        self._count_of_pairs = self._count("<Q", _MAX_ENTRIES)
+        self._texts_left = _MAX_TEXTS
 
     def _pairs(self) -> Iterator[tuple[bytes, object]]:
         for _ in range(self._count_of_pairs):
@@ -185,7 +189,9 @@ class _Reader:
         elif kind != _ARRAY:
             raise _Malformed(f"metadata of unknown type {kind}")
         elif (item := self._number("<I")) == _STRING:
-            self._skip_texts(self._count("<Q"))
+            count = self._count("<Q", self._texts_left)
+            self._texts_left -= count
+            self._skip_texts(count)
         elif item in _SIZES:
             self._skip(_SIZES[item] * self._count("<Q"))
         else:
