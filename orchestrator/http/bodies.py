@@ -49,19 +49,21 @@ async def json_body(request: Request, *, required: bool = True) -> dict[str, Any
 
 def validated(model: type[_Model], body: dict[str, Any]) -> _Model:
     """Return the body as a model, or refuse a field that is unknown, missing or of another type."""
+    known = model.model_fields  # pydantic names no unknown field that is not valid Unicode
+    if (unknown := next((name for name in body if name not in known), None)) is not None:
+        field = printable(unknown)
+        message = f"unknown field {field!r}; known fields: {', '.join(known)}"
+        raise MalformedRequest.because(message, field=field)
     try:
         return model.model_validate(body)
     except ValidationError as error:
-        raise MalformedRequest(malformed(error.errors()[0], model)) from None
+        raise MalformedRequest(malformed(error.errors()[0])) from None
 
 
-def malformed(error: Mapping[str, Any], model: type[BaseModel] | None = None) -> Problem:
+def malformed(error: Mapping[str, Any]) -> Problem:
     """Return the problem of one validation error of pydantic."""
     field = printable(str(error["loc"][-1]))
-    message = f"{field}: {error['msg']}"
-    if model is not None and error["type"] == "extra_forbidden":
-        message = f"unknown field {field!r}; known fields: {', '.join(model.model_fields)}"
-    return Problem("malformed", message, field=field)
+    return Problem("malformed", f"{field}: {error['msg']}", field=field)
 
 
 async def while_connected(request: Request, work: Awaitable[_T]) -> _T:

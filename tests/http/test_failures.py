@@ -81,7 +81,7 @@ def test_every_route_answers_with_a_problem_document(part: str, state_dir: Path)
 
 
 class Unstartable(AsyncOrchestrator):
-    async def start(self) -> Self:
+    async def start(self, *, again: bool = True) -> Self:
         raise RuntimeError("s3cret")
 
 
@@ -114,3 +114,13 @@ def test_any_status_of_a_route_of_the_host_has_a_document(status: int, state_dir
         assert problem(answer) == (status, "http_error")
         assert answer.json()["detail"] == "why"
         assert answer.json()["title"]
+
+
+@pytest.mark.parametrize("path", ["/unload", "/cancel", "/variants"])
+def test_field_with_a_name_that_is_not_unicode_is_malformed(path: str, tmp_path: Path) -> None:
+    """pydantic reports it without a name."""
+    headers = {"Content-Type": "application/json"}
+    with serving(create_app(llama_server="embedded", state_dir=tmp_path)) as client:
+        answer = client.post(PREFIX + path, content=b'{"half \\ud800": 1}', headers=headers)
+    assert problem(answer) == (422, "malformed")
+    assert answer.json()["field"] == "half \\ud800"
