@@ -7,6 +7,7 @@ OrchestratorError
 │   ├── WrongKind             400  a route that a server of this `kind` does not answer
 │   └── MalformedRequest      422  unknown field or wrong type
 ├── ModelNotFound             404
+├── UnknownGeneration         404  no load has it, or it is not remembered any more
 ├── Interrupted               409  a load that ended before it became Healthy
 │   ├── Superseded            409  by a newer load
 │   └── Cancelled             409  by a cancel, an unload, or a caller that left
@@ -144,7 +145,10 @@ class Problem(Record):
 
 
 class OrchestratorError(Exception):
-    """Base of every error that this library raises on purpose."""
+    """Base of every error that this library raises on purpose.
+
+    As text it is one sentence. A traceback also shows the server's last output and the story.
+    """
 
     category: ClassVar[str] = "internal"
     status: ClassVar[int] = 500
@@ -168,6 +172,11 @@ class OrchestratorError(Exception):
         self.story: tuple[str, ...] = problem.story
         self.retry_after_s: float | None = problem.retry_after_s
         self.restored: Restored | None = problem.restored
+        if self.restored is not None:
+            self.add_note(f"previous model: {self.restored}")
+        for title, texts in (("last output of the server", self.log_tail), ("story", self.story)):
+            if texts:
+                self.add_note("\n".join([f"{title}:", *(f"  {text}" for text in texts[-8:])]))
 
     @classmethod
     def because(
@@ -182,13 +191,7 @@ class OrchestratorError(Exception):
         return cls(Problem(cls.category, message, field, log_tail=log_tail, reason=reason))
 
     def __str__(self) -> str:
-        lines = [self.message]
-        if self.restored is not None:
-            lines.append(f"  {self.restored}")
-        for title, texts in (("last output of the server", self.log_tail), ("story", self.story)):
-            if texts:
-                lines += [f"  {title}:", *(f"    {text}" for text in texts[-8:])]
-        return "\n".join(lines)
+        return self.message
 
 
 CLASSES[OrchestratorError.category] = OrchestratorError
@@ -226,6 +229,10 @@ class MalformedRequest(InvalidRequest):
 
 class ModelNotFound(OrchestratorError):
     _row = "model_not_found", 404, "Model not found"
+
+
+class UnknownGeneration(OrchestratorError):
+    _row = "unknown_generation", 404, "No such load"
 
 
 class Interrupted(OrchestratorError):

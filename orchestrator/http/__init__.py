@@ -9,16 +9,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orchestrator.http.app import create_app, router
+    from orchestrator.http.app import add_error_handlers, create_app, router
     from orchestrator.http.passthrough import PassThrough
 
-__all__ = ["PassThrough", "create_app", "router"]
+__all__ = ["PassThrough", "add_error_handlers", "create_app", "router"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from orchestrator.http import app
+    try:
+        from orchestrator.http import app
+    except ModuleNotFoundError as error:
+        if (missing := error.name or "").startswith("orchestrator"):
+            raise
+        install = 'pip install "llama-orchestrator[http]"'
+        message = f"orchestrator.http needs {missing}: {install}"
+        raise ModuleNotFoundError(message, name=error.name) from error
 
     return getattr(app, name)
 

@@ -11,13 +11,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from functools import partial
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.responses import StreamingResponse
 
 import orchestrator
 from orchestrator.base import workers
-from orchestrator.errors import NotLoaded, ShuttingDown
+from orchestrator.base.threads import NoThread
+from orchestrator.errors import NotLoaded, OrchestratorError, ShuttingDown
 from orchestrator.http import metrics, openapi, pages, schemas
 from orchestrator.http.bodies import json_body, validated, while_connected
 from orchestrator.http.guards import PROBED_PATHS, guard, keys, limits, origins
@@ -110,6 +111,16 @@ def create_app(
     return app
 
 
+def add_error_handlers(app: FastAPI) -> None:
+    """Have an app answer an `OrchestratorError` of a route of its own as the API does.
+
+    With the status and the problem document of the error, and `Retry-After` where it helps.
+    """
+    responder = Responder(tuple)
+    for kind in (OrchestratorError, NoThread):
+        app.add_exception_handler(kind, responder.failure)
+
+
 def router(orch: AsyncOrchestrator) -> APIRouter:
     """Return the routes of an orchestrator, to be included in an existing app.
 
@@ -175,14 +186,11 @@ def _add_loads(
         """Return the state of a load, and its outcome once it has one. The answer waits up to
         `wait_s` seconds for it, to follow a long load through proxies that cut silent requests.
         """
-        try:
+        found = orch.past_load(generation)
+        if found.outcome is None and wait_s:
+            with contextlib.suppress(ShuttingDown):
+                await shutdown.wait(orch.settled(generation, wait_s))
             found = orch.past_load(generation)
-            if found.outcome is None and wait_s:
-                with contextlib.suppress(ShuttingDown):
-                    await shutdown.wait(orch.settled(generation, wait_s))
-                found = orch.past_load(generation)
-        except KeyError:
-            raise HTTPException(404, f"no load has generation {generation}") from None
         members = found.as_dict().items()
         return responder.json({n: v for n, v in members if n in schemas.LoadState.model_fields})
 
@@ -257,6 +265,8 @@ def _add_queries(routes: APIRouter, orch: AsyncOrchestrator, responder: Responde
 def _add_logs(
     routes: APIRouter, orch: AsyncOrchestrator, responder: Responder, shutdown: Shutdown
 ) -> None:
+    claimed = partial(orch.start, again=False)
+
     async def followed(lines: int) -> AsyncIterator[str]:
         async with contextlib.aclosing(shutdown.until(orch.log_batches(lines))) as stream:
             async for batch in stream:
@@ -268,12 +278,15 @@ def _add_logs(
         lines: Annotated[int, Query(ge=1, le=MAX_LINES)] = 200, *, follow: bool = False
     ) -> Response:
         if follow:
-            await orch.start()  # it may fail, which a stream that has begun cannot say
+            await claimed()  # it may fail, which a stream that has begun cannot say
             return StreamingResponse(followed(lines), media_type="text/plain; charset=utf-8")
         return responder.json({"lines": list(orch.logs(lines))})
 
 
 def _add_events(routes: APIRouter, orch: AsyncOrchestrator, shutdown: Shutdown) -> None:
+    async def claimed() -> None:
+        await orch.start(again=False)
+
     async def position(last_event_id: Annotated[int | None, Header(ge=0)] = None) -> int:
         """Taken before the answer begins, so that it misses no event after that."""
         newest = orch.last_event_id
@@ -283,7 +296,7 @@ def _add_events(routes: APIRouter, orch: AsyncOrchestrator, shutdown: Shutdown) 
 
     @routes.get(
         "/events",
-        dependencies=[Depends(orch.start)],
+        dependencies=[Depends(claimed)],
         response_class=EventSourceResponse,
         responses=openapi.problems(*openapi.QUERY, 409),
     )

@@ -23,10 +23,10 @@ from yarl import URL
 
 from orchestrator.base.log import escaped, event_log
 from orchestrator.base.tokens import Generation
-from orchestrator.errors import Problem, ServerExited, Unavailable, WrongKind
+from orchestrator.errors import NotLoaded, Problem, ServerExited, Unavailable, WrongKind
 from orchestrator.http.bodies import Client
-from orchestrator.http.guards import own_path
-from orchestrator.http.problems import Responder, http_problem
+from orchestrator.http.paths import own_path
+from orchestrator.http.problems import AsciiJSON, Responder, http_problem
 from orchestrator.http.shutdown import HOST, Shutdown
 from orchestrator.runtime.answers import LeasedServer
 from orchestrator.runtime.orchestrator import AsyncOrchestrator
@@ -105,13 +105,16 @@ class PassThrough:
         except Exception as error:
             if has_begun:
                 raise
+            if isinstance(error, NotLoaded) and own_path(scope) == "/v1/models":
+                await AsciiJSON({"object": "list", "data": []})(scope, receive, send)
+                return
             answer = await self._responder.failure(Request(scope), error)
             await answer(scope, receive, send)
 
     async def close(self) -> None:
         """Close the connections to the server."""
-        for session in self._sessions.values():
-            await session.close()
+        while self._sessions:
+            await self._sessions.popitem()[1].close()
 
     async def _leased(self, stack: contextlib.AsyncExitStack) -> LeasedServer:
         """Hold the request until a server is Healthy, and lease it until the stack is closed."""

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
+from starlette.types import Scope
+
 from orchestrator.base import paths
 from orchestrator.base.paths import PathNames
 from orchestrator.errors import CacheDirError
@@ -91,3 +93,9 @@ def names_of(folders: Iterable[tuple[str, str]]) -> Iterator[PathNames]:
     """Yield the names of folders, also where they are links."""
     for folder, name in folders:
         yield (folder.rstrip("/"), name), (paths.real(folder), name)
+
+
+def own_path(scope: Scope) -> str:
+    """Return the path of a request below the path that the app is mounted at."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))

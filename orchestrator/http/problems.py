@@ -18,6 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from orchestrator.base.log import event_log
 from orchestrator.base.paths import PathNames
@@ -25,7 +26,7 @@ from orchestrator.base.threads import NoThread
 from orchestrator.errors import OrchestratorError, Problem, problem_of
 from orchestrator.http.bodies import malformed
 from orchestrator.http.head import HeadRoute
-from orchestrator.http.paths import PathRenamer, names_of, own_folders
+from orchestrator.http.paths import PathRenamer, names_of, own_folders, own_path
 
 MEDIA_TYPE: Final = "application/problem+json"
 CATEGORIES: Final[Mapping[int, tuple[str, ...]]] = {
@@ -42,6 +43,13 @@ CATEGORIES: Final[Mapping[int, tuple[str, ...]]] = {
 }
 """Of failures that have no exception in the tree; the first is the default."""
 
+_OPENAI_TYPES: Final = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "unavailable_error",
+}
+
 _log = event_log("orchestrator.http")
 
 
@@ -50,6 +58,35 @@ class AsciiJSON(JSONResponse):
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+class ProblemResponse(AsciiJSON):
+    """A problem document; below `/v1/`, where clients of OpenAI's API ask, an error as theirs."""
+
+    media_type = MEDIA_TYPE
+
+    def __init__(
+        self, document: Mapping[str, Any], headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(document, document["status"], headers)
+        self._document = document
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and own_path(scope).startswith("/v1/"):
+            self.body = self.render({"error": _openai_error(self._document)})
+            self.headers["Content-Length"] = str(len(self.body))
+            self.headers["Content-Type"] = JSONResponse.media_type or ""
+        await super().__call__(scope, receive, send)
+
+
+def _openai_error(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a problem as the member `error` of OpenAI's API; `type` as llama-server names it."""
+    status = document["status"]
+    kind = "unavailable_error" if status in {503, 504} else "server_error"
+    if status < 500:
+        kind = _OPENAI_TYPES.get(status, "invalid_request_error")
+    error = {"message": document["detail"], "type": kind, "code": document["category"]}
+    return {**error, "param": document["field"]} if "field" in document else error
 
 
 def http_problem(
@@ -63,7 +100,7 @@ def http_problem(
         "detail": detail,
         "category": category or CATEGORIES.get(status, ("http_error",))[0],
     }
-    return AsciiJSON(document, status, headers, MEDIA_TYPE)
+    return ProblemResponse(document, headers)
 
 
 class Responder:
@@ -121,7 +158,7 @@ class Responder:
             document = problem.as_dict()
         wait_s = problem.retry_after_s
         headers = None if wait_s is None else {"Retry-After": str(max(1, math.ceil(wait_s)))}
-        return AsciiJSON(document, problem.status, headers, MEDIA_TYPE)
+        return ProblemResponse(document, headers)
 
     def route_class(self) -> type[HeadRoute]:
         """Return a class of routes that answer with problem documents in whatever app they are."""

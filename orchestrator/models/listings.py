@@ -69,7 +69,7 @@ class Listings:
         if (error := done.exception()) is None:
             found.set_result(done.result())
         elif isinstance(error, Cancelled):
-            message = "the orchestrator has been closed: make a new one"
+            message = "the orchestrator has been closed"
             found.set_exception(ShuttingDown.because(message))
         else:
             found.set_exception(problem_of(error).error())

@@ -12,8 +12,10 @@ import itertools
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, Literal, Unpack, cast
 
 from orchestrator import errors
@@ -22,7 +24,6 @@ from orchestrator.base.paths import PathNames, names_of_own
 from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import Problem, no_thread_as_error
 from orchestrator.machine import facts
-from orchestrator.machine.commands import LookUp
 from orchestrator.machine.context import Context, Policy
 from orchestrator.machine.plan import Plan
 from orchestrator.machine.recovery import RestartPolicy
@@ -44,7 +45,6 @@ from orchestrator.settings.drafting import accepted_modes
 from orchestrator.settings.fields import SETTINGS, LoadFields, StrPath
 from orchestrator.settings.flags import CACHE_TYPES
 from orchestrator.settings.request import LoadRequest
-from orchestrator.settings.target import NO_SERVER, Target
 
 RequestLike = LoadRequest | StrPath | None
 """A request, a `model_path`, or None where `model_path` is given by name."""
@@ -131,50 +131,62 @@ class Facade:
 
     # -------------------------------------------------------------------------- life cycle
 
-    def _check_usable(self) -> None:
+    def _check_usable(self, *, again: bool = False) -> None:
         if self._owner is not None and self._pid != os.getpid():
             raise errors.WrongProcess.because(
                 f"this orchestrator belongs to process {self._pid}: make one in this process, "
                 "with a slot of its own",
                 field="slot",
             )
-        if self._is_closed:
-            raise errors.ShuttingDown.because("this orchestrator has been closed: make a new one")
+        if self._is_closed and not again:
+            raise errors.ShuttingDown.because("this orchestrator has been closed: start it again")
 
-    def _start(self) -> Owner:
-        """Return the owner; the first call claims the slot and starts it."""
+    def _start(self, *, again: bool = False) -> Owner:
+        """Return the owner; the first call claims the slot and starts it.
+
+        Args:
+            again: Whether to do so after a close, too: a call that comes late must not.
+        """
         owner = self._owner
-        if owner is None:
+        if owner is None or (again and self._is_closed):
             with self._life:
-                self._check_usable()
-                owner = self._owner or self._claim()
+                self._check_usable(again=again)
+                if self._owner is None or self._owner.has_ended:
+                    self._claim()
+                self._is_closed = False
         self._check_usable()
-        return owner
+        return cast("Owner", self._owner)
 
-    def _claim(self) -> Owner:
-        parts, workers = self._parts, self._parts.workers()
+    def _claim(self) -> None:
+        parts, workers, look_ups = self._parts, self._parts.workers(), self._look_ups
+        source, settings = self._source, self._servers
         slot = parts.slot(self._slot_name, self._state_dir)
+        # The owner must not hold this object: it is told when nobody does any more.
         with contextlib.ExitStack() as undo, no_thread_as_error():
-            workers.claim()
-            undo.callback(workers.release)
             slot.claim()
             undo.callback(slot.release)
-            owner = parts.owner(
+            owner: Owner = parts.owner(
                 lambda post: parts.effects(
-                    slot, post, self._source, workers, self._servers, self._look_up
+                    slot,
+                    post,
+                    source,
+                    workers,
+                    settings,
+                    lambda command: look_ups.answer(command, owner.snapshot),
                 ),
                 policy=self._policy,
                 clock=self._clock,
                 observers=self._observers,
                 tickets=self._tickets,
+                before=self._owner,
             )
             undo.callback(owner.effects.close)
             owner.start(slot.name)
             undo.pop_all()
         self._pid = os.getpid()
         self._owner = owner  # last: other threads read it without the lock
-        parts.at_exit(self._close)
-        return owner
+        self._at_exit = partial(_end_at_exit, owner, parts.wait, self._pid)
+        parts.at_exit(self._at_exit)
 
     def _close(self) -> None:
         """Cancel loads, stop the server and release the slot.
@@ -189,14 +201,16 @@ class Facade:
             self._listings.close()
             if owner is None or owner.has_ended:
                 return
-            call = owner.call()
-            owner.ask(call, facts.ShutdownRequested(call.ticket, owner.clock()))
-            answer = self._wait(call, call.settled)  # if interrupted, close can be called again
-            owner.stop()
-            self._parts.workers().release()
-            self._parts.not_at_exit(self._close)
-        log.flush()
+            answer = _shut_down(owner, self._parts.wait)  # interrupted, close can be called again
+            self._parts.not_at_exit(self._at_exit)
         unwrap(answer)
+
+    def __del__(self) -> None:
+        owner = getattr(self, "_owner", None)  # None: the options were refused
+        if owner is not None and not owner.has_ended and self._pid == os.getpid():
+            owner.drop()
+            message = f"an open {type(self).__name__} was dropped, and is closed: call close()"
+            warnings.warn(message, ResourceWarning, source=self, stacklevel=2)
 
     # ----------------------------------------------------------------------------- reading
 
@@ -241,14 +255,18 @@ class Facade:
         """Return the result of a load, or its problem; None while it is in flight.
 
         Raises:
-            KeyError: there is no such load, or it is not among the last 256.
+            UnknownGeneration: there is no such load, or it is not among the last 256.
         """
         return self.past_load(generation).outcome
 
     def past_load(self, generation: int) -> PastLoad:
-        """Return a load that is in flight or has ended. Raises KeyError like `outcome`."""
+        """Return a load that is in flight or has ended. Raises what `outcome` raises."""
         self._check_usable()
-        return self._snapshot.loads(self._clock())[Generation(generation)]
+        found = self._snapshot.loads(self._clock()).get(Generation(generation))
+        if found is None:
+            message = f"no load has generation {generation}, or it is not remembered any more"
+            raise errors.UnknownGeneration.because(message, field="generation")
+        return found
 
     def history(self, limit: int = 20) -> list[PastLoad]:
         """Return the last loads, in flight or ended, newest first."""
@@ -322,15 +340,6 @@ class Facade:
     def _lease_fact(self, ticket: Ticket) -> facts.LeaseRequested:
         return facts.LeaseRequested(ticket, self._clock())
 
-    def _look_up(self, command: LookUp) -> facts.ModelRequested:
-        """Look up the model of a call, on a worker thread; it may take any time."""
-        ticket, request = command.ticket, command.request
-        if command.purpose == "load":
-            found = self._look_ups.find(request, self._snapshot, self._clock())
-            return found.fact(ticket, self._clock())
-        target = Target(request, self._source.look_up(request), NO_SERVER)
-        return facts.PrefetchRequested(ticket, target, self._clock())
-
     def _send(self, call: Call, make_fact: MakeFact) -> None:
         """Post the request of a call."""
         cast("Owner", self._owner).ask(call, make_fact(call.ticket))
@@ -343,6 +352,22 @@ class Facade:
         """Block until a future of a call has its result."""
         with call.withdrawn_on_error():
             return self._parts.wait(future)
+
+
+def _shut_down(owner: Owner, wait: Callable[[Future[Any]], Any]) -> Any:
+    """Shut the machine of an owner down, stop it, and return the answer."""
+    call = owner.call()
+    owner.ask(call, facts.ShutdownRequested(call.ticket, owner.clock()))
+    with call.withdrawn_on_error():
+        answer = wait(call.settled)
+    owner.stop()
+    log.flush()
+    return answer
+
+
+def _end_at_exit(owner: Owner, wait: Callable[[Future[Any]], Any], pid: int) -> None:
+    if pid == os.getpid() and not owner.has_ended:
+        unwrap(_shut_down(owner, wait))
 
 
 def unwrap(answer: Any) -> Any:

@@ -109,6 +109,7 @@ class ProcessEffects:
         if ended:
             _log("warning", "slot.reaped", pids=sorted(ended), is_empty=evidence.is_empty)
         threads.start(self._warden)
+        workers.claim()
         self._ensure_guardian()
 
     # ----------------------------------------------------------------------- on the owner's thread
@@ -156,6 +157,7 @@ class ProcessEffects:
         self._warden.close()
         if self._guardian is not None:
             guardian.stop(self._guardian)
+        self._workers.release()
         self._slot.release()
 
     def _spawn(self, command: Spawn, lock: SlotLock | None) -> None:

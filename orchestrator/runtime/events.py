@@ -43,13 +43,17 @@ class Event(Record):
 
 
 class EventLog:
-    """The last `MAX_EVENTS` events. The owner's thread writes, any thread reads."""
+    """The last `MAX_EVENTS` events. The owner's thread writes, any thread reads.
 
-    def __init__(self) -> None:
+    Args:
+        last_id: Number of the last event that others have seen.
+    """
+
+    def __init__(self, last_id: int = 0) -> None:
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._changed = threading.Condition()
         self._wakers: set[Callable[[], None]] = set()
-        self.last_id: int = 0
+        self.last_id: int = last_id
         self.is_closed: bool = False
 
     def append(self, kind: str, data: dict[str, Any]) -> None:

@@ -13,7 +13,8 @@ from typing import cast
 
 from orchestrator.base.tokens import CancelToken, Generation, Ticket
 from orchestrator.errors import OrchestratorError
-from orchestrator.machine.facts import LoadRequested
+from orchestrator.machine.commands import LookUp
+from orchestrator.machine.facts import LoadRequested, ModelRequested, PrefetchRequested
 from orchestrator.machine.plan import Plan, plan_load
 from orchestrator.models.local import check_named_files
 from orchestrator.models.source import ModelSource
@@ -24,7 +25,7 @@ from orchestrator.settings.extra_args import check_known, template_of
 from orchestrator.settings.files import HubModel, ModelFiles
 from orchestrator.settings.help_text import Catalogue
 from orchestrator.settings.request import LoadRequest
-from orchestrator.settings.target import ServerBinary, Target, keeps_commit
+from orchestrator.settings.target import NO_SERVER, ServerBinary, Target, keeps_commit
 from orchestrator.settings.template import check_template
 
 _NO_LOAD = Generation(0)
@@ -65,6 +66,14 @@ class LookUps:
     def catalogue(self, server: ServerBinary) -> Catalogue | None:
         with self._turn:  # many may ask at once what one run of the binary answers
             return self._parts.catalogue(server, self._cache)
+
+    def answer(self, command: LookUp, snapshot: Snapshot) -> ModelRequested:
+        """Look up the model of a call; it may take any time."""
+        ticket, request, clock = command.ticket, command.request, self._parts.clock
+        if command.purpose == "load":
+            return self.find(request, snapshot, clock()).fact(ticket, clock())
+        target = Target(request, self._source.look_up(request), NO_SERVER)
+        return PrefetchRequested(ticket, target, clock())
 
     def find(self, request: LoadRequest, snapshot: Snapshot, at: float) -> Found:
         """Look up the model and the server, and refuse what this server cannot do."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from functools import partial
 from typing import Any, Final, Self, Unpack
@@ -45,18 +47,25 @@ class Orchestrator(Facade):
     withdraws that caller; a load goes on for its other callers.
     """
 
-    def start(self) -> Self:
-        """Claim the slot. Without this, the first call does.
+    def start(self, *, again: bool = True) -> Self:
+        """Claim the slot. Without this, the first call does. May be called more than once.
+
+        Args:
+            again: Start again after a `close`, which no other call does.
 
         Raises:
+            ShuttingDown: it has been closed, and `again` is False.
             SlotOwned: another orchestrator owns the slot.
             StateDirError: the state directory cannot be used.
         """
-        self._start()
+        self._start(again=again)
         return self
 
     def close(self) -> None:
         """Cancel all loads, stop the server and release the slot. May be called more than once.
+
+        Calls are refused from then on, until `start`. What was loaded is not loaded again; numbers
+        of generations and events go on.
 
         Raises:
             SlotOccupied: a process of the slot could not be killed.
@@ -167,6 +176,45 @@ class Orchestrator(Facade):
         log = self._start().events
         return _follow(log, log.last_id if after is None else after)
 
+    def follow_logs(self, lines: int = 200) -> Iterator[str]:
+        """Iterate over the output of the servers until the orchestrator closes.
+
+        Begins with the last lines. A slow reader misses lines that are no longer kept.
+        """
+        for batch in self.log_batches(lines):
+            yield from batch
+
+    def log_batches(self, lines: int = 200) -> Iterator[tuple[str, ...]]:
+        """Iterate over what `follow_logs` yields, in batches of lines that are new together."""
+        owner = self._start()
+        position, new = owner.effects.log_since((0, 0))
+        new = new[max(0, len(new) - lines) :]
+        while new or not owner.has_ended:
+            if new:
+                yield new
+            time.sleep(_LOG_INTERVAL_S)
+            position, new = owner.effects.log_since(position)
+
+    def settled(
+        self, generation: int, timeout_s: float | None = None
+    ) -> LoadOutcome | Problem | None:
+        """Wait for the end of a load and return its `outcome`; None after `timeout_s` seconds.
+
+        Raises:
+            UnknownGeneration: as for `outcome`.
+        """
+        ends = None if timeout_s is None else time.monotonic() + timeout_s
+        changed = threading.Event()
+        stop = self._start().events.subscribe(changed.set)
+        try:
+            while (found := self.outcome(generation)) is None:
+                if not changed.wait(None if ends is None else max(0.0, ends - time.monotonic())):
+                    break
+                changed.clear()
+            return found
+        finally:
+            stop()
+
     def _ask(self, make_fact: MakeFact) -> Call:
         call = self._start().call()
         with call.withdrawn_on_error():  # an interrupt may come at any moment
@@ -190,9 +238,9 @@ class AsyncOrchestrator(Facade):
     goes on for its other callers. Of the methods without `async` only `plan` and `options` block.
     """
 
-    async def start(self) -> Self:
+    async def start(self, *, again: bool = True) -> Self:
         """Claim the slot; see `Orchestrator.start`."""
-        await self._started()
+        await self._started(again=again)
         return self
 
     async def close(self) -> None:
@@ -286,7 +334,7 @@ class AsyncOrchestrator(Facade):
         """Wait for the end of a load and return its `outcome`; None after `timeout_s` seconds.
 
         Raises:
-            KeyError: as for `outcome`.
+            UnknownGeneration: as for `outcome`.
         """
         owner = await self._started()
         with contextlib.suppress(TimeoutError), _changes(owner.events) as changed:
@@ -309,10 +357,10 @@ class AsyncOrchestrator(Facade):
                     await changed.wait()
                 changed.clear()
 
-    async def _started(self) -> Owner:
+    async def _started(self, *, again: bool = False) -> Owner:
         """Claiming a slot may block: processes of a dead owner have to be killed first."""
-        if self._owner is None:
-            await self._on_a_thread(self._start)
+        if self._owner is None or (again and self._is_closed):
+            await self._on_a_thread(partial(self._start, again=again))
         return self._start()
 
     def _on_a_thread(self, work: Callable[[], object]) -> asyncio.Future[object]:

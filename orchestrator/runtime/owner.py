@@ -61,6 +61,10 @@ class Call:
             raise
 
 
+class _Drop:
+    """Put into the inbox when the facade is gone."""
+
+
 class Owner:
     """Steps one machine over one set of effects.
 
@@ -69,6 +73,7 @@ class Owner:
         observers: Called after every step, on the owner's thread.
         tickets: Numbers for calls that are opened without a ticket.
         jitter: Factor of the wait before a restart, 0.5 to 1.
+        before: The owner of the same orchestrator's last life: its numbers go on, and its history.
     """
 
     def __init__(
@@ -81,16 +86,22 @@ class Owner:
         observers: Sequence[Observer] = (),
         tickets: Iterator[int] | None = None,
         jitter: Callable[[], float] = lambda: random.uniform(0.5, 1.0),  # noqa: S311
+        before: Owner | None = None,
     ) -> None:
         self.clock = clock
-        self.events: EventLog = EventLog()
+        self.events: EventLog = EventLog(before.events.last_id if before else 0)
         self.has_ended: bool = False
+        self._is_dropped = False
         ctx = Context(policy or Policy())
-        self.snapshot: Snapshot = Snapshot(State.IDLE, ctx, time.time(), clock())
+        history = before.snapshot.history if before else ()
+        if before is not None:
+            ended = before.snapshot.ctx
+            ctx = replace(ctx, generation=ended.generation, last_prefetch=ended.last_prefetch)
+        self.snapshot: Snapshot = Snapshot(State.IDLE, ctx, time.time(), clock(), (), history)
         self._jitter = jitter
         self._machine = machine or lifecycle()
         self._observers = observers
-        self._inbox: queue.SimpleQueue[Fact | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Fact | _Drop | None] = queue.SimpleQueue()
         self._tickets = tickets or itertools.count(1)
         self._calls: dict[Ticket, Call] = {}
         self._tokens: dict[Generation, CancelToken] = {}
@@ -137,6 +148,16 @@ class Owner:
         self._inbox.put(None)
         if self._thread is not None:
             self._thread.join()
+        if not self._is_dropped:
+            self._end()
+
+    def drop(self) -> None:
+        """Shut down and stop without anybody who waits for it. A finalizer may call this at any
+        point of any thread, as it only puts into a queue.
+        """
+        self._inbox.put(_Drop())
+
+    def _end(self) -> None:
         try:
             self.effects.close()
         finally:
@@ -159,8 +180,14 @@ class Owner:
             except queue.Empty:
                 continue
             if fact is None:
-                return
+                break
+            if isinstance(fact, _Drop):
+                self._is_dropped, call = True, self.call()
+                call.settled.add_done_callback(lambda _: self._inbox.put(None))
+                fact = facts.ShutdownRequested(call.ticket, self.clock())
             self.pump(fact)
+        if self._is_dropped:
+            self._end()
 
     def pump(self, fact: Fact) -> None:
         """Process one fact: evidence, step, snapshot, commands."""

@@ -52,8 +52,8 @@ def test_server_answers_only_routes_of_its_kind(client: httpx.Client, tiny_model
                 assert answer.status_code == 200, (route, answer.text)
                 continue
             assert problem(answer) == (400, "wrong_kind")
-            assert f"/v1/{route}" in answer.json()["detail"]
-            assert kind in answer.json()["detail"]
+            assert f"/v1/{route}" in answer.json()["error"]["message"]
+            assert kind in answer.json()["error"]["message"]
         assert client.get("/v1/models").status_code == 200
 
 

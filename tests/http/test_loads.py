@@ -97,7 +97,7 @@ def test_load_without_wait_is_accepted_and_can_be_polled(
         assert settled["outcome"].keys() == LOAD_KEYS
         ended = client.get(PREFIX + "/loads/2").json()
         assert (ended["state"], ended["outcome"]["category"]) == ("Idle", "cancelled")
-        assert problem(client.get(PREFIX + "/loads/3")) == (404, "not_found")
+        assert problem(client.get(PREFIX + "/loads/3")) == (404, "unknown_generation")
         assert problem(client.get(PREFIX + "/loads/first")) == (422, "malformed")
 
 
@@ -115,7 +115,7 @@ def test_poll_with_wait_s_answers_in_time_and_with_the_outcome(
         settled = waiting.result().json()
         assert (settled["state"], settled["outcome"]["status"]) == ("Healthy", "loaded")
         assert client.get(where, params={"wait_s": 60}).json() == settled
-        assert problem(client.get(PREFIX + "/loads/99?wait_s=60")) == (404, "not_found")
+        assert problem(client.get(PREFIX + "/loads/99?wait_s=60")) == (404, "unknown_generation")
         assert problem(client.get(where + "?wait_s=nan")) == (422, "malformed")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-import json
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 from orchestrator.errors import InvalidRequest
 from orchestrator.http import create_app
 from orchestrator.http.guards import guard, origins
-from tests.kit.http import DEADLINE_S, PREFIX, problem, serving
+from tests.kit.http import DEADLINE_S, PREFIX, category_of, problem, serving
 
 STATUS = PREFIX + "/status"
 LOAD = PREFIX + "/load"
@@ -55,8 +54,7 @@ def ask(served: httpx.Client) -> Ask:
         data = answer.read()
         connection.close()
         is_json = "json" in answer.headers.get("Content-Type", "")  # not where h11 is first
-        members = json.loads(data) if is_json else {}
-        return answer.status, members.get("category", ""), answer.headers
+        return answer.status, category_of(data) if is_json else "", answer.headers
 
     return send
 
@@ -235,7 +233,7 @@ def test_fetch_metadata_of_another_site_is_refused(
 def test_program_without_browser_headers_is_answered(served: httpx.Client) -> None:
     """curl and the SDKs send neither Origin nor Sec-Fetch headers."""
     assert served.get(STATUS).status_code == 200
-    assert problem(served.get("/v1/models")) == (503, "not_loaded")
+    assert problem(served.post("/v1/completions")) == (503, "not_loaded")
 
 
 def test_foreign_websocket_is_refused(served: httpx.Client, ask: Ask) -> None:

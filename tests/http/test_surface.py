@@ -19,10 +19,11 @@ import pytest
 from fastapi.testclient import TestClient
 
 import orchestrator.http
-from orchestrator import AsyncOrchestrator, LoadRequest
-from orchestrator.http import bodies, create_app, pages, router, schemas
+from orchestrator import AsyncOrchestrator, Busy, LoadRequest, Problem
+from orchestrator.http import add_error_handlers, bodies, create_app, pages, router, schemas
 from orchestrator.settings.fields import SETTINGS
 from tests.kit.http import DEADLINE_S, PREFIX, Serve, problem, serving
+from tests.kit.process.servers import servers_of
 from tests.kit.process.support import is_running
 
 JSON = {"Content-Type": "application/json"}
@@ -472,7 +473,46 @@ def test_mounted_app_recognises_its_own_paths(state_dir: Path) -> None:
         assert client.get("/llama" + PREFIX + "/status").status_code == 401
 
 
-def test_http_package_exports_three_names() -> None:
-    assert dir(orchestrator.http) == ["PassThrough", "create_app", "router"]
+def test_http_package_exports_these_names() -> None:
+    assert dir(orchestrator.http) == ["PassThrough", "add_error_handlers", "create_app", "router"]
     with pytest.raises(AttributeError, match="has no attribute 'app_of_dreams'"):
         orchestrator.http.app_of_dreams  # noqa: B018
+
+
+def test_one_app_lives_twenty_times(tiny_model: str, tmp_path: Path) -> None:
+    """As the app of a module does in the tests of a backend: each run begins with an empty slot."""
+    app = create_app(llama_server="embedded", state_dir=tmp_path)
+    for life in range(1, 21):
+        with TestClient(app) as client:
+            assert client.get(PREFIX + "/status").json()["state"] == "Idle"
+            if life in {1, 20}:
+                outcome = client.post(PREFIX + "/load", json={"model_path": tiny_model}).json()
+                assert outcome["status"] == "loaded"
+                answer = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
+                assert answer.status_code == 200
+        assert not servers_of(tmp_path)
+    assert client.get(PREFIX + "/loads/99").json()["category"] == "shutting_down"
+    with TestClient(app) as client:
+        assert client.get(PREFIX + "/loads/99").json()["category"] == "unknown_generation"
+
+
+def test_route_of_an_app_answers_our_errors(state_dir: Path) -> None:
+    """With the status, the document and the headers of the API, and no path of this machine."""
+    app = fastapi.FastAPI()
+    add_error_handlers(app)
+    orch = AsyncOrchestrator(llama_server="embedded", state_dir=state_dir)
+
+    @app.get("/ask")
+    async def ask() -> None:
+        async with orch.lease():
+            pass
+
+    @app.get("/busy")
+    async def busy() -> None:
+        raise Busy(Problem("busy", "try again", retry_after_s=1.5))
+
+    with serving(app) as client:
+        assert problem(client.get("/ask")) == (503, "not_loaded")
+        assert problem(client.get("/busy")) == (409, "busy")
+        assert client.get("/busy").headers["Retry-After"] == "2"
+    asyncio.run(orch.close())

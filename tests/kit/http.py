@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -109,8 +110,22 @@ def is_at_gate(status: dict[str, Any]) -> bool:
     return bool(status["state"] == "WaitingHealth")
 
 
+def category_of(body: bytes | str) -> str:
+    """Return the category in a problem document, or in an error of OpenAI's API."""
+    members = json.loads(body)
+    return str(members["error"]["code"] if "error" in members else members.get("category", ""))
+
+
 def problem(answer: httpx.Response) -> tuple[int, str]:
-    """Return status and category of an answer, which must be a problem document."""
+    """Return status and category of an answer, which must be a problem document.
+
+    Below `/v1/` it must be an error of OpenAI's API, with nothing else in it.
+    """
+    if "/v1/" in answer.url.path:
+        assert answer.headers["content-type"] == "application/json", answer.text
+        [(name, error)] = answer.json().items()
+        assert (name, {*error} - {"param"}) == ("error", {"message", "type", "code"})
+        return answer.status_code, error["code"]
     assert answer.headers["content-type"] == "application/problem+json", answer.text
     members = answer.json()
     assert members["status"] == answer.status_code

@@ -5,6 +5,7 @@ Where possible a real llama-server is killed; the fake one crashes by itself, an
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -96,7 +97,7 @@ def test_a_failed_replacement_restores_the_previous_model(
     assert (error.generation, error.field) == (2, "llama_extra_args")
     assert error.restored is not None
     assert (error.restored.generation, error.restored.problem) == (3, None)
-    assert str(error.restored) in str(error)
+    assert str(error.restored) in "".join(traceback.format_exception(error))
     loaded = orch.status().loaded
     assert loaded is not None
     assert (loaded.model_path, loaded.generation) == (tiny_model, 3)

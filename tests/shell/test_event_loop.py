@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from orchestrator import Cancelled, LoadOutcome, NotLoaded, State
+from orchestrator.errors import UnknownGeneration
 from orchestrator.runtime.orchestrator import AsyncOrchestrator
 from tests.kit.shell.harness import Harness, asyncio_test
 
@@ -45,7 +46,7 @@ async def test_reading_does_not_claim_the_slot(harness: Harness) -> None:
     assert orch.progress().phase is None
     assert orch.logs() == ()
     assert orch.plan("A").action == "load"
-    with pytest.raises(KeyError):
+    with pytest.raises(UnknownGeneration):
         orch.outcome(1)
     assert harness.claims == 0
     assert (await orch.load("A")).status == "loaded"

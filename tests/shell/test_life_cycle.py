@@ -87,7 +87,7 @@ def calls_on(orch: Orchestrator) -> tuple[Callable[[], object], ...]:
         lambda: orch.outcome(1),
         lambda: orch.lease().__enter__(),
         lambda: orch.events(),
-        lambda: orch.start(),
+        lambda: orch.start(again=False),
     )
 
 

@@ -86,6 +86,8 @@ def synchronous(request: LoadRequest) -> None:
         assert_type(orch.variants(request).variants, list[Variant])
         assert_type(orch.cancel(generation=orch.submit(request)), bool)
         assert_type(orch.events(after=0), Iterator[Event])
+        assert_type(orch.follow_logs(), Iterator[str])
+        assert_type(orch.settled(1, timeout_s=2.0), LoadOutcome | Problem | None)
         assert_type(orch.unload(), UnloadOutcome)
 
 

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orchestrator.http import pages
+from orchestrator.http.paths import own_path
 
 Check = Callable[[Scope], Response | None]
 """Returns the refusal of a request, or None."""
@@ -19,12 +20,6 @@ PROBED_PATHS: Final = ("/healthz", "/readyz")
 
 _ALL: Final = {"X-Content-Type-Options": "nosniff"}
 _API: Final = {**_ALL, "Cache-Control": "no-store", "Cross-Origin-Resource-Policy": "same-origin"}
-
-
-def own_path(scope: Scope) -> str:
-    """Return the path of a request below the path that the app is mounted at."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
 
 
 def guard(app: ASGIApp, checks: Sequence[Check], not_stored: tuple[str, ...]) -> ASGIApp:

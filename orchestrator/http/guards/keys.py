@@ -15,7 +15,8 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from orchestrator.http import pages
-from orchestrator.http.guards import PROBED_PATHS, Check, own_path
+from orchestrator.http.guards import PROBED_PATHS, Check
+from orchestrator.http.paths import own_path
 from orchestrator.http.problems import http_problem
 
 OPEN_PATHS: Final = frozenset({*PROBED_PATHS, *pages.PANEL_PATHS})

@@ -19,7 +19,8 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from orchestrator.errors import InvalidRequest
-from orchestrator.http.guards import PROBED_PATHS, Check, own_path
+from orchestrator.http.guards import PROBED_PATHS, Check
+from orchestrator.http.paths import own_path
 from orchestrator.http.problems import http_problem
 
 _AUTHORITY: Final = re.compile(

@@ -47,6 +47,10 @@ class FacadeStage(Stage):
         owner: Owner = self.orch._start()
         return owner
 
+    def close(self) -> None:
+        self.owner.has_ended = True  # nothing is left to warn of
+        super().close()
+
     def _make_unstarted(self, make: Callable[..., Any], **settings: Any) -> Owner:
         """Return the owner under test: without a thread, and with a record of who calls it."""
         settings |= {"policy": self.scene.policy, "machine": self.machine, "jitter": lambda: 1.0}
@@ -67,7 +71,9 @@ class FacadeStage(Stage):
 
     def _end_look_up(self, command: LookUp) -> None:
         self.looking.remove(command)
-        self.owner.post(looked_up(command, self.orch._look_up))
+        self.owner.post(
+            looked_up(command, partial(self.orch._look_ups.answer, snapshot=self.owner.snapshot))
+        )
 
     def wait(self, future: Future[Any]) -> Any:
         return future.result()
