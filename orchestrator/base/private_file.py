@@ -18,11 +18,11 @@ from typing import Any, Final
 _OPEN: Final = sum(
     getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY")
 )
-"""Not O_NONBLOCK for the file's sake: to open a FIFO in its place would wait for a writer."""
+"""O_NONBLOCK because to open a FIFO in place of a file would wait for a writer."""
 
 
 def open_file(path: Path | str, flags: int) -> int:
-    """Open a file, which a new one is private; raises OSError if it is a link or another user's."""
+    """Open a file; a new one is private. Raises OSError if it is a link or another user's."""
     fd = os.open(path, flags | _OPEN, 0o600)
     found = os.fstat(fd)
     is_file, is_ours = stat.S_ISREG(found.st_mode), found.st_uid == this_user(found.st_uid)
@@ -48,13 +48,13 @@ def read_file(path: Path, most: int = 1 << 24) -> bytes:
 def replace_file(path: Path | str, text: str) -> None:
     """Replace a file, or a link at its place, atomically; raises OSError."""
     temporary = f"{path}.{secrets.token_hex(8)}"
-    with os.fdopen(open_file(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
-        file.write(text.encode())
-    try:
+    with contextlib.ExitStack() as undo:
+        fd = open_file(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        undo.callback(os.unlink, temporary)
+        with os.fdopen(fd, "wb") as file:
+            file.write(text.encode())
         os.replace(temporary, path)
-    except OSError:
-        os.unlink(temporary)
-        raise
+        undo.pop_all()
 
 
 def write_json(path: Path, members: Any) -> None:

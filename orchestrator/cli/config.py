@@ -205,7 +205,7 @@ def _use_file(ctx: click.Context, _: click.Parameter, given: str | None) -> None
     path = Path(os.path.abspath(os.path.expanduser(given))) if given else default_file()
     try:
         members = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if not given and isinstance(error, FileNotFoundError | NotADirectoryError):
             return
         why = getattr(error, "strerror", None) or error

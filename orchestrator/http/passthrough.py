@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Iterable
 from types import SimpleNamespace
 from typing import Final
@@ -39,8 +40,10 @@ MAX_HELD: Final = 256
 _RETRY_AFTER_S: Final = 1.0
 _CONNECT_S: Final = 5.0
 _KEEPALIVE_S: Final = 1.0  # each idle connection takes one of llama-server's few HTTP threads
+_LISTINGS: Final = {("GET", "/v1/models"), ("HEAD", "/v1/models")}  # empty without a model
 _LOST: Final = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)
 _FINAL: Final = range(200, 600)  # other statuses an ASGI server cannot send
+_UNSENDABLE: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # in the value of a header
 
 _HOP_BY_HOP: Final = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
@@ -105,7 +108,8 @@ class PassThrough:
         except Exception as error:
             if has_begun:
                 raise
-            if isinstance(error, NotLoaded) and own_path(scope) == "/v1/models":
+            asked = scope["method"], own_path(scope)
+            if isinstance(error, NotLoaded) and asked in _LISTINGS:
                 await AsciiJSON({"object": "list", "data": []})(scope, receive, send)
                 return
             answer = await self._responder.failure(Request(scope), error)
@@ -184,6 +188,9 @@ class PassThrough:
             if response.status not in _FINAL:
                 response.close()
                 raise HTTPException(502, f"the server answered with status {response.status}")
+            if any(_UNSENDABLE.search(value) for _, value in response.raw_headers):
+                response.close()
+                raise HTTPException(502, "the server's answer has a control character in its head")
             return response
 
     async def _forward(self, scope: Scope, response: aiohttp.ClientResponse, send: Send) -> None:

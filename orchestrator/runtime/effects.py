@@ -108,8 +108,11 @@ class ProcessEffects:
         ended, evidence = eviction.reap(slot)
         if ended:
             _log("warning", "slot.reaped", pids=sorted(ended), is_empty=evidence.is_empty)
-        threads.start(self._warden)
-        workers.claim()
+        with contextlib.ExitStack() as undo:
+            workers.claim()
+            undo.callback(workers.release)
+            threads.start(self._warden)
+            undo.pop_all()
         self._ensure_guardian()
 
     # ----------------------------------------------------------------------- on the owner's thread

@@ -474,6 +474,7 @@ def test_request_on_a_lost_kept_connection_is_sent_once_more(
         (b"HTTP/1.1 600 \r\nContent-Length: 0\r\n\r\n", "600"),
         (b"SSH-2.0-OpenSSH_9.9 \x1b[31mred\r\n\r\n", "not HTTP"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n", "not HTTP"),
+        (b"HTTP/1.1 200 OK\r\nX-A: \x1b[31m\r\nContent-Length: 0\r\n\r\n", "control character"),
     ],
 )
 def test_answer_that_nobody_can_pass_on_is_502(

@@ -7,6 +7,8 @@ import contextlib
 import dataclasses
 import json
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from orchestrator.settings.fields import SETTINGS
 from tests.kit.http import DEADLINE_S, PREFIX, Serve, problem, serving
 from tests.kit.process.servers import servers_of
 from tests.kit.process.support import is_running
+from tests.kit.sentences import assert_sentence
 
 JSON = {"Content-Type": "application/json"}
 LOAD = PREFIX + "/load"
@@ -516,3 +519,11 @@ def test_route_of_an_app_answers_our_errors(state_dir: Path) -> None:
         assert problem(client.get("/busy")) == (409, "busy")
         assert client.get("/busy").headers["Retry-After"] == "2"
     asyncio.run(orch.close())
+
+
+@pytest.mark.parametrize("missing", ["fastapi", "aiohttp", "starlette"])
+def test_package_without_its_extra_says_which(missing: str) -> None:
+    program = f"import sys; sys.modules[{missing!r}] = None; from orchestrator.http import router"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    said = done.stderr.splitlines()[-1]
+    assert_sentence("http.extra", said, missing=f"needs {missing}:")

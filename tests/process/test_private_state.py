@@ -140,6 +140,8 @@ def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path: Path) ->
     (tmp_path / "file/full").mkdir(parents=True)
     with pytest.raises(OSError, match="file"):
         replace_file(tmp_path / "file", "text")
+    with pytest.raises(UnicodeEncodeError):
+        replace_file(tmp_path / "other", "\udc80")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
