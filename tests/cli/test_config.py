@@ -204,6 +204,7 @@ def test_a_wrong_value_in_a_file_is_refused_by_what_its_key_allows(
         ("[serve]\nport = 1", "serve is not a setting."),
         ("port\n", "at line 1, column"),
         ("port = 1\nport = 2", "Cannot overwrite a value"),
+        ("port = " + "[" * 100_000, "maximum recursion depth"),
         ("slot = '\udcff'", "can't decode byte"),
     ],
 )
