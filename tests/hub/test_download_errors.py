@@ -269,7 +269,14 @@ def test_files_with_impossible_names_hashes_or_sizes_are_ignored(
 
 @pytest.mark.parametrize(
     "change",
-    [{"sha": "../../x"}, {"sha": None}, {"siblings": None}, {"siblings": [1]}, {"pad": "x" * 99}],
+    [
+        {"sha": "../../x"},
+        {"sha": None},
+        {"sha": 5},
+        {"siblings": None},
+        {"siblings": [1]},
+        {"pad": "x" * 99},
+    ],
     ids=str,
 )
 @pytest.mark.usefixtures("gguf_repo")

@@ -251,7 +251,7 @@ class RequestedModel:
 
     def _accept(self, answer: dict[str, Any]) -> tuple[CachedRepo, str, Listing]:
         """Record a listing, without anything that could lead out of the cache."""
-        repo, commit, name = self._repo, answer["commit"], str(answer["repo"])
+        repo, commit, name = self._repo, str(answer["commit"]), str(answer["repo"])
         if not cache.is_commit(commit):
             message = "the Hub's answer cannot be used (it has no commit): try again later"
             raise HubUnreachable.because(message)
