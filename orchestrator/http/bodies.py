@@ -21,17 +21,27 @@ from orchestrator.errors import MalformedRequest, Problem
 from orchestrator.settings.checks import printable
 
 MAX_BODY_BYTES: Final = 1 << 20
+_MAX_DIGITS: Final = 18  # int() refuses thousands of them
 _T = TypeVar("_T")
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
+def is_longer(length: bytes, most: int) -> bool:
+    """Return whether a declared length exceeds a limit."""
+    return length.isdigit() and (len(length) > _MAX_DIGITS or int(length) > most)
+
+
 async def json_body(request: Request, *, required: bool = True) -> dict[str, Any]:
     """Read the body, or refuse it with 413 or 422; an empty one is {} unless it is required."""
+    large = f"the body must not exceed {MAX_BODY_BYTES} bytes"
+    too_large = HTTPException(413, large, {"Connection": "close"})
+    if is_longer(request.headers.get("content-length", "").encode("latin-1"), MAX_BODY_BYTES):
+        raise too_large
     data = bytearray()
     async for chunk in request.stream():
         data += chunk
         if len(data) > MAX_BODY_BYTES:
-            raise HTTPException(413, f"the body must not exceed {MAX_BODY_BYTES} bytes")
+            raise too_large
     if not data and not required:
         return {}
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import json
 import shutil
 import subprocess
 import urllib.error
@@ -18,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
+from orchestrator.http import bodies
 from orchestrator.http.guards import limits
 from orchestrator.http.guards.limits import MAX_BODY_BYTES, limit_body
 from tests.kit.http import (
@@ -106,6 +108,22 @@ def test_declared_length_over_the_limit_is_refused_at_once(
             assert answer.headers["Connection"] == "close"
         connection.close()
     assert not lender.is_returned.is_set()
+
+
+@pytest.mark.parametrize("length", [bodies.MAX_BODY_BYTES + 1, 10**17])
+def test_routes_of_the_api_refuse_a_declared_length_at_once(serve: Serve, length: int) -> None:
+    """Their limit is lower than that of the app."""
+    with serve() as client:
+        address = client.base_url.host, client.base_url.port
+        for path in ("/load", "/plan", "/unload", "/cancel", "/variants"):
+            connection = http.client.HTTPConnection(*address, timeout=DEADLINE_S)
+            connection.putrequest("POST", PREFIX + path)
+            connection.putheader("Content-Length", str(length))
+            connection.endheaders()
+            answer = connection.getresponse()
+            assert (answer.status, answer.headers["Connection"]) == (413, "close")
+            assert json.loads(answer.read())["category"] == "too_large"
+            connection.close()
 
 
 def test_body_of_unknown_length_is_refused_at_the_limit(

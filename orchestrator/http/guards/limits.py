@@ -13,11 +13,11 @@ from typing import Final
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from orchestrator.http.bodies import is_longer
 from orchestrator.http.problems import http_problem
 
 MAX_BODY_BYTES: Final = 256 << 20  # pictures in base64 are tens of MB
 _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
-_MAX_DIGITS: Final = 18  # int() refuses thousands of them
 BODY_PAUSE_S: Final = 20.0
 LINGER_BYTES: Final = 4 * MAX_BODY_BYTES
 LINGER_S: Final = 30.0
@@ -37,7 +37,7 @@ def limit_body(app: ASGIApp, max_bytes: int = MAX_BODY_BYTES) -> ASGIApp:
             return
         length, body = framing.get(b"content-length", b"0"), _Body(receive, max_bytes)
         has_begun = False
-        if length.isdigit() and (len(length) > _MAX_DIGITS or int(length) > max_bytes):
+        if is_longer(length, max_bytes):
             await body.too_large()(scope, receive, send)
             return
 
