@@ -129,7 +129,14 @@ def test_slow_head_is_refused(connect: Connect, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     "junk",
-    [b"\x16\x03\x01\x00", b"get / x\r\n", b"SSH-2.0-x\r\n", b"CONNECT /v1/x HTTP/1.1\r\n\r\n"],
+    [
+        *(b"\x16\x03\x01\x00", b"get / x\r\n", b"SSH-2.0-x\r\n", b"CONNECT /v1/x HTTP/1.1\r\n\r\n"),
+        HEALTH + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        HEALTH + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+        HEALTH + b"Transfer-Encoding: chunked, identity\r\n\r\n",
+        HEALTH + b"X-A: b\r\n c\r\n\r\n",
+        HEALTH + b"X-A: b\n\n",
+    ],
 )
 def test_what_is_no_request_is_refused(connect: Connect, junk: bytes) -> None:
     assert answer(connect(), junk) == (400, "bad_request")
