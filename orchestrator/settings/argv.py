@@ -21,7 +21,8 @@ def build_argv(target: Target, *, template_file: str | None) -> tuple[str, ...]:
     """
     model, server = target.model, target.server
     path = model.weights[0].path if model.weights else f"<{target.request.model_path}>"
-    argv = [*server.command, "-m", path, "--host", "127.0.0.1", "--port", "0"]
+    argv = [*server.command, "-m", path, "--alias", target.alias]
+    argv += ["--host", "127.0.0.1", "--port", "0"]
     if model.projector is not None:
         argv += ["--mmproj", model.projector.path]
     for name, row in SETTINGS.items():

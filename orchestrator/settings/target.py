@@ -7,8 +7,10 @@ exactly when `differences` is empty; nothing else compares settings.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from typing import Final, Literal
 
 from orchestrator.base.paths import PathNames
@@ -20,6 +22,7 @@ from orchestrator.settings.help_text import Catalogue
 from orchestrator.settings.reference import of_address, split_reference
 from orchestrator.settings.request import LoadRequest
 
+_SHARD: Final = re.compile(r"-\d{5}-of-\d{5}\Z")
 _COMPARED: Final = tuple(name for name, row in SETTINGS.items() if row.is_identity)
 
 Source = tuple[str, str | None, Kind]
@@ -93,6 +96,19 @@ class Target:
         if self.is_vision:
             return drafting.OFF
         return self.speculative_type or drafting.explicit_mode(self.extra_args)
+
+    @property
+    def alias(self) -> str:
+        """The model's name in answers of the server: `owner/name:VARIANT`, or a file's without its
+        ending. Never a path, and nothing that a list of names or a JSON text cannot hold.
+        """
+        model = self.model
+        if model.hub is not None:
+            name = f"{model.hub.repo}:{model.variant}" if model.variant else model.hub.repo
+        else:
+            name = _SHARD.sub("", PurePath(model.weights[0].path).stem)
+        shown = "".join(c if c.isprintable() and c != "," else "_" for c in name)
+        return shown.lstrip("-") or "model"
 
     def is_called(self, model: str) -> bool:
         """Return whether a caller may mean this model: by its file, its repo, or repo:variant."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from orchestrator.server import embedded
 from orchestrator.settings.argv import build_argv
+from orchestrator.settings.files import HubModel
 from orchestrator.settings.flags import CACHE_TYPES
 from orchestrator.settings.help_text import Catalogue, FlagHelp
 from orchestrator.settings.request import LoadRequest
@@ -30,7 +31,7 @@ from tests.kit.settings import target as any_target
 
 SHARDS = ("/m/a-00001-of-00002.gguf", "/m/a-00002-of-00002.gguf")
 PREFIX = ("/bin/python", "-m", "server")
-START = (*PREFIX, "-m", SHARDS[0], "--host", "127.0.0.1", "--port", "0")
+START = (*PREFIX, "-m", SHARDS[0], "--alias", "a", "--host", "127.0.0.1", "--port", "0")
 SERVER = ServerBinary("embedded", PREFIX, file("/bin/python"))
 
 
@@ -258,3 +259,27 @@ def test_parsed_command_line_is_the_request_it_was_built_from(
 
     again = replace(wanted, request=LoadRequest.from_dict(made.as_dict()))
     assert build_argv(again, template_file=None) == argv
+
+
+@pytest.mark.parametrize(
+    ("path", "alias"),
+    [
+        ("/m/Qwen3-0.6B-Q4_K_M.gguf", "Qwen3-0.6B-Q4_K_M"),
+        ("/m/big-00001-of-00009.gguf", "big"),
+        ("/m/a,b.gguf", "a_b"),
+        ("/m/caf\udce9\n.gguf", "caf__"),
+        ("/m/--port.gguf", "port"),
+        ("/m/--.gguf", "model"),
+        ("/m/no ending", "no ending"),
+    ],
+)
+def test_a_file_is_called_by_its_name_in_answers(path: str, alias: str) -> None:
+    """No path of this machine, no list of names, no second flag, and valid UTF-8."""
+    assert any_target(model=local(path), server=SERVER).alias == alias
+
+
+@pytest.mark.parametrize(("variant", "alias"), [("Q4_K_M", "o/B:Q4_K_M"), (None, "o/B")])
+def test_a_model_of_the_hub_is_called_by_repo_and_variant(variant: str | None, alias: str) -> None:
+    model = replace(not_downloaded(), variant=variant)
+    model = replace(model, hub=replace(cast("HubModel", model.hub), repo="o/B"))
+    assert any_target(model=model, server=SERVER).alias == alias
