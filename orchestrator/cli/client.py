@@ -217,6 +217,11 @@ def status(*, remote: Remote, as_json: bool) -> None:
         say_json(answer)
         return
     say(state_part(answer["state"]), (f"  for {answer['uptime_s']:,.1f} s", "dim"))
+    if answer["draining_left_s"] is not None:
+        left = f", for {answer['draining_left_s']:,.1f} s at most"
+        say_field("waits for", f"{answer['leases']} requests of this server{left}")
+    elif answer["leases"]:
+        say_field("requests", f"{answer['leases']}")
     if (pid := answer["occupied_by"]) is not None:
         say(("  process ", "red"), f"{pid} did not exit and still occupies the slot")
     if recovery := answer["recovery"]:

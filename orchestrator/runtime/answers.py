@@ -117,6 +117,9 @@ class Status(Record):
         prefetching: The downloads of `prefetch`.
         idle_unload_in_s: Seconds until the idle model is unloaded; None while it is in use or if
             it is never unloaded.
+        leases: Requests that use the server now.
+        draining_left_s: Seconds for which the swap or unload that has begun still waits for them;
+            None while it does not.
     """
 
     state: State
@@ -132,6 +135,8 @@ class Status(Record):
     story: tuple[str, ...]
     prefetching: tuple[Prefetching, ...] = ()
     idle_unload_in_s: float | None = None
+    leases: int = 0
+    draining_left_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,8 @@ class Snapshot:
         state, ctx, running = self.state, self.ctx, self.ctx.running
         is_healthy = state is State.HEALTHY
         idle_at = running.idle_at if running and is_healthy else None
+        is_draining = state is State.KILLING and bool(ctx.leases)
+        drained_at = self.entered_at + ctx.policy.drain_timeout_s
         return Status(
             state=state,
             generation=(ctx.wanted[0] if ctx.wanted else running or ctx).generation,
@@ -60,6 +62,8 @@ class Snapshot:
             story=self.story,
             prefetching=tuple(_prefetching(job, progress_of) for job in ctx.prefetches),
             idle_unload_in_s=None if idle_at is None else _seconds(now, idle_at),
+            leases=len(ctx.leases),
+            draining_left_s=_seconds(now, drained_at) if is_draining else None,
         )
 
     def progress(self, progress_of: ProgressOf) -> LoadProgress:

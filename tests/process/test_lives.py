@@ -17,7 +17,17 @@ from orchestrator import (
     State,
     UnknownGeneration,
 )
-from tests.kit.process.support import Fake, Make, StartHost, Watch, in_a_fork, kill, until
+from tests.kit.process.support import (
+    Background,
+    Fake,
+    Make,
+    StartHost,
+    Watch,
+    in_a_fork,
+    kill,
+    until,
+    until_state,
+)
 from tests.kit.sentences import assert_sentence
 
 
@@ -135,3 +145,19 @@ def test_the_facades_have_the_same_methods() -> None:
         {name for name in dir(one) if name[0] != "_"} for one in (Orchestrator, AsyncOrchestrator)
     ]
     assert names[0] == names[1]
+
+
+def test_draining_is_visible(make: Make, model_a: str) -> None:
+    """Who waits for an unload sees for what, and how long at most."""
+    orch = make(drain_timeout_s=60.0)
+    orch.load(model_a)
+    with orch.lease(), orch.lease():
+        status = orch.status()
+        assert (status.leases, status.draining_left_s) == (2, None)
+        unloading = Background(orch.unload)
+        until_state(orch, State.KILLING)
+        status = orch.status()
+        assert status.leases == 2
+        assert 0 < (status.draining_left_s or 0) <= 60
+    assert unloading.result().status == "unloaded"
+    assert (orch.status().leases, orch.status().draining_left_s) == (0, None)

@@ -70,6 +70,7 @@ function notes(now) {
     const what = { waiting: `restarts in ${left}`, trying: "is restarting", cooling_down: `cools down for ${left}` };
     texts.push(`${recovery.model_path} exited unexpectedly (${recovery.failures} in a row) and ${what[recovery.phase]}.`);
   }
+  if (now.draining_left_s !== null) texts.push(`Waits for ${now.leases} requests of this server, ${seconds(now.draining_left_s)} at most.`);
   if (now.occupied_by) texts.push(`Process ${now.occupied_by} could not be stopped and occupies the slot.`);
   if (!loaded && !loading && !recovery && exit && !error) texts.push(`The last server (pid ${exit.pid}) exited with code ${exit.returncode ?? "?"}.`);
   if (error && QUIET.has(error.category)) texts.push(error.detail);
