@@ -63,19 +63,17 @@ class AsciiJSON(JSONResponse):
 class ProblemResponse(AsciiJSON):
     """A problem document; below `/v1/`, where clients of OpenAI's API ask, an error as theirs."""
 
-    media_type = MEDIA_TYPE
-
     def __init__(
         self, document: Mapping[str, Any], headers: Mapping[str, str] | None = None
     ) -> None:
-        super().__init__(document, document["status"], headers)
+        super().__init__(document, document["status"], headers, MEDIA_TYPE)
         self._document = document
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and own_path(scope).startswith("/v1/"):
             self.body = self.render({"error": _openai_error(self._document)})
             self.headers["Content-Length"] = str(len(self.body))
-            self.headers["Content-Type"] = JSONResponse.media_type or ""
+            self.headers["Content-Type"] = "application/json"
         await super().__call__(scope, receive, send)
 
 
