@@ -67,14 +67,14 @@ class ProblemResponse(AsciiJSON):
         self, document: Mapping[str, Any], headers: Mapping[str, str] | None = None
     ) -> None:
         super().__init__(document, document["status"], headers, MEDIA_TYPE)
-        self._document = document
+        error = {"error": _openai_error(document)}
+        self._for_openai = AsciiJSON(error, document["status"], headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and own_path(scope).startswith("/v1/"):
-            self.body = self.render({"error": _openai_error(self._document)})
-            self.headers["Content-Length"] = str(len(self.body))
-            self.headers["Content-Type"] = "application/json"
-        await super().__call__(scope, receive, send)
+            await self._for_openai(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
 
 def _openai_error(document: Mapping[str, Any]) -> dict[str, Any]:
