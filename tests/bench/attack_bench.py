@@ -68,11 +68,13 @@ def small_pieces(address: Address) -> None:
         send(address, b"GET / HTTP/1.1\r\nx: ", b"x")
 
 
-def silent_connections(address: Address) -> None:
+def silent_connections(address: Address, begin: bytes = b"") -> None:
     """More than the server has descriptors, a hundred each second."""
     kept = []
     while True:
-        kept.append(socket.create_connection(address))
+        with contextlib.suppress(OSError):
+            kept.append(socket.create_connection(address))
+            kept[-1].sendall(begin)
         time.sleep(0.01)
         if len(kept) > SILENT:
             kept.pop(0).close()
@@ -80,14 +82,7 @@ def silent_connections(address: Address) -> None:
 
 def slow_heads(address: Address) -> None:
     """The same, and each begins a request that it does not end."""
-    kept = []
-    while True:
-        with contextlib.suppress(OSError):
-            kept.append(socket.create_connection(address))
-            kept[-1].sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
-        time.sleep(0.01)
-        if len(kept) > SILENT:
-            kept.pop(0).close()
+    silent_connections(address, b"GET / HTTP/1.1\r\nHost: localhost\r\n")
 
 
 def reconnects(address: Address) -> None:
