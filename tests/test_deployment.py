@@ -149,7 +149,7 @@ def test_large_request_passes_the_proxy(site: Site) -> None:
     with site.client() as client:
         answer = client.post("/v1/chat/completions", json=body)
     assert answer.status_code == 503
-    assert answer.json()["category"] == "not_loaded"
+    assert answer.json()["error"]["code"] == "not_loaded"
 
 
 def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
