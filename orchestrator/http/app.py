@@ -265,8 +265,6 @@ def _add_queries(routes: APIRouter, orch: AsyncOrchestrator, responder: Responde
 def _add_logs(
     routes: APIRouter, orch: AsyncOrchestrator, responder: Responder, shutdown: Shutdown
 ) -> None:
-    claimed = partial(orch.start, again=False)
-
     async def followed(lines: int) -> AsyncIterator[str]:
         async with contextlib.aclosing(shutdown.until(orch.log_batches(lines))) as stream:
             async for batch in stream:
@@ -278,7 +276,7 @@ def _add_logs(
         lines: Annotated[int, Query(ge=1, le=MAX_LINES)] = 200, *, follow: bool = False
     ) -> Response:
         if follow:
-            await claimed()  # it may fail, which a stream that has begun cannot say
+            await orch.start(again=False)  # it may fail, which a stream that has begun cannot say
             return StreamingResponse(followed(lines), media_type="text/plain; charset=utf-8")
         return responder.json({"lines": list(orch.logs(lines))})
 

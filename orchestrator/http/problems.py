@@ -47,7 +47,7 @@ _OPENAI_TYPES: Final = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
-    429: "unavailable_error",
+    **dict.fromkeys((429, 503, 504), "unavailable_error"),
 }
 
 _log = event_log("orchestrator.http")
@@ -67,24 +67,23 @@ class ProblemResponse(AsciiJSON):
         self, document: Mapping[str, Any], headers: Mapping[str, str] | None = None
     ) -> None:
         super().__init__(document, document["status"], headers, MEDIA_TYPE)
-        error = {"error": _openai_error(document)}
-        self._for_openai = AsciiJSON(error, document["status"], headers)
+        self._document, self._given = document, headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and own_path(scope).startswith("/v1/"):
-            await self._for_openai(scope, receive, send)
+            answer = AsciiJSON(_openai_error(self._document), self.status_code, self._given)
+            await answer(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)
 
 
 def _openai_error(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a problem as the member `error` of OpenAI's API; `type` as llama-server names it."""
+    """Return a problem as an error of OpenAI's API; `type` as llama-server names it."""
     status = document["status"]
-    kind = "unavailable_error" if status in {503, 504} else "server_error"
-    if status < 500:
-        kind = _OPENAI_TYPES.get(status, "invalid_request_error")
+    other = "server_error" if status >= 500 else "invalid_request_error"
+    kind = _OPENAI_TYPES.get(status, other)
     error = {"message": document["detail"], "type": kind, "code": document["category"]}
-    return {**error, "param": document["field"]} if "field" in document else error
+    return {"error": {**error, "param": document["field"]} if "field" in document else error}
 
 
 def http_problem(

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,11 +114,11 @@ def is_free(make: Make) -> bool:
 def test_one_that_was_closed_or_never_started_is_dropped_silently(
     make: Make, fake: Fake, state_dir: Path, model_a: str
 ) -> None:
-    given = {"llama_server": fake.path, "state_dir": str(state_dir), "server_env": fake.env}
+    given: Any = {"llama_server": fake.path, "state_dir": state_dir, "server_env": fake.env}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Orchestrator(**given)  # type: ignore[arg-type]
-        orch = Orchestrator(**given)  # type: ignore[arg-type]
+        Orchestrator(**given)
+        orch = Orchestrator(**given)
         with orch:
             orch.load(model_a)
         del orch
