@@ -15,13 +15,14 @@ from pydantic import BaseModel
 
 from orchestrator.errors import CLASSES
 from orchestrator.http.problems import CATEGORIES, MEDIA_TYPE
-from orchestrator.http.schemas import EXAMPLES, Problem
+from orchestrator.http.schemas import EXAMPLES, OpenAIError, Problem
 
 DESCRIPTION: Final = """\
 Owns one `llama-server` process: loads, swaps and unloads models, never two at once.
 
 Failures are problem documents (RFC 9457): `category` names the failure, `detail` describes it and
-what to do. `/v1/*` is passed to the running server. HEAD is answered wherever GET is.
+what to do. `/v1/*` is passed to the running server; its failures are OpenAI's. HEAD is answered
+wherever GET is.
 """
 _ALWAYS: Final = (400, 401, 403, 500)  # no Host, no key, a page of another origin, a bug
 _BODY: Final = (408, 413, 422)
@@ -33,9 +34,11 @@ QUERY: Final = (422, 503)
 _ANY: Final[dict[str, Any]] = {"content": {"*/*": {"schema": {}}}}
 
 
-def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def problems(
+    *statuses: int, media_type: str = MEDIA_TYPE, schema: type[BaseModel] = Problem
+) -> dict[int | str, dict[str, Any]]:
     """Document these failures, and those of any request."""
-    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    content = {media_type: {"schema": {"$ref": f"#/components/schemas/{schema.__name__}"}}}
     return {
         status: {"description": _meaning(status), "content": content}
         for status in sorted({*_ALWAYS, *statuses})
@@ -86,7 +89,8 @@ def complete(app: FastAPI, *, needs_key: bool) -> None:
         # a failure in an answer is a document, not the library's own `Problem`
         ours = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
         ours["$defs"]["Problem"]["examples"] = [EXAMPLES[Problem]]
-        components["schemas"].update(ours["$defs"])
+        theirs = OpenAIError.model_json_schema(ref_template="#/components/schemas/{model}")
+        components["schemas"].update(ours["$defs"] | theirs.pop("$defs"), OpenAIError=theirs)
         for schema in components["schemas"].values():
             schema.get("properties", {}).pop("names", None)  # of local paths, which are hidden
         document["paths"]["/v1/{path}"] = {
@@ -107,7 +111,8 @@ def complete(app: FastAPI, *, needs_key: bool) -> None:
 def _passed_on(method: str, example: str) -> dict[str, Any]:
     """Document `/v1`, which bypasses FastAPI."""
     path = {"name": "path", "in": "path", "required": True, "schema": {"type": "string"}}
-    failures = {str(status): problem for status, problem in problems(404, 408, 413, 503).items()}
+    failed = problems(*(404, 408, 413, 502, 503), media_type="application/json", schema=OpenAIError)
+    failures = {str(status): failure for status, failure in failed.items()}
     return {
         "tags": ["pass-through"],
         "summary": "Passed to the running server, with any method",

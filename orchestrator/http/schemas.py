@@ -85,6 +85,21 @@ class Problem(BaseModel):
     restored: Restored | None = None
 
 
+class OpenAIErrorMembers(BaseModel):
+    """`code` is the category of the problem, and `param` its field."""
+
+    message: str
+    type: str
+    code: str
+    param: str | None = None
+
+
+class OpenAIError(BaseModel):
+    """A failure below `/v1`."""
+
+    error: OpenAIErrorMembers
+
+
 class Restored(BaseModel):
     """What became of the model that ran before a failure."""
 
