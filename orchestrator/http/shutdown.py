@@ -44,7 +44,6 @@ class Shutdown:
 
     async def wait(self, work: Awaitable[_T]) -> _T:
         """Await `work`; raise ShuttingDown as soon as the shutdown begins."""
-        self._listen()
         try:
             async with asyncio.timeout(None) as scope:
                 with self.ending(scope):
@@ -60,7 +59,6 @@ class Shutdown:
 
     async def until(self, stream: AsyncGenerator[_T, None]) -> AsyncGenerator[_T | None, None]:
         """Yield what a stream yields, and None when it pauses, until the shutdown begins."""
-        self._listen()
         end: Any = object()
         async with contextlib.aclosing(stream):
             upcoming = asyncio.ensure_future(anext(stream, end))
@@ -85,7 +83,12 @@ class Shutdown:
                 signal.signal(signum, other)
         self._covers.clear()
 
-    def _listen(self) -> None:
+    def listen(self) -> None:
+        """Cover the handlers that the server has now.
+
+        To be called before a response begins: a signal between its head and the first step of its
+        stream would find no handler of ours, and the stream no end.
+        """
         if threading.current_thread() is not threading.main_thread():
             return
         for signum in self._signals:
@@ -108,7 +111,7 @@ class Shutdown:
     def ending(self, scope: asyncio.Timeout) -> Iterator[None]:
         """Let a scope expire when the shutdown begins. Every request below `/v1` pays for this."""
         if not self._covers:
-            self._listen()
+            self.listen()
         waiting = asyncio.get_running_loop(), scope
         self._waiting.add(waiting)
         if self.has_begun:

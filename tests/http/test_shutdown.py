@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,10 +21,12 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from orchestrator import AsyncOrchestrator
 from orchestrator.errors import ShuttingDown
+from orchestrator.http import create_app
 from orchestrator.http.shutdown import Shutdown
 from tests.kit.command import COMMAND, environment
-from tests.kit.http import DEADLINE_S, Gate
+from tests.kit.http import DEADLINE_S, PREFIX, Gate
 from tests.kit.process.servers import servers_of
 from tests.kit.process.support import until
 
@@ -296,6 +298,35 @@ def test_a_host_that_lives_on_answers_again(
     assert asyncio.run(shutdown.wait(asyncio.sleep(0, "done"))) == "done"
 
 
+@pytest.mark.parametrize("path", ["/events", "/logs?follow=true"])
+def test_a_signal_right_after_the_head_ends_the_first_stream(
+    server: list[int], state_dir: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """It has sent its head before it takes its first step; a mounted app has no lifespan."""
+    monkeypatch.setattr("orchestrator.http.app.HOST", Shutdown(signal.SIGUSR1))
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            assert message["status"] == 200
+            signal.raise_signal(signal.SIGUSR1)
+
+    async def receive() -> Any:
+        await forever()
+
+    async def ask() -> None:
+        orch = AsyncOrchestrator(llama_server="embedded", state_dir=state_dir)
+        name, _, query = (PREFIX + path).partition("?")
+        scope: dict[str, Any] = {"type": "http", "method": "GET", "path": name}
+        scope |= {"headers": [(b"host", b"localhost")]}
+        scope |= {"raw_path": name.encode(), "query_string": query.encode(), "http_version": "1.1"}
+        scope |= {"scheme": "http", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2)}
+        async with orch:
+            await asyncio.wait_for(create_app(orch)(scope, receive, send), DEADLINE_S)
+
+    asyncio.run(ask())
+    assert server == [signal.SIGUSR1]
+
+
 def test_a_time_out_inside_of_a_wait_stays_one(server: list[int], shutdown: Shutdown) -> None:
     async def too_slow() -> None:
         raise TimeoutError
@@ -340,7 +371,7 @@ def test_a_handler_that_others_put_over_ours_is_covered_and_left(
     signal.signal(signal.SIGUSR1, other)
     shutdown.restore()
     assert signal.getsignal(signal.SIGUSR1) is other
-    asyncio.run(shutdown.wait(asyncio.sleep(0)))
+    shutdown.listen()
     signal.raise_signal(signal.SIGUSR1)
     assert (len(server), len(others)) == (1, 1)
 
