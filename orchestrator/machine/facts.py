@@ -102,12 +102,13 @@ class PrefetchRequested:
 
 @dataclass(frozen=True, slots=True)
 class UnloadRequested:
-    """Unload `model`, compared as text, or any model if it is None."""
+    """Unload `model`, compared as text, or any model if it is None; `cut` waits for no lease."""
 
     trigger: ClassVar[str] = "unload"
     ticket: Ticket
     model: str | None
     at: float
+    cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)

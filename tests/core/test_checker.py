@@ -305,6 +305,20 @@ def test_checker_finds_a_drain_that_ignores_a_withdrawn_lease() -> None:
     _caught(report, {"inv_at_rest_is_settled"}, within=4)
 
 
+@pytest.mark.parametrize("guard", ["cuts_leases", ""])
+def test_checker_finds_an_unload_that_cuts_too_little_or_too_much(guard: str) -> None:
+    revoke = ("revoke_leases",)
+
+    def changed(row: Row) -> Row:
+        others = tuple(action for action in row.actions if action not in revoke)
+        return replace(row, actions=others if guard else (*revoke, *others))
+
+    table = _table("unload", guard, State.HEALTHY, changed)
+    program = "lease; release | unload cut" if guard else "lease; release | unload"
+    report = explore(program, lifecycle=TracedLifecycle(table), warm="A")
+    _caught(report, {"inv_only_a_cut_ends_leases"}, within=2)
+
+
 def test_checker_finds_an_endless_kill() -> None:
     """Quiescence is certain, not only possible."""
     table = _table(

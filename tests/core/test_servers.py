@@ -6,7 +6,15 @@ import pytest
 
 from orchestrator.base.tokens import Generation
 from orchestrator.errors import Problem
-from orchestrator.machine.commands import DropStale, Kill, LeaseGranted, SetTimer, Spawn
+from orchestrator.machine.commands import (
+    DropStale,
+    Kill,
+    LeaseGranted,
+    Loaded,
+    SetTimer,
+    Spawn,
+    Unloaded,
+)
 from orchestrator.machine.facts import (
     BecameReady,
     Child,
@@ -69,6 +77,48 @@ def test_drain_times_out() -> None:
     run.fire("drain", 1)
     assert run.commands_of(Kill) == [Kill(Generation(1), CHILD)]
     assert run.ctx.leases == frozenset()
+
+
+def test_unload_that_cuts_waits_for_no_lease() -> None:
+    run = healthy()
+    lease = run.lease()
+    unload = run.unload(cut=True)
+    assert run.commands_of(Kill) == [Kill(Generation(1), CHILD)]
+    assert run.ctx.leases == frozenset()
+    run.release(lease)
+    assert run.commands == ()
+    run.emptied()
+    assert run.answers[unload] == Unloaded()
+
+
+def test_unload_that_cuts_ends_a_drain_that_has_begun() -> None:
+    run = healthy()
+    run.lease()
+    first = run.unload()
+    assert run.commands_of(Kill) == []
+    second = run.unload(cut=True)
+    assert run.commands_of(Kill) == [Kill(Generation(1), CHILD)]
+    run.emptied()
+    assert run.answers[first] == run.answers[second] == Unloaded()
+
+
+def test_cut_of_the_model_that_runs_lets_the_swap_go_on() -> None:
+    run = healthy()
+    run.lease()
+    load = run.load(B)
+    run.unload(A, cut=True)
+    assert run.commands_of(Kill) == [Kill(Generation(2), CHILD)]
+    run.go(H)
+    answer = run.answers[load]
+    assert isinstance(answer, Loaded)
+    assert answer.target.request.model_path == B
+
+
+def test_cut_of_another_model_cuts_nothing() -> None:
+    run = healthy()
+    lease = run.lease()
+    run.unload(B, cut=True)
+    assert (run.state, run.ctx.leases) == (H, frozenset({lease}))
 
 
 @pytest.mark.parametrize("what", ["kill has begun", "other server", "no server"])

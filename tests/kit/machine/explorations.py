@@ -43,6 +43,8 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "lease; release | load A | load B": {},
     "lease; withdraw | load A | unload": {},
     "lease; withdraw | load B; cancel": {"warm": "A"},
+    "lease; release | load B | unload cut": {"warm": "A"},
+    "lease; release | unload | unload A cut": {"warm": "A"},
     "lease; release; lease | load B; load C": {"warm": "A"},
     "lease; release | load B | shutdown": {"warm": "A"},
     "lease; release | unload A; load B": {"warm": "A"},

@@ -35,6 +35,7 @@ class Action:
     request_id: str | None = None
     is_slow: bool = False
     is_late: bool = False
+    cuts: bool = False
 
 
 def parse(program: str) -> tuple[tuple[Action, ...], ...]:
@@ -70,7 +71,9 @@ def _parse_action(text: str, index: int, earlier: list[Action]) -> Action:
                 is_late="late" in words,
             )
         case "unload":
-            return Action(verb, text, index, index, model=words[0] if words else None)
+            cuts = "cut" in words
+            model = next((word for word in words if word != "cut"), None)
+            return Action(verb, text, index, index, model=model, cuts=cuts)
         case "lease" | "shutdown":
             return Action(verb, text, index, index)
         case "cancel" if words:

@@ -277,6 +277,18 @@ def inv_a_cancel_waits_for_no_lease(edge: Edge) -> str | None:
     return None
 
 
+def inv_only_a_cut_ends_leases(edge: Edge) -> str | None:
+    """An unload waits for the requests that use the server, unless it is told to cut them."""
+    fact, before, after = edge.fact, edge.before.ctx, edge.after.ctx
+    if not isinstance(fact, UnloadRequested):
+        return None
+    if not fact.cut and after.leases != before.leases:
+        return "an unload that waits for leases has ended one"
+    if fact.cut and any(waiter.ticket == fact.ticket for waiter in after.waiters) and after.leases:
+        return f"unload {fact.ticket} does not wait for leases, and has left some"
+    return None
+
+
 def inv_refused_changes_nothing(edge: Edge) -> str | None:
     """A dropped fact or a refused request changes nothing."""
     refused = any(isinstance(c, DropStale) for c in edge.commands)
@@ -431,6 +443,7 @@ STEP_PROMISES: tuple[Callable[[Edge], str | None], ...] = (
     inv_a_lease_is_on_a_live_server,
     inv_lease_is_granted_if_possible,
     inv_a_cancel_waits_for_no_lease,
+    inv_only_a_cut_ends_leases,
     inv_refused_changes_nothing,
     inv_unloaded_is_empty,
     inv_an_unload_ends_only_what_it_names,

@@ -143,9 +143,9 @@ class Run:
             self.do(PrefetchRequested(ticket, wanted, self.now))
         return ticket
 
-    def unload(self, model: str | None = None) -> Ticket:
+    def unload(self, model: str | None = None, *, cut: bool = False) -> Ticket:
         ticket = self.ticket()
-        self.do(UnloadRequested(ticket, model, self.now))
+        self.do(UnloadRequested(ticket, model, self.now, cut))
         return ticket
 
     def cancel(self, name: str | None = None, generation: int | None = None) -> Ticket:

@@ -268,7 +268,7 @@ class Scenario:
                 world = self._end(
                     world, lambda a, _: a.verb == "load" and action.model in (None, _model(a))
                 )
-                return world, UnloadRequested(ticket, action.model, AT)
+                return world, UnloadRequested(ticket, action.model, AT, action.cuts)
             case "shutdown":
                 return self._end(world, lambda _, __: True), ShutdownRequested(ticket, AT)
             case _:

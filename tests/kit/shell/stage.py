@@ -324,7 +324,7 @@ class Stage(PumpedOwner):
                 assert action.request is not None
                 fact = LookUpRequested(ticket, action.request, action.verb, now)
             case "unload":
-                fact = UnloadRequested(ticket, action.model, now)
+                fact = UnloadRequested(ticket, action.model, now, action.cuts)
             case "lease":
                 fact = LeaseRequested(ticket, now)
             case "shutdown":
