@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         TimedOut,
         Unavailable,
         UnknownGeneration,
+        Unreachable,
         UnsupportedPlatform,
         WrongKind,
         WrongProcess,
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     )
     from orchestrator.runtime.events import Event
     from orchestrator.runtime.orchestrator import AsyncOrchestrator, Orchestrator
+    from orchestrator.runtime.remote import AsyncRemoteOrchestrator, RemoteOrchestrator
     from orchestrator.settings.fields import LoadFields
     from orchestrator.settings.request import LoadRequest
     from orchestrator.settings.target import ReloadReason
@@ -72,6 +74,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AsyncOrchestrator",
+    "AsyncRemoteOrchestrator",
     "Busy",
     "CacheDirError",
     "Cancelled",
@@ -104,6 +107,7 @@ __all__ = [
     "Problem",
     "RefusedArgument",
     "ReloadReason",
+    "RemoteOrchestrator",
     "RestartPolicy",
     "ServerExited",
     "ServerStartFailed",
@@ -120,6 +124,7 @@ __all__ = [
     "Unavailable",
     "UnknownGeneration",
     "UnloadOutcome",
+    "Unreachable",
     "UnsupportedPlatform",
     "Variant",
     "Variants",
@@ -132,6 +137,7 @@ __all__ = [
 _HOMES = {
     "runtime.events": "Event",
     "runtime.orchestrator": "AsyncOrchestrator Orchestrator",
+    "runtime.remote": "AsyncRemoteOrchestrator RemoteOrchestrator",
     "machine.plan": "Plan",
     "machine.recovery": "RestartPolicy",
     "machine.states": "State",

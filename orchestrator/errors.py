@@ -28,6 +28,7 @@ OrchestratorError
 │   ├── NotLoaded             503  no model is Healthy
 │   ├── ShuttingDown          503
 │   ├── ServerExited          503  a Healthy server exited
+│   ├── Unreachable           503  no orchestrator answers at a URL
 │   ├── WrongProcess          503  the orchestrator was made before this process was forked
 │   └── SlotOccupied          503  a server of this slot could not be stopped
 ├── SlotOwned                 409  another orchestrator owns this slot
@@ -43,12 +44,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final, Self
 
 from orchestrator.base.paths import PathNames
-from orchestrator.base.record import Record
+from orchestrator.base.record import Record, parsed
 from orchestrator.base.threads import NoThread
 
 CLASSES: Final[dict[str, type[OrchestratorError]]] = {}
@@ -101,6 +102,7 @@ class Problem(Record):
         retry_after_s: Seconds to wait before trying again, where that may help.
         restored: How restoring the previous model ended, if it was tried.
         names: Public names of local paths in its texts.
+        other: Status and title of a category that only a service has, and no class.
     """
 
     category: str
@@ -113,6 +115,7 @@ class Problem(Record):
     retry_after_s: float | None = None
     restored: Restored | None = None
     names: PathNames = dataclasses.field(default=(), compare=False, repr=False)
+    other: tuple[int, str] | None = dataclasses.field(default=None, repr=False)
 
     @property
     def _class(self) -> type[OrchestratorError]:
@@ -121,7 +124,7 @@ class Problem(Record):
     @property
     def status(self) -> int:
         """The HTTP status code of this category."""
-        return self._class.status
+        return self.other[0] if self.other else self._class.status
 
     def error(self) -> OrchestratorError:
         """Return the exception of this problem's category."""
@@ -131,7 +134,7 @@ class Problem(Record):
         """Return the members of RFC 9457 and ours; those without a value are left out."""
         members: dict[str, Any] = {
             "type": "about:blank",
-            "title": self._class.title,
+            "title": self.other[1] if self.other else self._class.title,
             "status": self.status,
             "detail": self.message,
             "category": self.category,
@@ -143,6 +146,14 @@ class Problem(Record):
             members["restored"] = self.restored.as_dict()
         return members
 
+    @classmethod
+    def from_dict(cls, members: Mapping[str, Any]) -> Self:
+        """Return the problem of a document."""
+        problem = parsed(cls, {**members, "message": members["detail"]})
+        if problem.category in CLASSES:
+            return problem
+        return replace(problem, other=(int(members["status"]), str(members["title"])))
+
 
 class OrchestratorError(Exception):
     """Base of every error that this library raises on purpose.
@@ -150,9 +161,9 @@ class OrchestratorError(Exception):
     As text it is one sentence. A traceback also shows the server's last output and the story.
     """
 
-    category: ClassVar[str] = "internal"
-    status: ClassVar[int] = 500
-    title: ClassVar[str] = "Internal error"
+    category: str = "internal"
+    status: int = 500
+    title: str = "Internal error"
     _row: ClassVar[tuple[str, int, str]] = category, status, title
 
     def __init_subclass__(cls) -> None:
@@ -164,6 +175,8 @@ class OrchestratorError(Exception):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         self.problem: Problem = problem
+        if problem.other is not None:
+            self.category, (self.status, self.title) = problem.category, problem.other
         self.message: str = problem.message
         self.field: str | None = problem.field
         self.generation: int | None = problem.generation
@@ -313,6 +326,10 @@ class ShuttingDown(Unavailable):
 
 class ServerExited(Unavailable):
     _row = "server_exited", 503, "The server exited"
+
+
+class Unreachable(Unavailable):
+    _row = "unreachable", 503, "No orchestrator there"
 
 
 class WrongProcess(Unavailable):

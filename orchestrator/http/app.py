@@ -177,6 +177,9 @@ def _add_loads(
 
     @routes.post("/load", **document)
     async def load(request: Request, *, wait: bool = True) -> Response:
+        """Load a model, and answer when its server is Healthy. With `wait=false` it answers at
+        once, and `Location` is where to poll.
+        """
         wanted = await requested(request)
         if wait:
             loading = shutdown.wait(orch.load(wanted))
@@ -204,6 +207,7 @@ def _add_loads(
 
     @routes.get("/loads", **documented(schemas.Loads, *openapi.QUERY))
     async def loads(limit: Annotated[int, Query(ge=1, le=256)] = 20) -> Response:
+        """Return the last loads, newest first."""
         return responder.json({"loads": [load.as_dict() for load in orch.history(limit)]})
 
 
@@ -221,17 +225,30 @@ def _add_requests(
         ),
     )
     async def unload(request: Request) -> Response:
+        """Stop the server, and answer when the slot is empty."""
         body = validated(schemas.UnloadBody, await json_body(request, required=False))
-        return responder.json((await shutdown.wait(orch.unload(body.model_path))).as_dict())
+        unloading = shutdown.wait(orch.unload(body.model_path, cut=body.cut))
+        return responder.json((await unloading).as_dict())
+
+    @routes.post(
+        "/prefetch", **documented(answers.PrefetchOutcome, *openapi.LOAD, body=schemas.LoadBody)
+    )
+    async def prefetch(request: Request) -> Response:
+        """Download a model, and answer when all of it is on disk."""
+        wanted = await requested(request)
+        fetching = shutdown.wait(orch.prefetch(wanted))
+        return responder.json((await while_connected(request, fetching)).as_dict())
 
     @routes.post("/cancel", **documented(CancelAnswer, *openapi.CHANGE, body=schemas.CancelBody))
     async def cancel(request: Request) -> Response:
+        """Cancel one load that is in flight."""
         body = validated(schemas.CancelBody, await json_body(request))
         request_id = SETTINGS["load_request_id"].normal("load_request_id", body.load_request_id)
         return responder.json({"cancelled": await orch.cancel(request_id, body.generation)})
 
     @routes.post("/plan", **documented(Plan, *openapi.LOAD, body=schemas.LoadBody))
     async def plan(request: Request) -> Response:
+        """Return what a load would do, and why, without doing it."""
         wanted = await requested(request)
         plan = await workers.waited(partial(orch.plan, wanted))
         return responder.json(plan.as_dict(), plan.names)
@@ -240,6 +257,7 @@ def _add_requests(
         "/variants", **documented(answers.Variants, *openapi.VARIANTS, body=schemas.VariantsBody)
     )
     async def variants(request: Request) -> Response:
+        """Return the variants of a model, on disk or on the Hub, with their sizes."""
         body = validated(schemas.VariantsBody, await json_body(request))
         wanted = LoadRequest.from_dict(body.model_dump(exclude_unset=True))
         listing = shutdown.wait(orch.variants(wanted))
@@ -251,22 +269,27 @@ def _add_queries(routes: APIRouter, orch: AsyncOrchestrator, responder: Responde
 
     @routes.get("/status", **documented(answers.Status))
     async def status() -> Response:
+        """Return the state, the loaded model and the load in flight."""
         return responder.json(orch.status().as_dict())
 
     @routes.get("/load-progress", **documented(answers.LoadProgress))
     async def load_progress() -> Response:
+        """Return the phase and the bytes of the load in flight."""
         return responder.json(orch.progress().as_dict())
 
     @routes.get("/options", **documented(answers.Options, 424, *openapi.QUERY))
     async def options() -> Response:
+        """Return the values that the server binary accepts for two settings."""
         return responder.json((await workers.waited(orch.options)).as_dict())
 
     @routes.get("/diagram.svg", **documented("image/svg+xml"))
     async def diagram_svg() -> Response:
+        """Return a picture of the state machine with the present state marked."""
         return Response(diagram.svg(orch.status().state), media_type="image/svg+xml")
 
     @routes.get("/diagram.mmd", **documented("text/plain"))
     async def diagram_mmd() -> Response:
+        """Return the state machine as Mermaid text with the present state marked."""
         return Response(diagram.mermaid(orch.status().state), media_type="text/plain")
 
 
@@ -283,6 +306,7 @@ def _add_logs(
     async def logs(
         lines: Annotated[int, Query(ge=1, le=MAX_LINES)] = 200, *, follow: bool = False
     ) -> Response:
+        """Return the last lines of the server's output. `follow=true` streams those to come too."""
         if follow:
             await orch.start(again=False)  # it may fail, which a stream that has begun cannot say
             return StreamingResponse(followed(lines), media_type="text/plain; charset=utf-8")
@@ -307,6 +331,7 @@ def _add_events(routes: APIRouter, orch: AsyncOrchestrator, shutdown: Shutdown) 
         responses=openapi.problems(*openapi.QUERY, 409),
     )
     async def events(after: int = Depends(position)) -> AsyncIterator[ServerSentEvent]:
+        """Stream transitions and progress. `Last-Event-ID` resumes after an event."""
         sent = None
         async with contextlib.aclosing(shutdown.until(orch.events(after))) as stream:
             async for event in stream:
@@ -325,10 +350,12 @@ def _health(orch: AsyncOrchestrator, responder: Responder, held: Callable[[], in
 
     @routes.get("/healthz", responses=openapi.problems())
     async def healthz() -> schemas.Health:
+        """Answer as long as the process is alive."""
         return schemas.Health(status="alive")
 
     @routes.get("/readyz", responses=openapi.problems(503))
     async def readyz() -> schemas.Health:
+        """Answer 200 if a model is Healthy, and 503 otherwise."""
         state = orch.status().state
         if state is not State.HEALTHY:
             raise NotLoaded.because(f"no model is Healthy: the state is {state}")
@@ -336,6 +363,7 @@ def _health(orch: AsyncOrchestrator, responder: Responder, held: Callable[[], in
 
     @routes.get("/metrics", **documented("text/plain"))
     async def prometheus() -> Response:
+        """Return the metrics for Prometheus."""
         return Response(counted.render(), media_type=metrics.MEDIA_TYPE)
 
     return routes

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from orchestrator.errors import MalformedRequest, Problem
-from orchestrator.settings.checks import printable
+from orchestrator.settings.checks import printable, unknown_field
 
 MAX_BODY_BYTES: Final = 1 << 20
 _MAX_DIGITS: Final = 18  # int() refuses thousands of them
@@ -61,9 +61,7 @@ def validated(model: type[_Model], body: dict[str, Any]) -> _Model:
     """Return the body as a model, or refuse a field that is unknown, missing or of another type."""
     known = model.model_fields  # pydantic names no unknown field that is not valid Unicode
     if (unknown := next((name for name in body if name not in known), None)) is not None:
-        field = printable(unknown)
-        message = f"unknown field {field!r}; known fields: {', '.join(known)}"
-        raise MalformedRequest.because(message, field=field)
+        raise unknown_field(unknown, known)
     try:
         return model.model_validate(body)
     except ValidationError as error:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Final
+from typing import Final, get_args, get_type_hints
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 import orchestrator
-from orchestrator.errors import Problem
+from orchestrator.errors import CLASSES, Problem
 from orchestrator.machine.commands import Concluded, Loaded, ServerEnded, Settle
 from orchestrator.machine.facts import LoadRequested
 from orchestrator.machine.states import TIMED, State
@@ -63,8 +63,11 @@ class Metrics(Collector):
         registry.register(self)
         for phase in TIMED.values():
             self._phases.labels(phase)
-        for outcome in ("loaded", "already_loaded"):
+        # A series that begins with 1 has not increased, for Prometheus: they begin with 0.
+        for outcome in ("loaded", "already_loaded", *CLASSES):
             self._loads.labels(outcome)
+        for how in get_args(get_type_hints(ServerEnded)["how"]):
+            self._exits.labels(how)
         orch.observe(self._count_step)
 
     def render(self) -> bytes:

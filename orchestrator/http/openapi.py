@@ -93,6 +93,9 @@ def complete(app: FastAPI, *, needs_key: bool) -> None:
         components["schemas"].update(ours["$defs"] | theirs.pop("$defs"), OpenAIError=theirs)
         for schema in components["schemas"].values():
             schema.get("properties", {}).pop("names", None)  # of local paths, which are hidden
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                _summarize(operation)
         document["paths"]["/v1/{path}"] = {
             "get": _passed_on("get", "models"),
             "post": {**_passed_on("post", "chat/completions"), "requestBody": _ANY},
@@ -106,6 +109,14 @@ def complete(app: FastAPI, *, needs_key: bool) -> None:
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _summarize(operation: dict[str, Any]) -> None:
+    """Make the first sentence of the description the summary."""
+    text = " ".join(operation.pop("description").split())
+    operation["summary"], _, rest = text.rstrip(".").partition(". ")
+    if rest:
+        operation["description"] = f"{rest}."
 
 
 def _passed_on(method: str, example: str) -> dict[str, Any]:

@@ -108,7 +108,7 @@ class PassThrough:
         except Exception as error:
             if has_begun:
                 raise
-            asked = scope["method"], own_path(scope)
+            asked = scope["method"], target.partition("?")[0]
             if isinstance(error, NotLoaded) and asked in _LISTINGS:
                 await AsciiJSON({"object": "list", "data": []})(scope, receive, send)
                 return
@@ -289,6 +289,8 @@ def _target(scope: Scope) -> str | None:
     raw = scope.get("raw_path") or scope["path"].encode()
     path = raw.decode("latin-1")
     path = path[path.index("/v1/") :] if "/v1/" in path else path
+    if path.startswith("/v1/v1/"):  # `base_url` of a remote lease, used as that of one's own server
+        path = path.removeprefix("/v1")
     if "." in path or "%" in path:
         parts = [unquote(part) for part in path.split("/")]
         if any(part in {".", ".."} or "/" in part for part in parts):

@@ -90,14 +90,9 @@ def http_problem(
     status: int, detail: str, headers: Mapping[str, str] | None = None, category: str = ""
 ) -> Response:
     """Return the problem document of a failure that has no exception in the tree."""
-    document = {
-        "type": "about:blank",
-        "title": responses.get(status, "Error"),
-        "status": status,
-        "detail": detail,
-        "category": category or CATEGORIES.get(status, ("http_error",))[0],
-    }
-    return ProblemResponse(document, headers)
+    category = category or CATEGORIES.get(status, ("http_error",))[0]
+    problem = Problem(category, detail, other=(status, responses.get(status, "Error")))
+    return ProblemResponse(problem.as_dict(), headers)
 
 
 class Responder:

@@ -42,6 +42,7 @@ VariantsBody: Final = _body_of_settings("VariantsBody", "model_path", "revision"
 
 class UnloadBody(Body):
     model_path: str | None = Field(None, description="unload only this model; null = any")
+    cut: bool = Field(default=False, description="wait for no request that uses the server")
 
 
 class CancelBody(Body):

@@ -5,11 +5,12 @@ Field names are the public vocabulary; `as_dict` is the body that HTTP and `--js
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal, Self
 
 from orchestrator.base.paths import PathNames
-from orchestrator.base.record import Record
+from orchestrator.base.record import Record, parsed
 from orchestrator.base.tokens import Generation
 from orchestrator.errors import Problem
 from orchestrator.machine.commands import LeaseGranted, Loaded, Timings, Unloaded
@@ -61,8 +62,15 @@ class LoadOutcome(Record, EchoedFields):
     def as_dict(self) -> dict[str, Any]:
         members = Record.as_dict(self)
         members |= {name: members.pop(name) for name in ECHOED}  # to the end
-        omitted = {"revision": None, "note": None, **{n: SETTINGS[n].default for n in ECHOED}}
-        return {n: value for n, value in members.items() if n not in omitted or value != omitted[n]}
+        return {n: value for n, value in members.items() if value != _OMITTED.get(n, _SENT)}
+
+    @classmethod
+    def from_dict(cls, members: Mapping[str, Any]) -> Self:
+        return parsed(cls, {**_OMITTED, **members})
+
+
+_SENT: Final = object()
+_OMITTED: Final = {"revision": None, "note": None, **{n: SETTINGS[n].default for n in ECHOED}}
 
 
 @dataclass(frozen=True, slots=True)

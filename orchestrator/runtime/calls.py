@@ -327,9 +327,10 @@ class Facade:
     def _prefetch_fact(self, request: LoadRequest) -> MakeFact:
         return lambda ticket: facts.LookUpRequested(ticket, request, "prefetch", self._clock())
 
-    def _unload_fact(self, model_path: str | None) -> MakeFact:
+    def _unload_fact(self, model_path: str | None, cut: object) -> MakeFact:
+        check_switch("cut", cut)
         model = (model_path or "").strip() or None
-        return lambda ticket: facts.UnloadRequested(ticket, model, self._clock())
+        return lambda ticket: facts.UnloadRequested(ticket, model, self._clock(), bool(cut))
 
     def _cancel_fact(self, request_id: str | None, generation: int | None) -> MakeFact:
         if (request_id is None) == (generation is None):

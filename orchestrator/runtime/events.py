@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, Self
 
-from orchestrator.base.record import Record
+from orchestrator.base.record import Record, parsed
 
 MAX_EVENTS: Final = 1024
 
@@ -40,6 +40,11 @@ class Event(Record):
 
     def as_dict(self) -> dict[str, Any]:
         return {"id": self.id, "kind": self.kind, **self.data}
+
+    @classmethod
+    def from_dict(cls, members: Mapping[str, Any]) -> Self:
+        data = {name: value for name, value in members.items() if name not in ("id", "kind")}
+        return parsed(cls, {"id": members["id"], "kind": members["kind"], "data": data})
 
 
 class EventLog:

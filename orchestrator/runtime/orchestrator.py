@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from functools import partial
-from typing import Any, Final, Self, Unpack
+from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
 from orchestrator.base import workers
 from orchestrator.base.tokens import Generation, Ticket
@@ -30,6 +30,9 @@ from orchestrator.runtime.events import Event, EventLog
 from orchestrator.runtime.owner import Call, Owner
 from orchestrator.settings.fields import LoadFields
 
+if TYPE_CHECKING:
+    from orchestrator.runtime.remote import AsyncRemoteOrchestrator, RemoteOrchestrator
+
 _LOG_INTERVAL_S: Final = 0.1
 _LINES_A_TURN: Final = 100
 
@@ -46,6 +49,23 @@ class Orchestrator(Facade):
     `LoadRequest` or a `model_path`, and further fields by name. Interrupting a call (Ctrl-C)
     withdraws that caller; a load goes on for its other callers.
     """
+
+    @staticmethod
+    def connect(url: str, api_key: str | None = None) -> RemoteOrchestrator:
+        """Return the orchestrator of a running service, with the same methods and errors.
+
+        For further workers, notebooks and other machines. Nothing is sent before the first call.
+
+        Args:
+            url: Of the service, e.g. `http://127.0.0.1:8642`.
+            api_key: One of its API keys, if it has any.
+
+        Raises:
+            InvalidRequest: the URL or the key cannot be used; `field` says which.
+        """
+        from orchestrator.runtime.remote import RemoteOrchestrator
+
+        return RemoteOrchestrator(url, api_key)
 
     def start(self, *, again: bool = True) -> Self:
         """Claim the slot. Without this, the first call does. May be called more than once.
@@ -135,17 +155,18 @@ class Orchestrator(Facade):
             listing.cancel()
             raise
 
-    def unload(self, model_path: str | None = None) -> UnloadOutcome:
+    def unload(self, model_path: str | None = None, *, cut: bool = False) -> UnloadOutcome:
         """Stop the server, cancel the load in flight, and wait until the slot is empty.
 
         Args:
             model_path: Unload only this model: its file, `owner/name` or `owner/name:VARIANT`.
                 None = whatever is loaded or loading.
+            cut: Wait for no lease: end the requests that use the server.
 
         Raises:
             SlotOccupied: a process of the slot could not be killed.
         """
-        return answers.unload_outcome(self._answer(self._unload_fact(model_path)))
+        return answers.unload_outcome(self._answer(self._unload_fact(model_path, cut)))
 
     def cancel(self, load_request_id: str | None = None, generation: int | None = None) -> bool:
         """Cancel one load that is in flight, and return whether there was one.
@@ -238,6 +259,13 @@ class AsyncOrchestrator(Facade):
     goes on for its other callers. Of the methods without `async` only `plan` and `options` block.
     """
 
+    @staticmethod
+    def connect(url: str, api_key: str | None = None) -> AsyncRemoteOrchestrator:
+        """Return the orchestrator of a running service; see `Orchestrator.connect`."""
+        from orchestrator.runtime.remote import AsyncRemoteOrchestrator
+
+        return AsyncRemoteOrchestrator(url, api_key)
+
     async def start(self, *, again: bool = True) -> Self:
         """Claim the slot; see `Orchestrator.start`."""
         await self._started(again=again)
@@ -280,9 +308,9 @@ class AsyncOrchestrator(Facade):
         found = await asyncio.wrap_future(self._listings.begin(wanted))
         return Variants(wanted.model_path, found)
 
-    async def unload(self, model_path: str | None = None) -> UnloadOutcome:
+    async def unload(self, model_path: str | None = None, *, cut: bool = False) -> UnloadOutcome:
         """Stop the server and wait until the slot is empty; see `Orchestrator.unload`."""
-        return answers.unload_outcome(await self._answer(self._unload_fact(model_path)))
+        return answers.unload_outcome(await self._answer(self._unload_fact(model_path, cut)))
 
     async def cancel(
         self, load_request_id: str | None = None, generation: int | None = None

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from typing import Any, Final
 
 from orchestrator.errors import InvalidRequest, MalformedRequest
@@ -119,6 +120,16 @@ def checked_seconds(field: str, value: Any, *, zero: bool = True) -> float:
         return float(value)
     least = "at least 0" if zero else "more than 0"
     raise invalid(field, value, f"{least} and at most {MAX_SECONDS:.0f} seconds")
+
+
+def unknown_field(name: str, known: Iterable[str]) -> MalformedRequest:
+    """Return the error of a field that does not exist; it names the nearest one, if one is near."""
+    shown, known = printable(name), sorted(known)
+    if near := get_close_matches(shown, known, n=1, cutoff=0.75):
+        message = f"unknown field {shown!r}: did you mean {near[0]}?"
+    else:
+        message = f"unknown field {shown!r}; known fields: {', '.join(known)}"
+    return MalformedRequest.because(message, field=shown)
 
 
 def printable(name: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self, Unpack
 
 from orchestrator.errors import InvalidRequest, MalformedRequest
-from orchestrator.settings.checks import invalid, printable
+from orchestrator.settings.checks import invalid, unknown_field
 from orchestrator.settings.fields import SETTINGS, Fields, LoadFields
 from orchestrator.settings.reference import of_address, split_reference
 
@@ -26,9 +26,7 @@ class LoadRequest(Fields):
     def __init__(self, /, **given: Unpack[LoadFields]) -> None:
         values: dict[str, Any] = {**given}
         for name in values.keys() - SETTINGS.keys():
-            shown = printable(name)
-            message = f"unknown field {shown!r}; known fields: {', '.join(sorted(SETTINGS))}"
-            raise MalformedRequest.because(message, field=shown)
+            raise unknown_field(name, SETTINGS)
         if "model_path" not in values:
             raise MalformedRequest.because("model_path is required", field="model_path")
         for name, row in SETTINGS.items():

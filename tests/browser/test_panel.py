@@ -18,7 +18,7 @@ from orchestrator import RestartPolicy
 from orchestrator.demo.tiny_model import write_tiny_model
 from orchestrator.http import create_app
 from tests.kit.fake_hub import Hub, Repo
-from tests.kit.http import PREFIX, Gate, is_at_gate, serving, until
+from tests.kit.http import PREFIX, Gate, is_at_gate, serving, until, using_the_server
 from tests.kit.panel import DESKTOP, PHONE, Open, Panel, Start
 from tests.kit.process.servers import servers_of
 
@@ -238,6 +238,23 @@ def test_cancel_while_the_model_downloads(
     panel.expect_state("Idle")
     panel.expect_sentence("#sent", "panel.sent.cancelled", generation=1)
     assert loads(client)[0]["outcome"]["category"] == "cancelled"
+
+
+def test_requests_that_hold_up_a_swap_can_be_cut(
+    start: Start, open_panel: Open, tiny_model: str, other_model: str
+) -> None:
+    """The load that waits for them goes on."""
+    client = start(drain_timeout_s=600)
+    client.post(PREFIX + "/load", json={"model_path": tiny_model})
+    panel = open_panel(client).until_live()
+    expect(panel.page.locator("#cut")).to_be_hidden()
+    with using_the_server(str(client.base_url)):
+        panel.apply(model_path=other_model)
+        expect(panel.page.locator("#notes")).to_contain_text("Waits for 1 request of this server")
+        panel.page.get_by_role("button", name="Cut now").click()
+        panel.expect_state("Healthy")
+        expect(panel.page.locator("#model")).to_contain_text(Path(other_model).stem)
+    expect(panel.page.locator("#cut")).to_be_hidden()
 
 
 def test_cancelled_download_leaves_the_running_model(

@@ -154,6 +154,7 @@ def test_model_path_is_required() -> None:
     [
         ("settings.not_an_object", [], {}),
         ("settings.unknown_field", {7: 1}, {"known": ", ".join(FIELDS)}),
+        ("settings.unknown_field_near", {"max_seq_lenght": 1}, {}),
         ("settings.not_a_string", {"model_path": 7}, {}),
         ("settings.not_a_boolean", {"pinned": 1}, {}),
         ("settings.not_an_integer", {"max_seq_length": "8"}, {}),

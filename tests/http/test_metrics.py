@@ -100,6 +100,14 @@ def test_exit_during_start_is_counted_once_whichever_fact_is_first(
     assert ('exits_total{how="stopped"} 1.0' in text) is not by_itself
 
 
+def test_failures_and_exits_begin_with_zero() -> None:
+    """`increase()` does not see the first one of a series that begins with 1."""
+    text = Metrics(AsyncOrchestrator()).render().decode()
+    assert 'llama_orchestrator_loads_total{outcome="server_start_failed"} 0.0' in text
+    for how in ("stopped", "exit", "signal", "unknown"):
+        assert f'llama_orchestrator_server_exits_total{{how="{how}"}} 0.0' in text
+
+
 def test_state_and_time_in_states_are_reported(serve: Serve, tiny_model: str) -> None:
     """One state is 1, and only its time increases."""
     with serve() as client:

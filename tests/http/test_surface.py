@@ -358,7 +358,7 @@ def test_openapi_lists_every_route_and_failure(idle: httpx.Client) -> None:
     routes = {(path, method) for path, methods in document["paths"].items() for method in methods}
     assert routes == {
         *((PREFIX + path, "post") for path in ("/load", "/unload", "/cancel", "/plan")),
-        (PREFIX + "/variants", "post"),
+        *((PREFIX + path, "post") for path in ("/variants", "/prefetch")),
         *((PREFIX + path, "get") for path in ("/loads", "/options")),
         *((PREFIX + path, "get") for path in ("/status", "/load-progress", "/events", "/logs")),
         *((PREFIX + path, "get") for path in ("/diagram.svg", "/diagram.mmd")),
@@ -369,6 +369,11 @@ def test_openapi_lists_every_route_and_failure(idle: httpx.Client) -> None:
         ("/v1/{path}", "get"),
         ("/v1/{path}", "post"),
     }
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            words = operation["summary"].split()
+            assert len(words) > 3, "a sentence"
+            assert not words[-1].endswith(".")
     load = document["paths"][LOAD]["post"]
     body = load["requestBody"]["content"]["application/json"]["schema"]
     assert "max_seq_length" in body["properties"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import socket
 import threading
@@ -103,6 +104,19 @@ def until(client: httpx.Client, holds: Callable[[dict[str, Any]], object]) -> di
         if holds(status):
             return status
     raise AssertionError(f"timed out; the status is {status}")
+
+
+@contextlib.contextmanager
+def using_the_server(url: str) -> Iterator[None]:
+    """Hold a request below `/v1` in the server: its body does not end."""
+    host = url.rstrip("/").partition("://")[2]
+    with contextlib.closing(http.client.HTTPConnection(host)) as uploading:
+        uploading.putrequest("POST", "/v1/completions")
+        uploading.putheader("Transfer-Encoding", "chunked")
+        uploading.endheaders(b"1\r\n{\r\n")
+        while httpx.get(f"{url}{PREFIX}/status", trust_env=False).json()["leases"] == 0:
+            pass
+        yield
 
 
 def is_at_gate(status: dict[str, Any]) -> bool:

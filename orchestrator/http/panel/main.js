@@ -121,6 +121,13 @@ $("unload").addEventListener("click", async () => {
   await post("unload", {}).catch(() => {});
   refresh();
 });
+$("cut").addEventListener("click", async () => {
+  // the model is named, so that a load of another one, which waits for these requests, goes on
+  const found = await get("loads").catch(() => ({ loads: [] }));
+  const running = found.loads.find((load) => load.state === "Healthy");
+  await post("unload", { model_path: running?.model_path ?? null, cut: true }).catch(() => {});
+  refresh();
+});
 $("follow").addEventListener("change", log.toggle);
 watch(planSoon);
 log.toggle();

@@ -26,6 +26,7 @@ export function show(now) {
   say($("model"), about ? named(about, true) : "Nothing is loaded.");
   $("cancel").hidden = !loading;
   $("unload").hidden = !loaded && !loading;
+  $("cut").hidden = now.draining_left_s === null;
   put($("facts"), ...facts(loaded));
   put($("notes"), ...notes(now).map((text) => el("li", {}, text)));
   if (!loading) progress({ phase: null });
@@ -70,7 +71,7 @@ function notes(now) {
     const what = { waiting: `restarts in ${left}`, trying: "is restarting", cooling_down: `cools down for ${left}` };
     texts.push(`${recovery.model_path} exited unexpectedly (${recovery.failures} in a row) and ${what[recovery.phase]}.`);
   }
-  if (now.draining_left_s !== null) texts.push(`Waits for ${now.leases} requests of this server, ${seconds(now.draining_left_s)} at most.`);
+  if (now.draining_left_s !== null) texts.push(`Waits for ${now.leases} ${now.leases === 1 ? "request" : "requests"} of this server, ${seconds(now.draining_left_s)} at most.`);
   if (now.occupied_by) texts.push(`Process ${now.occupied_by} could not be stopped and occupies the slot.`);
   if (!loaded && !loading && !recovery && exit && !error) texts.push(`The last server (pid ${exit.pid}) exited with code ${exit.returncode ?? "?"}.`);
   if (error && QUIET.has(error.category)) texts.push(error.detail);

@@ -1,0 +1,448 @@
+"""The facades of an orchestrator in another process: `Orchestrator.connect(url)` makes them.
+
+Methods, results and errors are those of the facades that own a server. A caller that goes away
+closes its connection, which withdraws it. Requests wait on threads, so one client of the standard
+library serves both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, Generic, Self, TypeVar, Unpack
+from urllib.parse import quote
+
+from orchestrator.base import workers
+from orchestrator.base.addresses import is_loopback
+from orchestrator.base.tokens import Generation
+from orchestrator.errors import Problem
+from orchestrator.machine.actions.working import NOT_LOADED
+from orchestrator.machine.plan import Plan
+from orchestrator.runtime.answers import (
+    LeasedServer,
+    LoadOutcome,
+    LoadProgress,
+    Options,
+    PastLoad,
+    PrefetchOutcome,
+    Status,
+    UnloadOutcome,
+    Variants,
+)
+from orchestrator.runtime.calls import RequestLike, request_of
+from orchestrator.runtime.events import Event
+from orchestrator.runtime.service import Exchange, Json, Lines, Service
+from orchestrator.settings.fields import LoadFields
+
+_T = TypeVar("_T")
+_Ended = LoadOutcome | Problem | None
+_PREFIX: Final = "/api/inference"
+_QUICK_S: Final = 10.0
+_WAIT_S: Final = 60.0
+_MAX_LINES: Final = 2000
+_MAX_LOADS: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask(Generic[_T]):
+    """A request, and what its answer means."""
+
+    method: str
+    path: str
+    parse: Callable[[Json], _T]
+    body: Json | None = None
+    timeout_s: float | None = None
+
+
+class _Remote:
+    """What both facades share: the requests, and the methods that block in both."""
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        """Talk to the service at a URL, with one of its API keys if it has any.
+
+        Raises:
+            InvalidRequest: the URL or the key cannot be used; `field` says which.
+        """
+        self._service = Service(url, api_key)
+
+    @property
+    def url(self) -> str:
+        """The URL of the service."""
+        return self._service.url
+
+    @property
+    def api_key(self) -> str | None:
+        """The key that is sent with every request."""
+        return self._service.api_key
+
+    def status(self) -> Status:
+        """Return the present state; see `Orchestrator.status`."""
+        return self._now(_get("/status", Status.from_dict))
+
+    def progress(self) -> LoadProgress:
+        """Return the phase and the bytes of the load in flight; see `Orchestrator.progress`."""
+        return self._now(_get("/load-progress", LoadProgress.from_dict))
+
+    def logs(self, lines: int = 200) -> tuple[str, ...]:
+        """Return the last lines of output of the server, oldest first."""
+        if lines < 1:
+            return ()
+        ask = _get(f"/logs?lines={min(lines, _MAX_LINES)}", _strings_in("lines"))
+        return self._now(ask)
+
+    def history(self, limit: int = 20) -> list[PastLoad]:
+        """Return the last loads, newest first."""
+        if limit < 1:
+            return []
+        ask = _get(f"/loads?limit={min(limit, _MAX_LOADS)}", _past_loads)
+        return self._now(ask)
+
+    def options(self) -> Options:
+        """Return the values that the server binary accepts; see `Orchestrator.options`."""
+        return self._now(_Ask("GET", "/options", Options.from_dict))
+
+    def plan(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> Plan:
+        """Return what `load` would do with the same arguments; see `Orchestrator.plan`."""
+        return self._now(self._post("/plan", request_of(request, fields), Plan.from_dict))
+
+    def outcome(self, generation: int) -> LoadOutcome | Problem | None:
+        """Return the result of a load, or its problem; see `Orchestrator.outcome`."""
+        return self._now(_load_state(generation))
+
+    def past_load(self, generation: int) -> PastLoad:
+        """Return a load that is in flight or has ended; see `Orchestrator.past_load`."""
+        self.outcome(generation)  # raises if there is none
+        return next(one for one in self.history(_MAX_LOADS) if one.generation == generation)
+
+    def _load(self, request: RequestLike, fields: LoadFields) -> _Ask[LoadOutcome]:
+        return self._post("/load", request_of(request, fields), LoadOutcome.from_dict)
+
+    def _submit(self, request: RequestLike, fields: LoadFields) -> _Ask[Generation]:
+        return self._post("/load?wait=false", request_of(request, fields), _generation)
+
+    def _prefetch(self, request: RequestLike, fields: LoadFields) -> _Ask[PrefetchOutcome]:
+        return self._post("/prefetch", request_of(request, fields), PrefetchOutcome.from_dict)
+
+    def _variants(self, request: RequestLike, fields: LoadFields) -> _Ask[Variants]:
+        wanted = self._body(request_of(request, fields))
+        body = {n: v for n in _OF_VARIANTS if (v := wanted[n]) is not None}
+        return _Ask("POST", "/variants", Variants.from_dict, body)
+
+    def _unload(self, model_path: str | None, cut: bool) -> _Ask[UnloadOutcome]:
+        body: Json = {"cut": cut}
+        if model_path is not None:
+            body["model_path"] = self._from_here(model_path)
+        return _Ask("POST", "/unload", UnloadOutcome.from_dict, body)
+
+    def _cancel(self, load_request_id: str | None, generation: int | None) -> _Ask[bool]:
+        given = {"load_request_id": load_request_id, "generation": generation}
+        body = {name: value for name, value in given.items() if value is not None}
+        return _Ask("POST", "/cancel", lambda answer: bool(answer["cancelled"]), body)
+
+    def _post(self, path: str, request: Any, parse: Callable[[Json], _T]) -> _Ask[_T]:
+        return _Ask("POST", path, parse, self._body(request))
+
+    def _body(self, request: Any) -> Json:
+        body = {**request.as_dict(), "hf_token": request.hf_token}
+        for name in ("model_path", "mmproj_path"):
+            if body[name] is not None:
+                body[name] = self._from_here(body[name])
+        return body
+
+    def _from_here(self, path: str) -> str:
+        """Make the path of an existing file absolute: a service on this machine may run in another
+        folder.
+        """
+        is_here = is_loopback(self._service.base.hostname or "")
+        return os.path.abspath(path) if is_here and os.path.exists(path) else path
+
+    def _exchange(self, ask: _Ask[Any]) -> Exchange:
+        path = _PREFIX + ask.path
+        return Exchange(self._service, ask.method, path, ask.body, timeout_s=ask.timeout_s)
+
+    def _now(self, ask: _Ask[_T]) -> _T:
+        return self._exchange(ask).json(ask.parse)
+
+    def _events(self, after: int | None) -> Exchange:
+        headers = {} if after is None else {"Last-Event-ID": str(after)}
+        return Exchange(self._service, "GET", f"{_PREFIX}/events", headers=headers)
+
+    def _logs(self, lines: int) -> Exchange:
+        shown = min(max(1, lines), _MAX_LINES)
+        return Exchange(self._service, "GET", f"{_PREFIX}/logs?follow=true&lines={shown}")
+
+    def _leased(self, status: Status) -> LeasedServer | None:
+        """Return the server of a status; None while a load is in flight or a restart is due.
+
+        Raises:
+            NotLoaded: there is none.
+        """
+        loaded, recovery = status.loaded, status.recovery
+        if loaded is not None and status.loading is None:
+            where = f"{self.url}/v1"
+            return LeasedServer(
+                where, loaded.pid, loaded.generation, self._service.api_key, loaded.kind
+            )
+        if status.loading is None and (recovery is None or recovery.phase == "cooling_down"):
+            raise NOT_LOADED.error()
+        return None
+
+
+class RemoteOrchestrator(_Remote):
+    """An `Orchestrator` in another process. All methods are thread-safe.
+
+        >>> with Orchestrator.connect("http://127.0.0.1:8642") as orch:  # doctest: +SKIP
+        ...     orch.load("owner/name-GGUF", gguf_variant="Q4_K_M")
+
+    Its server lives on when this object is closed.
+    """
+
+    def start(self, *, again: bool = True) -> Self:
+        """Return this object: the service runs already, and nothing has to be started."""
+        return self
+
+    def close(self) -> None:
+        """Leave the service as it is: no connection outlives its call."""
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def load(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> LoadOutcome:
+        """Load a model and wait until its server is Healthy; see `Orchestrator.load`."""
+        return self._now(self._load(request, fields))
+
+    def submit(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> Generation:
+        """Begin a load and return its generation; see `Orchestrator.submit`."""
+        return self._now(self._submit(request, fields))
+
+    def prefetch(
+        self, request: RequestLike = None, **fields: Unpack[LoadFields]
+    ) -> PrefetchOutcome:
+        """Download a model and wait until it is on disk; see `Orchestrator.prefetch`."""
+        return self._now(self._prefetch(request, fields))
+
+    def variants(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> Variants:
+        """Return the variants of a model; see `Orchestrator.variants`."""
+        return self._now(self._variants(request, fields))
+
+    def unload(self, model_path: str | None = None, *, cut: bool = False) -> UnloadOutcome:
+        """Stop the server and wait until the slot is empty; see `Orchestrator.unload`."""
+        return self._now(self._unload(model_path, cut))
+
+    def cancel(self, load_request_id: str | None = None, generation: int | None = None) -> bool:
+        """Cancel one load that is in flight; see `Orchestrator.cancel`."""
+        return self._now(self._cancel(load_request_id, generation))
+
+    def settled(
+        self, generation: int, timeout_s: float | None = None
+    ) -> LoadOutcome | Problem | None:
+        """Wait for the end of a load; see `Orchestrator.settled`."""
+        for ask in _waits(generation, timeout_s):
+            if (found := self._now(ask)) is not None:
+                return found
+        return None
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[LeasedServer]:
+        """Yield the address below which the service passes requests on: its `/v1`.
+
+        Waits for a load in flight. The service holds the real lease for each request.
+
+        Raises:
+            NotLoaded: no model is loaded or loading.
+        """
+        found = self._leased(self.status())
+        if found is None:
+            with contextlib.closing(self._events(None).open()) as changes:
+                while (found := self._leased(self.status())) is None:
+                    next(changes)
+        yield found
+
+    def events(self, after: int | None = None, *, progress: bool = False) -> Iterator[Event]:
+        """Iterate over the events from now on; see `Orchestrator.events`.
+
+        Args:
+            after: Begin after the event with this id.
+            progress: Also yield the steps of a download or a load, as events of kind `progress`.
+        """
+        return _parsed(self._service, self._events(after).open(), has_progress=progress)
+
+    def follow_logs(self, lines: int = 200) -> Iterator[str]:
+        """Iterate over the output of the servers; see `Orchestrator.follow_logs`."""
+        return self._logs(lines).open()
+
+
+class AsyncRemoteOrchestrator(_Remote):
+    """An `AsyncOrchestrator` in another process.
+
+        >>> async with AsyncOrchestrator.connect("http://127.0.0.1:8642") as orch:  # doctest: +SKIP
+        ...     await orch.load("owner/name-GGUF", gguf_variant="Q4_K_M")
+
+    As in `AsyncOrchestrator` the methods that only read have no `async`: each blocks for one short
+    request. Its server lives on when this object is closed.
+    """
+
+    async def start(self, *, again: bool = True) -> Self:
+        """Return this object: the service runs already, and nothing has to be started."""
+        return self
+
+    async def close(self) -> None:
+        """Leave the service as it is: no connection outlives its call."""
+
+    async def __aenter__(self) -> Self:
+        return await self.start()
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def load(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> LoadOutcome:
+        """Load a model and wait until its server is Healthy; see `Orchestrator.load`."""
+        return await self._answer(self._load(request, fields))
+
+    async def submit(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> Generation:
+        """Begin a load and return its generation; see `Orchestrator.submit`."""
+        return await self._answer(self._submit(request, fields))
+
+    async def prefetch(
+        self, request: RequestLike = None, **fields: Unpack[LoadFields]
+    ) -> PrefetchOutcome:
+        """Download a model and wait until it is on disk; see `Orchestrator.prefetch`."""
+        return await self._answer(self._prefetch(request, fields))
+
+    async def variants(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> Variants:
+        """Return the variants of a model; see `Orchestrator.variants`."""
+        return await self._answer(self._variants(request, fields))
+
+    async def unload(self, model_path: str | None = None, *, cut: bool = False) -> UnloadOutcome:
+        """Stop the server and wait until the slot is empty; see `Orchestrator.unload`."""
+        return await self._answer(self._unload(model_path, cut))
+
+    async def cancel(
+        self, load_request_id: str | None = None, generation: int | None = None
+    ) -> bool:
+        """Cancel one load that is in flight; see `Orchestrator.cancel`."""
+        return await self._answer(self._cancel(load_request_id, generation))
+
+    async def settled(
+        self, generation: int, timeout_s: float | None = None
+    ) -> LoadOutcome | Problem | None:
+        """Wait for the end of a load; see `Orchestrator.settled`."""
+        for ask in _waits(generation, timeout_s):
+            if (found := await self._answer(ask)) is not None:
+                return found
+        return None
+
+    @contextlib.asynccontextmanager
+    async def lease(self) -> AsyncIterator[LeasedServer]:
+        """Yield the address of the service's `/v1`; see `RemoteOrchestrator.lease`."""
+        found = await self._found()
+        if found is None:
+            async with _opened(self._events(None)) as changes:
+                while (found := await self._found()) is None:
+                    await workers.waited(partial(next, changes))
+        yield found
+
+    async def events(
+        self, after: int | None = None, *, progress: bool = False
+    ) -> AsyncGenerator[Event, None]:
+        """Iterate over the events from the first step on; see `RemoteOrchestrator.events`."""
+        async with _opened(self._events(after)) as lines:
+            events = _parsed(self._service, lines, has_progress=progress)
+            while (event := await workers.waited(partial(next, events, None))) is not None:
+                yield event
+
+    async def follow_logs(self, lines: int = 200) -> AsyncGenerator[str, None]:
+        """Iterate over the output of the servers; see `Orchestrator.follow_logs`."""
+        async with _opened(self._logs(lines)) as output:
+            while (line := await workers.waited(partial(next, output, None))) is not None:
+                yield line
+
+    async def _found(self) -> LeasedServer | None:
+        return self._leased(await self._answer(_get("/status", Status.from_dict)))
+
+    async def _answer(self, ask: _Ask[_T]) -> _T:
+        exchange = self._exchange(ask)
+        try:
+            return await workers.waited(partial(exchange.json, ask.parse))
+        finally:
+            exchange.abort()  # the thread of a cancelled call still waits
+
+
+@contextlib.asynccontextmanager
+async def _opened(exchange: Exchange) -> AsyncIterator[Lines]:
+    try:
+        yield await workers.waited(exchange.open)
+    finally:
+        exchange.abort()
+
+
+_OF_VARIANTS: Final = ("model_path", "revision", "hf_token")
+
+
+def _get(path: str, parse: Callable[[Json], _T]) -> _Ask[_T]:
+    return _Ask("GET", path, parse, timeout_s=_QUICK_S)
+
+
+def _load_state(generation: int, wait_s: float = 0.0) -> _Ask[_Ended]:
+    path = f"/loads/{quote(str(generation))}?wait_s={wait_s:.3f}"
+    return _Ask("GET", path, _outcome, timeout_s=wait_s + _QUICK_S)
+
+
+def _waits(generation: int, timeout_s: float | None) -> Iterator[_Ask[_Ended]]:
+    """Yield the requests that wait for a load, one after the other."""
+    ends = None if timeout_s is None else time.monotonic() + timeout_s
+    left_s = _WAIT_S
+    while left_s > 0:
+        left_s = _WAIT_S if ends is None else min(_WAIT_S, max(0.0, ends - time.monotonic()))
+        yield _load_state(generation, left_s)
+
+
+def _outcome(answer: Json) -> LoadOutcome | Problem | None:
+    if (found := answer.get("outcome")) is None:
+        return None
+    return Problem.from_dict(found) if "category" in found else LoadOutcome.from_dict(found)
+
+
+def _generation(answer: Json) -> Generation:
+    return Generation(int(answer["generation"]))
+
+
+def _past_loads(answer: Json) -> list[PastLoad]:
+    return [PastLoad.from_dict(one) for one in answer["loads"]]
+
+
+def _strings_in(name: str) -> Callable[[Json], tuple[str, ...]]:
+    def strings(answer: Json) -> tuple[str, ...]:
+        if not all(isinstance(one, str) for one in answer[name]):
+            raise TypeError
+        return tuple(answer[name])
+
+    return strings
+
+
+def _parsed(service: Service, lines: Lines, *, has_progress: bool) -> Iterator[Event]:
+    """Yield the events of a stream of server-sent events."""
+    members: dict[str, str] = {}
+    with contextlib.closing(lines):
+        for line in lines:
+            name, _, value = line.partition(": ")
+            if line:
+                members[name] = value
+            elif "data" in members:
+                event = service.understood(_event, members)
+                members = {}
+                if has_progress or event.kind != "progress":
+                    yield event
+
+
+def _event(members: Mapping[str, str]) -> Event:
+    data = json.loads(members["data"])
+    return Event.from_dict({**data, "id": int(members["id"]), "kind": members["event"]})
