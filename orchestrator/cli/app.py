@@ -6,6 +6,7 @@ interrupt with 130.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import os
@@ -24,7 +25,9 @@ PROGRAM: Final = "llama-orchestrator"
 _COMMANDS: Final = {
     "cli.serving": "run serve",
     "cli.client": "load unload cancel status plan logs events",
+    "cli.chat": "chat",
     "cli.pull": "pull",
+    "cli.models": "models",
     "demo.command": "demo",
     "cli.doctor": "doctor",
     "cli.picture": "diagram",
@@ -35,6 +38,15 @@ _MODULE_OF: Final = {name: module for module, names in _COMMANDS.items() for nam
 
 class LazyGroup(click.Group):
     """Imports a command when it is named, so that `status` does not pay for `serve`."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in _MODULE_OF and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], _MODULE_OF, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_MODULE_OF)

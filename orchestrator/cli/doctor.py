@@ -2,7 +2,8 @@
 
 A check yields what it found: ok, a note, or a problem with its remedy. What limits the models but
 not the program (no GPU, no Hub, little memory) is a note; for a given model, whatever it cannot run
-without is a problem. Checks start no server and create nothing but the slot's folder.
+without is a problem. Both name the page of the documentation that helps. Checks start no server and
+create nothing but the slot's folder.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ import click
 
 from orchestrator.base import launch
 from orchestrator.cli import config, logs, options
-from orchestrator.cli.client import Remote
-from orchestrator.cli.output import Failure, say, say_json
+from orchestrator.cli.output import byte_text, say, say_json
 from orchestrator.errors import CacheDirError, OrchestratorError, SlotOwned, StateDirError
 from orchestrator.models.hub import cache
 from orchestrator.models.variants import Variant
 from orchestrator.runtime.orchestrator import Orchestrator
+from orchestrator.runtime.service import Exchange, Service
 from orchestrator.server import memory, process_table
 from orchestrator.server.binaries import ask_catalogue, find_server
 from orchestrator.server.environment import inherited_environment
@@ -51,6 +52,28 @@ _FLAGS: Final = (
     *("--model", "--host", "--port", "--ctx-size", "--parallel", "--cache-type-k"),
     *("--cache-type-v", "--mmproj", "--jinja", "--chat-template-file"),
 )
+_SERVER_PAGE: Final = "docs/how-to/llama-server.md"
+_SLOT_PAGE: Final = "docs/process-slot.md"
+_EMPTY_PAGE: Final = f"{_SLOT_PAGE}#when-is-it-empty"
+PAGES: Final = {
+    "platform": "README.md#where-it-runs",
+    "llama-server": _SERVER_PAGE,
+    "server flags": _SERVER_PAGE,
+    "embedded": _SERVER_PAGE,
+    "state dir": _SLOT_PAGE,
+    "disk": _SLOT_PAGE,
+    "slot": "docs/how-to/workers.md",
+    "pidfd": _EMPTY_PAGE,
+    "flock": _EMPTY_PAGE,
+    "proc": _EMPTY_PAGE,
+    "memory": "docs/models.md#which-files",
+    "gpu": "docs/how-to/gpu.md",
+    "port": "docs/configuration.md#settings",
+    "model cache": "docs/models.md#downloading",
+    "hub": "docs/how-to/offline.md",
+    "model": "docs/models.md#errors",
+}
+"""By the name of a check, the page that helps with what it found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +84,11 @@ class Check:
     verdict: Literal["ok", "note", "problem"]
     detail: str
     remedy: str | None = None
+
+    @property
+    def page(self) -> str | None:
+        """The page that helps, unless all is well."""
+        return None if self.verdict == "ok" else PAGES[self.name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +227,7 @@ def _memory(_: Intent) -> Iterator[Check]:
 
 def _amount(name: str, size: int, what: str, *, problem_gib: float, note_gib: float) -> Check:
     gib = size / _GIB
-    detail = f"{gib:,.1f} GiB {what}"
+    detail = f"{byte_text(size)} {what}"
     if gib < problem_gib:
         return Check(name, "problem", detail, "free some: even a small model does not fit")
     if gib < note_gib:
@@ -234,8 +262,9 @@ def _port(intent: Intent) -> Iterator[Check]:
 
 def _is_orchestrator(url: str) -> bool:
     try:
-        return Remote(url).get("/healthz", timeout_s=2.0) == {"status": "alive"}
-    except Failure:
+        asked = Exchange(Service(url), "GET", "/healthz", timeout_s=2.0)
+        return asked.json(lambda answer: bool(answer == {"status": "alive"}))
+    except OrchestratorError:
         return False
 
 
@@ -298,14 +327,13 @@ def _fit(model: Variant) -> Check:
     size = model.size_bytes
     if size is None:
         return Check("model", "note", f"{model.gguf_variant or 'the model'} has an unknown size")
-    text = f"{size / _GIB:,.1f} GiB" if size >= _GIB else f"{size / (1 << 20):,.1f} MiB"
-    detail = f"{model.gguf_variant or 'the model'} has {text}"
+    detail = f"{model.gguf_variant or 'the model'} has {byte_text(size)}"
     if not model.is_cached and size > (free := _free_bytes(cache.directory())):
         remedy = "free some, move the cache (HF_HUB_CACHE), or choose a smaller variant"
-        return Check("model", "problem", f"{detail}, {free / _GIB:,.1f} GiB of disk free", remedy)
+        return Check("model", "problem", f"{detail}, {byte_text(free)} of disk free", remedy)
     available = memory.available_bytes()
     if available is not None and size > available:
-        detail += f", {available / _GIB:,.1f} GiB of memory available"
+        detail += f", {byte_text(available)} of memory available"
         remedy = "choose a smaller variant, or free memory"
         return Check("model", "note" if _gpu_tool() else "problem", detail, remedy)
     return Check("model", "ok", f"{detail} and fits")
@@ -343,7 +371,8 @@ def doctor(ctx: click.Context, /, *, as_json: bool, **given: Any) -> int:
                 _show(result)
     problems = sum(result.verdict == "problem" for result in found)
     if as_json:
-        say_json({"ok": not problems, **explained, "checks": [asdict(one) for one in found]})
+        checks = [{**asdict(one), "page": one.page} for one in found]
+        say_json({"ok": not problems, **explained, "checks": checks})
     elif problems:
         say((f"\n{problems} to fix", "bold red"))
     else:
@@ -368,3 +397,5 @@ def _show(check: Check) -> None:
     say((f"{mark} ", style), (f"{check.name:<13}", "bold"), check.detail)
     if check.remedy:
         say(" " * 15, ("→ ", style), check.remedy)
+    if check.page:
+        say(" " * 15, (check.page, "dim"))

@@ -6,15 +6,14 @@ click never sees those, because its prefix rules would read `-mg 0` as `-m g`.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import click
+from click.shell_completion import CompletionItem
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.settings.fields import SETTINGS, type_of
@@ -103,11 +102,25 @@ HUB: Final = (
         help="File with a Hub token; default: HF_TOKEN, then `hf auth login`.",
     ),
 )
+
+
+def complete_model(
+    _ctx: click.Context, _param: click.Parameter, begun: str
+) -> list[CompletionItem]:
+    """Complete a repo of the cache, or a file."""
+    from orchestrator.models.on_disk import cached_repos
+
+    repos = [CompletionItem(name) for name in cached_repos() if name.startswith(begun)]
+    return [*repos, CompletionItem(begun, type="file")]
+
+
+MODEL_ARGUMENT: Final = click.Argument(["model"], required=False, shell_complete=complete_model)
 MODEL: Final = (
-    click.Argument(["model"], required=False),
+    MODEL_ARGUMENT,
     click.Option(
         ["-m", "--model", "model_option"],
         metavar="MODEL",
+        shell_complete=complete_model,
         help="A .gguf file, a folder, or owner/name[:VARIANT] on the Hub.",
     ),
     *(setting(name) for name in _OPTIONAL if type_of(name) is not bool),
@@ -125,11 +138,9 @@ START: Final = tuple(setting(name) for name in _OPTIONAL if type_of(name) is boo
 def load_request(
     model: str | None,
     model_option: str | None = None,
-    *,
-    url: str | None = None,
     **fields: Any,
 ) -> LoadRequest:
-    """Build the request of a command line; `url` is the address of its receiver, if remote."""
+    """Build the request of a command line."""
     if model and model_option:
         raise click.UsageError("MODEL is given twice: give it as a word or with -m.")
     path = model or model_option
@@ -141,9 +152,6 @@ def load_request(
     members["model_path"] = path
     if flags := click.get_current_context().meta.get(_FLAGS):
         members["llama_extra_args"] = tuple(flags)
-    for name in ("model_path", "mmproj_path"):
-        if url is not None and name in members:
-            members[name] = absolute(members[name], url)
     try:
         return LoadRequest.from_dict(members)
     except OrchestratorError as error:
@@ -164,21 +172,3 @@ def keys_in(path: str | None) -> tuple[str, ...]:
     if not all(key.isascii() and key.isprintable() for key in keys):
         raise click.UsageError(f"{where}: a key must consist of printable ASCII characters.")
     return keys
-
-
-def absolute(path: str, url: str) -> str:
-    """Make the path of an existing file absolute for an orchestrator in another folder, if it runs
-    on this machine.
-    """
-    is_here = is_loopback(urlsplit(url).hostname or "")
-    return os.path.abspath(path) if is_here and os.path.exists(path) else path
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach this name or address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

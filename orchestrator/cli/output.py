@@ -114,6 +114,12 @@ def say(*parts: Part, stderr: bool = False) -> None:
     (sys.stderr if stderr else sys.stdout).flush()
 
 
+def say_piece(text: str) -> None:
+    """Print a part of a line at once, as `say` prints lines."""
+    console().print(Text(log.escaped(text, kept="\t\n")), end="")
+    sys.stdout.flush()
+
+
 def say_json(document: Mapping[str, Any], *, one_line: bool = False) -> None:
     """Print a JSON document, indented or on one line."""
     sys.stdout.write(json.dumps(document, indent=None if one_line else 2) + "\n")
@@ -133,6 +139,16 @@ def download_bars() -> Progress:
         progress.TextColumn("{task.fields[note]}", style="yellow", markup=False),
         console=console(stderr=True),
     )
+
+
+def byte_text(size: int) -> str:
+    """Return a number of bytes in the unit of all our texts: `1.5 GiB`."""
+    amount, unit = float(size), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if amount < 1024:
+            break
+        amount, unit = amount / 1024, larger
+    return f"{amount:,.1f} {unit}" if unit != "bytes" else f"{size} bytes"
 
 
 def state_part(state: str) -> Part:

@@ -27,8 +27,14 @@ from orchestrator.settings.reference import split_reference
 _JSON_EVERY_S = 0.5
 
 
-@click.command(params=[options.setting("gguf_variant"), *options.HUB, options.JSON])
-@click.argument("model")
+@click.command(
+    params=[
+        click.Argument(["model"], shell_complete=options.complete_model),
+        options.setting("gguf_variant"),
+        *options.HUB,
+        options.JSON,
+    ]
+)
 @click.option("--state-dir", metavar="DIR", help="Folder for records of verified files.")
 def pull(*, model: str, state_dir: str | None, as_json: bool, **fields: Any) -> int:
     """Download MODEL (owner/name or owner/name:VARIANT); Ctrl-C keeps partial files."""

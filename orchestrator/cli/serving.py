@@ -13,7 +13,6 @@ import contextlib
 import errno
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,16 +21,16 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 import uvloop
 
+from orchestrator.base.addresses import is_loopback
 from orchestrator.cli import INTERRUPTED, config, logs, options
-from orchestrator.cli.client import say_loaded
+from orchestrator.cli.client import say_clients, say_loaded
+from orchestrator.cli.loading import LoadView
 from orchestrator.cli.output import (
     Failure,
-    download_bars,
     never_wait,
     say,
     say_field,
     say_json,
-    state_line,
 )
 from orchestrator.errors import InvalidRequest, OrchestratorError, Superseded
 from orchestrator.machine.states import State
@@ -112,7 +111,7 @@ def _service(
 ) -> Iterator[Service]:
     """Check everything that can be checked before anything is started, and listen."""
     keys = options.keys_in(api_key_file)
-    if not keys and not options.is_loopback(host):
+    if not keys and not is_loopback(host):
         raise click.UsageError(
             f"--host {host} can be reached from other machines: give --api-key-file too, or set "
             f"{options.API_KEY_VARIABLE}."
@@ -168,9 +167,9 @@ async def _serve(service: Service, request: LoadRequest | None) -> int:
     try:
         await service.orch.start()
         tasks.append(asyncio.create_task(http.serve(sockets=[service.listener])))
-        if request is None:
+        if request is None or not service.as_json:
             _announce(service)
-        else:
+        if request is not None:
             await _load(service, request, stopped, tasks)
         return INTERRUPTED if await stopped == signal.SIGINT else 0
     finally:
@@ -230,45 +229,35 @@ async def _load(
 
 
 async def _print_transitions(service: Service, loading: asyncio.Task[LoadOutcome]) -> None:
-    is_announced = service.is_silent
-    started = time.time()
-    bar: asyncio.Task[None] | None = None
-    async for event in service.orch.events(after=0):
-        state = State(event.data["dest"])
-        if bar is not None:
-            bar.cancel()
-            await asyncio.gather(bar, return_exceptions=True)
-            bar = None
-        if not service.is_silent:
-            if state is State.DOWNLOADING and sys.stderr.isatty():
-                bar = asyncio.create_task(_show_download(service.orch))
-            say(*state_line((event.data["at"] - started) * 1000, state, event.data["pid"]))
-        if event.data["trigger"] == "exited" and (exit_ := service.orch.status().last_exit):
-            say(f"  the server exited by itself, status {exit_.returncode}", stderr=True)
-        if state is State.HEALTHY and not is_announced:
-            is_announced = True
-            (outcome,) = await asyncio.gather(loading, return_exceptions=True)
-            if isinstance(outcome, LoadOutcome):
-                say()
-                say_loaded(outcome.as_dict())
-                _announce(service)
+    is_shown = service.is_silent
+    view = LoadView(time.time())
+    bar = asyncio.create_task(_show_bytes(service, view))
+    try:
+        async for event in service.orch.events(after=0):
+            if not service.is_silent:
+                view.transition(event)
+            if event.trigger == "exited" and (exit_ := service.orch.status().last_exit):
+                say(f"  the server exited by itself, status {exit_.returncode}", stderr=True)
+            if event.dest == State.HEALTHY and not is_shown:
+                is_shown = True
+                (outcome,) = await asyncio.gather(loading, return_exceptions=True)
+                if isinstance(outcome, LoadOutcome):
+                    say()
+                    say_loaded(outcome.as_dict())
+    finally:
+        bar.cancel()
+        view.end_bar()
 
 
-async def _show_download(orch: AsyncOrchestrator) -> None:
-    """Show a bar once bytes arrive; for a cached model none do."""
-    while (total := orch.progress().bytes_total) is None:  # noqa: ASYNC110 (display only)
+async def _show_bytes(service: Service, view: LoadView) -> None:
+    while not service.is_silent:
+        view.progress(service.orch.progress())
         await asyncio.sleep(_BAR_EVERY_S)
-    with download_bars() as bars:
-        loading = orch.status().loading
-        task = bars.add_task(loading.model_path if loading else "", total=total, note="")
-        while True:
-            bars.update(task, completed=orch.progress().bytes_done or 0)
-            await asyncio.sleep(_BAR_EVERY_S)
 
 
 def _announce(service: Service) -> None:
     if service.as_json:
         say_json({"url": service.url}, one_line=True)
     elif not service.quiet:
-        hint = "  open it for the panel, /docs for the API; Ctrl-C stops"
-        say_field("API", (service.url, "bold"), (hint, "dim"))
+        say_field("API", (service.url, "bold"), ("  panel: /  docs: /docs  Ctrl-C stops", "dim"))
+        say_clients(service.url)

@@ -30,10 +30,11 @@ def start(state_dir: Path) -> Iterator[Start]:
 def cli() -> Cli:
     """Run a command to its end."""
 
-    def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(*args: str, stdin: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*COMMAND, *args],
             capture_output=True,
+            input=stdin,
             text=True,
             env=environment() | env,
             timeout=DEADLINE_S,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import http.server
 import json
+import re
 import signal
 import threading
 import time
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.kit.command import Cli, Start
+from tests.kit.http import using_the_server
 from tests.kit.process.servers import servers_of
 from tests.kit.sentences import assert_sentence
 
@@ -58,6 +61,75 @@ def test_every_command_prints_text_for_people_and_json_for_programs(
     assert_sentence("cli.unload.other", other.stdout.strip(), model="another.gguf")
     assert json.loads(cli("unload", *at, "--json").stdout) == {"status": "unloaded"}
     assert cli("status", *at).stdout.startswith("Idle")
+
+
+def test_load_shows_its_transitions_and_where_clients_go(
+    cli: Cli, serving: str, tiny_model: str
+) -> None:
+    """As `run` does; the last line comes before the result."""
+    done = cli("load", tiny_model, "--url", serving)
+    lines = done.stdout.splitlines()
+    shown = [line.split()[2] for line in lines if " ms  " in line and "✓" not in line]
+    assert shown == ["Killing", "Downloading", "Spawning", "WaitingHealth", "Healthy"]
+    assert lines[len(shown)].startswith("✓ Healthy")
+    assert any(line.split()[:2] == ["clients", f"{serving}/v1"] for line in lines)
+    assert "clients" in cli("status", "--url", serving).stdout
+    assert max(map(len, lines)) <= max(80, len(tiny_model) + 11)
+
+
+def test_events_have_times(start: Start, cli: Cli, serving: str, tiny_model: str) -> None:
+    events = start("events", "--url", serving, "--after", "0")
+    assert cli("load", tiny_model, "--url", serving).returncode == 0
+    assert re.search(r"^ +1  \d\d:\d\d:\d\d  Idle → Killing", events.line_with("Killing"))
+    assert events.signal(signal.SIGINT) == 130
+
+
+def test_status_can_be_watched(start: Start, cli: Cli, serving: str, tiny_model: str) -> None:
+    """One document for each change, however often it is asked for."""
+    watching = start("status", "--watch", "--url", serving, "--json")
+    assert watching.json_line()["state"] == "Idle"
+    generation = json.loads(cli("load", tiny_model, "--url", serving, "--json").stdout)[
+        "generation"
+    ]
+    while (seen := watching.json_line())["state"] != "Healthy":
+        pass
+    assert seen["loaded"]["generation"] == generation
+    assert watching.signal(signal.SIGINT) == 130
+
+
+def test_chat_speaks_with_the_loaded_model(cli: Cli, serving: str, tiny_model: str) -> None:
+    """One message a line; the model knows the conversation so far."""
+    at = ("--url", serving)
+    nothing = cli("chat", *at, stdin="Hello\n")
+    assert (nothing.returncode, nothing.stdout) == (1, "")
+    assert "no model is loaded" in nothing.stderr
+    flags = ("--predict", "8", "--seed", "1")
+    done = cli("chat", tiny_model, *at, *flags, "--json", stdin="Hello\n\nAgain\n")
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert (first["message"], second["message"]) == ("Hello", "Again")
+    assert (first["tokens"], second["tokens"]) == (8, 8)
+    assert first["tokens_per_s"] > 0
+    human = cli("chat", *at, stdin="Hello\n")
+    assert re.search(r"8 tokens, [\d,]+ tokens per second, the first after", human.stdout)
+
+
+def test_ctrl_c_says_what_it_did(
+    start: Start, state_dir: Path, never_ready: str, tiny_model: str
+) -> None:
+    own = ("--port", "0", "--state-dir", str(state_dir), "--llama-server", never_ready)
+    url = start("serve", *own).api_url()
+    load = start("load", tiny_model, "--url", url)
+    load.line_with("WaitingHealth")
+    assert load.signal(signal.SIGINT) == 130
+    assert_sentence("cli.load.withdrawn", load.err[-1].strip())
+
+
+def test_unload_can_cut(cli: Cli, serving: str, tiny_model: str) -> None:
+    at = ("--url", serving)
+    assert cli("load", tiny_model, *at).returncode == 0
+    with using_the_server(serving):
+        assert "requests 1" in cli("status", *at).stdout
+        assert cli("unload", "--cut", *at).returncode == 0
 
 
 def test_a_relative_path_starts_at_the_folder_of_the_client(
@@ -224,7 +296,7 @@ def test_what_a_foreign_service_says_is_shown_and_not_obeyed(
 ) -> None:
     """A terminal is told nothing by the service at the given address."""
     names = ("title", "detail", "field", "category")
-    refusal = {**dict.fromkeys(names, HOSTILE), "log_tail": [HOSTILE]}
+    refusal = {**dict.fromkeys(names, HOSTILE), "log_tail": [HOSTILE], "status": 400}
     refused = cli(*command, "--url", foreign(400, json.dumps(refusal).encode()))
     assert refused.returncode == 1
     assert "\\x1b]0;title" in refused.stderr

@@ -398,10 +398,13 @@ def test_doctor_shows_the_source_of_every_setting(
     assert "config" not in json.loads(cli("doctor", "--json", *args[3:]).stdout)
 
 
+READING = "status plan logs events"
+
+
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        ("", "run serve load unload cancel status plan logs events pull demo doctor diagram"),
+        ("", f"run serve load unload cancel {READING} chat pull models demo doctor diagram"),
         ("run --drain-", "--drain-timeout --drain-policy"),
         ("run m.gguf --top-k 3 --restart ", "never on-crash"),
         ("doctor --sc", "--schema"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.cli.doctor import PAGES
 from orchestrator.server import process_table
 from orchestrator.server.slot import Slot
 from tests.kit.command import Cli, Start
+from tests.kit.copies import ROOT
 from tests.kit.fake_hub import Hub, Repo
 from tests.kit.sentences import assert_sentence
 
@@ -47,6 +50,9 @@ def look(cli: Cli, state_dir: Path, tmp_path: Path, free_port: str) -> Look:
         assert done.returncode == (0 if is_ok else 1)
         checks: Found = {check["name"]: check for check in report["checks"]}
         assert all(check["remedy"] for check in checks.values() if check["verdict"] == "problem")
+        assert all(
+            (check["page"] is None) is (check["verdict"] == "ok") for check in checks.values()
+        )
         return checks
 
     return run
@@ -122,7 +128,7 @@ def test_a_full_disk_at_the_model_cache_is_a_problem(look: Look) -> None:
     """/proc is a file system without a free byte."""
     found = look(HF_HUB_CACHE="/proc/hub", is_ok=False)
     assert problems(found) == {"model cache"}
-    assert "0.0 GiB free for /proc/hub" in str(found["model cache"]["detail"])
+    assert "0 bytes free for /proc/hub" in str(found["model cache"]["detail"])
 
 
 def test_a_port_in_use_is_a_problem(look: Look) -> None:
@@ -195,7 +201,7 @@ def test_a_model_larger_than_the_memory_is_a_problem(
     (tmp_path / "bin").mkdir()
     found = look(str(large), is_ok=False, PATH=str(tmp_path / "bin"))
     assert problems(found) == {"model"}
-    assert "8,192.0 GiB" in str(found["model"]["detail"])
+    assert "8.0 TiB" in str(found["model"]["detail"])
     assert "of memory available" in str(found["model"]["detail"])
 
 
@@ -246,3 +252,17 @@ def test_the_text_has_a_remedy_below_every_problem_and_their_number(
     marked = [number for number, line in enumerate(lines) if line.startswith("✗")]
     assert len(marked) == 3
     assert all("→" in "".join(lines[number + 1 : number + 4]) for number in marked)
+    assert all("docs/" in "".join(lines[number + 1 : number + 6]) for number in marked)
+
+
+@pytest.mark.parametrize("name", sorted(PAGES))
+def test_a_finding_links_a_page_that_exists(name: str) -> None:
+    page, _, anchor = PAGES[name].partition("#")
+    text = (ROOT / page).read_text()
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    assert anchor == "" or anchor in anchors
+
+
+def test_every_check_has_a_page(look: Look) -> None:
+    assert look("owner/name", is_ok=False).keys() - {"python"} == PAGES.keys()

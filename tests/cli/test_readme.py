@@ -1,29 +1,26 @@
 """The commands of the README work as printed, except that the test uses a port of its own.
 
-Not run here, because they need a network: `pip install` (`make` installs the same folder with the
-same extras), `pull`, and `run` of a model on the Hub; only their arguments are parsed. CI itself
-calls `make demo` and `make test`.
+The Hub is a fake one. CI itself calls `make demo` and `make test`, and `make tutorial`, which runs
+the lines with `pip install`.
 """
 
 from __future__ import annotations
 
-import ast
-import asyncio
 import re
 import shlex
+import signal
 import socket
+import subprocess
+import sys
 import tomllib
-import types
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import cast
 
-import click
 import pytest
 
-from orchestrator.cli.app import PROGRAM, commands
+from orchestrator.cli.app import PROGRAM
 from orchestrator.demo.tiny_model import write_tiny_model
-from tests.kit.command import Cli, Start
+from tests.kit.command import Cli, Start, environment
+from tests.kit.fake_hub import Hub, Repo
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -32,7 +29,6 @@ COMMANDS = [
     for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
 ]
-NEED_A_NETWORK = {"pull", "run"}
 
 
 def ours() -> dict[str, list[str]]:
@@ -43,13 +39,13 @@ def ours() -> dict[str, list[str]]:
 def test_every_command_of_the_readme_is_tested_here() -> None:
     """A new one needs a test here, or a reason above."""
     assert {line[0] for line in COMMANDS} == {"make", "pip", PROGRAM}
-    assert ours().keys() == {"doctor", "serve", "load", *NEED_A_NETWORK}
+    assert ours().keys() == {"doctor", "serve", "load", "chat", "models", "pull", "run"}
 
 
 def test_ci_calls_the_same_make_targets() -> None:
     called = (ROOT / ".ci" / "run").read_text().splitlines()
     assert [line for line in COMMANDS if line[0] == "make"] == [["make", "demo"], ["make", "test"]]
-    assert {"make demo", "make test"} <= {*called}
+    assert {"make demo", "make test", "make tutorial"} <= {*called}
 
 
 def test_pip_installs_this_folder_with_extras_that_exist() -> None:
@@ -62,13 +58,21 @@ def test_pip_installs_this_folder_with_extras_that_exist() -> None:
             assert {*filter(None, (found[1] or "").split(","))} <= {*known["optional-dependencies"]}
 
 
-@pytest.mark.parametrize("name", sorted(NEED_A_NETWORK))
-def test_commands_that_need_a_network_are_parsed(name: str) -> None:
-    group = cast("click.Group", commands)
-    with click.Context(group, info_name=PROGRAM) as ctx:
-        command = group.get_command(ctx, name)
-        assert command is not None
-        assert command.make_context(name, ours()[name][1:], parent=ctx).params["model"]
+def test_commands_with_a_model_of_the_hub_work(
+    cli: Cli, start: Start, hub: Hub, state_dir: Path, tiny_model: str
+) -> None:
+    """The second one uses what the first one has downloaded."""
+    pull, run = ours()["pull"], ours()["run"]
+    repo, _, label = pull[1].partition(":")
+    assert pull[1] == run[1]
+    hub.add(Repo(repo, {f"Model-{label}.gguf": Path(tiny_model)}))
+    pulled = cli(*pull)
+    assert pulled.returncode == 0, pulled.stderr
+    hub.clear()
+    running = start(*run, "--port", "0", "--state-dir", str(state_dir))
+    assert cli("status", "--url", running.api_url()).returncode == 0
+    assert not hub.seen("/cdn/", "GET")
+    assert running.signal(signal.SIGINT) in (0, 130)
 
 
 def test_the_commands_work_one_after_the_other(
@@ -92,24 +96,28 @@ def test_the_commands_work_one_after_the_other(
     assert "Healthy" in loaded.stdout
     assert "already loaded" in cli("plan", "model.gguf", "--url", url).stdout
     assert "Healthy" in cli("status", "--url", url).stdout
+    talked = cli(*ours()["chat"], "--url", url, stdin="Hello\n")
+    assert "tokens per second" in talked.stdout, talked.stderr
+    assert cli(*ours()["models"], HF_HUB_CACHE=str(tmp_path)).returncode == 0
     assert "the slot is empty" in cli("unload", "--url", url).stdout
 
 
-def test_the_python_example_prints_an_address_and_the_reload_reasons(
-    state_dir: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_python_example_runs_as_a_script(state_dir: Path, tmp_path: Path) -> None:
+    """In a folder with a model.gguf."""
     (text,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    write_tiny_model("model.gguf")
-    monkeypatch.setenv("LLAMA_ORCHESTRATOR_STATE_DIR", str(state_dir))
-    monkeypatch.delenv("LLAMA_SERVER_PATH", raising=False)
-    code = compile(text, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-    run = types.FunctionType(code, {"__name__": "__main__"})
-    asyncio.run(cast("Coroutine[None, None, None]", run()))
-    printed = capsys.readouterr().out
-    assert "http://127.0.0.1:" in printed
-    assert "max_seq_length" in printed
-    assert "llama_extra_args" in printed
+    assert len(text.splitlines()) <= 10
+    (tmp_path / "embed.py").write_text(text)
+    write_tiny_model(tmp_path / "model.gguf")
+    done = subprocess.run(
+        [sys.executable, "embed.py"],
+        cwd=tmp_path,
+        env=environment() | {"LLAMA_ORCHESTRATOR_STATE_DIR": str(state_dir)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "http://127.0.0.1:" in done.stdout
+    assert "max_seq_length" in done.stdout
+    assert "llama_extra_args" in done.stdout

@@ -30,7 +30,8 @@ def test_run_loads_serves_and_ends_with_ctrl_c(
     start: Start, own: tuple[str, ...], tiny_model: str, state_dir: Path
 ) -> None:
     running = start("run", "-m", tiny_model, *own, "--top-k", "20", "--seed", "42")
-    url = running.api_url()
+    url = running.api_url()  # before the load: /v1 holds requests until the model is there
+    running.line_with("settings")
     states = ["Killing", "Downloading", "Spawning", "WaitingHealth", "Healthy"]
     printed = [line.split()[2] for line in running.out if " ms  " in line]
     assert printed == states
@@ -101,6 +102,7 @@ def test_run_reports_the_exit_of_its_server_and_serves_on(
     """So that the model can be loaded again."""
     running = start("run", tiny_model, *own)
     url = running.api_url()
+    running.line_with("settings")
     (pid,) = servers_of(state_dir)
     os.kill(pid, signal.SIGKILL)
     running.line_with("Idle")

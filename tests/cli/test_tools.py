@@ -16,7 +16,7 @@ from tests.kit.process.servers import servers_of
 
 
 def demo_json(cli: Cli, server: str) -> dict[str, object]:
-    done = cli("demo", "--llama-server", server, "--json")
+    done = cli("demo", "--llama-server", server, "--tiny", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     found: dict[str, object] = json.loads(done.stdout)
@@ -58,7 +58,7 @@ def test_the_demo_passes_on_the_real_server(cli: Cli, llama_server: str) -> None
 
 
 def test_the_text_of_the_demo_fits_a_terminal_and_nothing_is_left(cli: Cli, tmp_path: Path) -> None:
-    done = cli("demo", "--llama-server", "embedded", TMPDIR=str(tmp_path))
+    done = cli("demo", "--llama-server", "embedded", "--tiny", TMPDIR=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Servers alive at once: 1 at most" in done.stdout
     assert "0 left" in done.stdout
@@ -72,7 +72,7 @@ def test_an_interrupted_demo_leaves_nothing(start: Start, signum: int, code: int
         return set(Path(tempfile.gettempdir()).glob("llama-orchestrator-demo-*"))
 
     before = folders()
-    running = start("demo", "--llama-server", "embedded")
+    running = start("demo", "--llama-server", "embedded", "--tiny")
     running.line_with("WaitingHealth")
     (folder,) = folders() - before
     assert running.signal(signum) == code

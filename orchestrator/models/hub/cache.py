@@ -89,6 +89,12 @@ class CachedRepo:
             return text if is_commit(text) else None
         return None
 
+    def commits(self) -> list[str]:
+        """Return the commits of which files are there."""
+        with contextlib.suppress(OSError):
+            return sorted(filter(is_commit, os.listdir(self.root / "snapshots")))
+        return []
+
     def path(self, commit: str, name: str) -> Path:
         return self.root / "snapshots" / commit / name
 
@@ -109,6 +115,21 @@ class CachedRepo:
         return ABSENT
 
 
+def every() -> list[CachedRepo]:
+    """Return the repos of the cache."""
+    prefix, top = "models--", directory()
+    names = sorted(os.listdir(top)) if top.is_dir() else []
+    return [
+        CachedRepo(_repo_of(name), top / name)
+        for name in names
+        if name.startswith(prefix) and os.path.isdir(top / name)
+    ]
+
+
+def _repo_of(folder: str) -> str:
+    return folder.removeprefix("models--").replace("--", "/", 1)
+
+
 def find(repo: str) -> CachedRepo | None:
     """Return a repo of the cache; the Hub ignores case in its name."""
     top, folder = directory(), "models--" + repo.replace("/", "--")
@@ -117,7 +138,7 @@ def find(repo: str) -> CachedRepo | None:
     with contextlib.suppress(OSError):
         for name in os.listdir(top):
             if name.lower() == folder.lower() and os.path.isdir(top / name):
-                return CachedRepo(name.removeprefix("models--").replace("--", "/", 1), top / name)
+                return CachedRepo(_repo_of(name), top / name)
     return None
 
 
