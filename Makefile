@@ -19,12 +19,13 @@ APT = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
   apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q $(1); \
   else echo "missing: $(1). As root: apt-get install $(1)" >&2; false; fi
 
-.PHONY: help demo test floors advisories check-deep soak mutants lint types format docs-tools docs \
-  diagrams schema release screenshot bench llama-server chromium clean
+.PHONY: help demo test tutorial floors advisories check-deep soak mutants lint types format docs-tools \
+  docs copies diagrams schema release screenshot bench llama-server real-model chromium clean
 
 help:
-	@echo "make demo          show the main features on tiny models"
+	@echo "make demo          show the main features on a small real model"
 	@echo "make test          run every test; builds a real llama-server once (about 6 minutes)"
+	@echo "make tutorial      follow the tutorial as written, in a fresh environment (about 3 minutes)"
 	@echo "make floors        test the lowest allowed versions of the dependencies (about 3 minutes)"
 	@echo "make advisories    look up the dependencies in the public database of advisories"
 	@echo "make check-deep    run the tests that take too long for every change (nightly)"
@@ -32,6 +33,7 @@ help:
 	@echo "make mutants       change every line of the pure modules, and check that the tests fail"
 	@echo "make lint          run ruff and mypy --strict"
 	@echo "make docs          build the site in build/site"
+	@echo "make copies        write docs/examples into the pages that show them"
 	@echo "make types         check that the public API is fully typed for its users"
 	@echo "make diagrams      write diagrams/ from the transition table"
 	@echo "make schema        write docs/config.schema.json from the settings"
@@ -39,6 +41,7 @@ help:
 	@echo "make bench         measure the cost of the orchestrator over the bare process"
 	@echo "make release       build the packages in dist/, install and run them, and deploy the site"
 	@echo "make llama-server  build the real llama-server that the tests use"
+	@echo "make real-model    fetch the small real model that the demo and the tests use"
 
 $(VENV)/.ready: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { $(call APT,python3 python3-venv); }
@@ -50,12 +53,17 @@ $(VENV)/.ready: pyproject.toml
 demo: $(VENV)/.ready
 	$(BIN)/llama-orchestrator demo
 
-# Without a C++ compiler or Chromium, and without root to install them, the tests that need them are
-# skipped with a message. In CI that is an error.
+tutorial: $(VENV)/.ready
+	$(BIN)/python -m tests.kit.tutorial
+
+# Without a C++ compiler or Chromium, and without root to install them, or without a network, the tests
+# that need these are skipped with a message. In CI that is an error.
 test: $(VENV)/.ready
 	@only="not deep"; \
 	$(MAKE) --no-print-directory llama-server || { [ -z "$$CI" ] || exit 1; only="$$only and not external"; \
 	  echo "NO REAL llama-server: the tests marked external are skipped" >&2; }; \
+	$(MAKE) --no-print-directory real-model || { [ -z "$$CI" ] || exit 1; only="$$only and not real"; \
+	  echo "NO REAL MODEL: the tests marked real are skipped" >&2; }; \
 	$(MAKE) --no-print-directory chromium || { [ -z "$$CI" ] || exit 1; \
 	  only="$$only and not browser"; \
 	  echo "NO CHROMIUM: the tests marked browser are skipped" >&2; }; \
@@ -97,6 +105,9 @@ llama-server: $(VENV)/.ready
 	@"$(SERVER)" --version 2>&1 | head -1
 	@test -x "$(SERVER)" && echo "llama-server: $(SERVER)"
 
+real-model: $(VENV)/.ready
+	@$(BIN)/python -m tests.kit.real_model
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -118,6 +129,9 @@ docs-tools: $(VENV)/.ready
 
 docs: docs-tools
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+copies: $(VENV)/.ready
+	$(BIN)/python -m tests.kit.copies
 
 diagrams: $(VENV)/.ready
 	$(BIN)/python -m orchestrator.diagram diagrams

