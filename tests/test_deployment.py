@@ -13,7 +13,8 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from tests.test_examples import DEADLINE_S, EXAMPLES, started
+from tests.kit.copies import EXAMPLES
+from tests.test_examples import DEADLINE_S, started
 
 NAME = "llm.example.org"
 KEY = "key-of-a-user"

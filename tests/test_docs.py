@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from orchestrator import AsyncOrchestrator
 from orchestrator.http.metrics import Metrics
+from tests.kit.copies import with_copies
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -48,8 +50,13 @@ def _is_generated(page: Path) -> bool:
 def test_every_python_snippet_can_be_read(page: Path) -> None:
     """Those that are run are files of their own, or have a test of their own."""
     for text in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
-        if "--8<--" not in text:
-            compile(text, page.name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        compile(text, page.name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_copies_of_examples_are_equal_to_the_files(page: Path) -> None:
+    """The tests run the files, readers copy the page. `make copies` writes them."""
+    assert page.read_text() == with_copies(page.read_text())
 
 
 def test_every_metric_is_listed_with_its_labels() -> None:
@@ -70,6 +77,60 @@ def test_every_metric_is_listed_with_its_labels() -> None:
     assert sampled.keys() == listed.keys()
     for name, labels in sampled.items():
         assert labels <= listed[name], name
+
+
+def samples() -> dict[str, set[str]]:
+    """Return the series of `/metrics` with their labels, as docs/http.md lists them."""
+    ends = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"], "gauge": [""]}
+    table = (ROOT / "docs" / "http.md").read_text().partition("## Metrics")[2]
+    labels = {
+        name.removesuffix("_total"): set(re.findall(r"`(\w+)`", row[2]))
+        for row in re.finditer(r"^\|([^|]*`[^|]*)\|([^|]*)\|", table, re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", row[1])
+    }
+    text = Metrics(AsyncOrchestrator()).render().decode()
+    return {
+        family.name + end: labels[family.name.removeprefix("llama_orchestrator_")]
+        for family in text_string_to_metric_families(text)
+        if not family.name.endswith("_created")
+        for end in ends[family.type]
+    }
+
+
+def queries() -> dict[str, str]:
+    """Return the queries of the dashboard, its variables and the alerts, each with its legend."""
+    dashboard = json.loads((ROOT / "docs" / "grafana-dashboard.json").read_text())
+    found = {
+        target["expr"]: target["legendFormat"]
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+    }
+    for variable in dashboard["templating"]["list"]:
+        if variable["type"] == "query":
+            found[variable["query"]["query"]] = ""
+    rules = (ROOT / "docs" / "examples" / "prometheus-rules.yml").read_text()
+    for expr in re.findall(r"expr: (?:\|\n)?(.*?)\n +annotations:", rules, re.DOTALL):
+        found[expr] = ""
+    return found
+
+
+def test_dashboard_and_alerts_ask_for_metrics_that_exist() -> None:
+    """A query for a metric that was renamed is an empty panel, and an alert that never comes."""
+    known, asked = samples(), set()
+    assert len(queries()) > 12
+    for expr, legend in queries().items():
+        names = set(re.findall(r"llama_orchestrator_\w+", expr))
+        assert names
+        assert names <= known.keys(), names - known.keys()
+        used = set(re.findall(r'(\w+)(?:!=|=~|!~|=)"', expr))
+        for group in re.findall(r"\b(?:by|without) \(([\w, ]+)\)", expr):
+            used |= {label.strip() for label in group.split(",")}
+        used |= set(re.findall(r"\{\{(\w+)\}\}", legend))
+        labels = set.union(*(known[name] for name in names)) | {"instance", "le"}
+        assert used <= labels, (expr, used - labels)
+        asked |= {re.sub("_(bucket|sum|count)$", "", name) for name in names}
+    of_interest = {re.sub("_(bucket|sum|count)$", "", name) for name in known}
+    assert of_interest - asked == {"llama_orchestrator_transitions_total"}, "shown nowhere"
 
 
 ANSWERED = (*range(1, 86), 90, *range(100, 111))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +17,9 @@ import httpx
 import pytest
 
 import orchestrator
+from orchestrator.demo.tiny_model import write_tiny_model
+from tests.kit.copies import EXAMPLES, ROOT, shown_in
 
-ROOT = Path(__file__).parents[1]
-EXAMPLES = ROOT / "docs" / "examples"
 DEADLINE_S = 120.0
 Example = Callable[..., str]
 
@@ -113,11 +115,101 @@ def test_fastapi_example_loads_once_and_answers(backend: str) -> None:
         for _ in range(2):
             answer = client.post("/ask", params={"question": "Why is the sky blue?"})
             assert answer.status_code == 200, answer.text
-            assert len(answer.json()) > 0
+            assert len(answer.text) == 100
             status = client.get("/api/inference/status").json()
             assert status["state"] == "Healthy"
             pids.add(status["loaded"]["pid"])
         assert len(pids) == 1
+
+
+@pytest.fixture
+def slow_model(tmp_path: Path) -> str:
+    """A model that takes seconds for 1,500 tokens."""
+    return str(write_tiny_model(tmp_path / "slow.gguf", n_layer=80))
+
+
+@pytest.fixture
+def streaming(state_dir: Path, slow_model: str) -> Iterator[str]:
+    """The example of a route that streams."""
+    command = ("uvicorn", "streaming_route:app", "--port", "0")
+    yield from started(*command, state_dir=state_dir, says="running on", MODEL=slow_model)
+
+
+def test_streaming_route_holds_its_lease_as_long_as_the_stream(
+    streaming: str, slow_model: str
+) -> None:
+    """Neither shorter, or a swap ends an answer; nor longer, or a client that left holds it up."""
+    question = {"messages": [{"role": "user", "content": "Why?"}], "max_tokens": 1500}
+    api = streaming + "/api/inference"
+    with httpx.Client(timeout=DEADLINE_S) as client, ThreadPoolExecutor() as threads:
+        one_thread = {
+            "model_path": slow_model,
+            "llama_extra_args": ["-t", "1"],
+        }  # waits for no other
+        client.post(api + "/load", json=one_thread).raise_for_status()
+        with client.stream("POST", streaming + "/chat", json=question) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: {")
+            assert client.get(api + "/status").json()["leases"] == 1
+        until(lambda: client.get(api + "/status").json()["leases"] == 0)  # the client has left
+
+        with client.stream("POST", streaming + "/chat", json={**question, "max_tokens": 50}) as it:
+            lines = it.iter_lines()
+            next(lines)
+            unloading = threads.submit(httpx.post, api + "/unload", timeout=DEADLINE_S)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert unloading.result().json()["status"] == "unloaded"
+
+
+def test_streaming_route_answers_errors_with_their_status(streaming: str) -> None:
+    """What the server refuses is not a stream of one error."""
+    answer = httpx.post(streaming + "/chat", json={"messages": "none"}, timeout=DEADLINE_S)
+    assert answer.status_code in (400, 500)
+    assert "detail" in answer.json()
+
+
+def test_tests_of_a_backend_pass_as_they_are_printed(state_dir: Path, tmp_path: Path) -> None:
+    """With the backend of the tutorial and the fake server, copied beside them."""
+    for name in ("test_backend.py", "fake_server.py", "fastapi_embed.py"):
+        shutil.copy(EXAMPLES / name, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_backend.py"],
+        cwd=tmp_path,
+        env=environment(state_dir, PYTHONWARNINGS="default"),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert "4 passed" in done.stdout, done.stdout + done.stderr
+    assert "warning" not in done.stdout
+
+
+def test_notebook_example_runs_as_a_script(
+    example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cells one after the other."""
+    monkeypatch.chdir(tmp_path)
+    printed = example("notebook.py").splitlines()
+    assert printed[0] == "loaded []"
+    assert len(printed[1]) == 64
+    assert len(printed) == 5
+
+
+def test_prometheus_scrapes_the_route_that_the_service_has(serving: str) -> None:
+    """Its files are read by no test here: the queries are in test_docs.py."""
+    scrape = (EXAMPLES / "prometheus.yml").read_text()
+    assert "metrics_path" not in scrape, "the default is /metrics"
+    assert '"127.0.0.1:8642"' in scrape
+    assert (EXAMPLES / "prometheus-rules.yml").name in scrape
+    assert "llama_orchestrator_state{" in httpx.get(serving + "/metrics").text
+
+
+def until(condition: Callable[[], bool]) -> None:
+    ends = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.05)
 
 
 def test_wsgi_example_loads_once_for_all_threads(wsgi_backend: str) -> None:
@@ -189,6 +281,17 @@ def test_settings_panel_shows_what_apply_would_do(
     assert apply("max_seq_length=1024")[0] == "Apply would none"
 
 
+def test_client_of_a_service_loads_and_asks(
+    example: Example, serving: str, tiny_model: str, tmp_path: Path
+) -> None:
+    """A refusal is the service's own, and changes nothing."""
+    first, answer = example("connect.py", serving, tiny_model, "Why?").splitlines()
+    assert (first, len(answer)) == ("loaded: generation 1", 100)
+    missing = str(tmp_path / "missing.gguf")
+    assert "model_not_found: " in example("connect.py", serving, missing, "Why?", returncode=1)
+    assert example("connect.py", serving, tiny_model, "Why?").startswith("already_loaded: ")
+
+
 def test_two_slots_hold_two_models_and_refuse_a_third_owner(
     example: Example, tiny_model: str, other_model: str
 ) -> None:
@@ -211,11 +314,10 @@ def test_crash_policy_restarts_the_server(example: Example, tiny_model: str) -> 
 
 
 def test_every_example_is_tested_and_shown() -> None:
-    """A page must include each file, and a test must run it."""
+    """A page must show each file, and a test must run it."""
     tests = (Path(__file__), Path(__file__).with_name("test_deployment.py"))
     tested = "".join(path.read_text() for path in tests)
-    pages = "".join(path.read_text() for path in ROOT.glob("docs/**/*.md"))
-    for path in EXAMPLES.iterdir():
-        if path.is_file():
-            assert path.stem in tested
-            assert f'--8<-- "docs/examples/{path.name}"' in pages
+    shown = {name for page in ROOT.glob("docs/**/*.md") for name in shown_in(page.read_text())}
+    examples = {path.name for path in EXAMPLES.iterdir() if path.is_file()}
+    assert examples == shown
+    assert {name for name in examples if Path(name).stem not in tested} == set()

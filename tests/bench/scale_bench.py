@@ -160,6 +160,30 @@ def under_load(server: str, model: str, figures: Figures) -> None:
         figures.add("resident memory meanwhile", me.memory_info().rss / 2**20, "MiB")
 
 
+STYLE = """<style>
+svg { color: #1f2328; --first: #0969da; --second: #bc4c00; }
+@media (prefers-color-scheme: dark) {
+  svg { color: #e6edf3; --first: #4493f8; --second: #f0883e; }
+}
+</style>"""
+COLOURS = {
+    "fill: #ffffff": "fill: none",
+    "#000000": "currentColor",
+    "#b0b0b0; stroke-opacity: 0.3": "currentColor; stroke-opacity: 0.15",
+    "#1f77b4": "var(--first)",
+    "#ff7f0e": "var(--second)",
+}
+
+
+def for_light_and_dark(svg: str) -> str:
+    """Return one of matplotlib's pictures with the colours of the reader's light or dark."""
+    for theirs, ours in COLOURS.items():
+        svg = svg.replace(theirs, ours)
+    head, defs, body = svg.partition(" <defs>\n")
+    body = body.replace('<g id="text_', '<g fill="currentColor" id="text_')
+    return head + STYLE + "\n" + defs + body
+
+
 def draw(
     folder: Path, name: str, title: str, of_what: str, unit: str, series: dict[str, Series]
 ) -> None:
@@ -168,6 +192,7 @@ def draw(
 
     mpl.use("svg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     mpl.rcParams["svg.hashsalt"] = name
     figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
@@ -178,6 +203,8 @@ def draw(
     values = [value for points in series.values() for value in points.values()]
     if max(values) > 10 * min(values):  # proportional growth is a straight line
         axes.set(yscale="log")
+        few_decades = max(values) < 100 * min(values)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few_decades else (1,)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
     else:
@@ -185,8 +212,10 @@ def draw(
     axes.grid(alpha=0.3)
     if len(series) > 1:
         axes.legend(frameon=False)
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    path = folder / f"{name}.svg"
+    figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
+    path.write_text(for_light_and_dark(path.read_text()))
 
 
 def measured(figures: Figures, name: str, unit: str, of: Callable[[int], float]) -> Series:
