@@ -181,11 +181,6 @@ def names_only_queued(ctx: Context, fact: facts.UnloadRequested) -> bool:
     return ctx.running is not None and not is_named(ctx.running.target, fact.model)
 
 
-def cuts_leases(ctx: Context, fact: facts.UnloadRequested) -> bool:
-    """The unload ends the requests that use the server instead of waiting for them."""
-    return fact.cut and bool(ctx.leases)
-
-
 def cancels_job(ctx: Context, fact: facts.CancelRequested) -> bool:
     """It cancels the load in flight for all its callers."""
     return ctx.job is not None and cancels(ctx.job, fact)

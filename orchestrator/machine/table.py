@@ -93,10 +93,8 @@ TABLE: Final[tuple[Row, ...]] = (
     # ---- unload, cancel, withdrawal, deadline, shutdown -----------------------------------------
     _row("unload", ALL,  "names_absent_model",              STAY, "answer_unchanged"),
     _row("unload", (D, S, W, H), "names_only_queued",       STAY, "cancel_queued answer_unloaded advance_queue"),
-    _row("unload", H,    "cuts_leases",                     K, "cancel_all take_next wait_for_empty revoke_leases begin_kill"),
-    _row("unload", K,    "cuts_leases",                     STAY, "cancel_all take_next wait_for_empty revoke_leases kill_when_drained"),
-    _row("unload", (I, H), "",                              K, "cancel_all take_next wait_for_empty begin_kill"),
-    _row("unload", K,    "",                                STAY, "cancel_all take_next wait_for_empty"),
+    _row("unload", (I, H), "",                              K, "cancel_all take_next wait_for_empty cut_leases begin_kill"),
+    _row("unload", K,    "",                                STAY, "cancel_all take_next wait_for_empty cut_leases kill_when_drained"),
     _row("unload", DSW,  "",                                STAY, "cancel_all wait_for_empty"),
 
     _row("cancel", K,    "cancels_job",                     STAY, "cancel_job cancel_callers take_next wait_for_cancel"),

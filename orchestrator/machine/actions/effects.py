@@ -197,6 +197,12 @@ def revoke_leases(s: Step[facts.Fact]) -> None:
     s.put(leases=frozenset())
 
 
+def cut_leases(s: Step[facts.UnloadRequested]) -> None:
+    """End the requests that use the server, instead of waiting for them, if the unload says so."""
+    if s.fact.cut:
+        revoke_leases(s)
+
+
 def start_idle_timer(s: Step[facts.Fact]) -> None:
     """Start the idle time over, unless the server is leased, pinned, or has no idle time."""
     running = require(s.ctx.running)
