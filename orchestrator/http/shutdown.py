@@ -77,7 +77,12 @@ class Shutdown:
                 await asyncio.gather(upcoming, return_exceptions=True)
 
     def restore(self) -> None:
-        """Take our handlers away again, unless somebody has put others over them."""
+        """Take our handlers away again, unless somebody has put others over them.
+
+        Outside of the main thread they stay: they hand on what they hear.
+        """
+        if not _may_set_handlers():
+            return
         for signum, (ours, other) in self._covers.items():
             if signal.getsignal(signum) is ours:
                 signal.signal(signum, other)
@@ -89,7 +94,7 @@ class Shutdown:
         To be called before a response begins: a signal between its head and the first step of its
         stream would find no handler of ours, and the stream no end.
         """
-        if threading.current_thread() is not threading.main_thread():
+        if not _may_set_handlers():
             return
         for signum in self._signals:
             handler = signal.getsignal(signum)
@@ -120,6 +125,10 @@ class Shutdown:
             yield
         finally:
             self._waiting.discard(waiting)
+
+
+def _may_set_handlers() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _expire(scope: asyncio.Timeout) -> None:

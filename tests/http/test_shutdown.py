@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -374,6 +375,20 @@ def test_a_handler_that_others_put_over_ours_is_covered_and_left(
     shutdown.listen()
     signal.raise_signal(signal.SIGUSR1)
     assert (len(server), len(others)) == (1, 1)
+
+
+def test_app_that_ends_outside_of_the_main_thread_leaves_the_handlers(
+    server: list[int], shutdown: Shutdown
+) -> None:
+    """As one in a test client does, in a process whose main thread has served another one."""
+    theirs = signal.getsignal(signal.SIGUSR1)
+    shutdown.listen()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(shutdown.restore).result(DEADLINE_S)
+    signal.raise_signal(signal.SIGUSR1)
+    assert server == [signal.SIGUSR1]
+    shutdown.restore()
+    assert signal.getsignal(signal.SIGUSR1) is theirs
 
 
 def test_outside_of_the_main_thread_nothing_is_covered(
