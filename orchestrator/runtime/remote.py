@@ -8,14 +8,10 @@ library serves both.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from functools import partial
-from typing import Any, Final, Generic, Self, TypeVar, Unpack
-from urllib.parse import quote
+from typing import Any, Final, Self, TypeVar, Unpack
 
 from orchestrator.base import workers
 from orchestrator.base.addresses import is_loopback
@@ -34,29 +30,26 @@ from orchestrator.runtime.answers import (
     UnloadOutcome,
     Variants,
 )
+from orchestrator.runtime.asks import (
+    Ask,
+    events_of,
+    generation_in,
+    load_state,
+    past_loads,
+    quick,
+    strings_in,
+    waits,
+)
 from orchestrator.runtime.calls import RequestLike, request_of
 from orchestrator.runtime.events import Event
 from orchestrator.runtime.service import Exchange, Json, Lines, Service
 from orchestrator.settings.fields import LoadFields
 
 _T = TypeVar("_T")
-_Ended = LoadOutcome | Problem | None
 _PREFIX: Final = "/api/inference"
-_QUICK_S: Final = 10.0
-_WAIT_S: Final = 60.0
 _MAX_LINES: Final = 2000
 _MAX_LOADS: Final = 256
-
-
-@dataclass(frozen=True, slots=True)
-class _Ask(Generic[_T]):
-    """A request, and what its answer means."""
-
-    method: str
-    path: str
-    parse: Callable[[Json], _T]
-    body: Json | None = None
-    timeout_s: float | None = None
+_OF_VARIANTS: Final = ("model_path", "revision", "hf_token")
 
 
 class _Remote:
@@ -82,29 +75,29 @@ class _Remote:
 
     def status(self) -> Status:
         """Return the present state; see `Orchestrator.status`."""
-        return self._now(_get("/status", Status.from_dict))
+        return self._now(quick("/status", Status.from_dict))
 
     def progress(self) -> LoadProgress:
         """Return the phase and the bytes of the load in flight; see `Orchestrator.progress`."""
-        return self._now(_get("/load-progress", LoadProgress.from_dict))
+        return self._now(quick("/load-progress", LoadProgress.from_dict))
 
     def logs(self, lines: int = 200) -> tuple[str, ...]:
         """Return the last lines of output of the server, oldest first."""
         if lines < 1:
             return ()
-        ask = _get(f"/logs?lines={min(lines, _MAX_LINES)}", _strings_in("lines"))
+        ask = quick(f"/logs?lines={min(lines, _MAX_LINES)}", strings_in("lines"))
         return self._now(ask)
 
     def history(self, limit: int = 20) -> list[PastLoad]:
         """Return the last loads, newest first."""
         if limit < 1:
             return []
-        ask = _get(f"/loads?limit={min(limit, _MAX_LOADS)}", _past_loads)
+        ask = quick(f"/loads?limit={min(limit, _MAX_LOADS)}", past_loads)
         return self._now(ask)
 
     def options(self) -> Options:
         """Return the values that the server binary accepts; see `Orchestrator.options`."""
-        return self._now(_Ask("GET", "/options", Options.from_dict))
+        return self._now(Ask("GET", "/options", Options.from_dict))
 
     def plan(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> Plan:
         """Return what `load` would do with the same arguments; see `Orchestrator.plan`."""
@@ -112,40 +105,40 @@ class _Remote:
 
     def outcome(self, generation: int) -> LoadOutcome | Problem | None:
         """Return the result of a load, or its problem; see `Orchestrator.outcome`."""
-        return self._now(_load_state(generation))
+        return self._now(load_state(generation))
 
     def past_load(self, generation: int) -> PastLoad:
         """Return a load that is in flight or has ended; see `Orchestrator.past_load`."""
         self.outcome(generation)  # raises if there is none
         return next(one for one in self.history(_MAX_LOADS) if one.generation == generation)
 
-    def _load(self, request: RequestLike, fields: LoadFields) -> _Ask[LoadOutcome]:
+    def _load(self, request: RequestLike, fields: LoadFields) -> Ask[LoadOutcome]:
         return self._post("/load", request_of(request, fields), LoadOutcome.from_dict)
 
-    def _submit(self, request: RequestLike, fields: LoadFields) -> _Ask[Generation]:
-        return self._post("/load?wait=false", request_of(request, fields), _generation)
+    def _submit(self, request: RequestLike, fields: LoadFields) -> Ask[Generation]:
+        return self._post("/load?wait=false", request_of(request, fields), generation_in)
 
-    def _prefetch(self, request: RequestLike, fields: LoadFields) -> _Ask[PrefetchOutcome]:
+    def _prefetch(self, request: RequestLike, fields: LoadFields) -> Ask[PrefetchOutcome]:
         return self._post("/prefetch", request_of(request, fields), PrefetchOutcome.from_dict)
 
-    def _variants(self, request: RequestLike, fields: LoadFields) -> _Ask[Variants]:
+    def _variants(self, request: RequestLike, fields: LoadFields) -> Ask[Variants]:
         wanted = self._body(request_of(request, fields))
         body = {n: v for n in _OF_VARIANTS if (v := wanted[n]) is not None}
-        return _Ask("POST", "/variants", Variants.from_dict, body)
+        return Ask("POST", "/variants", Variants.from_dict, body)
 
-    def _unload(self, model_path: str | None, cut: bool) -> _Ask[UnloadOutcome]:
+    def _unload(self, model_path: str | None, cut: bool) -> Ask[UnloadOutcome]:
         body: Json = {"cut": cut}
         if model_path is not None:
             body["model_path"] = self._from_here(model_path)
-        return _Ask("POST", "/unload", UnloadOutcome.from_dict, body)
+        return Ask("POST", "/unload", UnloadOutcome.from_dict, body)
 
-    def _cancel(self, load_request_id: str | None, generation: int | None) -> _Ask[bool]:
+    def _cancel(self, load_request_id: str | None, generation: int | None) -> Ask[bool]:
         given = {"load_request_id": load_request_id, "generation": generation}
         body = {name: value for name, value in given.items() if value is not None}
-        return _Ask("POST", "/cancel", lambda answer: bool(answer["cancelled"]), body)
+        return Ask("POST", "/cancel", lambda answer: bool(answer["cancelled"]), body)
 
-    def _post(self, path: str, request: Any, parse: Callable[[Json], _T]) -> _Ask[_T]:
-        return _Ask("POST", path, parse, self._body(request))
+    def _post(self, path: str, request: Any, parse: Callable[[Json], _T]) -> Ask[_T]:
+        return Ask("POST", path, parse, self._body(request))
 
     def _body(self, request: Any) -> Json:
         body = {**request.as_dict(), "hf_token": request.hf_token}
@@ -161,11 +154,11 @@ class _Remote:
         is_here = is_loopback(self._service.base.hostname or "")
         return os.path.abspath(path) if is_here and os.path.exists(path) else path
 
-    def _exchange(self, ask: _Ask[Any]) -> Exchange:
+    def _exchange(self, ask: Ask[Any]) -> Exchange:
         path = _PREFIX + ask.path
         return Exchange(self._service, ask.method, path, ask.body, timeout_s=ask.timeout_s)
 
-    def _now(self, ask: _Ask[_T]) -> _T:
+    def _now(self, ask: Ask[_T]) -> _T:
         return self._exchange(ask).json(ask.parse)
 
     def _events(self, after: int | None) -> Exchange:
@@ -245,7 +238,7 @@ class RemoteOrchestrator(_Remote):
         self, generation: int, timeout_s: float | None = None
     ) -> LoadOutcome | Problem | None:
         """Wait for the end of a load; see `Orchestrator.settled`."""
-        for ask in _waits(generation, timeout_s):
+        for ask in waits(generation, timeout_s):
             if (found := self._now(ask)) is not None:
                 return found
         return None
@@ -273,7 +266,7 @@ class RemoteOrchestrator(_Remote):
             after: Begin after the event with this id.
             progress: Also yield the steps of a download or a load, as events of kind `progress`.
         """
-        return _parsed(self._service, self._events(after).open(), has_progress=progress)
+        return events_of(self._service, self._events(after).open(), has_progress=progress)
 
     def follow_logs(self, lines: int = 200) -> Iterator[str]:
         """Iterate over the output of the servers; see `Orchestrator.follow_logs`."""
@@ -335,7 +328,7 @@ class AsyncRemoteOrchestrator(_Remote):
         self, generation: int, timeout_s: float | None = None
     ) -> LoadOutcome | Problem | None:
         """Wait for the end of a load; see `Orchestrator.settled`."""
-        for ask in _waits(generation, timeout_s):
+        for ask in waits(generation, timeout_s):
             if (found := await self._answer(ask)) is not None:
                 return found
         return None
@@ -355,7 +348,7 @@ class AsyncRemoteOrchestrator(_Remote):
     ) -> AsyncGenerator[Event, None]:
         """Iterate over the events from the first step on; see `RemoteOrchestrator.events`."""
         async with _opened(self._events(after)) as lines:
-            events = _parsed(self._service, lines, has_progress=progress)
+            events = events_of(self._service, lines, has_progress=progress)
             while (event := await workers.waited(partial(next, events, None))) is not None:
                 yield event
 
@@ -366,9 +359,9 @@ class AsyncRemoteOrchestrator(_Remote):
                 yield line
 
     async def _found(self) -> LeasedServer | None:
-        return self._leased(await self._answer(_get("/status", Status.from_dict)))
+        return self._leased(await self._answer(quick("/status", Status.from_dict)))
 
-    async def _answer(self, ask: _Ask[_T]) -> _T:
+    async def _answer(self, ask: Ask[_T]) -> _T:
         exchange = self._exchange(ask)
         try:
             return await workers.waited(partial(exchange.json, ask.parse))
@@ -382,67 +375,3 @@ async def _opened(exchange: Exchange) -> AsyncIterator[Lines]:
         yield await workers.waited(exchange.open)
     finally:
         exchange.abort()
-
-
-_OF_VARIANTS: Final = ("model_path", "revision", "hf_token")
-
-
-def _get(path: str, parse: Callable[[Json], _T]) -> _Ask[_T]:
-    return _Ask("GET", path, parse, timeout_s=_QUICK_S)
-
-
-def _load_state(generation: int, wait_s: float = 0.0) -> _Ask[_Ended]:
-    path = f"/loads/{quote(str(generation))}?wait_s={wait_s:.3f}"
-    return _Ask("GET", path, _outcome, timeout_s=wait_s + _QUICK_S)
-
-
-def _waits(generation: int, timeout_s: float | None) -> Iterator[_Ask[_Ended]]:
-    """Yield the requests that wait for a load, one after the other."""
-    ends = None if timeout_s is None else time.monotonic() + timeout_s
-    left_s = _WAIT_S
-    while left_s > 0:
-        left_s = _WAIT_S if ends is None else min(_WAIT_S, max(0.0, ends - time.monotonic()))
-        yield _load_state(generation, left_s)
-
-
-def _outcome(answer: Json) -> LoadOutcome | Problem | None:
-    if (found := answer.get("outcome")) is None:
-        return None
-    return Problem.from_dict(found) if "category" in found else LoadOutcome.from_dict(found)
-
-
-def _generation(answer: Json) -> Generation:
-    return Generation(int(answer["generation"]))
-
-
-def _past_loads(answer: Json) -> list[PastLoad]:
-    return [PastLoad.from_dict(one) for one in answer["loads"]]
-
-
-def _strings_in(name: str) -> Callable[[Json], tuple[str, ...]]:
-    def strings(answer: Json) -> tuple[str, ...]:
-        if not all(isinstance(one, str) for one in answer[name]):
-            raise TypeError
-        return tuple(answer[name])
-
-    return strings
-
-
-def _parsed(service: Service, lines: Lines, *, has_progress: bool) -> Iterator[Event]:
-    """Yield the events of a stream of server-sent events."""
-    members: dict[str, str] = {}
-    with contextlib.closing(lines):
-        for line in lines:
-            name, _, value = line.partition(": ")
-            if line:
-                members[name] = value
-            elif "data" in members:
-                event = service.understood(_event, members)
-                members = {}
-                if has_progress or event.kind != "progress":
-                    yield event
-
-
-def _event(members: Mapping[str, str]) -> Event:
-    data = json.loads(members["data"])
-    return Event.from_dict({**data, "id": int(members["id"]), "kind": members["event"]})
