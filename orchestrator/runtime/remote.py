@@ -7,9 +7,11 @@ library serves both.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
 from functools import partial
 from typing import Any, Final, Self, TypeVar, Unpack
 
@@ -343,14 +345,23 @@ class AsyncRemoteOrchestrator(_Remote):
                     await workers.waited(partial(next, changes))
         yield found
 
-    async def events(
+    def events(
         self, after: int | None = None, *, progress: bool = False
     ) -> AsyncGenerator[Event, None]:
-        """Iterate over the events from the first step on; see `RemoteOrchestrator.events`."""
-        async with _opened(self._events(after)) as lines:
-            events = events_of(self._service, lines, has_progress=progress)
+        """Iterate over the events from now on; see `RemoteOrchestrator.events`."""
+        exchange = self._events(after)
+        return self._follow(exchange, workers.shared().submit(exchange.open), progress)
+
+    async def _follow(
+        self, exchange: Exchange, opening: Future[Lines], has_progress: bool
+    ) -> AsyncGenerator[Event, None]:
+        try:
+            lines = await asyncio.wrap_future(opening)
+            events = events_of(self._service, lines, has_progress=has_progress)
             while (event := await workers.waited(partial(next, events, None))) is not None:
                 yield event
+        finally:
+            exchange.abort()
 
     async def follow_logs(self, lines: int = 200) -> AsyncGenerator[str, None]:
         """Iterate over the output of the servers; see `Orchestrator.follow_logs`."""

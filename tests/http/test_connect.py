@@ -280,6 +280,16 @@ def test_events_begin_with_the_call(
         stream.close()  # type: ignore[attr-defined]
 
 
+@asyncio_test
+async def test_events_of_the_async_facade_begin_with_the_call_too(
+    service: tuple[Any, RemoteOrchestrator], tiny_model: str
+) -> None:
+    one = AsyncOrchestrator.connect(service[1].url)
+    events = one.events()
+    assert (await one.load(tiny_model)).status == "loaded"
+    assert [event.dest async for event in _first(events, 5)][-1] == "Healthy"
+
+
 def test_steps_of_a_load_are_events_on_request(serve: Serve, gate: Gate, tiny_model: str) -> None:
     with serve(gate.binary) as client:
         remote = Orchestrator.connect(str(client.base_url))
