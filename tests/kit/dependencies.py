@@ -50,9 +50,8 @@ def chosen(*options: str) -> dict[str, str]:
         options: Of `uv pip compile`.
     """
     uv = str(Path(sys.executable).with_name("uv"))
-    # --system-certs: as for pip, the certificates of the machine are trusted
-    command = [uv, "pip", "compile", "-q", "--system-certs", "--no-header", "--no-annotate"]
-    command += ["--python", sys.executable, "--extra", EVERYTHING, *options, "pyproject.toml"]
+    command = [uv, "pip", "compile", "-q", "--no-header", "--no-annotate", "--python"]
+    command += [sys.executable, "--extra", EVERYTHING, *options, "pyproject.toml"]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     lines = (line.partition(";")[0].strip() for line in done.stdout.splitlines())
     return dict(line.split("==") for line in lines if line)
