@@ -23,7 +23,7 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(params=["embedded", "llama_server"])
+@pytest.fixture(params=["embedded", pytest.param("llama_server", marks=pytest.mark.external)])
 def client(request: pytest.FixtureRequest, serve: Serve) -> Iterator[httpx.Client]:
     binary = request.param
     with serve(binary if binary == "embedded" else request.getfixturevalue(binary)) as client:
