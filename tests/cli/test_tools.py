@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import signal
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -67,14 +66,12 @@ def test_the_text_of_the_demo_fits_a_terminal_and_nothing_is_left(cli: Cli, tmp_
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_demo_leaves_nothing(start: Start, signum: int, code: int) -> None:
-    def folders() -> set[Path]:
-        return set(Path(tempfile.gettempdir()).glob("llama-orchestrator-demo-*"))
-
-    before = folders()
-    running = start("demo", "--llama-server", "embedded", "--tiny")
+def test_an_interrupted_demo_leaves_nothing(
+    start: Start, tmp_path: Path, signum: int, code: int
+) -> None:
+    running = start("demo", "--llama-server", "embedded", "--tiny", TMPDIR=str(tmp_path))
     running.line_with("WaitingHealth")
-    (folder,) = folders() - before
+    (folder,) = tmp_path.glob("llama-orchestrator-demo-*")
     assert running.signal(signum) == code
     assert not folder.exists()
     assert servers_of(folder) == set()
