@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -83,14 +82,7 @@ def _chunks(
     ) as lines:
         for line in lines:
             if line.startswith(_DATA) and (data := line.removeprefix(_DATA)) != _DONE:
-                chunk = service.understood(_members, {"data": data})
+                chunk = service.understood(dict, data)
                 if "error" in chunk:
                     raise Failure({"title": "The answer failed", "detail": str(chunk["error"])})
                 yield chunk
-
-
-def _members(line: dict[str, str]) -> dict[str, Any]:
-    members = json.loads(line["data"])
-    if not isinstance(members, dict):
-        raise TypeError
-    return members

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Generic, TypeVar
 from urllib.parse import quote
 
@@ -75,7 +75,9 @@ def strings_in(name: str) -> Callable[[Json], tuple[str, ...]]:
     return strings
 
 
-def events_of(service: Service, lines: Lines, *, has_progress: bool) -> Iterator[Event]:
+def events_of(
+    service: Service, lines: Lines, *, has_progress: bool
+) -> Generator[Event, None, None]:
     """Yield the events of a stream of server-sent events."""
     members: dict[str, str] = {}
     with contextlib.closing(lines):
@@ -84,12 +86,11 @@ def events_of(service: Service, lines: Lines, *, has_progress: bool) -> Iterator
             if line:
                 members[name] = value
             elif "data" in members:
-                event = service.understood(_event, members)
+                event = service.understood(partial(_event, members), members["data"])
                 members = {}
                 if has_progress or event.kind != "progress":
                     yield event
 
 
-def _event(members: Mapping[str, str]) -> Event:
-    data = json.loads(members["data"])
+def _event(members: Mapping[str, str], data: Json) -> Event:
     return Event.from_dict({**data, "id": int(members["id"]), "kind": members["event"]})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, Final, Self, TypeVar, Unpack
@@ -45,11 +45,11 @@ from orchestrator.runtime.asks import (
 from orchestrator.runtime.calls import RequestLike, request_of
 from orchestrator.runtime.events import Event
 from orchestrator.runtime.service import Exchange, Json, Lines, Service
+from orchestrator.server.output import MAX_LINES
 from orchestrator.settings.fields import LoadFields
 
 _T = TypeVar("_T")
 _PREFIX: Final = "/api/inference"
-_MAX_LINES: Final = 2000
 _MAX_LOADS: Final = 256
 _OF_VARIANTS: Final = ("model_path", "revision", "hf_token")
 
@@ -87,7 +87,7 @@ class _Remote:
         """Return the last lines of output of the server, oldest first."""
         if lines < 1:
             return ()
-        ask = quick(f"/logs?lines={min(lines, _MAX_LINES)}", strings_in("lines"))
+        ask = quick(f"/logs?lines={min(lines, MAX_LINES)}", strings_in("lines"))
         return self._now(ask)
 
     def history(self, limit: int = 20) -> list[PastLoad]:
@@ -168,7 +168,7 @@ class _Remote:
         return Exchange(self._service, "GET", f"{_PREFIX}/events", headers=headers)
 
     def _logs(self, lines: int) -> Exchange:
-        shown = min(max(1, lines), _MAX_LINES)
+        shown = min(max(1, lines), MAX_LINES)
         return Exchange(self._service, "GET", f"{_PREFIX}/logs?follow=true&lines={shown}")
 
     def _leased(self, status: Status) -> LeasedServer | None:
@@ -261,7 +261,9 @@ class RemoteOrchestrator(_Remote):
                     next(changes)
         yield found
 
-    def events(self, after: int | None = None, *, progress: bool = False) -> Iterator[Event]:
+    def events(
+        self, after: int | None = None, *, progress: bool = False
+    ) -> Generator[Event, None, None]:
         """Iterate over the events from now on; see `Orchestrator.events`.
 
         Args:
@@ -355,13 +357,10 @@ class AsyncRemoteOrchestrator(_Remote):
     async def _follow(
         self, exchange: Exchange, opening: Future[Lines], has_progress: bool
     ) -> AsyncGenerator[Event, None]:
-        try:
-            lines = await asyncio.wrap_future(opening)
+        async with _opened(exchange, opening) as lines:
             events = events_of(self._service, lines, has_progress=has_progress)
             while (event := await workers.waited(partial(next, events, None))) is not None:
                 yield event
-        finally:
-            exchange.abort()
 
     async def follow_logs(self, lines: int = 200) -> AsyncGenerator[str, None]:
         """Iterate over the output of the servers; see `Orchestrator.follow_logs`."""
@@ -381,8 +380,8 @@ class AsyncRemoteOrchestrator(_Remote):
 
 
 @contextlib.asynccontextmanager
-async def _opened(exchange: Exchange) -> AsyncIterator[Lines]:
+async def _opened(exchange: Exchange, opening: Future[Lines] | None = None) -> AsyncIterator[Lines]:
     try:
-        yield await workers.waited(exchange.open)
+        yield await asyncio.wrap_future(opening or workers.shared().submit(exchange.open))
     finally:
         exchange.abort()

@@ -61,11 +61,12 @@ class Service:
         """Return the error of an answer that is none of an orchestrator's."""
         return Unreachable.because(f"{self.url} does not speak this API", field="url")
 
-    def understood(self, parse: Callable[[Json], _T], document: object) -> _T:
-        """Return what a document means. Raises the error of a service of another kind."""
-        if not isinstance(document, dict):
-            raise self.not_understood()
+    def understood(self, parse: Callable[[Json], _T], text: str | bytes) -> _T:
+        """Return what a JSON object means. Raises the error of a service of another kind."""
         try:
+            document = json.loads(text)
+            if not isinstance(document, dict):
+                raise self.not_understood()
             return parse(document)
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise self.not_understood() from error
@@ -114,7 +115,7 @@ class Exchange:
             Unreachable: it does not respond, or is no orchestrator.
         """
         with self._reported(), contextlib.closing(self._connection):
-            return self._service.understood(parse, _loaded(self._begin().read()))
+            return self._service.understood(parse, self._begin().read())
 
     def open(self) -> Lines:
         """Return a stream whose head has arrived; raises as `json` does."""
@@ -152,9 +153,8 @@ class Exchange:
         response: http.client.HTTPResponse = connection.getresponse()
         if response.status < 300:
             return response
-        document = _loaded(response.read())
-        problem = self._service.understood(partial(_problem, response.status), document)
-        raise problem.error()
+        parse = partial(_problem, response.status)
+        raise self._service.understood(parse, response.read()).error()
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:
@@ -196,14 +196,6 @@ def _problem(status: int, document: Json) -> Problem:
     category = code if isinstance(code, str) else "http_error"
     members = {"category": category, "detail": error["message"], "field": error.get("param")}
     return Problem.from_dict({**members, "status": status, "title": title})
-
-
-def _loaded(body: bytes) -> object:
-    """Return a JSON document; None if it is none."""
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _notice_dead_peer(sock: socket.socket) -> None:

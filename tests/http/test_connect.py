@@ -41,11 +41,11 @@ from tests.kit.shell.harness import asyncio_test
 
 
 @pytest.fixture
-def service(state_dir: Path) -> Iterator[tuple[Orchestrator, RemoteOrchestrator]]:
+def service(state_dir: Path) -> Iterator[tuple[AsyncOrchestrator, RemoteOrchestrator]]:
     """An orchestrator, and the remote facade of the same one."""
     orch = AsyncOrchestrator(llama_server="embedded", state_dir=state_dir)
     with serving(create_app(orch)) as client:
-        yield orch, Orchestrator.connect(str(client.base_url))  # type: ignore[misc]
+        yield orch, Orchestrator.connect(str(client.base_url))
 
 
 @pytest.fixture
@@ -277,7 +277,7 @@ def test_events_begin_with_the_call(
     later = remote.events(after=5)
     assert next(later).trigger == "unload"
     for stream in (events, later):
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
 
 
 @asyncio_test
@@ -293,7 +293,7 @@ async def test_events_of_the_async_facade_begin_with_the_call_too(
 def test_steps_of_a_load_are_events_on_request(serve: Serve, gate: Gate, tiny_model: str) -> None:
     with serve(gate.binary) as client:
         remote = Orchestrator.connect(str(client.base_url))
-        with contextlib.closing(remote.events(progress=True)) as events:  # type: ignore[type-var]
+        with contextlib.closing(remote.events(progress=True)) as events:
             remote.submit(tiny_model)
             found = next(event for event in events if event.kind == "progress")
         assert found.data == remote.progress().as_dict()
