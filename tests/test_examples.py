@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 import orchestrator
 from orchestrator.demo.tiny_model import write_tiny_model
 from tests.kit.copies import EXAMPLES, ROOT, shown_in
+from tests.kit.process.support import until
 
 DEADLINE_S = 120.0
 Example = Callable[..., str]
@@ -151,7 +151,7 @@ def test_streaming_route_holds_its_lease_as_long_as_the_stream(
             lines = answer.iter_lines()
             assert next(lines).startswith("data: {")
             assert client.get(api + "/status").json()["leases"] == 1
-        until(lambda: client.get(api + "/status").json()["leases"] == 0)  # the client has left
+        until(lambda: client.get(api + "/status").json()["leases"] == 0, "the end of the lease")
 
         with client.stream("POST", streaming + "/chat", json={**question, "max_tokens": 50}) as it:
             lines = it.iter_lines()
@@ -203,13 +203,6 @@ def test_prometheus_scrapes_the_route_that_the_service_has(serving: str) -> None
     assert '"127.0.0.1:8642"' in scrape
     assert (EXAMPLES / "prometheus-rules.yml").name in scrape
     assert "llama_orchestrator_state{" in httpx.get(serving + "/metrics").text
-
-
-def until(condition: Callable[[], bool]) -> None:
-    ends = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < ends
-        time.sleep(0.05)
 
 
 def test_wsgi_example_loads_once_for_all_threads(wsgi_backend: str) -> None:

@@ -114,8 +114,8 @@ def using_the_server(url: str) -> Iterator[None]:
         uploading.putrequest("POST", "/v1/completions")
         uploading.putheader("Transfer-Encoding", "chunked")
         uploading.endheaders(b"1\r\n{\r\n")
-        while httpx.get(f"{url}{PREFIX}/status", trust_env=False).json()["leases"] == 0:
-            pass
+        with httpx.Client(base_url=url, trust_env=False) as client:
+            until(client, lambda status: status["leases"])
         yield
 
 

@@ -17,13 +17,14 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
 from orchestrator.demo.tiny_model import write_tiny_model
 from tests.kit.copies import ROOT
 from tests.kit.fake_hub import Hub, Repo
+from tests.kit.process.support import until
 
 PAGE: Final = (ROOT / "docs" / "tutorial.md").read_text()
 REPO: Final = "unsloth/Qwen3-0.6B-GGUF"
@@ -82,16 +83,13 @@ class Reader:
 
     def wait_for(self, **expected: object) -> None:
         """Wait until the status is there and has these members."""
-        ends = time.monotonic() + 60
-        while True:
-            try:
-                found = self.status()
-                if expected.items() <= found.items():
-                    return
-            except OSError as error:
-                found = {"error": error}
-            assert time.monotonic() < ends, f"{expected} never came: {found}"
-            time.sleep(0.05)
+
+        def is_there() -> bool:
+            with suppress(OSError):
+                return expected.items() <= self.status().items()
+            return False
+
+        until(is_there, f"a status with {expected}", 60)
 
     @contextmanager
     def serving(self, block: str) -> Iterator[None]:
