@@ -1,6 +1,6 @@
 """The real effects of one owner: the slot's processes, the model files and the probes.
 
-Servers are spawned on the owner's thread, and signalled and reaped on the warden's. Everything
+Servers are started and ended by the slot's keeper, to which the warden speaks. Everything
 else that may block (Hub requests, downloads, probes) runs on the worker threads of the process.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
@@ -37,7 +36,7 @@ from orchestrator.machine.facts import Child, Emptied, Fact, KillFailed, SlotEvi
 from orchestrator.models.hub.fetch_process import FetchProgress
 from orchestrator.models.source import ModelSource
 from orchestrator.runtime.ports import LogPosition, SlotLock
-from orchestrator.server import eviction, guardian
+from orchestrator.server import eviction
 from orchestrator.server.child import ServerProcess
 from orchestrator.server.environment import check_server_env, child_environment
 from orchestrator.server.readiness import ReadProgress, wait_ready
@@ -101,7 +100,6 @@ class ProcessEffects:
         self._look_up = look_up
         self._template_path = str(slot.directory / "chat-template.jinja")
         self._server: ServerProcess | None = None
-        self._guardian: subprocess.Popen[bytes] | None = None
         self._progress: dict[Generation, ReadProgress | FetchProgress] = {}
         self._in_flight: set[Future[None]] = set()
         self._warden = Warden(slot, post, kill_grace_s=settings.kill_grace_s)
@@ -113,11 +111,14 @@ class ProcessEffects:
             undo.callback(workers.release)
             threads.start(self._warden)
             undo.pop_all()
-        self._ensure_guardian()
+        self._warden.prepare()
 
     # ----------------------------------------------------------------------- on the owner's thread
 
     def take_slot(self) -> tuple[SlotEvidence, SlotLock | None]:
+        evidence = self._warden.is_empty()
+        if not evidence.is_empty:
+            return evidence, None
         evidence, fd = self._slot.take_lock()
         return evidence, None if fd is None else _HeldLock(fd)
 
@@ -158,15 +159,12 @@ class ProcessEffects:
     def close(self) -> None:
         wait(tuple(self._in_flight), _CLOSE_S)
         self._warden.close()
-        if self._guardian is not None:
-            guardian.stop(self._guardian)
         self._workers.release()
         self._slot.release()
 
     def _spawn(self, command: Spawn, lock: SlotLock | None) -> None:
         if not isinstance(lock, _HeldLock) or lock.fd is None:
             raise TypeError("a spawn needs the lock of its slot")
-        self._ensure_guardian()
         try:
             template = self._write_template(command.target.request.chat_template_override)
             argv = build_argv(command.target, template_file=template)
@@ -184,17 +182,6 @@ class ProcessEffects:
         self._server = server
         child = Child(server.generation, server.pid)
         self._post(facts.Spawned(server.generation, time.monotonic(), child))
-
-    def _ensure_guardian(self) -> None:
-        """Start the process that ends the server if this one dies, unless it is running."""
-        if self._guardian is not None:
-            if self._guardian.poll() is None:
-                return
-            _log("warning", "guardian.ended", returncode=self._guardian.returncode)
-        try:
-            self._guardian = guardian.start(self._slot)
-        except OSError as error:
-            _log("error", "guardian.unavailable", error=str(error))
 
     # ------------------------------------------------------------------------- on worker threads
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,18 +18,17 @@ class ServerProcess:
 
     Attributes:
         family: Returns the pids of the server and everything it started.
+        output_fd: Its output, until that has ended.
         api_key: The key it requires on every route but /health.
         listeners: Called on every output and at the exit.
     """
 
     generation: Generation
     pin: Pin
-    popen: subprocess.Popen[bytes]
     family: Callable[[], set[int]]
     output: OutputRing = field(init=False)
-    stdout_fd: int | None = None
+    output_fd: int | None = None
     exit: Exit | None = None
-    is_reaped: bool = False
     api_key: str | None = field(default=None, repr=False)
     listeners: list[Callable[[], None]] = field(default_factory=list)
 
@@ -41,11 +40,6 @@ class ServerProcess:
         return self.pin.process.pid
 
     @property
-    def must_be_polled(self) -> bool:
-        """Whether there is no pidfd that becomes readable at its exit."""
-        return self.exit is None and self.pin.fd is None
-
-    @property
     def is_alive(self) -> bool:
         """Whether it is running, as the kernel reports it now."""
         return self.exit is None and not self.pin.has_exited
@@ -53,3 +47,11 @@ class ServerProcess:
     def notify(self) -> None:
         for listener in tuple(self.listeners):
             listener()
+
+    def close(self) -> None:
+        """Give back its descriptors; everything has exited."""
+        self.pin.close()
+        if self.output_fd is not None:
+            os.close(self.output_fd)
+            self.output_fd = None
+        self.output.close()

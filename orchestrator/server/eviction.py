@@ -1,81 +1,107 @@
-"""One run of the kill ladder: signal everything in a slot, then prove that the slot is empty.
+"""The slow look-up: end what a slot holds where no keeper can be asked.
 
-The warden steps it for a server of ours; `reap` does for what a dead owner left behind.
+That is what a dead owner left together with its keeper, what the parent-death signal of a killed
+keeper did not reach, and, where processes can leave a keeper (macOS), every end of a server. What
+is ours is found by the record, the lock and a token, in the whole process table.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import os
-import select
 import signal
 import time
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
 from orchestrator.base.log import event_log
 from orchestrator.machine.facts import SlotEvidence
 from orchestrator.server import ladder, process_table
-from orchestrator.server.child import ServerProcess
-from orchestrator.server.pin import Pin
+from orchestrator.server.pin import Pin, wait_exited
 from orchestrator.server.process_table import ProcessId
 from orchestrator.server.slot import Slot
 
-VERIFY_EVERY_S: Final = 0.02
-_REAP_GRACE_S: Final = 0.3
+_VERIFY_EVERY_S: Final = 0.02
+_LEFT_GRACE_S: Final = 0.3
 _log = event_log("orchestrator.server")
 
 
-@dataclass(slots=True, eq=False)
-class Eviction:
-    """A run in progress; `step` never blocks.
+def reap(slot: Slot) -> tuple[set[int], SlotEvidence]:
+    """End what a dead owner left in a slot, its keeper last. The caller owns the slot.
 
-    Attributes:
-        poll: Gets the pidfds of what is waited for.
-        server: Our own child, until it is reaped.
-        group: Process group (and session) of the slot's server, if it cannot be another's.
+    Returns:
+        The pids that were signalled, and whether the slot is empty now.
     """
+    keeper = slot.recall_keeper()
+    ended, evidence = evict(slot, _LEFT_GRACE_S, keeper)
+    if keeper is not None and (pin := Pin.of(keeper)) is not None:
+        pin.signal(signal.SIGKILL)  # it may be stopped, and has nothing to do any more
+        pin.close()
+    if evidence.is_empty:
+        slot.forget()
+    return ended, evidence
 
+
+def evict(
+    slot: Slot, grace_s: float, keeper: ProcessId | None = None
+) -> tuple[set[int], SlotEvidence]:
+    """Run the kill ladder on all that is found in a slot, until it is verified empty.
+
+    Args:
+        grace_s: Seconds between SIGTERM and SIGKILL.
+        keeper: The keeper of a dead owner, whose children are the slot's too.
+
+    Returns:
+        The pids that were signalled, and whether the slot is empty now.
+    """
+    server = slot.recall()
+    is_same = server is not None and process_table.identify(server.pid) == server
+    group = server.pid if server is not None and is_same else None  # a zombie keeps it too
+    rungs = deque(ladder.kill_plan(grace_s, now=time.monotonic()))
+    run = _Eviction(slot, group, keeper, rungs)
+    with contextlib.closing(run):
+        return run.signalled, run.until_empty()
+
+
+@dataclass(slots=True, eq=False)
+class _Eviction:
     slot: Slot
-    poll: select.poll
+    group: int | None
+    keeper: ProcessId | None
     rungs: deque[ladder.SignalAt]
-    server: ServerProcess | None = None
-    group: int | None = None
     signalled: set[int] = field(default_factory=set)
     _sent: tuple[int, ...] = ()
     _pins: dict[int, Pin] = field(default_factory=dict)
     _gives_up_at: float = math.inf
     _why: str = ""
 
-    def step(self) -> SlotEvidence | None:
-        """Send what is due; return the evidence once the slot is empty, or after giving up."""
-        if self._is_empty():
-            return SlotEvidence(True)
-        now = time.monotonic()
-        while self.rungs and self.rungs[0].at_s <= now:
-            self._signal_all(self.rungs.popleft().signum)
-        return self._give_up() if now >= self._gives_up_at else None
-
-    def timeout_ms(self) -> float:
-        """Return how long to wait for `poll` before the next step."""
-        next_rung = [rung.at_s - time.monotonic() for rung in tuple(self.rungs)[:1]]
-        return max(0.0, min([VERIFY_EVERY_S, *next_rung]) * 1000)
+    def until_empty(self) -> SlotEvidence:
+        """Signal what is found; return the evidence once the slot is empty, or after giving up."""
+        while not self._is_empty():
+            if time.monotonic() >= self._gives_up_at:
+                return self._give_up()
+            while self.rungs and self.rungs[0].at_s <= time.monotonic():
+                self._signal_all(self.rungs.popleft().signum)
+            next_rung = [rung.at_s - time.monotonic() for rung in tuple(self.rungs)[:1]]
+            wait_s = max(0.0, min([_VERIFY_EVERY_S, *next_rung]))
+            if not self._pins:
+                time.sleep(wait_s)
+            wait_exited(self._pins.values(), wait_s)
+        return SlotEvidence(True)
 
     def close(self) -> None:
-        for pin in tuple(self._pins.values()):
-            self._unpin(pin)
+        for pin in self._pins.values():
+            pin.close()
 
     def _is_empty(self) -> bool:
         """Whether all known processes are dead, no new one is found, and the lock can be taken."""
         for pin in tuple(self._pins.values()):
             if pin.has_exited:
-                self._unpin(pin)
-        if self._pins or self._server_runs:
+                self._pins.pop(pin.process.pid).close()
+        if self._pins:
             return False
-        late = self._pin(self._inhabitants())
+        late = self._pin(self.slot.inhabitants(self.group, self.keeper))
         if not late:
             evidence = self.slot.verify()
             if evidence.is_empty:
@@ -86,86 +112,29 @@ class Eviction:
             self._send(pin)
         return False
 
-    @property
-    def _server_runs(self) -> bool:
-        return self.server is not None and self.server.exit is None
-
     def _signal_all(self, signum: int) -> None:
-        """Signal our child's process group, then each process that is not in it."""
-        is_first = not self._sent
         self._sent = (signum,) if signum == signal.SIGKILL else (signum, signal.SIGCONT)
         if not self.rungs:
-            resident = process_table.resident_bytes(self.group) if self.group else 0
-            self._gives_up_at = time.monotonic() + ladder.gone_within_s(resident)
-        group = self.group if self._server_runs else None
-        if group is not None:
-            if is_first:  # its descendants can only be found while it is running
-                self._pin(self.slot.identified(process_table.descendants({group})))
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                for sent in self._sent:
-                    os.killpg(group, sent)  # not reaped, so the group is still ours
-        if not is_first:
-            self._pin(self._inhabitants())
-        for pin in self._pins.values():
-            if group is None or process_table.group_of(pin.process.pid) != group:
-                self._send(pin)  # once each: llama-server ends at once at a second SIGTERM
+            size = max((process_table.resident_bytes(pid) for pid in self._pins), default=0)
+            self._gives_up_at = time.monotonic() + ladder.gone_within_s(size)
+        self._pin(self.slot.inhabitants(self.group, self.keeper))
+        for pin in self._pins.values():  # once each: llama-server ends at once at a second SIGTERM
+            self._send(pin)
 
     def _send(self, pin: Pin) -> None:
         for signum in self._sent:
             pin.signal(signum)
             self.signalled.add(pin.process.pid)
 
-    def _inhabitants(self) -> set[ProcessId]:
-        ours = {self.server.pin.process} if self.server is not None else set()
-        return self.slot.inhabitants(self.group) - ours
-
-    def _pin(self, processes: Iterable[ProcessId]) -> list[Pin]:
-        """Pin the processes that are new to this run, and return the new pins."""
+    def _pin(self, processes: set[ProcessId]) -> list[Pin]:
+        """Pin the processes that are new, and return the new pins."""
         new = [p for p in processes if p.pid not in self._pins]
         pins = [pin for p in new if (pin := Pin.of(p)) is not None]
-        for pin in pins:
-            self._pins[pin.process.pid] = pin
-            if pin.fd is not None:
-                self.poll.register(pin.fd, select.POLLIN)
+        self._pins |= {pin.process.pid: pin for pin in pins}
         return pins
 
-    def _unpin(self, pin: Pin) -> None:
-        del self._pins[pin.process.pid]
-        if pin.fd is not None:
-            self.poll.unregister(pin.fd)
-        pin.close()
-
     def _give_up(self) -> SlotEvidence:
-        alive = set(self._pins)
-        if self.server is not None and self._server_runs:
-            alive.add(self.server.pid)
-        pids = sorted(alive)
+        pids = sorted(self._pins)
         _log("error", "process.kill_failed", pids=pids)
         why = f"processes {pids} did not end after SIGKILL" if pids else self._why
         return SlotEvidence(False, why)
-
-
-def reap(slot: Slot, *, heir_of: ProcessId | None = None) -> tuple[set[int], SlotEvidence]:
-    """End what a dead owner left in a slot. The caller owns the slot.
-
-    Args:
-        heir_of: Stop as soon as the slot no longer belongs to this dead owner.
-
-    Returns:
-        The pids that were signalled, and whether the slot is empty now.
-    """
-    server = slot.recall()
-    is_same = server is not None and process_table.identify(server.pid) == server
-    rungs = deque(ladder.kill_plan(_REAP_GRACE_S, now=time.monotonic()))
-    group = server.pid if server is not None and is_same else None  # a zombie keeps it too
-    run = Eviction(slot, select.poll(), rungs, group=group)
-    with contextlib.closing(run):
-        while True:
-            if heir_of is not None and not slot.belongs_to(heir_of):
-                return run.signalled, SlotEvidence(False, "another orchestrator has claimed it")
-            if (evidence := run.step()) is not None:
-                break
-            run.poll.poll(run.timeout_ms())
-    if evidence.is_empty:
-        slot.forget()
-    return run.signalled, evidence

@@ -1,27 +1,23 @@
-"""When to signal a server, how long its exit may take, and how often to probe it.
+"""When to signal a server, and how long its exit may take.
 
-Pure: all times are monotonic seconds passed in by the caller.
+Pure: all times are monotonic seconds passed in by the caller. Standard library only: the keeper
+imports it.
 """
 
 from __future__ import annotations
 
 import math
 import signal
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 TERM_AGAIN_S: Final = 0.15
 """When to send the second SIGTERM: llama-server ignores the first for 20 s and more while a stream
 is active, and ends 16 ms after the second. An idle one with a keep-alive connection needs 0.1 s."""
-FIRST_PROBE_S: Final = 0.0015
-LONGEST_PROBE_S: Final = 0.25
-_PROBE_GROWTH: Final = 1.3
 _GONE_BASE_S: Final = 5.0
 _GONE_PER_GIB_S: Final = 0.25  # four times the 0.064 s per GiB that were measured
 
 
-@dataclass(frozen=True, slots=True)
-class SignalAt:
+class SignalAt(NamedTuple):
     """One rung of the kill ladder; `at_s` is absolute monotonic time."""
 
     at_s: float
@@ -52,12 +48,3 @@ def kill_plan(grace_s: float, *, now: float) -> tuple[SignalAt, ...]:
 def gone_within_s(resident_bytes: int) -> float:
     """Return how many seconds after SIGKILL a process of this size may take to exit."""
     return _GONE_BASE_S + _GONE_PER_GIB_S * resident_bytes / (1 << 30)
-
-
-def next_probe_s(last_s: float | None) -> float:
-    """Return the seconds until the next readiness probe.
-
-    Args:
-        last_s: The previous return value; None for the first probe.
-    """
-    return FIRST_PROBE_S if last_s is None else min(last_s * _PROBE_GROWTH, LONGEST_PROBE_S)

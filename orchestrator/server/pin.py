@@ -49,16 +49,24 @@ class Pin:
     def to_watch(cls, process: ProcessId) -> Pin | None:
         """Pin any process, including pid 1, which is often the host in a container."""
         try:
-            fd = _pidfd_open(process.pid) if _pidfd_open is not None else None
+            fd = cls.open(process.pid)
         except ProcessLookupError:
             return None
-        except OSError:  # forbidden by some container runtimes, or no descriptor left: we poll
-            fd = None
         pin = cls(process, fd)
         if not process_table.is_alive(process):
             pin.close()
             return None
         return pin
+
+    @staticmethod
+    def open(pid: int) -> int | None:
+        """Return a pidfd; None where there are none. Raises ProcessLookupError."""
+        try:
+            return _pidfd_open(pid) if _pidfd_open is not None else None
+        except ProcessLookupError:
+            raise
+        except OSError:  # forbidden by some container runtimes, or no descriptor left: we poll
+            return None
 
     @property
     def has_exited(self) -> bool:

@@ -20,7 +20,7 @@ from orchestrator.base.tokens import CancelToken
 from orchestrator.base.waker import Waker
 from orchestrator.errors import Problem
 from orchestrator.machine.facts import ServerFacts
-from orchestrator.server import failures, ladder, process_table
+from orchestrator.server import failures, process_table
 from orchestrator.server.child import ServerProcess
 from orchestrator.server.output import MAX_LINES, TAIL_LINES
 from orchestrator.server.work import WorkMeter
@@ -31,6 +31,9 @@ _SCAN_S: Final = 0.03  # a scan of the process table takes 3 to 8 ms
 _LONGEST_SCAN_S: Final = 0.5
 _MAX_ANSWER: Final = 1 << 20
 _HOST: Final = "127.0.0.1"
+FIRST_PROBE_S: Final = 0.0015
+LONGEST_PROBE_S: Final = 0.25
+_PROBE_GROWTH: Final = 1.3
 NO_ANSWER: Final = (OSError, ValueError, http.client.HTTPException)  # a length of 5000 digits
 _UNPROTECTED: Final = Problem(
     "server_start_failed",
@@ -108,7 +111,7 @@ def wait_ready(
                     field="stall_timeout_s",
                     log_tail=output.tail(),
                 )
-            pause = ladder.next_probe_s(pause)
+            pause = next_probe_s(pause)
             if waker.wait(min(pause, stall_timeout_s))[0] and port is not None:
                 pause = None
         return Problem("cancelled", "the load was cancelled")
@@ -124,6 +127,15 @@ def _why_exited(server: ServerProcess, waker: Waker, extra_args: tuple[str, ...]
     returncode = server.exit.returncode if server.exit else None
     why = failures.explain(returncode, server.output.tail(MAX_LINES), extra_args)
     return replace(why, log_tail=why.log_tail[-TAIL_LINES:])
+
+
+def next_probe_s(last_s: float | None) -> float:
+    """Return the seconds until the next readiness probe.
+
+    Args:
+        last_s: The previous return value; None for the first probe.
+    """
+    return FIRST_PROBE_S if last_s is None else min(last_s * _PROBE_GROWTH, LONGEST_PROBE_S)
 
 
 @dataclass(slots=True)

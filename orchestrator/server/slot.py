@@ -42,7 +42,6 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RECORD_VERSION: Final = 1
 _VERIFY_EVERY_S: Final = 0.02
 _SUCCESSION_S: Final = 10.0
-_HANDOVER_S: Final = 0.25
 _log = event_log("orchestrator.server")
 
 
@@ -80,7 +79,7 @@ class Slot:
     def claim(self) -> None:
         """Become the one owner of this slot.
 
-        If the owner is dead but its lock is still held, its guardian is emptying the slot: wait
+        If the owner is dead but its lock is still held, its keeper is emptying the slot: wait
         for that, at most 10 s.
 
         Raises:
@@ -145,21 +144,6 @@ class Slot:
         pid = slot_name.holder(self.directory)
         found = None if pid is None else process_table.row(pid)
         return None if found is None or found.is_zombie else pid
-
-    def succeed(self, owner: ProcessId) -> bool:
-        """Take the slot over on behalf of a dead owner; return False if it has been claimed."""
-        ends = time.monotonic() + _HANDOVER_S
-        self._lock_fd = _open(self.lock_path)
-        while self._owner_fd is None and self.belongs_to(owner) and time.monotonic() < ends:
-            self._owner_fd = _try_lock(self.owner_path)
-            if self._owner_fd is None:  # a claim about to be written, or a fork without our hook
-                time.sleep(_VERIFY_EVERY_S)
-        self._owner_pid = os.getpid()
-        return self.belongs_to(owner)
-
-    def belongs_to(self, owner: ProcessId) -> bool:
-        """Return whether no other process has claimed the slot since; its lock does not matter."""
-        return _read_owner(self.owner_path) in (owner, None)
 
     def release(self) -> None:
         """Give up the slot; it should be empty by then."""
@@ -228,21 +212,25 @@ class Slot:
             raise _owned(self.name, self._living_owner())
         self._own(fd)
 
-    def inhabitants(self, group: int | None = None) -> set[ProcessId]:
-        """Return every running process that belongs to this slot's server.
+    def inhabitants(
+        self, group: int | None = None, keeper: ProcessId | None = None
+    ) -> set[ProcessId]:
+        """Look for every running process that belongs to this slot's server.
 
         These are recorded processes, members of the server's process group or session,
         descendants of all these, and processes with the slot's token in their environment.
 
         Args:
             group: Process group (and session) of a server that is known to be ours.
+            keeper: The keeper of a dead owner, which started nothing else; it is not included.
         """
         pids = process_table.pids()
         found = {p.pid for p in self._known if process_table.is_alive(p)}
         found |= process_table.bearers(self.token, pids)
         if group is not None:
             found |= process_table.members(group, pids)
-        return self.identified(found | process_table.descendants(found))
+        roots = found | ({keeper.pid} if keeper and process_table.is_alive(keeper) else set())
+        return self.identified(found | process_table.descendants(roots))
 
     def lock_holders(self) -> set[ProcessId]:
         """Return which processes have the server lock open. Slower than `inhabitants`: for a lock
@@ -269,8 +257,16 @@ class Slot:
             and found.session != our_session
         }
 
-    def remember(self, server: ProcessId | None) -> None:
-        """Record the server of this slot; None just before one is started."""
+    def open_owner(self) -> int:
+        """Return a descriptor of the owner's lock for the keeper, which takes it after our death.
+
+        Raises:
+            OSError: The file cannot be opened.
+        """
+        return _open(self.owner_path)
+
+    def remember(self, server: ProcessId | None, keeper: ProcessId | None = None) -> None:
+        """Record the server of this slot, None just before one is started, and its keeper."""
         host = process_table.identify(os.getpid())
         if host is None:
             raise StateDirError.because("this process cannot be found in the process table")
@@ -278,6 +274,7 @@ class Slot:
             self._known.add(server)
         members = {"version": _RECORD_VERSION, "host": asdict(host)}
         members["server"] = None if server is None else asdict(server)
+        members["keeper"] = None if keeper is None else asdict(keeper)
         try:
             replace_file(self.record_path, json.dumps(members))
         except OSError as error:
@@ -288,18 +285,23 @@ class Slot:
 
         None if the record is missing, corrupt or not ours.
         """
+        if (server := self._recorded("server")) is not None:
+            self._known.add(server)
+        return server
+
+    def recall_keeper(self) -> ProcessId | None:
+        """Return the recorded keeper, on the same terms."""
+        return self._recorded("keeper")
+
+    def _recorded(self, name: str) -> ProcessId | None:
         try:
             members = json.loads(read_file(self.record_path, 65536))
             _parse_process(members["host"])
-            if members["version"] != _RECORD_VERSION or members["server"] is None:
-                return None
-            server = _parse_process(members["server"])
+            found = _parse_process(members[name])
+            is_ours = members["version"] == _RECORD_VERSION and found.pid > 1
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
-        if server.pid <= 1:
-            return None
-        self._known.add(server)
-        return server
+        return found if is_ours else None
 
     def forget(self) -> None:
         """Remove the record; the slot has been verified empty."""

@@ -1,33 +1,37 @@
-"""The warden: the thread that drains, signals and reaps the server of a slot.
+"""The warden: the thread of the host that gives a keeper its orders and hears what it says.
 
-No other thread signals or reaps, so a signal can never reach a reused pid. The server itself is
-reaped last: until everything in the slot has exited, its zombie keeps its pid and process group
-from being reused.
+It reads the server's output, reports its exit, and has the slot emptied. What the keeper cannot
+prove, or cannot do because it has been killed, is done here by the slow look-up (eviction.py).
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import os
 import select
-import subprocess
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Final
 
 from orchestrator.base import launch
 from orchestrator.base.log import event_log
+from orchestrator.base.threads import NoThread
 from orchestrator.base.tokens import Generation
 from orchestrator.base.waker import Waker
-from orchestrator.errors import Problem, ServerUnavailable, StateDirError
+from orchestrator.errors import Problem, ServerUnavailable, StateDirError, Unavailable
 from orchestrator.machine.commands import Kill
-from orchestrator.machine.facts import Emptied, Exit, Exited, KillFailed
-from orchestrator.server import ladder, process_table
+from orchestrator.machine.facts import Emptied, Exit, Exited, KillFailed, SlotEvidence
+from orchestrator.server import eviction, process_table
 from orchestrator.server.child import ServerProcess
 from orchestrator.server.environment import API_KEY_NAME
-from orchestrator.server.eviction import Eviction
+from orchestrator.server.ladder import gone_within_s
+from orchestrator.server.link import ANSWER_S, Answer, KeeperGone, KeeperLink
 from orchestrator.server.pin import Pin
 from orchestrator.server.process_table import ProcessId
 from orchestrator.server.slot import Slot
@@ -35,14 +39,17 @@ from orchestrator.server.slot import Slot
 _log = event_log("orchestrator.server")
 _READ_BYTES: Final = 1 << 16
 _POLL_EXIT_S: Final = 0.02
+_STATUS_S: Final = 1.0
 _EXIT_LINES: Final = 40  # every later status contains them
 
 
 @dataclass(slots=True, eq=False)
 class _KillRun:
     command: Kill
-    eviction: Eviction
+    server: ServerProcess | None
     report: Callable[[Emptied | KillFailed], None]
+    answer: Future[Answer] | None = None
+    ends_at: float = math.inf
 
 
 class Warden(threading.Thread):
@@ -62,13 +69,24 @@ class Warden(threading.Thread):
         self._grace_s = kill_grace_s
         self._todo: deque[Callable[[], None]] = deque()
         self._waker = Waker()
+        self._link: KeeperLink | None = None
+        self._links: dict[int, KeeperLink] = {}  # what is polled: the last one may not have ended
         self._server: ServerProcess | None = None
+        self._last_exit: tuple[int, int | None] | None = None  # pid and status, as the keeper says
+        self._status_due = math.inf  # when to give up waiting for the status of an exit
         self._run: _KillRun | None = None
         self._poll = select.poll()
         self._poll.register(self._waker.fd, select.POLLIN)
         self._closing = threading.Event()
 
     # ----------------------------------------------------------------- called from other threads
+
+    def prepare(self) -> None:
+        """Start the keeper, so that no spawn need wait for it; a failure is only logged."""
+        try:
+            self._start_keeper()
+        except (OSError, NoThread) as error:
+            _log("error", "keeper.unavailable", error=str(error))
 
     def spawn(
         self,
@@ -78,7 +96,7 @@ class Warden(threading.Thread):
         lock_fd: int,
         announce: Callable[[ServerProcess], None],
     ) -> None:
-        """Start a server that inherits the slot's lock, and watch it. Runs on the caller's thread.
+        """Have a server started that inherits the slot's lock. Runs on the owner's thread.
 
         Args:
             announce: Called with the server before anything about it is reported.
@@ -86,41 +104,41 @@ class Warden(threading.Thread):
         Raises:
             ServerUnavailable: The binary cannot be executed.
             StateDirError: The record cannot be written; nothing was started.
+            Unavailable: There is no keeper, and none can be started.
         """
-        self._slot.remember(None)
-        try:
-            popen = launch.popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env=dict(environment),
-                pass_fds=(lock_fd,),
-                start_new_session=True,
-                bufsize=0,
-            )
-        except (OSError, ValueError) as error:
+        spec = {"argv": argv, "env": dict(environment), **_working_directory()}
+        link, (answer, fds) = self._order_spawn(json.dumps(spec), lock_fd)
+        if "error" in answer:
             self._slot.forget()
-            raise _cannot_execute(argv[0], error) from error
-        process = process_table.identify(popen.pid) or ProcessId(
-            popen.pid, 0, process_table.boot_id()
-        )
+            raise _cannot_execute(argv[0], *answer["error"])
+        pid = answer["pid"]
+        process = process_table.identify(pid) or ProcessId(pid, 0, process_table.boot_id())
         server = ServerProcess(
             generation,
-            Pin.of(process) or Pin(process, None),  # it may have exited already
-            popen,
-            family=lambda: {p.pid for p in self._slot.inhabitants(process.pid)},
+            Pin(process, fds[1] if len(fds) > 1 else None),
+            family=lambda: self._family(link, pid),
+            output_fd=fds[0],
             api_key=environment.get(API_KEY_NAME),
         )
-        if popen.stdout is not None:
-            server.stdout_fd = popen.stdout.fileno()
-            os.set_blocking(server.stdout_fd, False)
         announce(server)
         self._submit(lambda: self._watch(server))
         try:
-            self._slot.remember(process)
+            self._slot.remember(process, self._keeper_id)
         except StateDirError as error:  # its lock, its token and the first record remain
-            _log("warning", "slot.record_failed", pid=process.pid, error=error.message)
+            _log("warning", "slot.record_failed", pid=pid, error=error.message)
+
+    def is_empty(self) -> SlotEvidence:
+        """Ask the keeper whether it has no child, in about 0.1 ms. Runs on the owner's thread."""
+        link = self._link
+        if link is None:
+            return SlotEvidence(True)  # what a killed keeper left was looked for at its end
+        try:
+            answer, _ = self._answer_to(link, link.order("ask"))
+        except KeeperGone:
+            return SlotEvidence(True)
+        if answer["is_empty"]:
+            return SlotEvidence(True)
+        return SlotEvidence(False, "a process of the last server is still alive")
 
     def empty(
         self,
@@ -129,23 +147,104 @@ class Warden(threading.Thread):
         report: Callable[[Emptied | KillFailed], None],
     ) -> None:
         """Run the kill ladder on everything in the slot, and report once it is verified empty."""
-
-        def begin() -> None:
-            rungs = deque(ladder.kill_plan(self._grace_s, now=time.monotonic()))
-            group = server.pid if server is not None and not server.is_reaped else None
-            run = Eviction(self._slot, self._poll, rungs, server, group)
-            self._run = _KillRun(command, run, report)
-
-        self._submit(begin)
+        self._submit(lambda: self._begin(_KillRun(command, server, report)))
 
     def close(self) -> None:
-        """End the thread; the slot must be empty, or emptying it must have failed."""
+        """End the thread and the keeper; the slot is empty, or emptying it has failed."""
         self._submit(self._closing.set)
         self.join()
+        for link in self._links.values():
+            link.end()
 
     def _submit(self, work: Callable[[], None]) -> None:
         self._todo.append(work)
         self._waker.wake()
+
+    # ------------------------------------------------------------------------------- the keeper
+
+    @property
+    def _keeper_id(self) -> ProcessId | None:
+        return self._link.pin.process if self._link is not None and self._link.pin else None
+
+    def _start_keeper(self) -> KeeperLink:
+        """Start a keeper; raises OSError or NoThread."""
+        try:
+            return self._use(KeeperLink.start(self._slot, self._grace_s))
+        except launch.NoInterpreter as error:
+            return self._start_thread(str(error))
+
+    def _start_thread(self, why: str) -> KeeperLink:
+        _log("error", "keeper.in_process", why=why)
+        return self._use(KeeperLink.start_thread())
+
+    def _use(self, link: KeeperLink) -> KeeperLink:
+        def listen() -> None:
+            self._links[link.fd] = link
+            self._poll.register(link.fd, select.POLLIN)
+
+        self._link = link
+        self._submit(listen)
+        return link
+
+    def _order_spawn(self, spec: str, lock_fd: int) -> tuple[KeeperLink, Answer]:
+        """Order a spawn of the keeper, or of a new one if it has ended."""
+        try:
+            link = self._link or self._start_keeper()
+            with contextlib.suppress(KeeperGone):
+                return link, self._ordered_spawn(link, spec, lock_fd)
+            link = self._start_keeper()
+            with contextlib.suppress(KeeperGone):
+                return link, self._ordered_spawn(link, spec, lock_fd)
+            link = self._start_thread(f"the keeper process ended, or did not answer: {link.pid}")
+            return link, self._ordered_spawn(link, spec, lock_fd)
+        except (KeeperGone, OSError, NoThread) as error:
+            self._slot.forget()
+            why = f"the process that keeps the server cannot be started: {error}"
+            raise Unavailable.because(why) from error
+
+    def _ordered_spawn(self, link: KeeperLink, spec: str, lock_fd: int) -> Answer:
+        with launch.output_file() as file:
+            file.write(spec.encode())
+            file.flush()
+            owner_fd = self._slot.open_owner()
+            try:
+                self._slot.remember(None, self._keeper_id)
+                order = link.order("spawn", (file.fileno(), lock_fd, owner_fd))
+            finally:
+                os.close(owner_fd)
+        return self._answer_to(link, order)
+
+    def _answer_to(self, link: KeeperLink, order: Future[Answer]) -> Answer:
+        try:
+            return order.result(ANSWER_S)
+        except TimeoutError:
+            link.kill()
+            raise KeeperGone(f"the keeper did not answer within {ANSWER_S:g} s") from None
+
+    def _family(self, link: KeeperLink, pid: int) -> set[int]:
+        if link.contains and link.pid is not None:
+            return process_table.descendants({link.pid}) | {pid}
+        return {p.pid for p in self._slot.inhabitants(pid)}
+
+    def _hear(self, link: KeeperLink) -> None:
+        said = link.receive()
+        if said is None:
+            self._lose(link)
+            return
+        for message in said:
+            if message["op"] == "exited":
+                self._last_exit = message["pid"], message["status"]
+
+    def _lose(self, link: KeeperLink) -> None:
+        """The keeper has ended, and its server with it; an unreachable rest is ended by a kill."""
+        _log("warning", "keeper.ended", pid=link.pid)
+        self._poll.unregister(link.fd)
+        del self._links[link.fd]
+        if self._link is link:
+            self._link = None
+        link.end()
+        if self._server is not None:
+            self._exited(self._server, None)
 
     # ----------------------------------------------------------------------- on the warden's thread
 
@@ -165,125 +264,139 @@ class Warden(threading.Thread):
             self._handle_ready(fd)
         while self._todo:
             self._todo.popleft()()
-        if self._server is not None and self._server.must_be_polled:
-            self._check_exit(self._server)
+        if (server := self._server) is not None:
+            if self._last_exit is not None and self._last_exit[0] == server.pid:
+                self._exited(server, self._last_exit[1])
+            elif time.monotonic() >= self._status_due:
+                self._exited(server, None)
         if self._run is not None:
             self._advance(self._run)
 
     def _timeout_ms(self) -> float | None:
-        if self._run is not None:
-            return self._run.eviction.timeout_ms()
-        if self._server is not None and self._server.must_be_polled:
-            return _POLL_EXIT_S * 1000
-        return None
+        due = min(self._status_due, self._run.ends_at if self._run is not None else math.inf)
+        return None if due == math.inf else max(0.0, (due - time.monotonic()) * 1000)
 
     def _handle_ready(self, fd: int) -> None:
         server = self._server
         if fd == self._waker.fd:
             self._waker.clear()
-        elif server is not None and fd == server.stdout_fd:
+        elif (link := self._links.get(fd)) is not None:
+            self._hear(link)
+        elif server is not None and fd == server.output_fd:
             self._drain(server)
         elif server is not None and fd == server.pin.fd:
-            self._check_exit(server)
-        # else: a pin of a kill run, which checks all of its pins anyway
+            self._poll.unregister(fd)
+            self._status_due = time.monotonic() + _STATUS_S
+            if self._link is not None:
+                self._link.resume()
 
     def _watch(self, server: ServerProcess) -> None:
         self._server = server
-        if server.stdout_fd is not None:
-            self._poll.register(server.stdout_fd, select.POLLIN)
-        if server.pin.fd is not None:
-            self._poll.register(server.pin.fd, select.POLLIN)
+        for fd in (server.output_fd, server.pin.fd):
+            if fd is not None:
+                self._poll.register(fd, select.POLLIN)
 
     def _drain(self, server: ServerProcess) -> None:
         """Read what is available, a bounded number of times: a flood must not starve the rest."""
         for _ in range(16):
-            if server.stdout_fd is None:
+            if server.output_fd is None:
                 return
             try:
-                data = os.read(server.stdout_fd, _READ_BYTES)
+                data = os.read(server.output_fd, _READ_BYTES)
             except BlockingIOError:
                 return
             if data:
                 server.output.feed(data)
             else:
-                self._close_pipe(server)
+                self._poll.unregister(server.output_fd)
+                os.close(server.output_fd)
+                server.output_fd = None
+                server.output.close()
 
-    def _close_pipe(self, server: ServerProcess) -> None:
-        if server.stdout_fd is not None and server.popen.stdout is not None:
-            self._poll.unregister(server.stdout_fd)
-            server.stdout_fd = None
-            server.popen.stdout.close()
-            server.output.close()
-
-    def _check_exit(self, server: ServerProcess) -> None:
-        """Record an exit without reaping: the zombie keeps the pid ours."""
-        if server.exit is not None or server.is_alive:
+    def _exited(self, server: ServerProcess, status: int | None) -> None:
+        """Report an exit, once; what the server has left is only ended by a kill."""
+        self._status_due = math.inf
+        if server.exit is not None:
             return
-        if server.pin.fd is not None:
-            self._poll.unregister(server.pin.fd)
         self._drain(server)
-        server.exit = Exit(server.pid, _returncode(server.popen), server.output.tail(_EXIT_LINES))
-        _log("info", "process.exited", pid=server.pid, returncode=server.exit.returncode)
+        server.exit = Exit(server.pid, status, server.output.tail(_EXIT_LINES))
+        _log("info", "process.exited", pid=server.pid, returncode=status)
         server.notify()
         self._on_exit(Exited(server.generation, time.monotonic(), server.exit))
 
+    def _begin(self, run: _KillRun) -> None:
+        self._run = run
+        if self._link is not None:
+            size = 0 if run.server is None else process_table.resident_bytes(run.server.pid)
+            run.ends_at = time.monotonic() + self._grace_s + gone_within_s(size) + ANSWER_S
+            run.answer = self._link.order("kill", grace_s=self._grace_s)
+
     def _advance(self, run: _KillRun) -> None:
-        evidence = run.eviction.step()
-        if evidence is None:
+        if run.answer is not None and not run.answer.done():
+            if time.monotonic() >= run.ends_at and self._link is not None:
+                self._link.kill()
+                run.ends_at = math.inf
             return
+        try:
+            answer = run.answer.result()[0] if run.answer is not None else {}
+        except KeeperGone:
+            answer = {}
+        if answer.get("pids"):
+            pids = answer["pids"]
+            _log("error", "process.kill_failed", pids=pids)
+            self._fail(run, f"processes {pids} did not end after SIGKILL")
+            return
+        if run.server is not None and run.server.exit is None:
+            self._exited(run.server, answer.get("status"))
+        is_proof = self._link is not None and self._link.contains and "is_empty" in answer
+        evidence = self._slot.verify() if is_proof else SlotEvidence(False)
         if not evidence.is_empty:
-            self._fail(run, f"{evidence.reason}; fix that, then unload again")
+            evidence = eviction.evict(self._slot, self._grace_s)[1]
+        if not evidence.is_empty:
+            self._fail(run, evidence.reason)
             return
-        exit_ = self._reap(run.eviction.server)
+        self._end(run)
+
+    def _end(self, run: _KillRun) -> None:
+        exit_ = None
+        if (server := run.server) is not None:
+            exit_ = server.exit
+            self._drain(server)
+            for fd in (server.output_fd, server.pin.fd):
+                if fd is not None and server is self._server:
+                    _unregister(self._poll, fd)
+            server.close()
+            _log("info", "process.reaped", pid=server.pid)
+            if self._server is server:
+                self._server = None
         self._slot.forget()
         self._run = None
         run.report(Emptied(run.command.generation, time.monotonic(), exit_))
 
-    def _reap(self, server: ServerProcess | None) -> Exit | None:
-        if server is None:
-            return None
-        self._drain(server)
-        self._close_pipe(server)
-        if not server.is_reaped:
-            server.popen.wait()
-            server.is_reaped = True
-            server.pin.close()
-            _log("info", "process.reaped", pid=server.pid, returncode=server.popen.returncode)
-        if self._server is server:
-            self._server = None
-        return server.exit
-
     def _fail(self, run: _KillRun, why: str) -> None:
         """End a run without emptying the slot; the record keeps what the slot holds."""
         self._run = None
-        run.eviction.close()
-        message = f"the slot cannot be emptied: {why}"
+        message = f"the slot cannot be emptied: {why}; fix that, then unload again"
         problem = Problem("slot_occupied", message, generation=run.command.generation)
         run.report(KillFailed(run.command.generation, time.monotonic(), problem))
 
 
-def _cannot_execute(command: str, error: Exception) -> ServerUnavailable:
+def _working_directory() -> dict[str, str]:
+    try:
+        return {"cwd": os.getcwd()}
+    except OSError:  # it has been removed
+        return {}
+
+
+def _unregister(poll: select.poll, fd: int) -> None:
+    with contextlib.suppress(KeyError):
+        poll.unregister(fd)
+
+
+def _cannot_execute(command: str, number: int, why: str) -> ServerUnavailable:
     """Return the error of a binary that could not be started (errno: see execve(2))."""
-    why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     hints = {2: "it or its interpreter is missing", 8: "it may be built for another machine"}
-    hint = hints.get(getattr(error, "errno", 0) or 0, "check llama_server")
+    hint = hints.get(number, "check llama_server")
     return ServerUnavailable.because(
         f"{command} cannot be started: {why} ({hint})", field="llama_server"
     )
-
-
-def _returncode(popen: subprocess.Popen[bytes]) -> int | None:
-    """Return the exit status without reaping; None if another part of the host has taken it.
-
-    A host that ignores SIGCHLD, or waits for any child, takes it. `Popen.wait` then reports 0,
-    which would be wrong.
-    """
-    if not hasattr(os, "waitid"):
-        return popen.poll()
-    try:
-        status = os.waitid(os.P_PID, popen.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-    except ChildProcessError:
-        return None
-    if status is None:
-        return None
-    return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status

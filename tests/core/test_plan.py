@@ -9,15 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import InvalidRequest
-from orchestrator.server.ladder import (
-    FIRST_PROBE_S,
-    LONGEST_PROBE_S,
-    TERM_AGAIN_S,
-    SignalAt,
-    gone_within_s,
-    kill_plan,
-    next_probe_s,
-)
+from orchestrator.server.ladder import TERM_AGAIN_S, SignalAt, gone_within_s, kill_plan
+from orchestrator.server.readiness import FIRST_PROBE_S, LONGEST_PROBE_S, next_probe_s
 from orchestrator.settings.checks import MAX_SECONDS, checked_seconds
 
 SECONDS = st.floats(min_value=0.001, max_value=1e6, allow_nan=False)

@@ -93,4 +93,4 @@ def host(fake: Fake, state_dir: Path, model_a: str) -> Iterator[StartHost]:
     for started in hosts:
         started.close()
     if hosts:
-        until(lambda: not servers_of(state_dir), "the guardians empty the slot", 10)
+        until(lambda: not servers_of(state_dir), "the keepers empty the slot", 10)

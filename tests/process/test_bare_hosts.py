@@ -203,7 +203,7 @@ def test_output_of_a_child_needs_no_temporary_folder(monkeypatch: pytest.MonkeyP
 
 
 def test_a_hidden_boot_id_is_the_same_for_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The guardian compares it with its host's."""
+    """The keeper compares it with its host's."""
     monkeypatch.setattr(process_table, "_read", lambda *_: None)
     process_table.boot_id.cache_clear()
     try:

@@ -29,8 +29,9 @@ from tests.kit.process.support import (
     Make,
     StartHost,
     Watch,
-    guardian_of,
+    abandon,
     is_running,
+    keeper_of,
     kill,
     nothing_left,
     stream,
@@ -232,7 +233,7 @@ def test_no_server_outlives_a_backend_that_ends_in_any_state(
     grace_s = "1.0" if signum == "SIGINT" else "600.0"
     backend = host(IN_A_STATE.replace("STATE", repr(str(state))).replace("GRACE_S", grace_s))
     assert backend.receive() == {"state": str(state)}
-    guardian_of(backend)
+    keeper_of(backend)
     has_server = state not in (State.IDLE, State.DOWNLOADING)
     if has_server:
         server = Watch(fake.wait_for("start").pid)
@@ -426,30 +427,26 @@ ModelSource.fetch = failing
 try: failed = orch.load(a["model"], force_reload=True).status
 except OrchestratorError as error: failed = error.category
 ModelSource.fetch = fetch
-guardian = orch._owner.effects._guardian
-guardian.kill()
-guardian.wait()
+os.kill(orch._owner.effects._warden._link.pid, signal.SIGKILL)
 again = orch.load(a["model"])
 orch.unload()
 send(first=first.status, failed=failed, again=again.status, state=str(orch.status().state))
 last = orch.load(a["model"])
 send(pid=last.pid)
-sys.stdin.readline()
-os.kill(os.getpid(), signal.SIGKILL)
+sleep_forever()
 """
 
 
 def test_a_log_on_a_full_disk_does_not_interrupt_anything(
     host: StartHost, make: Make, fake: Fake
 ) -> None:
-    """Neither a load, nor a failing effect, nor a new guardian, nor the next start."""
-    backend = host(FULL_LOG)
+    """Neither a load, nor a failing effect, nor a new keeper, nor the next start."""
+    backend = host(FULL_LOG, server=fake.wrapper())
     received = backend.receive()
     assert received == {"first": "loaded", "failed": "internal", "again": "loaded", "state": "Idle"}
-    server = Watch(backend.receive()["pid"])
-    kill(guardian_of(backend))
-    backend.send()
-    backend.process.wait(30)
+    backend.receive()
+    server = Watch(fake.entries("start")[-1].pid)
+    abandon(backend)
     assert is_running(server.pid)
     with_full_log = FULL_LOG.partition("from orchestrator import")[0]
     second = host(with_full_log + 'send(how=orch.load(a["model"]).status)\norch.close()\n')

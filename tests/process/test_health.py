@@ -24,7 +24,7 @@ import pytest
 from orchestrator import Orchestrator, State
 from orchestrator.demo.tiny_model import write_tiny_model
 from orchestrator.errors import Cancelled, DeadlineExceeded, ServerStartFailed, Stalled
-from orchestrator.server import ladder, process_table
+from orchestrator.server import process_table, readiness
 from orchestrator.server.child import ServerProcess
 from orchestrator.server.output import OutputRing
 from orchestrator.server.process_table import Usage
@@ -184,7 +184,7 @@ def test_readiness_is_noticed_within_the_longest_probe_interval(
     bound = fake.wait_for("bound")
     loading.result()
     healthy = fake.wait_for("healthy")
-    assert healthy["at"] - bound["at"] - 1.0 < ladder.LONGEST_PROBE_S + 0.5
+    assert healthy["at"] - bound["at"] - 1.0 < readiness.LONGEST_PROBE_S + 0.5
 
 
 def test_a_server_that_answers_no_props_is_ready(
@@ -574,8 +574,8 @@ def test_a_server_that_exits_as_it_becomes_ready_is_not_loaded(
 @pytest.fixture
 def rare_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Probe every minute, so that an earlier return was woken by something else."""
-    monkeypatch.setattr(ladder, "FIRST_PROBE_S", 60.0)
-    monkeypatch.setattr(ladder, "LONGEST_PROBE_S", 60.0)
+    monkeypatch.setattr(readiness, "FIRST_PROBE_S", 60.0)
+    monkeypatch.setattr(readiness, "LONGEST_PROBE_S", 60.0)
 
 
 @pytest.mark.usefixtures("rare_probes")

@@ -76,7 +76,7 @@ def test_the_interpreter_of_these_tests_has_no_packages() -> None:
     assert done.stdout.split() == ["None", "None"]
 
 
-def test_server_download_and_guardian_find_the_packages_of_the_host(
+def test_server_download_and_keeper_find_the_packages_of_the_host(
     host: subprocess.Popen[str],
 ) -> None:
 

@@ -1,7 +1,7 @@
 """A server exits within a second of its backend, however that ends, and no other process does.
 
 The backend is a process of its own (`support.Host`). A server that outlives both its backend and
-the guardian is ended by the next start.
+the keeper is ended by the next start.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from tests.kit.process.support import (
     Make,
     StartHost,
     Watch,
-    guardian_of,
+    abandon,
     is_running,
+    keeper_of,
+    keepers_of,
     kill,
     open_files,
     until,
@@ -64,9 +66,6 @@ def test_no_server_outlives_its_backend(
     grace = "orch = make(kill_grace_s=0.2)\n"
     backend = host(f"{grace}{LOAD}sys.stdin.readline()\n{ENDS[end]}")
     server = Watch(backend.receive()["pid"])
-    guardian = guardian_of(backend)
-    if end in ("SIGINT", "returns", "raises", "sys.exit"):
-        kill(guardian)  # at these the host itself stops its server
     backend.send()
     signum = getattr(signal, end, 0)
     begun = backend.die(signum) if signum else time.monotonic()
@@ -76,13 +75,13 @@ def test_no_server_outlives_its_backend(
     assert took < GONE_S, took
 
 
-def test_no_server_outlives_a_backend_killed_before_its_guardian_is_up(
+def test_no_server_outlives_a_backend_killed_before_its_keeper_is_up(
     host: StartHost, fake: Fake
 ) -> None:
     """Memory tends to run out at the first load of a new backend."""
     backend = host(LOAD + "sleep_forever()")
     server = Watch(backend.receive()["pid"])
-    assert server.seconds_to_exit(backend.die()) < 2 * GONE_S  # the guardian has yet to start
+    assert server.seconds_to_exit(backend.die()) < 2 * GONE_S  # the keeper has yet to start
 
 
 FORKING = """
@@ -103,7 +102,7 @@ def test_forked_workers_do_not_keep_the_server_alive(host: StartHost, fake: Fake
     backend = host(FORKING)
     received = backend.receive()
     server = Watch(received["pid"])
-    guardian_of(backend)
+    keeper_of(backend)
     try:
         assert server.seconds_to_exit(backend.die()) < GONE_S
         assert all(map(is_running, received["workers"]))
@@ -135,7 +134,7 @@ def test_a_worker_forked_during_a_load_holds_no_lock(
     backend = host(FORKED_DURING_A_LOAD)
     worker = backend.receive()["worker"]
     server = Watch(backend.receive()["pid"])
-    guardian_of(backend)
+    keeper_of(backend)
     try:
         assert server.seconds_to_exit(backend.die()) < GONE_S
         assert is_running(worker)
@@ -162,7 +161,7 @@ def test_a_server_outlives_the_thread_that_loaded_it(host: StartHost) -> None:
     backend = host(SHORT_LIVED_THREAD)
     pid = backend.receive()["pid"]
     server = Watch(pid)
-    guardian_of(backend)
+    keeper_of(backend)
     backend.send()
     assert backend.receive()["again"] == pid
     assert server.seconds_to_exit(backend.die()) < GONE_S
@@ -185,7 +184,7 @@ def test_a_server_outlives_the_event_loop_that_loaded_it(host: StartHost) -> Non
     received = backend.receive()
     assert received["pid"] == received["again"]
     server = Watch(received["pid"])
-    guardian_of(backend)
+    keeper_of(backend)
     assert server.seconds_to_exit(backend.die()) < GONE_S
 
 
@@ -196,7 +195,7 @@ def test_no_descendant_outlives_the_backend(host: StartHost, fake: Fake, kind: s
     backend = host(LOAD + "sleep_forever()")
     backend.receive()
     child = Watch(fake.wait_for("child").pid)
-    guardian_of(backend)
+    keeper_of(backend)
     assert child.seconds_to_exit(backend.die()) < GONE_S
     until(lambda: not fake.running(), "the rest", 5)
 
@@ -206,7 +205,7 @@ def test_no_server_behind_a_wrapper_outlives_the_backend(host: StartHost, fake: 
     backend = host(LOAD + "sleep_forever()", server=fake.wrapper())
     wrapper = backend.receive()["pid"]
     server = Watch(fake.wait_for("start").pid)
-    guardian_of(backend)
+    keeper_of(backend)
     assert server.seconds_to_exit(backend.die()) < GONE_S
     until(lambda: not is_running(wrapper), "the wrapper", 5)
 
@@ -217,7 +216,7 @@ def test_no_server_outlives_a_backend_killed_during_the_start(host: StartHost, f
     backend = host('orch.submit(a["model"])\nsend(submitted=True)\nsleep_forever()')
     backend.receive()
     server = Watch(fake.wait_for("start").pid)
-    guardian_of(backend)
+    keeper_of(backend)
     assert server.seconds_to_exit(backend.die()) < GONE_S
 
 
@@ -227,7 +226,7 @@ def test_no_stopped_server_outlives_its_backend(host: StartHost, fake: Fake) -> 
     pid = backend.receive()["pid"]
     os.kill(pid, signal.SIGSTOP)
     server = Watch(pid)
-    guardian_of(backend)
+    keeper_of(backend)
     assert server.seconds_to_exit(backend.die()) < GONE_S
 
 
@@ -237,7 +236,7 @@ def test_a_stopped_backend_keeps_its_server(host: StartHost, fake: Fake) -> None
         LOAD + 'sys.stdin.readline()\nsend(again=orch.load(a["model"]).pid)\nsleep_forever()'
     )
     pid = backend.receive()["pid"]
-    guardian_of(backend)
+    keeper_of(backend)
     backend.process.send_signal(signal.SIGSTOP)
     until(lambda: psutil.Process(backend.pid).status() == psutil.STATUS_STOPPED, "the stop")
     assert is_running(pid)
@@ -248,16 +247,16 @@ def test_a_stopped_backend_keeps_its_server(host: StartHost, fake: Fake) -> None
 
 IN_A_CONTAINER = """
 outcome = orch.load(a["model"])
-guardian = orch._owner.effects._guardian.pid
+keeper = orch._owner.effects._warden._link.pid
 settled, ends = "", time.monotonic() + 20
 while not settled and time.monotonic() < ends:
     time.sleep(0.005)
     try:
-        folder = f"/proc/{guardian}/fd"
+        folder = f"/proc/{keeper}/fd"
         names = [os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder)]
         settled = "watching" if any("pidfd" in name for name in names) else ""
-    except FileNotFoundError:  # a descriptor that was closed, or a guardian that has ended
-        settled = "" if os.path.exists(f"/proc/{guardian}/exe") else "gone"
+    except FileNotFoundError:  # a descriptor that was closed, or a keeper that has ended
+        settled = "" if os.path.exists(f"/proc/{keeper}/exe") else "gone"
 again = orch.load(a["model"])
 send(me=os.getpid(), settled=settled, pid=outcome.pid, again=again.pid, how=again.status)
 orch.close()
@@ -266,7 +265,7 @@ send(left=str(orch.status().state))
 
 
 def test_a_backend_that_is_pid_1_keeps_its_server(host: StartHost, tmp_path: Path) -> None:
-    """It is in most containers, and the guardian must be able to watch it."""
+    """It is in most containers, and the keeper must be able to watch it."""
     inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
     if os.geteuid() != 0:
         inside += ["--user", "--map-root-user"]
@@ -285,28 +284,28 @@ def test_a_backend_that_is_pid_1_keeps_its_server(host: StartHost, tmp_path: Pat
     assert backend.receive() == {"left": "Idle"}
 
 
-# The guardian
+# The keeper
 
 
-def test_a_guardian_that_was_killed_is_replaced_at_the_next_start(host: StartHost) -> None:
+def test_a_keeper_that_was_killed_is_replaced_at_the_next_start(host: StartHost) -> None:
     """Otherwise the backend might run without one for months."""
     again = 'sys.stdin.readline()\nsend(pid=orch.load(a["model"], force_reload=True).pid)\n'
     backend = host(LOAD + again + "sleep_forever()")
     backend.receive()
-    first = guardian_of(backend)
+    first = keeper_of(backend)
     kill(first)
     until(lambda: not is_running(first), "its end")
     backend.send()
     server = Watch(backend.receive()["pid"])
-    assert guardian_of(backend) != first
+    assert keeper_of(backend) != first
     assert server.seconds_to_exit(backend.die()) < GONE_S
 
 
-def test_close_does_not_wait_for_a_stopped_guardian(host: StartHost) -> None:
+def test_close_does_not_wait_for_a_stopped_keeper(host: StartHost) -> None:
     """A stopped process does not handle SIGTERM."""
     backend = host(LOAD + "sys.stdin.readline()\norch.close()\nsend(closed=True)\nsleep_forever()")
     backend.receive()
-    os.kill(guardian_of(backend), signal.SIGSTOP)
+    os.kill(keeper_of(backend), signal.SIGSTOP)
     backend.send()
     assert backend.receive() == {"closed": True}
 
@@ -330,7 +329,7 @@ sleep_forever()
 
 
 @pytest.mark.parametrize("is_frozen", [False, True], ids=["embedded", "frozen"])
-def test_the_guardian_is_never_started_with_another_program_than_python(
+def test_the_keeper_is_never_started_with_another_program_than_python(
     host: StartHost, fake: Fake, tmp_path: Path, is_frozen: bool
 ) -> None:
     """`sys.executable` of a bundled application is the application: a second one would claim the
@@ -342,25 +341,26 @@ def test_the_guardian_is_never_started_with_another_program_than_python(
     fake.env |= {"APPLICATION": str(application), "FROZEN": str(int(is_frozen))}
     backend = host(PROGRAM)
     received = backend.receive()
-    assert ("guardian.unavailable" in received["logged"]) is is_frozen
+    assert ("keeper.in_process" in received["logged"]) is is_frozen
     server = Watch(received["pid"])
     if is_frozen:
         kill(received["pid"])
         server.seconds_to_exit(time.monotonic())
     else:
-        guardian_of(backend)
+        keeper_of(backend)
         assert server.seconds_to_exit(backend.die()) < GONE_S
     assert not (tmp_path / "started").exists()
 
 
-def test_a_closed_backend_leaves_no_guardian(host: StartHost) -> None:
+def test_a_closed_backend_leaves_no_keeper(host: StartHost) -> None:
     backend = host(LOAD + "orch.close()\nsend(closed=True)\nsleep_forever()")
     backend.receive()
     backend.receive()
+    until(lambda: keepers_of(backend.pid) == [], "the end of the keeper")
     assert psutil.Process(backend.pid).children() == []
 
 
-def test_a_guardian_holds_nothing_of_the_backend(host: StartHost) -> None:
+def test_a_keeper_holds_nothing_of_the_backend(host: StartHost, state_dir: Path) -> None:
     """It must keep no port, pipe or terminal of the host open."""
     backend = host(
         "import socket\ns = socket.create_server(('127.0.0.1', 0))\ns.set_inheritable(True)\n"
@@ -368,48 +368,54 @@ def test_a_guardian_holds_nothing_of_the_backend(host: StartHost) -> None:
         + "sleep_forever()"
     )
     backend.receive()
-    pid = guardian_of(backend)
-    only = ["/dev/null"] * 3 + ["anon_inode:[pidfd]"]
-    until(lambda: sorted(open_files(pid)) == only, f"{open_files(pid)} to be {only}")
-    assert os.getsid(pid) == pid
+    pid = keeper_of(backend)
+    kinds = sorted(name.partition(":[")[0] for name in open_files(pid))
+    lock = str(state_dir / "default/owner.lock")
+    output, woken = ["pipe"], ["pipe"] * 2
+    assert kinds == ["/dev/null"] * 3 + [lock, "anon_inode"] + output + woken + ["socket"]
+    assert os.getsid(pid) != os.getsid(backend.pid)
+    assert psutil.Process(pid).ppid() != backend.pid  # some hosts end all of their children
 
 
-def test_the_guardian_of_an_old_backend_leaves_a_new_one_alone(
+def test_the_keeper_of_an_old_backend_leaves_a_new_one_alone(
     host: StartHost, fake: Fake, make: Make, model_a: str
 ) -> None:
     """A supervisor may start the new one while the old server is still being ended."""
     fake.behave(ignore_term=-1)
     backend = host(LOAD + "sleep_forever()")
     old = backend.receive()["pid"]
-    guardian = guardian_of(backend)
+    keeper = keeper_of(backend)
     backend.die()
     fake.behave()
     new = make().load(model_a).pid  # neither refused nor ended
     assert not is_running(old)
     fake.assert_no_overlap()
-    until(lambda: not is_running(guardian), "the old guardian to end")
+    until(lambda: not is_running(keeper), "the old keeper to end")
     assert is_running(new)
 
 
-# The next start after backend and guardian were killed
+# The next start after backend and keeper were killed
 
 
-def abandoned(host: StartHost, program: str = LOAD + "sleep_forever()") -> int:
-    """Return the pid of a server whose backend and guardian were killed."""
-    backend = host(program)
-    pid = int(backend.receive()["pid"])
-    kill(guardian_of(backend))
-    backend.die()
+def abandoned(host: StartHost, fake: Fake) -> int:
+    """Return the pid of a server whose backend and keeper were killed.
+
+    It is behind a wrapper: the kernel ends the keeper's own child only.
+    """
+    backend = host(LOAD + "sleep_forever()", server=fake.wrapper())
+    backend.receive()
+    pid = fake.wait_for("start").pid
+    abandon(backend)
     assert is_running(pid)
     return pid
 
 
 @pytest.mark.parametrize("deaf", [False, True], ids=["obedient", "deaf"])
-def test_the_next_start_ends_what_backend_and_guardian_left(
+def test_the_next_start_ends_what_backend_and_keeper_left(
     host: StartHost, make: Make, fake: Fake, model_a: str, deaf: bool
 ) -> None:
     fake.behave(ignore_term=-1 if deaf else 0, children=["daemon!"])
-    pid = abandoned(host)
+    pid = abandoned(host, fake)
     child = fake.wait_for("child").pid
     fake.behave()
     orch = make().start()
@@ -424,9 +430,9 @@ def test_a_lost_record_does_not_hide_the_server(
     host: StartHost, make: Make, fake: Fake, state_dir: Path, record: str
 ) -> None:
     """Its lock and its token identify it."""
-    pid = abandoned(host)
+    pid = abandoned(host, fake)
     path = state_dir / "default/server.json"
-    assert json.loads(path.read_text())["server"]["pid"] == pid
+    assert json.loads(path.read_text())["server"] is not None
     if record == "missing":
         path.unlink()
     elif record == "foreign":
@@ -445,7 +451,7 @@ def test_the_next_start_leaves_other_slots_alone(
     other_fake = Fake(tmp_path / "other")
     other = make(slot="default2", llama_server=other_fake.path, server_env=other_fake.env)
     theirs = other.load(model_a).pid
-    ours = abandoned(host)
+    ours = abandoned(host, fake)
     make().start()
     assert not is_running(ours)
     assert is_running(theirs)
@@ -457,7 +463,7 @@ def test_the_next_start_leaves_a_lookalike_process_alone(
     host: StartHost, make: Make, fake: Fake, tmp_path: Path
 ) -> None:
     """Such as the user's own llama-server, with the same name and arguments."""
-    ours = abandoned(host)
+    ours = abandoned(host, fake)
     arguments = psutil.Process(ours).cmdline()
     twin_home = Fake(tmp_path / "twin")
     with subprocess.Popen(

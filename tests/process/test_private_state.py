@@ -145,7 +145,7 @@ def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_guardian_ends_the_server_of_a_folder_that_others_may_write_by_now(
+def test_a_keeper_ends_the_server_of_a_folder_that_others_may_write_by_now(
     host: StartHost, fake: Fake, state_dir: Path
 ) -> None:
     """Trust is asked for when a slot is claimed: what was started must be ended in any case."""

@@ -6,6 +6,7 @@ There is no orchestrator here, only a `Slot` and ordinary processes.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -146,53 +147,22 @@ def test_a_release_in_a_fork_keeps_the_parents_claim(mine: Slot, state_dir: Path
         Slot("mine", state_dir).claim()
 
 
-def test_a_claim_waits_for_the_guardian_of_a_dead_owner(state_dir: Path) -> None:
-    """A restarted host must not be refused while the guardian empties its slot."""
-    before = Slot("s", state_dir)
-    dead = subprocess.Popen(["true"])
-    gone = identity(dead)
-    dead.wait()
-    assert before.succeed(gone)
-    before.owner_path.write_text(json.dumps(asdict(gone)))
+def test_a_claim_waits_for_the_keeper_of_a_dead_owner(state_dir: Path) -> None:
+    """A restarted host must not be refused while the keeper empties its slot."""
     after = Slot("s", state_dir)
-    claiming = threading.Thread(target=after.claim)
-    claiming.start()
-    claiming.join(0.1)
-    assert claiming.is_alive()
-    before.release()
+    dead = subprocess.Popen(["true"])
+    after.owner_path.write_text(json.dumps(asdict(identity(dead))))
+    dead.wait()
+    with after.owner_path.open() as locked:
+        fcntl.flock(locked, fcntl.LOCK_EX)
+        claiming = threading.Thread(target=after.claim)
+        claiming.start()
+        claiming.join(0.1)
+        assert claiming.is_alive()
     claiming.join(10)
     assert not claiming.is_alive()
-    me = process_table.identify(os.getpid())
-    assert me is not None
-    assert after.belongs_to(me)
+    assert json.loads(after.owner_path.read_text())["pid"] == os.getpid()
     after.release()
-
-
-def test_a_guardian_stops_when_another_owner_has_claimed_the_slot(mine: Slot, sleep: Sleep) -> None:
-    """A late guardian must not end the server of the next backend."""
-    process = sleep(env=environment(mine))
-    dead = ProcessId(process.pid, 1, process_table.boot_id())
-    assert not mine.succeed(dead)
-    signalled, evidence = reap(mine, heir_of=dead)
-    assert (signalled, evidence.is_empty) == (set(), False)
-    assert process.poll() is None
-    me = process_table.identify(os.getpid())
-    assert me is not None
-    assert mine.belongs_to(me)
-    assert reap(mine, heir_of=me)[0] == {process.pid}
-
-
-def test_a_guardian_takes_over_an_unclaimed_slot(state_dir: Path, sleep: Sleep) -> None:
-    """Also if the folder was removed, and the owner's name with it."""
-    dead = ProcessId(os.getpid(), 1, process_table.boot_id())
-    heir = Slot("s", state_dir)
-    assert heir.succeed(dead)
-    late = Slot("s", state_dir)
-    late.owner_path.write_text(json.dumps(asdict(identity(sleep()))))
-    with pytest.raises(SlotOwned):
-        late.claim()
-    assert not heir.belongs_to(dead)
-    heir.release()
 
 
 def test_slots_of_one_directory_are_independent(mine: Slot, state_dir: Path, sleep: Sleep) -> None:

@@ -31,7 +31,7 @@ from tests.kit.process.support import (
     Make,
     StartHost,
     Watch,
-    guardian_of,
+    abandon,
     in_a_fork,
     is_running,
     kill,
@@ -178,25 +178,25 @@ def test_a_folder_that_cannot_be_made_anew_prevents_a_load_but_no_unload(
     assert orch.load(model_a).status == "loaded"
 
 
-@pytest.mark.parametrize("guardian_dies", [False, True], ids=["guardian", "next owner"])
+@pytest.mark.parametrize("keeper_dies", [False, True], ids=["keeper", "next owner"])
 def test_a_dead_owners_server_is_found_without_its_folder(
     host: StartHost,
     orch: Orchestrator,
     fake: Fake,
     model_a: str,
     damage: Callable[[], None],
-    guardian_dies: bool,
+    keeper_dies: bool,
 ) -> None:
     """By its token, which names the folder that was there before."""
-    backend = host(LOAD + "sleep_forever()")
-    server = Watch(backend.receive()["pid"])
-    guardian = guardian_of(backend)
+    backend = host(LOAD + "sleep_forever()", server=fake.wrapper())
+    backend.receive()
+    server = Watch(fake.wait_for("start").pid)
     damage()
-    if guardian_dies:
-        kill(guardian)
-    died_at = backend.die()
-    if not guardian_dies:
-        assert server.seconds_to_exit(died_at) < 1
+    if keeper_dies:
+        abandon(backend)
+        assert is_running(server.pid)
+    else:
+        assert server.seconds_to_exit(backend.die()) < 1
     assert orch.load(model_a).status == "loaded"
     loaded = orch.status().loaded
     assert loaded is not None

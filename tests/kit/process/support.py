@@ -178,6 +178,14 @@ class Fake:
 Make = Callable[..., Orchestrator]
 
 
+def abandon(host: Host) -> float:
+    """Kill a backend together with its keeper, and return when."""
+    host.process.send_signal(signal.SIGSTOP)  # it would notice
+    until(lambda: psutil.Process(host.pid).status() == psutil.STATUS_STOPPED, "the stop")
+    kill(keeper_of(host))
+    return host.die()
+
+
 class Background:
     """A call in flight on a thread of its own."""
 
@@ -307,15 +315,22 @@ class Host:
 StartHost = Callable[..., Host]
 
 
-def guardian_of(host: Host) -> int:
-    """Wait until the guardian of a host waits on the host's pidfd, and return its pid."""
-    [guardian] = [
-        child
-        for child in psutil.Process(host.pid).children()
-        if any("orchestrator.server.guardian" in word for word in child.cmdline())
-    ]
-    until(lambda: any("pidfd" in name for name in open_files(guardian.pid)), "the guardian")
-    return guardian.pid
+def keepers_of(host: int) -> list[int]:
+    """Return the keepers of a process, which are no children of it."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ValueError):
+            words = process.cmdline()
+            is_keeper = any("orchestrator.server.keeper" in word for word in words)
+            if is_keeper and json.loads(words[-1])["host"] == host:
+                found.append(process.pid)
+    return found
+
+
+def keeper_of(host: Host) -> int:
+    """Return the pid of the keeper of a host that has loaded a model."""
+    [keeper] = keepers_of(host.pid)
+    return keeper
 
 
 def key_of(pid: int | None) -> dict[str, str]:

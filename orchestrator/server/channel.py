@@ -1,0 +1,81 @@
+"""Messages between host and keeper: JSON and file descriptors over a UNIX socket.
+
+Standard library only: the keeper imports it. A packet is a message where the platform has
+SOCK_SEQPACKET; elsewhere a line of a stream is. Messages are short; a long text travels as a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from typing import Any, Final, Self
+
+VERSION: Final = 1
+"""Of the messages; the first one of a keeper names it."""
+_TYPE: Final = getattr(socket, "SOCK_SEQPACKET", socket.SOCK_STREAM)
+_LONGEST: Final = 1 << 16
+_MOST_FDS: Final = 4
+_CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # PEP 446 does not cover received ones
+
+Message = dict[str, Any]
+
+
+class Channel:
+    """One end of a connection. Any thread may send; one receives."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+        self._partial = b""
+        self._fds: list[int] = []
+        end.setblocking(False)
+
+    @classmethod
+    def pair(cls) -> tuple[Self, socket.socket]:
+        """Return an end, and the socket of the other one. Raises OSError."""
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, _TYPE)
+        except OSError:  # macOS has the name, but not for UNIX sockets
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        return cls(ours), theirs
+
+    @property
+    def fd(self) -> int:
+        return self._end.fileno()
+
+    def send(self, message: Message, fds: tuple[int, ...] = ()) -> None:
+        """Send a message with copies of descriptors; raises OSError if nobody can receive it."""
+        data = json.dumps({**message, "fds": len(fds)}).encode() + b"\n"
+        socket.send_fds(self._end, [data], fds)
+
+    def receive(self) -> list[tuple[Message, list[int]]] | None:
+        """Return what has arrived, each message with its descriptors; None at the end."""
+        try:
+            data, fds, _, _ = socket.recv_fds(self._end, _LONGEST, _MOST_FDS, _CLOEXEC)
+        except BlockingIOError:
+            return []
+        except OSError:
+            return None
+        if not data:
+            return None
+        self._fds += fds
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        return [self._with_fds(json.loads(line)) for line in lines]
+
+    def _with_fds(self, message: Message) -> tuple[Message, list[int]]:
+        count = message.pop("fds")
+        own, self._fds = self._fds[:count], self._fds[count:]
+        return message, own
+
+    def close(self) -> None:
+        self._end.close()
+        while self._fds:
+            os.close(self._fds.pop())
+
+
+def from_file(fd: int) -> Message:
+    """Return the message in a file, and close the file."""
+    with open(fd, "rb") as file:
+        file.seek(0)
+        members: Message = json.load(file)
+    return members

@@ -1,0 +1,312 @@
+"""The keeper: a small process between the host and its server, which it starts, ends and reaps.
+
+There is one per orchestrator. It is single-threaded, uses the standard library only and starts
+nothing but the server. Its host gives orders over a socket, and the host's death is one of them. No
+server outlives it: a direct child gets SIGKILL from the kernel when the keeper dies.
+
+Orders have an `op` and an `id`, which the answer repeats:
+- `spawn` with the descriptors of the specification, the slot's lock and the owner's lock: `pid` and
+  the descriptors of the output and, on Linux, of the process; or `error`, its number and text
+- `kill` with `grace_s`: once nothing is left `status` and `is_empty`; or the `pids` that survived
+- `ask`: `is_empty`
+Without being asked it says `hello` first, and `exited` with a `pid` and its `status`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from typing import Any, Final
+
+from orchestrator.server import ladder, tree
+from orchestrator.server.channel import VERSION, Channel, Message, from_file
+from orchestrator.server.tree import Tree
+
+_VERIFY_EVERY_S: Final = 0.02
+_HOST_EVERY_S: Final = 0.25  # where there is no pidfd of the host
+_LOCK_EVERY_S: Final = 0.1
+_DEAD_HOST_GRACE_S: Final = 0.3
+_READ_BYTES: Final = 1 << 16
+
+
+class Host:
+    """The process that the keeper works for, and how its end is noticed.
+
+    A forked worker may keep its socket open, and a host that replaces itself keeps its pid: it is
+    gone when its pidfd says so, or when its socket is closed and its lock can be taken.
+
+    Args:
+        fd: Its pidfd, if there is one.
+        pid: Its pid; None for a keeper that is a thread of the host and dies with it.
+    """
+
+    def __init__(self, pid: int | None, fd: int | None) -> None:
+        self.fd = fd
+        self._pid = pid
+        self.is_silent = False
+        self.lock: int | None = None
+
+    @property
+    def ask_every_s(self) -> float:
+        """How often to ask `is_gone`, if no descriptor becomes readable."""
+        if self.is_silent:
+            return _LOCK_EVERY_S
+        return _HOST_EVERY_S if self.fd is None and self._pid is not None else math.inf
+
+    def is_gone(self) -> bool:
+        if self.is_silent and self.lock is not None and self.take_lock():
+            return True
+        if self.fd is not None:
+            return bool(select.select([self.fd], [], [], 0)[0])
+        if self._pid is not None:
+            try:
+                os.kill(self._pid, 0)
+            except ProcessLookupError:
+                return True
+            except PermissionError:
+                pass
+        return False
+
+    def take_lock(self) -> bool:
+        """Keep the next owner waiting until the slot is empty; False if that cannot be."""
+        try:
+            fcntl.flock(-1 if self.lock is None else self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (OSError, ValueError):
+            return False
+        return True
+
+
+class Keeper:
+    """The loop of a keeper.
+
+    Args:
+        wake_fd: Readable when a child may have ended; None where that must be polled.
+        record: The record of the slot's server, removed with a server whose host is gone.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        below: Tree,
+        host: Host,
+        *,
+        wake_fd: int | None = None,
+        grace_s: float = _DEAD_HOST_GRACE_S,
+        record: str = "",
+    ) -> None:
+        self._channel: Channel | None = channel
+        self._tree = below
+        self._host = host
+        self._wake_fd = wake_fd
+        self._grace_s = min(grace_s, _DEAD_HOST_GRACE_S)
+        self._record = record
+        self._output: int | None = None
+        self._told_exit = True
+        self._kill: _Kill | None = None
+        self._is_heir = False
+        self._is_done = False
+        self._poll = select.poll()
+        for fd in (channel.fd, host.fd, wake_fd):
+            if fd is not None:
+                self._poll.register(fd, select.POLLIN)
+
+    def run(self) -> None:
+        """Work until the host is gone, or has closed its socket, and nothing is left."""
+        self._say(op="hello", version=VERSION, pid=os.getpid(), contains=self._tree.contains)
+        while not self._is_done:
+            for fd, _ in self._poll.poll(self._timeout_ms()):
+                if self._channel is not None and fd == self._channel.fd:
+                    self._listen(self._channel)
+                elif fd == self._wake_fd:
+                    os.read(fd, _READ_BYTES)
+                elif fd == self._output:
+                    self._drain(fd)
+            self._look()
+
+    def _timeout_ms(self) -> float | None:
+        waits = [self._host.ask_every_s]
+        if self._kill is not None:
+            waits += [_VERIFY_EVERY_S, self._kill.next_s()]
+        elif self._wake_fd is None and not self._told_exit:
+            waits.append(_VERIFY_EVERY_S)
+        shortest = min(waits)
+        return None if shortest == math.inf else max(0.0, shortest * 1000)
+
+    # -------------------------------------------------------------------------------- the host
+
+    def _say(self, fds: tuple[int, ...] = (), **message: Any) -> None:
+        if self._channel is not None:
+            with contextlib.suppress(OSError):  # its end is noticed by reading
+                self._channel.send(message, fds)
+
+    def _listen(self, channel: Channel) -> None:
+        received = channel.receive()
+        if received is None:
+            self._poll.unregister(channel.fd)
+            channel.close()
+            self._channel = None
+            self._host.is_silent = True
+            return
+        for message, fds in received:
+            match message["op"]:
+                case "spawn":
+                    self._spawn(message["id"], *fds)
+                case "kill":
+                    self._kill = _Kill(message["id"], message["grace_s"])
+                case "ask":
+                    self._say(id=message["id"], is_empty=self._tree.is_empty())
+
+    def _spawn(self, order: int, spec: int, lock: int, owner: int) -> None:
+        if self._host.lock is not None:
+            os.close(self._host.lock)
+        self._host.lock = owner
+        told = from_file(spec)
+        output, written = os.pipe()
+        try:
+            pid = self._tree.start(told, written, lock)
+        except tree.CannotExecute as error:
+            os.close(output)
+            self._say(id=order, error=[error.number, error.text])
+            return
+        finally:
+            os.close(written)
+            os.close(lock)
+        os.set_blocking(output, False)
+        self._output, self._told_exit = output, False
+        with contextlib.ExitStack() as opened:
+            fds = [output]
+            with contextlib.suppress(OSError, AttributeError):
+                fds.append(os.pidfd_open(pid))
+                opened.callback(os.close, fds[1])
+            self._say(tuple(fds), id=order, pid=pid)
+
+    # ------------------------------------------------------------------------------- the server
+
+    def _look(self) -> None:
+        """Notice exits, go on with a kill, and see whether there is still a host."""
+        self._tree.reap_orphans()
+        if not self._told_exit:
+            has_exited, status = self._tree.exit_status()
+            if has_exited:
+                self._told_exit = True
+                self._say(op="exited", pid=self._tree.leader, status=status)
+        if not self._is_heir and self._host.is_gone():
+            self._inherit()
+        if self._kill is not None:
+            self._advance(self._kill)
+        elif self._channel is None and self._tree.is_empty():
+            self._is_done = True
+
+    def _inherit(self) -> None:
+        """The host is gone: end what it left, and keep the next owner waiting meanwhile."""
+        self._is_heir = True
+        self._host.take_lock()
+        if self._channel is not None:
+            self._poll.unregister(self._channel.fd)
+            self._channel.close()
+            self._channel = None
+        if self._host.fd is not None:
+            self._poll.unregister(self._host.fd)
+        if self._output is not None:
+            self._poll.register(self._output, select.POLLIN)  # a full pipe would stop the server
+        self._kill = _Kill(None, self._grace_s)
+
+    def _advance(self, kill: _Kill) -> None:
+        _, status = self._tree.exit_status()
+        if self._tree.is_empty():
+            self._forget_output()
+            self._end(kill, is_empty=True, status=kill.status if status is None else status)
+            return
+        kill.status = status if status is not None else kill.status
+        for signum in kill.due():
+            if signum == signal.SIGKILL and not kill.ends_at < math.inf:
+                kill.ends_at = time.monotonic() + ladder.gone_within_s(_resident(self._tree.leader))
+            self._tree.signal(signum)
+            if signum != signal.SIGKILL:
+                self._tree.signal(signal.SIGCONT)
+        if time.monotonic() >= kill.ends_at:
+            self._end(kill, is_empty=False, pids=self._tree.pids())
+
+    def _end(self, kill: _Kill, **answer: Any) -> None:
+        self._kill = None
+        if kill.order is not None:
+            self._say(id=kill.order, **answer)
+            return
+        self._is_done = True
+        if answer["is_empty"] and self._host.take_lock():  # else it may be another owner's by now
+            with contextlib.suppress(OSError):
+                os.unlink(self._record)
+
+    def _drain(self, fd: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            if not os.read(fd, _READ_BYTES):
+                self._poll.unregister(fd)
+
+    def _forget_output(self) -> None:
+        if self._output is not None:
+            with contextlib.suppress(KeyError):
+                self._poll.unregister(self._output)
+            os.close(self._output)
+            self._output = None
+
+
+class _Kill:
+    """One run of the kill ladder; SIGKILL is repeated, for what was found late."""
+
+    def __init__(self, order: int | None, grace_s: float) -> None:
+        self.order = order
+        self.status: int | None = None
+        self.ends_at = math.inf
+        self._rungs = list(ladder.kill_plan(grace_s, now=time.monotonic()))
+
+    def next_s(self) -> float:
+        return self._rungs[0].at_s - time.monotonic() if self._rungs else math.inf
+
+    def due(self) -> list[int]:
+        now = time.monotonic()
+        found = []
+        while self._rungs and self._rungs[0].at_s <= now:
+            found.append(self._rungs.pop(0).signum)
+        return found if found or self._rungs else [signal.SIGKILL]
+
+
+def _resident(pid: int | None) -> int:
+    """Return the resident bytes of a process; 0 if unknown."""
+    try:
+        with open(f"/proc/{pid}/statm", "rb", buffering=0) as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        return 0
+
+
+def main() -> None:
+    """Be the keeper that `link.py` starts; the argument is a JSON object."""
+    given: Message = json.loads(sys.argv[1])
+    if os.fork():
+        os._exit(0)  # the keeper is no child of the host, which may end all of its children
+    os.chdir("/")
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)  # it ends after its host, not before
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    woken, wake = os.pipe()
+    os.set_blocking(woken, False)
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    Keeper(
+        Channel(socket.socket(fileno=given["socket"])),
+        tree.of_this_process(),
+        Host(given["host"], given["host_fd"]),
+        wake_fd=woken,
+        grace_s=given["grace_s"],
+        record=given["record"],
+    ).run()

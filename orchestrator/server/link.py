@@ -1,0 +1,188 @@
+"""The host's end of its keeper: starting it, giving orders, and noticing its end."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import threading
+import weakref
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Final, Self
+
+from orchestrator.base import launch, threads
+from orchestrator.server import process_table
+from orchestrator.server.channel import Channel, Message
+from orchestrator.server.pin import Pin
+from orchestrator.server.slot import TOKEN_NAME, Slot
+
+ANSWER_S: Final = 10.0
+"""How long an order may take that takes a millisecond."""
+_CODE: Final = (
+    "import json, sys; sys.path.append(json.loads(sys.argv[1])['package']); "
+    "from orchestrator.server.keeper import main; main()"
+)
+
+Answer = tuple[Message, list[int]]
+
+
+class KeeperGone(Exception):
+    """The keeper has ended, or does not answer; its server has ended with it."""
+
+
+class KeeperLink:
+    """A keeper that has been started. Any thread may give orders; one receives.
+
+    Attributes:
+        pid: Its pid, from its first message on; this process's if it is a thread.
+        contains: Whether it proves by itself that nothing is left of a server.
+        pin: Handle of its process; None before its first message, and for a thread.
+    """
+
+    def __init__(self, channel: Channel, helper: subprocess.Popen[bytes] | None) -> None:
+        self.pid: int | None = None
+        self.contains = False
+        self.pin: Pin | None = None
+        self.is_thread = helper is None
+        self._channel = channel
+        self._helper = helper
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, Future[Answer]] = {}
+        _links.add(self)
+
+    @classmethod
+    def start(cls, slot: Slot, grace_s: float) -> Self:
+        """Start the keeper of a claimed slot, in about 2 ms; it listens some 30 ms later.
+
+        Where there is no interpreter to run it with, it is a thread of this process: then the
+        server survives a killed host, until the next owner of the slot ends it.
+
+        Raises:
+            OSError: It cannot be started.
+        """
+        with launch.no_fork:  # a fork must not keep the keeper's end open
+            ours, theirs = Channel.pair()
+            try:
+                helper = _start_process(slot, grace_s, theirs.fileno())
+            except BaseException:
+                ours.close()
+                raise
+            finally:
+                theirs.close()
+        return cls(ours, helper)
+
+    @classmethod
+    def start_thread(cls) -> Self:
+        """Start a keeper that is a thread of this process; raises OSError or NoThread."""
+        from orchestrator.server import keeper, tree
+
+        ours, theirs = Channel.pair()
+        loop = keeper.Keeper(Channel(theirs), tree.PlainTree(), keeper.Host(None, None))
+        threads.start(threading.Thread(target=loop.run, name="llama-keeper", daemon=True))
+        return cls(ours, None)
+
+    @property
+    def fd(self) -> int:
+        return self._channel.fd
+
+    def order(self, op: str, fds: tuple[int, ...] = (), **more: Any) -> Future[Answer]:
+        """Send an order; its answer, or `KeeperGone`, comes with `receive`."""
+        number = next(self._numbers)
+        answer = self._waiting[number] = Future()
+        self.resume()
+        try:
+            self._channel.send({"op": op, "id": number, **more}, fds)
+        except OSError as error:
+            del self._waiting[number]
+            answer.set_exception(KeeperGone(str(error)))
+        return answer
+
+    def receive(self) -> list[Message] | None:
+        """Settle the orders that were answered, and return what else was said; None at the end."""
+        received = self._channel.receive()
+        if received is None:
+            for answer in tuple(self._waiting.values()):
+                answer.set_exception(KeeperGone("the keeper has ended"))
+            self._waiting.clear()
+            return None
+        said = []
+        for message, fds in received:
+            if (answering := self._waiting.pop(message.get("id", 0), None)) is not None:
+                answering.set_result((message, fds))
+            elif message.get("op") == "hello":
+                self._meet(message)
+            else:
+                said.append(message)
+        return said
+
+    def _meet(self, hello: Message) -> None:
+        pid = self.pid = hello["pid"]
+        self.contains = hello["contains"]
+        if self._helper is not None:
+            found = process_table.identify(pid)
+            self.pin = None if found is None else Pin.of(found)
+            self._helper.wait()
+
+    def resume(self) -> None:
+        """Continue a stopped keeper; one that runs does not notice."""
+        if self.pin is not None:
+            self.pin.signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """End the keeper at once, and with it its server; `receive` will say so."""
+        if self.pin is not None:
+            self.pin.signal(signal.SIGKILL)
+
+    def end(self) -> None:
+        """End the keeper, which may be stopped, and give everything back."""
+        self.kill()
+        self._channel.close()  # for one that has yet to say hello
+        if self._helper is not None:
+            self._helper.wait()
+        if self.pin is not None:
+            with contextlib.suppress(ChildProcessError):  # it is ours if we are pid 1
+                os.waitpid(self.pin.process.pid, 0)
+            self.pin.close()
+
+
+def _start_process(slot: Slot, grace_s: float, socket_fd: int) -> subprocess.Popen[bytes]:
+    """Start the keeper's interpreter, which forks and exits."""
+    host_fd = Pin.open(os.getpid())
+    given = {
+        "slot": str(slot.directory),  # for who reads a list of processes
+        "package": str(Path(__file__).parents[2]),
+        "socket": socket_fd,
+        "host": os.getpid(),
+        "host_fd": host_fd,
+        "grace_s": grace_s,
+        "record": str(slot.record_path),
+    }
+    try:
+        return launch.popen(
+            (launch.interpreter(), "-I", "-S", "-c", _CODE, json.dumps(given)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={k: v for k, v in os.environ.items() if k != TOKEN_NAME},
+            pass_fds=(socket_fd,) if host_fd is None else (socket_fd, host_fd),
+            start_new_session=True,
+        )
+    finally:
+        if host_fd is not None:
+            os.close(host_fd)
+
+
+_links: Final[weakref.WeakSet[KeeperLink]] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for link in tuple(_links):
+        link._channel.close()  # noqa: SLF001 (a forked worker has no keeper)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)

@@ -1,0 +1,279 @@
+"""A server and everything below it, as its keeper sees them. Standard library only.
+
+`SubreaperTree` is Linux's: whatever a server's processes do, the kernel hands orphans to the
+keeper, so "no child left" (ECHILD) proves that nothing is left. `PlainTree` is for platforms
+without that, and for a keeper that is a thread: it knows the server and its process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from typing import Any, Final, Protocol
+
+_SET_PDEATHSIG: Final = 1  # prctl(2)
+_SET_CHILD_SUBREAPER: Final = 36
+_RESTORED: Final = ("SIGPIPE", "SIGXFSZ", "SIGINT", "SIGTERM", "SIGHUP")  # python, and the keeper
+
+
+class CannotExecute(Exception):
+    """A server cannot be started: the error number (0 for none) and its text."""
+
+    def __init__(self, number: int, text: str) -> None:
+        super().__init__(number, text)
+        self.number = number
+        self.text = text
+
+
+class Tree(Protocol):
+    """One server at a time, with everything that it started.
+
+    Attributes:
+        contains: Whether nothing can leave the tree, so that `is_empty` is a proof.
+        leader: The pid of the server, until it has been reaped.
+    """
+
+    contains: bool
+    leader: int | None
+
+    def start(self, spec: dict[str, Any], output: int, lock: int) -> int:
+        """Start a server in an empty tree and return its pid; raises `CannotExecute`.
+
+        Args:
+            spec: `argv`, `env`, and `cwd` if the host has a working directory.
+        """
+
+    def signal(self, signum: int) -> None:
+        """Send a signal to everything, once each."""
+
+    def exit_status(self) -> tuple[bool, int | None]:
+        """Return whether the server has exited, and its status: negative for a signal, None if
+        another part of the program has taken it. This does not reap it.
+        """
+
+    def reap_orphans(self) -> None:
+        """Reap what has ended, except the server itself."""
+
+    def is_empty(self) -> bool:
+        """Reap what has ended, the server last, and return whether nothing is left."""
+
+    def pids(self) -> list[int]:
+        """Return what is running."""
+
+
+def exit_status(pid: int) -> tuple[bool, int | None]:
+    """Return whether a child has exited and its status, without reaping it."""
+    try:
+        found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+    except ChildProcessError:
+        return True, None
+    if found is None:
+        return False, None
+    return True, found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+
+
+class SubreaperTree:
+    """Everything below this process, which must be single-threaded and have no other children.
+
+    Raises:
+        OSError: The kernel does not offer what it needs.
+    """
+
+    contains = True
+
+    def __init__(self) -> None:
+        import ctypes
+
+        self._prctl = ctypes.CDLL(None, use_errno=True).prctl
+        if self._prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "PR_SET_CHILD_SUBREAPER")
+        self.leader: int | None = None
+        _children(os.getpid())
+
+    def start(self, spec: dict[str, Any], output: int, lock: int) -> int:
+        if not self.is_empty():
+            raise CannotExecute(0, "the server before it is still there")
+        keeper = os.getpid()
+        failed, report = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                self._execute(spec, output, lock, keeper)
+            except BaseException as error:  # noqa: BLE001 (a fork must not return)
+                number = getattr(error, "errno", None) or 0
+                text = getattr(error, "strerror", None) or str(error)
+                os.write(report, json.dumps([number, text]).encode())
+            finally:
+                os._exit(127)
+        os.close(report)
+        with open(failed, "rb") as pipe:
+            why = pipe.read()  # ends with the exec
+        if why:
+            os.waitpid(pid, 0)
+            raise CannotExecute(*json.loads(why))
+        self.leader = pid
+        return pid
+
+    def _execute(self, spec: dict[str, Any], output: int, lock: int, keeper: int) -> None:
+        os.setsid()
+        self._prctl(_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != keeper:
+            os._exit(127)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.set_inheritable(lock, True)
+        for name in _RESTORED:
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+        if "cwd" in spec:
+            os.chdir(spec["cwd"])
+        os.execve(spec["argv"][0], spec["argv"], spec["env"])  # noqa: S606 (that is the point)
+
+    def signal(self, signum: int) -> None:
+        group = self.leader
+        if group is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(group, signum)  # not reaped, so the group is its own
+        parents = [os.getpid()]
+        while parents:
+            parent = parents.pop()
+            for pid in _children(parent):
+                parents.append(pid)
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    if group is None or os.getpgid(pid) != group:
+                        self._send(pid, parent, signum)
+
+    @staticmethod
+    def _send(pid: int, parent: int, signum: int) -> None:
+        """Signal a child of `parent`; a pid that is not our own child's may be another's by now."""
+        if parent == os.getpid() or not hasattr(os, "pidfd_open"):
+            os.kill(pid, signum)
+            return
+        fd = os.pidfd_open(pid)
+        try:
+            if pid in _children(parent):
+                signal.pidfd_send_signal(fd, signum)
+        finally:
+            os.close(fd)
+
+    def exit_status(self) -> tuple[bool, int | None]:
+        return (True, None) if self.leader is None else exit_status(self.leader)
+
+    def reap_orphans(self) -> None:
+        for pid in _children(os.getpid()):
+            if pid != self.leader:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
+
+    def is_empty(self) -> bool:
+        self.reap_orphans()
+        if self.leader is not None:
+            if _children(os.getpid()) != [self.leader] or not self.exit_status()[0]:
+                return False
+            os.waitpid(self.leader, 0)
+            self.leader = None
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+            return False
+        return True
+
+    def pids(self) -> list[int]:
+        found, parents = [], [os.getpid()]
+        while parents:
+            new = _children(parents.pop())
+            found += new
+            parents += new
+        return found
+
+
+class PlainTree:
+    """A server and its process group; what leaves the group must be looked for by others."""
+
+    contains = False
+
+    def __init__(self) -> None:
+        self.leader: int | None = None
+        self._popen: Any = None
+
+    def start(self, spec: dict[str, Any], output: int, lock: int) -> int:
+        import subprocess
+
+        try:
+            self._popen = subprocess.Popen(
+                spec["argv"],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=spec["env"],
+                cwd=spec.get("cwd"),
+                pass_fds=(lock,),
+                start_new_session=True,
+            )
+        except (OSError, ValueError) as error:
+            number = getattr(error, "errno", None) or 0
+            raise CannotExecute(number, getattr(error, "strerror", None) or str(error)) from error
+        self.leader = pid = int(self._popen.pid)
+        return pid
+
+    def signal(self, signum: int) -> None:
+        if self.leader is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.leader, signum)
+
+    def exit_status(self) -> tuple[bool, int | None]:
+        if self.leader is None:
+            return True, None
+        if not hasattr(os, "waitid"):
+            status = self._popen.poll()
+            return status is not None, status
+        return exit_status(self.leader)
+
+    def reap_orphans(self) -> None:
+        """There are none that would come to us."""
+
+    def is_empty(self) -> bool:
+        if self.leader is None:
+            return True
+        if not self.exit_status()[0]:
+            return False
+        self.signal(signal.SIGKILL)  # the rest of its group, while its pid is still its own
+        self._popen.wait()
+        self.leader = None
+        return True
+
+    def pids(self) -> list[int]:
+        return [] if self.leader is None else [self.leader]
+
+
+def of_this_process() -> Tree:
+    """Return the tree below this process, which does nothing else."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, ImportError, AttributeError):
+            return SubreaperTree()
+    return PlainTree()
+
+
+def _children(pid: int) -> list[int]:
+    """Return the children of a process; an incomplete list if some exit meanwhile.
+
+    Raises:
+        FileNotFoundError: for this process, if the kernel was built without these lists.
+    """
+    found: list[int] = []
+    is_own = pid == os.getpid()
+    try:
+        tasks = [str(pid)] if is_own else os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return found
+    for task in tasks:
+        try:
+            with open(f"/proc/{pid}/task/{task}/children", "rb", buffering=0) as file:
+                found += map(int, file.read().split())
+        except OSError:
+            if is_own:
+                raise
+    return found
