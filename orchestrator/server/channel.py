@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import struct
 from typing import Any, Final, Self
 
 VERSION: Final = 1
@@ -16,7 +17,7 @@ VERSION: Final = 1
 _TYPE: Final = getattr(socket, "SOCK_SEQPACKET", socket.SOCK_STREAM)
 _LONGEST: Final = 1 << 16
 _MOST_FDS: Final = 4
-_CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # PEP 446 does not cover received ones
+_CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # `socket.recv_fds` ignores its flags
 
 Message = dict[str, Any]
 
@@ -51,7 +52,7 @@ class Channel:
     def receive(self) -> list[tuple[Message, list[int]]] | None:
         """Return what has arrived, each message with its descriptors; None at the end."""
         try:
-            data, fds, _, _ = socket.recv_fds(self._end, _LONGEST, _MOST_FDS, _CLOEXEC)
+            data, fds = self._receive()
         except BlockingIOError:
             return []
         except OSError:
@@ -61,6 +62,14 @@ class Channel:
         self._fds += fds
         *lines, self._partial = (self._partial + data).split(b"\n")
         return [self._with_fds(json.loads(line)) for line in lines]
+
+    def _receive(self) -> tuple[bytes, list[int]]:
+        room = socket.CMSG_SPACE(_MOST_FDS * struct.calcsize("i"))
+        data, controls, _, _ = self._end.recvmsg(_LONGEST, room, _CLOEXEC)
+        fds = [fd for _, _, some in controls for (fd,) in struct.iter_unpack("i", some)]
+        for fd in fds if not _CLOEXEC else ():
+            os.set_inheritable(fd, False)
+        return data, fds
 
     def _with_fds(self, message: Message) -> tuple[Message, list[int]]:
         count = message.pop("fds")

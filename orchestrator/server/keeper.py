@@ -55,6 +55,10 @@ class Host:
         self.lock: int | None = None
 
     @property
+    def is_this_process(self) -> bool:
+        return self._pid is None
+
+    @property
     def ask_every_s(self) -> float:
         """How often to ask `is_gone`, if no descriptor becomes readable."""
         if self.is_silent:
@@ -65,7 +69,9 @@ class Host:
         if self.is_silent and self.lock is not None and self.take_lock():
             return True
         if self.fd is not None:
-            return bool(select.select([self.fd], [], [], 0)[0])
+            poll = select.poll()  # a descriptor of the host may have any number
+            poll.register(self.fd, select.POLLIN)
+            return bool(poll.poll(0))
         if self._pid is not None:
             try:
                 os.kill(self._pid, 0)
@@ -129,7 +135,11 @@ class Keeper:
                     os.read(fd, _READ_BYTES)
                 elif fd == self._output:
                     self._drain(fd)
-            self._look()
+            if not self._is_done:
+                self._look()
+        self._forget_output()
+        if self._host.lock is not None:
+            os.close(self._host.lock)
 
     def _timeout_ms(self) -> float | None:
         waits = [self._host.ask_every_s]
@@ -154,6 +164,7 @@ class Keeper:
             channel.close()
             self._channel = None
             self._host.is_silent = True
+            self._is_done = self._host.is_this_process  # what is left is for the next owner
             return
         for message, fds in received:
             match message["op"]:
@@ -293,6 +304,9 @@ def main() -> None:
     if os.fork():
         os._exit(0)  # the keeper is no child of the host, which may end all of its children
     os.chdir("/")
+    for fd in (given["socket"], given["host_fd"]):
+        if fd is not None:
+            os.set_inheritable(fd, False)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)  # it ends after its host, not before
     if hasattr(signal, "pthread_sigmask"):

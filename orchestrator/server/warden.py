@@ -111,6 +111,10 @@ class Warden(threading.Thread):
         if "error" in answer:
             self._slot.forget()
             raise _cannot_execute(argv[0], *answer["error"])
+        if not fds:  # there was no room for them in this process
+            with contextlib.suppress(KeeperGone):
+                self._answer_to(link, link.order("kill", grace_s=0.0))
+            raise _no_hand_over("too many open files: raise the limit (ulimit -n, LimitNOFILE)")
         pid = answer["pid"]
         process = process_table.identify(pid) or ProcessId(pid, 0, process_table.boot_id())
         server = ServerProcess(
@@ -199,8 +203,7 @@ class Warden(threading.Thread):
             return link, self._ordered_spawn(link, spec, lock_fd)
         except (KeeperGone, OSError, NoThread) as error:
             self._slot.forget()
-            why = f"the process that keeps the server cannot be started: {error}"
-            raise Unavailable.because(why) from error
+            raise _no_hand_over(error) from error
 
     def _ordered_spawn(self, link: KeeperLink, spec: str, lock_fd: int) -> Answer:
         with launch.output_file() as file:
@@ -341,14 +344,14 @@ class Warden(threading.Thread):
             answer = run.answer.result()[0] if run.answer is not None else {}
         except KeeperGone:
             answer = {}
-        if answer.get("pids"):
-            pids = answer["pids"]
+        is_contained = self._link is not None and self._link.contains
+        if is_contained and (pids := answer.get("pids")):
             _log("error", "process.kill_failed", pids=pids)
             self._fail(run, f"processes {pids} did not end after SIGKILL")
             return
-        if run.server is not None and run.server.exit is None:
-            self._exited(run.server, answer.get("status"))
-        is_proof = self._link is not None and self._link.contains and "is_empty" in answer
+        if run.server is not None and answer.get("is_empty"):
+            self._exited(run.server, answer["status"])
+        is_proof = is_contained and answer.get("is_empty")
         evidence = self._slot.verify() if is_proof else SlotEvidence(False)
         if not evidence.is_empty:
             evidence = eviction.evict(self._slot, self._grace_s)[1]
@@ -391,6 +394,10 @@ def _working_directory() -> dict[str, str]:
 def _unregister(poll: select.poll, fd: int) -> None:
     with contextlib.suppress(KeyError):
         poll.unregister(fd)
+
+
+def _no_hand_over(why: object) -> Unavailable:
+    return Unavailable.because(f"the process that keeps the server cannot take it over: {why}")
 
 
 def _cannot_execute(command: str, number: int, why: str) -> ServerUnavailable:

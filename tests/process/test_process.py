@@ -32,6 +32,7 @@ from orchestrator.errors import (
 )
 from orchestrator.models.source import ModelSource
 from orchestrator.server import ladder, pin, process_table
+from orchestrator.server.link import KeeperLink
 from orchestrator.server.pin import Pin
 from orchestrator.server.warden import Warden
 from tests.kit.process.servers import servers_of
@@ -106,7 +107,7 @@ def test_a_server_inherits_only_its_pipe_and_the_lock(
             os.close(fd)
     fds = fake.wait_for("start")["fds"]
     lock = next(fd for fd, name in fds.items() if name == str(state_dir / "default/server.lock"))
-    assert sorted(fds) == [0, 1, 2, lock]
+    assert sorted(fds) == [0, 1, 2, lock], fds
     assert fds[0] == "/dev/null"
     assert fds[1] == fds[2]
     assert fds[1].startswith("pipe:")
@@ -299,26 +300,6 @@ def test_a_descendant_gets_as_many_signals_as_the_server(
     assert second["at"] - first["at"] >= 0.1
 
 
-def test_only_processes_outside_the_group_are_signalled_individually(
-    make: Make, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake.behave(children=["group", "setsid"])
-    orch = make()
-    orch.load(model_a)
-    fake.wait_for("child", 2)
-    pids = {entry["kind"]: entry.pid for entry in fake.entries("child")}
-    until(lambda: os.getpgid(pids["setsid"]) == pids["setsid"], "its own group")
-    signalled, send = [], Pin.signal
-
-    def signal_(pin: Pin, signum: int) -> None:
-        signalled.append((pin.process.pid, signum))
-        send(pin, signum)
-
-    monkeypatch.setattr(Pin, "signal", signal_)
-    orch.unload()
-    assert signalled == [(pids["setsid"], signal.SIGTERM), (pids["setsid"], signal.SIGCONT)]
-
-
 @pytest.mark.parametrize(
     "command",
     [
@@ -424,7 +405,7 @@ def test_a_closed_output_does_not_make_the_warden_spin(
     pid = orch.load(model_a).pid
     fake.wait_for("closed")
     server = orch._owner.effects._server  # type: ignore[union-attr]
-    until(lambda: server.stdout_fd is None, "the end of the pipe")
+    until(lambda: server.output_fd is None, "the end of the pipe")
     before = turns
     threading.Event().wait(0.2)  # a measurement, not a rendezvous
     assert turns - before <= 2
@@ -521,8 +502,12 @@ def test_exits_are_polled_for_without_pidfds(
 
 @pytest.fixture
 def immortal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
-    """Make signals have no effect until the returned function is called."""
+    """Make signals have no effect until the returned function is called.
+
+    The keeper is a thread, so that it is reached too.
+    """
     patch = pytest.MonkeyPatch()
+    patch.setattr(KeeperLink, "start", lambda *_: KeeperLink.start_thread())
     patch.setattr(Pin, "signal", lambda *_: None)
     patch.setattr(os, "killpg", lambda *_: None)
     monkeypatch.setattr(ladder, "_GONE_BASE_S", 0.2)
@@ -566,6 +551,7 @@ def test_a_server_that_may_not_be_signalled_keeps_the_slot(
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(ladder, "_GONE_BASE_S", 0.2)
+    monkeypatch.setattr(KeeperLink, "start", lambda *_: KeeperLink.start_thread())
     fake.behave(children=["daemon"])
     orch = make(kill_grace_s=0.1)
     pid = orch.load(model_a).pid
@@ -634,16 +620,15 @@ def test_close_reports_a_server_that_survives_sigkill(
     }
     orch = Orchestrator(kill_grace_s=0.1, **settings)
     pid = orch.load(model_a).pid
-    with pytest.raises(SlotOccupied, match=str(pid)):
-        orch.close()
-    assert is_running(pid)
-    immortal()
-    with Orchestrator(**settings) as heir:
-        assert not is_running(pid)
-        heir.load(model_a)
     with warnings.catch_warnings():  # `Popen` complains when it is dropped while its child runs
         warnings.simplefilter("ignore", ResourceWarning)
-        del orch
+        with pytest.raises(SlotOccupied, match=str(pid)):
+            orch.close()
+        assert is_running(pid)
+        immortal()
+        with Orchestrator(**settings) as heir:
+            assert not is_running(pid)
+            heir.load(model_a)
         gc.collect()
 
 
