@@ -194,3 +194,16 @@ def test_concurrent_readers_see_every_number_once(pool: ThreadPoolExecutor) -> N
     assert wakes == list(range(1, 501))
     assert log.wait(500) == []
     assert log.is_closed
+
+
+def test_an_event_is_made_again_from_its_json() -> None:
+    """As a client of another process receives it."""
+    event = Event(7, "transition", {"source": "Idle", "dest": "Killing"})
+    members = event.as_dict()
+    assert members == {"id": 7, "kind": "transition", "source": "Idle", "dest": "Killing"}
+    assert Event.from_dict(members) == event
+    assert (event.dest, event["source"], event.id) == ("Killing", "Idle", 7)
+    with pytest.raises(AttributeError, match="^trigger$"):
+        _ = event.trigger
+    with pytest.raises(AttributeError, match="^data$"):
+        _ = object.__new__(Event).data
