@@ -7,7 +7,7 @@ server outlives it: a direct child gets SIGKILL from the kernel when the keeper 
 Orders have an `op` and an `id`, which the answer repeats:
 - `spawn` with the descriptors of the specification, the slot's lock and the owner's lock: `pid` and
   the descriptors of the output and, on Linux, of the process; or `error`, its number and text
-- `kill` with `grace_s`: once nothing is left `status` and `is_empty`; or the `pids` that survived
+- `kill` with `grace_s`: `is_empty` once nothing is left, or the `pids` that survived
 - `ask`: `is_empty`
 Without being asked it says `hello` first, and `exited` with a `pid` and its `status`.
 """
@@ -24,6 +24,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 from orchestrator.server import ladder, tree
@@ -35,6 +36,8 @@ _HOST_EVERY_S: Final = 0.25  # where there is no pidfd of the host
 _LOCK_EVERY_S: Final = 0.1
 _DEAD_HOST_GRACE_S: Final = 0.3
 _READ_BYTES: Final = 1 << 16
+_HEARD: Final = ("SIGCHLD", "SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE", "SIGXFSZ")
+"""Signals that do nothing but wake it: it ends after its host, not before."""
 
 
 class Host:
@@ -96,6 +99,12 @@ class Keeper:
     Args:
         wake_fd: Readable when a child may have ended; None where that must be polled.
         record: The record of the slot's server, removed with a server whose host is gone.
+
+    Attributes:
+        is_done: Nothing is left to do.
+        channel: To its host, until that is gone.
+        kill: The kill in progress.
+        poll: What it listens to.
     """
 
     def __init__(
@@ -107,45 +116,55 @@ class Keeper:
         wake_fd: int | None = None,
         grace_s: float = _DEAD_HOST_GRACE_S,
         record: str = "",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._channel: Channel | None = channel
+        self.is_done = False
+        self.channel: Channel | None = channel
         self._tree = below
         self._host = host
         self._wake_fd = wake_fd
         self._grace_s = min(grace_s, _DEAD_HOST_GRACE_S)
         self._record = record
         self._output: int | None = None
-        self._told_exit = True
-        self._kill: _Kill | None = None
+        self._untold: int | None = None  # pid of the server, until its exit has been told
+        self.kill: _Kill | None = None
         self._is_heir = False
-        self._is_done = False
-        self._poll = select.poll()
+        self._clock = clock
+        self.poll = select.poll()
         for fd in (channel.fd, host.fd, wake_fd):
             if fd is not None:
-                self._poll.register(fd, select.POLLIN)
+                self.poll.register(fd, select.POLLIN)
 
     def run(self) -> None:
         """Work until the host is gone, or has closed its socket, and nothing is left."""
         self._say(op="hello", version=VERSION, pid=os.getpid(), contains=self._tree.contains)
-        while not self._is_done:
-            for fd, _ in self._poll.poll(self._timeout_ms()):
-                if self._channel is not None and fd == self._channel.fd:
-                    self._listen(self._channel)
-                elif fd == self._wake_fd:
-                    os.read(fd, _READ_BYTES)
-                elif fd == self._output:
-                    self._drain(fd)
-            if not self._is_done:
-                self._look()
+        while not self.is_done:
+            self.turn([fd for fd, _ in self.poll.poll(self._timeout_ms())])
+        self.close()
+
+    def close(self) -> None:
+        """Give back the descriptors: it may have been a thread."""
         self._forget_output()
         if self._host.lock is not None:
             os.close(self._host.lock)
 
+    def turn(self, ready: list[int]) -> None:
+        """Read what is ready, notice exits, go on with a kill, and ask for the host."""
+        for fd in ready:
+            if self.channel is not None and fd == self.channel.fd:
+                self._listen(self.channel)
+            elif fd == self._wake_fd:
+                os.read(fd, _READ_BYTES)
+            elif fd == self._output:
+                self._drain(fd)
+        if not self.is_done:
+            self._look()
+
     def _timeout_ms(self) -> float | None:
         waits = [self._host.ask_every_s]
-        if self._kill is not None:
-            waits += [_VERIFY_EVERY_S, self._kill.next_s()]
-        elif self._wake_fd is None and not self._told_exit:
+        if self.kill is not None:
+            waits += [_VERIFY_EVERY_S, self.kill.next_at() - self._clock()]
+        elif self._wake_fd is None and self._untold is not None:
             waits.append(_VERIFY_EVERY_S)
         shortest = min(waits)
         return None if shortest == math.inf else max(0.0, shortest * 1000)
@@ -153,25 +172,25 @@ class Keeper:
     # -------------------------------------------------------------------------------- the host
 
     def _say(self, fds: tuple[int, ...] = (), **message: Any) -> None:
-        if self._channel is not None:
+        if self.channel is not None:
             with contextlib.suppress(OSError):  # its end is noticed by reading
-                self._channel.send(message, fds)
+                self.channel.send(message, fds)
 
     def _listen(self, channel: Channel) -> None:
         received = channel.receive()
         if received is None:
-            self._poll.unregister(channel.fd)
+            self.poll.unregister(channel.fd)
             channel.close()
-            self._channel = None
+            self.channel = None
             self._host.is_silent = True
-            self._is_done = self._host.is_this_process  # what is left is for the next owner
+            self.is_done = self._host.is_this_process  # what is left is for the next owner
             return
         for message, fds in received:
             match message["op"]:
                 case "spawn":
                     self._spawn(message["id"], *fds)
                 case "kill":
-                    self._kill = _Kill(message["id"], message["grace_s"])
+                    self.kill = _Kill(message["id"], message["grace_s"], self._clock())
                 case "ask":
                     self._say(id=message["id"], is_empty=self._tree.is_empty())
 
@@ -191,7 +210,7 @@ class Keeper:
             os.close(written)
             os.close(lock)
         os.set_blocking(output, False)
-        self._output, self._told_exit = output, False
+        self._output, self._untold = output, pid
         with contextlib.ExitStack() as opened:
             fds = [output]
             with contextlib.suppress(OSError, AttributeError):
@@ -202,56 +221,58 @@ class Keeper:
     # ------------------------------------------------------------------------------- the server
 
     def _look(self) -> None:
-        """Notice exits, go on with a kill, and see whether there is still a host."""
         self._tree.reap_orphans()
-        if not self._told_exit:
-            has_exited, status = self._tree.exit_status()
-            if has_exited:
-                self._told_exit = True
-                self._say(op="exited", pid=self._tree.leader, status=status)
+        self._tell_exit()
         if not self._is_heir and self._host.is_gone():
             self._inherit()
-        if self._kill is not None:
-            self._advance(self._kill)
-        elif self._channel is None and self._tree.is_empty():
-            self._is_done = True
+        if self.kill is not None:
+            self._advance(self.kill)
+        elif self.channel is None and self._tree.is_empty():
+            self.is_done = True
+
+    def _tell_exit(self) -> None:
+        if self._untold is not None:
+            has_exited, status = self._tree.exit_status()
+            if has_exited:
+                self._say(op="exited", pid=self._untold, status=status)
+                self._untold = None
 
     def _inherit(self) -> None:
         """The host is gone: end what it left, and keep the next owner waiting meanwhile."""
         self._is_heir = True
         self._host.take_lock()
-        if self._channel is not None:
-            self._poll.unregister(self._channel.fd)
-            self._channel.close()
-            self._channel = None
+        if self.channel is not None:
+            self.poll.unregister(self.channel.fd)
+            self.channel.close()
+            self.channel = None
         if self._host.fd is not None:
-            self._poll.unregister(self._host.fd)
+            self.poll.unregister(self._host.fd)
         if self._output is not None:
-            self._poll.register(self._output, select.POLLIN)  # a full pipe would stop the server
-        self._kill = _Kill(None, self._grace_s)
+            self.poll.register(self._output, select.POLLIN)  # a full pipe would stop the server
+        self.kill = _Kill(None, self._grace_s, self._clock())
 
     def _advance(self, kill: _Kill) -> None:
-        _, status = self._tree.exit_status()
         if self._tree.is_empty():
+            self._tell_exit()
             self._forget_output()
-            self._end(kill, is_empty=True, status=kill.status if status is None else status)
+            self._end(kill, is_empty=True)
             return
-        kill.status = status if status is not None else kill.status
-        for signum in kill.due():
-            if signum == signal.SIGKILL and not kill.ends_at < math.inf:
-                kill.ends_at = time.monotonic() + ladder.gone_within_s(_resident(self._tree.leader))
+        now = self._clock()
+        for signum in kill.due(now):
+            if signum == signal.SIGKILL and kill.ends_at == math.inf:
+                kill.ends_at = now + ladder.gone_within_s(_resident(self._tree.leader))
             self._tree.signal(signum)
             if signum != signal.SIGKILL:
                 self._tree.signal(signal.SIGCONT)
-        if time.monotonic() >= kill.ends_at:
+        if now >= kill.ends_at:
             self._end(kill, is_empty=False, pids=self._tree.pids())
 
     def _end(self, kill: _Kill, **answer: Any) -> None:
-        self._kill = None
+        self.kill = None
         if kill.order is not None:
             self._say(id=kill.order, **answer)
             return
-        self._is_done = True
+        self.is_done = True
         if answer["is_empty"] and self._host.take_lock():  # else it may be another owner's by now
             with contextlib.suppress(OSError):
                 os.unlink(self._record)
@@ -259,12 +280,12 @@ class Keeper:
     def _drain(self, fd: int) -> None:
         with contextlib.suppress(BlockingIOError):
             if not os.read(fd, _READ_BYTES):
-                self._poll.unregister(fd)
+                self.poll.unregister(fd)
 
     def _forget_output(self) -> None:
         if self._output is not None:
             with contextlib.suppress(KeyError):
-                self._poll.unregister(self._output)
+                self.poll.unregister(self._output)
             os.close(self._output)
             self._output = None
 
@@ -272,17 +293,15 @@ class Keeper:
 class _Kill:
     """One run of the kill ladder; SIGKILL is repeated, for what was found late."""
 
-    def __init__(self, order: int | None, grace_s: float) -> None:
+    def __init__(self, order: int | None, grace_s: float, now: float) -> None:
         self.order = order
-        self.status: int | None = None
         self.ends_at = math.inf
-        self._rungs = list(ladder.kill_plan(grace_s, now=time.monotonic()))
+        self._rungs = list(ladder.kill_plan(grace_s, now=now))
 
-    def next_s(self) -> float:
-        return self._rungs[0].at_s - time.monotonic() if self._rungs else math.inf
+    def next_at(self) -> float:
+        return self._rungs[0].at_s if self._rungs else math.inf
 
-    def due(self) -> list[int]:
-        now = time.monotonic()
+    def due(self, now: float) -> list[int]:
         found = []
         while self._rungs and self._rungs[0].at_s <= now:
             found.append(self._rungs.pop(0).signum)
@@ -307,15 +326,13 @@ def main() -> None:
     for fd in (given["socket"], given["host_fd"]):
         if fd is not None:
             os.set_inheritable(fd, False)
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)  # it ends after its host, not before
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])
     woken, wake = os.pipe()
     os.set_blocking(woken, False)
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
+    for name in _HEARD:
+        signal.signal(getattr(signal, name), lambda *_: None)  # not ignored: servers inherit that
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     Keeper(
         Channel(socket.socket(fileno=given["socket"])),
         tree.of_this_process(),

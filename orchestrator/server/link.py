@@ -90,15 +90,19 @@ class KeeperLink:
         return self._channel.fd
 
     def order(self, op: str, fds: tuple[int, ...] = (), **more: Any) -> Future[Answer]:
-        """Send an order; its answer, or `KeeperGone`, comes with `receive`."""
+        """Send an order; its answer, or `KeeperGone`, comes with `receive`.
+
+        Raises:
+            KeeperGone: The keeper has ended, and has not received it.
+        """
         number = next(self._numbers)
         answer = self._waiting[number] = Future()
         self.resume()
         try:
             self._channel.send({"op": op, "id": number, **more}, fds)
         except OSError as error:
-            del self._waiting[number]
-            answer.set_exception(KeeperGone(str(error)))
+            self._waiting.pop(number, None)
+            raise KeeperGone(str(error)) from error
         return answer
 
     def receive(self) -> list[Message] | None:

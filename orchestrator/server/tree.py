@@ -16,7 +16,6 @@ from typing import Any, Final, Protocol
 
 _SET_PDEATHSIG: Final = 1  # prctl(2)
 _SET_CHILD_SUBREAPER: Final = 36
-_RESTORED: Final = ("SIGPIPE", "SIGXFSZ", "SIGINT", "SIGTERM", "SIGHUP")  # python, and the keeper
 
 
 class CannotExecute(Exception):
@@ -43,14 +42,14 @@ class Tree(Protocol):
         """Start a server in an empty tree and return its pid; raises `CannotExecute`.
 
         Args:
-            spec: `argv`, `env`, and `cwd` if the host has a working directory.
+            spec: `argv`, `env`, and `cwd`, the working directory of the host.
         """
 
     def signal(self, signum: int) -> None:
         """Send a signal to everything, once each."""
 
     def exit_status(self) -> tuple[bool, int | None]:
-        """Return whether the server has exited, and its status: negative for a signal, None if
+        """Return whether the last server has exited, and its status: negative for a signal, None if
         another part of the program has taken it. This does not reap it.
         """
 
@@ -64,8 +63,7 @@ class Tree(Protocol):
         """Return what is running."""
 
 
-def exit_status(pid: int) -> tuple[bool, int | None]:
-    """Return whether a child has exited and its status, without reaping it."""
+def _exit_status(pid: int) -> tuple[bool, int | None]:
     try:
         found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
     except ChildProcessError:
@@ -77,6 +75,8 @@ def exit_status(pid: int) -> tuple[bool, int | None]:
 
 class SubreaperTree:
     """Everything below this process, which must be single-threaded and have no other children.
+
+    Its standard input is the server's, and it may have no signal ignored or blocked.
 
     Raises:
         OSError: The kernel does not offer what it needs.
@@ -91,46 +91,39 @@ class SubreaperTree:
         if self._prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), "PR_SET_CHILD_SUBREAPER")
         self.leader: int | None = None
+        self._status: int | None = None
         _children(os.getpid())
 
     def start(self, spec: dict[str, Any], output: int, lock: int) -> int:
         if not self.is_empty():
             raise CannotExecute(0, "the server before it is still there")
-        keeper = os.getpid()
+        os.set_inheritable(lock, True)
+        keeper, argv, env = os.getpid(), spec["argv"], spec["env"]
+        with contextlib.suppress(OSError):  # where the host is, or "/"
+            os.chdir(spec["cwd"])
         failed, report = os.pipe()
         pid = os.fork()
-        if pid == 0:
+        if pid == 0:  # few calls: each touches memory that is copied then
             try:
-                self._execute(spec, output, lock, keeper)
+                os.setsid()
+                self._prctl(_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+                if os.getppid() == keeper:
+                    os.dup2(output, 1)
+                    os.dup2(output, 2)
+                    os.execve(argv[0], argv, env)  # noqa: S606 (that is the point)
             except BaseException as error:  # noqa: BLE001 (a fork must not return)
-                number = getattr(error, "errno", None) or 0
-                text = getattr(error, "strerror", None) or str(error)
-                os.write(report, json.dumps([number, text]).encode())
+                os.write(report, _told(error))
             finally:
                 os._exit(127)
         os.close(report)
+        os.chdir("/")
         with open(failed, "rb") as pipe:
             why = pipe.read()  # ends with the exec
         if why:
             os.waitpid(pid, 0)
             raise CannotExecute(*json.loads(why))
-        self.leader = pid
+        self.leader, self._status = pid, None
         return pid
-
-    def _execute(self, spec: dict[str, Any], output: int, lock: int, keeper: int) -> None:
-        os.setsid()
-        self._prctl(_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != keeper:
-            os._exit(127)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        os.set_inheritable(lock, True)
-        for name in _RESTORED:
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
-        if "cwd" in spec:
-            os.chdir(spec["cwd"])
-        os.execve(spec["argv"][0], spec["argv"], spec["env"])  # noqa: S606 (that is the point)
 
     def signal(self, signum: int) -> None:
         group = self.leader
@@ -160,7 +153,10 @@ class SubreaperTree:
             os.close(fd)
 
     def exit_status(self) -> tuple[bool, int | None]:
-        return (True, None) if self.leader is None else exit_status(self.leader)
+        if self.leader is None:
+            return True, self._status
+        has_exited, self._status = _exit_status(self.leader)
+        return has_exited, self._status
 
     def reap_orphans(self) -> None:
         for pid in _children(os.getpid()):
@@ -197,6 +193,7 @@ class PlainTree:
 
     def __init__(self) -> None:
         self.leader: int | None = None
+        self._status: int | None = None
         self._popen: Any = None
 
     def start(self, spec: dict[str, Any], output: int, lock: int) -> int:
@@ -209,15 +206,14 @@ class PlainTree:
                 stdout=output,
                 stderr=output,
                 env=spec["env"],
-                cwd=spec.get("cwd"),
+                cwd=spec["cwd"],
                 pass_fds=(lock,),
                 start_new_session=True,
             )
         except (OSError, ValueError) as error:
-            number = getattr(error, "errno", None) or 0
-            raise CannotExecute(number, getattr(error, "strerror", None) or str(error)) from error
-        self.leader = pid = int(self._popen.pid)
-        return pid
+            raise CannotExecute(*json.loads(_told(error))) from error
+        self.leader, self._status = int(self._popen.pid), None
+        return self.leader
 
     def signal(self, signum: int) -> None:
         if self.leader is not None:
@@ -226,11 +222,12 @@ class PlainTree:
 
     def exit_status(self) -> tuple[bool, int | None]:
         if self.leader is None:
-            return True, None
+            return True, self._status
         if not hasattr(os, "waitid"):
-            status = self._popen.poll()
-            return status is not None, status
-        return exit_status(self.leader)
+            self._status = self._popen.poll()
+            return self._status is not None, self._status
+        has_exited, self._status = _exit_status(self.leader)
+        return has_exited, self._status
 
     def reap_orphans(self) -> None:
         """There are none that would come to us."""
@@ -247,6 +244,12 @@ class PlainTree:
 
     def pids(self) -> list[int]:
         return [] if self.leader is None else [self.leader]
+
+
+def _told(error: BaseException) -> bytes:
+    """Return the number and the text of an error as JSON."""
+    number, text = getattr(error, "errno", None), getattr(error, "strerror", None)
+    return json.dumps([number or 0, text or str(error)]).encode()
 
 
 def of_this_process() -> Tree:

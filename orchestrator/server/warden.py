@@ -105,15 +105,15 @@ class Warden(threading.Thread):
             ServerUnavailable: The binary cannot be executed.
             StateDirError: The record cannot be written; nothing was started.
             Unavailable: There is no keeper, and none can be started.
+            KeeperGone: The keeper has ended meanwhile: use `clear` when the lock is released.
         """
-        spec = {"argv": argv, "env": dict(environment), **_working_directory()}
+        spec = {"argv": argv, "env": dict(environment), "cwd": _working_directory()}
         link, (answer, fds) = self._order_spawn(json.dumps(spec), lock_fd)
         if "error" in answer:
             self._slot.forget()
             raise _cannot_execute(argv[0], *answer["error"])
         if not fds:  # there was no room for them in this process
-            with contextlib.suppress(KeeperGone):
-                self._answer_to(link, link.order("kill", grace_s=0.0))
+            self._answer_to(link, link.order("kill", grace_s=0.0))
             raise _no_hand_over("too many open files: raise the limit (ulimit -n, LimitNOFILE)")
         pid = answer["pid"]
         process = process_table.identify(pid) or ProcessId(pid, 0, process_table.boot_id())
@@ -130,6 +130,11 @@ class Warden(threading.Thread):
             self._slot.remember(process, self._keeper_id)
         except StateDirError as error:  # its lock, its token and the first record remain
             _log("warning", "slot.record_failed", pid=pid, error=error.message)
+
+    def clear(self) -> None:
+        """End what a keeper left that has ended in the middle of a spawn. On the owner's thread."""
+        if eviction.evict(self._slot, self._grace_s)[1].is_empty:
+            self._slot.forget()
 
     def is_empty(self) -> SlotEvidence:
         """Ask the keeper whether it has no child, in about 0.1 ms. Runs on the owner's thread."""
@@ -191,31 +196,34 @@ class Warden(threading.Thread):
         return link
 
     def _order_spawn(self, spec: str, lock_fd: int) -> tuple[KeeperLink, Answer]:
-        """Order a spawn of the keeper, or of a new one if it has ended."""
+        """Order a spawn. It is repeated only if the first one cannot have been carried out."""
         try:
             link = self._link or self._start_keeper()
-            with contextlib.suppress(KeeperGone):
-                return link, self._ordered_spawn(link, spec, lock_fd)
-            link = self._start_keeper()
-            with contextlib.suppress(KeeperGone):
-                return link, self._ordered_spawn(link, spec, lock_fd)
-            link = self._start_thread(f"the keeper process ended, or did not answer: {link.pid}")
-            return link, self._ordered_spawn(link, spec, lock_fd)
-        except (KeeperGone, OSError, NoThread) as error:
-            self._slot.forget()
+            try:
+                order = self._send_spawn(link, spec, lock_fd)
+            except KeeperGone:  # it has ended since, and has not received this
+                link = self._start_keeper()
+                order = self._send_spawn(link, spec, lock_fd)
+            try:
+                return link, self._answer_to(link, order)
+            except KeeperGone as error:
+                if link.pid is not None:
+                    raise
+                link = self._start_thread(f"it has never reported, and now {error}")
+                return link, self._answer_to(link, self._send_spawn(link, spec, lock_fd))
+        except (OSError, NoThread) as error:
             raise _no_hand_over(error) from error
 
-    def _ordered_spawn(self, link: KeeperLink, spec: str, lock_fd: int) -> Answer:
+    def _send_spawn(self, link: KeeperLink, spec: str, lock_fd: int) -> Future[Answer]:
         with launch.output_file() as file:
             file.write(spec.encode())
             file.flush()
             owner_fd = self._slot.open_owner()
             try:
                 self._slot.remember(None, self._keeper_id)
-                order = link.order("spawn", (file.fileno(), lock_fd, owner_fd))
+                return link.order("spawn", (file.fileno(), lock_fd, owner_fd))
             finally:
                 os.close(owner_fd)
-        return self._answer_to(link, order)
 
     def _answer_to(self, link: KeeperLink, order: Future[Answer]) -> Answer:
         try:
@@ -332,7 +340,8 @@ class Warden(threading.Thread):
         if self._link is not None:
             size = 0 if run.server is None else process_table.resident_bytes(run.server.pid)
             run.ends_at = time.monotonic() + self._grace_s + gone_within_s(size) + ANSWER_S
-            run.answer = self._link.order("kill", grace_s=self._grace_s)
+            with contextlib.suppress(KeeperGone):
+                run.answer = self._link.order("kill", grace_s=self._grace_s)
 
     def _advance(self, run: _KillRun) -> None:
         if run.answer is not None and not run.answer.done():
@@ -349,8 +358,6 @@ class Warden(threading.Thread):
             _log("error", "process.kill_failed", pids=pids)
             self._fail(run, f"processes {pids} did not end after SIGKILL")
             return
-        if run.server is not None and answer.get("is_empty"):
-            self._exited(run.server, answer["status"])
         is_proof = is_contained and answer.get("is_empty")
         evidence = self._slot.verify() if is_proof else SlotEvidence(False)
         if not evidence.is_empty:
@@ -384,11 +391,11 @@ class Warden(threading.Thread):
         run.report(KillFailed(run.command.generation, time.monotonic(), problem))
 
 
-def _working_directory() -> dict[str, str]:
+def _working_directory() -> str:
     try:
-        return {"cwd": os.getcwd()}
+        return os.getcwd()
     except OSError:  # it has been removed
-        return {}
+        return "/"
 
 
 def _unregister(poll: select.poll, fd: int) -> None:

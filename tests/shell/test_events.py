@@ -203,7 +203,7 @@ def test_an_event_is_made_again_from_its_json() -> None:
     assert members == {"id": 7, "kind": "transition", "source": "Idle", "dest": "Killing"}
     assert Event.from_dict(members) == event
     assert (event.dest, event["source"], event.id) == ("Killing", "Idle", 7)
-    with pytest.raises(AttributeError, match="^trigger$"):
+    with pytest.raises(AttributeError, match=r"^trigger$"):
         _ = event.trigger
-    with pytest.raises(AttributeError, match="^data$"):
+    with pytest.raises(AttributeError, match=r"^data$"):
         _ = object.__new__(Event).data
