@@ -39,7 +39,6 @@ from orchestrator.runtime.ports import LogPosition, SlotLock
 from orchestrator.server import eviction
 from orchestrator.server.child import ServerProcess
 from orchestrator.server.environment import check_server_env, child_environment
-from orchestrator.server.link import KeeperGone
 from orchestrator.server.readiness import ReadProgress, wait_ready
 from orchestrator.server.slot import Slot
 from orchestrator.server.warden import Warden
@@ -174,18 +173,10 @@ class ProcessEffects:
             environment = child_environment(self._settings.env, self._slot, key, kind)
             self._warden.spawn(command.generation, argv, environment, lock.fd, self._spawned)
         except OrchestratorError as error:
-            self._spawn_failed(command, error.problem)
-        except KeeperGone as error:
-            lock.release()  # it may have started something that holds a copy
-            self._warden.clear()
-            why = f"the process that keeps the server has ended: {error}"
-            self._spawn_failed(command, Problem("unavailable", why))
+            self._remove_template()
+            self._post(facts.SpawnFailed(command.generation, time.monotonic(), error.problem))
         finally:
             lock.release()
-
-    def _spawn_failed(self, command: Spawn, problem: Problem) -> None:
-        self._remove_template()
-        self._post(facts.SpawnFailed(command.generation, time.monotonic(), problem))
 
     def _spawned(self, server: ServerProcess) -> None:
         self._server = server

@@ -104,8 +104,7 @@ class Warden(threading.Thread):
         Raises:
             ServerUnavailable: The binary cannot be executed.
             StateDirError: The record cannot be written; nothing was started.
-            Unavailable: There is no keeper, and none can be started.
-            KeeperGone: The keeper has ended meanwhile: use `clear` when the lock is released.
+            Unavailable: There is no keeper, or it has ended meanwhile: a kill ends what it left.
         """
         spec = {"argv": argv, "env": dict(environment), "cwd": _working_directory()}
         link, (answer, fds) = self._order_spawn(json.dumps(spec), lock_fd)
@@ -113,7 +112,6 @@ class Warden(threading.Thread):
             self._slot.forget()
             raise _cannot_execute(argv[0], *answer["error"])
         if not fds:  # there was no room for them in this process
-            self._answer_to(link, link.order("kill", grace_s=0.0))
             raise _no_hand_over("too many open files: raise the limit (ulimit -n, LimitNOFILE)")
         pid = answer["pid"]
         process = process_table.identify(pid) or ProcessId(pid, 0, process_table.boot_id())
@@ -130,11 +128,6 @@ class Warden(threading.Thread):
             self._slot.remember(process, self._keeper_id)
         except StateDirError as error:  # its lock, its token and the first record remain
             _log("warning", "slot.record_failed", pid=pid, error=error.message)
-
-    def clear(self) -> None:
-        """End what a keeper left that has ended in the middle of a spawn. On the owner's thread."""
-        if eviction.evict(self._slot, self._grace_s)[1].is_empty:
-            self._slot.forget()
 
     def is_empty(self) -> SlotEvidence:
         """Ask the keeper whether it has no child, in about 0.1 ms. Runs on the owner's thread."""
@@ -211,7 +204,7 @@ class Warden(threading.Thread):
                     raise
                 link = self._start_thread(f"it has never reported, and now {error}")
                 return link, self._answer_to(link, self._send_spawn(link, spec, lock_fd))
-        except (OSError, NoThread) as error:
+        except (KeeperGone, OSError, NoThread) as error:
             raise _no_hand_over(error) from error
 
     def _send_spawn(self, link: KeeperLink, spec: str, lock_fd: int) -> Future[Answer]:

@@ -316,6 +316,37 @@ def test_checker_finds_an_unload_that_cuts_too_little_or_too_much(instead: str, 
     _caught(report, {"inv_only_a_cut_ends_leases"}, within=2)
 
 
+def test_checker_finds_a_keeper_that_says_too_early_that_nothing_is_left() -> None:
+    faults = Faults(is_empty_too_early=True, kill=False)
+    report = explore("unload", warm="A", faults=faults)
+    _caught(report, {"inv_unloaded_is_empty"}, within=2)
+    without = frozenset({"inv_unloaded_is_empty", "inv_a_server_ends_once"})
+    report = explore("unload", warm="A", faults=faults, without=without)
+    _caught(report, {"inv_no_server_is_forgotten"}, within=2)
+
+
+def test_checker_finds_a_keeper_that_loses_an_exit() -> None:
+    report = explore("unload B", warm="A", faults=Faults(loses_exits=True, kill=False))
+    _caught(report, {"inv_healthy_at_rest_is_alive"}, within=2)
+
+
+def test_checker_finds_what_a_killed_keeper_leaves_behind() -> None:
+    """A start that fails must be followed by a kill, which looks for it."""
+    table = _table(
+        "spawn_failed",
+        "is_current",
+        State.SPAWNING,
+        lambda row: replace(
+            row,
+            dest=State.IDLE,
+            actions=("fail_job", "end_effect", "take_next", "answer_waiters", "enter_idle"),
+        ),
+    )
+    faults = Faults(keeper=1, kill=False)
+    report = explore("load A", lifecycle=TracedLifecycle(table), faults=faults)
+    _caught(report, {"inv_no_server_is_forgotten"}, within=5)
+
+
 def test_checker_finds_an_endless_kill() -> None:
     """Quiescence is certain, not only possible."""
     table = _table(

@@ -104,6 +104,14 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "load A | prefetch A": {},
     # a slot that fills again
     "load A | unload": {"faults": Faults(strays=4)},
+    # the keeper is killed at any moment
+    "load A | load B queue | unload A": {"faults": Faults(keeper=2, kill=False)},
+    "load A force; cancel | load B": {"warm": "A", "faults": Faults(keeper=2, kill=False)},
+    "load B restore | unload": {
+        "warm": "A",
+        "policy": RESTART,
+        "faults": Faults(keeper=1, kill=False),
+    },
     # the previous model is restored
     "load B restore": {"warm": "A"},
     "load B restore | load C": {"warm": "A"},

@@ -63,14 +63,24 @@ def inv_one_effect(world: World) -> str | None:
 
 
 def inv_no_server_is_forgotten(world: World) -> str | None:
-    """A live server is recorded, or its `Spawned` has not arrived yet."""
-    child = world.ctx.child
+    """A live server is recorded, or its `Spawned` has not arrived yet.
+
+    What a killed keeper has left is on record as its server, or is looked for by a kill.
+    """
     spawning = {effect.generation for effect in world.in_flight if effect.kind == "spawn"}
+    is_looked_for = any(effect.kind == "kill" for effect in world.in_flight)
     for process in world.alive:
-        recorded = child is not None and child.pid == process.pid
-        if process.generation and not recorded and process.generation not in spawning:
+        is_known = _is_recorded(world, process) or process.generation in spawning
+        if process.generation and not is_known and not (process.is_left and is_looked_for):
             return f"server {process.pid} is alive and not recorded"
     return None
+
+
+def _is_recorded(world: World, process: Process) -> bool:
+    child = world.ctx.child
+    if child is None:
+        return False
+    return process.generation == child.generation if process.is_left else process.pid == child.pid
 
 
 def inv_settled_holds_no_load(world: World) -> str | None:
@@ -125,11 +135,9 @@ def inv_at_rest_is_settled(world: World) -> str | None:
 
 def inv_idle_at_rest_is_empty(world: World) -> str | None:
     """Quiescent Idle: nothing is alive, unless a kill failed and its pid is recorded."""
-    if world.is_quiescent and world.state is State.IDLE:
-        child = world.ctx.child
-        unknown = {p for p in world.alive if p.generation and not (child and child.pid == p.pid)}
-        if unknown:
-            return f"Idle while {pids(world)} is alive and not recorded"
+    is_at_rest = world.is_quiescent and world.state is State.IDLE
+    if is_at_rest and any(p.generation and not _is_recorded(world, p) for p in world.alive):
+        return f"Idle while {pids(world)} is alive and not recorded"
     return None
 
 

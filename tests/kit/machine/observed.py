@@ -21,11 +21,15 @@ from orchestrator.settings.target import Target
 
 
 class Process(NamedTuple):
-    """A live process of the slot; generation 0 is a stray that was never recorded."""
+    """A live process of the slot; generation 0 is a stray that was never recorded.
+
+    One that `is_left` was started by a server, and has outlived it and its keeper.
+    """
 
     pid: int
     generation: Generation
     model: str
+    is_left: bool = False
 
 
 class World(Protocol):

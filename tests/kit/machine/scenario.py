@@ -106,6 +106,7 @@ class Scenario:
             calls=(Call(),) * len(self.actions),
             progress=(0,) * len(self.clients),
             strays=self.faults.strays,
+            keepers=self.faults.keeper,
             stale=self.faults.stale,
         )
 
@@ -139,10 +140,14 @@ class Scenario:
 
     def _end_kill(self, world: World, work: Work) -> Iterator[Move]:
         if world.alive:
-            exits = {Noticed("exited", p.generation, p.pid) for p in world.alive if p.generation}
+            exits = {
+                Noticed("exited", p.generation, p.pid)
+                for p in world.alive
+                if p.generation and not p.is_left
+            }
             dead = world._replace(alive=frozenset(), noticed=world.noticed | exits)
             yield Move("system", f"the kill ends {_pids(world)}", dead, None)
-        else:
+        if not world.alive or self.faults.is_empty_too_early:
             yield Move(
                 "system", "the slot is verified empty", world, Emptied(work.generation, AT), work
             )
@@ -305,15 +310,38 @@ class Scenario:
     def _faults_from_outside(self, world: World) -> Iterator[Move]:
         if self.faults.crash:
             for process in sorted(world.alive):
-                if process.generation:
+                if process.generation and not process.is_left:
                     exit_ = Noticed("exited", process.generation, process.pid)
+                    noticed = frozenset() if self.faults.loses_exits else {exit_}
                     dead = world._replace(
-                        alive=world.alive - {process}, noticed=world.noticed | {exit_}
+                        alive=world.alive - {process}, noticed=world.noticed | noticed
                     )
                     yield Move("system", f"server {process.pid} dies", dead, None, is_own=False)
+        yield from self._ends_of_the_keeper(world)
         if world.strays and world.core.state is State.DOWNLOADING and not world.alive:
             found = world._replace(alive=frozenset({STRAY}), strays=world.strays - 1)
             yield Move("system", "a stray process holds the slot", found, None, is_own=False)
+
+    def _ends_of_the_keeper(self, world: World) -> Iterator[Move]:
+        """The keeper is killed: its server dies with it, and is not handed over any more."""
+        servers = [p for p in sorted(world.alive) if p.generation and not p.is_left]
+        for process in servers if world.keepers else ():
+            spawning = next((w for w in world.work if w.pid == process.pid), None)
+            exit_ = {Noticed("exited", process.generation, process.pid)}
+            is_handed_over = spawning is None or spawning.kind != "spawn"
+            dead = world._replace(
+                keepers=world.keepers - 1,
+                alive=world.alive - {process},
+                noticed=world.noticed | (exit_ if is_handed_over else frozenset()),
+                work=tuple(
+                    w if is_handed_over or w != spawning else w._replace(pid=0) for w in world.work
+                ),
+            )
+            text = f"the keeper is killed, and server {process.pid} with it"
+            yield Move("system", text, dead, None, is_own=False)
+            left = process._replace(pid=process.pid + 1000, is_left=True)
+            beside = dead._replace(alive=dead.alive | {left})
+            yield Move("system", f"{text}, but not its child", beside, None, is_own=False)
 
     def stale_moves(self, world: World) -> Iterator[Move]:
         """Yield completions of what is not in flight: late, or reported twice."""

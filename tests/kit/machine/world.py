@@ -126,6 +126,7 @@ class World(NamedTuple):
     reported_ended: frozenset[int] = frozenset()
     cancelled_ids: frozenset[str] = frozenset()
     strays: int = 0
+    keepers: int = 0
     stale: int = 0
 
 
@@ -139,6 +140,7 @@ class Faults:
         look_up: A slow look-up fails.
         crash: A server ends by itself.
         strays: How often an unrecorded process appears in the slot between kill and spawn.
+        keeper: How often the keeper is killed; something of its server may go on.
         stale: How many completions of ended effects arrive.
     """
 
@@ -149,7 +151,11 @@ class Faults:
     look_up: bool = True
     crash: bool = True
     strays: int = 0
+    keeper: int = 0
     stale: int = 1
+    # of a keeper's code, which the checker must find
+    is_empty_too_early: bool = False
+    loses_exits: bool = False
 
 
 NO_FAULTS = Faults(
@@ -160,6 +166,7 @@ NO_FAULTS = Faults(
     look_up=False,
     crash=False,
     strays=0,
+    keeper=0,
     stale=0,
 )
 
