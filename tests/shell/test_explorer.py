@@ -17,7 +17,7 @@ from tests.kit.machine.invariants import INVARIANTS
 from tests.kit.shell.explorer import explore, wander
 from tests.kit.shell.promises import PROMISES
 from tests.kit.shell.records import stuck
-from tests.kit.shell.scene import ALL_MISHAPS, USUAL_MISHAPS, Scene
+from tests.kit.shell.scene import ALL_MISHAPS, USUAL_MISHAPS, WITH_KEEPER, Scene
 
 CONTINUE = Policy(abandoned_load="continue")
 RESTART = Policy(restart=RestartPolicy(limit=1))
@@ -73,6 +73,10 @@ SCENES = (
     # an idle server
     Scene("lease; release | load B", warm="A", policy=IDLE, mishaps=2),
     Scene("lease; withdraw | load A", policy=IDLE, pairs=2),
+    # a keeper that is killed at any moment
+    Scene("load A | load B queue", kinds=WITH_KEEPER, mishaps=2),
+    Scene("load B restore; withdraw", warm="A", kinds=WITH_KEEPER, mishaps=2, pairs=0),
+    Scene("load A | shutdown", kinds=WITH_KEEPER, policy=RESTART, mishaps=2, pairs=0),
     # a slot with an unknown process
     Scene("load A | unload", kinds=frozenset({"stray", "kill", "spawn"}), mishaps=3),
 )

@@ -35,9 +35,9 @@ from orchestrator.runtime.owner import Call, Owner
 from orchestrator.runtime.ports import SlotLock
 from orchestrator.runtime.snapshot import Snapshot
 from tests.kit.shell.explorer import Report, explore
-from tests.kit.shell.gates import HeldLock
+from tests.kit.shell.gates import GatedEffects, HeldLock
 from tests.kit.shell.records import HeldUpError, stuck
-from tests.kit.shell.scene import RecordedLifecycle, Scene
+from tests.kit.shell.scene import WITH_KEEPER, RecordedLifecycle, Scene
 
 
 def caught(report: Report, *names: str, within: int) -> None:
@@ -392,6 +392,25 @@ def test_explorer_finds_a_token_that_is_not_checked_after_the_wait() -> None:
     caught(report, "inv_healthy_is_proven", within=20)
     assert report.counterexample is not None
     assert "ready of load 1" in report.counterexample.story
+
+
+def test_explorer_finds_a_keeper_that_says_too_early_that_nothing_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def kill_its_own(effects: GatedEffects) -> None:
+        for process in tuple(effects.os.alive.values()):
+            if not process.is_left:
+                effects.crash(process.pid)
+
+    monkeypatch.setattr(GatedEffects, "kill_everything", kill_its_own)
+    report = explore(Scene("unload", warm="A", kinds=WITH_KEEPER))
+    caught(report, "inv_unloaded_is_empty", within=6)
+
+
+def test_explorer_finds_a_keeper_that_loses_an_exit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GatedEffects, "_note_exit", lambda *_: None)
+    report = explore(Scene("load A", kinds=WITH_KEEPER))
+    caught(report, "inv_healthy_at_rest_is_alive", within=20)
 
 
 def test_explorer_finds_an_owner_that_waits_for_its_log(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,10 @@ class OperatingSystem:
         self._add(stray)
         return stray
 
+    def leave(self, server: Process) -> None:
+        """Let a child of a dead server go on."""
+        self._add(server._replace(pid=server.pid + 1000, is_left=True))
+
     def end(self, pid: int) -> Process:
         return self.alive.pop(pid)
 
@@ -297,6 +301,17 @@ class GatedEffects:
         """Let a server exit by itself."""
         self._note_exit(self.os.end(pid), -11)
 
+    def lose_keeper(self, pid: int, *, leaves_child: bool) -> None:
+        """Let a server end with its keeper, which hands it over no more; its child may go on."""
+        process = self.os.end(pid)
+        spawning = next((g for g in self.parked if g.child and g.child.pid == pid), None)
+        if spawning is None:
+            self._note_exit(process, None)
+        else:
+            spawning.child = None
+        if leaves_child:
+            self.os.leave(process)
+
     def notice_exit(self, exited: Exited) -> None:
         self.exits.remove(exited)
         self.post(exited)
@@ -311,9 +326,9 @@ class GatedEffects:
             gate.fact = fact
         self.post(fact)
 
-    def _note_exit(self, process: Process, returncode: int) -> None:
+    def _note_exit(self, process: Process, returncode: int | None) -> None:
         exit_ = Exit(process.pid, returncode)
-        if process.generation:
+        if process.generation and not process.is_left:
             exited = Exited(process.generation, self.clock(), exit_)
             self.exits.append(exited)
             if self.notices_exits:

@@ -18,10 +18,11 @@ from tests.kit.machine.programs import Action, parse
 if TYPE_CHECKING:
     from tests.kit.shell.stage import Stage
 
-Mishap = Literal["kill", "download", "spawn", "probe", "crash", "stray", "look-up"]
+Mishap = Literal["kill", "download", "spawn", "probe", "crash", "stray", "keeper", "look-up"]
 
 USUAL_MISHAPS: Final[frozenset[Mishap]] = frozenset({"kill", "download", "spawn", "probe", "crash"})
 ALL_MISHAPS: Final[frozenset[Mishap]] = USUAL_MISHAPS | {"stray", "look-up"}
+WITH_KEEPER: Final[frozenset[Mishap]] = frozenset({"keeper", "probe"})
 
 
 class RecordedLifecycle(Lifecycle):

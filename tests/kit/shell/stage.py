@@ -248,9 +248,11 @@ class Stage(PumpedOwner):
         os = self.effects.os
         if self._may("crash"):
             for process in os.alive.values():
-                if process.generation:
+                if process.generation and not process.is_left:
                     crash = partial(self._mishap, partial(self.effects.crash, process.pid))
                     yield Move("system", f"server {process.pid} dies", crash, is_own=False)
+        if self._may("keeper"):
+            yield from self._ends_of_the_keeper()
         if self._may("stray") and not os.alive:
             intrude = partial(self._mishap, os.intrude)
             yield Move("system", "a stray process holds the slot", intrude, is_own=False)
@@ -259,6 +261,14 @@ class Stage(PumpedOwner):
                 text = f"the look-up of call {look_up.ticket} fails"
                 refuse = partial(self._mishap, partial(self._refuse, look_up))
                 yield Move("system", text, refuse, is_own=False)
+
+    def _ends_of_the_keeper(self) -> Iterator[Move]:
+        for process in self.effects.os.alive.values():
+            for leaves in (False, True) if process.generation and not process.is_left else ():
+                lose = partial(self.effects.lose_keeper, process.pid, leaves_child=leaves)
+                text = f"server {process.pid} dies with its keeper"
+                text += ", but not its child" if leaves else ""
+                yield Move("system", text, partial(self._mishap, lose), is_own=False)
 
     def _may(self, kind: Mishap) -> bool:
         return self.mishaps > 0 and kind in self.scene.kinds
