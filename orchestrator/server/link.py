@@ -140,6 +140,8 @@ class KeeperLink:
         """End the keeper at once, and with it its server; `receive` will say so."""
         if self.pin is not None:
             self.pin.signal(signal.SIGKILL)
+        elif self._helper is not None:
+            self._helper.kill()
 
     def end(self) -> None:
         """End the keeper, which may be stopped, and give everything back."""

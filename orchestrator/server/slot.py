@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import time
 import weakref
 from dataclasses import asdict
@@ -28,6 +29,7 @@ from orchestrator.base.private_file import open_file, read_file, replace_file
 from orchestrator.errors import InvalidRequest, SlotOwned, StateDirError, UnsupportedPlatform
 from orchestrator.machine.facts import SlotEvidence
 from orchestrator.server import process_table, slot_name
+from orchestrator.server.pin import Pin
 from orchestrator.server.process_table import ProcessId
 from orchestrator.server.slot_name import NameTaken
 from orchestrator.server.state_dir import check_trusted, make_folder, prepare, unusable
@@ -95,7 +97,15 @@ class Slot:
             pid = self._living_owner()
             if pid is not None or time.monotonic() > ends:
                 raise _owned(self.name, pid)
+            self._continue_keeper()
             time.sleep(_VERIFY_EVERY_S)
+
+    def _continue_keeper(self) -> None:
+        """Continue the keeper of a dead owner if it was stopped while it empties the slot."""
+        keeper = self.recall_keeper()
+        if keeper is not None and (pin := Pin.of(keeper)) is not None:
+            pin.signal(signal.SIGCONT)
+            pin.close()
 
     def _try_claim(self) -> bool:
         try:

@@ -188,7 +188,7 @@ def test_a_server_outlives_the_event_loop_that_loaded_it(host: StartHost) -> Non
     assert server.seconds_to_exit(backend.die()) < GONE_S
 
 
-@pytest.mark.parametrize("kind", ["group", "setsid!", "daemon!", "closed!"])
+@pytest.mark.parametrize("kind", ["group", "setsid!", "daemon!", "closed!", "escaped!"])
 def test_no_descendant_outlives_the_backend(host: StartHost, fake: Fake, kind: str) -> None:
     """Nor one that has left the process group and ignores SIGTERM."""
     fake.behave(children=[kind])

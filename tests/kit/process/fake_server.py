@@ -52,7 +52,7 @@ if TYPE_CHECKING:
         # the end
         ignore_term: int  # how many SIGTERMs have no effect; negative: all
         term_takes_s: float
-        children: list[str]  # group | setsid | daemon | closed | scrubbed, "!" ignores SIGTERM
+        children: list[str]  # group | setsid | daemon | closed | scrubbed | escaped; "!": deaf
 
 
 HOME = os.environ.get("FAKE_SERVER_DIR", "")
@@ -308,14 +308,14 @@ def start_child(kind: str, journal: Journal, alive_fd: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN if ignores_term else signal.SIG_DFL)
     if kind != "group":
         os.setsid()
-    if kind in ("daemon", "closed", "scrubbed") and os.fork() != 0:
+    if kind in ("daemon", "closed", "scrubbed", "escaped") and os.fork() != 0:
         os._exit(0)
-    if kind == "closed":
+    if kind in ("closed", "escaped"):
         kept = {alive_fd} | journal.fds
         for fd in [fd for fd in open_files() if fd not in kept]:
             os.close(fd)
     journal.write("child", kind=kind)
-    if kind == "scrubbed":
+    if kind in ("scrubbed", "escaped"):
         os.execve(sys.executable, ["python", "-I", "-S", "-c", _PAUSE], {})
     while True:
         signal.pause()
