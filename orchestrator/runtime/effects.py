@@ -36,7 +36,6 @@ from orchestrator.machine.facts import Child, Emptied, Fact, KillFailed, SlotEvi
 from orchestrator.models.hub.fetch_process import FetchProgress
 from orchestrator.models.source import ModelSource
 from orchestrator.runtime.ports import LogPosition, SlotLock
-from orchestrator.server import eviction
 from orchestrator.server.child import ServerProcess
 from orchestrator.server.environment import check_server_env, child_environment
 from orchestrator.server.readiness import ReadProgress, wait_ready
@@ -103,15 +102,13 @@ class ProcessEffects:
         self._progress: dict[Generation, ReadProgress | FetchProgress] = {}
         self._in_flight: set[Future[None]] = set()
         self._warden = Warden(slot, post, kill_grace_s=settings.kill_grace_s)
-        ended, evidence = eviction.reap(slot)
-        if ended:
-            _log("warning", "slot.reaped", pids=sorted(ended), is_empty=evidence.is_empty)
         with contextlib.ExitStack() as undo:
             workers.claim()
             undo.callback(workers.release)
             threads.start(self._warden)
+            undo.callback(self._warden.close)
+            self._warden.prepare()
             undo.pop_all()
-        self._warden.prepare()
 
     # ----------------------------------------------------------------------- on the owner's thread
 

@@ -6,6 +6,7 @@ SOCK_SEQPACKET; elsewhere a line of a stream is. Messages are short; a long text
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -39,6 +40,17 @@ class Channel:
         except OSError:  # macOS has the name, but not for UNIX sockets
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         return cls(ours), theirs
+
+    @classmethod
+    def to(cls, path: str) -> Self:
+        """Connect to the socket at a path. Raises OSError."""
+        end = socket.socket(socket.AF_UNIX, _TYPE)
+        try:
+            end.connect(path)
+        except OSError:
+            end.close()
+            raise
+        return cls(end)
 
     @property
     def fd(self) -> int:
@@ -80,6 +92,21 @@ class Channel:
         self._end.close()
         while self._fds:
             os.close(self._fds.pop())
+
+
+def listen_at(path: str) -> socket.socket | None:
+    """Return a socket that listens at a path; None where none can be, or the path is too long."""
+    end = socket.socket(socket.AF_UNIX, _TYPE)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        end.bind(path)
+        os.chmod(path, 0o600)
+        end.listen(1)
+    except OSError:
+        end.close()
+        return None
+    return end
 
 
 def from_file(fd: int) -> Message:

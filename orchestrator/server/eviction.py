@@ -23,18 +23,18 @@ from orchestrator.server.process_table import ProcessId
 from orchestrator.server.slot import Slot
 
 _VERIFY_EVERY_S: Final = 0.02
-_LEFT_GRACE_S: Final = 0.3
+LEFT_GRACE_S: Final = 0.3
 _log = event_log("orchestrator.server")
 
 
 def reap(slot: Slot) -> tuple[set[int], SlotEvidence]:
-    """End what a dead owner left in a slot, its keeper last. The caller owns the slot.
+    """End what a dead owner left in a slot, and its keeper last. The caller owns the slot.
 
     Returns:
         The pids that were signalled, and whether the slot is empty now.
     """
     keeper = slot.recall_keeper()
-    ended, evidence = evict(slot, _LEFT_GRACE_S, keeper)
+    ended, evidence = evict(slot, LEFT_GRACE_S, keeper)
     if keeper is not None and (pin := Pin.of(keeper)) is not None:
         pin.signal(signal.SIGKILL)  # it may be stopped, and has nothing to do any more
         pin.close()

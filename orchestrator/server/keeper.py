@@ -4,12 +4,15 @@ There is one per orchestrator. It is single-threaded, uses the standard library 
 nothing but the server. Its host gives orders over a socket, and the host's death is one of them. No
 server outlives it: a direct child gets SIGKILL from the kernel when the keeper dies.
 
+The next owner of the slot, while the last one's server is being ended, connects to a socket in the
+slot's folder, and becomes the host.
+
 Orders have an `op` and an `id`, which the answer repeats:
 - `spawn` with the descriptors of the specification, the slot's lock and the owner's lock: `pid` and
   the descriptors of the output and, on Linux, of the process; or `error`, its number and text
 - `kill` with `grace_s`: `is_empty` once nothing is left, or the `pids` that survived
 - `ask`: `is_empty`
-Without being asked it says `hello` first, and `exited` with a `pid` and its `status`.
+Without being asked it says `hello` to each host first, and `exited` with a `pid` and its `status`.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -57,6 +61,13 @@ class Host:
         self.is_silent = False
         self.lock: int | None = None
 
+    def leave(self) -> None:
+        """Close what belongs to it."""
+        for fd in (self.fd, self.lock):
+            if fd is not None:
+                os.close(fd)
+        self.fd = self.lock = None
+
     @property
     def is_this_process(self) -> bool:
         return self._pid is None
@@ -69,7 +80,7 @@ class Host:
         return _HOST_EVERY_S if self.fd is None and self._pid is not None else math.inf
 
     def is_gone(self) -> bool:
-        if self.is_silent and self.lock is not None and self.take_lock():
+        if self.is_silent and self.gives_up_lock():
             return True
         if self.fd is not None:
             poll = select.poll()  # a descriptor of the host may have any number
@@ -85,18 +96,35 @@ class Host:
         return False
 
     def take_lock(self) -> bool:
-        """Keep the next owner waiting until the slot is empty; False if that cannot be."""
+        """Take the owner's lock, and keep the next owner waiting; False if that cannot be."""
+        return self._flock(fcntl.LOCK_EX)
+
+    def gives_up_lock(self) -> bool:
+        """Return whether no process owns the slot."""
+        return self._flock(fcntl.LOCK_EX) and self._flock(fcntl.LOCK_UN)
+
+    def _flock(self, how: int) -> bool:
         try:
-            fcntl.flock(-1 if self.lock is None else self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(-1 if self.lock is None else self.lock, how | fcntl.LOCK_NB)
         except (OSError, ValueError):
             return False
         return True
+
+    def is_owner(self, pid: int) -> bool:
+        """Return whether this process has taken the lock since, as it has written into the file."""
+        if self.lock is None or self.gives_up_lock():
+            return False
+        try:
+            return bool(json.loads(os.pread(self.lock, 4096, 0))["pid"] == pid)
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
 
 
 class Keeper:
     """The loop of a keeper.
 
     Args:
+        door: Listens for the next owner.
         wake_fd: Readable when a child may have ended; None where that must be polled.
         record: The record of the slot's server, removed with a server whose host is gone.
 
@@ -113,6 +141,7 @@ class Keeper:
         below: Tree,
         host: Host,
         *,
+        door: socket.socket | None = None,
         wake_fd: int | None = None,
         grace_s: float = _DEAD_HOST_GRACE_S,
         record: str = "",
@@ -122,6 +151,7 @@ class Keeper:
         self.channel: Channel | None = channel
         self._tree = below
         self._host = host
+        self._door = door
         self._wake_fd = wake_fd
         self._grace_s = min(grace_s, _DEAD_HOST_GRACE_S)
         self._record = record
@@ -131,13 +161,13 @@ class Keeper:
         self._is_heir = False
         self._clock = clock
         self.poll = select.poll()
-        for fd in (channel.fd, host.fd, wake_fd):
+        for fd in (channel.fd, host.fd, wake_fd, None if door is None else door.fileno()):
             if fd is not None:
                 self.poll.register(fd, select.POLLIN)
 
     def run(self) -> None:
         """Work until the host is gone, or has closed its socket, and nothing is left."""
-        self._say(op="hello", version=VERSION, pid=os.getpid(), contains=self._tree.contains)
+        self._greet()
         while not self.is_done:
             self.turn([fd for fd, _ in self.poll.poll(self._timeout_ms())])
         self.close()
@@ -145,8 +175,7 @@ class Keeper:
     def close(self) -> None:
         """Give back the descriptors: it may have been a thread."""
         self._forget_output()
-        if self._host.lock is not None:
-            os.close(self._host.lock)
+        self._host.leave()
 
     def turn(self, ready: list[int]) -> None:
         """Read what is ready, notice exits, go on with a kill, and ask for the host."""
@@ -157,6 +186,8 @@ class Keeper:
                 os.read(fd, _READ_BYTES)
             elif fd == self._output:
                 self._drain(fd)
+            elif self._door is not None and fd == self._door.fileno():
+                self._let_in(self._door)
         if not self.is_done:
             self._look()
 
@@ -170,6 +201,29 @@ class Keeper:
         return None if shortest == math.inf else max(0.0, shortest * 1000)
 
     # -------------------------------------------------------------------------------- the host
+
+    def _greet(self) -> None:
+        self._say(op="hello", version=VERSION, pid=os.getpid(), contains=self._tree.contains)
+
+    def _let_in(self, door: socket.socket) -> None:
+        """Let the next owner be the host; anybody else hears nothing."""
+        end, _ = door.accept()
+        if not self._is_heir and self._host.is_gone():
+            self._inherit()
+        pid, uid, _ = struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if not (self._is_heir and uid == os.geteuid() and self._host.is_owner(pid)):
+            end.close()
+            return
+        lock, self._host.lock = self._host.lock, None
+        self._host.leave()
+        self._host = Host(pid, _pidfd(pid))
+        self._host.lock = lock
+        self.channel = Channel(end)
+        self._is_heir = False
+        for fd in (self.channel.fd, self._host.fd):
+            if fd is not None:
+                self.poll.register(fd, select.POLLIN)
+        self._greet()
 
     def _say(self, fds: tuple[int, ...] = (), **message: Any) -> None:
         if self.channel is not None:
@@ -213,9 +267,9 @@ class Keeper:
         self._output, self._untold = output, pid
         with contextlib.ExitStack() as opened:
             fds = [output]
-            with contextlib.suppress(OSError, AttributeError):
-                fds.append(os.pidfd_open(pid))
-                opened.callback(os.close, fds[1])
+            if (handle := _pidfd(pid)) is not None:
+                fds.append(handle)
+                opened.callback(os.close, handle)
             self._say(tuple(fds), id=order, pid=pid)
 
     # ------------------------------------------------------------------------------- the server
@@ -238,9 +292,8 @@ class Keeper:
                 self._untold = None
 
     def _inherit(self) -> None:
-        """The host is gone: end what it left, and keep the next owner waiting meanwhile."""
+        """The host is gone: end what it left."""
         self._is_heir = True
-        self._host.take_lock()
         if self.channel is not None:
             self.poll.unregister(self.channel.fd)
             self.channel.close()
@@ -272,8 +325,8 @@ class Keeper:
         if kill.order is not None:
             self._say(id=kill.order, **answer)
             return
-        self.is_done = True
-        if answer["is_empty"] and self._host.take_lock():  # else it may be another owner's by now
+        self.is_done = self._is_heir  # else the next owner has come meanwhile
+        if answer["is_empty"] and self._is_heir and self._host.take_lock():
             with contextlib.suppress(OSError):
                 os.unlink(self._record)
 
@@ -308,6 +361,13 @@ class _Kill:
         return found if found or self._rungs else [signal.SIGKILL]
 
 
+def _pidfd(pid: int) -> int | None:
+    try:
+        return os.pidfd_open(pid)
+    except (OSError, AttributeError):
+        return None
+
+
 def _resident(pid: int | None) -> int:
     """Return the resident bytes of a process; 0 if unknown."""
     try:
@@ -323,7 +383,7 @@ def main() -> None:
     if os.fork():
         os._exit(0)  # the keeper is no child of the host, which may end all of its children
     os.chdir("/")
-    for fd in (given["socket"], given["host_fd"]):
+    for fd in (given["socket"], given["host_fd"], given["door"]):
         if fd is not None:
             os.set_inheritable(fd, False)
     woken, wake = os.pipe()
@@ -337,6 +397,7 @@ def main() -> None:
         Channel(socket.socket(fileno=given["socket"])),
         tree.of_this_process(),
         Host(given["host"], given["host_fd"]),
+        door=None if given["door"] is None else socket.socket(fileno=given["door"]),
         wake_fd=woken,
         grace_s=given["grace_s"],
         record=given["record"],

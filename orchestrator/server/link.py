@@ -6,17 +6,20 @@ import contextlib
 import itertools
 import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import threading
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Final, Self
 
 from orchestrator.base import launch, threads
 from orchestrator.server import process_table
-from orchestrator.server.channel import Channel, Message
+from orchestrator.server.channel import VERSION, Channel, Message, listen_at
 from orchestrator.server.pin import Pin
 from orchestrator.server.slot import TOKEN_NAME, Slot
 
@@ -47,7 +50,7 @@ class KeeperLink:
         self.pid: int | None = None
         self.contains = False
         self.pin: Pin | None = None
-        self.is_thread = helper is None
+        self.version = 0
         self._channel = channel
         self._helper = helper
         self._numbers = itertools.count(1)
@@ -64,16 +67,45 @@ class KeeperLink:
         Raises:
             OSError: It cannot be started.
         """
-        with launch.no_fork:  # a fork must not keep the keeper's end open
+        with launch.no_fork, contextlib.ExitStack() as ends:  # a fork must not keep them open
             ours, theirs = Channel.pair()
+            ends.callback(theirs.close)
+            door = listen_at(str(slot.door_path))
+            if door is not None:
+                ends.callback(door.close)
             try:
-                helper = _start_process(slot, grace_s, theirs.fileno())
+                helper = _start_process(slot, grace_s, theirs, door)
             except BaseException:
                 ours.close()
                 raise
-            finally:
-                theirs.close()
         return cls(ours, helper)
+
+    @classmethod
+    def succeed(cls, slot: Slot) -> Self | None:
+        """Return the keeper of this slot's dead owner, if it works for us now.
+
+        Its server, if it has one, is being ended.
+        """
+        slot.continue_keeper()
+        try:
+            channel = Channel.to(str(slot.door_path))
+        except OSError:  # there is none, or its path is too long
+            return None
+        link = cls(channel, None)
+        if link.wait(lambda: link.pid is not None) and link.version == VERSION:
+            return link
+        link.end()
+        return None
+
+    def wait(self, is_true: Callable[[], bool]) -> bool:
+        """Receive until something is true; False if the keeper ends, or says nothing for long."""
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        while not is_true():
+            self.resume()
+            if not poll.poll(ANSWER_S * 1000) or self.receive() is None:
+                return False
+        return True
 
     @classmethod
     def start_thread(cls) -> Self:
@@ -125,10 +157,10 @@ class KeeperLink:
 
     def _meet(self, hello: Message) -> None:
         pid = self.pid = hello["pid"]
-        self.contains = hello["contains"]
+        self.version, self.contains = hello["version"], hello["contains"]
+        found = process_table.identify(pid)
+        self.pin = None if found is None else Pin.of(found)  # None for a thread
         if self._helper is not None:
-            found = process_table.identify(pid)
-            self.pin = None if found is None else Pin.of(found)
             self._helper.wait()
 
     def resume(self) -> None:
@@ -155,13 +187,17 @@ class KeeperLink:
             self.pin.close()
 
 
-def _start_process(slot: Slot, grace_s: float, socket_fd: int) -> subprocess.Popen[bytes]:
+def _start_process(
+    slot: Slot, grace_s: float, end: socket.socket, door: socket.socket | None
+) -> subprocess.Popen[bytes]:
     """Start the keeper's interpreter, which forks and exits."""
     host_fd = Pin.open(os.getpid())
+    door_fd = None if door is None else door.fileno()
     given = {
         "slot": str(slot.directory),  # for who reads a list of processes
         "package": str(Path(__file__).parents[2]),
-        "socket": socket_fd,
+        "socket": end.fileno(),
+        "door": door_fd,
         "host": os.getpid(),
         "host_fd": host_fd,
         "grace_s": grace_s,
@@ -174,7 +210,7 @@ def _start_process(slot: Slot, grace_s: float, socket_fd: int) -> subprocess.Pop
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={k: v for k, v in os.environ.items() if k != TOKEN_NAME},
-            pass_fds=(socket_fd,) if host_fd is None else (socket_fd, host_fd),
+            pass_fds=[fd for fd in (end.fileno(), door_fd, host_fd) if fd is not None],
             start_new_session=True,
         )
     finally:

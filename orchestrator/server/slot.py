@@ -69,6 +69,7 @@ class Slot:
         self.lock_path: Path = self.directory / "server.lock"
         self.record_path: Path = self.directory / "server.json"
         self.owner_path: Path = self.directory / "owner.lock"
+        self.door_path: Path = self.directory / "keeper.sock"
         status = self.directory.stat()  # the same path in a container is another slot
         self.token: str = f"{TOKEN_NAME}={self.directory}:{status.st_dev:x}:{status.st_ino:x}"
         self._name_fd: int | None = None
@@ -97,11 +98,11 @@ class Slot:
             pid = self._living_owner()
             if pid is not None or time.monotonic() > ends:
                 raise _owned(self.name, pid)
-            self._continue_keeper()
+            self.continue_keeper()
             time.sleep(_VERIFY_EVERY_S)
 
-    def _continue_keeper(self) -> None:
-        """Continue the keeper of a dead owner if it was stopped while it empties the slot."""
+    def continue_keeper(self) -> None:
+        """Continue the keeper of a dead owner, which may be stopped."""
         keeper = self.recall_keeper()
         if keeper is not None and (pin := Pin.of(keeper)) is not None:
             pin.signal(signal.SIGCONT)

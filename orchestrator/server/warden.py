@@ -82,11 +82,34 @@ class Warden(threading.Thread):
     # ----------------------------------------------------------------- called from other threads
 
     def prepare(self) -> None:
-        """Start the keeper, so that no spawn need wait for it; a failure is only logged."""
+        """End what a dead owner left in the slot, and have a keeper, so that no spawn waits for it.
+
+        Its keeper becomes ours, if it has one. A failure is only logged.
+        """
+        ended, evidence = self._succeed()
+        if ended:
+            _log("warning", "slot.reaped", pids=sorted(ended), is_empty=evidence.is_empty)
         try:
-            self._start_keeper()
+            if self._link is None:
+                self._start_keeper()
         except (OSError, NoThread) as error:
             _log("error", "keeper.unavailable", error=str(error))
+
+    def _succeed(self) -> tuple[set[int], SlotEvidence]:
+        link = KeeperLink.succeed(self._slot)
+        if link is None:
+            return eviction.reap(self._slot)
+        server = self._slot.recall()
+        ended = {server.pid} if server is not None and process_table.is_alive(server) else set()
+        with contextlib.suppress(KeeperGone):
+            order = link.order("kill", grace_s=eviction.LEFT_GRACE_S)
+            if link.wait(order.done) and order.result()[0]["is_empty"] and link.contains:
+                self._use(link)
+                evidence = self._slot.verify()
+                return ended, evidence if evidence.is_empty else eviction.reap(self._slot)[1]
+        link.end()
+        others, evidence = eviction.reap(self._slot)
+        return ended | others, evidence
 
     def spawn(
         self,
@@ -157,6 +180,8 @@ class Warden(threading.Thread):
         self.join()
         for link in self._links.values():
             link.end()
+        with contextlib.suppress(OSError):
+            self._slot.door_path.unlink()
 
     def _submit(self, work: Callable[[], None]) -> None:
         self._todo.append(work)

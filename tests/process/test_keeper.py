@@ -6,6 +6,7 @@ test_parent_death.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -306,6 +307,7 @@ def test_whatever_ends_first_the_next_owner_has_an_empty_slot(
     new = orch.load(model_a).pid
     assert fake.running() == {new}
     fake.assert_no_overlap()
+    orch.close()
     until(lambda: not is_running(keeper), "the end of the old keeper")
 
 
@@ -334,6 +336,61 @@ def test_no_host_that_dies_at_any_moment_leaves_anything(
     fake.behave()
     assert make().load(model_a).status == "loaded"
     fake.assert_no_overlap()
+
+
+# The next owner
+
+
+def test_the_next_owner_has_the_server_ended_by_its_keeper_and_goes_on_with_it(
+    host: StartHost, make: Make, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing need be looked for in the process table."""
+    fake.behave(ignore_term=-1, children=["escaped!"])
+    backend = host("orch = make(kill_grace_s=600.0)\n" + LOAD + "sleep_forever()")
+    backend.receive()
+    child = fake.wait_for("child").pid
+    keeper = keeper_of(backend)
+    os.kill(keeper, signal.SIGSTOP)  # so that it is still there
+    backend.die()
+    fake.behave()
+    orch = make()
+
+    def read() -> list[int]:
+        pytest.fail("the process table is read")
+
+    monkeypatch.setattr(process_table, "pids", read)
+    orch.start()
+    assert not is_running(child)
+    assert fake.running() == set()
+    assert orch.load(model_a).status == "loaded"
+    [loaded] = fake.running()
+    assert psutil.Process(loaded).ppid() == keeper
+    orch.close()
+    until(lambda: not is_running(keeper), "the end of the keeper")
+    fake.assert_no_overlap()
+
+
+def test_a_keeper_works_for_the_owner_of_the_slot_only(
+    orch: Orchestrator, model_a: str, state_dir: Path
+) -> None:
+    pid = orch.load(model_a).pid
+    stranger = Channel.to(str(state_dir / "default/keeper.sock"))
+    with contextlib.suppress(BrokenPipeError):  # it has been closed by now
+        stranger.send({"op": "kill", "id": 1, "grace_s": 0.0})
+    while (answer := stranger.receive()) == []:
+        pass
+    assert answer is None
+    stranger.close()
+    assert orch.load(model_a).pid == pid
+
+
+def test_a_keeper_does_without_a_socket_whose_path_is_too_long(
+    make: Make, tmp_path: Path, model_a: str
+) -> None:
+    folder = tmp_path / ("x" * 120)
+    orch = make(state_dir=folder)
+    assert orch.load(model_a).status == "loaded"
+    assert not (folder / "default/keeper.sock").exists()
 
 
 # Messages

@@ -372,7 +372,7 @@ def test_a_keeper_holds_nothing_of_the_backend(host: StartHost, state_dir: Path)
     kinds = sorted(name.partition(":[")[0] for name in open_files(pid))
     lock = str(state_dir / "default/owner.lock")
     output, woken = ["pipe"], ["pipe"] * 2
-    assert kinds == ["/dev/null"] * 3 + [lock, "anon_inode"] + output + woken + ["socket"]
+    assert kinds == ["/dev/null"] * 3 + [lock, "anon_inode"] + output + woken + ["socket"] * 2
     assert os.getsid(pid) != os.getsid(backend.pid)
     assert psutil.Process(pid).ppid() != backend.pid  # some hosts end all of their children
 

@@ -419,7 +419,7 @@ def test_the_descendants_of_a_recorded_server_are_reaped(mine: Slot, sleep: Slee
 
 @pytest.fixture
 def short_reap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eviction, "_LEFT_GRACE_S", 0.05)
+    monkeypatch.setattr(eviction, "LEFT_GRACE_S", 0.05)
     monkeypatch.setattr(ladder, "_GONE_BASE_S", 0.1)
 
 
