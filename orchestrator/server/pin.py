@@ -43,11 +43,6 @@ class Pin:
         """
         if process.pid <= 1 or process.pid == os.getpid():
             return None
-        return cls.to_watch(process)
-
-    @classmethod
-    def to_watch(cls, process: ProcessId) -> Pin | None:
-        """Pin any process, including pid 1, which is often the host in a container."""
         try:
             fd = cls.open(process.pid)
         except ProcessLookupError:

@@ -27,7 +27,7 @@ from orchestrator.server.work import WorkMeter
 
 _ANSWER_S: Final = 2.0
 _PROPS_S: Final = 1.0
-_SCAN_S: Final = 0.03  # a scan of the process table takes 3 to 8 ms
+_SCAN_S: Final = 0.03  # to announce an address, before its sockets are looked at
 _LONGEST_SCAN_S: Final = 0.5
 _MAX_ANSWER: Final = 1 << 20
 _HOST: Final = "127.0.0.1"

@@ -30,7 +30,6 @@ from orchestrator.machine.facts import Emptied, Exit, Exited, KillFailed, SlotEv
 from orchestrator.server import eviction, process_table
 from orchestrator.server.child import ServerProcess
 from orchestrator.server.environment import API_KEY_NAME
-from orchestrator.server.ladder import gone_within_s
 from orchestrator.server.link import ANSWER_S, Answer, KeeperGone, KeeperLink
 from orchestrator.server.pin import Pin
 from orchestrator.server.process_table import ProcessId
@@ -40,6 +39,7 @@ _log = event_log("orchestrator.server")
 _READ_BYTES: Final = 1 << 16
 _POLL_EXIT_S: Final = 0.02
 _STATUS_S: Final = 1.0
+_HUNG_S: Final = 120.0  # a keeper gives up after 5 s and 0.25 s for each GiB of its server
 _EXIT_LINES: Final = 40  # every later status contains them
 
 
@@ -356,8 +356,7 @@ class Warden(threading.Thread):
     def _begin(self, run: _KillRun) -> None:
         self._run = run
         if self._link is not None:
-            size = 0 if run.server is None else process_table.resident_bytes(run.server.pid)
-            run.ends_at = time.monotonic() + self._grace_s + gone_within_s(size) + ANSWER_S
+            run.ends_at = time.monotonic() + self._grace_s + _HUNG_S
             with contextlib.suppress(KeeperGone):
                 run.answer = self._link.order("kill", grace_s=self._grace_s)
 
@@ -378,6 +377,9 @@ class Warden(threading.Thread):
             return
         is_proof = is_contained and answer.get("is_empty")
         evidence = self._slot.verify() if is_proof else SlotEvidence(False)
+        if is_proof and not evidence.is_empty:  # a program that the host starts has it for 1 ms
+            time.sleep(_POLL_EXIT_S)
+            evidence = self._slot.verify()
         if not evidence.is_empty:
             evidence = eviction.evict(self._slot, self._grace_s)[1]
         if not evidence.is_empty:

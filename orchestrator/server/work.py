@@ -22,7 +22,6 @@ from orchestrator.server.process_table import Usage
 
 _WINDOW_S: Final = 1.0
 _SAMPLE_S: Final = 0.25
-_SCAN_S: Final = 1.0  # a scan of the process table takes 3 to 8 ms
 _LONGEST_GAP_S: Final = 5.0  # a probe takes at most 4 s
 _CPU_SHARE: Final = 0.2  # of one core
 _NOISE_BYTES: Final = 64 << 10  # per second
@@ -42,7 +41,6 @@ class WorkMeter:
     clock: Callable[[], float] = time.monotonic
     _idle_s: float = 0.0
     _sampled_at: float = -math.inf
-    _scanned_at: float = -math.inf
     _known: dict[int, Usage] = field(default_factory=dict)
     _heard: int = 0  # bytes of output
     _cpu_s: float = 0.0  # of all processes since the first sample, as is the next
@@ -70,7 +68,7 @@ class WorkMeter:
         self._cpu_s -= min(self.clock() - begun, _PROBE_CPU_S)
 
     def _has_worked(self, now: float) -> bool:
-        has_paged = self._count(now)
+        has_paged = self._count()
         heard, self._heard = self._heard, max(self._heard, self.server.output.unprompted_bytes)
         window = self._window
         window.append((now, self._cpu_s, self._moved_bytes))
@@ -84,15 +82,10 @@ class WorkMeter:
         )
         return has_paged or is_busy or self._heard > heard
 
-    def _count(self, now: float) -> bool:
+    def _count(self) -> bool:
         """Add what each process has used since the last sample; return whether one has paged."""
-        pid = self.server.pid
-        pids = {pid, *process_table.descendants({pid}), *self._known}
-        if now - self._scanned_at >= _SCAN_S:
-            self._scanned_at = now
-            pids |= self.server.family()
         has_paged = False
-        for pid in pids:
+        for pid in self.server.family() | self._known.keys():
             new = process_table.usage(pid)
             old = self._known.get(pid, Usage(new.start_ticks if new else 0))
             if new is None or new.start_ticks != old.start_ticks:  # another process has its pid

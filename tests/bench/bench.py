@@ -193,12 +193,16 @@ def _cancel_in(server: str, model: str, state: str) -> float | None:
 
 
 _TIMED = "import time; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
+_FOREIGN = 3000
 _AT_REST = """
 import psutil, tempfile
 from orchestrator import Orchestrator
 with Orchestrator(llama_server="/bin/true", state_dir=tempfile.mkdtemp()):
     me = psutil.Process()
-    print(me.memory_info().rss, sum(c.memory_info().rss for c in me.children()))
+    while me.children(): pass  # the keeper forks, and is no child of ours then
+    [keeper] = [p for p in psutil.process_iter(["cmdline"])
+                if f'"host": {me.pid},' in " ".join(p.info["cmdline"] or ())]
+    print(me.memory_info().rss, keeper.memory_info().rss)
 """
 
 
@@ -210,7 +214,7 @@ def imports(figures: Figures) -> None:
         figures.add(f"{statement}, median", statistics.median(runs) * 1000, "ms", goal)
     host, helper = map(int, subprocess.check_output([sys.executable, "-c", _AT_REST]).split())
     figures.add("resident memory of an idle orchestrator", host / 2**20, "MiB", "< 60")
-    figures.add("resident memory of its guardian", helper / 2**20, "MiB")
+    figures.add("resident memory of its keeper", helper / 2**20, "MiB", "<= 14")
 
 
 @contextmanager
@@ -220,6 +224,38 @@ def orchestrator(server: str) -> Iterator[Orchestrator]:
         Orchestrator(llama_server=server, state_dir=state) as orch,
     ):
         yield orch
+
+
+def among_others(server: str, models: list[str], rounds: int, figures: Figures) -> None:
+    """Swaps and unloads by turns without and with foreign processes that sleep."""
+    swaps: list[list[float]] = [[], []]
+    unloads: list[list[float]] = [[], []]
+    with orchestrator(server) as orch:
+        orch.load(models[0])
+        for _ in range(2):
+            for number, count in enumerate((0, _FOREIGN)):
+                with sleeping(count):
+                    for turn in range(rounds // 4):
+                        model = models[(turn + 1) % 2]
+                        swaps[number].append(milliseconds(lambda m=model: orch.load(m)))  # type: ignore[misc]
+                    for _ in range(rounds // 4):
+                        unloads[number].append(milliseconds(orch.unload))
+                        orch.load(models[0])
+    for what, (alone, beside) in (("swap", swaps), ("unload", unloads)):
+        more = statistics.median(beside) - statistics.median(alone)
+        figures.add(f"{what} beside {_FOREIGN} processes, in addition", more, "ms", "< 1")
+
+
+@contextmanager
+def sleeping(count: int) -> Iterator[None]:
+    others = [subprocess.Popen(["sleep", "600"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+        for other in others:
+            other.wait()
 
 
 def main() -> None:
@@ -235,6 +271,7 @@ def main() -> None:
             write_tiny_model(path, seed=seed)
         imports(figures)
         swaps_and_loads(server, models, chosen.rounds, figures)
+        among_others(server, models, chosen.rounds, figures)
         already_loaded_and_status(server, models[0], figures)
         exits(server, models[0], chosen.rounds // 2, figures)
         cancels(server, models[0], chosen.rounds // 2, figures)

@@ -277,16 +277,13 @@ class Metered:
         self.output = OutputRing()
         self.usages: dict[int, Usage] = {7: Usage(1)}
         self.members = {7}
-        self.scans = 0
         monkeypatch.setattr(process_table, "usage", self.usages.get)
-        monkeypatch.setattr(process_table, "descendants", lambda _: set())
         self.meter = WorkMeter(cast("ServerProcess", self), clock=lambda: self.now)
         assert self.after(0) == 0
 
     pid = 7
 
     def family(self) -> set[int]:
-        self.scans += 1
         return self.members
 
     def after(self, gap_s: float, pid: int = 7, **used: Any) -> float:
@@ -371,14 +368,6 @@ def test_work_of_a_process_that_starts_or_ends_is_counted_once(metered: Metered)
     assert metered.after(1.0, pid=8, paged=1) == 2
     del metered.usages[8]
     assert metered.after(1.0) == 3
-
-
-def test_the_family_is_looked_up_once_a_second(metered: Metered) -> None:
-    """A scan of the process table costs milliseconds."""
-    before = metered.scans
-    for _ in range(8):
-        metered.after(0.25)
-    assert metered.scans == before + 2
 
 
 def test_lines_about_our_requests_are_no_output(metered: Metered) -> None:
