@@ -147,7 +147,7 @@ class Keeper:
         record: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.is_done = False
+        self.is_done: bool = False
         self.channel: Channel | None = channel
         self._tree = below
         self._host = host
@@ -160,7 +160,7 @@ class Keeper:
         self.kill: _Kill | None = None
         self._is_heir = False
         self._clock = clock
-        self.poll = select.poll()
+        self.poll: select.poll = select.poll()
         for fd in (channel.fd, host.fd, wake_fd, None if door is None else door.fileno()):
             if fd is not None:
                 self.poll.register(fd, select.POLLIN)
@@ -348,7 +348,7 @@ class _Kill:
 
     def __init__(self, order: int | None, grace_s: float, now: float) -> None:
         self.order = order
-        self.ends_at = math.inf
+        self.ends_at: float = math.inf
         self._rungs = list(ladder.kill_plan(grace_s, now=now))
 
     def next_at(self) -> float:

@@ -48,9 +48,9 @@ class KeeperLink:
 
     def __init__(self, channel: Channel, helper: subprocess.Popen[bytes] | None) -> None:
         self.pid: int | None = None
-        self.contains = False
+        self.contains: bool = False
         self.pin: Pin | None = None
-        self.version = 0
+        self.version: int = 0
         self._channel = channel
         self._helper = helper
         self._numbers = itertools.count(1)

@@ -38,7 +38,7 @@ from orchestrator.server.slot import Slot
 _log = event_log("orchestrator.server")
 _READ_BYTES: Final = 1 << 16
 _POLL_EXIT_S: Final = 0.02
-_STATUS_S: Final = 1.0
+_STATUS_S: Final = 10.0
 _HUNG_S: Final = 120.0  # a keeper gives up after 5 s and 0.25 s for each GiB of its server
 _EXIT_LINES: Final = 40  # every later status contains them
 
@@ -265,15 +265,15 @@ class Warden(threading.Thread):
                 self._last_exit = message["pid"], message["status"]
 
     def _lose(self, link: KeeperLink) -> None:
-        """The keeper has ended, and its server with it; an unreachable rest is ended by a kill."""
+        """A keeper has ended, and its server with it; an unreachable rest is ended by a kill."""
         _log("warning", "keeper.ended", pid=link.pid)
         self._poll.unregister(link.fd)
         del self._links[link.fd]
+        link.end()
         if self._link is link:
             self._link = None
-        link.end()
-        if self._server is not None:
-            self._exited(self._server, None)
+            if self._server is not None:
+                self._exited(self._server, None)
 
     # ----------------------------------------------------------------------- on the warden's thread
 
@@ -315,9 +315,10 @@ class Warden(threading.Thread):
             self._drain(server)
         elif server is not None and fd == server.pin.fd:
             self._poll.unregister(fd)
-            self._status_due = time.monotonic() + _STATUS_S
-            if self._link is not None:
-                self._link.resume()
+            if server.exit is None:
+                self._status_due = time.monotonic() + _STATUS_S
+                if self._link is not None:
+                    self._link.resume()
 
     def _watch(self, server: ServerProcess) -> None:
         self._server = server
@@ -398,7 +399,7 @@ class Warden(threading.Thread):
             server.close()
             _log("info", "process.reaped", pid=server.pid)
             if self._server is server:
-                self._server = None
+                self._server, self._status_due = None, math.inf
         self._slot.forget()
         self._run = None
         run.report(Emptied(run.command.generation, time.monotonic(), exit_))

@@ -199,6 +199,18 @@ def test_a_server_is_restarted_after_the_end_of_its_keeper(
     fake.assert_no_overlap()
 
 
+def test_the_exit_of_one_server_is_not_told_of_the_next(
+    orch: Orchestrator, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's word comes before or after the keeper's, which has the status."""
+    monkeypatch.setattr("orchestrator.server.warden._STATUS_S", 0.02)
+    for _ in range(10):
+        orch.load(model_a, force_reload=True)
+        threading.Event().wait(0.04)  # longer than the patience of the warden
+        assert orch.status().state is State.HEALTHY
+    assert len(fake.entries("start")) == 10
+
+
 @pytest.mark.parametrize("signum", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_keeper_ends_after_its_host_not_before(
     orch: Orchestrator, model_a: str, signum: str
