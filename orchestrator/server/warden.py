@@ -296,6 +296,7 @@ class Warden(threading.Thread):
         if (server := self._server) is not None:
             if self._last_exit is not None and self._last_exit[0] == server.pid:
                 self._exited(server, self._last_exit[1])
+                self._last_exit = None
             elif time.monotonic() >= self._status_due:
                 self._exited(server, None)
         if self._run is not None:
