@@ -107,13 +107,13 @@ class ProcessEffects:
             undo.callback(workers.release)
             threads.start(self._warden)
             undo.callback(self._warden.close)
-            self._warden.prepare()
+            self._warden.keepers.prepare()
             undo.pop_all()
 
     # ----------------------------------------------------------------------- on the owner's thread
 
     def take_slot(self) -> tuple[SlotEvidence, SlotLock | None]:
-        evidence = self._warden.is_empty()
+        evidence = self._warden.keepers.is_empty()
         if not evidence.is_empty:
             return evidence, None
         evidence, fd = self._slot.take_lock()

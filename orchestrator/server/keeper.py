@@ -18,7 +18,6 @@ Without being asked it says `hello` to each host first, and `exited` with a `pid
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -33,91 +32,14 @@ from typing import Any, Final
 
 from orchestrator.server import ladder, tree
 from orchestrator.server.channel import VERSION, Channel, Message, from_file
+from orchestrator.server.host import Host, pidfd
 from orchestrator.server.tree import Tree
 
 _VERIFY_EVERY_S: Final = 0.02
-_HOST_EVERY_S: Final = 0.25  # where there is no pidfd of the host
-_LOCK_EVERY_S: Final = 0.1
 _DEAD_HOST_GRACE_S: Final = 0.3
 _READ_BYTES: Final = 1 << 16
 _HEARD: Final = ("SIGCHLD", "SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE", "SIGXFSZ")
 """Signals that do nothing but wake it: it ends after its host, not before."""
-
-
-class Host:
-    """The process that the keeper works for, and how its end is noticed.
-
-    A forked worker may keep its socket open, and a host that replaces itself keeps its pid: it is
-    gone when its pidfd says so, or when its socket is closed and its lock can be taken.
-
-    Args:
-        fd: Its pidfd, if there is one.
-        pid: Its pid; None for a keeper that is a thread of the host and dies with it.
-    """
-
-    def __init__(self, pid: int | None, fd: int | None) -> None:
-        self.fd = fd
-        self._pid = pid
-        self.is_silent = False
-        self.lock: int | None = None
-
-    def leave(self) -> None:
-        """Close what belongs to it."""
-        for fd in (self.fd, self.lock):
-            if fd is not None:
-                os.close(fd)
-        self.fd = self.lock = None
-
-    @property
-    def is_this_process(self) -> bool:
-        return self._pid is None
-
-    @property
-    def ask_every_s(self) -> float:
-        """How often to ask `is_gone`, if no descriptor becomes readable."""
-        if self.is_silent:
-            return _LOCK_EVERY_S
-        return _HOST_EVERY_S if self.fd is None and self._pid is not None else math.inf
-
-    def is_gone(self) -> bool:
-        if self.is_silent and self.gives_up_lock():
-            return True
-        if self.fd is not None:
-            poll = select.poll()  # a descriptor of the host may have any number
-            poll.register(self.fd, select.POLLIN)
-            return bool(poll.poll(0))
-        if self._pid is not None:
-            try:
-                os.kill(self._pid, 0)
-            except ProcessLookupError:
-                return True
-            except PermissionError:
-                pass
-        return False
-
-    def take_lock(self) -> bool:
-        """Take the owner's lock, and keep the next owner waiting; False if that cannot be."""
-        return self._flock(fcntl.LOCK_EX)
-
-    def gives_up_lock(self) -> bool:
-        """Return whether no process owns the slot."""
-        return self._flock(fcntl.LOCK_EX) and self._flock(fcntl.LOCK_UN)
-
-    def _flock(self, how: int) -> bool:
-        try:
-            fcntl.flock(-1 if self.lock is None else self.lock, how | fcntl.LOCK_NB)
-        except (OSError, ValueError):
-            return False
-        return True
-
-    def is_owner(self, pid: int) -> bool:
-        """Return whether this process has taken the lock since, as it has written into the file."""
-        if self.lock is None or self.gives_up_lock():
-            return False
-        try:
-            return bool(json.loads(os.pread(self.lock, 4096, 0))["pid"] == pid)
-        except (OSError, ValueError, TypeError, KeyError):
-            return False
 
 
 class Keeper:
@@ -216,7 +138,7 @@ class Keeper:
             return
         lock, self._host.lock = self._host.lock, None
         self._host.leave()
-        self._host = Host(pid, _pidfd(pid))
+        self._host = Host(pid, pidfd(pid))
         self._host.lock = lock
         self.channel = Channel(end)
         self._is_heir = False
@@ -267,7 +189,7 @@ class Keeper:
         self._output, self._untold = output, pid
         with contextlib.ExitStack() as opened:
             fds = [output]
-            if (handle := _pidfd(pid)) is not None:
+            if (handle := pidfd(pid)) is not None:
                 fds.append(handle)
                 opened.callback(os.close, handle)
             self._say(tuple(fds), id=order, pid=pid)
@@ -359,13 +281,6 @@ class _Kill:
         while self._rungs and self._rungs[0].at_s <= now:
             found.append(self._rungs.pop(0).signum)
         return found if found or self._rungs else [signal.SIGKILL]
-
-
-def _pidfd(pid: int) -> int | None:
-    try:
-        return os.pidfd_open(pid)
-    except (OSError, AttributeError):
-        return None
 
 
 def _resident(pid: int | None) -> int:

@@ -21,6 +21,7 @@ from orchestrator.base import launch, threads
 from orchestrator.server import process_table
 from orchestrator.server.channel import VERSION, Channel, Message, listen_at
 from orchestrator.server.pin import Pin
+from orchestrator.server.process_table import ProcessId
 from orchestrator.server.slot import TOKEN_NAME, Slot
 
 ANSWER_S: Final = 10.0
@@ -110,16 +111,21 @@ class KeeperLink:
     @classmethod
     def start_thread(cls) -> Self:
         """Start a keeper that is a thread of this process; raises OSError or NoThread."""
-        from orchestrator.server import keeper, tree
+        from orchestrator.server import host, keeper, tree
 
         ours, theirs = Channel.pair()
-        loop = keeper.Keeper(Channel(theirs), tree.PlainTree(), keeper.Host(None, None))
+        loop = keeper.Keeper(Channel(theirs), tree.PlainTree(), host.Host(None, None))
         threads.start(threading.Thread(target=loop.run, name="llama-keeper", daemon=True))
         return cls(ours, None)
 
     @property
     def fd(self) -> int:
         return self._channel.fd
+
+    @property
+    def process(self) -> ProcessId | None:
+        """Who it is, for the record; None before its first message, and for a thread."""
+        return None if self.pin is None else self.pin.process
 
     def order(self, op: str, fds: tuple[int, ...] = (), **more: Any) -> Future[Answer]:
         """Send an order; its answer, or `KeeperGone`, comes with `receive`.

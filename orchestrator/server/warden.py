@@ -7,7 +7,6 @@ prove, or cannot do because it has been killed, is done here by the slow look-up
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import select
@@ -19,18 +18,17 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Final
 
-from orchestrator.base import launch
 from orchestrator.base.log import event_log
-from orchestrator.base.threads import NoThread
 from orchestrator.base.tokens import Generation
 from orchestrator.base.waker import Waker
-from orchestrator.errors import Problem, ServerUnavailable, StateDirError, Unavailable
+from orchestrator.errors import Problem, StateDirError
 from orchestrator.machine.commands import Kill
 from orchestrator.machine.facts import Emptied, Exit, Exited, KillFailed, SlotEvidence
 from orchestrator.server import eviction, process_table
 from orchestrator.server.child import ServerProcess
 from orchestrator.server.environment import API_KEY_NAME
-from orchestrator.server.link import ANSWER_S, Answer, KeeperGone, KeeperLink
+from orchestrator.server.keepers import Keepers
+from orchestrator.server.link import Answer, KeeperGone, KeeperLink
 from orchestrator.server.pin import Pin
 from orchestrator.server.process_table import ProcessId
 from orchestrator.server.slot import Slot
@@ -58,6 +56,9 @@ class Warden(threading.Thread):
     Args:
         on_exit: Called on this thread, once for each server.
         kill_grace_s: Seconds between SIGTERM and SIGKILL; 0 means SIGKILL at once.
+
+    Attributes:
+        keepers: Who it gets its keeper from.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Warden(threading.Thread):
         self._grace_s = kill_grace_s
         self._todo: deque[Callable[[], None]] = deque()
         self._waker = Waker()
-        self._link: KeeperLink | None = None
+        self.keepers = Keepers(slot, kill_grace_s, self._listen)
         self._links: dict[int, KeeperLink] = {}  # what is polled: the last one may not have ended
         self._server: ServerProcess | None = None
         self._last_exit: tuple[int, int | None] | None = None  # pid and status, as the keeper says
@@ -80,36 +81,6 @@ class Warden(threading.Thread):
         self._closing = threading.Event()
 
     # ----------------------------------------------------------------- called from other threads
-
-    def prepare(self) -> None:
-        """End what a dead owner left in the slot, and have a keeper, so that no spawn waits for it.
-
-        Its keeper becomes ours, if it has one. A failure is only logged.
-        """
-        ended, evidence = self._succeed()
-        if ended:
-            _log("warning", "slot.reaped", pids=sorted(ended), is_empty=evidence.is_empty)
-        try:
-            if self._link is None:
-                self._start_keeper()
-        except (OSError, NoThread) as error:
-            _log("error", "keeper.unavailable", error=str(error))
-
-    def _succeed(self) -> tuple[set[int], SlotEvidence]:
-        link = KeeperLink.succeed(self._slot)
-        if link is None:
-            return eviction.reap(self._slot)
-        server = self._slot.recall()
-        ended = {server.pid} if server is not None and process_table.is_alive(server) else set()
-        with contextlib.suppress(KeeperGone):
-            order = link.order("kill", grace_s=eviction.LEFT_GRACE_S)
-            if link.wait(order.done) and order.result()[0]["is_empty"] and link.contains:
-                self._use(link)
-                evidence = self._slot.verify()
-                return ended, evidence if evidence.is_empty else eviction.reap(self._slot)[1]
-        link.end()
-        others, evidence = eviction.reap(self._slot)
-        return ended | others, evidence
 
     def spawn(
         self,
@@ -129,41 +100,21 @@ class Warden(threading.Thread):
             StateDirError: The record cannot be written; nothing was started.
             Unavailable: There is no keeper, or it has ended meanwhile: a kill ends what it left.
         """
-        spec = {"argv": argv, "env": dict(environment), "cwd": _working_directory()}
-        link, (answer, fds) = self._order_spawn(json.dumps(spec), lock_fd)
-        if "error" in answer:
-            self._slot.forget()
-            raise _cannot_execute(argv[0], *answer["error"])
-        if not fds:  # there was no room for them in this process
-            raise _no_hand_over("too many open files: raise the limit (ulimit -n, LimitNOFILE)")
-        pid = answer["pid"]
+        link, pid, fds = self.keepers.spawn(argv, environment, lock_fd)
         process = process_table.identify(pid) or ProcessId(pid, 0, process_table.boot_id())
         server = ServerProcess(
             generation,
             Pin(process, fds[1] if len(fds) > 1 else None),
-            family=lambda: self._family(link, pid),
+            family=lambda: self.keepers.family(link, pid),
             output_fd=fds[0],
             api_key=environment.get(API_KEY_NAME),
         )
         announce(server)
         self._submit(lambda: self._watch(server))
         try:
-            self._slot.remember(process, self._keeper_id)
+            self._slot.remember(process, link.process)
         except StateDirError as error:  # its lock, its token and the first record remain
             _log("warning", "slot.record_failed", pid=pid, error=error.message)
-
-    def is_empty(self) -> SlotEvidence:
-        """Ask the keeper whether it has no child, in about 0.1 ms. Runs on the owner's thread."""
-        link = self._link
-        if link is None:
-            return SlotEvidence(True)  # what a killed keeper left was looked for at its end
-        try:
-            answer, _ = self._answer_to(link, link.order("ask"))
-        except KeeperGone:
-            return SlotEvidence(True)
-        if answer["is_empty"]:
-            return SlotEvidence(True)
-        return SlotEvidence(False, "a process of the last server is still alive")
 
     def empty(
         self,
@@ -183,97 +134,16 @@ class Warden(threading.Thread):
         with contextlib.suppress(OSError):
             self._slot.door_path.unlink()
 
-    def _submit(self, work: Callable[[], None]) -> None:
-        self._todo.append(work)
-        self._waker.wake()
-
-    # ------------------------------------------------------------------------------- the keeper
-
-    @property
-    def _keeper_id(self) -> ProcessId | None:
-        return self._link.pin.process if self._link is not None and self._link.pin else None
-
-    def _start_keeper(self) -> KeeperLink:
-        """Start a keeper; raises OSError or NoThread."""
-        try:
-            return self._use(KeeperLink.start(self._slot, self._grace_s))
-        except launch.NoInterpreter as error:
-            return self._start_thread(str(error))
-
-    def _start_thread(self, why: str) -> KeeperLink:
-        _log("error", "keeper.in_process", why=why)
-        return self._use(KeeperLink.start_thread())
-
-    def _use(self, link: KeeperLink) -> KeeperLink:
+    def _listen(self, link: KeeperLink) -> None:
         def listen() -> None:
             self._links[link.fd] = link
             self._poll.register(link.fd, select.POLLIN)
 
-        self._link = link
         self._submit(listen)
-        return link
 
-    def _order_spawn(self, spec: str, lock_fd: int) -> tuple[KeeperLink, Answer]:
-        """Order a spawn. It is repeated only if the first one cannot have been carried out."""
-        try:
-            link = self._link or self._start_keeper()
-            try:
-                order = self._send_spawn(link, spec, lock_fd)
-            except KeeperGone:  # it has ended since, and has not received this
-                link = self._start_keeper()
-                order = self._send_spawn(link, spec, lock_fd)
-            try:
-                return link, self._answer_to(link, order)
-            except KeeperGone as error:
-                if link.pid is not None:
-                    raise
-                link = self._start_thread(f"it has never reported, and now {error}")
-                return link, self._answer_to(link, self._send_spawn(link, spec, lock_fd))
-        except (KeeperGone, OSError, NoThread) as error:
-            raise _no_hand_over(error) from error
-
-    def _send_spawn(self, link: KeeperLink, spec: str, lock_fd: int) -> Future[Answer]:
-        with launch.output_file() as file:
-            file.write(spec.encode())
-            file.flush()
-            owner_fd = self._slot.open_owner()
-            try:
-                self._slot.remember(None, self._keeper_id)
-                return link.order("spawn", (file.fileno(), lock_fd, owner_fd))
-            finally:
-                os.close(owner_fd)
-
-    def _answer_to(self, link: KeeperLink, order: Future[Answer]) -> Answer:
-        try:
-            return order.result(ANSWER_S)
-        except TimeoutError:
-            link.kill()
-            raise KeeperGone(f"the keeper did not answer within {ANSWER_S:g} s") from None
-
-    def _family(self, link: KeeperLink, pid: int) -> set[int]:
-        if link.contains and link.pid is not None:
-            return process_table.descendants({link.pid}) | {pid}
-        return {p.pid for p in self._slot.inhabitants(pid)}
-
-    def _hear(self, link: KeeperLink) -> None:
-        said = link.receive()
-        if said is None:
-            self._lose(link)
-            return
-        for message in said:
-            if message["op"] == "exited":
-                self._last_exit = message["pid"], message["status"]
-
-    def _lose(self, link: KeeperLink) -> None:
-        """A keeper has ended, and its server with it; an unreachable rest is ended by a kill."""
-        _log("warning", "keeper.ended", pid=link.pid)
-        self._poll.unregister(link.fd)
-        del self._links[link.fd]
-        link.end()
-        if self._link is link:
-            self._link = None
-            if self._server is not None:
-                self._exited(self._server, None)
+    def _submit(self, work: Callable[[], None]) -> None:
+        self._todo.append(work)
+        self._waker.wake()
 
     # ----------------------------------------------------------------------- on the warden's thread
 
@@ -318,8 +188,24 @@ class Warden(threading.Thread):
             self._poll.unregister(fd)
             if server.exit is None:
                 self._status_due = time.monotonic() + _STATUS_S
-                if self._link is not None:
-                    self._link.resume()
+                if (link := self.keepers.present) is not None:
+                    link.resume()
+
+    def _hear(self, link: KeeperLink) -> None:
+        said = link.receive()
+        if said is None:
+            self._lose(link)
+            return
+        for message in said:
+            if message["op"] == "exited":
+                self._last_exit = message["pid"], message["status"]
+
+    def _lose(self, link: KeeperLink) -> None:
+        """A keeper has ended, and its server with it; an unreachable rest is ended by a kill."""
+        self._poll.unregister(link.fd)
+        del self._links[link.fd]
+        if self.keepers.lose(link) and self._server is not None:
+            self._exited(self._server, None)
 
     def _watch(self, server: ServerProcess) -> None:
         self._server = server
@@ -357,22 +243,23 @@ class Warden(threading.Thread):
 
     def _begin(self, run: _KillRun) -> None:
         self._run = run
-        if self._link is not None:
+        if (link := self.keepers.present) is not None:
             run.ends_at = time.monotonic() + self._grace_s + _HUNG_S
             with contextlib.suppress(KeeperGone):
-                run.answer = self._link.order("kill", grace_s=self._grace_s)
+                run.answer = link.order("kill", grace_s=self._grace_s)
 
     def _advance(self, run: _KillRun) -> None:
+        link = self.keepers.present
         if run.answer is not None and not run.answer.done():
-            if time.monotonic() >= run.ends_at and self._link is not None:
-                self._link.kill()
+            if time.monotonic() >= run.ends_at and link is not None:
+                link.kill()
                 run.ends_at = math.inf
             return
         try:
             answer = run.answer.result()[0] if run.answer is not None else {}
         except KeeperGone:
             answer = {}
-        is_contained = self._link is not None and self._link.contains
+        is_contained = link is not None and link.contains
         if is_contained and (pids := answer.get("pids")):
             _log("error", "process.kill_failed", pids=pids)
             self._fail(run, f"processes {pids} did not end after SIGKILL")
@@ -413,26 +300,6 @@ class Warden(threading.Thread):
         run.report(KillFailed(run.command.generation, time.monotonic(), problem))
 
 
-def _working_directory() -> str:
-    try:
-        return os.getcwd()
-    except OSError:  # it has been removed
-        return "/"
-
-
 def _unregister(poll: select.poll, fd: int) -> None:
     with contextlib.suppress(KeyError):
         poll.unregister(fd)
-
-
-def _no_hand_over(why: object) -> Unavailable:
-    return Unavailable.because(f"the process that keeps the server cannot take it over: {why}")
-
-
-def _cannot_execute(command: str, number: int, why: str) -> ServerUnavailable:
-    """Return the error of a binary that could not be started (errno: see execve(2))."""
-    hints = {2: "it or its interpreter is missing", 8: "it may be built for another machine"}
-    hint = hints.get(number, "check llama_server")
-    return ServerUnavailable.because(
-        f"{command} cannot be started: {why} ({hint})", field="llama_server"
-    )

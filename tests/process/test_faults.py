@@ -179,7 +179,7 @@ def test_a_step_of_the_wall_clock_changes_no_timeout(
 
 IN_A_STATE = """
 from orchestrator.models.source import ModelSource
-from orchestrator.server.warden import Warden
+from orchestrator.server.keepers import Keepers
 def stop_in(module, name, *, after):
     wrapped = getattr(module, name)
     def stopping(*args, **settings):
@@ -196,7 +196,7 @@ if state == "Downloading":
     stop_in(ModelSource, "fetch", after=True)
 if state == "Spawning":
     orch.start()
-    stop_in(Warden, "_order_spawn", after=True)
+    stop_in(Keepers, "spawn", after=True)
 if state in ("Healthy", "Killing"):
     orch.load(a["model"])
 if state in ("Downloading", "Spawning", "WaitingHealth"):
@@ -430,7 +430,7 @@ ModelSource.fetch = failing
 try: failed = orch.load(a["model"], force_reload=True).status
 except OrchestratorError as error: failed = error.category
 ModelSource.fetch = fetch
-os.kill(orch._owner.effects._warden._link.pid, signal.SIGKILL)
+os.kill(orch._owner.effects._warden.keepers.present.pid, signal.SIGKILL)
 again = orch.load(a["model"])
 orch.unload()
 send(first=first.status, failed=failed, again=again.status, state=str(orch.status().state))

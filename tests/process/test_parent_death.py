@@ -247,7 +247,7 @@ def test_a_stopped_backend_keeps_its_server(host: StartHost, fake: Fake) -> None
 
 IN_A_CONTAINER = """
 outcome = orch.load(a["model"])
-keeper = orch._owner.effects._warden._link.pid
+keeper = orch._owner.effects._warden.keepers.present.pid
 settled, ends = "", time.monotonic() + 20
 while not settled and time.monotonic() < ends:
     time.sleep(0.005)

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.server.channel import Channel, Message
-from orchestrator.server.keeper import Host, Keeper
+from orchestrator.server.host import Host
+from orchestrator.server.keeper import Keeper
 from orchestrator.server.tree import CannotExecute
 
 _NO_PID = 1 << 22  # of the kernel's largest, so that no pidfd can be had

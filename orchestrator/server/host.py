@@ -1,0 +1,97 @@
+"""The process that a keeper works for, and how its end is noticed. Standard library only."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import select
+from typing import Final
+
+_ASK_EVERY_S: Final = 0.25  # where there is no pidfd
+_LOCK_EVERY_S: Final = 0.1
+
+
+class Host:
+    """The process that a keeper works for.
+
+    A forked worker may keep its socket open, and a host that replaces itself keeps its pid: it is
+    gone when its pidfd says so, or when its socket is closed and its lock can be taken.
+
+    Args:
+        fd: Its pidfd, if there is one.
+        pid: Its pid; None for a keeper that is a thread of the host and dies with it.
+    """
+
+    def __init__(self, pid: int | None, fd: int | None) -> None:
+        self.fd = fd
+        self._pid = pid
+        self.is_silent = False
+        self.lock: int | None = None
+
+    def leave(self) -> None:
+        """Close what belongs to it."""
+        for fd in (self.fd, self.lock):
+            if fd is not None:
+                os.close(fd)
+        self.fd = self.lock = None
+
+    @property
+    def is_this_process(self) -> bool:
+        return self._pid is None
+
+    @property
+    def ask_every_s(self) -> float:
+        """How often to ask `is_gone`, if no descriptor becomes readable."""
+        if self.is_silent:
+            return _LOCK_EVERY_S
+        return _ASK_EVERY_S if self.fd is None and self._pid is not None else math.inf
+
+    def is_gone(self) -> bool:
+        if self.is_silent and self.gives_up_lock():
+            return True
+        if self.fd is not None:
+            poll = select.poll()  # a descriptor of the host may have any number
+            poll.register(self.fd, select.POLLIN)
+            return bool(poll.poll(0))
+        if self._pid is not None:
+            try:
+                os.kill(self._pid, 0)
+            except ProcessLookupError:
+                return True
+            except PermissionError:
+                pass
+        return False
+
+    def take_lock(self) -> bool:
+        """Take the owner's lock, and keep the next owner waiting; False if that cannot be."""
+        return self._flock(fcntl.LOCK_EX)
+
+    def gives_up_lock(self) -> bool:
+        """Return whether no process owns the slot."""
+        return self._flock(fcntl.LOCK_EX) and self._flock(fcntl.LOCK_UN)
+
+    def _flock(self, how: int) -> bool:
+        try:
+            fcntl.flock(-1 if self.lock is None else self.lock, how | fcntl.LOCK_NB)
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def is_owner(self, pid: int) -> bool:
+        """Return whether this process has taken the lock since, as it has written into the file."""
+        if self.lock is None or self.gives_up_lock():
+            return False
+        try:
+            return bool(json.loads(os.pread(self.lock, 4096, 0))["pid"] == pid)
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
+
+
+def pidfd(pid: int) -> int | None:
+    """Return a pidfd of a process; None where there are none, or if it has exited."""
+    try:
+        return os.pidfd_open(pid)
+    except (OSError, AttributeError):
+        return None
