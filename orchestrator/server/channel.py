@@ -95,7 +95,12 @@ class Channel:
 
 
 def listen_at(path: str) -> socket.socket | None:
-    """Return a socket that listens at a path; None where none can be, or the path is too long."""
+    """Return a socket that listens at a path; None where none can be, or the path is too long.
+
+    Who connects must be known by SO_PEERCRED, which Linux has.
+    """
+    if not hasattr(socket, "SO_PEERCRED"):
+        return None
     end = socket.socket(socket.AF_UNIX, _TYPE)
     try:
         with contextlib.suppress(FileNotFoundError):
