@@ -186,6 +186,7 @@ class Keeper:
             os.close(written)
             os.close(lock)
         os.set_blocking(output, False)
+        self._forget_output()
         self._output, self._untold = output, pid
         with contextlib.ExitStack() as opened:
             fds = [output]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,10 @@ from tests.kit.process.keeping import Broken, FakeTree, explore
 
 
 def test_a_keeper_keeps_every_promise_in_every_order() -> None:
+    """And no descriptor."""
+    before = os.listdir("/proc/self/fd")
     assert explore() > 300
+    assert os.listdir("/proc/self/fd") == before
 
 
 class EmptyTooEarly(FakeTree):
