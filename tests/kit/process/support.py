@@ -321,7 +321,7 @@ def keepers_of(host: int) -> list[int]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ValueError):
             words = process.cmdline()
-            is_keeper = any("orchestrator.server.keeper" in word for word in words)
+            is_keeper = any("orchestrator.server.keeper import main" in word for word in words)
             if is_keeper and json.loads(words[-1])["host"] == host:
                 found.append(process.pid)
     return found
