@@ -244,7 +244,7 @@ def make(**settings):
     given = dict(llama_server=a["server"], state_dir=a["state_dir"], server_env=a["env"])
     return Orchestrator(**(given | settings))
 def sleep_forever():
-    while True: signal.pause()
+    while True: time.sleep(0.05)  # `pause` would lose a signal that comes just before it
 orch = make()
 """
 
