@@ -38,7 +38,7 @@ _HARDENED: Final = {  # by the names of several builds, which ignore those they 
 
 
 def inherited_environment(kind: str = "external") -> dict[str, str]:
-    """Return the variables that a server of this kind gets from its host."""
+    """Return the variables that a server of this kind, or the keeper, gets from its host."""
     inherited = {
         name: value
         for name, value in os.environ.items()

@@ -130,7 +130,7 @@ class Keepers:
             return link, _answer_to(link, self._send_spawn(link, spec, lock_fd))
 
     def _send_spawn(self, link: KeeperLink, spec: bytes, lock_fd: int) -> Future[Answer]:
-        with launch.output_file() as file:
+        with launch.secret_file() as file:  # the server's key is in it
             file.write(spec)
             file.flush()
             owner_fd = self._slot.open_owner()

@@ -20,9 +20,10 @@ from typing import Any, Final, Self
 from orchestrator.base import launch, threads
 from orchestrator.server import process_table
 from orchestrator.server.channel import VERSION, Channel, Message, listen_at
+from orchestrator.server.environment import inherited_environment
 from orchestrator.server.pin import Pin
 from orchestrator.server.process_table import ProcessId
-from orchestrator.server.slot import TOKEN_NAME, Slot
+from orchestrator.server.slot import Slot
 
 ANSWER_S: Final = 10.0
 """How long an order may take that takes a millisecond."""
@@ -215,7 +216,7 @@ def _start_process(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={k: v for k, v in os.environ.items() if k != TOKEN_NAME},
+            env=inherited_environment(),
             pass_fds=[fd for fd in (end.fileno(), door_fd, host_fd) if fd is not None],
             start_new_session=True,
         )

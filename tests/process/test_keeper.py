@@ -38,6 +38,7 @@ from tests.kit.process.support import (
     is_running,
     keeper_of,
     keepers_of,
+    key_of,
     kill,
     until,
     until_state,
@@ -155,6 +156,17 @@ def test_a_keeper_is_small_and_rests(orch: Orchestrator, model_a: str) -> None:
     before = keeper.num_ctx_switches()
     threading.Event().wait(0.5)  # a measurement, not a rendezvous
     assert keeper.num_ctx_switches() == before
+
+
+def test_a_keeper_knows_no_secret_of_its_host(
+    make: Make, model_a: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It outlives the host for a moment, and needs none."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    make().load(model_a)
+    told = psutil.Process(only_keeper())
+    assert "HF_TOKEN" not in told.environ()
+    assert "hf_secret" not in " ".join(told.cmdline())
 
 
 def test_a_keeper_imports_nothing_but_the_standard_library(
@@ -404,6 +416,22 @@ def test_a_keeper_works_for_the_owner_of_the_slot_only(
     assert answer is None
     stranger.close()
     assert orch.load(model_a).pid == pid
+
+
+def test_the_key_of_a_server_reaches_no_disk(
+    orch: Orchestrator, model_a: str, monkeypatch: pytest.MonkeyPatch, state_dir: Path
+) -> None:
+    """The keeper is handed the server's environment as a file."""
+    orch.start()
+
+    def refused() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
+    server = orch.load(model_a)
+    key = key_of(server.pid)["Authorization"].removeprefix("Bearer ").encode()
+    for path in (state_dir / "default").iterdir():
+        assert not path.is_file() or key not in path.read_bytes()
 
 
 def test_a_keeper_does_without_a_socket_whose_path_is_too_long(
