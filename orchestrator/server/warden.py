@@ -70,7 +70,7 @@ class Warden(threading.Thread):
         self._grace_s = kill_grace_s
         self._todo: deque[Callable[[], None]] = deque()
         self._waker = Waker()
-        self.keepers = Keepers(slot, kill_grace_s, self._listen)
+        self.keepers: Keepers = Keepers(slot, kill_grace_s, self._listen)
         self._links: dict[int, KeeperLink] = {}  # what is polled: the last one may not have ended
         self._server: ServerProcess | None = None
         self._last_exit: tuple[int, int | None] | None = None  # pid and status, as the keeper says
