@@ -21,12 +21,13 @@ from orchestrator.base import launch, threads
 from orchestrator.server import process_table
 from orchestrator.server.channel import VERSION, Channel, Message, listen_at
 from orchestrator.server.environment import inherited_environment
-from orchestrator.server.pin import Pin
+from orchestrator.server.pin import Pin, wait_exited
 from orchestrator.server.process_table import ProcessId
 from orchestrator.server.slot import Slot
 
 ANSWER_S: Final = 10.0
 """How long an order may take that takes a millisecond."""
+_END_S: Final = 1.0
 _CODE: Final = (
     "import json, sys; sys.path.append(json.loads(sys.argv[1])['package']); "
     "from orchestrator.server.keeper import main; main()"
@@ -189,8 +190,9 @@ class KeeperLink:
         if self._helper is not None:
             self._helper.wait()
         if self.pin is not None:
+            wait_exited([self.pin], _END_S)
             with contextlib.suppress(ChildProcessError):  # it is ours if we are pid 1
-                os.waitpid(self.pin.process.pid, 0)
+                os.waitpid(self.pin.process.pid, os.WNOHANG)
             self.pin.close()
 
 

@@ -356,7 +356,7 @@ def test_a_closed_backend_leaves_no_keeper(host: StartHost) -> None:
     backend = host(LOAD + "orch.close()\nsend(closed=True)\nsleep_forever()")
     backend.receive()
     backend.receive()
-    until(lambda: keepers_of(backend.pid) == [], "the end of the keeper")
+    assert keepers_of(backend.pid) == []
     assert psutil.Process(backend.pid).children() == []
 
 
