@@ -102,7 +102,12 @@ class SubreaperTree:
         with contextlib.suppress(OSError):  # where the host is, or "/"
             os.chdir(spec["cwd"])
         failed, report = os.pipe()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # the limit of processes
+            os.close(failed)
+            os.close(report)
+            raise CannotExecute(*json.loads(_told(error))) from error
         if pid == 0:  # few calls: each touches memory that is copied then
             try:
                 os.setsid()

@@ -29,6 +29,7 @@ from orchestrator.errors import Unavailable
 from orchestrator.server import process_table
 from orchestrator.server.channel import Channel
 from orchestrator.server.link import Answer, KeeperGone, KeeperLink
+from orchestrator.server.tree import CannotExecute, SubreaperTree
 from orchestrator.server.warden import Warden
 from tests.kit.process.support import (
     Fake,
@@ -143,6 +144,22 @@ SubreaperTree._send, os.killpg = staticmethod(send), killpg
 while not tree.is_empty():
     tree.signal(signal.SIGKILL)
 """
+
+
+def test_a_limit_of_processes_ends_no_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The load is refused with the kernel's words, and the next one finds the same keeper."""
+    tree = object.__new__(SubreaperTree)
+    monkeypatch.setattr(SubreaperTree, "is_empty", lambda _: True)
+
+    def refused() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", refused)
+    before = os.listdir("/proc/self/fd")
+    with open(os.devnull) as null, pytest.raises(CannotExecute) as found:
+        tree.start({"argv": ["/bin/true"], "env": {}, "cwd": "/no/such"}, 1, null.fileno())
+    assert (found.value.number, found.value.text) == (11, "Resource temporarily unavailable")
+    assert os.listdir("/proc/self/fd") == before
 
 
 # What it costs
