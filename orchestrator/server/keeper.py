@@ -12,7 +12,8 @@ Orders have an `op` and an `id`, which the answer repeats:
   the descriptors of the output and, on Linux, of the process; or `error`, its number and text
 - `kill` with `grace_s`: `is_empty` once nothing is left, or the `pids` that survived
 - `ask`: `is_empty`
-Without being asked it says `hello` to each host first, and `exited` with a `pid` and its `status`.
+Without being asked it says `hello` to each host first, to the next owner with a descriptor of the
+output that no host has read, and `exited` with a `pid` and its `status`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from orchestrator.server.tree import Tree
 _VERIFY_EVERY_S: Final = 0.02
 _DEAD_HOST_GRACE_S: Final = 0.3
 _READ_BYTES: Final = 1 << 16
+_UNREAD_BYTES: Final = 1 << 18
 _HEARD: Final = ("SIGCHLD", "SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE", "SIGXFSZ")
 """Signals that do nothing but wake it: it ends after its host, not before."""
 
@@ -78,6 +80,7 @@ class Keeper:
         self._grace_s = min(grace_s, _DEAD_HOST_GRACE_S)
         self._record = record
         self._output: int | None = None
+        self._unread = b""  # the end of what it has printed since its host is gone
         self._untold: int | None = None  # pid of the server, until its exit has been told
         self.kill: _Kill | None = None
         self._is_heir = False
@@ -124,8 +127,8 @@ class Keeper:
 
     # -------------------------------------------------------------------------------- the host
 
-    def _greet(self) -> None:
-        self._say(op="hello", version=VERSION, pid=os.getpid(), contains=self._tree.contains)
+    def _greet(self, fds: tuple[int, ...] = ()) -> None:
+        self._say(fds, op="hello", version=VERSION, pid=os.getpid(), contains=self._tree.contains)
 
     def _let_in(self, door: socket.socket) -> None:
         """Let the next owner be the host; anybody else hears nothing."""
@@ -145,7 +148,10 @@ class Keeper:
         for fd in (self.channel.fd, self._host.fd):
             if fd is not None:
                 self.poll.register(fd, select.POLLIN)
-        self._greet()
+        with open(os.memfd_create("output"), "wb") as unread:
+            unread.write(self._unread)
+            unread.flush()
+            self._greet((unread.fileno(),))
 
     def _say(self, fds: tuple[int, ...] = (), **message: Any) -> None:
         if self.channel is not None:
@@ -187,7 +193,7 @@ class Keeper:
             os.close(lock)
         os.set_blocking(output, False)
         self._forget_output()
-        self._output, self._untold = output, pid
+        self._output, self._untold, self._unread = output, pid, b""
         with contextlib.ExitStack() as opened:
             fds = [output]
             if (handle := pidfd(pid)) is not None:
@@ -255,7 +261,9 @@ class Keeper:
 
     def _drain(self, fd: int) -> None:
         with contextlib.suppress(BlockingIOError):
-            if not os.read(fd, _READ_BYTES):
+            if data := os.read(fd, _READ_BYTES):
+                self._unread = (self._unread + data)[-_UNREAD_BYTES:]
+            else:
                 self.poll.unregister(fd)
 
     def _forget_output(self) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from typing import Final
 
 from orchestrator.base import launch
 from orchestrator.base.log import event_log
@@ -19,8 +20,10 @@ from orchestrator.errors import ServerUnavailable, Unavailable
 from orchestrator.machine.facts import SlotEvidence
 from orchestrator.server import eviction, process_table
 from orchestrator.server.link import ANSWER_S, Answer, KeeperGone, KeeperLink
+from orchestrator.server.output import OutputRing
 from orchestrator.server.slot import Slot
 
+_LAST_LINES: Final = 20
 _log = event_log("orchestrator.server")
 
 
@@ -56,6 +59,8 @@ class Keepers:
         link = KeeperLink.succeed(self._slot)
         if link is None:
             return eviction.reap(self._slot)
+        if words := _lines(link.unread):
+            _log("warning", "slot.last_output", lines=words)
         server = self._slot.recall()
         ended = {server.pid} if server is not None and process_table.is_alive(server) else set()
         with contextlib.suppress(KeeperGone):
@@ -161,6 +166,13 @@ class Keepers:
         self.present = link
         self._listen(link)
         return link
+
+
+def _lines(output: bytes) -> tuple[str, ...]:
+    ring = OutputRing()
+    ring.feed(output)
+    ring.close()
+    return ring.tail(_LAST_LINES)
 
 
 def _answer_to(link: KeeperLink, order: Future[Answer]) -> Answer:

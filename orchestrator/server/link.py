@@ -47,6 +47,7 @@ class KeeperLink:
         pid: Its pid, from its first message on; this process's if it is a thread.
         contains: Whether it proves by itself that nothing is left of a server.
         pin: Handle of its process; None before its first message, and for a thread.
+        unread: The end of what its server has printed since its last host is gone.
     """
 
     def __init__(self, channel: Channel, helper: subprocess.Popen[bytes] | None) -> None:
@@ -54,6 +55,7 @@ class KeeperLink:
         self.contains: bool = False
         self.pin: Pin | None = None
         self.version: int = 0
+        self.unread: bytes = b""
         self._channel = channel
         self._helper = helper
         self._numbers = itertools.count(1)
@@ -158,12 +160,16 @@ class KeeperLink:
             if (answering := self._waiting.pop(message.get("id", 0), None)) is not None:
                 answering.set_result((message, fds))
             elif message.get("op") == "hello":
-                self._meet(message)
+                self._meet(message, fds)
             else:
                 said.append(message)
         return said
 
-    def _meet(self, hello: Message) -> None:
+    def _meet(self, hello: Message, fds: list[int]) -> None:
+        for fd in fds:
+            with open(fd, "rb") as file:
+                file.seek(0)
+                self.unread = file.read()
         pid = self.pid = hello["pid"]
         self.version, self.contains = hello["version"], hello["contains"]
         found = process_table.identify(pid)

@@ -27,10 +27,12 @@ import pytest
 from orchestrator import Orchestrator, RestartPolicy, State
 from orchestrator.errors import Unavailable
 from orchestrator.server import process_table
-from orchestrator.server.channel import Channel
+from orchestrator.server.channel import Channel, listen_at
+from orchestrator.server.keeper import Keeper
 from orchestrator.server.link import Answer, KeeperGone, KeeperLink
 from orchestrator.server.tree import CannotExecute, SubreaperTree
 from orchestrator.server.warden import Warden
+from tests.kit.process.keeping import FakeHost, FakeTree, null_file, spec_file
 from tests.kit.process.support import (
     Fake,
     Make,
@@ -419,6 +421,51 @@ def test_the_next_owner_has_the_server_ended_by_its_keeper_and_goes_on_with_it(
     orch.close()
     until(lambda: not is_running(keeper), "the end of the keeper")
     fake.assert_no_overlap()
+
+
+class Talking(FakeTree):
+    """A tree whose server prints what the test writes."""
+
+    def start(self, spec: dict[str, Any], output: int, lock: int) -> int:
+        self.output = os.dup(output)
+        return super().start(spec, output, lock)
+
+
+class Known(FakeHost):
+    def is_owner(self, pid: int) -> bool:
+        return pid == os.getpid()
+
+
+def test_the_next_owner_gets_the_output_that_no_host_has_read(tmp_path: Path) -> None:
+    """A full pipe would stop the server, and its last words may say why its host has died."""
+    path = str(tmp_path / "keeper.sock")
+    door, (ours, theirs), tree, host = listen_at(path), Channel.pair(), Talking(), Known()
+    keeper = Keeper(Channel(theirs), tree, host, door=door)
+
+    def turn() -> None:
+        keeper.turn([fd for fd, _ in keeper.poll.poll(0)])
+
+    with spec_file() as spec, null_file() as lock, null_file() as owner:
+        ours.send({"op": "spawn", "id": 1}, (spec, lock, owner))
+    turn()
+    host.is_dead, tree.is_deaf = True, True
+    turn()
+    for number in range(40):
+        os.write(tree.output, b"x" * 9999 + b"%d\n" % number)
+        turn()
+    next_owner = KeeperLink(Channel.to(path), None)
+    turn()
+    assert next_owner.wait(lambda: next_owner.pid is not None)
+    assert next_owner.unread.endswith(b"x39\n")
+    assert len(next_owner.unread) == 1 << 18
+    os.close(tree.output)
+    next_owner._channel.close()
+    ours.close()
+    assert keeper.channel is not None
+    keeper.channel.close()
+    keeper.close()
+    assert door is not None
+    door.close()
 
 
 def test_a_keeper_works_for_the_owner_of_the_slot_only(

@@ -211,7 +211,7 @@ class Situation:
         assert self.ours is not None
         self.orders += 1
         if op == "spawn":
-            with _spec() as spec, _null() as lock, _null() as owner:
+            with spec_file() as spec, null_file() as lock, null_file() as owner:
                 self.ours.send({"op": op, "id": self.orders}, (spec, lock, owner))
             return
         if op == "kill":
@@ -288,7 +288,7 @@ def _promise(is_kept: bool, otherwise: str) -> None:
 
 
 @contextmanager
-def _spec() -> Iterator[int]:
+def spec_file() -> Iterator[int]:
     fd = os.memfd_create("spec")
     os.write(fd, json.dumps({"argv": ["server"], "env": {}, "cwd": "/"}).encode())
     yield fd
@@ -296,7 +296,7 @@ def _spec() -> Iterator[int]:
 
 
 @contextmanager
-def _null() -> Iterator[int]:
+def null_file() -> Iterator[int]:
     fd = os.open(os.devnull, os.O_RDWR)
     yield fd
     os.close(fd)
