@@ -60,7 +60,7 @@ class Keepers:
         if link is None:
             return eviction.reap(self._slot)
         if words := _lines(link.unread):
-            _log("warning", "slot.last_output", lines=words)
+            _log("warning", "output.recovered", lines=words)
         server = self._slot.recall()
         ended = {server.pid} if server is not None and process_table.is_alive(server) else set()
         with contextlib.suppress(KeeperGone):
@@ -159,7 +159,7 @@ class Keepers:
             return self._start_thread(str(error))
 
     def _start_thread(self, why: str) -> KeeperLink:
-        _log("error", "keeper.in_process", why=why)
+        _log("error", "keeper.replaced", why=why)
         return self._use(KeeperLink.start_thread())
 
     def _use(self, link: KeeperLink) -> KeeperLink:

@@ -341,7 +341,7 @@ def test_the_keeper_is_never_started_with_another_program_than_python(
     fake.env |= {"APPLICATION": str(application), "FROZEN": str(int(is_frozen))}
     backend = host(PROGRAM)
     received = backend.receive()
-    assert ("keeper.in_process" in received["logged"]) is is_frozen
+    assert ("keeper.replaced" in received["logged"]) is is_frozen
     server = Watch(received["pid"])
     if is_frozen:
         kill(received["pid"])
