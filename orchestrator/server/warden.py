@@ -28,7 +28,7 @@ from orchestrator.server import eviction, process_table
 from orchestrator.server.child import ServerProcess
 from orchestrator.server.environment import API_KEY_NAME
 from orchestrator.server.keepers import Keepers
-from orchestrator.server.link import Answer, KeeperGone, KeeperLink
+from orchestrator.server.link import ANSWER_S, Answer, KeeperGone, KeeperLink
 from orchestrator.server.pin import Pin
 from orchestrator.server.process_table import ProcessId
 from orchestrator.server.slot import Slot
@@ -244,7 +244,8 @@ class Warden(threading.Thread):
     def _begin(self, run: _KillRun) -> None:
         self._run = run
         if (link := self.keepers.present) is not None:
-            run.ends_at = time.monotonic() + self._grace_s + _HUNG_S
+            patience_s = ANSWER_S if link.pid is None else self._grace_s + _HUNG_S
+            run.ends_at = time.monotonic() + patience_s
             with contextlib.suppress(KeeperGone):
                 run.answer = link.order("kill", grace_s=self._grace_s)
 

@@ -291,6 +291,7 @@ def test_a_keeper_that_never_says_a_word_is_replaced_by_a_thread(
     code = {"ends": "raise SystemExit(3)", "stops": "import os; os.kill(os.getpid(), 19)"}[how]
     monkeypatch.setattr("orchestrator.server.link._CODE", code)
     monkeypatch.setattr("orchestrator.server.keepers.ANSWER_S", 0.5)
+    monkeypatch.setattr("orchestrator.server.warden.ANSWER_S", 0.5)
     fake.behave(children=["daemon!"])
     orch = make(kill_grace_s=0.1)
     pid = orch.load(model_a).pid
