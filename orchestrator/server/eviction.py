@@ -23,7 +23,6 @@ from orchestrator.server.process_table import ProcessId
 from orchestrator.server.slot import Slot
 
 _VERIFY_EVERY_S: Final = 0.02
-LEFT_GRACE_S: Final = 0.3
 _log = event_log("orchestrator.server")
 
 
@@ -34,7 +33,7 @@ def reap(slot: Slot) -> tuple[set[int], SlotEvidence]:
         The pids that were signalled, and whether the slot is empty now.
     """
     keeper = slot.recall_keeper()
-    ended, evidence = evict(slot, LEFT_GRACE_S, keeper)
+    ended, evidence = evict(slot, ladder.LEFT_GRACE_S, keeper)
     if keeper is not None and (pin := Pin.of(keeper)) is not None:
         pin.signal(signal.SIGKILL)  # it may be stopped, and has nothing to do any more
         pin.close()

@@ -65,7 +65,7 @@ class Host:
         return False
 
     def take_lock(self) -> bool:
-        """Take the owner's lock, and keep the next owner waiting; False if that cannot be."""
+        """Take the owner's lock, to remove what is left; False if there is another owner by now."""
         return self._flock(fcntl.LOCK_EX)
 
     def gives_up_lock(self) -> bool:

@@ -37,7 +37,6 @@ from orchestrator.server.host import Host, pidfd
 from orchestrator.server.tree import Tree
 
 _VERIFY_EVERY_S: Final = 0.02
-_DEAD_HOST_GRACE_S: Final = 0.3
 _READ_BYTES: Final = 1 << 16
 _UNREAD_BYTES: Final = 1 << 18
 _HEARD: Final = ("SIGCHLD", "SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE", "SIGXFSZ")
@@ -67,7 +66,7 @@ class Keeper:
         *,
         door: socket.socket | None = None,
         wake_fd: int | None = None,
-        grace_s: float = _DEAD_HOST_GRACE_S,
+        grace_s: float = ladder.LEFT_GRACE_S,
         record: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -77,7 +76,7 @@ class Keeper:
         self._host = host
         self._door = door
         self._wake_fd = wake_fd
-        self._grace_s = min(grace_s, _DEAD_HOST_GRACE_S)
+        self._grace_s = min(grace_s, ladder.LEFT_GRACE_S)
         self._record = record
         self._output: int | None = None
         self._unread = b""  # the end of what it has printed since its host is gone

@@ -19,6 +19,7 @@ from orchestrator.base.threads import NoThread
 from orchestrator.errors import ServerUnavailable, Unavailable
 from orchestrator.machine.facts import SlotEvidence
 from orchestrator.server import eviction, process_table
+from orchestrator.server.ladder import LEFT_GRACE_S
 from orchestrator.server.link import ANSWER_S, Answer, KeeperGone, KeeperLink
 from orchestrator.server.output import OutputRing
 from orchestrator.server.slot import Slot
@@ -64,11 +65,12 @@ class Keepers:
         server = self._slot.recall()
         ended = {server.pid} if server is not None and process_table.is_alive(server) else set()
         with contextlib.suppress(KeeperGone):
-            order = link.order("kill", grace_s=eviction.LEFT_GRACE_S)
-            if link.wait(order.done) and order.result()[0]["is_empty"] and link.contains:
+            order = link.order("kill", grace_s=LEFT_GRACE_S)
+            is_done = link.wait(order.done) and order.result()[0]["is_empty"]
+            if is_done and link.contains and (evidence := self._slot.verify()).is_empty:
+                self._slot.forget()
                 self._use(link)
-                evidence = self._slot.verify()
-                return ended, evidence if evidence.is_empty else eviction.reap(self._slot)[1]
+                return ended, evidence
         link.end()
         others, evidence = eviction.reap(self._slot)
         return ended | others, evidence

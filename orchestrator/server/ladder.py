@@ -13,6 +13,8 @@ from typing import Final, NamedTuple
 TERM_AGAIN_S: Final = 0.15
 """When to send the second SIGTERM: llama-server ignores the first for 20 s and more while a stream
 is active, and ends 16 ms after the second. An idle one with a keep-alive connection needs 0.1 s."""
+LEFT_GRACE_S: Final = 0.3
+"""The longest grace of a server whose host is dead."""
 _GONE_BASE_S: Final = 5.0
 _GONE_PER_GIB_S: Final = 0.25  # four times the 0.064 s per GiB that were measured
 

@@ -82,8 +82,8 @@ class Slot:
     def claim(self) -> None:
         """Become the one owner of this slot.
 
-        If the owner is dead but its lock is still held, its keeper is emptying the slot: wait
-        for that, at most 10 s.
+        If the owner is dead but its lock is still held, its keeper is about to end: wait for that,
+        at most 10 s.
 
         Raises:
             SlotOwned: Another live orchestrator has it; the message says which process that is.

@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import sys
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, Self
 
 _SET_PDEATHSIG: Final = 1  # prctl(2)
 _SET_CHILD_SUBREAPER: Final = 36
@@ -25,6 +25,11 @@ class CannotExecute(Exception):
         super().__init__(number, text)
         self.number = number
         self.text = text
+
+    @classmethod
+    def of(cls, error: BaseException) -> Self:
+        number, text = getattr(error, "errno", None), getattr(error, "strerror", None)
+        return cls(number or 0, text or str(error))
 
 
 class Tree(Protocol):
@@ -107,7 +112,7 @@ class SubreaperTree:
         except OSError as error:  # the limit of processes
             os.close(failed)
             os.close(report)
-            raise CannotExecute(*json.loads(_told(error))) from error
+            raise CannotExecute.of(error) from error
         if pid == 0:  # few calls: each touches memory that is copied then
             try:
                 os.setsid()
@@ -117,7 +122,7 @@ class SubreaperTree:
                     os.dup2(output, 2)
                     os.execve(argv[0], argv, env)  # noqa: S606 (that is the point)
             except BaseException as error:  # noqa: BLE001 (a fork must not return)
-                os.write(report, _told(error))
+                os.write(report, json.dumps(CannotExecute.of(error).args).encode())
             finally:
                 os._exit(127)
         os.close(report)
@@ -216,7 +221,7 @@ class PlainTree:
                 start_new_session=True,
             )
         except (OSError, ValueError) as error:
-            raise CannotExecute(*json.loads(_told(error))) from error
+            raise CannotExecute.of(error) from error
         self.leader, self._status = int(self._popen.pid), None
         return self.leader
 
@@ -249,12 +254,6 @@ class PlainTree:
 
     def pids(self) -> list[int]:
         return [] if self.leader is None else [self.leader]
-
-
-def _told(error: BaseException) -> bytes:
-    """Return the number and the text of an error as JSON."""
-    number, text = getattr(error, "errno", None), getattr(error, "strerror", None)
-    return json.dumps([number or 0, text or str(error)]).encode()
 
 
 def of_this_process() -> Tree:

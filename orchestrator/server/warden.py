@@ -267,9 +267,6 @@ class Warden(threading.Thread):
             return
         is_proof = is_contained and answer.get("is_empty")
         evidence = self._slot.verify() if is_proof else SlotEvidence(False)
-        if is_proof and not evidence.is_empty:  # a program that the host starts has it for 1 ms
-            time.sleep(_POLL_EXIT_S)
-            evidence = self._slot.verify()
         if not evidence.is_empty:
             evidence = eviction.evict(self._slot, self._grace_s)[1]
         if not evidence.is_empty:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,7 @@ def among_others(server: str, models: list[str], rounds: int, figures: Figures) 
                 with sleeping(count):
                     for turn in range(rounds // 4):
                         model = models[(turn + 1) % 2]
-                        swaps[number].append(milliseconds(lambda m=model: orch.load(m)))  # type: ignore[misc]
+                        swaps[number].append(milliseconds(partial(orch.load, model)))
                     for _ in range(rounds // 4):
                         unloads[number].append(milliseconds(orch.unload))
                         orch.load(models[0])

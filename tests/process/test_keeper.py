@@ -55,6 +55,12 @@ def only_keeper() -> int:
     return keeper
 
 
+def running(orch: Orchestrator) -> int:
+    loaded = orch.status().loaded
+    assert loaded is not None
+    return loaded.pid
+
+
 def no_keeper_of(host: int) -> bool:
     return not keepers_of(host)
 
@@ -75,7 +81,7 @@ def test_a_daemon_that_has_thrown_everything_away_ends_with_its_server(
     orch.load(model_b)
     assert not is_running(first)
     second = fake.wait_for("child", 2).pid
-    kill(orch.status().loaded.pid)  # type: ignore[union-attr]
+    kill(running(orch))
     until_state(orch, State.IDLE)
     assert not is_running(second)
     orch.load(model_a)
@@ -227,7 +233,7 @@ def test_a_server_is_restarted_after_the_end_of_its_keeper(
     kill(only_keeper())
     fake.wait_for("start", 2)
     until_state(orch, State.HEALTHY)
-    assert orch.status().loaded.pid != first  # type: ignore[union-attr]
+    assert running(orch) != first
     fake.assert_no_overlap()
 
 
@@ -275,7 +281,7 @@ def test_a_stopped_keeper_is_continued(
     os.kill(only_keeper(), signal.SIGSTOP)
     assert orch.load(model_b).status == "loaded"
     os.kill(only_keeper(), signal.SIGSTOP)
-    kill(orch.status().loaded.pid)  # type: ignore[union-attr]
+    kill(running(orch))
     until_state(orch, State.IDLE)
     os.kill(only_keeper(), signal.SIGSTOP)
     orch.unload()

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from orchestrator.errors import InvalidRequest, SlotOwned, StateDirError
-from orchestrator.server import eviction, ladder, process_table
+from orchestrator.server import ladder, process_table
 from orchestrator.server.eviction import reap
 from orchestrator.server.pin import Pin
 from orchestrator.server.process_table import ProcessId
@@ -419,7 +419,7 @@ def test_the_descendants_of_a_recorded_server_are_reaped(mine: Slot, sleep: Slee
 
 @pytest.fixture
 def short_reap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eviction, "LEFT_GRACE_S", 0.05)
+    monkeypatch.setattr(ladder, "LEFT_GRACE_S", 0.05)
     monkeypatch.setattr(ladder, "_GONE_BASE_S", 0.1)
 
 
