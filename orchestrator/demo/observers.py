@@ -6,7 +6,6 @@ orchestrator. A zombie counts as dead: it holds nothing any more.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from typing import Any, Final, Self
@@ -78,6 +77,7 @@ class Witness:
         self._thread = threading.Thread(target=self._watch, name="demo-witness", daemon=True)
 
     def __enter__(self) -> Self:
+        self._others = set(process_table.pids())  # older than the slot, so no server of it
         self.look()
         self._thread.start()
         return self
@@ -91,18 +91,14 @@ class Witness:
         pids = set(process_table.pids())
         self._others &= pids
         rows = filter(None, map(process_table.row, pids - self._others))
-        servers = {row.session for row in rows if not row.is_zombie and self._is_server(row)}
+        servers = {row.session for row in rows if self._is_server(row)}
         self.looks += 1
         self.pids |= servers
         self.most = max(self.most, len(servers))
         return len(servers)
 
     def _is_server(self, row: ProcessRow) -> bool:
-        if process_table.bearers(self._token, [row.pid]):
-            return True
-        if row.ppid != os.getpid():  # a child of ours may be a server that has not called exec yet
-            self._others.add(row.pid)
-        return False
+        return not row.is_zombie and bool(process_table.bearers(self._token, [row.pid]))
 
     def _watch(self) -> None:
         while not self._done.wait(_EVERY_S):

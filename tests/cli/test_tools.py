@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from orchestrator.demo.observers import Witness
 from orchestrator.machine import diagram
 from tests.kit.command import Cli, Start
 from tests.kit.process.servers import servers_of
@@ -63,6 +65,33 @@ def test_the_text_of_the_demo_fits_a_terminal_and_nothing_is_left(cli: Cli, tmp_
     assert "0 left" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_witness_counts_a_server_it_saw_before_its_exec(tmp_path: Path) -> None:
+    """A fork of the keeper has the keeper's environment for a moment."""
+    folder = tmp_path.stat()
+    value = f"{tmp_path}:{folder.st_dev:x}:{folder.st_ino:x}"
+    server = f"echo forked; read -r _; TOKEN={value} exec cat"
+    with (
+        Witness(f"TOKEN={value}") as witness,
+        subprocess.Popen(
+            ["sh", "-c", f"sh -c '{server}'; exit"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            start_new_session=True,
+        ) as keeper,
+    ):
+        assert keeper.stdin is not None
+        assert keeper.stdout is not None
+        assert keeper.stdout.readline() == "forked\n"
+        assert witness.look() == 0
+        keeper.stdin.write("go\nexecuted\n")
+        assert keeper.stdout.readline() == "executed\n"
+        assert witness.look() == 1
+    assert witness.most == 1
+    assert witness.look() == 0
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
