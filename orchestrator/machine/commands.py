@@ -9,7 +9,7 @@ from orchestrator.base.record import Record
 from orchestrator.base.tokens import CancelReason, Generation, Ticket
 from orchestrator.errors import Problem
 from orchestrator.machine import facts
-from orchestrator.settings.files import ModelFiles
+from orchestrator.settings.files import FileIdentity, ModelFiles
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import ReloadReason, Target
 
@@ -37,6 +37,7 @@ class Loaded:
     reload_reasons: tuple[ReloadReason, ...] = ()
     already: bool = False
     joined: bool = False
+    adopted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,9 @@ class LeaseGranted:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The answer to a shutdown."""
+    """The answer to a shutdown; `is_kept`: the server goes on, for the next owner."""
+
+    is_kept: bool = False
 
 
 Outcome = Loaded | Problem
@@ -112,6 +115,7 @@ class Probe:
     stall_timeout_s: float
     size_bytes: int
     extra_args: tuple[str, ...] = ()
+    unchanged: tuple[FileIdentity, ...] = ()  # of an adoption: what must be on disk as it was
 
 
 Effect = Kill | Resolve | Download | Spawn | Probe
@@ -178,12 +182,17 @@ class Concluded:
     answer: Outcome
 
 
+End = Literal["stopped", "hung", "exit", "signal", "unknown"]
+
+
 @dataclass(frozen=True, slots=True)
 class ServerEnded:
-    """A server has ended: stopped by us, or by itself by an exit, a signal or in an unknown way."""
+    """A server has ended: stopped by us, ended by us because it hung, or by itself by an exit, a
+    signal or in an unknown way.
+    """
 
     pid: int
-    how: Literal["stopped", "exit", "signal", "unknown"]
+    how: End
 
 
 @dataclass(frozen=True, slots=True)

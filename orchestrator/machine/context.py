@@ -30,6 +30,7 @@ class Policy:
     abandoned_load: Literal["cancel", "continue"] = "cancel"  # a load without callers
     restart: RestartPolicy | None = None  # of a server that ended by itself; None = never
     idle_ttl_s: float | None = None  # stop a server after this time without use; None = never
+    keeps_server: bool = False  # for the next owner, at the end of the host
     max_looking: int = 1024  # calls whose model is being looked up
     max_waiting: int = 64  # queued loads
     max_prefetches: int = 4  # downloads beside the load in flight
@@ -76,7 +77,13 @@ class Job:
     attempts: int = 0  # how often the slot was occupied again between kill and spawn
     awaits: Literal["answer", "files"] | None = None  # of the Hub, while it is queued
     after: Problem | None = None  # the failure that it repairs; such a load needs no caller
+    is_adoption: bool = False  # of a server that was found; neither does this
     failed: Concluded | None = None  # the failed load that it follows; concluded together
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it goes on without a caller."""
+        return self.after is not None or self.is_adoption
 
     def spent(self, phase: str, at: float) -> Timings:
         """Return the timings including the current phase up to `at`."""
@@ -104,6 +111,7 @@ class Running:
     reload_reasons: tuple[ReloadReason, ...]
     at: float  # when it became Healthy, monotonic seconds
     idle_at: float | None = None  # when it will be stopped; None = never, or it is in use
+    adopted: bool = False  # from a dead owner
 
     def loaded(self, *, already: bool = False) -> Loaded:
         """Return the answer to a load that ends with this server."""
@@ -115,6 +123,7 @@ class Running:
             self.timings,
             () if already else self.reload_reasons,
             already,
+            adopted=self.adopted,
         )
 
 
@@ -131,7 +140,8 @@ class Context:
     look_ups: tuple[LookUp, ...] = ()
     effect: EffectInFlight | None = None
     child: Child | None = None  # what the slot may hold; cleared when it is verified empty
-    child_end: Literal["found", "reported"] | None = None  # by itself: found dead, or reported
+    child_end: Literal["found", "reported", "hung"] | None = None
+    """Why it ends, if not for us: it was found dead, its exit was reported, or it hangs."""
     running: Running | None = None  # what the child was committed with; cleared when it is stopped
     leases: frozenset[Ticket] = frozenset()
     lease_waiters: tuple[Ticket, ...] = ()

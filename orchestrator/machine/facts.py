@@ -31,11 +31,14 @@ class Child:
 
 @dataclass(frozen=True, slots=True)
 class Exit(Record):
-    """How a server ended. `returncode` is negative for a signal, None if it is unknown."""
+    """How a server ended. `returncode` is negative for a signal, None if it is unknown; `reason` is
+    `hung` if it was ended for that.
+    """
 
     pid: int
     returncode: int | None
     log_tail: tuple[str, ...] = ()
+    reason: Literal["hung"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +149,14 @@ class LeaseReleased:
 
 @dataclass(frozen=True, slots=True)
 class ShutdownRequested:
+    """`keep` leaves a Healthy server to the next owner, where the policy does so."""
+
     trigger: ClassVar[str] = "shutdown"
     model: ClassVar[None] = None  # it ends every load
     ticket: Ticket
     at: float
+    keep: bool = True
+    child_is_alive: bool = True  # evidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +247,28 @@ class Exited(_OfLoad):
 
 
 @dataclass(frozen=True, slots=True)
+class Hung(_OfLoad):
+    """Our own child lives, but has neither answered a probe nor worked for `silent_s` seconds."""
+
+    trigger: ClassVar[str] = "hung"
+    exit: Exit
+    silent_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Found(_OfLoad):
+    """What a dead owner has left in the slot: the first fact, if there is anything.
+
+    `child` is None if it is not known which process that is. `target` is what it was started with,
+    if its keeper has kept it for the next owner.
+    """
+
+    trigger: ClassVar[str] = "found"
+    child: Child | None
+    target: Target | None
+
+
+@dataclass(frozen=True, slots=True)
 class Promoted(_OfLoad):
     """A queued load may start now. The machine posts this to itself."""
 
@@ -266,6 +295,6 @@ EndRequested = UnloadRequested | CancelRequested | Withdrawn | ShutdownRequested
 Request = LookUpRequested | LookedUp | EndRequested | LeaseRequested | LeaseReleased
 Failure = KillFailed | FetchFailed | SpawnFailed | NotReady
 Completion = Emptied | Resolved | Fetched | Spawned | BecameReady | Failure
-Report = Completion | Exited | Promoted | TimerFired
+Report = Completion | Exited | Hung | Found | Promoted | TimerFired
 Fact = Request | Report
-WithChildEvidence = LoadRequested | LeaseRequested | BecameReady | Promoted
+WithChildEvidence = LoadRequested | LeaseRequested | BecameReady | Promoted | ShutdownRequested

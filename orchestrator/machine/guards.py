@@ -44,6 +44,20 @@ def may_verify_again(ctx: Context, fact: facts.Fetched) -> bool:
     return ctx.job is not None and ctx.job.attempts < MAX_VERIFICATIONS
 
 
+def is_kept_for_us(ctx: Context, fact: facts.Found) -> bool:
+    """Its keeper says what it was started with; the probe compares that with what is on disk."""
+    return fact.child is not None and fact.target is not None
+
+
+def is_adoption(ctx: Context, fact: facts.BecameReady | facts.NotReady) -> bool:
+    """The server was found, and the load in flight has not been cancelled, superseded or ended."""
+    return ctx.loading is not None and ctx.loading.is_adoption
+
+
+def keeps_server(ctx: Context, fact: facts.ShutdownRequested) -> bool:
+    return ctx.policy.keeps_server and fact.keep
+
+
 def next_is_due(ctx: Context, fact: facts.Completion | facts.Promoted | facts.TimerFired) -> bool:
     return ctx.is_due
 
@@ -61,7 +75,7 @@ def is_prefetch(ctx: Context, fact: facts.Fetched | facts.FetchFailed | facts.Ti
     return find(ctx.prefetches, fact.generation) is not None
 
 
-def is_child(ctx: Context, fact: facts.Exited) -> bool:
+def is_child(ctx: Context, fact: facts.Exited | facts.Hung) -> bool:
     return ctx.child is not None and ctx.child.pid == fact.exit.pid
 
 
@@ -212,7 +226,7 @@ def abandons_job(ctx: Context, fact: facts.Withdrawn) -> bool:
     return (
         ctx.policy.abandoned_load == "cancel"
         and ctx.job is not None
-        and ctx.job.after is None
+        and not ctx.job.is_own
         and tuple(caller.ticket for caller in ctx.job.callers) == (fact.ticket,)
     )
 
@@ -349,7 +363,7 @@ def is_named(target: Target, model: str | None) -> bool:
 
 def cancels(job: Job, fact: facts.CancelRequested) -> bool:
     """Return whether the cancel ends this load for all its callers."""
-    if job.token is not None:
+    if job.token is not None or job.is_adoption:  # a cancel ends no server that runs
         return False
     if fact.generation is not None:
         return job.generation == fact.generation

@@ -26,6 +26,11 @@ answered when the slot is verified empty. Two kinds of load without a caller rep
 previous model comes back for a load with `restore_previous`, and a server that ended by itself is
 started again when `restart_due`.
 
+What a dead owner has left in the slot is the first fact. A server that its keeper has kept for the
+next owner goes to WaitingHealth, as if it had just been started, and is believed after a probe that
+also compares its files. Anything else goes to Killing. Such a load needs no caller, and cannot be
+cancelled; a call that joins it while it fails gets a server of its own.
+
 A server without leases is stopped when `idle_expired`. The timer starts over at the commit, with
 the last release, and when a load finds the server running.
 """
@@ -114,6 +119,7 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("deadline_expired", ALL, "is_prefetch",            STAY, "fail_prefetch"),
     _row("deadline_expired", ALL, "",                       STAY, "drop_stale"),
 
+    _row("shutdown", H,   "keeps_server child_is_alive",    STAY, "latch_shutdown cancel_all revoke_leases answer_waiters answer_kept"),
     _row("shutdown", (I, H), "",                            K, "latch_shutdown cancel_all wait_for_shutdown revoke_leases begin_kill"),
     _row("shutdown", K,   "",                               STAY, "latch_shutdown cancel_all take_next wait_for_shutdown revoke_leases kill_when_drained"),
     _row("shutdown", DSW, "",                               STAY, "latch_shutdown cancel_all wait_for_shutdown"),
@@ -176,10 +182,17 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("spawn_failed", S,   "is_current",                 K, "fail_job end_effect take_next begin_kill"),
     _row("spawn_failed", ALL, "",                           STAY, "drop_stale"),
 
+    # ---- what a dead owner has left: adopted, or ended ------------------------------------------
+    _row("found", I,   "is_kept_for_us",                    W, "record_child adopt begin_probe"),
+    _row("found", I,   "",                                  K, "record_child begin_kill"),
+    _row("found", (K, D, S, W, H), "",                      STAY, "drop_stale"),
+
     # ---- WaitingHealth: the only way into Healthy -----------------------------------------------
     _row("ready", W,   "is_current token_is_unset child_is_alive", H, "commit grant_waiting_leases start_idle_timer"),
+    _row("ready", W,   "is_current is_adoption",            K, "record_death give_up_adoption end_effect take_next begin_kill"),
     _row("ready", W,   "is_current",                        K, "record_death fail_job_exited end_effect take_next begin_kill"),
     _row("ready", ALL, "",                                  STAY, "drop_stale"),
+    _row("not_ready", W,   "is_current is_adoption",        K, "record_death give_up_adoption end_effect take_next begin_kill"),
     _row("not_ready", W,   "is_current",                    K, "record_death fail_job end_effect take_next begin_kill"),
     _row("not_ready", ALL, "",                              STAY, "drop_stale"),
 
@@ -192,6 +205,9 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("exited", K,    "is_child",                        STAY, "record_exit revoke_leases kill_when_drained"),
     _row("exited", W,    "is_child",                        STAY, "record_exit report_exit"),
     _row("exited", ALL,  "",                                STAY, "drop_stale"),
+
+    _row("hung", H,      "is_child",                        K, "record_hang plan_recovery revoke_leases take_next begin_kill"),
+    _row("hung", ALL,    "",                                STAY, "drop_stale"),
 
     # ---- after an exit: the restart policy ------------------------------------------------------
     _row("restart_due", ALL, "is_due_restart next_is_due",  STAY, "forget_restart"),

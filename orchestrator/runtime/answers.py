@@ -27,7 +27,7 @@ from orchestrator.settings.target import ReloadReason
 class LoadOutcome(Record, EchoedFields):
     """The result of a load, and `loaded` in the status.
 
-    `as_dict` leaves out the settings of `EchoedFields` that have their default.
+    `as_dict` leaves out `adopted` and the settings of `EchoedFields` that have their default.
 
     Attributes:
         status: `loaded`, or `already_loaded` if the running server already matched.
@@ -39,6 +39,7 @@ class LoadOutcome(Record, EchoedFields):
         note: A remark, e.g. that the Hub could not be asked for a newer revision.
         llama_extra_args: The effective ones; a request with this list means the same.
         timings_s: Seconds in `kill`, `download`, `spawn`, `health`, and `total`.
+        adopted: The server was started by an earlier owner of the slot.
     """
 
     status: Literal["loaded", "already_loaded"]
@@ -48,6 +49,7 @@ class LoadOutcome(Record, EchoedFields):
     gguf_variant: str | None
     revision: str | None = field(default=None, kw_only=True)
     note: str | None = field(default=None, kw_only=True)
+    adopted: bool = field(default=False, kw_only=True)
     pid: int
     base_url: str
     context_length: int | None
@@ -70,7 +72,12 @@ class LoadOutcome(Record, EchoedFields):
 
 
 _SENT: Final = object()
-_OMITTED: Final = {"revision": None, "note": None, **{n: SETTINGS[n].default for n in ECHOED}}
+_OMITTED: Final = {
+    "revision": None,
+    "note": None,
+    "adopted": False,
+    **{n: SETTINGS[n].default for n in ECHOED},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +268,7 @@ def load_outcome(answer: Loaded) -> LoadOutcome:
         gguf_variant=target.model.variant,
         revision=hub.commit if hub else None,
         note=hub.note if hub else None,
+        adopted=answer.adopted,
         pid=answer.child.pid,
         base_url=answer.server.base_url,
         context_length=answer.server.context_length,
@@ -281,7 +289,7 @@ def prefetch_outcome(request: LoadRequest, files: ModelFiles) -> PrefetchOutcome
         files.variant,
         files.hub.commit if files.hub else None,
         files.size_bytes,
-        [file.path for file in (*files.weights, *filter(None, (files.projector,)))],
+        [file.path for file in files.files],
         files.hub.note if files.hub else None,
     )
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from orchestrator.base.paths import PathNames
+from orchestrator.base.record import Record
 
 
 @dataclass(frozen=True, slots=True)
-class FileIdentity:
+class FileIdentity(Record):
     """A file as the kernel identifies it: a replaced file is another file."""
 
     path: str
@@ -19,7 +20,7 @@ class FileIdentity:
 
 
 @dataclass(frozen=True, slots=True)
-class HubModel:
+class HubModel(Record):
     """Where on the Hub a model comes from.
 
     Attributes:
@@ -38,7 +39,7 @@ class HubModel:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFiles:
+class ModelFiles(Record):
     """Every shard of a model in order, and the projector of a vision model.
 
     Attributes:
@@ -73,5 +74,9 @@ class ModelFiles:
         return self.hub.repo.lower() if self.hub is not None else self.weights[0].path
 
     @property
+    def files(self) -> tuple[FileIdentity, ...]:
+        return (*self.weights, *filter(None, (self.projector,)))
+
+    @property
     def size_bytes(self) -> int:
-        return sum(f.size_bytes for f in (*self.weights, *filter(None, (self.projector,))))
+        return sum(f.size_bytes for f in self.files)

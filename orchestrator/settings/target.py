@@ -30,7 +30,7 @@ Source = tuple[str, str | None, Kind]
 
 
 @dataclass(frozen=True, slots=True)
-class ServerBinary:
+class ServerBinary(Record):
     """The program to start: a llama-server (`command` is its path) or the embedded one.
 
     Attributes:
@@ -68,6 +68,11 @@ class Target:
     @property
     def source(self) -> Source:
         return self.model.name, self.model.variant, self.request.kind
+
+    @property
+    def files(self) -> tuple[FileIdentity, ...]:
+        """The model's files and the binary."""
+        return (*self.model.files, self.server.identity)
 
     @property
     def extra_args(self) -> tuple[str, ...]:

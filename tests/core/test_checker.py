@@ -19,7 +19,7 @@ from orchestrator.machine.commands import Post
 from orchestrator.machine.states import State
 from orchestrator.machine.table import TABLE, Row
 from tests.kit.machine.checker import Report, TracedLifecycle, explore
-from tests.kit.machine.explorations import DEEP, PROGRAMS, RESTART, explored
+from tests.kit.machine.explorations import DEEP, KEEP, PROGRAMS, RESTART, explored
 from tests.kit.machine.invariants import INVARIANTS
 from tests.kit.machine.world import Faults
 
@@ -328,6 +328,24 @@ def test_checker_finds_a_keeper_that_says_too_early_that_nothing_is_left() -> No
 def test_checker_finds_a_keeper_that_loses_an_exit() -> None:
     report = explore("unload B", warm="A", faults=Faults(loses_exits=True, kill=False))
     _caught(report, {"inv_healthy_at_rest_is_alive"}, within=2)
+
+
+def test_checker_finds_an_adoption_without_comparison() -> None:
+    faults = Faults(host=1, adopts_without_comparing=True, kill=False)
+    report = explore("unload B", warm="A", policy=KEEP, faults=faults)
+    _caught(report, {"inv_healthy_is_proven"}, within=3)
+
+
+def test_checker_finds_a_hang_that_is_told_of_a_worker() -> None:
+    faults = Faults(calls_a_worker_hung=True, kill=False)
+    report = explore("unload B", warm="A", faults=faults)
+    _caught(report, {"inv_a_server_is_stopped_for_a_reason"}, within=2)
+
+
+def test_checker_finds_a_hang_that_nobody_ends() -> None:
+    lifecycle = TracedLifecycle([row for row in TABLE if "record_hang" not in row.actions])
+    report = explore("unload B", lifecycle=lifecycle, warm="A", faults=Faults(hang=1, kill=False))
+    _caught(report, {"quiescence_is_certain"}, within=3)
 
 
 def test_checker_finds_what_a_killed_keeper_leaves_behind() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator.machine.table import TABLE
 from tests.core import (
+    test_adoption,
     test_answers,
     test_conclusions,
     test_ending,
@@ -33,6 +34,7 @@ SCENARIOS = (
     test_waiting,
     test_look_ups,
     test_conclusions,
+    test_adoption,
 )
 _LEASE_OR_LOAD = "a ticket is that of a load or of a lease, never of both"
 _JOB_OR_QUEUED = "a generation is in flight or in the queue, never both"

@@ -17,9 +17,17 @@ from tests.kit.machine.invariants import INVARIANTS
 from tests.kit.shell.explorer import explore, wander
 from tests.kit.shell.promises import PROMISES
 from tests.kit.shell.records import stuck
-from tests.kit.shell.scene import ALL_MISHAPS, USUAL_MISHAPS, WITH_KEEPER, Scene
+from tests.kit.shell.scene import (
+    ALL_MISHAPS,
+    USUAL_MISHAPS,
+    WITH_HANG,
+    WITH_HOST,
+    WITH_KEEPER,
+    Scene,
+)
 
 CONTINUE = Policy(abandoned_load="continue")
+KEEP = Policy(keeps_server=True)
 RESTART = Policy(restart=RestartPolicy(limit=1))
 IDLE = Policy(idle_ttl_s=1.0)
 
@@ -77,6 +85,14 @@ SCENES = (
     Scene("load A | load B queue", kinds=WITH_KEEPER, mishaps=2),
     Scene("load B restore; withdraw", warm="A", kinds=WITH_KEEPER, mishaps=2, pairs=0),
     Scene("load A | shutdown", kinds=WITH_KEEPER, policy=RESTART, mishaps=2, pairs=0),
+    # a server that hangs at any moment
+    Scene("load A | load B queue ", kinds=WITH_HANG, mishaps=2, pairs=0),
+    Scene("lease; release | load B restore", warm="A", kinds=WITH_HANG, policy=RESTART, pairs=0),
+    # a host that is killed at any moment, and the next owner
+    Scene("load A | load B queue  ", kinds=WITH_HOST, pairs=0),
+    Scene("load A | load B; cancel", warm="A", kinds=WITH_HOST, policy=KEEP, mishaps=2, pairs=0),
+    Scene("load A; withdraw | unload", warm="A", kinds=WITH_HOST, policy=KEEP),
+    Scene("load A | lease | shutdown", warm="A", kinds=WITH_HOST | WITH_HANG, policy=KEEP, pairs=0),
     # a slot with an unknown process
     Scene("load A | unload", kinds=frozenset({"stray", "kill", "spawn"}), mishaps=3),
 )

@@ -27,7 +27,8 @@ from orchestrator.machine.commands import (
     SetToken,
     Timings,
 )
-from orchestrator.machine.facts import CancelRequested, Fact, Request, SlotEvidence
+from orchestrator.machine.context import Policy
+from orchestrator.machine.facts import CancelRequested, Child, Fact, Request, SlotEvidence
 from orchestrator.machine.states import State
 from orchestrator.machine.table import TABLE, Row
 from orchestrator.runtime.answers import PastLoad, load_outcome
@@ -37,7 +38,8 @@ from orchestrator.runtime.snapshot import Snapshot
 from tests.kit.shell.explorer import Report, explore
 from tests.kit.shell.gates import GatedEffects, HeldLock
 from tests.kit.shell.records import HeldUpError, stuck
-from tests.kit.shell.scene import WITH_KEEPER, RecordedLifecycle, Scene
+from tests.kit.shell.scene import WITH_HANG, WITH_HOST, WITH_KEEPER, RecordedLifecycle, Scene
+from tests.kit.shell.stage import Stage
 
 
 def caught(report: Report, *names: str, within: int) -> None:
@@ -411,6 +413,22 @@ def test_explorer_finds_a_keeper_that_loses_an_exit(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(GatedEffects, "_note_exit", lambda *_: None)
     report = explore(Scene("load A", kinds=WITH_KEEPER))
     caught(report, "inv_healthy_at_rest_is_alive", within=20)
+
+
+def test_explorer_finds_an_adoption_without_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stage, "_may_answer", lambda _, process: process is not None)
+    report = explore(Scene("unload B", warm="A", kinds=WITH_HOST, policy=Policy(keeps_server=True)))
+    caught(report, "inv_healthy_is_proven", within=6)
+
+
+def test_explorer_finds_a_hang_that_is_told_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    def child(stage: Stage) -> Child | None:
+        is_told = bool(stage.inbox.facts) or stage.state is not State.HEALTHY
+        return None if is_told else stage.owner.snapshot.ctx.child
+
+    monkeypatch.setattr(Stage, "_hung_child", child)
+    report = explore(Scene("unload B", warm="A", kinds=WITH_HANG))
+    caught(report, "inv_a_server_is_stopped_for_a_reason", within=6)
 
 
 def test_explorer_finds_an_owner_that_waits_for_its_log(monkeypatch: pytest.MonkeyPatch) -> None:

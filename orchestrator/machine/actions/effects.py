@@ -10,6 +10,7 @@ from orchestrator.errors import Problem
 from orchestrator.machine import commands, facts
 from orchestrator.machine.actions.working import MAX_REMEMBERED, NOT_LOADED, Step, require
 from orchestrator.machine.context import EffectInFlight, EffectKind, Job, Running
+from orchestrator.machine.facts import Exit
 
 
 def begin_kill(s: Step[facts.Fact]) -> None:
@@ -43,7 +44,8 @@ def begin_probe(s: Step[facts.Fact]) -> None:
     job = _next_phase(s, "spawn", "probe")
     target, child = job.target, require(s.ctx.child)
     stall_s, size = target.request.stall_timeout_s, target.model.size_bytes
-    s.emit(commands.Probe(job.generation, child, stall_s, size, target.extra_args))
+    unchanged = target.files if job.is_adoption else ()
+    s.emit(commands.Probe(job.generation, child, stall_s, size, target.extra_args, unchanged))
 
 
 def _next_phase(s: Step[facts.Fact], ended: str, begins: EffectKind | None) -> Job:
@@ -54,8 +56,15 @@ def _next_phase(s: Step[facts.Fact], ended: str, begins: EffectKind | None) -> J
     return job
 
 
-def record_child(s: Step[facts.Spawned]) -> None:
+def record_child(s: Step[facts.Spawned | facts.Found]) -> None:
     s.put(child=s.fact.child, effect=None)
+
+
+def adopt(s: Step[facts.Found]) -> None:
+    """Go on with a server that was found, as with the load that started it."""
+    found, at = s.fact, s.fact.at
+    job = Job(found.generation, require(found.target), (), at, phase_at=at, is_adoption=True)
+    s.put(generation=max(s.ctx.generation, found.generation), job=job)
 
 
 def end_effect(s: Step[facts.Fact]) -> None:
@@ -71,11 +80,12 @@ def forget_child(s: Step[facts.Emptied]) -> None:
     """Every process of the slot has exited: this is the only place that clears the pid."""
     exit_, child = s.fact.exit, s.ctx.child
     if child is not None and s.ctx.child_end != "reported":
-        is_own = s.ctx.child_end == "found"
-        how = _ending(exit_.returncode if exit_ else None)[0] if is_own else "stopped"
+        how: commands.End = "hung" if s.ctx.child_end == "hung" else "stopped"
+        if s.ctx.child_end == "found":
+            how = _ending(exit_.returncode if exit_ else None)[0]
         s.emit(commands.ServerEnded(child.pid, how))
-    s.put(child=None, child_end=None, running=None, effect=None)
-    s.put(last_exit=exit_ or s.ctx.last_exit)
+    last_exit = s.ctx.last_exit if exit_ is None else _told(s, exit_)
+    s.put(child=None, child_end=None, running=None, effect=None, last_exit=last_exit)
 
 
 def commit(s: Step[facts.BecameReady]) -> None:
@@ -85,7 +95,14 @@ def commit(s: Step[facts.BecameReady]) -> None:
     timings = replace(job.timings, total=fact.at - job.accepted_at)
     child = require(s.ctx.child)
     running = Running(
-        job.generation, job.target, child, fact.server, timings, job.reload_reasons, fact.at
+        job.generation,
+        job.target,
+        child,
+        fact.server,
+        timings,
+        job.reload_reasons,
+        fact.at,
+        adopted=job.is_adoption,
     )
     source = job.target.source
     others = tuple(args for args in s.ctx.committed_args if args[0] != source)
@@ -93,18 +110,29 @@ def commit(s: Step[facts.BecameReady]) -> None:
     s.put(job=None, running=running, committed_args=committed, previous=None)
     s.put(last_error=job.after)  # a failure that was repaired stays visible
     s.conclude(job, running.loaded())
-    s.settle(job.callers, running.loaded())
+    s.settle(job.callers, running.loaded(already=job.is_adoption))
     s.promote_next()
 
 
 def record_exit(s: Step[facts.Exited]) -> None:
-    s.put(last_exit=s.fact.exit)
+    s.put(last_exit=_told(s, s.fact.exit))
+
+
+def _told(s: Step[facts.Exited | facts.Emptied], exit_: Exit) -> Exit:
+    """Return an exit as it is told: one that hung was ended by us."""
+    return replace(exit_, reason="hung") if s.ctx.child_end == "hung" else exit_
 
 
 def report_exit(s: Step[facts.Exited]) -> None:
     exit_ = s.fact.exit
-    s.emit(commands.ServerEnded(exit_.pid, _ending(exit_.returncode)[0]))
+    how: commands.End = _ending(exit_.returncode)[0]
+    s.emit(commands.ServerEnded(exit_.pid, "hung" if s.ctx.child_end == "hung" else how))
     s.put(child_end="reported")
+
+
+def record_hang(s: Step[facts.Hung]) -> None:
+    """Its end is reported when it has ended."""
+    s.put(last_exit=s.fact.exit, child_end="hung")
 
 
 def record_death(s: Step[facts.BecameReady | facts.NotReady]) -> None:
@@ -117,10 +145,12 @@ def record_death(s: Step[facts.BecameReady | facts.NotReady]) -> None:
         s.put(child_end="found")
 
 
-def plan_recovery(s: Step[facts.Exited]) -> None:
-    """The healthy server has ended by itself: plan a restart, unless another load is due."""
+def plan_recovery(s: Step[facts.Exited | facts.Hung]) -> None:
+    """The healthy server has ended by itself, or hangs: plan a restart, unless a load is due."""
     exit_, running = s.fact.exit, require(s.ctx.running)
     text, number = f"the server {_ending(exit_.returncode)[1]}", running.generation
+    if isinstance(s.fact, facts.Hung):
+        text = f"the server hung: neither an answer nor any work for {s.fact.silent_s:.3g} s"
     problem = Problem("server_exited", text, generation=number, log_tail=exit_.log_tail)
     if s.ctx.policy.restart is None or s.ctx.is_due:
         follows = "another load follows" if s.ctx.is_due else "load the model again"

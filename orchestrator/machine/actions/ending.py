@@ -9,7 +9,7 @@ from orchestrator.base.tokens import CancelReason
 from orchestrator.errors import Problem
 from orchestrator.machine import facts
 from orchestrator.machine.actions.working import MAX_REMEMBERED, Step, require, superseded
-from orchestrator.machine.commands import CancelAnswer, Done, Settle, Unloaded
+from orchestrator.machine.commands import CancelAnswer, Done, Settle, Timings, Unloaded
 from orchestrator.machine.context import Caller, Job
 from orchestrator.machine.guards import (
     EARLY_CANCEL_S,
@@ -95,6 +95,11 @@ def wait_for_shutdown(s: Step[facts.ShutdownRequested]) -> None:
     s.answer_when_empty(Done())
 
 
+def answer_kept(s: Step[facts.ShutdownRequested]) -> None:
+    """The server goes on, with its keeper, for the next owner."""
+    s.answer(Done(is_kept=True))
+
+
 def _record_unload(s: Step[facts.UnloadRequested]) -> None:
     fact = s.fact
     s.end_look_ups(unloaded_look_ups(s.ctx, fact), _cancelled(None, "an unload"))
@@ -130,8 +135,7 @@ def cancel_callers(s: Step[facts.CancelRequested]) -> None:
         if job in s.ctx.queue:
             s.conclude(job, _cancelled(job))
     s.drop(ended)
-    if fact.request_id is not None:
-        _keep_callers(s, lambda caller: caller.request_id != fact.request_id)
+    _keep_callers(s, lambda job, caller: not is_meant(job, caller, fact))
 
 
 def answer_cancelled(s: Step[facts.CancelRequested]) -> None:
@@ -163,7 +167,7 @@ def forget_ticket(s: Step[facts.Withdrawn]) -> None:
             tickets = {caller.ticket for caller in job.callers}
             if gone in tickets:
                 s.put(newest_load=max({job.newest_before} | (tickets - {gone})))
-    _keep_callers(s, lambda caller: caller.ticket != gone)
+    _keep_callers(s, lambda _, caller: caller.ticket != gone)
     if (called := look_up_of(s.ctx, gone)) is not None:
         if cancels_abandoned or called.purpose == "prefetch":
             s.drop_look_up(gone)
@@ -178,7 +182,7 @@ def forget_ticket(s: Step[facts.Withdrawn]) -> None:
     abandoned = [job for job in s.ctx.prefetches if not job.callers]
     if cancels_abandoned:
         for job in s.ctx.queue:
-            if not job.callers and job.after is None:
+            if not job.callers and not job.is_own:
                 abandoned.append(job)
                 message = "cancelled because its last caller went away"
                 s.conclude(job, _problem(job, "cancelled", message))
@@ -221,6 +225,21 @@ def fail_prefetch(s: Step[facts.FetchFailed | facts.TimerFired]) -> None:
 def fail_job(s: Step[facts.FetchFailed | facts.SpawnFailed | facts.NotReady]) -> None:
     """Callers are answered when the slot is empty, or when the previous model is back."""
     _fail_job(s, s.fact.problem)
+
+
+def give_up_adoption(s: Step[facts.BecameReady | facts.NotReady]) -> None:
+    """The server that was found is not to be believed: it ends, and who joined gets another."""
+    job = require(s.ctx.job)
+    if job.callers:
+        again = replace(job, is_adoption=False, timings=Timings())
+        s.put(job=None, queue=(again, *s.ctx.queue))
+        return
+    problem = Problem("server_exited", "the server that was found has ended since")
+    if isinstance(s.fact, facts.NotReady):
+        problem = s.fact.problem
+    problem = replace(problem, generation=job.generation)
+    s.conclude(job, problem)
+    s.put(job=None, last_error=problem)
 
 
 def fail_job_exited(s: Step[facts.Fact]) -> None:
@@ -272,9 +291,9 @@ def _problem(job: Job | None, category: str, message: str, field: str | None = N
     return Problem(category, message, field=field, generation=number)
 
 
-def _keep_callers(s: Step[facts.Fact], keep: Callable[[Caller], bool]) -> None:
+def _keep_callers(s: Step[facts.Fact], keep: Callable[[Job, Caller], bool]) -> None:
     def kept(job: Job) -> Job:
-        return replace(job, callers=tuple(filter(keep, job.callers)))
+        return replace(job, callers=tuple(c for c in job.callers if keep(job, c)))
 
     s.put(
         job=kept(s.ctx.job) if s.ctx.job else None,

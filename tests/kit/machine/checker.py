@@ -265,7 +265,10 @@ class _Exploration:
 
     def _carry_out(self, world: World, move: Move) -> Iterator[tuple[str, World]]:
         if move.fact is None:
-            yield "", move.world
+            after = move.world
+            if after.core is not world.core:  # another machine
+                after = after._replace(core=self._core(after.core.state, after.core.ctx))
+            yield "", after
             return
         try:
             core, commands = self._step(world.core, move.fact)

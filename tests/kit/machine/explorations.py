@@ -18,6 +18,7 @@ FULL = Policy(max_waiting=1, max_prefetches=1)
 RESTART = Policy(restart=RestartPolicy(limit=1))
 IDLE = Policy(idle_ttl_s=1.0)
 IDLE_RESTART = Policy(idle_ttl_s=1.0, restart=RestartPolicy(limit=1))
+KEEP = Policy(keeps_server=True)
 FEW = Policy(max_looking=2)
 RESTART_CONTINUE = Policy(abandoned_load="continue", restart=RestartPolicy(limit=2))
 
@@ -112,6 +113,38 @@ PROGRAMS: dict[str, dict[str, Any]] = {
         "policy": RESTART,
         "faults": Faults(keeper=1, kill=False),
     },
+    # a server hangs at any moment
+    "load A | load B queue; cancel ": {"faults": Faults(hang=1, kill=False)},
+    "lease; release | load B restore": {
+        "warm": "A",
+        "policy": RESTART,
+        "faults": Faults(hang=1, kill=False),
+    },
+    "unload | shutdown | lease": {
+        "warm": "A",
+        "policy": RESTART,
+        "faults": Faults(hang=1, kill=False),
+    },
+    # the host is killed at any moment, and the next owner finds what it has left
+    "load A | unload ": {"faults": Faults(host=1, kill=False)},
+    "load A | unload  ": {"policy": KEEP, "faults": Faults(host=1)},
+    "load A id=x | load B queue | cancel x": {
+        "warm": "A",
+        "policy": KEEP,
+        "faults": Faults(host=1, kill=False),
+    },
+    "load A; cancel | load B ": {
+        "warm": "A",
+        "policy": KEEP,
+        "faults": Faults(host=1, keeper=1, kill=False, crash=False),
+    },
+    "load A; withdraw | lease; release": {
+        "warm": "A",
+        "policy": KEEP,
+        "faults": Faults(host=1, hang=1, kill=False),
+    },
+    "load A | shutdown": {"warm": "A", "policy": KEEP, "faults": Faults(host=2)},
+    "lease | shutdown; unload": {"warm": "A", "policy": KEEP},
     # the previous model is restored
     "load B restore": {"warm": "A"},
     "load B restore | load C": {"warm": "A"},

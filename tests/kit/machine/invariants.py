@@ -65,8 +65,11 @@ def inv_one_effect(world: World) -> str | None:
 def inv_no_server_is_forgotten(world: World) -> str | None:
     """A live server is recorded, or its `Spawned` has not arrived yet.
 
-    What a killed keeper has left is on record as its server, or is looked for by a kill.
+    What a killed keeper has left is on record as its server, or is looked for by a kill. What a
+    dead owner has left is about to be told.
     """
+    if world.is_found:
+        return None
     spawning = {effect.generation for effect in world.in_flight if effect.kind == "spawn"}
     is_looked_for = any(effect.kind == "kill" for effect in world.in_flight)
     for process in world.alive:

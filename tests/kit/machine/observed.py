@@ -23,13 +23,15 @@ from orchestrator.settings.target import Target
 class Process(NamedTuple):
     """A live process of the slot; generation 0 is a stray that was never recorded.
 
-    One that `is_left` was started by a server, and has outlived it and its keeper.
+    One that `is_left` was started by a server, and has outlived it and its keeper. One that
+    `is_hung` lives, and will neither answer nor work.
     """
 
     pid: int
     generation: Generation
     model: str
     is_left: bool = False
+    is_hung: bool = False
 
 
 class World(Protocol):
@@ -82,6 +84,10 @@ class World(Protocol):
     @property
     def holding(self) -> frozenset[Ticket]:
         """Leases that were granted and not released, and whose holder has not gone away."""
+
+    @property
+    def is_found(self) -> bool:
+        """The machine has yet to hear of what a dead owner has left."""
 
     @property
     def was_shut_down(self) -> bool:

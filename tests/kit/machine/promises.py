@@ -23,6 +23,7 @@ from orchestrator.machine.commands import (
 )
 from orchestrator.machine.facts import (
     Exited,
+    Hung,
     LeaseRequested,
     LoadRequested,
     LookUpRequested,
@@ -38,10 +39,10 @@ from tests.kit.machine.observed import Edge, World, answers, category, has_chang
 
 
 def inv_every_load_has_a_caller(world: World) -> str | None:
-    """A load goes on only as long as a caller, or the policy, wants it."""
+    """A load goes on only as long as a caller, or the policy, wants it, or it is our own."""
     if world.ctx.policy.abandoned_load == "cancel":
         for job in world.ctx.wanted:
-            if not job.callers and job.after is None:
+            if not job.callers and not job.is_own:
                 return f"load {job.generation} goes on without a caller"
     for job in world.ctx.prefetches:
         if not job.callers:
@@ -256,7 +257,7 @@ def inv_a_lease_is_on_a_live_server(edge: Edge) -> str | None:
 def inv_lease_is_granted_if_possible(edge: Edge) -> str | None:
     """A live Healthy server grants at once; a lease is refused only if no load is wanted."""
     fact, ctx = edge.fact, edge.before.ctx
-    if not isinstance(fact, LeaseRequested):
+    if not isinstance(fact, LeaseRequested) or ctx.is_shutting_down:
         return None
     answer = answers(edge).get(fact.ticket)
     is_alive = any(ctx.child and process.pid == ctx.child.pid for process in edge.before.alive)
@@ -320,6 +321,20 @@ def inv_unloaded_is_empty(edge: Edge) -> str | None:
     return None
 
 
+def inv_kept_is_our_server(edge: Edge) -> str | None:
+    """A shutdown leaves our own Healthy server, where the policy says so, and nothing else."""
+    fact, ctx, after = edge.fact, edge.before.ctx, edge.after
+    if not isinstance(fact, ShutdownRequested):
+        return None
+    alive = {process.pid for process in edge.before.alive}
+    is_ours = ctx.child is not None and alive == {ctx.child.pid}
+    must_keep = edge.before.state is State.HEALTHY and is_ours and ctx.policy.keeps_server
+    is_kept = answers(edge).get(fact.ticket) == Done(is_kept=True)
+    if is_kept is not must_keep or (is_kept and after.state is not State.HEALTHY):
+        return f"a shutdown leaves {sorted(alive) if is_kept else 'nothing'} in {after.state}"
+    return None
+
+
 def inv_an_unload_ends_only_what_it_names(edge: Edge) -> str | None:
     """The load and the server of another model go on."""
     fact, running = edge.fact, edge.before.ctx.running
@@ -336,11 +351,13 @@ def inv_an_unload_ends_only_what_it_names(edge: Edge) -> str | None:
 
 
 def inv_a_server_is_stopped_for_a_reason(edge: Edge) -> str | None:
-    """An unload, a shutdown, another load, its exit or its idle time."""
+    """An unload, a shutdown, another load, its exit, its idle time, or that it truly hangs."""
     fact, is_stopped = edge.fact, edge.before.state is State.HEALTHY is not edge.after.state
     if not is_stopped or edge.after.ctx.job is not None:
         return None
     is_allowed = isinstance(fact, UnloadRequested | ShutdownRequested | Exited)
+    if isinstance(fact, Hung):
+        is_allowed = all(p.pid != fact.exit.pid or p.is_hung for p in edge.before.alive)
     if is_allowed or (isinstance(fact, TimerFired) and fact.kind == "idle"):
         return None
     return f"a healthy server is stopped by {fact.trigger}, and no other load is wanted"
@@ -446,6 +463,7 @@ STEP_PROMISES: tuple[Callable[[Edge], str | None], ...] = (
     inv_only_a_cut_ends_leases,
     inv_refused_changes_nothing,
     inv_unloaded_is_empty,
+    inv_kept_is_our_server,
     inv_an_unload_ends_only_what_it_names,
     inv_a_server_is_stopped_for_a_reason,
     inv_restored_model_is_running,

@@ -39,6 +39,8 @@ from orchestrator.machine.facts import (
     Fact,
     Fetched,
     FetchFailed,
+    Found,
+    Hung,
     KillFailed,
     LeaseReleased,
     LeaseRequested,
@@ -62,7 +64,7 @@ from orchestrator.machine.states import State
 from orchestrator.machine.step import step
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import Target
-from tests.kit.machine.world import files, resolved, target
+from tests.kit.machine.world import files, on_disk, resolved, target
 
 I, K, D, S, W, H = State  # noqa: E741 (the letters of the table)
 A, B, C = "A", "B", "C"
@@ -161,9 +163,9 @@ class Run:
     def release(self, lease: Ticket) -> Self:
         return self.do(LeaseReleased(lease, self.now))
 
-    def shutdown(self) -> Ticket:
+    def shutdown(self, *, keep: bool = True, alive: bool = True) -> Ticket:
         ticket = self.ticket()
-        self.do(ShutdownRequested(ticket, self.now))
+        self.do(ShutdownRequested(ticket, self.now, keep, alive))
         return ticket
 
     def withdraw(self, ticket: Ticket) -> Self:
@@ -257,6 +259,20 @@ class Run:
             "probe": NotReady,
         }
         return self.do(failed[self.ctx.effect.kind](self.effect, self.now, problem))
+
+    def find(self, model: str | None, generation: int = 7, pid: int | None = 47) -> Self:
+        """The next owner finds a server; `model` is what its keeper remembers, if it does."""
+        child = None if pid is None else Child(Generation(generation), pid)
+        remembered = None if model is None else on_disk(model)
+        return self.do(Found(Generation(generation), self.now, child, remembered))
+
+    def hang(self, silent_s: float = 60.0) -> Self:
+        """The running server hangs."""
+        return self.do(self.hang_of(self.running, silent_s))
+
+    def hang_of(self, server: Running, silent_s: float = 60.0) -> Hung:
+        exit_ = Exit(server.child.pid, None, ("the last words",), "hung")
+        return Hung(server.generation, self.now, exit_, silent_s)
 
     def exited(self, pid: int = 41, returncode: int | None = -9, generation: int = 1) -> Self:
         return self.do(Exited(Generation(generation), self.now, Exit(pid, returncode)))

@@ -8,7 +8,7 @@ true in the step that processes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import Problem
 from orchestrator.machine.commands import Command, Spawn
-from orchestrator.machine.context import Policy
+from orchestrator.machine.context import Context, Policy
 from orchestrator.machine.facts import (
     CancelRequested,
     Child,
@@ -44,10 +44,12 @@ from tests.kit.machine.observed import Process, owed_by
 from tests.kit.machine.programs import Action
 from tests.kit.machine.world import (
     AT,
+    FOUND,
     STRAY,
     Call,
     Core,
     Faults,
+    FoundKind,
     Noticed,
     Status,
     Work,
@@ -57,12 +59,15 @@ from tests.kit.machine.world import (
     evidence,
     exited,
     files,
+    found,
+    hung,
     load_requested,
     look_up_failed,
     look_up_requested,
     prefetch_requested,
     resolved,
     stale_completions,
+    watched,
 )
 
 
@@ -107,6 +112,8 @@ class Scenario:
             progress=(0,) * len(self.clients),
             strays=self.faults.strays,
             keepers=self.faults.keeper,
+            hangs=self.faults.hang,
+            hosts=self.faults.host,
             stale=self.faults.stale,
         )
 
@@ -114,6 +121,8 @@ class Scenario:
 
     def moves(self, world: World) -> Iterator[Move]:
         yield from self.own_moves(world)
+        if any(noticed.kind in FOUND for noticed in world.noticed):
+            return  # the next owner hears of it before any call
         for number, client in enumerate(self.clients):
             if world.progress[number] < len(client):
                 yield from self._client_moves(world, number, client[world.progress[number]])
@@ -128,6 +137,14 @@ class Scenario:
             if noticed.kind == "exited":
                 text = f"the exit of server {noticed.pid} is noticed"
                 yield Move("system", text, after, exited(noticed.generation, noticed.pid))
+            elif noticed.kind == "hung":
+                text = f"the hang of server {noticed.pid} is reported"
+                yield Move("system", text, after, hung(noticed.generation, noticed.pid))
+            elif noticed.kind in FOUND:
+                model = next((p.model for p in world.alive if p.pid == noticed.pid), "Gone")
+                models = {"found": model, "found_changed": "Changed"}
+                text = f"the next owner finds server {noticed.pid} ({noticed.kind})"
+                yield Move("system", text, after, found(noticed, models.get(noticed.kind)))
             else:
                 promoted = Promoted(noticed.generation, AT, child_is_alive(world))
                 yield Move("machine", f"load {noticed.generation} may start", after, promoted)
@@ -137,6 +154,12 @@ class Scenario:
             after = world._replace(timers=world.timers - {timer})
             is_good = timer.kind not in {"deadline", "look_up"}
             yield Move("clock", text, after, fact, is_good=is_good)
+        for process in watched(world, is_hung=not self.faults.calls_a_worker_hung):
+            notice = Noticed("hung", process.generation, process.pid)
+            if notice not in world.noticed:
+                noticing = world._replace(noticed=world.noticed | {notice})
+                text = f"the hang of server {process.pid} is noticed"
+                yield Move("system", text, noticing, None, is_good=False)
 
     def _end_kill(self, world: World, work: Work) -> Iterator[Move]:
         if world.alive:
@@ -220,8 +243,15 @@ class Scenario:
             yield Move("system", "the start fails", world, fact, work, is_good=False)
 
     def _end_probe(self, world: World, work: Work) -> Iterator[Move]:
-        is_alive = any(p.pid == work.pid for p in world.alive)
-        if self.faults.health or is_alive:
+        job = world.core.ctx.job
+        server = next((p for p in world.alive if p.pid == work.pid), None)
+        is_alive = server is not None
+        if server is not None and job is not None and job.is_adoption:
+            is_unchanged = job.target.request.model_path == server.model
+            is_alive = is_unchanged or self.faults.adopts_without_comparing
+        is_silent = server is not None and (server.is_hung or not is_alive)
+        is_alive = is_alive and not is_silent
+        if (self.faults.health and not is_silent) or is_alive:
             ready = became_ready(work.generation, child_is_alive(world))
             text = f"server {work.pid} answers that it is ready"
             yield Move("system", text, world, ready, work, is_good=is_alive)
@@ -275,7 +305,9 @@ class Scenario:
                 )
                 return world, UnloadRequested(ticket, action.model, AT, action.cuts)
             case "shutdown":
-                return self._end(world, lambda _, __: True), ShutdownRequested(ticket, AT)
+                return self._end(world, lambda _, __: True), ShutdownRequested(
+                    ticket, AT, child_is_alive=child_is_alive(world)
+                )
             case _:
                 return self._cancel(world, action, about), CancelRequested(
                     ticket, action.request_id, about.generation or None, AT
@@ -318,6 +350,8 @@ class Scenario:
                     )
                     yield Move("system", f"server {process.pid} dies", dead, None, is_own=False)
         yield from self._ends_of_the_keeper(world)
+        yield from self._hangs(world)
+        yield from self._ends_of_the_host(world)
         if world.strays and world.core.state is State.DOWNLOADING and not world.alive:
             found = world._replace(alive=frozenset({STRAY}), strays=world.strays - 1)
             yield Move("system", "a stray process holds the slot", found, None, is_own=False)
@@ -343,6 +377,40 @@ class Scenario:
             beside = dead._replace(alive=dead.alive | {left})
             yield Move("system", f"{text}, but not its child", beside, None, is_own=False)
 
+    def _hangs(self, world: World) -> Iterator[Move]:
+        for process in sorted(world.alive) if world.hangs else ():
+            if process.generation and not process.is_left and not process.is_hung:
+                alive = world.alive - {process} | {process._replace(is_hung=True)}
+                hangs = world._replace(alive=alive, hangs=world.hangs - 1)
+                yield Move("system", f"server {process.pid} hangs", hangs, None, is_own=False)
+
+    def _ends_of_the_host(self, world: World) -> Iterator[Move]:
+        """The host is killed, and with it all calls; the next owner begins with what it finds.
+
+        By then its server may have ended, or may be as it was; its keeper may remember anything.
+        """
+        if not world.hosts:
+            return
+        fresh = Core(State.IDLE, Context(policy=self.policy))
+        begun = self.start(fresh)._replace(
+            calls=tuple(Call(Status.LOST, c.ticket) if c.status else c for c in world.calls),
+            progress=world.progress,
+            strays=world.strays,
+            keepers=world.keepers,
+            hangs=world.hangs,
+            hosts=world.hosts - 1,
+            stale=world.stale,
+        )
+        text = "the host is killed"
+        yield Move("system", f"{text}, and its server with it", begun, None, is_own=False)
+        for process in sorted(world.alive):
+            is_kept = self.policy.keeps_server and process.generation and not process.is_left
+            kinds: Sequence[FoundKind] = sorted(FOUND) if is_kept else ["found_unknown"]
+            for kind in kinds:
+                notice = Noticed(kind, process.generation, process.pid)
+                left = begun._replace(alive=world.alive, noticed=frozenset({notice}))
+                yield Move("system", f"{text} ({kind})", left, None, is_own=False)
+
     def stale_moves(self, world: World) -> Iterator[Move]:
         """Yield completions of what is not in flight: late, or reported twice."""
         if not world.stale:
@@ -356,6 +424,10 @@ class Scenario:
                 if (fact.trigger, number) not in owed:
                     text = f"a late {fact.trigger} of load {number} arrives"
                     yield Move("adversary", text, reported, fact, is_own=False)
+        if world.core.state is not State.IDLE:
+            notice = Noticed("found", Generation(1), pid=99)
+            told = found(notice, "Stale")
+            yield Move("adversary", "a server is found late", reported, told, is_own=False)
         late = TimerFired(Generation(0), AT, "look_up")  # of the load that warms up
         yield Move("adversary", "a late look_up timer fires", reported, late, is_own=False)
 
@@ -377,7 +449,7 @@ class Scenario:
             yield "", after
             return
         model = spawn.target.request.model_path
-        pid = 100 + 10 * spawn.generation
+        pid = 100 + 10 * spawn.generation + 500 * (self.faults.host - after.hosts)
         while any(process.pid == pid for process in after.alive):
             pid += 1
         born = Process(pid, spawn.generation, model)

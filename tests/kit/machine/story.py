@@ -130,6 +130,8 @@ def _answer(answer: Answer) -> str:
             return "it is on disk"
         case LeaseGranted():
             return f"leased server {answer.child.pid}"
+        case Done(is_kept=True):
+            return "shut down, but for the server"
         case Done():
             return "shut down"
         case Problem():

@@ -7,10 +7,10 @@ invariants. The facts are made here too, once for equal arguments.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cache
-from typing import Final, Literal, NamedTuple, cast
+from typing import Final, Literal, NamedTuple, cast, get_args
 
 from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import Problem
@@ -25,6 +25,8 @@ from orchestrator.machine.facts import (
     Exited,
     Fetched,
     FetchFailed,
+    Found,
+    Hung,
     KillFailed,
     LoadRequested,
     LookUpFailed,
@@ -63,7 +65,9 @@ class Core:
 
 
 class Status(IntEnum):
-    """The progress of a call; `CALLED` has its place in the order of calls, and has not arrived."""
+    """The progress of a call; `CALLED` has its place in the order of calls, and has not arrived.
+    `LOST` was a call of a host that has been killed.
+    """
 
     UNSENT = 0
     CALLED = 1
@@ -73,6 +77,7 @@ class Status(IntEnum):
     GONE = 5
     HELD = 6
     DONE = 7
+    LOST = 8
 
 
 class Call(NamedTuple):
@@ -86,6 +91,9 @@ class Call(NamedTuple):
 WorkKind = EffectKind | Literal["resolve", "prefetch", "look_up"]
 """An effect of a state, or work for a queued load, a prefetch or a call."""
 
+FoundKind = Literal["found", "found_changed", "found_unknown"]
+NoticedKind = Literal["exited", "promote", "hung"] | FoundKind
+FOUND: Final[frozenset[FoundKind]] = frozenset(get_args(FoundKind))
 BESIDE: Final = frozenset({"resolve", "prefetch", "look_up"})
 
 
@@ -99,9 +107,12 @@ class Work(NamedTuple):
 
 
 class Noticed(NamedTuple):
-    """A fact on its way that is no completion: the exit of a server, or a promotion."""
+    """A fact on its way that is no completion: a promotion, the exit or the hang of a server, or
+    what the next owner finds: a server that is as its keeper remembers it, one that is not, or
+    something of which nobody knows what it is.
+    """
 
-    kind: Literal["exited", "promote"]
+    kind: NoticedKind
     generation: Generation
     pid: int = 0
 
@@ -127,6 +138,8 @@ class World(NamedTuple):
     cancelled_ids: frozenset[str] = frozenset()
     strays: int = 0
     keepers: int = 0
+    hangs: int = 0
+    hosts: int = 0
     stale: int = 0
 
 
@@ -141,6 +154,8 @@ class Faults:
         crash: A server ends by itself.
         strays: How often an unrecorded process appears in the slot between kill and spawn.
         keeper: How often the keeper is killed; something of its server may go on.
+        hang: How many servers hang.
+        host: How often the host is killed; the next owner comes at once.
         stale: How many completions of ended effects arrive.
     """
 
@@ -152,10 +167,15 @@ class Faults:
     crash: bool = True
     strays: int = 0
     keeper: int = 0
+    hang: int = 0
+    host: int = 0
     stale: int = 1
     # of a keeper's code, which the checker must find
     is_empty_too_early: bool = False
     loses_exits: bool = False
+    # of the watch, and of an adoption
+    calls_a_worker_hung: bool = False
+    adopts_without_comparing: bool = False
 
 
 NO_FAULTS = Faults(
@@ -229,9 +249,13 @@ class View:
         return self._tickets(Status.HELD)
 
     @property
+    def is_found(self) -> bool:
+        return any(noticed.kind in FOUND for noticed in self._world.noticed)
+
+    @property
     def was_shut_down(self) -> bool:
         return any(
-            action.verb == "shutdown" and call.status
+            action.verb == "shutdown" and call.status not in {Status.UNSENT, Status.LOST}
             for action, call in zip(self._actions, self._world.calls, strict=True)
         )
 
@@ -252,7 +276,8 @@ class View:
 
     @property
     def is_quiescent(self) -> bool:
-        return not (self._world.work or self._world.noticed or self._world.timers)
+        world = self._world
+        return not (world.work or world.noticed or world.timers or watched(world, is_hung=True))
 
 
 # ----------------------------------------------------------------------------------------- facts
@@ -261,6 +286,12 @@ class View:
 def child_is_alive(world: World) -> bool:
     child = world.core.ctx.child
     return child is not None and any(process.pid == child.pid for process in world.alive)
+
+
+def watched(world: World, *, is_hung: bool) -> list[Process]:
+    """Return the server that is watched for a hang, if it hangs, or does not."""
+    child = world.core.ctx.child if world.core.state is State.HEALTHY else None
+    return [p for p in world.alive if child and p.pid == child.pid and p.is_hung is is_hung]
 
 
 def evidence(world: World) -> SlotEvidence:
@@ -309,6 +340,20 @@ def exited(generation: Generation, pid: int) -> Exited:
 
 
 @cache
+def hung(generation: Generation, pid: int) -> Hung:
+    return Hung(generation, AT, Exit(pid, returncode=None, reason="hung"), silent_s=60.0)
+
+
+@cache
+def found(noticed: Noticed, model: str | None) -> Found:
+    """Return what the next owner finds; `model` is what its keeper remembers, if it does."""
+    generation = noticed.generation
+    child = Child(generation, noticed.pid) if generation else None
+    remembered = None if model is None else on_disk(model)
+    return Found(generation, AT, child, remembered)
+
+
+@cache
 def stale_completions(
     generation: Generation, slot: SlotEvidence, is_alive: bool
 ) -> tuple[Completion, ...]:
@@ -335,6 +380,12 @@ def files(model: str) -> ModelFiles:
     if "/" in model:
         return ModelFiles(weights, None, "V", HubModel(model, commit="c" * 40))
     return ModelFiles(weights)
+
+
+@cache
+def on_disk(model: str) -> Target:
+    """Return the target of a server that runs."""
+    return replace(target(LoadRequest(model_path=model)), model=files(model))
 
 
 @cache

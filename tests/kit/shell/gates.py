@@ -34,6 +34,7 @@ from orchestrator.machine.facts import (
     Exited,
     Fact,
     Fetched,
+    Hung,
     LoadRequested,
     ModelRequested,
     PrefetchRequested,
@@ -111,6 +112,10 @@ class OperatingSystem:
 
     def end(self, pid: int) -> Process:
         return self.alive.pop(pid)
+
+    def hang(self, pid: int) -> None:
+        """Let a server live on that neither answers nor works."""
+        self.alive[pid] = self.alive[pid]._replace(is_hung=True)
 
     def take_lock(self) -> tuple[SlotEvidence, HeldLock | None]:
         if self.alive or self.lock is not None:
@@ -315,6 +320,10 @@ class GatedEffects:
     def notice_exit(self, exited: Exited) -> None:
         self.exits.remove(exited)
         self.post(exited)
+
+    def notice_hang(self, child: Child) -> None:
+        exit_ = Exit(child.pid, None, reason="hung")
+        self.post(Hung(child.generation, self.clock(), exit_, silent_s=60.0))
 
     def kill_everything(self) -> None:
         for pid in sorted(self.os.alive):

@@ -47,7 +47,8 @@ class Caller:
     @property
     def is_known(self) -> bool:
         """Whether its load or prefetch has reached the machine."""
-        return self.action.verb in _ENDABLE and self.status > Status.CALLED_ENDED
+        is_call = self.action.verb in _ENDABLE and self.status is not Status.LOST
+        return is_call and self.status > Status.CALLED_ENDED
 
     @property
     def is_settled(self) -> bool:
@@ -86,6 +87,13 @@ class Ledger:
     def opened(self, caller: Caller, call: Call) -> None:
         caller.call, caller.status = call, Status.CALLED
         self._by_ticket[call.ticket] = caller
+
+    def lose_all(self) -> None:
+        """The host is killed, with all calls."""
+        for caller in self._by_ticket.values():
+            caller.call, caller.status, caller.generation = None, Status.LOST, Generation(0)
+        self._by_ticket.clear()
+        self.cancelled_ids.clear()
 
     def caller(self, ticket: Ticket | None) -> Caller | None:
         return self._by_ticket.get(ticket or Ticket(0))

@@ -134,7 +134,7 @@ def promise_the_outcome_is_the_loads(done: Done) -> str | None:
     unsettled = {job.generation for job in ctx.wanted} | {c.generation for c in ctx.ending}
     unsettled |= {job.failed.generation for job in ctx.wanted if job.failed is not None}
     unsettled |= {c.generation for c in waiting}
-    for number in map(Generation, range(1, ctx.generation + 1)):
+    for number in map(Generation, range(done.stage.first_generation, ctx.generation + 1)):
         outcome = outcomes(owner).get(number)
         if number in unsettled and outcome is not None:
             return f"load {number} is in flight, and its outcome is {outcome}"

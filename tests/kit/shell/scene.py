@@ -18,11 +18,15 @@ from tests.kit.machine.programs import Action, parse
 if TYPE_CHECKING:
     from tests.kit.shell.stage import Stage
 
-Mishap = Literal["kill", "download", "spawn", "probe", "crash", "stray", "keeper", "look-up"]
+Mishap = Literal[
+    "kill", "download", "spawn", "probe", "crash", "stray", "keeper", "look-up", "hang", "host"
+]
 
 USUAL_MISHAPS: Final[frozenset[Mishap]] = frozenset({"kill", "download", "spawn", "probe", "crash"})
 ALL_MISHAPS: Final[frozenset[Mishap]] = USUAL_MISHAPS | {"stray", "look-up"}
 WITH_KEEPER: Final[frozenset[Mishap]] = frozenset({"keeper", "probe"})
+WITH_HANG: Final[frozenset[Mishap]] = frozenset({"hang", "probe"})
+WITH_HOST: Final[frozenset[Mishap]] = frozenset({"host", "probe"})
 
 
 class RecordedLifecycle(Lifecycle):

@@ -18,8 +18,11 @@ from orchestrator.machine.commands import Effect, LeaseGranted, LookUp, Probe, S
 from orchestrator.machine.context import Context, EffectInFlight, EffectKind
 from orchestrator.machine.facts import (
     CancelRequested,
+    Child,
     Completion,
     Fact,
+    Found,
+    Hung,
     LeaseReleased,
     LeaseRequested,
     LoadRequested,
@@ -41,9 +44,18 @@ from orchestrator.settings.target import Target
 from tests.kit.machine.invariants import Edge, Process, Violation, check_edge, check_world
 from tests.kit.machine.programs import Action, parse
 from tests.kit.machine.story import StoryLine, describe
-from tests.kit.machine.world import Status, target
+from tests.kit.machine.world import FOUND, Noticed, Status, target
+from tests.kit.machine.world import found as tell_found
 from tests.kit.shell import promises
-from tests.kit.shell.gates import KINDS, Gate, GatedEffects, SpawnPlan, VirtualClock, found
+from tests.kit.shell.gates import (
+    KINDS,
+    Gate,
+    GatedEffects,
+    OperatingSystem,
+    SpawnPlan,
+    VirtualClock,
+    found,
+)
 from tests.kit.shell.ledger import Caller, Ledger
 from tests.kit.shell.pumped import PumpedOwner
 from tests.kit.shell.records import outcomes
@@ -88,6 +100,7 @@ class Instant:
     accepted: Mapping[Ticket, Generation]
     asked: Mapping[Ticket, Target]
     holding: frozenset[Ticket]
+    is_found: bool
     was_shut_down: bool
     is_quiescent: bool
 
@@ -117,9 +130,20 @@ class Stage(PumpedOwner):
         self.clock = VirtualClock()
         self.at_once: list[LookUp] = []
         self.machine = scene.machine
-        super().__init__(self._make_owner())
+        self.os = OperatingSystem()
+        self._begin()
         self.ledger = Ledger(scene.actions)
         self.progress = [0] * len(scene.clients)
+        self.story: list[StoryLine] = []
+        self.is_checking = False
+        self.mishaps = self.pairs = 0
+        if scene.warm is not None:
+            self._warm_up(scene.warm)
+        self.mishaps, self.pairs = scene.mishaps, scene.pairs
+
+    def _begin(self) -> None:
+        """Begin with a new owner, and whatever is in the slot."""
+        super().__init__(self._make_owner())
         self.late: list[Caller] = []
         self.looking: list[LookUp] = []
         self.owed: list[EffectInFlight] = []
@@ -129,12 +153,7 @@ class Stage(PumpedOwner):
         self.published: list[Snapshot] = []
         self.healthy: set[Generation] = set()
         self.transitions = 0
-        self.story: list[StoryLine] = []
-        self.is_checking = False
-        self.mishaps = self.pairs = 0
-        if scene.warm is not None:
-            self._warm_up(scene.warm)
-        self.mishaps, self.pairs = scene.mishaps, scene.pairs
+        self.first_generation = 1
 
     def _make_owner(self) -> Owner:
         return self.scene.owner(
@@ -149,6 +168,7 @@ class Stage(PumpedOwner):
         return GatedEffects(
             post,
             clock=self.clock,
+            os=self.os,
             notices_exits=False,
             watch=self._watch,
             plan_spawn=self._plan_spawn,
@@ -208,6 +228,9 @@ class Stage(PumpedOwner):
         for look_up in self.looking:
             text = f"the look-up of call {look_up.ticket} ends"
             yield Move("system", text, partial(self._end_look_up, look_up))
+        if (hung := self._hung_child()) is not None:
+            text = f"the hang of server {hung.pid} is noticed"
+            yield Move("system", text, partial(self.effects.notice_hang, hung))
         if self.timers:
             kind, generation = min(self.timers, key=self.timers.__getitem__)
             text = f"the {kind} timer of load {generation} fires"
@@ -217,7 +240,7 @@ class Stage(PumpedOwner):
         """Yield how an effect may end: it succeeds, fails, or was cancelled."""
         what = f"the {gate.kind} of load {gate.generation}"
         effect, alive = gate.effect, self.effects.os.alive
-        is_dead = isinstance(effect, Probe) and effect.child.pid not in alive
+        is_dead = isinstance(effect, Probe) and not self._may_answer(alive.get(effect.child.pid))
         never_lived = isinstance(effect, Spawn) and gate.child is None
         fails = Move("system", f"{what} fails", gate.fail)
         if is_dead or never_lived:
@@ -229,6 +252,20 @@ class Stage(PumpedOwner):
             yield fails
         elif kind != "spawn" and self._may(cast("Mishap", kind)):
             yield replace(fails, act=partial(self._mishap, gate.fail), is_own=False)
+
+    def _may_answer(self, process: Process | None) -> bool:
+        """Whether it answers a probe; one that is adopted must be as its keeper remembers it."""
+        job = self.owner.snapshot.ctx.job
+        if process is None or process.is_hung or job is None:
+            return False
+        return not job.is_adoption or job.target.request.model_path == process.model
+
+    def _hung_child(self) -> Child | None:
+        """The server that is watched, if it hangs and nobody has said so."""
+        ctx, told = self.owner.snapshot.ctx, any(isinstance(f, Hung) for f in self.inbox.facts)
+        process = self.os.alive.get(ctx.child.pid) if ctx.child else None
+        is_watched = self.state is State.HEALTHY and not told
+        return ctx.child if process and process.is_hung and is_watched else None
 
     def _client_moves(self, number: int, action: Action) -> Iterator[Move]:
         about = self.ledger.callers[action.refers]
@@ -253,6 +290,10 @@ class Stage(PumpedOwner):
                     yield Move("system", f"server {process.pid} dies", crash, is_own=False)
         if self._may("keeper"):
             yield from self._ends_of_the_keeper()
+        if self._may("hang"):
+            yield from self._hangs()
+        if self._may("host"):
+            yield from self._ends_of_the_host()
         if self._may("stray") and not os.alive:
             intrude = partial(self._mishap, os.intrude)
             yield Move("system", "a stray process holds the slot", intrude, is_own=False)
@@ -261,6 +302,35 @@ class Stage(PumpedOwner):
                 text = f"the look-up of call {look_up.ticket} fails"
                 refuse = partial(self._mishap, partial(self._refuse, look_up))
                 yield Move("system", text, refuse, is_own=False)
+
+    def _hangs(self) -> Iterator[Move]:
+        for process in self.os.alive.values():
+            if process.generation and not process.is_left and not process.is_hung:
+                hang = partial(self._mishap, partial(self.os.hang, process.pid))
+                yield Move("system", f"server {process.pid} hangs", hang, is_own=False)
+
+    def _ends_of_the_host(self) -> Iterator[Move]:
+        """Its server may end with it, or be found by the next owner, with any memory of it."""
+        lose = partial(self._mishap, partial(self._lose_host, None, None))
+        text = "the host is killed"
+        yield Move("system", f"{text}, and its server with it", lose, is_own=False)
+        for process in self.os.alive.values():
+            for kind in sorted(FOUND) if self.scene.policy.keeps_server else ["found_unknown"]:
+                model = {"found": process.model, "found_changed": "Changed"}.get(kind)
+                lose = partial(self._mishap, partial(self._lose_host, process, model))
+                yield Move("system", f"{text} ({kind})", lose, is_own=False)
+
+    def _lose_host(self, left: Process | None, model: str | None) -> None:
+        """The host is killed, and the next owner begins with what it finds."""
+        self.ledger.lose_all()
+        self.os.lock = None
+        if left is None:
+            self.os.alive.clear()
+        self._begin()
+        if left is not None:
+            notice = Noticed("found", left.generation, left.pid)
+            self.first_generation = max(1, left.generation)
+            self.owner.post(replace(tell_found(notice, model), at=self.clock()))
 
     def _ends_of_the_keeper(self) -> Iterator[Move]:
         for process in self.effects.os.alive.values():
@@ -434,6 +504,7 @@ class Stage(PumpedOwner):
             or self.late
             or self.looking
             or self.timers
+            or self._hung_child()
         )
 
     def _instant(self) -> Instant:
@@ -452,6 +523,7 @@ class Stage(PumpedOwner):
             {caller.ticket: caller.generation for caller in calls if caller.generation},
             {caller.ticket: target(c) for caller in calls if (c := caller.action.request)},
             self.ledger.having(Status.HELD),
+            any(isinstance(fact, Found) for fact in self.inbox.facts),
             self.ledger.was_shut_down,
             self.is_quiescent,
         )
@@ -492,6 +564,7 @@ class Stage(PumpedOwner):
             self.clock.now,
             self.mishaps,
             self.pairs,
+            self.first_generation,
         )
 
     # -------------------------------------------------------------------------------- checking
