@@ -156,7 +156,7 @@ class ShutdownRequested:
     ticket: Ticket
     at: float
     keep: bool = True
-    child_is_alive: bool = True  # evidence
+    can_be_kept: bool = True  # evidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,4 +297,4 @@ Failure = KillFailed | FetchFailed | SpawnFailed | NotReady
 Completion = Emptied | Resolved | Fetched | Spawned | BecameReady | Failure
 Report = Completion | Exited | Hung | Found | Promoted | TimerFired
 Fact = Request | Report
-WithChildEvidence = LoadRequested | LeaseRequested | BecameReady | Promoted | ShutdownRequested
+WithChildEvidence = LoadRequested | LeaseRequested | BecameReady | Promoted

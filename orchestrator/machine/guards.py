@@ -55,7 +55,7 @@ def is_adoption(ctx: Context, fact: facts.BecameReady | facts.NotReady) -> bool:
 
 
 def keeps_server(ctx: Context, fact: facts.ShutdownRequested) -> bool:
-    return ctx.policy.keeps_server and fact.keep
+    return ctx.policy.keeps_server and fact.keep and fact.can_be_kept
 
 
 def next_is_due(ctx: Context, fact: facts.Completion | facts.Promoted | facts.TimerFired) -> bool:

@@ -119,7 +119,7 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("deadline_expired", ALL, "is_prefetch",            STAY, "fail_prefetch"),
     _row("deadline_expired", ALL, "",                       STAY, "drop_stale"),
 
-    _row("shutdown", H,   "keeps_server child_is_alive",    STAY, "latch_shutdown cancel_all revoke_leases answer_waiters answer_kept"),
+    _row("shutdown", H,   "keeps_server",                   STAY, "latch_shutdown cancel_all revoke_leases answer_waiters answer_kept"),
     _row("shutdown", (I, H), "",                            K, "latch_shutdown cancel_all wait_for_shutdown revoke_leases begin_kill"),
     _row("shutdown", K,   "",                               STAY, "latch_shutdown cancel_all take_next wait_for_shutdown revoke_leases kill_when_drained"),
     _row("shutdown", DSW, "",                               STAY, "latch_shutdown cancel_all wait_for_shutdown"),

@@ -71,6 +71,9 @@ class Facade:
         server_env: Mapping[str, str] | None = None,
         models_dir: Folder | Iterable[Folder] = (),
         protect_server: bool = True,
+        on_host_exit: Literal["stop", "keep"] = "stop",
+        keep_s: float = 60.0,
+        hang_timeout_s: float | None = 60.0,
         parts: Parts | None = None,
     ) -> None:
         """Check the options. `start`, or the first call, claims the slot.
@@ -94,6 +97,12 @@ class Facade:
             protect_server: Give every server a random API key of its own, which only `lease()` and
                 the pass-through have. False lets every program and web page of this machine use
                 the server's port.
+            on_host_exit: What becomes of a Healthy server when this orchestrator is closed, or its
+                process ends in any way: `stop` it, or `keep` it for the next owner of the slot,
+                which goes on with it.
+            keep_s: Seconds for which it is kept; after that it is stopped.
+            hang_timeout_s: End a server that has neither answered nor worked for so many seconds,
+                as if it had exited; None = never.
             parts: Replacements for the parts of an orchestrator, for tests and embedders.
 
         Raises:
@@ -109,14 +118,26 @@ class Facade:
         if idle_ttl_s is not None:
             idle_ttl_s = checked_seconds("idle_ttl_s", idle_ttl_s, zero=False)
         check_switch("protect_server", protect_server)
+        check_choice("on_host_exit", on_host_exit, "stop", "keep")
+        keep_s = checked_seconds("keep_s", keep_s, zero=False)
+        if hang_timeout_s is not None:
+            hang_timeout_s = checked_seconds("hang_timeout_s", hang_timeout_s, zero=False)
+        keeps = on_host_exit == "keep"
         roots = model_roots(models_dir)
         self._parts = parts or Parts()
         self._clock = self._parts.clock
         self._slot_name = slot
         self._state_dir = state_dir
         self._cache = cache_dir(state_dir)
-        self._policy = Policy(drain_s, abandoned_load, restart_policy(restart), idle_ttl_s)
-        self._servers = ServerSettings(grace_s, dict(server_env or {}), protect_server)
+        restarts = restart_policy(restart)
+        self._policy = Policy(drain_s, abandoned_load, restarts, idle_ttl_s, keeps_server=keeps)
+        self._servers = ServerSettings(
+            grace_s,
+            dict(server_env or {}),
+            protect_server,
+            keep_s=keep_s if keeps else 0.0,
+            hang_timeout_s=hang_timeout_s,
+        )
         state_names = names_of_own(self._cache.parent, "<state>")
         self._known = KnownNames((state_names, roots.names if roots else ()))
         self._source = self._parts.source(self._cache / "hub", roots)
@@ -188,8 +209,8 @@ class Facade:
         self._at_exit = partial(_end_at_exit, owner, parts.wait, self._pid)
         parts.at_exit(self._at_exit)
 
-    def _close(self) -> None:
-        """Cancel loads, stop the server and release the slot.
+    def _close(self, *, keep: bool = True) -> None:
+        """Cancel loads, stop the server or leave it to the next owner, and release the slot.
 
         Raises:
             SlotOccupied: a process of the slot could not be killed; the slot is released anyway.
@@ -201,7 +222,7 @@ class Facade:
             self._listings.close()
             if owner is None or owner.has_ended:
                 return
-            answer = _shut_down(owner, self._parts.wait)  # interrupted, close can be called again
+            answer = _shut_down(owner, self._parts.wait, keep=keep)  # can be called again
             self._parts.not_at_exit(self._at_exit)
         unwrap(answer)
 
@@ -355,10 +376,10 @@ class Facade:
             return self._parts.wait(future)
 
 
-def _shut_down(owner: Owner, wait: Callable[[Future[Any]], Any]) -> Any:
+def _shut_down(owner: Owner, wait: Callable[[Future[Any]], Any], *, keep: bool = True) -> Any:
     """Shut the machine of an owner down, stop it, and return the answer."""
     call = owner.call()
-    owner.ask(call, facts.ShutdownRequested(call.ticket, owner.clock()))
+    owner.ask(call, facts.ShutdownRequested(call.ticket, owner.clock(), keep))
     with call.withdrawn_on_error():
         answer = wait(call.settled)
     owner.stop()

@@ -35,9 +35,11 @@ from orchestrator.machine.commands import (
 from orchestrator.machine.facts import Child, Emptied, Fact, KillFailed, SlotEvidence
 from orchestrator.models.hub.fetch_process import FetchProgress
 from orchestrator.models.source import ModelSource
+from orchestrator.runtime.handover import Memory, first_changed, recalled
 from orchestrator.runtime.ports import LogPosition, SlotLock
 from orchestrator.server.child import ServerProcess
 from orchestrator.server.environment import check_server_env, child_environment
+from orchestrator.server.keepers import Left
 from orchestrator.server.readiness import ReadProgress, wait_ready
 from orchestrator.server.slot import Slot
 from orchestrator.server.warden import Warden
@@ -55,6 +57,8 @@ class ServerSettings:
     kill_grace_s: float
     env: Mapping[str, str]
     are_protected: bool
+    keep_s: float = 0.0  # after the end of the host
+    hang_timeout_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -70,7 +74,7 @@ class _HeldLock:
 
 
 class ProcessEffects:
-    """Effects on a claimed slot. Making one ends whatever a dead owner left in the slot.
+    """Effects on a claimed slot. What a dead owner has left there is the first fact.
 
     Args:
         post: Gets the facts, on any thread.
@@ -101,14 +105,32 @@ class ProcessEffects:
         self._server: ServerProcess | None = None
         self._progress: dict[Generation, ReadProgress | FetchProgress] = {}
         self._in_flight: set[Future[None]] = set()
-        self._warden = Warden(slot, post, kill_grace_s=settings.kill_grace_s)
+        self._warden = Warden(
+            slot, post, kill_grace_s=settings.kill_grace_s, keep_s=settings.keep_s
+        )
         with contextlib.ExitStack() as undo:
             workers.claim()
             undo.callback(workers.release)
             threads.start(self._warden)
             undo.callback(self._warden.close)
-            self._warden.keepers.prepare()
+            if (left := self._warden.keepers.prepare()) is not None:
+                self._find(left)
             undo.pop_all()
+
+    def _find(self, left: Left) -> None:
+        """Report what a dead owner has left; a server that was kept is ours from now on."""
+        process, kept = left.process, left.kept
+        memory = recalled(kept.memory) if kept is not None else None
+        if kept is not None and process is not None and memory is not None:
+            generation, key = memory.generation, memory.api_key
+            self._server = self._warden.adopt(process, kept, generation, key)
+            child = Child(generation, process.pid)
+            self._post(facts.Found(generation, time.monotonic(), child, memory.target))
+            return
+        if kept is not None:
+            os.close(kept.output_fd)
+        stranger = None if process is None else Child(Generation(0), process.pid)
+        self._post(facts.Found(Generation(0), time.monotonic(), stranger, None))
 
     # ----------------------------------------------------------------------- on the owner's thread
 
@@ -122,6 +144,9 @@ class ProcessEffects:
     def child_is_alive(self, child: Child) -> bool:
         server = self._server
         return server is not None and server.pid == child.pid and server.is_alive
+
+    def can_be_kept(self, child: Child) -> bool:
+        return self.child_is_alive(child) and self._warden.keepers.can_keep
 
     def start(self, effect: Effect, token: CancelToken, lock: SlotLock | None) -> None:
         match effect:
@@ -153,9 +178,9 @@ class ProcessEffects:
     def log_tail(self, count: int) -> tuple[str, ...]:
         return self._server.output.tail(count) if self._server is not None else ()
 
-    def close(self) -> None:
+    def close(self, *, keep: bool = False) -> None:
         wait(tuple(self._in_flight), _CLOSE_S)
-        self._warden.close()
+        self._warden.close(keep=keep)
         self._workers.release()
         self._slot.release()
 
@@ -168,7 +193,10 @@ class ProcessEffects:
             key = secrets.token_urlsafe(32) if self._settings.are_protected else None
             kind = command.target.server.kind
             environment = child_environment(self._settings.env, self._slot, key, kind)
-            self._warden.spawn(command.generation, argv, environment, lock.fd, self._spawned)
+            memory = Memory(command.generation, command.target, key).as_text()
+            self._warden.spawn(
+                command.generation, argv, environment, lock.fd, memory, self._spawned
+            )
         except OrchestratorError as error:
             self._remove_template()
             self._post(facts.SpawnFailed(command.generation, time.monotonic(), error.problem))
@@ -214,15 +242,22 @@ class ProcessEffects:
         if server is None or server.pid != command.child.pid:
             problem = Problem("server_start_failed", "the server has exited", reason="exited")
             return facts.NotReady(generation, time.monotonic(), problem)
+        if (changed := first_changed(command.unchanged)) is not None:
+            problem = Problem("server_exited", f"{changed} has changed since the server started")
+            return facts.NotReady(generation, time.monotonic(), problem)
+        stall_timeout_s, hang_timeout_s = command.stall_timeout_s, self._settings.hang_timeout_s
+        if command.unchanged and hang_timeout_s is not None:  # it was Healthy, or about to be
+            stall_timeout_s = min(stall_timeout_s, hang_timeout_s)
         verdict = wait_ready(
             server,
             token,
-            stall_timeout_s=command.stall_timeout_s,
+            stall_timeout_s=stall_timeout_s,
             progress=progress,
             extra_args=command.extra_args,
         )
         if isinstance(verdict, Problem):
             return facts.NotReady(generation, time.monotonic(), verdict)
+        self._warden.keepers.note(verdict.base_url)
         return facts.BecameReady(generation, time.monotonic(), verdict)
 
     def _emptied(self, fact: Emptied | KillFailed) -> None:

@@ -45,9 +45,9 @@ class Orchestrator(Facade):
         ...     with orch.lease() as server:
         ...         print(server.base_url)  # for any OpenAI-compatible client
 
-    The server is stopped at the end of the block. Where a method takes a `request`, pass a
-    `LoadRequest` or a `model_path`, and further fields by name. Interrupting a call (Ctrl-C)
-    withdraws that caller; a load goes on for its other callers.
+    The server is stopped at the end of the block (see `on_host_exit`). Where a method takes a
+    `request`, pass a `LoadRequest` or a `model_path`, and further fields by name. Interrupting a
+    call (Ctrl-C) withdraws that caller; a load goes on for its other callers.
     """
 
     @staticmethod
@@ -81,16 +81,17 @@ class Orchestrator(Facade):
         self._start(again=again)
         return self
 
-    def close(self) -> None:
+    def close(self, *, keep: bool = True) -> None:
         """Cancel all loads, stop the server and release the slot. May be called more than once.
 
-        Calls are refused from then on, until `start`. What was loaded is not loaded again; numbers
-        of generations and events go on.
+        With `on_host_exit="keep"` a Healthy server is left to the next owner of the slot, unless
+        `keep` is False. Calls are refused from then on, until `start`. What was stopped is not
+        loaded again; numbers of generations and events go on.
 
         Raises:
             SlotOccupied: a process of the slot could not be killed.
         """
-        self._close()
+        self._close(keep=keep)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -271,9 +272,9 @@ class AsyncOrchestrator(Facade):
         await self._started(again=again)
         return self
 
-    async def close(self) -> None:
-        """Cancel all loads, stop the server and release the slot, even if cancelled."""
-        await asyncio.shield(self._on_a_thread(self._close))
+    async def close(self, *, keep: bool = True) -> None:
+        """End as `Orchestrator.close` does, even if cancelled."""
+        await asyncio.shield(self._on_a_thread(partial(self._close, keep=keep)))
 
     async def __aenter__(self) -> Self:
         return await self.start()

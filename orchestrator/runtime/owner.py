@@ -25,7 +25,7 @@ from orchestrator.errors import Problem, problem_of
 from orchestrator.machine import commands, facts
 from orchestrator.machine.commands import Answer, Command, Effect, Settle
 from orchestrator.machine.context import Context, Policy
-from orchestrator.machine.facts import Fact, Request, SlotEvidence, Timer
+from orchestrator.machine.facts import Child, Fact, Request, SlotEvidence, Timer
 from orchestrator.machine.guards import is_current
 from orchestrator.machine.states import State
 from orchestrator.machine.step import Lifecycle, lifecycle
@@ -35,6 +35,8 @@ from orchestrator.runtime.snapshot import Observer, Snapshot, StepReport, ended_
 
 _MAX_STORY: Final = 32
 _MAX_HISTORY: Final = 256
+_ADOPTED_S: Final = 1.0  # of a server that is still loading, a start does not wait for more
+_EMPTY_S: Final = 10.0
 _log = event_log("orchestrator.owner")
 
 
@@ -138,10 +140,36 @@ class Owner:
     # ------------------------------------------------------------------------ the owner's thread
 
     def start(self, name: str) -> None:
-        """Process facts on a thread of its own until `stop`. Raises NoThread."""
+        """Process facts on a thread of its own until `stop`. Raises NoThread.
+
+        If the effects have found something in the slot, this waits for what becomes of it: a
+        second, or until the slot is empty.
+        """
+        has_found = not self._inbox.empty()
         thread = threading.Thread(target=self._run, name=f"llama-owner-{name}", daemon=True)
         threads.start(thread)
         self._thread = thread
+        if has_found:
+            self._until_at_rest()
+
+    def _until_at_rest(self) -> None:
+        ends, changed = self.clock() + _EMPTY_S, threading.Event()
+        adopted_by = self.clock() + _ADOPTED_S
+        stop = self.events.subscribe(changed.set)
+        try:
+            while not self._is_settled:
+                is_empty = self.snapshot.state is State.KILLING
+                if not changed.wait(max(0.0, (ends if is_empty else adopted_by) - self.clock())):
+                    break
+                changed.clear()
+        finally:
+            stop()
+
+    @property
+    def _is_settled(self) -> bool:
+        """What was found is adopted or gone."""
+        state = self.snapshot.state
+        return state is State.HEALTHY or (state is State.IDLE and bool(self.snapshot.story))
 
     def stop(self) -> None:
         """End the thread and the effects, after the machine has been shut down."""
@@ -159,7 +187,7 @@ class Owner:
 
     def _end(self) -> None:
         try:
-            self.effects.close()
+            self.effects.close(keep=self.snapshot.state is State.HEALTHY)
         finally:
             self.has_ended = True
             self._refuse_calls()
@@ -219,7 +247,10 @@ class Owner:
             evidence, lock = self._take_slot()
             return replace(fact, slot=evidence), lock
         if hasattr(fact, "child_is_alive"):
-            return replace(cast("Any", fact), child_is_alive=self._child_is_alive()), None
+            is_alive = self._of_child(self.effects.child_is_alive)
+            return replace(cast("Any", fact), child_is_alive=is_alive), None
+        if isinstance(fact, facts.ShutdownRequested):
+            return replace(fact, can_be_kept=self._of_child(self.effects.can_be_kept)), None
         return fact, None
 
     def _take_slot(self) -> tuple[SlotEvidence, SlotLock | None]:
@@ -229,10 +260,10 @@ class Owner:
             _log("exception", "slot.not_answering")
             return SlotEvidence(is_empty=False, reason=f"it cannot be checked: {error}"), None
 
-    def _child_is_alive(self) -> bool:
+    def _of_child(self, holds: Callable[[Child], bool]) -> bool:
         child = self.snapshot.ctx.child
         try:
-            return child is not None and self.effects.child_is_alive(child)
+            return child is not None and holds(child)
         except Exception:  # noqa: BLE001 (as above)
             _log("exception", "child.not_answering", pid=child.pid if child else None)
             return False

@@ -40,6 +40,9 @@ class Effects(Protocol):
     def child_is_alive(self, child: Child) -> bool:
         """Ask the kernel. Owner's thread."""
 
+    def can_be_kept(self, child: Child) -> bool:
+        """Whether this server goes on if we end now. Owner's thread."""
+
     def start(self, effect: Effect, token: CancelToken, lock: SlotLock | None) -> None:
         """Start an effect; a spawn is carried out before this returns. Owner's thread."""
 
@@ -55,5 +58,7 @@ class Effects(Protocol):
     def log_tail(self, count: int) -> tuple[str, ...]:
         """Return the last lines of the present or last server."""
 
-    def close(self) -> None:
-        """Release everything. The slot is empty, or could not be emptied."""
+    def close(self, *, keep: bool = False) -> None:
+        """Release everything. The slot is empty, or could not be emptied, or its server is left to
+        the next owner.
+        """

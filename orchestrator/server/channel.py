@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import struct
+from collections.abc import Iterator
 from typing import Any, Final, Self
 
 VERSION: Final = 1
@@ -114,9 +115,23 @@ def listen_at(path: str) -> socket.socket | None:
     return end
 
 
-def from_file(fd: int) -> Message:
-    """Return the message in a file, and close the file."""
+@contextlib.contextmanager
+def file_of(data: bytes) -> Iterator[int]:
+    """Yield a descriptor of a file that is in memory only: what it holds may be secret."""
+    with open(os.memfd_create("data"), "wb") as file:
+        file.write(data)
+        file.flush()
+        yield file.fileno()
+
+
+def read_all(fd: int) -> bytes:
+    """Return what a file has, and close it."""
     with open(fd, "rb") as file:
         file.seek(0)
-        members: Message = json.load(file)
+        return file.read()
+
+
+def from_file(fd: int) -> Message:
+    """Return the message in a file, and close the file."""
+    members: Message = json.loads(read_all(fd))
     return members

@@ -26,13 +26,22 @@ _VERIFY_EVERY_S: Final = 0.02
 _log = event_log("orchestrator.server")
 
 
-def reap(slot: Slot) -> tuple[set[int], SlotEvidence]:
+def look_up(slot: Slot) -> set[ProcessId]:
+    """Return the processes of a slot that a dead owner has left."""
+    return slot.inhabitants(_group(slot), slot.recall_keeper())
+
+
+def reap(slot: Slot, ours: ProcessId | None = None) -> tuple[set[int], SlotEvidence]:
     """End what a dead owner left in a slot, and its keeper last. The caller owns the slot.
+
+    Args:
+        ours: Our own keeper, which stays.
 
     Returns:
         The pids that were signalled, and whether the slot is empty now.
     """
     keeper = slot.recall_keeper()
+    keeper = None if keeper == ours else keeper
     ended, evidence = evict(slot, ladder.LEFT_GRACE_S, keeper)
     if keeper is not None and (pin := Pin.of(keeper)) is not None:
         pin.signal(signal.SIGKILL)  # it may be stopped, and has nothing to do any more
@@ -54,13 +63,17 @@ def evict(
     Returns:
         The pids that were signalled, and whether the slot is empty now.
     """
-    server = slot.recall()
-    is_same = server is not None and process_table.identify(server.pid) == server
-    group = server.pid if server is not None and is_same else None  # a zombie keeps it too
     rungs = deque(ladder.kill_plan(grace_s, now=time.monotonic()))
-    run = _Eviction(slot, group, keeper, rungs)
+    run = _Eviction(slot, _group(slot), keeper, rungs)
     with contextlib.closing(run):
         return run.signalled, run.until_empty()
+
+
+def _group(slot: Slot) -> int | None:
+    """Return the process group of the recorded server, which a zombie keeps too."""
+    server = slot.recall()
+    is_same = server is not None and process_table.identify(server.pid) == server
+    return server.pid if server is not None and is_same else None
 
 
 @dataclass(slots=True, eq=False)

@@ -1,19 +1,24 @@
 """The keeper: a small process between the host and its server, which it starts, ends and reaps.
 
 There is one per orchestrator. It is single-threaded, uses the standard library only and starts
-nothing but the server. Its host gives orders over a socket, and the host's death is one of them. No
-server outlives it: a direct child gets SIGKILL from the kernel when the keeper dies.
+nothing but the server. Its host gives orders over a socket, and the host's end is one of them: the
+server is ended, or kept for the next owner. No server outlives its keeper: a direct child gets
+SIGKILL from the kernel when the keeper dies.
 
-The next owner of the slot, while the last one's server is being ended, connects to a socket in the
-slot's folder, and becomes the host.
+The next owner of the slot connects to a socket in the slot's folder, and becomes the host.
 
 Orders have an `op` and an `id`, which the answer repeats:
 - `spawn` with the descriptors of the specification, the slot's lock and the owner's lock: `pid` and
   the descriptors of the output and, on Linux, of the process; or `error`, its number and text
 - `kill` with `grace_s`: `is_empty` once nothing is left, or the `pids` that survived
 - `ask`: `is_empty`
-Without being asked it says `hello` to each host first, to the next owner with a descriptor of the
-output that no host has read, and `exited` with a `pid` and its `status`.
+Two have no answer: `terms`, with `grace_s` and `keep_s` for the end of the host, and `note` with
+the `url` of the server.
+
+Without being asked it says `hello` to each host first, and `exited` with a `pid` and its `status`.
+The next owner's `hello` has a descriptor of the output that no host has read. If it may have the
+server, it has the `server`'s pid and `url` and descriptors of its `memory`, which is what the host
+had said of it, and its output.
 """
 
 from __future__ import annotations
@@ -32,8 +37,8 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from orchestrator.server import ladder, tree
-from orchestrator.server.channel import VERSION, Channel, Message, from_file
-from orchestrator.server.host import Host, pidfd
+from orchestrator.server.channel import VERSION, Channel, Message, file_of, from_file
+from orchestrator.server.host import Host, pid_namespace, pidfd
 from orchestrator.server.tree import Tree
 
 _VERIFY_EVERY_S: Final = 0.02
@@ -49,12 +54,15 @@ class Keeper:
     Args:
         door: Listens for the next owner.
         wake_fd: Readable when a child may have ended; None where that must be polled.
+        grace_s, keep_s: For the end of the host: how long a server has after SIGTERM, and how long
+            it is kept before that.
         record: The record of the slot's server, removed with a server whose host is gone.
 
     Attributes:
         is_done: Nothing is left to do.
         channel: To its host, until that is gone.
         kill: The kill in progress.
+        kept_until: When a server that is kept for the next owner is ended.
         poll: What it listens to.
     """
 
@@ -67,6 +75,7 @@ class Keeper:
         door: socket.socket | None = None,
         wake_fd: int | None = None,
         grace_s: float = ladder.LEFT_GRACE_S,
+        keep_s: float = 0.0,
         record: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -76,12 +85,16 @@ class Keeper:
         self._host = host
         self._door = door
         self._wake_fd = wake_fd
-        self._grace_s = min(grace_s, ladder.LEFT_GRACE_S)
+        self._grace_s = grace_s
+        self._keep_s = keep_s
         self._record = record
+        self._memory = b""  # of its host, about the server
+        self._url: str | None = None
         self._output: int | None = None
         self._unread = b""  # the end of what it has printed since its host is gone
         self._untold: int | None = None  # pid of the server, until its exit has been told
         self.kill: _Kill | None = None
+        self.kept_until: float = math.inf
         self._is_heir = False
         self._clock = clock
         self.poll: select.poll = select.poll()
@@ -103,20 +116,23 @@ class Keeper:
 
     def turn(self, ready: list[int]) -> None:
         """Read what is ready, notice exits, go on with a kill, and ask for the host."""
-        for fd in ready:
+        for fd in sorted(ready, key=self._is_door):  # a host that has closed its end comes first
             if self.channel is not None and fd == self.channel.fd:
                 self._listen(self.channel)
             elif fd == self._wake_fd:
                 os.read(fd, _READ_BYTES)
             elif fd == self._output:
                 self._drain(fd)
-            elif self._door is not None and fd == self._door.fileno():
+            elif self._door is not None and self._is_door(fd):
                 self._let_in(self._door)
         if not self.is_done:
             self._look()
 
+    def _is_door(self, fd: int) -> bool:
+        return self._door is not None and fd == self._door.fileno()
+
     def _timeout_ms(self) -> float | None:
-        waits = [self._host.ask_every_s]
+        waits = [self._host.ask_every_s, self.kept_until - self._clock()]
         if self.kill is not None:
             waits += [_VERIFY_EVERY_S, self.kill.next_at() - self._clock()]
         elif self._wake_fd is None and self._untold is not None:
@@ -126,16 +142,19 @@ class Keeper:
 
     # -------------------------------------------------------------------------------- the host
 
-    def _greet(self, fds: tuple[int, ...] = ()) -> None:
-        self._say(fds, op="hello", version=VERSION, pid=os.getpid(), contains=self._tree.contains)
+    def _greet(self, fds: tuple[int, ...] = (), **more: Any) -> None:
+        own = {"version": VERSION, "pid": os.getpid(), "pids": pid_namespace()}
+        own["contains"] = self._tree.contains
+        self._say(fds, op="hello", **own, **more)
 
     def _let_in(self, door: socket.socket) -> None:
         """Let the next owner be the host; anybody else hears nothing."""
         end, _ = door.accept()
-        if not self._is_heir and self._host.is_gone():
-            self._inherit()
         pid, uid, _ = struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        if not (self._is_heir and uid == os.geteuid() and self._host.is_owner(pid)):
+        is_next = uid == os.geteuid() and self._host.is_owner(pid)
+        if not self._is_heir and (self._host.is_gone() or (is_next and self._host.is_silent)):
+            self._inherit()
+        if not (self._is_heir and is_next):
             end.close()
             return
         lock, self._host.lock = self._host.lock, None
@@ -147,10 +166,15 @@ class Keeper:
         for fd in (self.channel.fd, self._host.fd):
             if fd is not None:
                 self.poll.register(fd, select.POLLIN)
-        with open(os.memfd_create("output"), "wb") as unread:
-            unread.write(self._unread)
-            unread.flush()
-            self._greet((unread.fileno(),))
+        with file_of(self._unread) as unread, file_of(self._memory) as memory:
+            if self.kept_until == math.inf or self._output is None:  # it is being ended
+                self._greet((unread,))
+            else:
+                held = (unread, memory, self._output)
+                self._greet(held, server=self._tree.leader, url=self._url)
+                with contextlib.suppress(KeyError):  # its host reads it from now on
+                    self.poll.unregister(self._output)
+        self._unread, self.kept_until = b"", math.inf
 
     def _say(self, fds: tuple[int, ...] = (), **message: Any) -> None:
         if self.channel is not None:
@@ -170,7 +194,12 @@ class Keeper:
             match message["op"]:
                 case "spawn":
                     self._spawn(message["id"], *fds)
+                case "terms":
+                    self._grace_s, self._keep_s = message["grace_s"], message["keep_s"]
+                case "note":
+                    self._url = message["url"]
                 case "kill":
+                    self._memory = b""  # it is for nobody any more
                     self.kill = _Kill(message["id"], message["grace_s"], self._clock())
                 case "ask":
                     self._say(id=message["id"], is_empty=self._tree.is_empty())
@@ -180,6 +209,7 @@ class Keeper:
             os.close(self._host.lock)
         self._host.lock = owner
         told = from_file(spec)
+        self._memory, self._url = told.pop("memory").encode(), None
         output, written = os.pipe()
         try:
             pid = self._tree.start(told, written, lock)
@@ -207,6 +237,9 @@ class Keeper:
         self._tell_exit()
         if not self._is_heir and self._host.is_gone():
             self._inherit()
+        if self._clock() >= self.kept_until or (self.kept_until < math.inf and self._has_ended()):
+            self.kept_until = math.inf
+            self.kill = self._last_kill()
         if self.kill is not None:
             self._advance(self.kill)
         elif self.channel is None and self._tree.is_empty():
@@ -219,8 +252,14 @@ class Keeper:
                 self._say(op="exited", pid=self._untold, status=status)
                 self._untold = None
 
+    def _has_ended(self) -> bool:
+        return self._tree.leader is None or self._tree.exit_status()[0]
+
+    def _last_kill(self) -> _Kill:
+        return _Kill(None, min(self._grace_s, ladder.LEFT_GRACE_S), self._clock())
+
     def _inherit(self) -> None:
-        """The host is gone: end what it left."""
+        """The host is gone: keep its server for the next owner, or end it."""
         self._is_heir = True
         if self.channel is not None:
             self.poll.unregister(self.channel.fd)
@@ -230,7 +269,10 @@ class Keeper:
             self.poll.unregister(self._host.fd)
         if self._output is not None:
             self.poll.register(self._output, select.POLLIN)  # a full pipe would stop the server
-        self.kill = _Kill(None, self._grace_s, self._clock())
+        if self.kill is None and self._memory and self._keep_s > 0 and not self._has_ended():
+            self.kept_until = self._clock() + self._keep_s
+        else:
+            self.kill = self._last_kill()
 
     def _advance(self, kill: _Kill) -> None:
         if self._tree.is_empty():
@@ -323,5 +365,6 @@ def main() -> None:
         door=None if given["door"] is None else socket.socket(fileno=given["door"]),
         wake_fd=woken,
         grace_s=given["grace_s"],
+        keep_s=given["keep_s"],
         record=given["record"],
     ).run()

@@ -6,11 +6,11 @@ receives for all keepers, is told of each new one.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Final
 
 from orchestrator.base import launch
@@ -19,13 +19,26 @@ from orchestrator.base.threads import NoThread
 from orchestrator.errors import ServerUnavailable, Unavailable
 from orchestrator.machine.facts import SlotEvidence
 from orchestrator.server import eviction, process_table
-from orchestrator.server.ladder import LEFT_GRACE_S
-from orchestrator.server.link import ANSWER_S, Answer, KeeperGone, KeeperLink
+from orchestrator.server.link import ANSWER_S, Answer, KeeperGone, KeeperLink, KeptServer
 from orchestrator.server.output import OutputRing
+from orchestrator.server.process_table import ProcessId
 from orchestrator.server.slot import Slot
 
 _LAST_LINES: Final = 20
 _log = event_log("orchestrator.server")
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What a dead owner has left in a slot.
+
+    Attributes:
+        process: One of its processes; None if it is not known which it is.
+        kept: Its server, with everything that is known of it, if that was kept for us.
+    """
+
+    process: ProcessId | None
+    kept: KeptServer | None = None
 
 
 class Keepers:
@@ -33,47 +46,60 @@ class Keepers:
 
     Args:
         grace_s: Of the kill ladder.
+        keep_s: How long a server is kept after the end of this host; 0 = it is ended.
         listen: Called with each keeper; to receive from it until it ends, and then to call `lose`.
     """
 
-    def __init__(self, slot: Slot, grace_s: float, listen: Callable[[KeeperLink], None]) -> None:
+    def __init__(
+        self, slot: Slot, grace_s: float, keep_s: float, listen: Callable[[KeeperLink], None]
+    ) -> None:
         self._slot = slot
         self._grace_s = grace_s
+        self._keep_s = keep_s
         self._listen = listen
         self.present: KeeperLink | None = None
 
-    def prepare(self) -> None:
-        """End what a dead owner left in the slot, and have a keeper, so that no spawn waits for it.
+    def prepare(self) -> Left | None:
+        """Have a keeper, so that no spawn waits for it, and return what a dead owner has left.
 
         Its keeper becomes ours, if it has one. A failure is only logged.
         """
-        ended, evidence = self._succeed()
-        if ended:
-            _log("warning", "slot.reaped", pids=sorted(ended), is_empty=evidence.is_empty)
+        link = KeeperLink.succeed(self._slot)
+        left = self._look_up() if link is None else self._inherit(link)
+        if left is not None:
+            pid = left.process.pid if left.process else None
+            level = "info" if left.kept is not None else "warning"
+            _log(level, "slot.occupied", pid=pid, is_kept=left.kept is not None)
         try:
             if self.present is None:
                 self._start()
         except (OSError, NoThread) as error:
             _log("error", "keeper.unavailable", error=str(error))
+        return left
 
-    def _succeed(self) -> tuple[set[int], SlotEvidence]:
-        link = KeeperLink.succeed(self._slot)
-        if link is None:
-            return eviction.reap(self._slot)
-        if words := _lines(link.unread):
+    def _look_up(self) -> Left | None:
+        found = eviction.look_up(self._slot)
+        if not found and self._slot.verify().is_empty:
+            eviction.reap(self._slot)  # a keeper without a server may be stopped
+            return None
+        recorded = self._slot.recall()
+        return Left(recorded if recorded in found else next(iter(found), None))
+
+    def _inherit(self, link: KeeperLink) -> Left | None:
+        link.tell("terms", grace_s=self._grace_s, keep_s=self._keep_s)
+        self._use(link)
+        if link.kept is None and (words := _lines(link.unread)):
             _log("warning", "output.recovered", lines=words)
-        server = self._slot.recall()
-        ended = {server.pid} if server is not None and process_table.is_alive(server) else set()
-        with contextlib.suppress(KeeperGone):
-            order = link.order("kill", grace_s=LEFT_GRACE_S)
-            is_done = link.wait(order.done) and order.result()[0]["is_empty"]
-            if is_done and link.contains and (evidence := self._slot.verify()).is_empty:
-                self._slot.forget()
-                self._use(link)
-                return ended, evidence
-        link.end()
-        others, evidence = eviction.reap(self._slot)
-        return ended | others, evidence
+        recorded, kept = self._slot.recall(), link.kept
+        if kept is not None:
+            if recorded is not None and recorded == process_table.identify(kept.pid):
+                return Left(recorded, kept)
+            os.close(kept.output_fd)
+        if self.is_empty().is_empty and self._slot.verify().is_empty:
+            self._slot.forget()
+            return None
+        is_alive = recorded is not None and process_table.is_alive(recorded)
+        return Left(recorded if is_alive else None)
 
     def lose(self, link: KeeperLink) -> bool:
         """Give back a keeper that has ended; return whether it was the present one."""
@@ -83,6 +109,17 @@ class Keepers:
         if was_present:
             self.present = None
         return was_present
+
+    @property
+    def can_keep(self) -> bool:
+        """Whether the server goes on if we end now."""
+        link = self.present
+        return link is not None and link.can_keep and link.contains and self._keep_s > 0
+
+    def note(self, url: str) -> None:
+        """Tell the keeper where the server listens, for the next owner."""
+        if (link := self.present) is not None:
+            link.tell("note", url=url)
 
     def is_empty(self) -> SlotEvidence:
         """Ask the keeper whether it has no child, in about 0.1 ms."""
@@ -98,10 +135,10 @@ class Keepers:
         return SlotEvidence(False, "a process of the last server is still alive")
 
     def spawn(
-        self, argv: tuple[str, ...], environment: Mapping[str, str], lock_fd: int
+        self, argv: tuple[str, ...], environment: Mapping[str, str], lock_fd: int, memory: str
     ) -> tuple[KeeperLink, int, list[int]]:
         """Have a server started, and return its keeper, its pid, and its descriptors: its output
-        and, on Linux, its pidfd.
+        and, on Linux, its pidfd. The keeper tells `memory` to the next owner, if it keeps it.
 
         Raises:
             ServerUnavailable: The binary cannot be executed.
@@ -109,6 +146,7 @@ class Keepers:
             Unavailable: There is no keeper, or it has ended meanwhile: a kill ends what it left.
         """
         spec = {"argv": argv, "env": dict(environment), "cwd": _working_directory()}
+        spec["memory"] = memory
         try:
             link, (answer, fds) = self._order_spawn(json.dumps(spec).encode(), lock_fd)
         except (KeeperGone, OSError, NoThread) as error:
@@ -156,7 +194,7 @@ class Keepers:
     def _start(self) -> KeeperLink:
         """Start a keeper; raises OSError or NoThread."""
         try:
-            return self._use(KeeperLink.start(self._slot, self._grace_s))
+            return self._use(KeeperLink.start(self._slot, self._grace_s, self._keep_s))
         except launch.NoInterpreter as error:
             return self._start_thread(str(error))
 

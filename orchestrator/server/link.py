@@ -14,13 +14,16 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
 from orchestrator.base import launch, threads
 from orchestrator.server import process_table
-from orchestrator.server.channel import VERSION, Channel, Message, listen_at
+from orchestrator.server.channel import VERSION, Channel, Message, listen_at, read_all
 from orchestrator.server.environment import inherited_environment
+from orchestrator.server.host import pid_namespace
+from orchestrator.server.ladder import LEFT_GRACE_S
 from orchestrator.server.pin import Pin, wait_exited
 from orchestrator.server.process_table import ProcessId
 from orchestrator.server.slot import Slot
@@ -36,6 +39,22 @@ _CODE: Final = (
 Answer = tuple[Message, list[int]]
 
 
+@dataclass(frozen=True, slots=True)
+class KeptServer:
+    """A server that was kept for the next owner.
+
+    Attributes:
+        memory: What its last owner had said of it.
+        url: Where it listened, if that was known.
+        output_fd: Its output.
+    """
+
+    pid: int
+    memory: bytes
+    url: str | None
+    output_fd: int
+
+
 class KeeperGone(Exception):
     """The keeper has ended, or does not answer; its server has ended with it."""
 
@@ -48,14 +67,19 @@ class KeeperLink:
         contains: Whether it proves by itself that nothing is left of a server.
         pin: Handle of its process; None before its first message, and for a thread.
         unread: The end of what its server has printed since its last host is gone.
+        kept: Its server, if it was kept for us.
+        can_keep: Whether the next owner can reach it.
     """
 
-    def __init__(self, channel: Channel, helper: subprocess.Popen[bytes] | None) -> None:
+    def __init__(
+        self, channel: Channel, helper: subprocess.Popen[bytes] | None, *, can_keep: bool = False
+    ) -> None:
+        self.can_keep: bool = can_keep
         self.pid: int | None = None
         self.contains: bool = False
         self.pin: Pin | None = None
-        self.version: int = 0
         self.unread: bytes = b""
+        self.kept: KeptServer | None = None
         self._channel = channel
         self._helper = helper
         self._numbers = itertools.count(1)
@@ -63,7 +87,7 @@ class KeeperLink:
         _links.add(self)
 
     @classmethod
-    def start(cls, slot: Slot, grace_s: float) -> Self:
+    def start(cls, slot: Slot, grace_s: float, keep_s: float = 0.0) -> Self:
         """Start the keeper of a claimed slot, in about 2 ms; it listens some 30 ms later.
 
         Where there is no interpreter to run it with, it is a thread of this process: then the
@@ -79,26 +103,30 @@ class KeeperLink:
             if door is not None:
                 ends.callback(door.close)
             try:
-                helper = _start_process(slot, grace_s, theirs, door)
+                terms = {"grace_s": grace_s, "keep_s": keep_s if door is not None else 0.0}
+                helper = _start_process(slot, terms, theirs, door)
             except BaseException:
                 ours.close()
                 raise
-        return cls(ours, helper)
+        return cls(ours, helper, can_keep=door is not None)
 
     @classmethod
     def succeed(cls, slot: Slot) -> Self | None:
-        """Return the keeper of this slot's dead owner, if it works for us now.
+        """Return the keeper of this slot's last owner, if it works for us now.
 
-        Its server, if it has one, is being ended.
+        Its server, if it has one, was kept for us, or is being ended.
         """
         slot.continue_keeper()
         try:
             channel = Channel.to(str(slot.door_path))
         except OSError:  # there is none, or its path is too long
             return None
-        link = cls(channel, None)
-        if link.wait(lambda: link.pid is not None) and link.version == VERSION:
+        link = cls(channel, None, can_keep=True)
+        if link.wait(lambda: link.pid is not None) and link.pin is not None:
             return link
+        if link.pid is not None:  # in another container, where numbers mean other processes
+            with contextlib.suppress(KeeperGone):
+                link.wait(link.order("kill", grace_s=LEFT_GRACE_S).done)
         link.end()
         return None
 
@@ -147,6 +175,11 @@ class KeeperLink:
             raise KeeperGone(str(error)) from error
         return answer
 
+    def tell(self, op: str, **more: Any) -> None:
+        """Send an order that has no answer; a keeper that is gone does not need it."""
+        with contextlib.suppress(OSError):
+            self._channel.send({"op": op, **more})
+
     def receive(self) -> list[Message] | None:
         """Settle the orders that were answered, and return what else was said; None at the end."""
         received = self._channel.receive()
@@ -166,14 +199,17 @@ class KeeperLink:
         return said
 
     def _meet(self, hello: Message, fds: list[int]) -> None:
-        for fd in fds:
-            with open(fd, "rb") as file:
-                file.seek(0)
-                self.unread = file.read()
+        unread, memory, output = [*fds, None, None, None][:3]
+        if unread is not None:
+            self.unread = read_all(unread)
+        if memory is not None and output is not None:
+            remembered = read_all(memory)
+            self.kept = KeptServer(hello["server"], remembered, hello["url"], output)
         pid = self.pid = hello["pid"]
-        self.version, self.contains = hello["version"], hello["contains"]
-        found = process_table.identify(pid)
-        self.pin = None if found is None else Pin.of(found)  # None for a thread
+        self.contains = hello["contains"]
+        if hello["version"] == VERSION and hello["pids"] == pid_namespace():
+            found = process_table.identify(pid)
+            self.pin = None if found is None else Pin.of(found)  # None for a thread
         if self._helper is not None:
             self._helper.wait()
 
@@ -189,6 +225,12 @@ class KeeperLink:
         elif self._helper is not None:
             self._helper.kill()
 
+    def leave(self) -> None:
+        """Close our end. Once the owner's lock is free, the keeper has no host any more."""
+        self._channel.close()
+        if self.pin is not None:
+            self.pin.close()
+
     def end(self) -> None:
         """End the keeper, which may be stopped, and give everything back."""
         self.kill()
@@ -203,7 +245,7 @@ class KeeperLink:
 
 
 def _start_process(
-    slot: Slot, grace_s: float, end: socket.socket, door: socket.socket | None
+    slot: Slot, terms: dict[str, float], end: socket.socket, door: socket.socket | None
 ) -> subprocess.Popen[bytes]:
     """Start the keeper's interpreter, which forks and exits."""
     host_fd = Pin.open(os.getpid())
@@ -215,7 +257,7 @@ def _start_process(
         "door": door_fd,
         "host": os.getpid(),
         "host_fd": host_fd,
-        "grace_s": grace_s,
+        **terms,
         "record": str(slot.record_path),
     }
     try:

@@ -35,6 +35,8 @@ FIRST_PROBE_S: Final = 0.0015
 LONGEST_PROBE_S: Final = 0.25
 _PROBE_GROWTH: Final = 1.3
 NO_ANSWER: Final = (OSError, ValueError, http.client.HTTPException)  # a length of 5000 digits
+_REFUSALS: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
+_OTHER_KEY: Final = Problem("server_start_failed", "the server refuses the key it was given")
 _UNPROTECTED: Final = Problem(
     "server_start_failed",
     "this llama-server answers requests without its API key: use a newer one, or set "
@@ -212,14 +214,18 @@ class ProbeConnection:
         try:
             if self._ask(port, "/health", _ANSWER_S)[0] != HTTPStatus.OK:
                 return None
-            keyless = 401 if key is None else self._ask(port, "/slots", _PROPS_S)[0]
+            keyless = (
+                HTTPStatus.UNAUTHORIZED if key is None else self._ask(port, "/slots", _PROPS_S)[0]
+            )
             status, body = 0, b""
             with contextlib.suppress(*NO_ANSWER):  # /health decides, /props only describes
                 status, body = self._ask(port, "/props", _PROPS_S, key)
         except NO_ANSWER:
             return None
-        if keyless not in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+        if keyless not in _REFUSALS:
             return _UNPROTECTED
+        if status in _REFUSALS:
+            return _OTHER_KEY
         found = _facts(f"http://{_HOST}:{port}", body if status == HTTPStatus.OK else b"")
         return replace(found, api_key=key)
 

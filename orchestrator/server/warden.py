@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from orchestrator.base.log import event_log
@@ -28,7 +29,8 @@ from orchestrator.server import eviction, process_table
 from orchestrator.server.child import ServerProcess
 from orchestrator.server.environment import API_KEY_NAME
 from orchestrator.server.keepers import Keepers
-from orchestrator.server.link import ANSWER_S, Answer, KeeperGone, KeeperLink
+from orchestrator.server.ladder import LEFT_GRACE_S
+from orchestrator.server.link import ANSWER_S, Answer, KeeperGone, KeeperLink, KeptServer
 from orchestrator.server.pin import Pin
 from orchestrator.server.process_table import ProcessId
 from orchestrator.server.slot import Slot
@@ -46,6 +48,7 @@ class _KillRun:
     command: Kill
     server: ServerProcess | None
     report: Callable[[Emptied | KillFailed], None]
+    grace_s: float
     answer: Future[Answer] | None = None
     ends_at: float = math.inf
 
@@ -56,13 +59,19 @@ class Warden(threading.Thread):
     Args:
         on_exit: Called on this thread, once for each server.
         kill_grace_s: Seconds between SIGTERM and SIGKILL; 0 means SIGKILL at once.
+        keep_s: How long a server is kept after the end of this host; 0 = it is ended.
 
     Attributes:
         keepers: Who it gets its keeper from.
     """
 
     def __init__(
-        self, slot: Slot, on_exit: Callable[[Exited], None], *, kill_grace_s: float
+        self,
+        slot: Slot,
+        on_exit: Callable[[Exited], None],
+        *,
+        kill_grace_s: float,
+        keep_s: float = 0.0,
     ) -> None:
         super().__init__(name=f"llama-warden-{slot.name}", daemon=True)
         self._slot = slot
@@ -70,7 +79,7 @@ class Warden(threading.Thread):
         self._grace_s = kill_grace_s
         self._todo: deque[Callable[[], None]] = deque()
         self._waker = Waker()
-        self.keepers: Keepers = Keepers(slot, kill_grace_s, self._listen)
+        self.keepers: Keepers = Keepers(slot, kill_grace_s, keep_s, self._listen)
         self._links: dict[int, KeeperLink] = {}  # what is polled: the last one may not have ended
         self._server: ServerProcess | None = None
         self._last_exit: tuple[int, int | None] | None = None  # pid and status, as the keeper says
@@ -88,11 +97,13 @@ class Warden(threading.Thread):
         argv: tuple[str, ...],
         environment: Mapping[str, str],
         lock_fd: int,
+        memory: str,
         announce: Callable[[ServerProcess], None],
     ) -> None:
         """Have a server started that inherits the slot's lock. Runs on the owner's thread.
 
         Args:
+            memory: What the next owner is told of it.
             announce: Called with the server before anything about it is reported.
 
         Raises:
@@ -100,21 +111,41 @@ class Warden(threading.Thread):
             StateDirError: The record cannot be written; nothing was started.
             Unavailable: There is no keeper, or it has ended meanwhile: a kill ends what it left.
         """
-        link, pid, fds = self.keepers.spawn(argv, environment, lock_fd)
+        link, pid, fds = self.keepers.spawn(argv, environment, lock_fd, memory)
         process = process_table.identify(pid) or ProcessId(pid, 0, process_table.boot_id())
-        server = ServerProcess(
-            generation,
-            Pin(process, fds[1] if len(fds) > 1 else None),
-            family=lambda: self.keepers.family(link, pid),
-            output_fd=fds[0],
-            api_key=environment.get(API_KEY_NAME),
+        server = self._server_of(
+            link, generation, Pin(process, fds[1] if len(fds) > 1 else None), fds[0]
         )
+        server.api_key = environment.get(API_KEY_NAME)
         announce(server)
         self._submit(lambda: self._watch(server))
         try:
             self._slot.remember(process, link.process)
         except StateDirError as error:  # its lock, its token and the first record remain
             _log("warning", "slot.record_failed", pid=pid, error=error.message)
+
+    def adopt(
+        self, process: ProcessId, kept: KeptServer, generation: Generation, api_key: str | None
+    ) -> ServerProcess | None:
+        """Go on with a server that was kept for us; None if it has ended since."""
+        link, pin = self.keepers.present, Pin.of(process)
+        if link is None or pin is None:
+            os.close(kept.output_fd)
+            return None
+        server = self._server_of(link, generation, pin, kept.output_fd)
+        server.api_key = api_key
+        if kept.url is not None:
+            server.output.announced = (kept.url,)
+        server.output.feed(link.unread)
+        self._submit(lambda: self._watch(server))
+        return server
+
+    def _server_of(
+        self, link: KeeperLink, generation: Generation, pin: Pin, output_fd: int
+    ) -> ServerProcess:
+        pid = pin.process.pid
+        family = partial(self.keepers.family, link, pid)
+        return ServerProcess(generation, pin, family=family, output_fd=output_fd)
 
     def empty(
         self,
@@ -123,14 +154,25 @@ class Warden(threading.Thread):
         report: Callable[[Emptied | KillFailed], None],
     ) -> None:
         """Run the kill ladder on everything in the slot, and report once it is verified empty."""
-        self._submit(lambda: self._begin(_KillRun(command, server, report)))
+        grace_s = self._grace_s if server is not None else min(self._grace_s, LEFT_GRACE_S)
+        self._submit(lambda: self._begin(_KillRun(command, server, report, grace_s)))
 
-    def close(self) -> None:
-        """End the thread and the keeper; the slot is empty, or emptying it has failed."""
+    def close(self, *, keep: bool = False) -> None:
+        """End the thread, and the keeper if it is not to keep its server for the next owner.
+
+        Otherwise the slot is empty, or emptying it has failed.
+        """
         self._submit(self._closing.set)
         self.join()
         for link in self._links.values():
-            link.end()
+            if keep and link is self.keepers.present:
+                link.leave()
+            else:
+                link.end()
+        if keep:
+            if self._server is not None:
+                self._server.close()
+            return
         with contextlib.suppress(OSError):
             self._slot.door_path.unlink()
 
@@ -244,10 +286,10 @@ class Warden(threading.Thread):
     def _begin(self, run: _KillRun) -> None:
         self._run = run
         if (link := self.keepers.present) is not None:
-            patience_s = ANSWER_S if link.pid is None else self._grace_s + _HUNG_S
+            patience_s = ANSWER_S if link.pid is None else run.grace_s + _HUNG_S
             run.ends_at = time.monotonic() + patience_s
             with contextlib.suppress(KeeperGone):
-                run.answer = link.order("kill", grace_s=self._grace_s)
+                run.answer = link.order("kill", grace_s=run.grace_s)
 
     def _advance(self, run: _KillRun) -> None:
         link = self.keepers.present
@@ -265,10 +307,13 @@ class Warden(threading.Thread):
             _log("error", "process.kill_failed", pids=pids)
             self._fail(run, f"processes {pids} did not end after SIGKILL")
             return
-        is_proof = is_contained and answer.get("is_empty")
+        is_stranger = run.server is None and run.command.child is not None  # of a dead owner
+        is_proof = is_contained and answer.get("is_empty") and not is_stranger
         evidence = self._slot.verify() if is_proof else SlotEvidence(False)
-        if not evidence.is_empty:
-            evidence = eviction.evict(self._slot, self._grace_s)[1]
+        if is_stranger:
+            evidence = eviction.reap(self._slot, link.process if link is not None else None)[1]
+        elif not evidence.is_empty:
+            evidence = eviction.evict(self._slot, run.grace_s)[1]
         if not evidence.is_empty:
             self._fail(run, evidence.reason)
             return

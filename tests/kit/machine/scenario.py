@@ -306,7 +306,7 @@ class Scenario:
                 return world, UnloadRequested(ticket, action.model, AT, action.cuts)
             case "shutdown":
                 return self._end(world, lambda _, __: True), ShutdownRequested(
-                    ticket, AT, child_is_alive=child_is_alive(world)
+                    ticket, AT, can_be_kept=child_is_alive(world)
                 )
             case _:
                 return self._cancel(world, action, about), CancelRequested(

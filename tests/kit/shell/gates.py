@@ -226,6 +226,9 @@ class GatedEffects:
     def child_is_alive(self, child: Child) -> bool:
         return child.pid in self.os.alive
 
+    def can_be_kept(self, child: Child) -> bool:
+        return self.child_is_alive(child)
+
     def start(self, effect: Effect, token: CancelToken, lock: SlotLock | None) -> None:
         self.watch(effect, token)
         gate = Gate(self, KINDS[type(effect)], effect, token)
@@ -253,7 +256,7 @@ class GatedEffects:
     def log_tail(self, count: int) -> tuple[str, ...]:
         return ("the server says hello",)[:count]
 
-    def close(self) -> None:
+    def close(self, *, keep: bool = False) -> None:
         self.is_closed = True
 
     def _spawn(self, gate: Gate, spawn: Spawn, lock: SlotLock | None) -> None:
