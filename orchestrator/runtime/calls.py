@@ -193,6 +193,7 @@ class Facade:
                     source,
                     workers,
                     settings,
+                    lambda: bool(owner.snapshot.ctx.leases),
                     lambda command: look_ups.answer(command, owner.snapshot),
                 ),
                 policy=self._policy,

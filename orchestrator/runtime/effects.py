@@ -43,6 +43,7 @@ from orchestrator.server.keepers import Left
 from orchestrator.server.readiness import ReadProgress, wait_ready
 from orchestrator.server.slot import Slot
 from orchestrator.server.warden import Warden
+from orchestrator.server.watch import Watch
 from orchestrator.settings.argv import build_argv
 
 _log = event_log("orchestrator.effects")
@@ -78,6 +79,7 @@ class ProcessEffects:
 
     Args:
         post: Gets the facts, on any thread.
+        is_used: Whether anybody has a lease.
         look_up: Looks up the model of a call; it blocks.
 
     Raises:
@@ -92,6 +94,7 @@ class ProcessEffects:
         source: ModelSource,
         workers: Workers,
         settings: ServerSettings,
+        is_used: Callable[[], bool],
         look_up: Callable[[LookUp], facts.ModelRequested],
     ) -> None:
         check_server_env(settings.env)
@@ -100,9 +103,11 @@ class ProcessEffects:
         self._source = source
         self._workers = workers
         self._settings = settings
+        self._is_used = is_used
         self._look_up = look_up
         self._template_path = str(slot.directory / "chat-template.jinja")
         self._server: ServerProcess | None = None
+        self._watch: Watch | None = None
         self._progress: dict[Generation, ReadProgress | FetchProgress] = {}
         self._in_flight: set[Future[None]] = set()
         self._warden = Warden(
@@ -151,6 +156,7 @@ class ProcessEffects:
     def start(self, effect: Effect, token: CancelToken, lock: SlotLock | None) -> None:
         match effect:
             case Kill():
+                self._end_watch()
                 self._warden.empty(effect, self._server, self._emptied)
             case Spawn():
                 self._spawn(effect, lock)
@@ -178,7 +184,12 @@ class ProcessEffects:
     def log_tail(self, count: int) -> tuple[str, ...]:
         return self._server.output.tail(count) if self._server is not None else ()
 
+    def _end_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+
     def close(self, *, keep: bool = False) -> None:
+        self._end_watch()
         wait(tuple(self._in_flight), _CLOSE_S)
         self._warden.close(keep=keep)
         self._workers.release()
@@ -258,7 +269,13 @@ class ProcessEffects:
         if isinstance(verdict, Problem):
             return facts.NotReady(generation, time.monotonic(), verdict)
         self._warden.keepers.note(verdict.base_url)
+        self._begin_watch(server, verdict.base_url)
         return facts.BecameReady(generation, time.monotonic(), verdict)
+
+    def _begin_watch(self, server: ServerProcess, base_url: str) -> None:
+        if (timeout_s := self._settings.hang_timeout_s) is not None:
+            self._watch = Watch(server, base_url, timeout_s, self._is_used, self._post)
+            self._watch.begin()
 
     def _emptied(self, fact: Emptied | KillFailed) -> None:
         if isinstance(fact, Emptied):

@@ -196,8 +196,11 @@ def test_a_server_that_hangs_is_restarted_by_policy() -> None:
     run = healthy(A, RESTART).hang()
     assert run.recovery == ("waiting", 1)
     timer = run.timer("restart")
-    run.emptied().expire(timer).settle()
-    assert (run.state, run.model) == (H, A)
+    last_exit = Exit(41, -15, (), "hung")
+    run.emptied(Exit(41, -15)).expire(timer)
+    run.emptied(Exit(41, -15))  # effects tell of the last server once more
+    assert run.ctx.last_exit == last_exit
+    assert (run.settle().state, run.model) == (H, A)
 
 
 def test_a_hang_of_another_server_changes_nothing() -> None:

@@ -84,7 +84,9 @@ def forget_child(s: Step[facts.Emptied]) -> None:
         if s.ctx.child_end == "found":
             how = _ending(exit_.returncode if exit_ else None)[0]
         s.emit(commands.ServerEnded(child.pid, how))
-    last_exit = s.ctx.last_exit if exit_ is None else _told(s, exit_)
+    last_exit = s.ctx.last_exit
+    if exit_ is not None and child is not None:  # else it has been told before
+        last_exit = _told(s, exit_)
     s.put(child=None, child_end=None, running=None, effect=None, last_exit=last_exit)
 
 
