@@ -7,7 +7,7 @@ import json
 import math
 import os
 import select
-from typing import Final
+from typing import Final, Self
 
 _ASK_EVERY_S: Final = 0.25  # where there is no pidfd
 _LOCK_EVERY_S: Final = 0.1
@@ -36,6 +36,14 @@ class Host:
             if fd is not None:
                 os.close(fd)
         self.fd = self.lock = None
+
+    def succeeded_by(self, pid: int) -> Self:
+        """Return the process that has taken its lock; this one is left."""
+        lock, self.lock = self.lock, None
+        self.leave()
+        successor = type(self)(pid, pidfd(pid))
+        successor.lock = lock
+        return successor
 
     @property
     def is_this_process(self) -> bool:

@@ -157,10 +157,7 @@ class Keeper:
         if not (self._is_heir and is_next):
             end.close()
             return
-        lock, self._host.lock = self._host.lock, None
-        self._host.leave()
-        self._host = Host(pid, pidfd(pid))
-        self._host.lock = lock
+        self._host = self._host.succeeded_by(pid)
         self.channel = Channel(end)
         self._is_heir = False
         for fd in (self.channel.fd, self._host.fd):
@@ -169,6 +166,7 @@ class Keeper:
         with file_of(self._unread) as unread, file_of(self._memory) as memory:
             if self.kept_until == math.inf or self._output is None:  # it is being ended
                 self._greet((unread,))
+                self._untold = None
             else:
                 held = (unread, memory, self._output)
                 self._greet(held, server=self._tree.leader, url=self._url)
@@ -199,8 +197,7 @@ class Keeper:
                 case "note":
                     self._url = message["url"]
                 case "kill":
-                    self._memory = b""  # it is for nobody any more
-                    self.kill = _Kill(message["id"], message["grace_s"], self._clock())
+                    self._begin_kill(message["id"], message["grace_s"])
                 case "ask":
                     self._say(id=message["id"], is_empty=self._tree.is_empty())
 
@@ -238,8 +235,7 @@ class Keeper:
         if not self._is_heir and self._host.is_gone():
             self._inherit()
         if self._clock() >= self.kept_until or (self.kept_until < math.inf and self._has_ended()):
-            self.kept_until = math.inf
-            self.kill = self._last_kill()
+            self._begin_last_kill()
         if self.kill is not None:
             self._advance(self.kill)
         elif self.channel is None and self._tree.is_empty():
@@ -255,8 +251,12 @@ class Keeper:
     def _has_ended(self) -> bool:
         return self._tree.leader is None or self._tree.exit_status()[0]
 
-    def _last_kill(self) -> _Kill:
-        return _Kill(None, min(self._grace_s, ladder.LEFT_GRACE_S), self._clock())
+    def _begin_kill(self, order: int | None, grace_s: float) -> None:
+        self._memory, self.kept_until = b"", math.inf  # it is for nobody any more
+        self.kill = _Kill(order, grace_s, self._clock())
+
+    def _begin_last_kill(self) -> None:
+        self._begin_kill(None, min(self._grace_s, ladder.LEFT_GRACE_S))
 
     def _inherit(self) -> None:
         """The host is gone: keep its server for the next owner, or end it."""
@@ -272,7 +272,7 @@ class Keeper:
         if self.kill is None and self._memory and self._keep_s > 0 and not self._has_ended():
             self.kept_until = self._clock() + self._keep_s
         else:
-            self.kill = self._last_kill()
+            self._begin_last_kill()
 
     def _advance(self, kill: _Kill) -> None:
         if self._tree.is_empty():

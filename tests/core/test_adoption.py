@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from orchestrator.base.tokens import Generation
 from orchestrator.errors import Problem
-from orchestrator.machine.commands import Done, Kill, Probe, Unloaded
+from orchestrator.machine.commands import Done, DropStale, Kill, Probe, Unloaded
 from orchestrator.machine.context import Policy
 from orchestrator.machine.facts import Exit
 from orchestrator.machine.recovery import RestartPolicy
@@ -91,6 +92,12 @@ def test_a_server_that_ends_while_it_is_adopted_is_told() -> None:
     assert run.emptied().state is I
 
 
+def test_a_server_that_is_found_dead_was_not_ended_by_us() -> None:
+    for run in (adopting().ready(alive=False), adopting().fail()):
+        run.emptied(Exit(47, -9))
+        assert run.ended() == [(47, "signal")]
+
+
 @pytest.mark.parametrize("is_ready", [True, False])
 def test_who_joined_a_failed_adoption_gets_a_server_of_its_own(is_ready: bool) -> None:
     run = adopting()
@@ -128,6 +135,7 @@ def test_a_server_found_late_is_ignored() -> None:
     run.load(A)
     run.go(D).find(A)
     assert run.state is D
+    assert run.commands == (DropStale(Generation(7), "found"),)
     assert run.settle().running.child.pid != 47
 
 
@@ -211,3 +219,14 @@ def test_a_hang_of_another_server_changes_nothing() -> None:
     ctx = run.ctx
     run.do(run.hang_of(hung))
     assert (run.state, run.ctx) == (H, ctx)
+    assert run.commands == (DropStale(hung.generation, "hung"),)
+
+
+def test_after_a_hang_the_load_that_is_due_follows_at_once() -> None:
+    run = healthy(A, RESTART)
+    ticket = run.load("o/B")
+    run.resolved(2, "o/B").hang()
+    assert run.recovery is None
+    assert run.emptied().state is D
+    run.settle()
+    assert run.category(ticket) == "loaded"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -12,10 +14,11 @@ from orchestrator.server.keeper import Keeper
 from tests.kit.process.keeping import Broken, FakeTree, explore
 
 
-def test_a_keeper_keeps_every_promise_in_every_order() -> None:
+@pytest.mark.parametrize("keep_s", [0.0, 60.0])
+def test_a_keeper_keeps_every_promise_in_every_order(keep_s: float) -> None:
     """And no descriptor."""
     before = os.listdir("/proc/self/fd")
-    assert explore() > 300
+    assert explore(keep_s=keep_s) > 300
     assert os.listdir("/proc/self/fd") == before
 
 
@@ -52,6 +55,40 @@ class NeverGivesUp(Keeper):
 class LetsAHostDie(Keeper):
     def _inherit(self) -> None:
         pass
+
+
+class KeepsForEver(Keeper):
+    def _look(self) -> None:
+        if self._clock() >= self.kept_until:
+            self.kept_until += 1.0
+        super()._look()
+
+
+class KeepsWhatItKills(Keeper):
+    def _begin_kill(self, order: int | None, grace_s: float) -> None:
+        memory = self._memory
+        super()._begin_kill(order, grace_s)
+        self._memory = memory
+
+
+class LetsAnybodyIn(Keeper):
+    def _let_in(self, door: socket.socket) -> None:
+        with mock.patch.object(type(self._host), "is_owner", return_value=True):
+            super()._let_in(door)
+
+
+@pytest.mark.parametrize(
+    ("keeper", "broken"),
+    [
+        (KeepsForEver, "kept too long: "),
+        (KeepsWhatItKills, "what was being ended is kept: "),
+        (LetsAnybodyIn, "a stranger is let in: "),
+    ],
+)
+def test_a_keeper_that_keeps_wrongly_is_found(keeper: Callable[..., Keeper], broken: str) -> None:
+    with pytest.raises(Broken) as found:
+        explore(keeper, keep_s=60.0)
+    assert str(found.value).startswith(broken), found.value
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,6 @@ SURVIVORS: dict[str, str] = {
     "deadline_expired in DSW if is_job: behind [deadline_expired in IKDSWH if is_queued_job]": (
         _JOB_OR_QUEUED
     ),
-    "lease in IKDSWH if is_shutting_down: behind [lease in H if child_is_alive]": (
-        "after a shutdown nothing is Healthy, so the second row cannot fire"
-    ),
     "lease in IKDSWH if load_is_wanted: behind [lease in IKDSWH if restart_is_planned]": (
         "both rows have the same actions"
     ),

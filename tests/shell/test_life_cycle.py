@@ -185,7 +185,7 @@ def test_an_error_in_close_leaves_no_caller_waiting(
     harness: Harness, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
-    def broken() -> None:
+    def broken(*, keep: bool) -> None:
         raise OSError(5, "Input/output error")
 
     harness.hold_look_ups_of("A")

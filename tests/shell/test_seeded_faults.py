@@ -6,6 +6,7 @@ Each is a mistake that a careful programmer might make; `pytest -s` prints the s
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -67,7 +68,7 @@ class Fault:
 class TakesOldPulse(Owner):
     """Takes a child for alive because it was alive once."""
 
-    def _child_is_alive(self) -> bool:
+    def _of_child(self, holds: Callable[[Child], bool]) -> bool:
         return self.snapshot.ctx.child is not None
 
 

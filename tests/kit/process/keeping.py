@@ -8,15 +8,17 @@ to the end of the patience after SIGKILL.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.server.channel import Channel, Message
+from orchestrator.server.channel import Channel, Message, listen_at
 from orchestrator.server.host import Host
 from orchestrator.server.keeper import Keeper
 from orchestrator.server.tree import CannotExecute
@@ -91,16 +93,22 @@ class FakeTree:
 class FakeHost(Host):
     """A host whose end and whose lock are the test's."""
 
-    def __init__(self) -> None:
-        super().__init__(os.getpid(), None)
+    def __init__(self, pid: int | None = None, fd: int | None = None) -> None:
+        super().__init__(os.getpid() if pid is None else pid, None)
         self.is_dead = False
         self.is_lock_free = False
+        self.is_replaced = False  # its lock is the next owner's
+        if fd is not None:
+            os.close(fd)
 
     def is_gone(self) -> bool:
         return self.is_dead or (self.is_silent and self.is_lock_free)
 
     def take_lock(self) -> bool:
         return self.is_gone()
+
+    def is_owner(self, pid: int) -> bool:
+        return self.is_replaced
 
 
 class Broken(Exception):
@@ -111,23 +119,47 @@ class Situation:
     """A keeper with all around it, and what its host has heard."""
 
     def __init__(
-        self, keeper: Callable[..., Keeper] = Keeper, tree: Callable[[], FakeTree] = FakeTree
+        self,
+        keeper: Callable[..., Keeper] = Keeper,
+        tree: Callable[[], FakeTree] = FakeTree,
+        keep_s: float = 0.0,
     ) -> None:
         self.now = 0.0
+        self.keep_s = keep_s
         self.tree = tree()
-        self.host = FakeHost()
         ours, theirs = Channel.pair()
         self.ours: Channel | None = ours
+        self.path = os.path.join(tempfile.gettempdir(), f"door-{os.getpid()}")
+        self.door = listen_at(self.path)
         self.keeper = keeper(
-            Channel(theirs), self.tree, self.host, grace_s=5.0, clock=lambda: self.now
+            Channel(theirs),
+            self.tree,
+            FakeHost(),
+            door=self.door,
+            grace_s=5.0,
+            keep_s=keep_s,
+            clock=lambda: self.now,
         )
+        self.hosts = 1
+        self.kept_since = 0.0
+        self.has_killed = False  # the server, or has begun to
+        self.signals_before = 0  # it was started
         self.orders = 0
         self.kills: set[int] = set()  # not answered yet
         self.untold: int | None = None
         self.starts_at_the_end: int | None = None
 
+    @property
+    def host(self) -> FakeHost:
+        host = self.keeper._host
+        assert isinstance(host, FakeHost)
+        return host
+
     def close(self) -> None:
         """Give back all descriptors."""
+        if self.door is not None:
+            self.door.close()
+            os.unlink(self.path)
         if self.ours is not None:
             self.ours.close()
         if self.keeper.channel is not None:
@@ -146,6 +178,7 @@ class Situation:
             (host.is_dead, host.is_silent, host.is_lock_free, self.ours is None),
             None if kill is None else (kill.order is None, kill.next_at() - self.now, kill.ends_at),
             (bool(self.kills), self.untold is None, self.keeper.is_done, tree.starts > 1),
+            (self.hosts, self.has_killed, self.keeper.kept_until - self.now),
         )
 
     def events(self) -> Iterator[str]:
@@ -164,8 +197,12 @@ class Situation:
             yield "host dies"
         if self.ours is None and not host.is_lock_free:
             yield "lock is free"
-        if self.keeper.kill is not None:
+        if self.keeper.kill is not None or self.keeper.kept_until < math.inf:
             yield "wait"
+        if self.hosts == 1:
+            yield "stranger"
+            if host.is_gone() or host.is_silent:
+                yield "next owner"
         yield from self._events_below()
 
     def _events_below(self) -> Iterator[str]:
@@ -198,14 +235,51 @@ class Situation:
                 self.starts_at_the_end = tree.starts
             case "wait":
                 kill = self.keeper.kill
-                assert kill is not None
-                self.now = min(kill.next_at(), kill.ends_at)
+                if kill is None:
+                    self.now = self.keeper.kept_until
+                else:
+                    self.now = min(kill.next_at(), kill.ends_at)
+            case "stranger":
+                self._knock()
+            case "next owner":
+                host.is_replaced = True
+                self._knock()
             case _:
                 tree.happen(event)
+        starts = tree.starts
+        self.has_killed |= len(tree.signals) > self.signals_before or event == "kill"
         was_really_empty = tree.is_really_empty
         self.keeper.turn(self._ready())
+        if tree.starts > starts:
+            self.has_killed, self.signals_before = False, len(tree.signals)
         self._hear(was_really_empty)
         self._check()
+
+    def _knock(self) -> None:
+        """Connect to the door; only the next owner is let in, and is the host from then on."""
+        was_kept = self.keeper.kept_until < math.inf or self.may_be_kept
+        end, before = Channel.to(self.path), self.host
+        self.keeper.turn(self._ready())
+        hello = [message for message, _ in _received(end)]
+        if self.ours is not None and before.is_replaced:
+            self.ours.close()
+        if before.is_replaced:
+            self.ours = end
+        else:
+            end.close()
+        if not before.is_replaced:
+            _promise(not hello, "a stranger is let in")
+            return
+        _promise(bool(hello), "the next owner is not let in")
+        _promise("server" not in hello[0] or was_kept, "what is being ended is handed over")
+        self.hosts, self.kills = 2, set()
+        self.starts_at_the_end, self.untold = None, hello[0].get("server")
+
+    @property
+    def may_be_kept(self) -> bool:
+        """Whether the server goes on if the host ends now."""
+        is_kept = self.keep_s > 0 and self.keeper.kill is None and not self.has_killed
+        return is_kept and self.tree.is_running
 
     def _order(self, op: str) -> None:
         assert self.ours is not None
@@ -219,9 +293,7 @@ class Situation:
         self.ours.send({"op": op, "id": self.orders, "grace_s": 1.0})
 
     def _hear(self, was_really_empty: bool) -> None:
-        for message, fds in self._received():
-            for fd in fds:
-                os.close(fd)
+        for message, _ in self._received():
             if "pid" in message and message.get("op") != "exited":
                 _promise(self.untold is None, "a start beside a server whose exit was not told")
                 self.untold = message["pid"]
@@ -237,10 +309,7 @@ class Situation:
             self.kills.discard(message.get("id", 0))
 
     def _received(self) -> list[tuple[Message, list[int]]]:
-        found: list[tuple[Message, list[int]]] = []
-        while self.ours is not None and (received := self.ours.receive()):
-            found += received
-        return found
+        return [] if self.ours is None else _received(self.ours)
 
     def _check(self) -> None:
         tree, host, kill = self.tree, self.host, self.keeper.kill
@@ -248,8 +317,13 @@ class Situation:
             _promise(kill is not None, "a kill that is never answered")
         if self.starts_at_the_end is not None:
             _promise(tree.starts == self.starts_at_the_end, "a start without a host")
-        if host.is_gone() and not self.keeper.is_done:
+        is_kept = self.keeper.kept_until < math.inf
+        if host.is_gone() and not self.keeper.is_done and not is_kept:
             _promise(kill is not None and kill.order is None, "a dead host's server goes on")
+        self.kept_since = self.now if not is_kept else self.kept_since
+        if is_kept:
+            _promise(self.now - self.kept_since < self.keep_s, "kept too long")
+            _promise(not self.has_killed, "what was being ended is kept")
         if self.keeper.is_done:
             has_tried = signal.SIGKILL in tree.signals and tree.is_immortal
             _promise(tree.is_really_empty or has_tried, "it has left something")
@@ -258,7 +332,11 @@ class Situation:
             _promise(self.now < kill.ends_at, "a kill without an end")
 
 
-def explore(keeper: Callable[..., Keeper] = Keeper, tree: Callable[[], FakeTree] = FakeTree) -> int:
+def explore(
+    keeper: Callable[..., Keeper] = Keeper,
+    tree: Callable[[], FakeTree] = FakeTree,
+    keep_s: float = 0.0,
+) -> int:
     """Let everything happen in every order, and return how many situations there are.
 
     Raises:
@@ -268,7 +346,7 @@ def explore(keeper: Callable[..., Keeper] = Keeper, tree: Callable[[], FakeTree]
     todo: deque[tuple[str, ...]] = deque([()])
     while todo:
         story = todo.popleft()
-        situation = Situation(keeper, tree)
+        situation = Situation(keeper, tree, keep_s)
         try:
             for event in story:
                 situation.happen(event)
@@ -282,6 +360,16 @@ def explore(keeper: Callable[..., Keeper] = Keeper, tree: Callable[[], FakeTree]
     return len(seen)
 
 
+def _received(channel: Channel) -> list[tuple[Message, list[int]]]:
+    found: list[tuple[Message, list[int]]] = []
+    while received := channel.receive():
+        found += received
+    for _, fds in found:
+        for fd in fds:
+            os.close(fd)
+    return found
+
+
 def _promise(is_kept: bool, otherwise: str) -> None:
     if not is_kept:
         raise Broken(otherwise)
@@ -290,7 +378,7 @@ def _promise(is_kept: bool, otherwise: str) -> None:
 @contextmanager
 def spec_file() -> Iterator[int]:
     fd = os.memfd_create("spec")
-    os.write(fd, json.dumps({"argv": ["server"], "env": {}, "cwd": "/"}).encode())
+    os.write(fd, json.dumps({"argv": ["server"], "env": {}, "cwd": "/", "memory": "it"}).encode())
     yield fd
     os.close(fd)
 
