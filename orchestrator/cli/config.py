@@ -68,7 +68,13 @@ class Settings(BaseModel):
     kill_grace: Annotated[_Seconds, _Flag("kill_grace_s", metavar="S")] = 5.0
     """Time between SIGTERM and SIGKILL, seconds; 0 = SIGKILL at once."""
     restart: Literal["never", "on-crash"] = "never"
-    """When to restart a server that exits by itself."""
+    """When to restart a server that exits by itself, or hangs."""
+    hang_timeout: Annotated[_Seconds, _Flag("hang_timeout_s", metavar="S")] = 60.0
+    """End a server that neither answers nor works for this long, seconds; 0 = never."""
+    on_host_exit: Literal["stop", "keep"] = "stop"
+    """At the end of this process: stop the server, or keep it for the next one."""
+    keep: Annotated[_Duration, _Flag("keep_s", metavar="S")] = 60.0
+    """How long it is kept, seconds."""
     api_key_file: Annotated[_Text, _Flag(is_path=True, metavar="F")] = _UNSET
     """File with API keys, one a line; default: the key in $LLAMA_ORCHESTRATOR_API_KEY, if set."""
     allowed_host: Annotated[list[_Text], _Flag("allowed_hosts", metavar="H")] = _UNSET

@@ -37,6 +37,7 @@ from orchestrator.runtime.orchestrator import Orchestrator
 from orchestrator.runtime.service import Exchange, Service
 from orchestrator.server import memory, process_table
 from orchestrator.server.binaries import ask_catalogue, find_server
+from orchestrator.server.channel import can_listen_at
 from orchestrator.server.environment import inherited_environment
 from orchestrator.server.slot import Slot
 from orchestrator.server.state_dir import cache_dir
@@ -47,6 +48,7 @@ _MARKS: Final = {"ok": ("✓", "green"), "note": ("·", "yellow"), "problem": ("
 _GIB: Final = 1 << 30
 _VERSION_TIMEOUT_S: Final = 20.0
 _HUB_TIMEOUT_S: Final = 5.0
+_INITS: Final = frozenset({"systemd", "init", "launchd", "runit", "s6-svscan", "openrc-init"})
 _GPU_TOOLS: Final = ("nvidia-smi", "rocm-smi")
 _FLAGS: Final = (
     *("--model", "--host", "--port", "--ctx-size", "--parallel", "--cache-type-k"),
@@ -63,6 +65,7 @@ PAGES: Final = {
     "state dir": _SLOT_PAGE,
     "disk": _SLOT_PAGE,
     "slot": "docs/how-to/workers.md",
+    "keep": "docs/how-to/restarts.md",
     "pidfd": _EMPTY_PAGE,
     "flock": _EMPTY_PAGE,
     "proc": _EMPTY_PAGE,
@@ -189,12 +192,52 @@ def _leftovers(slot: Slot) -> Check:
     left = {process.pid for process in slot.inhabitants()}
     if left:
         detail = f"{slot.name!r} is free, but a dead owner left the processes {sorted(left)}"
-        return Check("slot", "note", detail, "nothing to do: the next start ends them")
+        return Check("slot", "note", detail, "nothing to do: the next start adopts or ends them")
     if slot.record_path.exists():
         server_is = f"of process {server.pid}, which is gone" if server else "without a server"
         detail = f"{slot.name!r} is free, with a stale record {server_is}"
         return Check("slot", "note", detail, "nothing to do: the next start removes it")
     return Check("slot", "ok", f"{slot.name!r} is free and empty")
+
+
+def _keeping(intent: Intent) -> Iterator[Check]:
+    """Whether a server can go on after its host (`on_host_exit = "keep"`)."""
+    with contextlib.suppress(OrchestratorError):
+        if not can_listen_at(str(Slot(intent.slot, intent.state_dir).door_path)):
+            remedy = "give a shorter --state-dir or --slot, on Linux"
+            yield Check("keep", "note", "no socket can be in the slot's folder", remedy)
+            return
+    if (init := _other_init()) is not None:
+        detail = f"pid 1 is {init}: at its end everything ends, a kept server too"
+        remedy = "keep the container running while the service in it restarts"
+        yield Check("keep", "note", detail, remedy)
+    elif (mode := _kill_mode()) not in {None, "process", "none"}:
+        detail = f"systemd ends everything of this unit at its end (KillMode={mode})"
+        yield Check("keep", "note", detail, "set KillMode=process in the unit")
+    else:
+        yield Check("keep", "ok", "a server can be kept for the next owner of its slot")
+
+
+def _other_init() -> str | None:
+    """Return the name of pid 1 if it is no init system, which ends with its container."""
+    try:
+        name = Path("/proc/1/comm").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    return None if name in _INITS else name
+
+
+def _kill_mode() -> str | None:
+    """Return systemd's KillMode of the service that we are in; None if in none."""
+    try:
+        group = Path("/proc/self/cgroup").read_text(encoding="utf-8").strip().rpartition("/")[2]
+        if not group.endswith(".service"):
+            return None
+        command = ["systemctl", "show", "--property=KillMode", "--value", group]
+        done = subprocess.run(command, capture_output=True, timeout=5.0, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode(errors="replace").strip() or None
 
 
 def _kernel(_: Intent) -> Iterator[Check]:
@@ -340,7 +383,7 @@ def _fit(model: Variant) -> Check:
 
 
 CHECKS: Final[tuple[Callable[[Intent], Iterator[Check]], ...]] = (
-    *(_platform, _server, _embedded, _slot, _kernel, _memory, _gpu, _port, _hub, _model),
+    *(_platform, _server, _embedded, _slot, _keeping, _kernel, _memory, _gpu, _port, _hub, _model),
 )
 
 

@@ -107,9 +107,11 @@ def _service(
     allowed_hosts: tuple[str, ...],
     as_json: bool,
     quiet: bool,
+    hang_timeout_s: float,
     **for_orchestrator: Any,
 ) -> Iterator[Service]:
     """Check everything that can be checked before anything is started, and listen."""
+    for_orchestrator["hang_timeout_s"] = hang_timeout_s or None
     keys = options.keys_in(api_key_file)
     if not keys and not is_loopback(host):
         raise click.UsageError(

@@ -19,6 +19,7 @@ VERSION: Final = 1
 _TYPE: Final = getattr(socket, "SOCK_SEQPACKET", socket.SOCK_STREAM)
 _LONGEST: Final = 1 << 16
 _MOST_FDS: Final = 4
+_LONGEST_PATH: Final = 107
 _CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # `socket.recv_fds` ignores its flags
 
 Message = dict[str, Any]
@@ -95,12 +96,17 @@ class Channel:
             os.close(self._fds.pop())
 
 
+def can_listen_at(path: str) -> bool:
+    """Return whether `listen_at` can succeed: the kernel takes 107 bytes of a path."""
+    return hasattr(socket, "SO_PEERCRED") and len(os.fsencode(path)) <= _LONGEST_PATH
+
+
 def listen_at(path: str) -> socket.socket | None:
     """Return a socket that listens at a path; None where none can be, or the path is too long.
 
     Who connects must be known by SO_PEERCRED, which Linux has.
     """
-    if not hasattr(socket, "SO_PEERCRED"):
+    if not can_listen_at(path):
         return None
     end = socket.socket(socket.AF_UNIX, _TYPE)
     try:

@@ -66,10 +66,10 @@ class Keepers:
         """
         link = KeeperLink.succeed(self._slot)
         left = self._look_up() if link is None else self._inherit(link)
-        if left is not None:
-            pid = left.process.pid if left.process else None
-            level = "info" if left.kept is not None else "warning"
-            _log(level, "slot.occupied", pid=pid, is_kept=left.kept is not None)
+        if left is not None and left.kept is not None:
+            _log("info", "slot.kept", pid=left.kept.pid)
+        elif left is not None:
+            _log("warning", "slot.occupied", pid=left.process.pid if left.process else None)
         try:
             if self.present is None:
                 self._start()

@@ -307,11 +307,13 @@ class Warden(threading.Thread):
             _log("error", "process.kill_failed", pids=pids)
             self._fail(run, f"processes {pids} did not end after SIGKILL")
             return
-        is_stranger = run.server is None and run.command.child is not None  # of a dead owner
+        ours = link.process if link is not None else None
+        is_found = run.server is None and run.command.child is not None
+        is_stranger = is_found and self._slot.recall_keeper() != ours  # a dead owner's
         is_proof = is_contained and answer.get("is_empty") and not is_stranger
         evidence = self._slot.verify() if is_proof else SlotEvidence(False)
         if is_stranger:
-            evidence = eviction.reap(self._slot, link.process if link is not None else None)[1]
+            evidence = eviction.reap(self._slot, ours)[1]
         elif not evidence.is_empty:
             evidence = eviction.evict(self._slot, run.grace_s)[1]
         if not evidence.is_empty:

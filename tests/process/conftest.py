@@ -53,7 +53,7 @@ def make(fake: Fake, state_dir: Path) -> Iterator[Make]:
 
     yield build
     for orch in made:
-        orch.close()
+        orch.close(keep=False)
 
 
 @pytest.fixture
