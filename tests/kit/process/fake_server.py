@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         flood_for_ever: bool
         knows_keys: bool  # false: it answers without a key, as old builds do
         close_output: bool  # closes its pipe
+        hangs: str  # once healthy it answers nothing more; meanwhile: idle | compute | print
         # the end
         ignore_term: int  # how many SIGTERMs have no effect; negative: all
         term_takes_s: float
@@ -146,6 +147,7 @@ class Server:
         self.terms = 0
         self.ready_at = 0.0
         self.has_answered = False
+        self.is_hung = False
 
     def on_term(self, signum: int, frame: object) -> None:
         self.terms += 1
@@ -237,7 +239,7 @@ class Server:
 
     def reply(self, connection: _socket.socket, path: str, *, is_allowed: bool) -> None:
         delay = self.plan.get("answer_after_s", 0.0)
-        if delay < 0 or path == self.plan.get("silent_at"):
+        if delay < 0 or path == self.plan.get("silent_at") or self.is_hung:
             return
         time.sleep(delay)
         burn(self.plan.get("answer_costs_s", 0.0))
@@ -266,6 +268,15 @@ class Server:
             self.journal.write("closed")
         if self.plan.get("flood_for_ever"):
             _thread.start_new_thread(flood, (1 << 60, "lines"))
+        if "hangs" in self.plan:
+            self.is_hung = True
+            self.journal.write("hangs")
+            while self.plan["hangs"] != "idle":
+                if self.plan["hangs"] == "compute":
+                    burn(0.1)
+                else:
+                    os.write(1, b".\n")
+                time.sleep(0.1)
         if "crash_after_s" in self.plan:
             time.sleep(self.plan["crash_after_s"])
             self.journal.write("crash")
