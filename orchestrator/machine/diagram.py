@@ -127,18 +127,21 @@ markerHeight="7" orient="auto-start-reverse"><path d="M0 0 L10 5 L0 10 z"/></mar
 def svg(current: State | None = None) -> str:
     """Return a drawing that follows the reader's light or dark theme.
 
-    The path to Healthy runs from left to right, edges back to Idle above it and edges back to
-    Killing below it. Elements have ids (`state-Idle`, `edge-Idle-Killing`) for live views.
+    The path to Healthy runs from left to right, edges that skip a part of it and edges back to Idle
+    above it, and edges back to Killing below it. Elements have ids (`state-Idle`,
+    `edge-Idle-Killing`) for live views.
     """
     forward = [edge for edge in edges() if edge.step == 1]
+    ahead = [edge for edge in edges() if edge.step > 1]
     back = sorted((edge for edge in edges() if edge.step < 0), key=lambda edge: edge.step)
     above = [edge for edge in back if edge.dest is State.IDLE]
     below = [edge for edge in back if edge.dest is not State.IDLE]
-    top = 24 + _lane(above[0])
+    top = 24 + _lane(above[0]) + _LANE * len(ahead)
     width = 2 * _LEFT + _PITCH * (len(_ORDER) - 1) + _BOX_W
     height = top + _BOX_H + _lane(below[0]) + 30
     parts = [
         *(_arc(edge, top) for edge in (*above, *below)),
+        *(_leap(edge, top, 24 + _LANE * n) for n, edge in enumerate(ahead)),
         *(_arrow(edge, top) for edge in forward),
         *(_state(state, top, is_current=state is current) for state in _ORDER),
         *(_gate(edge, top) for edge in forward if edge.dest is State.SPAWNING),
@@ -189,12 +192,29 @@ def _arc(edge: Edge, top: int) -> str:
         f"M{start} {base} V{lane - side * r} Q{start} {lane} {start - r} {lane} "
         f"H{end + r} Q{end} {lane} {end} {lane - side * r} V{base + side * 3}"
     )
-    label, middle = " · ".join(edge.triggers), (start + end) // 2
+    middle = (start + end) // 2
     if edge.step == -1:  # too short for a label on the line
-        return _edge(edge, path, _text(middle, lane + (17 if side > 0 else -8), label), "edge")
+        label = _text(middle, lane + (17 if side > 0 else -8), " · ".join(edge.triggers))
+        return _edge(edge, path, label, "edge")
+    return _edge(edge, path, _chip(edge, middle, lane), "edge")
+
+
+def _leap(edge: Edge, top: int, lane: int) -> str:
+    """An edge that skips states: up from the box, along a lane of its own, and down again."""
+    start, end, r = _x(edge.source) - 2 * _SPREAD, _x(edge.dest), _CORNER
+    path = (
+        f"M{start} {top} V{lane + r} Q{start} {lane} {start + r} {lane} "
+        f"H{end - r} Q{end} {lane} {end} {lane + r} V{top - 3}"
+    )
+    return _edge(edge, path, _chip(edge, (start + end) // 2, lane), "edge")
+
+
+def _chip(edge: Edge, x: int, y: int) -> str:
+    """The triggers of an edge, on its line."""
+    label = " · ".join(edge.triggers)
     half = round(3.9 * len(label)) + 6
-    chip = f'<rect x="{middle - half}" y="{lane - 9}" width="{2 * half}" height="18"/>'
-    return _edge(edge, path, chip + _text(middle, lane + 4, label), "edge")
+    rect = f'<rect x="{x - half}" y="{y - 9}" width="{2 * half}" height="18"/>'
+    return rect + _text(x, y + 4, label)
 
 
 def _text(x: int, y: int, label: str) -> str:

@@ -72,7 +72,9 @@ def test_a_healthy_machine_passes_every_check(
     cli: Cli, look: Look, state_dir: Path, free_port: str
 ) -> None:
     found = look()
-    names = "python platform llama-server embedded slot pidfd flock proc memory disk gpu port hub"
+    names = (
+        "python platform llama-server embedded slot keep pidfd flock proc memory disk gpu port hub"
+    )
     assert found.keys() == {*names.split(), "server flags", "state dir", "model cache"}
     text = cli(
         *("doctor", "--llama-server", "embedded", "--state-dir", str(state_dir)),
