@@ -229,7 +229,8 @@ def say_loaded(loaded: Mapping[str, Any], url: str | None = None) -> None:
     say_field("model", loaded["model_path"], variant)
     if url is not None:
         say_clients(url)
-    say_field("server", loaded["base_url"], (f"  pid {loaded['pid']}", "dim"))
+    origin = ", adopted" if loaded.get("adopted") else ""
+    say_field("server", loaded["base_url"], (f"  pid {loaded['pid']}{origin}", "dim"))
     requested = loaded["requested_context_length"] or "Auto"
     say_field("context", f"{loaded['context_length']}", (f"  requested: {requested}", "dim"))
     settings = [

@@ -240,6 +240,8 @@ async def _print_transitions(service: Service, loading: asyncio.Task[LoadOutcome
                 view.transition(event)
             if event.trigger == "exited" and (exit_ := service.orch.status().last_exit):
                 say(f"  the server exited by itself, status {exit_.returncode}", stderr=True)
+            if event.trigger == "hung":
+                say("  the server hung: it neither answered nor worked", stderr=True)
             if event.dest == State.HEALTHY and not is_shown:
                 is_shown = True
                 (outcome,) = await asyncio.gather(loading, return_exceptions=True)

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.cli import doctor
 from orchestrator.cli.doctor import PAGES
 from orchestrator.server import process_table
 from orchestrator.server.slot import Slot
-from tests.kit.command import Cli, Start
+from tests.kit.command import COMMAND, Cli, Start, environment
 from tests.kit.copies import ROOT
 from tests.kit.fake_hub import Hub, Repo
 from tests.kit.sentences import assert_sentence
@@ -83,6 +84,34 @@ def test_a_healthy_machine_passes_every_check(
     )
     assert text.returncode == 0
     assert "ready" in text.stdout
+
+
+def test_a_socket_that_cannot_be_keeps_no_server(look: Look, tmp_path: Path) -> None:
+    found = look("--state-dir", str(tmp_path / ("long" * 20)))
+    assert found["keep"]["verdict"] == "note"
+    assert found["keep"]["detail"] == "no socket can be in the slot's folder"
+
+
+def test_a_container_that_ends_keeps_no_server(tmp_path: Path) -> None:
+    inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    command = [*COMMAND, "doctor", "--json", "--state-dir", str(tmp_path)]
+    env = {**environment(), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*inside, *command], capture_output=True, check=False, env=env)
+    [found] = [one for one in json.loads(done.stdout)["checks"] if one["name"] == "keep"]
+    assert found["verdict"] == "note"
+    assert re.match(r"pid 1 is \S+: at its end everything ends", found["detail"])
+
+
+@pytest.mark.parametrize(("mode", "is_kept"), [("process", True), ("mixed", False)])
+def test_a_unit_that_systemd_ends_as_a_whole_keeps_no_server(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: str, is_kept: bool
+) -> None:
+    monkeypatch.setattr(doctor, "_other_init", lambda: None)
+    monkeypatch.setattr(doctor, "_kill_mode", lambda: mode)
+    intent = doctor.Intent("embedded", "default", str(tmp_path), 1, None)
+    [check] = doctor._keeping(intent)
+    assert (check.verdict == "ok") is is_kept
+    assert is_kept or f"KillMode={mode}" in check.detail
 
 
 def test_a_missing_server_is_a_problem(look: Look, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ function facts(loaded) {
     ["API", `${location.origin}/v1`],
     ["Server", loaded.base_url],
     ["Process", `pid ${loaded.pid}`],
-    ["Loaded in", `${seconds(loaded.timings_s.total)} (generation ${loaded.generation})`],
+    [loaded.adopted ? "Adopted in" : "Loaded in", `${seconds(loaded.timings_s.total)} (generation ${loaded.generation})`],
   ];
   return rows.filter(([, text]) => text).map(([name, text]) => el("div", {}, el("dt", {}, name), el("dd", {}, text)));
 }
@@ -73,7 +73,7 @@ function notes(now) {
   }
   if (now.draining_left_s !== null) texts.push(`Waits for ${now.leases} ${now.leases === 1 ? "request" : "requests"} of this server, ${seconds(now.draining_left_s)} at most.`);
   if (now.occupied_by) texts.push(`Process ${now.occupied_by} could not be stopped and occupies the slot.`);
-  if (!loaded && !loading && !recovery && exit && !error) texts.push(`The last server (pid ${exit.pid}) exited with code ${exit.returncode ?? "?"}.`);
+  if (!loaded && !loading && !recovery && exit && !error) texts.push(`The last server (pid ${exit.pid}) ${exit.reason === "hung" ? "hung" : `exited with code ${exit.returncode ?? "?"}`}.`);
   if (error && QUIET.has(error.category)) texts.push(error.detail);
   if (loaded?.note) texts.push(loaded.note);
   return texts;
