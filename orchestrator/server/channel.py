@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any, Final, Self
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Of the messages; the first one of a keeper names it."""
 _TYPE: Final = getattr(socket, "SOCK_SEQPACKET", socket.SOCK_STREAM)
 _LONGEST: Final = 1 << 16

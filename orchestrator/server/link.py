@@ -124,7 +124,7 @@ class KeeperLink:
         link = cls(channel, None, can_keep=True)
         if link.wait(lambda: link.pid is not None) and link.pin is not None:
             return link
-        if link.pid is not None:  # in another container, where numbers mean other processes
+        if link.pid is not None:  # of another version, or in a container with other numbers
             with contextlib.suppress(KeeperGone):
                 link.wait(link.order("kill", grace_s=LEFT_GRACE_S).done)
         link.end()
@@ -199,17 +199,20 @@ class KeeperLink:
         return said
 
     def _meet(self, hello: Message, fds: list[int]) -> None:
-        unread, memory, output = [*fds, None, None, None][:3]
-        if unread is not None:
-            self.unread = read_all(unread)
-        if memory is not None and output is not None:
-            remembered = read_all(memory)
-            self.kept = KeptServer(hello["server"], remembered, hello["url"], output)
         pid = self.pid = hello["pid"]
         self.contains = hello["contains"]
         if hello["version"] == VERSION and hello["pids"] == pid_namespace():
             found = process_table.identify(pid)
             self.pin = None if found is None else Pin.of(found)  # None for a thread
+            unread, memory, output = [*fds, None, None, None][:3]
+            if unread is not None:
+                self.unread = read_all(unread)
+            if memory is not None and output is not None:
+                remembered = read_all(memory)
+                self.kept = KeptServer(hello["server"], remembered, hello["url"], output)
+        else:
+            for fd in fds:
+                os.close(fd)
         if self._helper is not None:
             self._helper.wait()
 

@@ -382,14 +382,27 @@ def test_a_server_that_is_stopped_is_ended_and_a_load_gets_another(
     fake.assert_no_overlap()
 
 
-def test_a_keeper_in_another_container_has_its_server_ended(
-    host: StartHost, make: Make, fake: Fake, model_a: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("pid_namespace", lambda: "pid:[1]"), ("VERSION", 1)],
+    ids=["pids", "version"],
+)
+def test_a_keeper_in_another_container_or_of_another_version_has_its_server_ended(
+    host: StartHost,
+    make: Make,
+    fake: Fake,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    value: object,
 ) -> None:
     """Its numbers mean other processes: it is asked, and never signalled."""
     backend, pid = keeping(host)
     backend.die()
-    monkeypatch.setattr(link, "pid_namespace", lambda: "pid:[1]")
+    monkeypatch.setattr(link, name, value)
+    before = len(os.listdir("/proc/self/fd"))
     orch = make().start()
+    orch.close()
+    assert len(os.listdir("/proc/self/fd")) <= before
     assert (orch.status().loaded, is_running(pid)) == (None, False)
     monkeypatch.undo()
     fake.assert_no_overlap()
