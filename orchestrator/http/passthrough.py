@@ -29,8 +29,10 @@ from orchestrator.http.bodies import Client
 from orchestrator.http.paths import own_path
 from orchestrator.http.problems import AsciiJSON, Responder, http_problem
 from orchestrator.http.shutdown import HOST, Shutdown
+from orchestrator.machine.commands import Kill
 from orchestrator.runtime.answers import LeasedServer
 from orchestrator.runtime.orchestrator import AsyncOrchestrator
+from orchestrator.runtime.snapshot import StepReport
 from orchestrator.settings.fields import Kind
 
 Header = tuple[bytes, bytes]
@@ -85,6 +87,9 @@ class PassThrough:
         self._shutdown = shutdown
         self.held: int = 0
         self._sessions: dict[Generation | None, aiohttp.ClientSession] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closing: set[asyncio.Task[None]] = set()
+        orch.observe(self._look)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # a WebSocket: llama-server has none
@@ -115,6 +120,21 @@ class PassThrough:
             answer = await self._responder.failure(Request(scope), error)
             await answer(scope, receive, send)
 
+    def _look(self, report: StepReport) -> None:
+        """Close the connections to a server that is about to be stopped, on the owner's thread: an
+        open one holds up its end.
+        """
+        for command in report.commands:
+            if isinstance(command, Kill) and command.child is not None and self._loop is not None:
+                with contextlib.suppress(RuntimeError):  # the loop has been closed
+                    self._loop.call_soon_threadsafe(self._part_from, command.child.generation)
+
+    def _part_from(self, generation: Generation) -> None:
+        if (session := self._sessions.pop(generation, None)) is not None:
+            closing = asyncio.ensure_future(session.close())
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
     async def close(self) -> None:
         """Close the connections to the server."""
         while self._sessions:
@@ -142,6 +162,7 @@ class PassThrough:
             for old in [self._sessions.pop(key) for key in (*self._sessions,) if key]:
                 await old.close()
         if generation not in self._sessions:
+            self._loop = asyncio.get_running_loop()
             keepalive_s = _KEEPALIVE_S if generation else None
             self._sessions[generation] = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(

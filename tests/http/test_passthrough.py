@@ -22,7 +22,7 @@ import pytest
 from fastapi.testclient import TestClient
 from openai.types.chat import ChatCompletion
 
-from orchestrator.http import create_app
+from orchestrator.http import create_app, passthrough
 from tests.kit.http import (
     DEADLINE_S,
     PREFIX,
@@ -35,7 +35,7 @@ from tests.kit.http import (
     serving,
     until,
 )
-from tests.kit.process.support import Background
+from tests.kit.process.support import Background, Fake
 from tests.kit.sentences import assert_sentence
 
 LOAD, CHAT = PREFIX + "/load", "/v1/chat/completions"
@@ -497,6 +497,27 @@ def test_held_requests_are_bounded_in_time_and_number(through: Callable[..., htt
     assert int(late.headers["Retry-After"]) >= 1
     full = through(Lender(None), max_held=0)
     assert problem(full.get("/v1/models")) == (503, "unavailable")
+
+
+@pytest.mark.parametrize("how", ["load", "unload"])
+def test_no_idle_connection_of_ours_holds_up_the_end_of_a_server(
+    serve: Serve,
+    tmp_path: Path,
+    tiny_model: str,
+    other_model: str,
+    how: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """B89: a server waits for kept connections before it exits."""
+    monkeypatch.setattr(passthrough, "_KEEPALIVE_S", 600.0)
+    fake = Fake(tmp_path / "fake")
+    fake.behave(waits_for_clients=True)
+    with serve(fake.path, server_env=fake.env, kill_grace_s=600.0) as client:
+        client.post("/api/inference/load", json={"model_path": tiny_model}).raise_for_status()
+        assert client.post("/v1/completions", json={}).status_code == 200
+        body = {"model_path": other_model} if how == "load" else {}
+        client.post(f"/api/inference/{how}", json=body).raise_for_status()
+    fake.assert_no_overlap()
 
 
 def test_unreachable_server_is_503(through: Callable[..., httpx.Client]) -> None:

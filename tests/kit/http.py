@@ -72,6 +72,9 @@ class Lender:
     def known_paths(self) -> tuple[()]:
         return ()
 
+    def observe(self, _: object) -> None:
+        pass
+
     @contextlib.asynccontextmanager
     async def lease(self) -> AsyncIterator[LeasedServer]:
         if self.base_url is None:

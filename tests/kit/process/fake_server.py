@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         # the end
         ignore_term: int  # how many SIGTERMs have no effect; negative: all
         term_takes_s: float
+        waits_for_clients: bool  # to close their connections, once it has SIGTERM
         children: list[str]  # group | setsid | daemon | closed | scrubbed | escaped; "!": deaf
 
 
@@ -148,6 +149,7 @@ class Server:
         self.ready_at = 0.0
         self.has_answered = False
         self.is_hung = False
+        self.connections = 0
 
     def on_term(self, signum: int, frame: object) -> None:
         self.terms += 1
@@ -156,6 +158,8 @@ class Server:
         if ignored < 0 or self.terms <= ignored:
             return
         time.sleep(self.plan.get("term_takes_s", 0.0))
+        while self.plan.get("waits_for_clients") and self.connections:
+            time.sleep(0.001)
         self.end(0)
 
     def end(self, code: int) -> None:
@@ -224,6 +228,7 @@ class Server:
 
     def answer(self, connection: int) -> None:
         with_fd = _socket.socket(fileno=connection)
+        self.connections += 1
         try:
             while (request := with_fd.recv(65536)) != b"":
                 path = request.split(b" ", 2)[1].decode()
@@ -232,6 +237,7 @@ class Server:
             pass
         finally:
             with_fd.close()
+            self.connections -= 1
 
     def has_key(self, request: bytes) -> bool:
         key = os.environ.get("LLAMA_API_KEY") if self.plan.get("knows_keys", True) else None
