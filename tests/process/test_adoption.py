@@ -17,10 +17,12 @@ import pytest
 
 from orchestrator import AsyncOrchestrator, LoadOutcome, Orchestrator, SlotOwned, State
 from orchestrator.errors import NotLoaded
+from orchestrator.http import create_app
 from orchestrator.runtime import handover
 from orchestrator.server import link
 from orchestrator.server.channel import Channel
 from orchestrator.server.slot import Slot
+from tests.kit.http import PREFIX, serving
 from tests.kit.process.servers import servers_of
 from tests.kit.process.support import (
     Fake,
@@ -406,6 +408,23 @@ def test_a_keeper_in_another_container_or_of_another_version_has_its_server_ende
     assert (orch.status().loaded, is_running(pid)) == (None, False)
     monkeypatch.undo()
     fake.assert_no_overlap()
+
+
+def test_no_path_is_told_over_http_of_what_has_changed(
+    host: StartHost, fake: Fake, state_dir: Path, model_a: str
+) -> None:
+    folder = os.path.dirname(model_a)
+    program = KEEPING.replace("make(", "make(models_dir=os.path.dirname(a['model']), ")
+    backend, _ = keeping(host, program.replace('load(a["model"]', 'load("a.gguf"'))
+    backend.die()
+    a_longer_file(backend, fake, model_a)
+    app = create_app(
+        llama_server=fake.path, server_env=fake.env, state_dir=state_dir, models_dir=folder
+    )
+    with serving(app) as client:
+        error = client.get(PREFIX + "/status").json()["last_error"]
+    assert error["detail"].endswith("a.gguf has changed since the server started")
+    assert folder not in error["detail"]
 
 
 # Who may have it
