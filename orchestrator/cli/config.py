@@ -75,6 +75,8 @@ class Settings(BaseModel):
     """At the end of this process: stop the server, or keep it for the next one."""
     keep: Annotated[_Duration, _Flag("keep_s", metavar="S")] = 60.0
     """How long it is kept, seconds."""
+    warm: bool = True
+    """Read the next model into the page cache while the running server drains and ends."""
     api_key_file: Annotated[_Text, _Flag(is_path=True, metavar="F")] = _UNSET
     """File with API keys, one a line; default: the key in $LLAMA_ORCHESTRATOR_API_KEY, if set."""
     allowed_host: Annotated[list[_Text], _Flag("allowed_hosts", metavar="H")] = _UNSET

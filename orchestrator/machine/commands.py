@@ -131,6 +131,14 @@ class LookUp:
 
 
 @dataclass(frozen=True, slots=True)
+class Warm:
+    """Read the files of a load ahead, until its server is started. Nothing waits for this."""
+
+    generation: Generation
+    target: Target
+
+
+@dataclass(frozen=True, slots=True)
 class SetToken:
     generation: Generation
     reason: CancelReason
@@ -213,6 +221,7 @@ class DropStale:
 Command = (
     Effect
     | LookUp
+    | Warm
     | SetToken
     | SetTimer
     | StopTimer

@@ -31,6 +31,7 @@ class Policy:
     restart: RestartPolicy | None = None  # of a server that ended by itself; None = never
     idle_ttl_s: float | None = None  # stop a server after this time without use; None = never
     keeps_server: bool = False  # for the next owner, at the end of the host
+    warms: bool = False  # the files of the next model while the running server ends
     max_looking: int = 1024  # calls whose model is being looked up
     max_waiting: int = 64  # queued loads
     max_prefetches: int = 4  # downloads beside the load in flight

@@ -74,6 +74,7 @@ class Facade:
         on_host_exit: Literal["stop", "keep"] = "stop",
         keep_s: float = 60.0,
         hang_timeout_s: float | None = 60.0,
+        warm: bool = True,
         parts: Parts | None = None,
     ) -> None:
         """Check the options. `start`, or the first call, claims the slot.
@@ -103,6 +104,8 @@ class Facade:
             keep_s: Seconds for which it is kept; after that it is stopped.
             hang_timeout_s: End a server that has neither answered nor worked for so many seconds,
                 as if it had exited; None = never.
+            warm: Read the files of the next model into the page cache while the running server
+                drains and ends, where they fit into memory.
             parts: Replacements for the parts of an orchestrator, for tests and embedders.
 
         Raises:
@@ -122,6 +125,7 @@ class Facade:
         keep_s = checked_seconds("keep_s", keep_s, zero=False)
         if hang_timeout_s is not None:
             hang_timeout_s = checked_seconds("hang_timeout_s", hang_timeout_s, zero=False)
+        check_switch("warm", warm)
         keeps = on_host_exit == "keep"
         roots = model_roots(models_dir)
         self._parts = parts or Parts()
@@ -130,7 +134,9 @@ class Facade:
         self._state_dir = state_dir
         self._cache = cache_dir(state_dir)
         restarts = restart_policy(restart)
-        self._policy = Policy(drain_s, abandoned_load, restarts, idle_ttl_s, keeps_server=keeps)
+        self._policy = Policy(
+            drain_s, abandoned_load, restarts, idle_ttl_s, keeps_server=keeps, warms=warm
+        )
         self._servers = ServerSettings(
             grace_s,
             dict(server_env or {}),

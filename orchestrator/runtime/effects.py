@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
@@ -30,6 +31,7 @@ from orchestrator.machine.commands import (
     Probe,
     Resolve,
     Spawn,
+    Warm,
     failure_of,
 )
 from orchestrator.machine.facts import Child, Emptied, Fact, KillFailed, SlotEvidence
@@ -40,6 +42,7 @@ from orchestrator.runtime.ports import LogPosition, SlotLock
 from orchestrator.server.child import ServerProcess
 from orchestrator.server.environment import check_server_env, child_environment
 from orchestrator.server.keepers import Left
+from orchestrator.server.page_cache import read_ahead
 from orchestrator.server.readiness import ReadProgress, wait_ready
 from orchestrator.server.slot import Slot
 from orchestrator.server.warden import Warden
@@ -48,6 +51,7 @@ from orchestrator.settings.argv import build_argv
 
 _log = event_log("orchestrator.effects")
 
+_DIRECT: Final = frozenset({"--direct-io", "-dio"})
 _CLOSE_S: Final = 5.0  # cancelled work takes some 10 ms to end its child processes
 
 
@@ -108,6 +112,7 @@ class ProcessEffects:
         self._template_path = str(slot.directory / "chat-template.jinja")
         self._server: ServerProcess | None = None
         self._watch: Watch | None = None
+        self._warming = threading.Event()  # set: what reads ahead is to end
         self._progress: dict[Generation, ReadProgress | FetchProgress] = {}
         self._in_flight: set[Future[None]] = set()
         self._warden = Warden(
@@ -159,6 +164,7 @@ class ProcessEffects:
                 self._end_watch()
                 self._warden.empty(effect, self._server, self._emptied)
             case Spawn():
+                self._warming.set()  # from now on the server reads
                 self._spawn(effect, lock)
             case Resolve() | Download():
                 fetched = self._progress[effect.generation] = FetchProgress()
@@ -166,6 +172,21 @@ class ProcessEffects:
             case Probe():
                 loaded = self._progress[effect.generation] = ReadProgress(effect.size_bytes)
                 self._submit(effect, lambda: self._probe(effect, token, loaded))
+
+    def warm(self, command: Warm, token: CancelToken) -> None:
+        if _DIRECT & set(command.target.extra_args):  # past the page cache
+            return
+        server, over = self._server, threading.Event()
+        self._warming = over
+        pids = server.family() if server is not None else set()
+        paths = [file.path for file in command.target.model.files]
+
+        def run() -> None:
+            with contextlib.suppress(OSError):  # the server will say what is wrong
+                count = read_ahead(paths, pids, lambda: over.is_set() or token.is_set())
+                _log("info", "model.warmed", generation=command.generation, bytes=count)
+
+        self._workers.submit(run)
 
     def look_up(self, command: LookUp) -> None:
         self._workers.submit(lambda: self._post(looked_up(command, self._look_up)))
@@ -190,6 +211,7 @@ class ProcessEffects:
 
     def close(self, *, keep: bool = False) -> None:
         self._end_watch()
+        self._warming.set()
         wait(tuple(self._in_flight), _CLOSE_S)
         self._warden.close(keep=keep)
         self._workers.release()

@@ -324,6 +324,7 @@ class Owner:
             _log("exception", "command.failed", command=type(command).__name__)
 
     def _carry_out(self, command: Command, lock: SlotLock | None) -> None:
+        """Do what a command says; `Concluded` and `ServerEnded` are for history and observers."""
         if isinstance(command, Effect):
             self._start(command, lock)
             return
@@ -334,6 +335,8 @@ class Owner:
                 self._time(command)
             case commands.LookUp():
                 self._look_up(command)
+            case commands.Warm():
+                self.effects.warm(command, self._token(command.generation))
             case commands.Accept():
                 self._accept(command)
             case Settle():
@@ -342,8 +345,6 @@ class Owner:
                 self.post(fact)
             case commands.DropStale(generation, trigger):
                 _log("info", "completion.fenced", trigger=trigger, generation=generation)
-            case commands.Concluded() | commands.ServerEnded():
-                pass  # for the history and the observers
 
     def _start(self, effect: Effect, lock: SlotLock | None) -> None:
         try:

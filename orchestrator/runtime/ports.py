@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from orchestrator.base.tokens import CancelToken, Generation
-from orchestrator.machine.commands import Effect, LookUp
+from orchestrator.machine.commands import Effect, LookUp, Warm
 from orchestrator.machine.facts import Child, SlotEvidence
 
 Clock = Callable[[], float]  # monotonic seconds
@@ -45,6 +45,9 @@ class Effects(Protocol):
 
     def start(self, effect: Effect, token: CancelToken, lock: SlotLock | None) -> None:
         """Start an effect; a spawn is carried out before this returns. Owner's thread."""
+
+    def warm(self, command: Warm, token: CancelToken) -> None:
+        """Begin to read files ahead, until the token is set or a spawn begins. Owner's thread."""
 
     def look_up(self, command: LookUp) -> None:
         """Look up a model, which may take for ever; posts one `LookedUp`. Owner's thread."""

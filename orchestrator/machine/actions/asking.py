@@ -8,7 +8,7 @@ from orchestrator.base.tokens import Generation
 from orchestrator.errors import Problem
 from orchestrator.machine import facts
 from orchestrator.machine.actions.working import Step, cooling_down, require, superseded
-from orchestrator.machine.commands import Accept, Download, Prefetched, Resolve
+from orchestrator.machine.commands import Accept, Download, Prefetched, Resolve, Warm
 from orchestrator.machine.context import Caller, Job, Running
 from orchestrator.machine.guards import (
     awaited_by,
@@ -211,6 +211,8 @@ def take_next(s: Step[facts.Fact]) -> None:
             first = replace(first, reload_reasons=_reload_reasons(s, first))
             before = s.ctx.running.target if s.ctx.running else s.ctx.previous
             s.put(previous=before, recovery=None)
+        if s.ctx.policy.warms and s.ctx.child is not None and target.model.is_on_disk:
+            s.emit(Warm(first.generation, target))
     s.put(job=first, queue=tuple(rest))
 
 

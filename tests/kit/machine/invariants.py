@@ -22,6 +22,7 @@ from orchestrator.machine.commands import (
     ServerEnded,
     SetToken,
     Spawn,
+    Warm,
 )
 from orchestrator.machine.context import EffectInFlight, EffectKind
 from orchestrator.machine.facts import BecameReady, Completion, Fetched, LookedUp, TimerFired
@@ -184,7 +185,7 @@ def inv_spawning_is_verified(edge: Edge) -> str | None:
 
 def inv_nothing_begins_for_an_ended_load(edge: Edge) -> str | None:
     """A cancel waits for the effect in flight, never for the next one."""
-    begun = [c for c in edge.commands if isinstance(c, Resolve | Download | Spawn | Probe)]
+    begun = [c for c in edge.commands if isinstance(c, Resolve | Download | Spawn | Probe | Warm)]
     for effect in begun:
         if effect.generation in edge.after.tokens:
             kind = type(effect).__name__.lower()

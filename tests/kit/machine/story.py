@@ -30,6 +30,7 @@ from orchestrator.machine.commands import (
     Spawn,
     StopTimer,
     Unloaded,
+    Warm,
 )
 from orchestrator.machine.states import State
 
@@ -97,7 +98,7 @@ def describe(command: Command) -> str:
             return f"load {fact.generation} is promoted"
         case DropStale(generation, trigger):
             return f"{trigger} of load {generation} is dropped as stale"
-        case Concluded() | ServerEnded() | StopTimer():
+        case Concluded() | ServerEnded() | StopTimer() | Warm():
             return ""
         case Kill() | Resolve() | Download() | Spawn() | Probe():
             return _begins(command)

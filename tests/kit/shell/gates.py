@@ -23,6 +23,7 @@ from orchestrator.machine.commands import (
     Probe,
     Resolve,
     Spawn,
+    Warm,
     failure_of,
 )
 from orchestrator.machine.facts import (
@@ -240,6 +241,9 @@ class GatedEffects:
             self._changed.notify_all()
         if is_open:
             gate.succeed()
+
+    def warm(self, command: Warm, token: CancelToken) -> None:
+        """It changes nothing."""
 
     def look_up(self, command: LookUp) -> None:
         if self.look_ups is None:
