@@ -178,13 +178,13 @@ class ProcessEffects:
             return
         server, over = self._server, threading.Event()
         self._warming = over
-        pids = server.family() if server is not None else set()
         paths = [file.path for file in command.target.model.files]
 
         def run() -> None:
+            pids = server.family() if server is not None else set()
             with contextlib.suppress(OSError):  # the server will say what is wrong
                 count = read_ahead(paths, pids, lambda: over.is_set() or token.is_set())
-                _log("info", "model.warmed", generation=command.generation, bytes=count)
+                _log("debug", "model.warmed", generation=command.generation, bytes=count)
 
         self._workers.submit(run)
 
