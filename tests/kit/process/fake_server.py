@@ -282,7 +282,7 @@ class Server:
                     burn(0.1)
                 else:
                     os.write(1, b".\n")
-                time.sleep(0.1)
+                    time.sleep(0.1)
         if "crash_after_s" in self.plan:
             time.sleep(self.plan["crash_after_s"])
             self.journal.write("crash")
