@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator import Orchestrator
-from tests.kit.process.servers import servers_of
-from tests.kit.process.support import Fake, Host, Make, StartHost, kill, until
+from tests.kit.process.support import Fake, Host, Make, StartHost, kill, nothing_left, until
 
 
 @pytest.fixture
@@ -92,5 +91,5 @@ def host(fake: Fake, state_dir: Path, model_a: str) -> Iterator[StartHost]:
     yield start
     for started in hosts:
         started.close()
-    if hosts:
-        until(lambda: not servers_of(state_dir), "the keepers empty the slot", 10)
+    if hosts:  # one that is about to exit has no environment any more, by which it is found
+        until(lambda: nothing_left(state_dir, fake), "the keepers empty the slot", 10)
