@@ -255,6 +255,8 @@ class ProcessEffects:
                 fact = failure_of(effect, problem_of(error), time.monotonic())
             self._progress.pop(effect.generation, None)
             self._post(fact)
+            if isinstance(fact, facts.BecameReady):
+                self._ready(fact)
 
         done = self._workers.submit(run)
         self._in_flight.add(done)
@@ -290,14 +292,20 @@ class ProcessEffects:
         )
         if isinstance(verdict, Problem):
             return facts.NotReady(generation, time.monotonic(), verdict)
-        self._warden.keepers.note(verdict.base_url)
-        self._begin_watch(server, verdict.base_url)
         return facts.BecameReady(generation, time.monotonic(), verdict)
 
-    def _begin_watch(self, server: ServerProcess, base_url: str) -> None:
+    def _ready(self, fact: facts.BecameReady) -> None:
+        """Do what need not be done before a load is answered."""
+        server, base_url = self._server, fact.server.base_url
+        if server is None or server.generation != fact.generation:
+            return
+        self._warden.keepers.note(base_url)
         if (timeout_s := self._settings.hang_timeout_s) is not None:
-            self._watch = Watch(server, base_url, timeout_s, self._is_used, self._post)
-            self._watch.begin()
+            try:
+                self._watch = Watch(server, base_url, timeout_s, self._is_used, self._post)
+                self._watch.begin()
+            except OSError as error:  # no descriptor is left
+                _log("error", "watch.unavailable", pid=server.pid, error=str(error))
 
     def _emptied(self, fact: Emptied | KillFailed) -> None:
         if isinstance(fact, Emptied):

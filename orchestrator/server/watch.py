@@ -67,6 +67,7 @@ class Watch(threading.Thread):
         except NoThread as error:
             self._end()
             _log("error", "watch.unavailable", pid=self._server.pid, error=str(error))
+        self._look()  # it may have ended since
 
     def stop(self) -> None:
         """End the watch soon; callable from any thread."""
