@@ -51,6 +51,7 @@ from orchestrator.settings.argv import build_argv
 
 _log = event_log("orchestrator.effects")
 
+_WORTH_READING: Final = 16 << 20  # what is smaller is read in less time than a swap takes
 _DIRECT: Final = frozenset({"--direct-io", "-dio"})
 _CLOSE_S: Final = 5.0  # cancelled work takes some 10 ms to end its child processes
 
@@ -174,7 +175,8 @@ class ProcessEffects:
                 self._submit(effect, lambda: self._probe(effect, token, loaded))
 
     def warm(self, command: Warm, token: CancelToken) -> None:
-        if _DIRECT & set(command.target.extra_args):  # past the page cache
+        is_direct = _DIRECT & set(command.target.extra_args)  # past the page cache
+        if is_direct or command.target.model.size_bytes < _WORTH_READING:
             return
         server, over = self._server, threading.Event()
         self._warming = over

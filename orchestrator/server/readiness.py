@@ -12,6 +12,7 @@ import http.client
 import json
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Any, Final
@@ -186,6 +187,53 @@ class _BoundedSocket(socket.socket):
         return super().recv_into(*args)
 
 
+class _Talk(http.client.HTTPConnection):
+    """Requests to one port, over one connection for as long as the server keeps it.
+
+    Args:
+        open_: Returns a connected socket.
+    """
+
+    def __init__(self, port: int, open_: Callable[[int], _BoundedSocket]) -> None:
+        super().__init__(_HOST, port)
+        self._open = open_
+        self._bounded: _BoundedSocket | None = None
+
+    def connect(self) -> None:
+        self.sock = self._bounded = self._open(self.port)
+
+    def ask(
+        self, path: str, timeout_s: float, key: str | None = None, *, is_last: bool = False
+    ) -> tuple[int, bytes]:
+        """GET a path and return status and body, or raise one of `NO_ANSWER`.
+
+        A kept connection may be closed at the moment when it is used again.
+        """
+        headers = {"Connection": "close"} if is_last else {}
+        if key is not None:
+            headers["Authorization"] = f"Bearer {key}"
+        for may_retry in (self.sock is not None, False):
+            try:
+                return self._ask(path, timeout_s, headers)
+            except (ConnectionError, http.client.BadStatusLine):
+                self.close()
+                if not may_retry:
+                    raise
+        raise AssertionError("the second attempt is the last")
+
+    def _ask(self, path: str, timeout_s: float, headers: dict[str, str]) -> tuple[int, bytes]:
+        if self.sock is None:
+            self.connect()
+        if self._bounded is not None:
+            self._bounded.ends = time.monotonic() + timeout_s
+        self.request("GET", path, headers=headers)
+        answer = self.getresponse()
+        body = answer.read(_MAX_ANSWER)
+        if not answer.isclosed():
+            raise http.client.IncompleteRead(body)
+        return answer.status, body
+
+
 class ProbeConnection:
     """Requests to the server, one connection at a time; proxy variables do not apply."""
 
@@ -211,17 +259,20 @@ class ProbeConnection:
         about keys would answer everyone.
         """
         key = self._server.api_key
-        try:
-            if self._ask(port, "/health", _ANSWER_S)[0] != HTTPStatus.OK:
+        with contextlib.closing(_Talk(port, self._connect)) as talk:
+            try:
+                if talk.ask("/health", _ANSWER_S)[0] != HTTPStatus.OK:
+                    return None
+                keyless: int = HTTPStatus.UNAUTHORIZED
+                if key is not None:
+                    keyless = talk.ask("/slots", _PROPS_S)[0]
+                status, body = 0, b""
+                with contextlib.suppress(*NO_ANSWER):  # /health decides, /props only describes
+                    status, body = talk.ask("/props", _PROPS_S, key, is_last=True)
+            except NO_ANSWER:
                 return None
-            keyless = (
-                HTTPStatus.UNAUTHORIZED if key is None else self._ask(port, "/slots", _PROPS_S)[0]
-            )
-            status, body = 0, b""
-            with contextlib.suppress(*NO_ANSWER):  # /health decides, /props only describes
-                status, body = self._ask(port, "/props", _PROPS_S, key)
-        except NO_ANSWER:
-            return None
+            finally:
+                self._socket = None
         if keyless not in _REFUSALS:
             return _UNPROTECTED
         if status in _REFUSALS:
@@ -229,35 +280,18 @@ class ProbeConnection:
         found = _facts(f"http://{_HOST}:{port}", body if status == HTTPStatus.OK else b"")
         return replace(found, api_key=key)
 
-    def _ask(
-        self, port: int, path: str, timeout_s: float, key: str | None = None
-    ) -> tuple[int, bytes]:
-        """GET a path and return status and body, or raise one of `NO_ANSWER`."""
-        with _BoundedSocket() as connected:
-            self._socket = connected  # before the check: an interrupt comes before or after it
-            try:
-                if self._is_over:
-                    raise ConnectionAbortedError
-                connected.settimeout(timeout_s)
-                connected.connect((_HOST, port))
-                return _answer(connected, path, timeout_s, key)
-            finally:
-                self._socket = None
-
-
-def _answer(
-    connected: _BoundedSocket, path: str, timeout_s: float, key: str | None = None
-) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection(_HOST)
-    connection.sock = connected
-    connected.ends = time.monotonic() + timeout_s
-    headers = {"Connection": "close", **({"Authorization": f"Bearer {key}"} if key else {})}
-    connection.request("GET", path, headers=headers)
-    answer = connection.getresponse()
-    body = answer.read(_MAX_ANSWER)
-    if not answer.isclosed():
-        raise http.client.IncompleteRead(body)
-    return answer.status, body
+    def _connect(self, port: int) -> _BoundedSocket:
+        connected = _BoundedSocket()
+        self._socket = connected  # before the check: an interrupt comes before or after it
+        try:
+            if self._is_over:
+                raise ConnectionAbortedError
+            connected.settimeout(_ANSWER_S)
+            connected.connect((_HOST, port))
+        except OSError:
+            connected.close()
+            raise
+        return connected
 
 
 def _facts(base_url: str, props: bytes) -> ServerFacts:

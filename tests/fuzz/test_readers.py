@@ -201,7 +201,7 @@ def test_any_bytes_on_the_probe_socket_are_an_answer_or_none(data: bytes, ended:
             if ended:
                 theirs.shutdown(socket.SHUT_WR)
             with contextlib.suppress(*readiness.NO_ANSWER):
-                status, body = readiness._answer(probe, "/health", 0.01)
+                status, body = readiness._Talk(1, lambda _: probe).ask("/health", 0.01)
                 assert isinstance(status, int)
                 assert isinstance(body, bytes)
 

@@ -159,10 +159,8 @@ def test_a_limit_of_processes_ends_no_keeper(monkeypatch: pytest.MonkeyPatch) ->
     tree = object.__new__(SubreaperTree)
     monkeypatch.setattr(SubreaperTree, "is_empty", lambda _: True)
 
-    def refused() -> int:
-        raise BlockingIOError(11, "Resource temporarily unavailable")
-
-    monkeypatch.setattr(os, "fork", refused)
+    monkeypatch.setattr(tree, "_fork", lambda: -1, raising=False)
+    monkeypatch.setattr(tree, "_errno", lambda: 11, raising=False)
     before = os.listdir("/proc/self/fd")
     with open(os.devnull) as null, pytest.raises(CannotExecute) as found:
         tree.start({"argv": ["/bin/true"], "env": {}, "cwd": "/no/such"}, 1, null.fileno())
