@@ -37,7 +37,7 @@ from orchestrator.runtime.orchestrator import Orchestrator
 from orchestrator.runtime.service import Exchange, Service
 from orchestrator.server import memory, process_table
 from orchestrator.server.binaries import ask_catalogue, find_server
-from orchestrator.server.channel import can_listen_at
+from orchestrator.server.channel import can_listen
 from orchestrator.server.environment import inherited_environment
 from orchestrator.server.slot import Slot
 from orchestrator.server.state_dir import cache_dir
@@ -200,14 +200,11 @@ def _leftovers(slot: Slot) -> Check:
     return Check("slot", "ok", f"{slot.name!r} is free and empty")
 
 
-def _keeping(intent: Intent) -> Iterator[Check]:
+def _keeping(_: Intent) -> Iterator[Check]:
     """Whether a server can go on after its host (`on_host_exit = "keep"`)."""
-    with contextlib.suppress(OrchestratorError):
-        if not can_listen_at(str(Slot(intent.slot, intent.state_dir).door_path)):
-            remedy = "give a shorter --state-dir or --slot, on Linux"
-            yield Check("keep", "note", "no socket can be in the slot's folder", remedy)
-            return
-    if (init := _other_init()) is not None:
+    if not can_listen():
+        yield Check("keep", "note", "a server can be kept on Linux only")
+    elif (init := _other_init()) is not None:
         detail = f"pid 1 is {init}: at its end everything ends, a kept server too"
         remedy = "keep the container running while the service in it restarts"
         yield Check("keep", "note", detail, remedy)

@@ -48,7 +48,8 @@ class Channel:
         """Connect to the socket at a path. Raises OSError."""
         end = socket.socket(socket.AF_UNIX, _TYPE)
         try:
-            end.connect(path)
+            with _address(path) as address:
+                end.connect(address)
         except OSError:
             end.close()
             raise
@@ -96,29 +97,40 @@ class Channel:
             os.close(self._fds.pop())
 
 
-def can_listen_at(path: str) -> bool:
-    """Return whether `listen_at` can succeed: the kernel takes 107 bytes of a path."""
-    return hasattr(socket, "SO_PEERCRED") and len(os.fsencode(path)) <= _LONGEST_PATH
+def can_listen() -> bool:
+    """Return whether `listen_at` can succeed: who connects must be known, by SO_PEERCRED."""
+    return hasattr(socket, "SO_PEERCRED")
 
 
 def listen_at(path: str) -> socket.socket | None:
-    """Return a socket that listens at a path; None where none can be, or the path is too long.
-
-    Who connects must be known by SO_PEERCRED, which Linux has.
-    """
-    if not can_listen_at(path):
+    """Return a socket that listens at a path; None where none can be."""
+    if not can_listen():
         return None
     end = socket.socket(socket.AF_UNIX, _TYPE)
     try:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
-        end.bind(path)
+        with _address(path) as address:
+            end.bind(address)
         os.chmod(path, 0o600)
         end.listen(1)
     except OSError:
         end.close()
         return None
     return end
+
+
+@contextlib.contextmanager
+def _address(path: str) -> Iterator[str]:
+    """Yield a name of a path that the kernel takes, which is 107 bytes at most. Raises OSError."""
+    if len(os.fsencode(path)) <= _LONGEST_PATH:
+        yield path
+        return
+    folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{os.path.basename(path)}"
+    finally:
+        os.close(folder)
 
 
 @contextlib.contextmanager

@@ -119,7 +119,7 @@ class KeeperLink:
         slot.continue_keeper()
         try:
             channel = Channel.to(str(slot.door_path))
-        except OSError:  # there is none, or its path is too long
+        except OSError:  # there is none
             return None
         link = cls(channel, None, can_keep=True)
         if link.wait(lambda: link.pid is not None) and link.pin is not None:

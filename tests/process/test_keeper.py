@@ -503,13 +503,30 @@ def test_the_key_of_a_server_reaches_no_disk(
         assert not path.is_file() or key not in path.read_bytes()
 
 
-def test_a_keeper_does_without_a_socket_whose_path_is_too_long(
+def test_the_next_owner_finds_a_keeper_whatever_the_length_of_its_path(
     make: Make, tmp_path: Path, model_a: str
 ) -> None:
+    """The kernel takes 107 bytes of a socket's path."""
     folder = tmp_path / ("x" * 120)
-    orch = make(state_dir=folder)
-    assert orch.load(model_a).status == "loaded"
-    assert not (folder / "default/keeper.sock").exists()
+    orch = make(state_dir=folder, on_host_exit="keep")
+    pid = orch.load(model_a).pid
+    before = os.listdir("/proc/self/fd")
+    orch.close()
+    assert (folder / "default/keeper.sock").is_socket()
+    orch.start()
+    assert running(orch) == pid
+    assert len(os.listdir("/proc/self/fd")) <= len(before)
+
+
+def test_a_keeper_does_without_a_socket_where_none_can_be(
+    make: Make, model_a: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is kept, and nothing is left."""
+    monkeypatch.setattr("orchestrator.server.link.listen_at", lambda _: None)
+    orch = make(on_host_exit="keep")
+    pid = orch.load(model_a).pid
+    orch.close()
+    assert not is_running(pid)
 
 
 # Messages
