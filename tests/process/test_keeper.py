@@ -510,12 +510,27 @@ def test_the_next_owner_finds_a_keeper_whatever_the_length_of_its_path(
     folder = tmp_path / ("x" * 120)
     orch = make(state_dir=folder, on_host_exit="keep")
     pid = orch.load(model_a).pid
-    before = os.listdir("/proc/self/fd")
     orch.close()
     assert (folder / "default/keeper.sock").is_socket()
     orch.start()
     assert running(orch) == pid
-    assert len(os.listdir("/proc/self/fd")) <= len(before)
+
+
+def test_no_descriptor_is_lost_by_keeping_and_adopting(make: Make, model_a: str) -> None:
+    orch = make(on_host_exit="keep")
+
+    def live() -> None:
+        pid = orch.start().load(model_a).pid
+        orch.close()
+        orch.start()
+        assert running(orch) == pid
+        orch.close(keep=False)
+
+    live()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        live()
+    until(lambda: len(os.listdir("/proc/self/fd")) <= before, "the end of all descriptors")
 
 
 def test_a_keeper_does_without_a_socket_where_none_can_be(
