@@ -404,7 +404,7 @@ def test_a_keeper_in_another_container_or_of_another_version_has_its_server_ende
     before = len(os.listdir("/proc/self/fd"))
     orch = make().start()
     orch.close()
-    assert len(os.listdir("/proc/self/fd")) <= before
+    until(lambda: len(os.listdir("/proc/self/fd")) <= before, "the end of all descriptors")
     assert (orch.status().loaded, is_running(pid)) == (None, False)
     monkeypatch.undo()
     fake.assert_no_overlap()
