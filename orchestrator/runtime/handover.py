@@ -7,13 +7,13 @@ of this version, or cannot be read, is not believed.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from orchestrator.base.tokens import Generation
 from orchestrator.errors import OrchestratorError
+from orchestrator.models.local import identity_of
 from orchestrator.settings.files import FileIdentity, ModelFiles
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import ServerBinary, Target
@@ -67,11 +67,10 @@ def first_changed(files: Iterable[FileIdentity]) -> str | None:
     """Return the path of the first file that is not as it was; None if all are."""
     for file in files:
         try:
-            found = os.stat(file.path)
+            is_same = identity_of(file.path, keeps_name=True) == file
         except OSError:
-            return file.path
-        now = FileIdentity(file.path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-        if now != file:
+            is_same = False
+        if not is_same:
             return file.path
     return None
 

@@ -113,10 +113,9 @@ class Warden(threading.Thread):
         """
         link, pid, fds = self.keepers.spawn(argv, environment, lock_fd, memory)
         process = process_table.identify(pid) or ProcessId(pid, 0, process_table.boot_id())
-        server = self._server_of(
-            link, generation, Pin(process, fds[1] if len(fds) > 1 else None), fds[0]
-        )
-        server.api_key = environment.get(API_KEY_NAME)
+        pin = Pin(process, fds[1] if len(fds) > 1 else None)
+        key = environment.get(API_KEY_NAME)
+        server = self._server_of(link, generation, pin, fds[0], key)
         announce(server)
         self._submit(lambda: self._watch(server))
         try:
@@ -132,8 +131,7 @@ class Warden(threading.Thread):
         if link is None or pin is None:
             os.close(kept.output_fd)
             return None
-        server = self._server_of(link, generation, pin, kept.output_fd)
-        server.api_key = api_key
+        server = self._server_of(link, generation, pin, kept.output_fd, api_key)
         if kept.url is not None:
             server.output.announced = (kept.url,)
         server.output.feed(link.unread)
@@ -141,11 +139,15 @@ class Warden(threading.Thread):
         return server
 
     def _server_of(
-        self, link: KeeperLink, generation: Generation, pin: Pin, output_fd: int
+        self,
+        link: KeeperLink,
+        generation: Generation,
+        pin: Pin,
+        output_fd: int,
+        api_key: str | None,
     ) -> ServerProcess:
-        pid = pin.process.pid
-        family = partial(self.keepers.family, link, pid)
-        return ServerProcess(generation, pin, family=family, output_fd=output_fd)
+        family = partial(self.keepers.family, link, pin.process.pid)
+        return ServerProcess(generation, pin, family, output_fd=output_fd, api_key=api_key)
 
     def empty(
         self,

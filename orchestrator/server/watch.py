@@ -72,8 +72,7 @@ class Watch(threading.Thread):
     def stop(self) -> None:
         """End the watch soon; callable from any thread."""
         self._is_over = True
-        with contextlib.suppress(OSError, ValueError):  # it has ended
-            self._waker.wake()
+        self._waker.wake()
 
     def _look(self) -> None:
         if self._server.exit is not None:
@@ -88,8 +87,7 @@ class Watch(threading.Thread):
             self._end()
 
     def _end(self) -> None:
-        with contextlib.suppress(ValueError):
-            self._server.listeners.remove(self._look)
+        self._server.listeners.remove(self._look)
         self._waker.close()
 
     def _watch(self) -> None:

@@ -219,12 +219,12 @@ os.kill(os.getpid(), 9)
 def adoptions(server: str, folder: str, rounds: int, figures: Figures) -> None:
     """Of a model of 2 GiB, by the next owner after a SIGKILL of the host."""
     model = str(write_tiny_model(Path(folder) / "large.gguf", padding_bytes=2 << 30))
-    given = {"llama_server": server, "state_dir": folder, "on_host_exit": "keep"}
+    given: dict[str, Any] = {"llama_server": server, "state_dir": folder, "on_host_exit": "keep"}
     took, read = [], []
     for _ in range(rounds):
         host = [sys.executable, "-c", _HOST, json.dumps([given, model])]
         subprocess.run(host, check=False)
-        orch, before = Orchestrator(**given), _read_bytes()  # type: ignore[arg-type]
+        orch, before = Orchestrator(**given), _read_bytes()
         took.append(milliseconds(orch.start))
         read.append(_read_bytes() - before)
         loaded = orch.status().loaded

@@ -43,8 +43,8 @@ def watches() -> list[threading.Thread]:
     return [one for one in threading.enumerate() if one.name.startswith("llama-watch")]
 
 
-def watch_for(orch: Orchestrator, probes: int) -> None:
-    """Let a server be watched for so many probes that it cannot answer."""
+def watch_for(probes: int) -> None:
+    """Let the time of so many probes pass, in which nothing is to happen."""
     ends = time.monotonic() + probes * HANG_S / PROBES
     until(lambda: time.monotonic() > ends, "the time of the probes")
 
@@ -94,7 +94,7 @@ def test_a_server_that_works_is_left_alone(make: Make, fake: Fake, model_a: str,
     pid = orch.load(model_a).pid
     fake.wait_for("hangs")
     with orch.lease():
-        watch_for(orch, 3 * PROBES)
+        watch_for(3 * PROBES)
         assert loaded(orch).pid == pid
     assert watches()
 
@@ -106,7 +106,7 @@ def test_a_server_in_use_must_answer_from_its_main_loop(
     orch = make(hang_timeout_s=HANG_S, protect_server=False)  # else readiness asks for it
     fake.behave(silent_at="/slots")
     pid = orch.load(model_a).pid
-    watch_for(orch, 2 * PROBES)
+    watch_for(2 * PROBES)
     assert loaded(orch).pid == pid
     with orch.lease():
         until_state(orch, State.IDLE)
@@ -143,8 +143,7 @@ def test_a_paused_host_ends_no_server(host: StartHost, fake: Fake) -> None:
     for paused in ([backend.pid], [backend.pid, pid], [pid, backend.pid]):
         for one in paused:
             os.kill(one, signal.SIGSTOP)
-        ends = time.monotonic() + 3 * HANG_S
-        until(lambda ends=ends: time.monotonic() > ends, "the pause")  # type: ignore[misc]
+        watch_for(3 * PROBES)
         for one in reversed(paused):
             os.kill(one, signal.SIGCONT)
         for _ in range(3):
@@ -161,6 +160,7 @@ def test_nobody_watches_where_a_hang_is_allowed(make: Make, fake: Fake, model_a:
     orch.close()
     orch = make(hang_timeout_s=HANG_S)
     orch.load(model_a)
+    until(lambda: set(watches()) - before, "the watch, which begins after the answer")
     [watch] = set(watches()) - before
     orch.unload()
     until(lambda: not watch.is_alive(), "the end of the watch")

@@ -80,9 +80,8 @@ def forget_child(s: Step[facts.Emptied]) -> None:
     """Every process of the slot has exited: this is the only place that clears the pid."""
     exit_, child = s.fact.exit, s.ctx.child
     if child is not None and s.ctx.child_end != "reported":
-        how: commands.End = "hung" if s.ctx.child_end == "hung" else "stopped"
-        if s.ctx.child_end == "found":
-            how = _ending(exit_.returncode if exit_ else None)[0]
+        is_ours = s.ctx.child_end is None
+        how = "stopped" if is_ours else _how(s, exit_.returncode if exit_ else None)
         s.emit(commands.ServerEnded(child.pid, how))
     last_exit = s.ctx.last_exit
     if exit_ is not None and child is not None:  # else it has been told before
@@ -127,9 +126,13 @@ def _told(s: Step[facts.Exited | facts.Emptied], exit_: Exit) -> Exit:
 
 def report_exit(s: Step[facts.Exited]) -> None:
     exit_ = s.fact.exit
-    how: commands.End = _ending(exit_.returncode)[0]
-    s.emit(commands.ServerEnded(exit_.pid, "hung" if s.ctx.child_end == "hung" else how))
+    s.emit(commands.ServerEnded(exit_.pid, _how(s, exit_.returncode)))
     s.put(child_end="reported")
+
+
+def _how(s: Step[facts.Exited | facts.Emptied], returncode: int | None) -> commands.End:
+    """Return how a server ended that we did not stop."""
+    return "hung" if s.ctx.child_end == "hung" else _ending(returncode)[0]
 
 
 def record_hang(s: Step[facts.Hung]) -> None:
