@@ -21,7 +21,7 @@ import pytest
 
 from orchestrator.demo import tiny_model
 from orchestrator.server import embedded, embedded_flags
-from tests.kit.process.support import Watch, until
+from tests.kit.process.support import Watch, until, until_it_catches
 
 DEADLINE_S = 60.0
 SCRIPT = str(Path(embedded.__file__))
@@ -85,16 +85,6 @@ class Child:
         status, text = self.request(method, path, body)
         assert status == 200, text
         return json.loads(text)
-
-    def until_it_catches(self, signum: int) -> None:
-        """Wait until the process has its own handler; llama.cpp listens a moment before."""
-        status = Path(f"/proc/{self.process.pid}/status")
-
-        def catches() -> bool:
-            caught = re.search(r"^SigCgt:\s*(\w+)", status.read_text(), re.MULTILINE)
-            return caught is not None and bool(int(caught[1], 16) >> (signum - 1) & 1)
-
-        until(catches, f"a handler for signal {signum}")
 
     def seconds_to_exit(self) -> float:
         took = Watch(self.process.pid).seconds_to_exit(time.monotonic())
@@ -493,7 +483,7 @@ def test_a_key_file_without_a_key_is_refused(tmp_path: Path, content: str) -> No
 def test_a_signal_ends_an_idle_server_at_once(start: Start, signum: signal.Signals) -> None:
     """A swap of models waits for it. An open connection must not delay it."""
     child = start().listening()
-    child.until_it_catches(signum)
+    until_it_catches(child.process.pid, signum)
     idle = http.client.HTTPConnection("127.0.0.1", child.port, timeout=DEADLINE_S)
     idle.request("GET", "/health")
     assert idle.getresponse().read() == b'{"status":"ok"}'
@@ -506,7 +496,7 @@ def test_a_signal_ends_an_idle_server_at_once(start: Start, signum: signal.Signa
 def test_a_signal_ends_a_server_that_is_streaming(start: Start) -> None:
     """llama-server may ignore the first SIGTERM while a client reads."""
     child = start("-c", "60000").listening()
-    child.until_it_catches(signal.SIGTERM)
+    until_it_catches(child.process.pid, signal.SIGTERM)
     stream = http.client.HTTPConnection("127.0.0.1", child.port, timeout=DEADLINE_S)
     body = json.dumps({"prompt": "hi", "n_predict": 50_000, "stream": True})
     stream.request("POST", "/completion", body, {"Content-Type": "application/json"})

@@ -36,6 +36,7 @@ from tests.kit.process.support import (
     nothing_left,
     stream,
     until,
+    until_it_catches,
     until_state,
 )
 
@@ -59,6 +60,8 @@ def test_a_signal_that_ends_a_healthy_server_is_reported(
     """llama-server exits with 0 at SIGTERM and SIGINT; the others are crashes."""
     number = getattr(signal, signum)
     pid = real.load(tiny_model).pid
+    if is_handled := signum in ("SIGTERM", "SIGINT"):
+        until_it_catches(pid, number)
     os.kill(pid, number)
     until_state(real, State.IDLE)
     status = real.status()
@@ -66,7 +69,7 @@ def test_a_signal_that_ends_a_healthy_server_is_reported(
     assert status.last_error is not None
     assert status.last_error.category == "server_exited"
     assert status.last_exit is not None
-    expected = 0 if signum in ("SIGTERM", "SIGINT") else -number
+    expected = 0 if is_handled else -number
     assert (status.last_exit.pid, status.last_exit.returncode) == (pid, expected)
     again = real.load(tiny_model)
     assert (again.status, is_running(again.pid)) == ("loaded", True)

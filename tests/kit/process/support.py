@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -51,6 +52,17 @@ def is_running(pid: int) -> bool:
     """Return whether there is such a process, other than a zombie."""
     found = process_table.row(pid)
     return found is not None and not found.is_zombie
+
+
+def until_it_catches(pid: int, signum: int) -> None:
+    """Wait until the process has its own handler; llama.cpp listens a moment before."""
+    status = Path(f"/proc/{pid}/status")
+
+    def catches() -> bool:
+        caught = re.search(r"^SigCgt:\s*(\w+)", status.read_text(), re.MULTILINE)
+        return caught is not None and bool(int(caught[1], 16) >> (signum - 1) & 1)
+
+    until(catches, f"a handler for signal {signum}")
 
 
 def open_files(pid: int) -> list[str]:
