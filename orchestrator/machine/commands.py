@@ -61,7 +61,8 @@ class CancelAnswer:
 
 @dataclass(frozen=True, slots=True)
 class LeaseGranted:
-    ticket: Ticket
+    """The answer to a lease: the server, whose gate counts the caller from now on."""
+
     target: Target
     child: facts.Child
     server: facts.ServerFacts
@@ -163,6 +164,21 @@ class StopTimer:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenGate:
+    """From now on whoever asks for a lease gets this one, without asking the machine."""
+
+    lease: LeaseGranted
+
+
+@dataclass(frozen=True, slots=True)
+class CloseGate:
+    """Let nobody in any more. If it `drains`, `Drained` follows when nobody is inside."""
+
+    generation: Generation
+    drains: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Accept:
     """Tell a caller the generation of its load."""
 
@@ -225,6 +241,8 @@ Command = (
     | SetToken
     | SetTimer
     | StopTimer
+    | OpenGate
+    | CloseGate
     | Accept
     | Settle
     | Concluded

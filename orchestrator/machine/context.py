@@ -111,7 +111,8 @@ class Running:
     timings: Timings
     reload_reasons: tuple[ReloadReason, ...]
     at: float  # when it became Healthy, monotonic seconds
-    idle_at: float | None = None  # when it will be stopped; None = never, or it is in use
+    wanted_at: float = 0.0  # when a load last asked for it
+    idle_ttl_s: float | None = None  # it is stopped after this time without use; None = never
     adopted: bool = False  # from a dead owner
 
     def loaded(self, *, already: bool = False) -> Loaded:
@@ -144,7 +145,8 @@ class Context:
     child_end: Literal["found", "reported", "hung"] | None = None
     """Why it ends, if not for us: it was found dead, its exit was reported, or it hangs."""
     running: Running | None = None  # what the child was committed with; cleared when it is stopped
-    leases: frozenset[Ticket] = frozenset()
+    gate: Literal["open", "draining"] | None = None
+    """Of the running server: whether leases are granted, or Killing waits for the last one."""
     lease_waiters: tuple[Ticket, ...] = ()
     waiters: tuple[Settle, ...] = ()  # answers to give when the slot is verified empty
     ending: tuple[Concluded, ...] = ()  # loads to conclude at that moment

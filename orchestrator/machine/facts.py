@@ -141,13 +141,6 @@ class LeaseRequested:
 
 
 @dataclass(frozen=True, slots=True)
-class LeaseReleased:
-    trigger: ClassVar[str] = "release"
-    ticket: Ticket
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
 class ShutdownRequested:
     """`keep` leaves a Healthy server to the next owner, where the policy does so."""
 
@@ -256,6 +249,13 @@ class Hung(_OfLoad):
 
 
 @dataclass(frozen=True, slots=True)
+class Drained(_OfLoad):
+    """The last lease of a server whose gate is closed has been released."""
+
+    trigger: ClassVar[str] = "drained"
+
+
+@dataclass(frozen=True, slots=True)
 class Found(_OfLoad):
     """What a dead owner has left in the slot: the first fact, if there is anything.
 
@@ -280,9 +280,12 @@ class Promoted(_OfLoad):
 class TimerFired(_OfLoad):
     """A timer of `generation` has run out: the deadline of that load, the drain or the idle time
     of its server, or the wait before that server is restarted. For `look_up` it is a ticket.
+
+    `idle_in_s` is asked for the idle time only: 0 closes the gate of an unused server.
     """
 
     kind: Timer
+    idle_in_s: float | None = None  # evidence
 
     @property
     def trigger(self) -> str:
@@ -292,9 +295,9 @@ class TimerFired(_OfLoad):
 ModelRequested = LoadRequested | PrefetchRequested
 LookedUp = ModelRequested | LookUpFailed
 EndRequested = UnloadRequested | CancelRequested | Withdrawn | ShutdownRequested
-Request = LookUpRequested | LookedUp | EndRequested | LeaseRequested | LeaseReleased
+Request = LookUpRequested | LookedUp | EndRequested | LeaseRequested
 Failure = KillFailed | FetchFailed | SpawnFailed | NotReady
 Completion = Emptied | Resolved | Fetched | Spawned | BecameReady | Failure
-Report = Completion | Exited | Hung | Found | Promoted | TimerFired
+Report = Completion | Exited | Hung | Drained | Found | Promoted | TimerFired
 Fact = Request | Report
 WithChildEvidence = LoadRequested | LeaseRequested | BecameReady | Promoted

@@ -231,30 +231,22 @@ def abandons_job(ctx: Context, fact: facts.Withdrawn) -> bool:
     )
 
 
-def releases_last_lease(ctx: Context, fact: facts.LeaseReleased | facts.Withdrawn) -> bool:
-    return ctx.leases == {fact.ticket}
-
-
 # ------------------------------------------------------------------------------------ timers
-def is_current_drain(ctx: Context, fact: facts.TimerFired) -> bool:
-    """The timer is that of the server being drained, not of an earlier one."""
+def is_current_drain(ctx: Context, fact: facts.TimerFired | facts.Drained) -> bool:
+    """It is about the server being drained, not about an earlier one."""
     return (
-        ctx.effect is None
-        and bool(ctx.leases)
-        and ctx.child is not None
-        and ctx.child.generation == fact.generation
+        ctx.gate == "draining" and ctx.child is not None and ctx.child.generation == fact.generation
     )
 
 
 def is_idle(ctx: Context, fact: facts.TimerFired) -> bool:
-    """The server of this timer is unused, may be stopped for that, and no load is due."""
-    return (
-        ctx.running is not None
-        and ctx.running.generation == fact.generation
-        and ctx.running.idle_at is not None
-        and not ctx.leases
-        and not ctx.is_due
-    )
+    """The server of this timer has not been used for its idle time, and no load is due."""
+    return fact.idle_in_s == 0.0 and not ctx.is_due
+
+
+def is_used(ctx: Context, fact: facts.TimerFired) -> bool:
+    """The server of this timer is in use, or was until a moment ago."""
+    return bool(fact.idle_in_s)
 
 
 def is_job(ctx: Context, fact: facts.TimerFired) -> bool:

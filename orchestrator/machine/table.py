@@ -31,8 +31,12 @@ next owner goes to WaitingHealth, as if it had just been started, and is believe
 also compares its files. Anything else goes to Killing. Such a load needs no caller, and cannot be
 cancelled; a call that joins it while it fails gets a server of its own.
 
-A server without leases is stopped when `idle_expired`. The timer starts over at the commit, with
-the last release, and when a load finds the server running.
+Leases are counted by a gate, which opens at the commit. Who enters it is no fact: facts are the
+leases that wait for a load, and `drained`, from the last one inside a gate that has been closed.
+Every step that decides to stop a Healthy server closes its gate.
+
+A server without leases is stopped when `idle_expired`. The timer starts over at the commit, when a
+load finds the server running, and for a server that has been used meanwhile.
 """
 
 from __future__ import annotations
@@ -109,8 +113,6 @@ TABLE: Final[tuple[Row, ...]] = (
 
     _row("withdraw", K,   "abandons_job",                   STAY, "forget_ticket cancel_job take_next"),
     _row("withdraw", DSW, "abandons_job",                   STAY, "forget_ticket cancel_job"),
-    _row("withdraw", K,   "releases_last_lease",            STAY, "forget_ticket kill_when_drained"),
-    _row("withdraw", H,   "releases_last_lease",            STAY, "forget_ticket start_idle_timer"),
     _row("withdraw", ALL, "",                               STAY, "forget_ticket advance_queue"),
 
     _row("deadline_expired", K,   "is_job",                 STAY, "time_out_job take_next"),
@@ -150,9 +152,8 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("lease", ALL,   "restart_is_planned",              STAY, "wait_for_lease"),
     _row("lease", ALL,   "is_cooling_down",                 STAY, "refuse_cooling_down"),
     _row("lease", ALL,   "",                                STAY, "refuse_lease"),
-    _row("release", K,   "releases_last_lease",             STAY, "drop_lease kill_when_drained"),
-    _row("release", H,   "releases_last_lease",             STAY, "drop_lease start_idle_timer"),
-    _row("release", ALL, "",                                STAY, "drop_lease"),
+    _row("drained", K,   "is_current_drain",                STAY, "end_drain kill_when_drained"),
+    _row("drained", ALL, "",                                STAY, "drop_stale"),
     _row("drain_expired", K,   "is_current_drain",          STAY, "revoke_leases kill_when_drained"),
     _row("drain_expired", ALL, "",                          STAY, "drop_stale"),
 
@@ -198,6 +199,7 @@ TABLE: Final[tuple[Row, ...]] = (
 
     # ---- Healthy: the server becomes idle or ends by itself -------------------------------------
     _row("idle_expired", H,   "is_idle",                    K, "begin_kill"),
+    _row("idle_expired", H,   "is_used",                    STAY, "wait_until_idle"),
     _row("idle_expired", ALL, "",                           STAY, "drop_stale"),
     _row("exited", H,    "is_child",                        K, "record_exit report_exit plan_recovery revoke_leases take_next begin_kill"),
     _row("exited", I,    "is_child",                        K, "record_exit report_exit begin_kill"),

@@ -199,7 +199,7 @@ class Facade:
                     source,
                     workers,
                     settings,
-                    lambda: bool(owner.snapshot.ctx.leases),
+                    lambda: owner.gate.inside > 0,
                     lambda command: look_ups.answer(command, owner.snapshot),
                 ),
                 policy=self._policy,
@@ -244,7 +244,9 @@ class Facade:
 
     def status(self) -> Status:
         """Return the present state, the loaded model and the load in flight. Never blocks."""
-        return self._snapshot.status(self._clock(), self._progress_of)
+        owner = self._owner
+        gate = None if owner is None else owner.gate
+        return self._snapshot.status(self._clock(), self._progress_of, gate)
 
     def progress(self) -> LoadProgress:
         """Return the phase and the bytes of the load in flight. Never blocks."""
@@ -257,7 +259,7 @@ class Facade:
     @property
     def lease_count(self) -> int:
         """The number of leases that are held."""
-        return len(self._snapshot.ctx.leases)
+        return self._owner.gate.inside if self._owner is not None else 0
 
     @property
     def last_event_id(self) -> int:
@@ -372,10 +374,6 @@ class Facade:
     def _send(self, call: Call, make_fact: MakeFact) -> None:
         """Post the request of a call."""
         cast("Owner", self._owner).ask(call, make_fact(call.ticket))
-
-    def _release(self, lease: Call) -> None:
-        owner = cast("Owner", self._owner)
-        owner.post(facts.LeaseReleased(lease.ticket, owner.clock()))
 
     def _wait(self, call: Call, future: Future[Any]) -> Any:
         """Block until a future of a call has its result."""

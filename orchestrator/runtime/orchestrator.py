@@ -184,11 +184,18 @@ class Orchestrator(Facade):
         A swap or an unload waits until the lease is released, for at most `drain_timeout_s`. Raises
         `NotLoaded` if no model is loaded or loading.
         """
+        gate, who = self._start().gate, object()
+        try:
+            if (server := gate.enter(who)) is not None:
+                yield server
+                return
+        finally:
+            gate.leave(who)
         call = self._ask(self._lease_fact)
         try:
             yield answers.leased_server(unwrap(self._wait(call, call.settled)))
         finally:  # the lease may have been granted when the wait was interrupted
-            self._release(call)
+            call.leave()
 
     def events(self, after: int | None = None) -> Iterator[Event]:
         """Iterate over the events from now on, or after the event with the id `after`.
@@ -322,11 +329,18 @@ class AsyncOrchestrator(Facade):
     @contextlib.asynccontextmanager
     async def lease(self) -> AsyncIterator[LeasedServer]:
         """Hold a lease on the loaded server; see `Orchestrator.lease`."""
+        gate, who = (await self._started()).gate, object()
+        try:
+            if (server := gate.enter(who)) is not None:
+                yield server
+                return
+        finally:
+            gate.leave(who)
         call = await self._ask(self._lease_fact)
         try:
             yield answers.leased_server(unwrap(await asyncio.wrap_future(call.settled)))
         finally:  # the lease may have been granted when the wait was cancelled
-            self._release(call)
+            call.leave()
 
     def events(self, after: int | None = None) -> AsyncGenerator[Event, None]:
         """Iterate over the events from now on; see `Orchestrator.events`."""

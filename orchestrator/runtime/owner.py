@@ -13,6 +13,7 @@ import queue
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,9 @@ from orchestrator.machine.facts import Child, Fact, Request, SlotEvidence, Timer
 from orchestrator.machine.guards import is_current
 from orchestrator.machine.states import State
 from orchestrator.machine.step import Lifecycle, lifecycle
+from orchestrator.runtime.answers import LeasedServer, leased_server
 from orchestrator.runtime.events import EventLog
+from orchestrator.runtime.gate import Gate
 from orchestrator.runtime.ports import Clock, Effects, SlotLock
 from orchestrator.runtime.snapshot import Observer, Snapshot, StepReport, ended_load
 
@@ -52,6 +55,13 @@ class Call:
     ticket: Ticket
     accepted: Future[Generation | Problem] = field(default_factory=Future)
     settled: Future[Answer] = field(default_factory=Future)
+    gate: Gate | None = None  # that it may have entered
+
+    def leave(self) -> None:
+        """Give up a lease, whether or not it has been granted yet."""
+        self.settled.cancel()
+        if self.gate is not None:
+            self.gate.leave(self.ticket)
 
     @contextlib.contextmanager
     def withdrawn_on_error(self) -> Iterator[None]:
@@ -105,10 +115,12 @@ class Owner:
         self._observers = observers
         self._inbox: queue.SimpleQueue[Fact | _Drop | None] = queue.SimpleQueue()
         self._tickets = tickets or itertools.count(1)
+        self._at_once: deque[Fact] = deque()  # what a step has found out itself
         self._calls: dict[Ticket, Call] = {}
         self._tokens: dict[Generation, CancelToken] = {}
         self._timers: dict[tuple[Timer, Generation], float] = {}  # too few to sort
         self._thread: threading.Thread | None = None
+        self.gate: Gate = self._make_gate(None)
         self.effects: Effects = effects(self.post)
 
     # ---------------------------------------------------------------------------- from any thread
@@ -136,6 +148,9 @@ class Owner:
         if call.settled.cancelled():
             self._calls.pop(call.ticket, None)
             self.post(facts.Withdrawn(call.ticket, self.clock()))
+
+    def _post_drained(self, generation: Generation) -> None:
+        self.post(facts.Drained(generation, self.clock()))
 
     # ------------------------------------------------------------------------ the owner's thread
 
@@ -200,6 +215,9 @@ class Owner:
 
     def _run(self) -> None:
         while True:
+            if self._at_once:
+                self.pump(self._at_once.popleft())
+                continue
             if (due := self._due_timer()) is not None:
                 self.pump(due)
                 continue
@@ -240,6 +258,8 @@ class Owner:
         finally:
             if lock is not None:
                 lock.release()
+            if getattr(fact, "idle_in_s", None) == 0.0 and self.snapshot.ctx.gate == "open":
+                self.gate.reopen()
 
     def _with_evidence(self, fact: Fact) -> tuple[Fact, SlotLock | None]:
         """Ask the operating system in the same step that uses the answer."""
@@ -249,6 +269,8 @@ class Owner:
         if hasattr(fact, "child_is_alive"):
             is_alive = self._of_child(self.effects.child_is_alive)
             return replace(cast("Any", fact), child_is_alive=is_alive), None
+        if isinstance(fact, facts.TimerFired) and fact.kind == "idle":
+            return replace(fact, idle_in_s=self._idle_in_s(fact.generation)), None
         if isinstance(fact, facts.ShutdownRequested):
             return replace(fact, can_be_kept=self._of_child(self.effects.can_be_kept)), None
         return fact, None
@@ -267,6 +289,12 @@ class Owner:
         except Exception:  # noqa: BLE001 (as above)
             _log("exception", "child.not_answering", pid=child.pid if child else None)
             return False
+
+    def _idle_in_s(self, generation: Generation) -> float | None:
+        running = self.snapshot.ctx.running
+        if running is None or running.generation != generation or running.idle_ttl_s is None:
+            return None
+        return self.gate.close_if_idle(running.idle_ttl_s, running.wanted_at)
 
     def _next_snapshot(
         self, fact: Fact, state: State, ctx: Context, concluded: Sequence[commands.Concluded]
@@ -333,10 +361,10 @@ class Owner:
                 self._token(command.generation).set(command.reason)
             case commands.SetTimer() | commands.StopTimer():
                 self._time(command)
-            case commands.LookUp():
-                self._look_up(command)
-            case commands.Warm():
-                self.effects.warm(command, self._token(command.generation))
+            case commands.LookUp() | commands.Warm():
+                self._read(command)
+            case commands.OpenGate() | commands.CloseGate():
+                self._turn_gate(command)
             case commands.Accept():
                 self._accept(command)
             case Settle():
@@ -353,12 +381,24 @@ class Owner:
             _log("exception", "effect.failed", effect=type(effect).__name__)
             self.post(commands.failure_of(effect, problem_of(error), self.clock()))
 
-    def _look_up(self, command: commands.LookUp) -> None:
+    def _read(self, command: commands.LookUp | commands.Warm) -> None:
+        if isinstance(command, commands.Warm):
+            self.effects.warm(command, self._token(command.generation))
+            return
         try:
             self.effects.look_up(command)
         except Exception as error:  # noqa: BLE001 (as when no thread can be started)
             _log("exception", "look_up.failed")
             self.post(facts.LookUpFailed(command.ticket, problem_of(error), self.clock()))
+
+    def _turn_gate(self, command: commands.OpenGate | commands.CloseGate) -> None:
+        if isinstance(command, commands.OpenGate):
+            self.gate = self._make_gate(leased_server(command.lease))
+        elif self.gate.close(drains=command.drains) and command.drains:
+            self._at_once.append(facts.Drained(command.generation, self.clock()))
+
+    def _make_gate(self, server: LeasedServer | None) -> Gate:
+        return Gate(server, self.clock, self._post_drained)
 
     def _token(self, generation: Generation) -> CancelToken:
         return self._tokens.setdefault(generation, CancelToken(generation))
@@ -387,7 +427,11 @@ class Owner:
             answer = replace(answer, story=self.snapshot.story)
             if not call.accepted.done():
                 _resolve(call.accepted, answer)
-        _resolve(call.settled, answer)
+        if isinstance(answer, commands.LeaseGranted):
+            call.gate = self.gate  # first: who leaves looks at it last
+            self.gate.enter(call.ticket)
+        if not _resolve(call.settled, answer):
+            call.leave()
 
     # ------------------------------------------------------------------------------------- timers
 
@@ -415,10 +459,12 @@ def _generation(ctx: Context) -> Generation:
     return ctx.job.generation if ctx.job else ctx.generation
 
 
-def _resolve(future: Future[Any], value: object) -> None:
-    """Set a result, unless the caller has gone away."""
+def _resolve(future: Future[Any], value: object) -> bool:
+    """Set a result, and return whether there is a caller: it may have gone away."""
     try:
         future.set_result(value)
     except InvalidStateError:
         if not future.cancelled():
             raise
+        return False
+    return True

@@ -14,11 +14,12 @@ from orchestrator.base.paths import PathNames
 from orchestrator.base.tokens import Generation
 from orchestrator.errors import Problem
 from orchestrator.machine.commands import Command, Concluded
-from orchestrator.machine.context import Context, Job
+from orchestrator.machine.context import Context, Job, Running
 from orchestrator.machine.facts import Fact
 from orchestrator.machine.states import PHASES, State
 from orchestrator.runtime import answers
 from orchestrator.runtime.answers import LoadOutcome, LoadProgress, PastLoad, Status
+from orchestrator.runtime.gate import Gate
 from orchestrator.runtime.ports import Progress
 
 ProgressOf = Callable[[Generation], Progress | None]  # `Effects.progress`
@@ -42,11 +43,12 @@ class Snapshot:
     story: tuple[str, ...] = ()
     history: tuple[PastLoad, ...] = ()
 
-    def status(self, now: float, progress_of: ProgressOf) -> Status:
+    def status(self, now: float, progress_of: ProgressOf, gate: Gate | None = None) -> Status:
         state, ctx, running = self.state, self.ctx, self.ctx.running
         is_healthy = state is State.HEALTHY
-        idle_at = running.idle_at if running and is_healthy else None
-        is_draining = state is State.KILLING and bool(ctx.leases)
+        idle_at = _idle_at(running, gate) if running and is_healthy else None
+        leases = gate.inside if gate is not None and ctx.gate is not None else 0
+        is_draining = ctx.gate == "draining" and leases > 0
         drained_at = self.entered_at + ctx.policy.drain_timeout_s
         return Status(
             state=state,
@@ -62,7 +64,7 @@ class Snapshot:
             story=self.story,
             prefetching=tuple(_prefetching(job, progress_of) for job in ctx.prefetches),
             idle_unload_in_s=None if idle_at is None else _seconds(now, idle_at),
-            leases=len(ctx.leases),
+            leases=leases,
             draining_left_s=_seconds(now, drained_at) if is_draining else None,
         )
 
@@ -139,6 +141,13 @@ def ended_load(ended: Concluded, now: float, story: tuple[str, ...]) -> PastLoad
         if answer.generation == ended.generation:
             timings = answer.timings  # the same as its callers get
     return replace(load, took_s=timings.total, timings_s=timings, outcome=outcome, names=names)
+
+
+def _idle_at(running: Running, gate: Gate | None) -> float | None:
+    used_at = gate.used_at if gate is not None else None
+    if running.idle_ttl_s is None or used_at is None:
+        return None
+    return max(used_at, running.wanted_at) + running.idle_ttl_s
 
 
 def _load(load: Job | Concluded, state: State, now: float) -> PastLoad:

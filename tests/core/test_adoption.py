@@ -150,7 +150,7 @@ def test_a_shutdown_leaves_a_healthy_server_where_the_policy_says_so() -> None:
     assert (run.state, run.answers[ticket]) == (H, Done(is_kept=True))
     assert run.category(waiting) == "shutting_down"
     assert run.concluded() == [(2, "shutting_down")]
-    assert not run.ctx.leases
+    assert run.ctx.gate is None
     assert run.release(lease).state is H
     assert run.category(run.load(A)) == "shutting_down"
 
@@ -173,7 +173,7 @@ def test_a_server_that_hangs_is_ended_and_told() -> None:
     lease = run.lease()
     run.hang()
     assert (run.state, run.commands_of(Kill)[0].child) == (K, run.ctx.child)
-    assert run.release(lease).ctx.leases == frozenset()
+    assert (run.ctx.gate, run.release(lease).commands) == (None, ())
     assert run.ctx.last_exit == Exit(41, None, ("the last words",), "hung")
     assert run.last_error == Problem(
         "server_exited",

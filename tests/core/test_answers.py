@@ -166,11 +166,11 @@ def test_lease_without_a_model() -> None:
     assert_sentence("machine.not_loaded", run.problem(run.lease()).message)
 
 
-def test_granted_lease_has_its_ticket() -> None:
+def test_granted_lease_names_the_server() -> None:
     run = healthy()
     ticket = run.lease()
     granted = run.answers[ticket]
-    assert granted == LeaseGranted(ticket, run.running.target, run.running.child, SERVER)
+    assert granted == LeaseGranted(run.running.target, run.running.child, SERVER)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_leases_of_a_dead_server_do_not_delay_the_kill() -> None:
             assert not run.commands_of(Kill)
         run.crash()
         assert run.commands_of(Kill)
-        assert run.ctx.leases == frozenset()
+        assert run.ctx.gate is None
         assert run.ctx.last_exit is not None
         assert run.ctx.last_exit.returncode == -11
 
@@ -228,7 +228,7 @@ def test_late_exit_of_an_earlier_server_revokes_no_lease() -> None:
     before = run.ctx
     run.exited(41, -15)
     assert (run.state, run.ctx) == (K, before)
-    assert run.ctx.leases == {lease}
+    assert (run.ctx.gate, run.inside) == ("draining", {lease})
 
 
 def test_waiting_lease_is_refused_when_the_slot_cannot_be_emptied() -> None:
@@ -382,7 +382,7 @@ def test_queued_load_that_finds_its_model_running_restarts_the_idle_time() -> No
     run.now += 10.0
     run.do(Promoted(Generation(3), run.now))
     assert (run.timer("idle").generation, run.timer("idle").after_s) == (1, 5.0)
-    assert run.running.idle_at == 15.0
+    assert (run.running.wanted_at, run.running.idle_ttl_s) == (10.0, 5.0)
 
 
 def test_queued_load_whose_model_has_just_died_reloads() -> None:

@@ -9,7 +9,7 @@ import pytest
 from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.machine.commands import DropStale, Kill, LeaseGranted, SetTimer
 from orchestrator.machine.context import Policy
-from orchestrator.machine.facts import LeaseReleased, Withdrawn
+from orchestrator.machine.facts import TimerFired, Withdrawn
 from tests.kit.machine import run as kit
 from tests.kit.machine.run import A, B, H, I, K, Run
 
@@ -21,10 +21,6 @@ def healthy(policy: Policy = IDLE, **options: Any) -> Run:
     return kit.healthy(policy=policy, **options)
 
 
-def idle_at(run: Run) -> float | None:
-    return run.running.idle_at
-
-
 def test_idle_time_begins_at_the_commit() -> None:
     """B65: a model was unloaded right after a long load, because nobody had used it yet."""
     run = Run(IDLE)
@@ -33,7 +29,7 @@ def test_idle_time_begins_at_the_commit() -> None:
     run.settle()
     assert run.state is H
     assert run.timers("idle") == [SetTimer(Generation(1), "idle", TTL_S)]
-    assert idle_at(run) == 1060.0
+    assert (run.running.wanted_at, run.running.idle_ttl_s) == (1000.0, TTL_S)
 
 
 def test_idle_server_is_stopped_and_the_slot_is_verified() -> None:
@@ -44,27 +40,22 @@ def test_idle_server_is_stopped_and_the_slot_is_verified() -> None:
     assert (run.ctx.child, run.ctx.running, run.ctx.last_error) == (None, None, None)
 
 
-def test_idle_time_begins_when_the_last_lease_is_released() -> None:
+def test_a_server_in_use_has_its_idle_time_once_more() -> None:
     """A long answer is use for as long as it lasts."""
     run = healthy()
-    first, second = run.lease(), run.lease()
-    assert idle_at(run) is None
-    assert run.fire("idle", 1).commands == (DropStale(Generation(1), "idle_expired"),)
-    run.release(first)
-    assert (run.state, run.timers("idle")) == (H, [])
-    run.now = 500.0
-    run.release(second)
-    assert run.timers("idle") == [SetTimer(Generation(1), "idle", TTL_S)]
-    assert idle_at(run) == 560.0
+    lease = run.lease()
+    run.fire("idle", 1)
+    assert (run.state, run.ctx.gate) == (H, "open")
+    assert run.commands == (SetTimer(Generation(1), "idle", TTL_S),)
+    run.release(lease)
     assert run.fire("idle", 1).state is K
 
 
-def test_withdrawal_of_the_last_lease_begins_the_idle_time() -> None:
-    """A client that disconnects must not keep a model loaded for ever."""
+def test_a_server_that_was_used_has_what_is_left_of_its_idle_time() -> None:
     run = healthy()
-    lease = run.lease()
-    run.withdraw(lease)
-    assert run.timers("idle") == [SetTimer(Generation(1), "idle", TTL_S)]
+    run.do(TimerFired(Generation(1), run.now, "idle", idle_in_s=12.5))
+    assert run.state is H
+    assert run.commands == (SetTimer(Generation(1), "idle", 12.5),)
 
 
 def test_lease_during_an_idle_unload_is_refused_or_waits_for_a_load() -> None:
@@ -154,11 +145,10 @@ def test_idle_timer_after_a_crash_is_ignored() -> None:
     assert run.last_error.category == "server_exited"
 
 
-@pytest.mark.parametrize("fact", [LeaseReleased, Withdrawn])
-def test_release_without_a_lease_does_not_restart_the_idle_time(fact: Any) -> None:
-    """A release may arrive twice, and a caller may go away after its answer."""
+def test_a_withdrawal_without_a_lease_does_not_restart_the_idle_time() -> None:
+    """A caller may go away after its answer."""
     run = healthy()
     run.now += 10.0
-    run.do(fact(Ticket(1), run.now))
+    run.do(Withdrawn(Ticket(1), run.now))
     assert run.timers("idle") == []
-    assert idle_at(run) == TTL_S
+    assert run.running.wanted_at == 0.0

@@ -76,7 +76,7 @@ def test_drain_times_out() -> None:
     run.unload()
     run.fire("drain", 1)
     assert run.commands_of(Kill) == [Kill(Generation(1), CHILD)]
-    assert run.ctx.leases == frozenset()
+    assert run.ctx.gate is None
 
 
 def test_unload_that_cuts_waits_for_no_lease() -> None:
@@ -84,7 +84,7 @@ def test_unload_that_cuts_waits_for_no_lease() -> None:
     lease = run.lease()
     unload = run.unload(cut=True)
     assert run.commands_of(Kill) == [Kill(Generation(1), CHILD)]
-    assert run.ctx.leases == frozenset()
+    assert run.ctx.gate is None
     run.release(lease)
     assert run.commands == ()
     run.emptied()
@@ -118,7 +118,7 @@ def test_cut_of_another_model_cuts_nothing() -> None:
     run = healthy()
     lease = run.lease()
     run.unload(B, cut=True)
-    assert (run.state, run.ctx.leases) == (H, frozenset({lease}))
+    assert (run.state, run.ctx.gate, run.inside) == (H, "open", {lease})
 
 
 @pytest.mark.parametrize("what", ["kill has begun", "other server", "no server"])
@@ -173,7 +173,7 @@ def test_withdrawn_lease_request_is_not_granted() -> None:
     gone, stays = run.lease(), run.lease()
     run.withdraw(gone)
     run.settle()
-    assert run.ctx.leases == {stays}
+    assert run.inside == {stays}
     assert gone not in run.answers
 
 

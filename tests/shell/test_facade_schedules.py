@@ -103,7 +103,7 @@ class KeepsLeases(AsyncOrchestrator):
         try:
             yield answers.leased_server(granted)
         finally:
-            self._release(call)
+            call.leave()
 
 
 class KeepsLeasesInThreads(Orchestrator):
@@ -116,7 +116,7 @@ class KeepsLeasesInThreads(Orchestrator):
         try:
             yield answers.leased_server(granted)
         finally:
-            self._release(call)
+            call.leave()
 
 
 class Swallows(AsyncOrchestrator):

@@ -6,7 +6,7 @@ Each is a mistake that a careful programmer might make; `pytest -s` prints the s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -32,7 +32,8 @@ from orchestrator.machine.context import Policy
 from orchestrator.machine.facts import CancelRequested, Child, Fact, Request, SlotEvidence
 from orchestrator.machine.states import State
 from orchestrator.machine.table import TABLE, Row
-from orchestrator.runtime.answers import PastLoad, load_outcome
+from orchestrator.runtime.answers import LeasedServer, PastLoad, load_outcome
+from orchestrator.runtime.gate import Gate
 from orchestrator.runtime.owner import Call, Owner
 from orchestrator.runtime.ports import SlotLock
 from orchestrator.runtime.snapshot import Snapshot
@@ -91,6 +92,49 @@ class KeepsTheLock(Owner):
 
 class UnreleasedLock(HeldLock):
     def release(self) -> None:
+        pass
+
+
+# --------------------------------------------------------------------------------------- the gate
+
+
+class LetsInLate(Owner):
+    """Its gate lets callers in after it was closed."""
+
+    def _make_gate(self, server: LeasedServer | None) -> Gate:
+        return _LateGate(server, self.clock, self._post_drained)
+
+
+class _LateGate(Gate):
+    def enter(self, who: Hashable) -> LeasedServer | None:
+        self._inside.add(who)
+        return self.server
+
+
+class LosesTheLast(Owner):
+    """Its gate does not tell of the last one to leave."""
+
+    def _make_gate(self, server: LeasedServer | None) -> Gate:
+        return Gate(server, self.clock, lambda _: None)
+
+
+class CountsNoWaiter(Owner):
+    """Grants what has waited for a load, and does not count it."""
+
+    def _settle(self, command: Settle) -> None:
+        super()._settle(command)
+        self.gate.leave(command.ticket)
+
+
+class KeepsItClosed(Owner):
+    """Does not open the gate again when an idle server is not stopped."""
+
+    def _make_gate(self, server: LeasedServer | None) -> Gate:
+        return _ClosedGate(server, self.clock, self._post_drained)
+
+
+class _ClosedGate(Gate):
+    def reopen(self) -> None:
         pass
 
 
@@ -334,6 +378,22 @@ FAULTS = (
         ("inv_at_rest_all_are_answered",),
     ),
     Fault(ForgetsTheTime, Scene("lease | load B", warm="A"), ("promise_timers_are_kept",)),
+    Fault(
+        LetsInLate,
+        Scene("lease; release | unload", warm="A", mishaps=0),
+        ("inv_nobody_is_let_in_late",),
+    ),
+    Fault(
+        LosesTheLast,
+        Scene("lease; release | unload", warm="A", mishaps=0),
+        ("inv_a_drain_ends_with_the_last",),
+    ),
+    Fault(CountsNoWaiter, Scene("load A | lease", mishaps=0), ("promise_a_lease_is_counted",)),
+    Fault(
+        KeepsItClosed,
+        Scene("load o/B prefetch", warm="A", policy=Policy(idle_ttl_s=1.0), mishaps=0),
+        ("inv_the_gate_is_as_the_machine_says",),
+    ),
     Fault(SwallowsAFailedStart, Scene("load A"), ("inv_at_rest_is_settled",)),
     Fault(StopsAtTheFirstCommand, Scene("load A | load B", mishaps=0), (STEP,)),
 )
@@ -407,7 +467,7 @@ def test_explorer_finds_a_keeper_that_says_too_early_that_nothing_is_left(
 
     monkeypatch.setattr(GatedEffects, "kill_everything", kill_its_own)
     report = explore(Scene("unload", warm="A", kinds=WITH_KEEPER))
-    caught(report, "inv_unloaded_is_empty", within=6)
+    caught(report, "inv_unloaded_is_empty", within=7)
 
 
 def test_explorer_finds_a_keeper_that_loses_an_exit(monkeypatch: pytest.MonkeyPatch) -> None:

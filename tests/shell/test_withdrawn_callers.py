@@ -191,18 +191,23 @@ async def test_a_submit_cancelled_before_it_is_accepted_loads_nothing(harness: H
 @asyncio_test
 async def test_a_lease_granted_to_a_cancelled_caller_is_released(harness: Harness) -> None:
     """Otherwise every later swap would wait for the whole drain timeout."""
+    harness.open_gates = frozenset()
     async with harness.asynchronous() as orch:
-        await orch.load("A")
+        loading = asyncio.create_task(orch.load("A"))
+        await asyncio.to_thread(harness.until, lambda shown: shown.ctx.job is not None)
 
         async def hold() -> None:
             async with orch.lease():
                 raise AssertionError("it was cancelled before")
 
         caller = asyncio.create_task(hold())
-        await asyncio.sleep(0)  # the request is posted
+        await asyncio.to_thread(harness.until, lambda shown: bool(shown.ctx.lease_waiters))
+        harness.effects.open()
+        harness.until(lambda shown: shown.state is State.HEALTHY)
         harness.catch_up()  # the lease is granted, and the loop has not noticed it
+        assert harness.owner.gate.inside == 1
         caller.cancel()
         with pytest.raises(asyncio.CancelledError):
             await caller
-        await asyncio.to_thread(harness.catch_up)
-        assert not harness.owner.snapshot.ctx.leases
+        assert (await loading).generation == 1
+        assert harness.owner.gate.inside == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from orchestrator.base.tokens import Ticket
+from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import Problem
 from orchestrator.machine import commands, facts
 from orchestrator.machine.actions.working import MAX_REMEMBERED, NOT_LOADED, Step, require
@@ -15,14 +15,15 @@ from orchestrator.machine.facts import Exit
 
 def begin_kill(s: Step[facts.Fact]) -> None:
     """Empty the slot at once, or after the leases are released or the drain times out."""
-    if s.ctx.leases and s.ctx.child is not None:
-        s.emit(commands.SetTimer(s.ctx.child.generation, "drain", s.ctx.policy.drain_timeout_s))
+    if s.ctx.gate == "open":
+        generation = _close_gate(s, drains=True)
+        s.emit(commands.SetTimer(generation, "drain", s.ctx.policy.drain_timeout_s))
     else:
         kill_when_drained(s)
 
 
 def kill_when_drained(s: Step[facts.Fact]) -> None:
-    if s.ctx.effect is None and not s.ctx.leases:
+    if s.ctx.effect is None and s.ctx.gate is None:
         generation = s.ctx.job.generation if s.ctx.job else s.ctx.generation
         s.put(effect=EffectInFlight("kill", generation))
         s.emit(commands.Kill(generation, s.ctx.child))
@@ -105,10 +106,12 @@ def commit(s: Step[facts.BecameReady]) -> None:
         fact.at,
         adopted=job.is_adoption,
     )
+    lease = commands.LeaseGranted(job.target, child, fact.server)
+    s.emit(commands.OpenGate(lease))  # before anybody hears of the server
     source = job.target.source
     others = tuple(args for args in s.ctx.committed_args if args[0] != source)
     committed = (*others, (source, job.target.extra_args))[-MAX_REMEMBERED:]
-    s.put(job=None, running=running, committed_args=committed, previous=None)
+    s.put(job=None, running=running, gate="open", committed_args=committed, previous=None)
     s.put(last_error=job.after)  # a failure that was repaired stays visible
     s.conclude(job, running.loaded())
     s.settle(job.callers, running.loaded(already=job.is_adoption))
@@ -199,10 +202,8 @@ def grant_waiting_leases(s: Step[facts.Fact]) -> None:
 
 
 def _grant(s: Step[facts.Fact], ticket: Ticket) -> None:
-    _set_idle_at(s, None)
     running = require(s.ctx.running)
-    s.put(leases=s.ctx.leases | {ticket})
-    lease = commands.LeaseGranted(ticket, running.target, running.child, running.server)
+    lease = commands.LeaseGranted(running.target, running.child, running.server)
     s.emit(commands.Settle(ticket, lease))
 
 
@@ -224,12 +225,30 @@ def enter_idle(s: Step[facts.Fact]) -> None:
         s.refuse_waiting_leases()
 
 
-def drop_lease(s: Step[facts.LeaseReleased]) -> None:
-    s.put(leases=s.ctx.leases - {s.fact.ticket})
+def end_drain(s: Step[facts.Drained]) -> None:
+    _end_drain(s)
 
 
 def revoke_leases(s: Step[facts.Fact]) -> None:
-    s.put(leases=frozenset())
+    """Wait for no lease, and grant none."""
+    if s.ctx.gate == "open":
+        _close_gate(s, drains=False)
+    elif s.ctx.gate == "draining":
+        _end_drain(s)
+
+
+def _close_gate(s: Step[facts.Fact], *, drains: bool) -> Generation:
+    running = require(s.ctx.running)
+    s.put(gate="draining" if drains else None)
+    s.emit(commands.CloseGate(running.generation, drains))
+    if running.idle_ttl_s is not None:
+        s.emit(commands.StopTimer(running.generation, "idle"))
+    return running.generation
+
+
+def _end_drain(s: Step[facts.Fact]) -> None:
+    s.put(gate=None)
+    s.emit(commands.StopTimer(require(s.ctx.child).generation, "drain"))
 
 
 def cut_leases(s: Step[facts.UnloadRequested]) -> None:
@@ -239,18 +258,16 @@ def cut_leases(s: Step[facts.UnloadRequested]) -> None:
 
 
 def start_idle_timer(s: Step[facts.Fact]) -> None:
-    """Start the idle time over, unless the server is leased, pinned, or has no idle time."""
+    """Start the idle time over, unless the server is pinned or has no idle time."""
     running = require(s.ctx.running)
     request = running.target.request
     ttl_s = s.ctx.policy.idle_ttl_s if request.idle_ttl_s is None else request.idle_ttl_s
-    if ttl_s is None or request.pinned or s.ctx.leases:
-        _set_idle_at(s, None)
-    else:
-        _set_idle_at(s, s.fact.at + ttl_s)
+    if request.pinned:
+        ttl_s = None
+    s.put(running=replace(running, wanted_at=s.fact.at, idle_ttl_s=ttl_s))
+    if ttl_s is not None:
         s.emit(commands.SetTimer(running.generation, "idle", ttl_s))
 
 
-def _set_idle_at(s: Step[facts.Fact], at: float | None) -> None:
-    running = require(s.ctx.running)
-    if running.idle_at != at:
-        s.put(running=replace(running, idle_at=at))
+def wait_until_idle(s: Step[facts.TimerFired]) -> None:
+    s.emit(commands.SetTimer(s.fact.generation, "idle", require(s.fact.idle_in_s)))

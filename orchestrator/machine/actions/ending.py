@@ -177,7 +177,6 @@ def forget_ticket(s: Step[facts.Withdrawn]) -> None:
     s.put(
         waiters=tuple(w for w in s.ctx.waiters if w.ticket != gone),
         lease_waiters=tuple(t for t in s.ctx.lease_waiters if t != gone),
-        leases=s.ctx.leases - {gone},
     )
     abandoned = [job for job in s.ctx.prefetches if not job.callers]
     if cancels_abandoned:

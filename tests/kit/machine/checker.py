@@ -25,7 +25,7 @@ from orchestrator.base.tokens import Ticket
 from orchestrator.machine.actions.working import Step
 from orchestrator.machine.commands import Command, DropStale, Loaded, Settle
 from orchestrator.machine.context import Context, Policy
-from orchestrator.machine.facts import Fact, LoadRequested
+from orchestrator.machine.facts import Fact, LoadRequested, LookUpRequested, TimerFired
 from orchestrator.machine.states import State
 from orchestrator.machine.step import Lifecycle
 from orchestrator.machine.table import TABLE, Row
@@ -142,7 +142,7 @@ class _Arrival(NamedTuple):
     before: World
     move: Move
     note: str
-    then: tuple[World, Move] | None = None  # what has followed at once
+    then: tuple[tuple[World, Move], ...] = ()  # what has followed at once
 
 
 class _BrokenError(Exception):
@@ -202,7 +202,11 @@ class _Exploration:
         assert isinstance(answer, Loaded), answer
         start = self._scenario.start(world.core)
         return start._replace(
-            alive=world.alive, concluded=world.concluded, reported_ended=world.reported_ended
+            alive=world.alive,
+            concluded=world.concluded,
+            reported_ended=world.reported_ended,
+            timers=world.timers,
+            gate=world.gate,
         )
 
     def _explore(self, first: World, max_worlds: int) -> None:
@@ -250,18 +254,23 @@ class _Exploration:
         return core is not world.core or [type(c) for c in commands] != [DropStale]
 
     def _apply(self, world: World, move: Move) -> Iterator[tuple[_Arrival, World]]:
-        for note, after in self._carry_out(world, move):
+        yield from self._go_on(_Arrival(world, move, ""), world, move)
+
+    def _go_on(
+        self, arrival: _Arrival, world: World, move: Move
+    ) -> Iterator[tuple[_Arrival, World]]:
+        try:
+            outcomes = list(self._carry_out(world, move))
+        except _BrokenError as broken:
+            raise _BrokenError(broken.violation, arrival) from broken
+        for note, after in outcomes:
+            reached = arrival._replace(note=note)
             follows = self._scenario.at_once(move, after)
             if follows is None:
-                yield _Arrival(world, move, note), after
-                continue
-            try:
-                outcomes = list(self._carry_out(after, follows))
-            except _BrokenError as broken:
-                last = _Arrival(world, move, note, (after, follows))
-                raise _BrokenError(broken.violation, last) from broken
-            for note_, last_world in outcomes:
-                yield _Arrival(world, move, note_, (after, follows)), last_world
+                yield reached, after
+            else:
+                reached = reached._replace(then=(*arrival.then, (after, follows)))
+                yield from self._go_on(reached, after, follows)
 
     def _carry_out(self, world: World, move: Move) -> Iterator[tuple[str, World]]:
         if move.fact is None:
@@ -328,6 +337,7 @@ class _Exploration:
             tokens=world.tokens,
             concluded=world.concluded,
             reported_ended=world.reported_ended,
+            gate=world.gate,
         )
         try:
             _, answer = self._run_happily(setting, fresh, Ticket(1000))
@@ -348,7 +358,7 @@ class _Exploration:
                 core, commands = self._step(world.core, fact)
                 answers += [c.answer for c in commands if isinstance(c, Settle)]
                 _, world = next(setting.carry_out(world, ends, core, commands))
-            move = next((m for m in setting.own_moves(world) if m.is_good), None)
+            move = next(filter(_is_happy, setting.own_moves(world)), None)
             if move is None:
                 break
             world, fact, ends = move.world, move.fact, move.ends
@@ -394,10 +404,11 @@ class _Exploration:
     def _lines(self, arrival: _Arrival) -> Iterator[StoryLine]:
         """Yield what is told of it; a look-up that ends at once is not worth a line."""
         before, move, note, then = arrival
-        if then is None:
-            yield self._line(before, move, note)
-        else:
-            yield self._line(then[0], then[1]._replace(who=move.who, text=move.text), note)
+        if then and isinstance(move.fact, LookUpRequested):
+            (before, found), *then_ = then
+            move, then = found._replace(who=move.who, text=move.text), tuple(then_)
+        for at, (world, next_move) in enumerate(((before, move), *then)):
+            yield self._line(world, next_move, note if at == len(then) else "")
 
     def _line(self, before: World, move: Move, note: str) -> StoryLine:
         if move.fact is None:
@@ -408,6 +419,11 @@ class _Exploration:
         _, core, commands = known
         outcome = tuple(filter(None, (*map(describe, commands), note)))
         return StoryLine(move.who, move.text, before.core.state, core.state, outcome)
+
+
+def _is_happy(move: Move) -> bool:
+    """It is no failure, and the server is not idle for long enough."""
+    return move.is_good and not (isinstance(move.fact, TimerFired) and move.fact.kind == "idle")
 
 
 def _loses_a_load(edge: Edge) -> Violation | None:

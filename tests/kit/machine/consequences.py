@@ -5,12 +5,14 @@ from __future__ import annotations
 from orchestrator.base.tokens import Generation
 from orchestrator.machine.commands import (
     Accept,
+    CloseGate,
     Command,
     Concluded,
     Download,
     Kill,
     LeaseGranted,
     LookUp,
+    OpenGate,
     Post,
     Probe,
     Resolve,
@@ -21,7 +23,7 @@ from orchestrator.machine.commands import (
     StopTimer,
 )
 from orchestrator.machine.context import EffectInFlight
-from tests.kit.machine.world import Core, Noticed, Status, Timer, Work, WorkKind, World
+from tests.kit.machine.world import Core, Gate, Noticed, Status, Timer, Work, WorkKind, World
 
 
 class Changes:
@@ -38,16 +40,15 @@ class Changes:
         self._noticed = world.noticed
         self._timers = world.timers
         self._tokens = world.tokens
+        self._gate = world.gate
 
     def carry_out(self, command: Command) -> None:
         if isinstance(command, Kill | Resolve | Download | Probe):
             self._work.append(self._begun(command))
             return
         match command:
-            case Settle(ticket, answer):
-                index = self._index[ticket]
-                status = Status.HELD if isinstance(answer, LeaseGranted) else Status.DONE
-                self._calls[index] = self._calls[index]._replace(status=status)
+            case Settle():
+                self._settle(command)
             case Accept(ticket, generation):
                 index = self._index[ticket]
                 self._calls[index] = self._calls[index]._replace(generation=generation)
@@ -59,8 +60,27 @@ class Changes:
                 self._tokens |= {generation}
             case LookUp() | SetTimer() | StopTimer():
                 self._time(command)
+            case OpenGate() | CloseGate():
+                self._turn_gate(command)
             case Post(fact):
                 self._noticed |= {Noticed("promote", fact.generation)}
+
+    def _settle(self, command: Settle) -> None:
+        index = self._index[command.ticket]
+        status = Status.HELD if isinstance(command.answer, LeaseGranted) else Status.DONE
+        self._calls[index] = self._calls[index]._replace(status=status)
+        if status is Status.HELD:
+            self._gate = self._gate._replace(inside=self._gate.inside | {command.ticket})
+
+    def _turn_gate(self, command: OpenGate | CloseGate) -> None:
+        if isinstance(command, OpenGate):
+            self._gate = Gate(command.lease.child.generation, is_open=True)
+            return
+        self._gate = self._gate._replace(
+            is_open=False, drains=command.drains, at_close=self._gate.inside
+        )
+        if command.drains and not self._gate.inside:
+            self._noticed |= {Noticed("drained", command.generation)}
 
     def _time(self, command: LookUp | SetTimer | StopTimer) -> None:
         match command:
@@ -87,7 +107,10 @@ class Changes:
                 return Work(kind, generation, model=wanted.request.model_path)
 
     def world(self, core: Core) -> World:
+        if self._gate.is_held:
+            self._gate = self._gate._replace(is_open=core.ctx.gate == "open", is_held=False)
         return self._world._replace(
+            gate=self._gate,
             core=core,
             calls=tuple(self._calls),
             work=tuple(self._work),

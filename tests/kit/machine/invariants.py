@@ -57,7 +57,7 @@ def inv_one_effect(world: World) -> str | None:
         return f"{len(real)} effects are in flight: {', '.join(e.kind for e in real)}"
     if (real[0] if real else None) != known:
         return f"the machine records {known} as in flight, but it is {real[0] if real else None}"
-    is_draining = world.state is State.KILLING and bool(world.ctx.leases)
+    is_draining = world.state is State.KILLING and world.ctx.gate == "draining"
     if (known.kind if known else None) != own and not (known is None and is_draining):
         return f"in {world.state} the effect in flight is {known.kind if known else None}"
     return None
@@ -157,9 +157,10 @@ def inv_healthy_at_rest_is_alive(world: World) -> str | None:
 def inv_idle_server_is_stopped(world: World) -> str | None:
     """Quiescent Healthy: the server is leased or pinned, or has no idle time."""
     ctx = world.ctx
-    if world.is_quiescent and world.state is State.HEALTHY and ctx.policy.idle_ttl_s is not None:
+    has_idle_time = ctx.policy.idle_ttl_s is not None and not ctx.is_shutting_down
+    if world.is_quiescent and world.state is State.HEALTHY and has_idle_time:
         is_pinned = ctx.running is not None and ctx.running.target.request.pinned
-        if not is_pinned and not ctx.leases:
+        if not is_pinned and not world.inside:
             return "the server is idle, and nothing will stop it"
     return None
 
@@ -301,8 +302,9 @@ def inv_stale_timer_is_dropped(edge: Edge) -> str | None:
         is_due = (
             running is not None
             and running.generation == fact.generation
-            and edge.before.state is State.HEALTHY
-            and not (ctx.is_due or ctx.leases or running.target.request.pinned)
+            and ctx.gate == "open"
+            and running.idle_ttl_s is not None
+            and not (ctx.is_due and fact.idle_in_s == 0.0)
         )
     elif fact.kind == "look_up":
         is_due = fact.generation in {Generation(call.ticket) for call in ctx.look_ups}

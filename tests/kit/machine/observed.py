@@ -86,6 +86,22 @@ class World(Protocol):
         """Leases that were granted and not released, and whose holder has not gone away."""
 
     @property
+    def inside(self) -> frozenset[Ticket]:
+        """The leases that the gate counts."""
+
+    @property
+    def let_in(self) -> frozenset[Ticket]:
+        """All that are inside, or were when the gate was closed."""
+
+    @property
+    def is_open(self) -> bool:
+        """The gate lets callers in."""
+
+    @property
+    def is_told_drained(self) -> bool:
+        """`Drained` is on its way."""
+
+    @property
     def is_found(self) -> bool:
         """The machine has yet to hear of what a dead owner has left."""
 

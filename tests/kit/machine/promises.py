@@ -15,6 +15,7 @@ from orchestrator.machine.commands import (
     CancelAnswer,
     Done,
     DropStale,
+    Kill,
     LeaseGranted,
     Loaded,
     Settle,
@@ -52,13 +53,38 @@ def inv_every_load_has_a_caller(world: World) -> str | None:
 
 def inv_a_lease_has_a_holder(world: World) -> str | None:
     """A released lease, or one whose holder went away, does not delay a drain."""
-    left = world.ctx.leases - world.holding
+    left = world.inside - world.holding
     return f"the lease of call {min(left)} counts, but is not held" if left else None
+
+
+def inv_the_gate_is_as_the_machine_says(world: World) -> str | None:
+    """It is open in Healthy, until the shutdown. While it drains, Killing waits for it only."""
+    gate, state = world.ctx.gate, world.state
+    if world.is_open is not (gate == "open"):
+        return f"the gate is {'open' if world.is_open else 'closed'}, and should be {gate}"
+    if (gate == "open") is not (state is State.HEALTHY and not world.ctx.is_shutting_down):
+        return f"in {state} the gate is {gate}"
+    if gate == "draining" and (state is not State.KILLING or world.ctx.effect is not None):
+        return f"in {state} the server drains during {world.ctx.effect}"
+    return None
+
+
+def inv_nobody_is_let_in_late(world: World) -> str | None:
+    """Nobody enters a gate that has been closed: its server is about to be stopped."""
+    late = world.inside - world.let_in
+    return f"call {min(late)} was let in after the gate was closed" if late else None
+
+
+def inv_a_drain_ends_with_the_last(world: World) -> str | None:
+    """Killing waits for somebody who is inside, or has just left."""
+    if world.ctx.gate == "draining" and not (world.inside or world.is_told_drained):
+        return "the server drains, and nobody is inside"
+    return None
 
 
 def inv_after_a_shutdown_nothing_is_wanted(world: World) -> str | None:
     """From a shutdown on there is no load and no lease."""
-    if world.was_shut_down and (world.ctx.wanted or world.ctx.prefetches or world.ctx.leases):
+    if world.was_shut_down and (world.ctx.wanted or world.ctx.prefetches or world.is_open):
         return "after the shutdown a load is wanted or a lease is held"
     return None
 
@@ -283,10 +309,24 @@ def inv_only_a_cut_ends_leases(edge: Edge) -> str | None:
     fact, before, after = edge.fact, edge.before.ctx, edge.after.ctx
     if not isinstance(fact, UnloadRequested):
         return None
-    if not fact.cut and after.leases != before.leases:
-        return "an unload that waits for leases has ended one"
-    if fact.cut and any(waiter.ticket == fact.ticket for waiter in after.waiters) and after.leases:
+    if not fact.cut and before.gate is not None and after.gate is None:
+        return "an unload that waits for leases has ended them"
+    is_waiting = any(waiter.ticket == fact.ticket for waiter in after.waiters)
+    if fact.cut and is_waiting and after.gate is not None:
         return f"unload {fact.ticket} does not wait for leases, and has left some"
+    return None
+
+
+def inv_a_server_in_use_is_not_stopped(edge: Edge) -> str | None:
+    """A lease keeps the server, until it is cut, the drain has lasted long enough, or all ends."""
+    fact, ctx = edge.fact, edge.before.ctx
+    is_cut = isinstance(fact, Exited | Hung | ShutdownRequested) or (
+        fact.cut if isinstance(fact, UnloadRequested) else False
+    )
+    is_over = isinstance(fact, TimerFired) and fact.kind == "drain"
+    kills = any(isinstance(command, Kill) for command in edge.commands)
+    if kills and ctx.gate is not None and edge.before.inside and not (is_cut or is_over):
+        return f"the server is stopped while call {min(edge.before.inside)} uses it"
     return None
 
 
@@ -442,6 +482,9 @@ def inv_restarts_are_bounded(world: World) -> str | None:
 WORLD_PROMISES: tuple[Callable[[World], str | None], ...] = (
     inv_every_load_has_a_caller,
     inv_a_lease_has_a_holder,
+    inv_the_gate_is_as_the_machine_says,
+    inv_nobody_is_let_in_late,
+    inv_a_drain_ends_with_the_last,
     inv_after_a_shutdown_nothing_is_wanted,
     inv_at_rest_all_are_answered,
     inv_restarts_are_bounded,
@@ -461,6 +504,7 @@ STEP_PROMISES: tuple[Callable[[Edge], str | None], ...] = (
     inv_lease_is_granted_if_possible,
     inv_a_cancel_waits_for_no_lease,
     inv_only_a_cut_ends_leases,
+    inv_a_server_in_use_is_not_stopped,
     inv_refused_changes_nothing,
     inv_unloaded_is_empty,
     inv_kept_is_our_server,

@@ -16,10 +16,13 @@ from orchestrator.errors import Problem
 from orchestrator.machine.commands import (
     Accept,
     Answer,
+    CloseGate,
     Command,
     Concluded,
     Download,
+    LeaseGranted,
     Loaded,
+    OpenGate,
     Post,
     Resolve,
     ServerEnded,
@@ -33,6 +36,7 @@ from orchestrator.machine.facts import (
     BecameReady,
     CancelRequested,
     Child,
+    Drained,
     Emptied,
     Exit,
     Exited,
@@ -42,7 +46,6 @@ from orchestrator.machine.facts import (
     Found,
     Hung,
     KillFailed,
-    LeaseReleased,
     LeaseRequested,
     LoadRequested,
     LookUpRequested,
@@ -78,7 +81,8 @@ class Run:
     """A machine, the answers to its callers, and the commands of its last step.
 
     The timers that have been stopped are in `stopped`, not in `commands`: every load stops that
-    of its look-up. All loads that have been concluded are in `history`.
+    of its look-up. All loads that have been concluded are in `history`. Who holds a lease is
+    `inside`; a server that is to be stopped, and that nobody uses, is drained in the same step.
     """
 
     def __init__(self, policy: Policy | None = None) -> None:
@@ -91,8 +95,18 @@ class Run:
         self.history: list[Concluded] = []
         self.answers: dict[int, Answer] = {}
         self.generations: dict[int, int] = {}
+        self.inside: set[Ticket] = set()
 
     def do(self, fact: Fact) -> Self:
+        self._step(fact)
+        drains = [c for c in self.commands_of(CloseGate) if c.drains]
+        if drains and not self.inside:  # told at once
+            closing = self.commands
+            self._step(Drained(drains[0].generation, self.now))
+            self.commands = (*closing, *self.commands)
+        return self
+
+    def _step(self, fact: Fact) -> None:
         self.state, self.ctx, commands = step(self.state, self.ctx, fact)
         self.commands = tuple(c for c in commands if not isinstance(c, StopTimer))
         self.stopped += [c for c in commands if isinstance(c, StopTimer)]
@@ -100,12 +114,15 @@ class Run:
             if isinstance(command, Settle):
                 assert command.ticket not in self.answers, f"call {command.ticket} answered twice"
                 self.answers[command.ticket] = command.answer
+                if isinstance(command.answer, LeaseGranted):
+                    self.inside.add(command.ticket)
                 _check_message(command.answer)
             elif isinstance(command, Accept):
                 self.generations[command.ticket] = command.generation
+            elif isinstance(command, OpenGate):
+                self.inside = set()
         self.history += self.commands_of(Concluded)
         _check_message(self.ctx.last_error)
-        return self
 
     # --------------------------------------------------------------------------------- callers
 
@@ -161,7 +178,13 @@ class Run:
         return ticket
 
     def release(self, lease: Ticket) -> Self:
-        return self.do(LeaseReleased(lease, self.now))
+        """Leave the gate, which is no fact, except for the last one while the server drains."""
+        self.commands = ()
+        self.inside.remove(lease)
+        if self.ctx.gate == "draining" and not self.inside:
+            assert self.ctx.child is not None
+            self.do(Drained(self.ctx.child.generation, self.now))
+        return self
 
     def shutdown(self, *, keep: bool = True, alive: bool = True) -> Ticket:
         ticket = self.ticket()
@@ -169,6 +192,8 @@ class Run:
         return ticket
 
     def withdraw(self, ticket: Ticket) -> Self:
+        if ticket in self.inside:
+            return self.release(ticket)
         return self.do(Withdrawn(ticket, self.now))
 
     def category(self, ticket: int) -> str | None:
@@ -283,7 +308,17 @@ class Run:
         return self.do(Exited(self.running.generation, self.now, exit_))
 
     def fire(self, kind: Timer, generation: int) -> Self:
-        return self.do(TimerFired(Generation(generation), self.now, kind))
+        return self.do(
+            TimerFired(Generation(generation), self.now, kind, self._idle_in_s(kind, generation))
+        )
+
+    def _idle_in_s(self, kind: Timer, generation: int) -> float | None:
+        """The evidence of an idle timer: the server is unused if nobody is inside."""
+        running = self.ctx.running
+        is_asked = kind == "idle" and running is not None and running.generation == generation
+        if not is_asked or running is None or self.ctx.gate != "open":
+            return None
+        return running.idle_ttl_s if self.inside or running.idle_ttl_s is None else 0.0
 
     def expire(self, timer: SetTimer) -> Self:
         """The time of a timer passes, and it fires."""

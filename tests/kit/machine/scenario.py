@@ -9,23 +9,24 @@ true in the step that processes it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import Problem
+from orchestrator.machine import facts
 from orchestrator.machine.commands import Command, Spawn
 from orchestrator.machine.context import Context, Policy
 from orchestrator.machine.facts import (
     CancelRequested,
     Child,
+    Drained,
     Emptied,
     Fact,
     Fetched,
     FetchFailed,
     KillFailed,
-    LeaseReleased,
     LeaseRequested,
     LookUpRequested,
     NotReady,
@@ -52,6 +53,7 @@ from tests.kit.machine.world import (
     FoundKind,
     Noticed,
     Status,
+    Timer,
     Work,
     World,
     became_ready,
@@ -133,22 +135,11 @@ class Scenario:
         for work in world.work:
             yield from getattr(self, f"_end_{work.kind}")(world, work)
         for noticed in sorted(world.noticed):
-            after = world._replace(noticed=world.noticed - {noticed})
-            if noticed.kind == "exited":
-                text = f"the exit of server {noticed.pid} is noticed"
-                yield Move("system", text, after, exited(noticed.generation, noticed.pid))
-            elif noticed.kind == "hung":
-                text = f"the hang of server {noticed.pid} is reported"
-                yield Move("system", text, after, hung(noticed.generation, noticed.pid))
-            elif noticed.kind in FOUND:
-                model = next((p.model for p in world.alive if p.pid == noticed.pid), "Gone")
-                models = {"found": model, "found_changed": "Changed"}
-                text = f"the next owner finds server {noticed.pid} ({noticed.kind})"
-                yield Move("system", text, after, found(noticed, models.get(noticed.kind)))
-            else:
-                promoted = Promoted(noticed.generation, AT, child_is_alive(world))
-                yield Move("machine", f"load {noticed.generation} may start", after, promoted)
+            yield self._arrival_of(world, noticed)
         for timer in sorted(world.timers):
+            if timer.kind == "idle":
+                yield from self._end_idle_time(world, timer)
+                continue
             text = f"the {timer.kind} timer of load {timer.generation} fires"
             fact = TimerFired(timer.generation, AT, timer.kind)
             after = world._replace(timers=world.timers - {timer})
@@ -160,6 +151,42 @@ class Scenario:
                 noticing = world._replace(noticed=world.noticed | {notice})
                 text = f"the hang of server {process.pid} is noticed"
                 yield Move("system", text, noticing, None, is_good=False)
+
+    def _arrival_of(self, world: World, noticed: Noticed) -> Move:
+        after = world._replace(noticed=world.noticed - {noticed})
+        match noticed.kind:
+            case "exited":
+                text = f"the exit of server {noticed.pid} is noticed"
+                return Move("system", text, after, exited(noticed.generation, noticed.pid))
+            case "hung":
+                text = f"the hang of server {noticed.pid} is reported"
+                return Move("system", text, after, hung(noticed.generation, noticed.pid))
+            case "drained":
+                text = f"the last one has left server {noticed.generation}"
+                return Move("system", text, after, Drained(noticed.generation, AT))
+            case "promote":
+                promoted = Promoted(noticed.generation, AT, child_is_alive(world))
+                return Move("machine", f"load {noticed.generation} may start", after, promoted)
+            case _:
+                model = next((p.model for p in world.alive if p.pid == noticed.pid), "Gone")
+                models = {"found": model, "found_changed": "Changed"}
+                text = f"the next owner finds server {noticed.pid} ({noticed.kind})"
+                return Move("system", text, after, found(noticed, models.get(noticed.kind)))
+
+    def _end_idle_time(self, world: World, timer: Timer) -> Iterator[Move]:
+        """The gate is asked; a server that was used meanwhile has its idle time once more."""
+        text, running = f"the idle timer of load {timer.generation} fires", world.core.ctx.running
+        after = world._replace(timers=world.timers - {timer})
+        fact = TimerFired(timer.generation, AT, timer.kind)
+        is_asked = running is not None and running.generation == timer.generation
+        if running is None or not is_asked or running.idle_ttl_s is None or not world.gate.is_open:
+            yield Move("clock", text, after, fact)
+            return
+        if not world.gate.inside:
+            closed = after._replace(gate=world.gate._replace(is_open=False, is_held=True))
+            yield Move("clock", text, closed, replace(fact, idle_in_s=0.0))
+        used = replace(fact, idle_in_s=1.0)
+        yield Move("clock", f"{text}, and it has been used", after, used, is_own=False)
 
     def _end_kill(self, world: World, work: Work) -> Iterator[Move]:
         if world.alive:
@@ -218,7 +245,12 @@ class Scenario:
             yield Move("system", text, world, look_up_failed(ticket), work, is_good=False)
 
     def at_once(self, move: Move, after: World) -> Move | None:
-        """Return the end of the look-up that a call has begun, unless it is slow."""
+        """Return what follows before anything else: the drain of a server that nobody uses, or the
+        end of the look-up that a call has begun, unless it is slow.
+        """
+        for noticed in after.noticed - move.world.noticed:
+            if noticed.kind == "drained" and move.fact is not None:
+                return self._arrival_of(after, noticed)
         if not isinstance(move.fact, LookUpRequested):
             return None
         ticket = move.fact.ticket
@@ -279,16 +311,37 @@ class Scenario:
         world = world._replace(progress=tuple(progress))
         yield Move(who, action.text, *self._arrive(world, action, ticket), is_own=False)
 
-    def _arrive(self, world: World, action: Action, ticket: Ticket) -> tuple[World, Fact]:
-        """Return the world in which the machine processes the call, and the fact."""
+    def _enter(self, world: World, action: Action, ticket: Ticket) -> World:
+        """A lease of a server whose gate is open is no fact."""
+        gate = world.gate._replace(inside=world.gate.inside | {ticket})
+        return _with_call(world._replace(gate=gate), action.index, Call(Status.HELD, ticket))
+
+    def _leave(self, world: World, index: int, status: Status) -> World:
+        """A lease ends; the last one to leave a closed gate says so."""
+        call, gate = world.calls[index], world.gate
+        world = _with_call(world, index, call._replace(status=status))
+        if call.ticket not in gate.inside:
+            return world
+        gate = gate._replace(inside=gate.inside - {call.ticket})
+        world = world._replace(gate=gate)
+        if gate.inside or not gate.drains or self.faults.loses_the_last:
+            return world
+        notice = Noticed("drained", gate.generation)
+        return world._replace(noticed=world.noticed | {notice})
+
+    def _arrive(self, world: World, action: Action, ticket: Ticket) -> tuple[World, Fact | None]:
+        """Return the world in which the machine processes the call, and the fact, if it is one."""
         mine, about = world.calls[action.index], world.calls[action.refers]
+        gate = world.gate
+        if action.verb == "lease" and (gate.is_open or (self.faults.lets_in_late and gate[0])):
+            return self._enter(world, action, ticket), None
+        if action.verb == "release" or (action.verb == "withdraw" and about.status is Status.HELD):
+            status = Status.DONE if action.verb == "release" else Status.GONE
+            return self._leave(world, action.refers, status), None
         if action.verb == "withdraw":
-            gone = about.status in {Status.WAITING, Status.ENDED, Status.HELD}
+            gone = about.status in {Status.WAITING, Status.ENDED}
             call = about._replace(status=Status.GONE) if gone else about
             return _with_call(world, action.refers, call), Withdrawn(about.ticket, AT)
-        if action.verb == "release":
-            call = about._replace(status=Status.DONE)
-            return _with_call(world, action.refers, call), LeaseReleased(about.ticket, AT)
         is_ended = mine.status is Status.CALLED_ENDED or (
             action.verb in _ENDABLE and action.request_id in world.cancelled_ids
         )
@@ -428,8 +481,10 @@ class Scenario:
             notice = Noticed("found", Generation(1), pid=99)
             told = found(notice, "Stale")
             yield Move("adversary", "a server is found late", reported, told, is_own=False)
-        late = TimerFired(Generation(0), AT, "look_up")  # of the load that warms up
-        yield Move("adversary", "a late look_up timer fires", reported, late, is_own=False)
+        kinds: tuple[facts.Timer, ...] = ("look_up", "idle", "drain")
+        for kind in kinds:  # of the load that warms up
+            late = TimerFired(Generation(0), AT, kind)
+            yield Move("adversary", f"a late {kind} timer fires", reported, late, is_own=False)
 
     # ---------------------------------------------------------------------------- commands
 

@@ -9,6 +9,7 @@ from orchestrator.machine.commands import (
     Accept,
     Answer,
     CancelAnswer,
+    CloseGate,
     Command,
     Concluded,
     Done,
@@ -19,6 +20,7 @@ from orchestrator.machine.commands import (
     LeaseGranted,
     Loaded,
     LookUp,
+    OpenGate,
     Post,
     Prefetched,
     Probe,
@@ -98,7 +100,7 @@ def describe(command: Command) -> str:
             return f"load {fact.generation} is promoted"
         case DropStale(generation, trigger):
             return f"{trigger} of load {generation} is dropped as stale"
-        case Concluded() | ServerEnded() | StopTimer() | Warm():
+        case Concluded() | ServerEnded() | StopTimer() | Warm() | OpenGate() | CloseGate():
             return ""
         case Kill() | Resolve() | Download() | Spawn() | Probe():
             return _begins(command)

@@ -92,7 +92,7 @@ WorkKind = EffectKind | Literal["resolve", "prefetch", "look_up"]
 """An effect of a state, or work for a queued load, a prefetch or a call."""
 
 FoundKind = Literal["found", "found_changed", "found_unknown"]
-NoticedKind = Literal["exited", "promote", "hung"] | FoundKind
+NoticedKind = Literal["exited", "promote", "hung", "drained"] | FoundKind
 FOUND: Final[frozenset[FoundKind]] = frozenset(get_args(FoundKind))
 BESIDE: Final = frozenset({"resolve", "prefetch", "look_up"})
 
@@ -107,9 +107,9 @@ class Work(NamedTuple):
 
 
 class Noticed(NamedTuple):
-    """A fact on its way that is no completion: a promotion, the exit or the hang of a server, or
-    what the next owner finds: a server that is as its keeper remembers it, one that is not, or
-    something of which nobody knows what it is.
+    """A fact on its way that is no completion: a promotion, the exit, the hang or the end of the
+    drain of a server, or what the next owner finds: a server that is as its keeper remembers it,
+    one that is not, or something of which nobody knows what it is.
     """
 
     kind: NoticedKind
@@ -120,6 +120,20 @@ class Noticed(NamedTuple):
 class Timer(NamedTuple):
     kind: facts.Timer
     generation: Generation
+
+
+class Gate(NamedTuple):
+    """The gate of a server, and the leases that it counts.
+
+    `is_held`: closed as evidence of this step, and open again unless the machine takes it.
+    """
+
+    generation: Generation = Generation(0)
+    is_open: bool = False
+    inside: frozenset[Ticket] = frozenset()
+    at_close: frozenset[Ticket] = frozenset()
+    drains: bool = False
+    is_held: bool = False
 
 
 class World(NamedTuple):
@@ -136,6 +150,7 @@ class World(NamedTuple):
     concluded: frozenset[Generation] = frozenset()
     reported_ended: frozenset[int] = frozenset()
     cancelled_ids: frozenset[str] = frozenset()
+    gate: Gate = Gate()
     strays: int = 0
     keepers: int = 0
     hangs: int = 0
@@ -173,6 +188,9 @@ class Faults:
     # of a keeper's code, which the checker must find
     is_empty_too_early: bool = False
     loses_exits: bool = False
+    # of the gate
+    lets_in_late: bool = False
+    loses_the_last: bool = False
     # of the watch, and of an adoption
     calls_a_worker_hung: bool = False
     adopts_without_comparing: bool = False
@@ -249,6 +267,23 @@ class View:
         return self._tickets(Status.HELD)
 
     @property
+    def inside(self) -> frozenset[Ticket]:
+        return self._world.gate.inside
+
+    @property
+    def let_in(self) -> frozenset[Ticket]:
+        gate = self._world.gate
+        return gate.inside if gate.is_open else gate.at_close
+
+    @property
+    def is_open(self) -> bool:
+        return self._world.gate.is_open
+
+    @property
+    def is_told_drained(self) -> bool:
+        return any(n.kind == "drained" for n in self._world.noticed)
+
+    @property
     def is_found(self) -> bool:
         return any(noticed.kind in FOUND for noticed in self._world.noticed)
 
@@ -276,8 +311,11 @@ class View:
 
     @property
     def is_quiescent(self) -> bool:
-        world = self._world
-        return not (world.work or world.noticed or world.timers or watched(world, is_hung=True))
+        world, gate = self._world, self._world.gate
+        timers = world.timers
+        if gate.inside:  # while it is in use, it only starts over
+            timers -= {Timer("idle", gate.generation)}
+        return not (world.work or world.noticed or timers or watched(world, is_hung=True))
 
 
 # ----------------------------------------------------------------------------------------- facts

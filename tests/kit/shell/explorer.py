@@ -140,13 +140,14 @@ class _Exploration:
         stage = (self._scene.stage or Stage)(self._scene, run.choose)
         try:
             for _ in range(_MOVES):
-                stage.is_checking = run.is_new
                 if run.is_new:
                     self._arrive(stage)
                 moves = stage.moves()
                 if not moves:
                     return None
-                stage.do(moves[run.choose([move.label for move in moves])])
+                move = moves[run.choose([move.label for move in moves])]
+                stage.is_checking = run.is_at_the_end
+                stage.do(move)
             raise AssertionError(f"no end after {_MOVES} moves")
         except _KnownError:
             return None
@@ -234,6 +235,11 @@ class _Run:
     def is_new(self) -> bool:
         """Whether the last decision of the prefix has been taken."""
         return len(self.decisions) >= len(self._prefix)
+
+    @property
+    def is_at_the_end(self) -> bool:
+        """Whether the next decision is the last of the prefix, which is new, or comes later."""
+        return len(self.decisions) + 1 >= len(self._prefix)
 
     def choose(self, options: Sequence[str]) -> int:
         at = len(self.decisions)

@@ -8,6 +8,7 @@ callbacks, cancelled tasks, interrupted threads, completions and facts.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from asyncio import events as running
 from collections.abc import Callable, Iterator
@@ -23,12 +24,14 @@ from orchestrator.runtime.orchestrator import AsyncOrchestrator, Orchestrator
 from orchestrator.runtime.owner import Call, Owner
 from tests.kit.machine.invariants import Violation
 from tests.kit.machine.programs import Action
+from tests.kit.machine.world import Status
 from tests.kit.shell.fakes import fake_parts
 from tests.kit.shell.ledger import Caller
 from tests.kit.shell.scene import Scene
 from tests.kit.shell.stage import BrokenError, Choose, Move, Stage
 
 _PATIENCE_S: Final = 20.0
+_NOBODY: Final = Ticket(-1000)
 
 
 class FacadeStage(Stage):
@@ -109,13 +112,39 @@ class FacadeStage(Stage):
                 if (message := self._misled(caller)) is not None:
                     raise BrokenError(Violation("promise_callers_get_their_answer", message))
 
+    @property
+    def counted(self) -> frozenset[Ticket]:
+        """A facade enters under no ticket: there are as many as callers that are inside."""
+        gate, fast = self.owner.gate, set[Ticket]()
+        for caller in self.ledger.open_calls:
+            is_inside = caller.call is not None and caller.call.gate is gate
+            if caller.ticket < 0 and is_inside and caller.status is Status.HELD:
+                fast.add(caller.ticket)
+        slow = {who for who in gate._inside if isinstance(who, int)}
+        is_right = len(gate._inside) - len(slow) == len(fast)
+        return frozenset(cast("set[Ticket]", slow) | (fast if is_right else {_NOBODY}))
+
+    def has_left(self, caller: Caller) -> bool:
+        return self._was_ended(caller)
+
+    @contextlib.contextmanager
+    def _inside(self, action: Action) -> Iterator[None]:
+        """The body of a `with orch.lease()`."""
+        caller = self.ledger.callers[action.index]
+        if caller.call is None:
+            self.ledger.entered(caller, self._inside_of(Ticket(-1 - action.index)))
+        try:
+            yield
+        finally:
+            caller.has_left()
+
     def _misled(self, caller: Caller) -> str | None:
         """Return how what the facade did differs from the answer to its call."""
         has_ended, result = self._result_of(caller)
         name, answer = caller.action.text, caller.answer
         if caller.call is None:
             return None
-        if has_ended and caller.ticket in self.owner.snapshot.ctx.leases:
+        if has_ended and caller.ticket in self.counted:
             return f"{name} has ended, and its lease still counts"
         if not has_ended:
             is_holding = isinstance(answer, LeaseGranted) and not self._was_ended(caller)
@@ -238,7 +267,8 @@ class LoopStage(FacadeStage):
             case _:
                 given_back = self.given_back[action.index] = asyncio.Event()
                 async with orch.lease() as server:
-                    await given_back.wait()
+                    with self._inside(action):
+                        await given_back.wait()
                 return server
 
     # ------------------------------------------------------------------------------- checking
@@ -411,7 +441,7 @@ class ThreadStage(FacadeStage):
             case "cancel":
                 return orch.cancel(action.request_id)
             case _:
-                with orch.lease() as server:
+                with orch.lease() as server, self._inside(action):
                     is_over = partial(self.given_back.__contains__, action.index)
                     self.puppets[action.index].pause("the end of its lease", is_over)
                 return server

@@ -16,7 +16,6 @@ from orchestrator.machine.commands import Accept, Command, LeaseGranted, Settle
 from orchestrator.machine.facts import (
     CancelRequested,
     Fact,
-    LeaseReleased,
     LookUpRequested,
     ShutdownRequested,
     UnloadRequested,
@@ -62,6 +61,16 @@ class Caller:
             return None
         return "gone" if self.call.settled.cancelled() else self.call.settled.result()
 
+    def leave(self) -> None:
+        """Give up a lease."""
+        assert self.call is not None
+        self.call.leave()
+        self.has_left()
+
+    def has_left(self) -> None:
+        if self.status is Status.HELD:
+            self.status = Status.DONE
+
     @property
     def known_generation(self) -> int | None:
         """The generation of its load, if the client knows it."""
@@ -87,6 +96,11 @@ class Ledger:
     def opened(self, caller: Caller, call: Call) -> None:
         caller.call, caller.status = call, Status.CALLED
         self._by_ticket[call.ticket] = caller
+
+    def entered(self, caller: Caller, call: Call) -> None:
+        """A lease has been granted without the machine."""
+        self.opened(caller, call)
+        caller.status = Status.HELD
 
     def lose_all(self) -> None:
         """The host is killed, with all calls."""
@@ -131,8 +145,6 @@ class Ledger:
                 self._cancel(fact)
             case Withdrawn() if caller and caller.status is not Status.DONE:
                 caller.status = Status.GONE
-            case LeaseReleased() if caller and caller.status is Status.HELD:
-                caller.status = Status.DONE
             case _:
                 pass
         if caller is not None and caller.status in _ARRIVING:

@@ -115,6 +115,18 @@ def promise_no_answer_is_invented(done: Done) -> str | None:
     return None
 
 
+def promise_a_lease_is_counted(done: Done) -> str | None:
+    """Whoever holds a lease of this server is inside its gate."""
+    stage, gate = done.stage, done.stage.owner.gate
+    for caller in stage.ledger.open_calls:
+        is_holding = caller.status is Status.HELD and caller.answer != "gone"
+        is_inside = caller.ticket in stage.counted or stage.has_left(caller)
+        is_of_this = caller.call is not None and caller.call.gate in (None, gate)
+        if is_holding and is_of_this and not is_inside:
+            return f"call {caller.ticket} holds a lease, and the gate does not count it"
+    return None
+
+
 def promise_timers_are_kept(done: Done) -> str | None:
     """Every timer of the machine is set and is due at its time."""
     for command in done.stepped.commands:
@@ -163,6 +175,7 @@ STEP_PROMISES: tuple[Callable[[Done], str | None], ...] = (
     promise_a_token_belongs_to_one_load,
     promise_answers_arrive,
     promise_no_answer_is_invented,
+    promise_a_lease_is_counted,
     promise_timers_are_kept,
     promise_the_outcome_is_the_loads,
     promise_every_transition_is_an_event,

@@ -41,6 +41,8 @@ class PumpedOwner:
 
     def pump(self, fact: Fact) -> None:
         self.owner.pump(fact)
+        while self.owner._at_once:
+            self.owner.pump(self.owner._at_once.popleft())
 
     def pump_next(self) -> None:
         self.pump(self.inbox.facts.pop(0))

@@ -14,16 +14,24 @@ from typing import Any, cast, get_args
 
 from orchestrator.base.tokens import CancelToken, Generation, Ticket
 from orchestrator.errors import Problem
-from orchestrator.machine.commands import Effect, LeaseGranted, LookUp, Probe, ServerEnded, Spawn
+from orchestrator.machine.commands import (
+    CloseGate,
+    Effect,
+    LeaseGranted,
+    LookUp,
+    Probe,
+    ServerEnded,
+    Spawn,
+)
 from orchestrator.machine.context import Context, EffectInFlight, EffectKind
 from orchestrator.machine.facts import (
     CancelRequested,
     Child,
     Completion,
+    Drained,
     Fact,
     Found,
     Hung,
-    LeaseReleased,
     LeaseRequested,
     LoadRequested,
     LookedUp,
@@ -100,6 +108,10 @@ class Instant:
     accepted: Mapping[Ticket, Generation]
     asked: Mapping[Ticket, Target]
     holding: frozenset[Ticket]
+    inside: frozenset[Ticket]
+    let_in: frozenset[Ticket]
+    is_open: bool
+    is_told_drained: bool
     is_found: bool
     was_shut_down: bool
     is_quiescent: bool
@@ -149,6 +161,7 @@ class Stage(PumpedOwner):
         self.owed: list[EffectInFlight] = []
         self.beside: set[tuple[str, Generation]] = set()
         self.reported_ended: set[int] = set()
+        self.let_in: frozenset[Ticket] = frozenset()
         self.tokens: list[tuple[Generation, CancelToken]] = []
         self.published: list[Snapshot] = []
         self.healthy: set[Generation] = set()
@@ -355,17 +368,44 @@ class Stage(PumpedOwner):
         match action.verb:
             case "withdraw":
                 assert about.call is not None
-                about.call.settled.cancel()
                 if about.action.verb == "lease":  # as the facades do: it may have been granted
-                    self.owner.post(LeaseReleased(about.ticket, self.clock()))
+                    about.leave()
+                about.call.settled.cancel()
             case "release":
-                self.owner.post(LeaseReleased(about.ticket, self.clock()))
+                about.leave()
+            case "lease" if (call := self._enter(Ticket(-1 - action.index))) is not None:
+                self.ledger.entered(caller, call)
             case "load" if action.is_late:
                 self._open(caller)
                 self.late.append(caller)
             case _:
                 self._open(caller)
                 self._send(caller, about)
+        if self.is_checking and "lease" in {action.verb, about.action.verb}:  # maybe no fact
+            _raise(check_world(self._instant()))
+
+    def _enter(self, who: Ticket) -> Call | None:
+        """Enter the gate, if it is open; this is no call of the owner, and has no ticket of its."""
+        return self._inside_of(who) if self.owner.gate.enter(who) is not None else None
+
+    def _inside_of(self, who: Ticket) -> Call:
+        """Return what stands for a lease that has been granted without the machine."""
+        running = self.owner.snapshot.ctx.running
+        if running is None:
+            message = "a caller was let in when the server was gone"
+            raise BrokenError(Violation("inv_nobody_is_let_in_late", message))
+        call = Call(who, gate=self.owner.gate)
+        call.settled.set_result(LeaseGranted(running.target, running.child, running.server))
+        return call
+
+    def has_left(self, caller: Caller) -> bool:
+        """Whether a caller has given up its lease, which may have been granted."""
+        return False
+
+    @property
+    def counted(self) -> frozenset[Ticket]:
+        """The leases that the gate counts."""
+        return frozenset(cast("set[Ticket]", self.owner.gate._inside))
 
     def _open(self, caller: Caller) -> None:
         self._record_call(caller, self.owner.call())
@@ -446,18 +486,25 @@ class Stage(PumpedOwner):
 
     @property
     def timers(self) -> dict[tuple[Timer, Generation], float]:
-        """The timers of the owner, without those of look-ups that have ten minutes."""
+        """The timers of the owner, without those of look-ups that have ten minutes, and without
+        the idle time of a server in use.
+        """
         patient = {
             Generation(look_up.ticket)
             for look_up in self.owner.snapshot.ctx.look_ups
             if look_up.request.deadline_s is None
         }
-        timers = self.owner._timers.items()
-        return {k: at for k, at in timers if k[0] != "look_up" or k[1] not in patient}
+        left_out = {("look_up", generation) for generation in patient}
+        if self.owner.gate.inside and (running := self.owner.snapshot.ctx.running) is not None:
+            left_out.add(("idle", running.generation))  # it would only start over
+        return {key: at for key, at in self.owner._timers.items() if key not in left_out}
 
     def pump(self, fact: Fact) -> None:
         self._process(fact)
-        while self.at_once:  # nothing can come between
+        while self.owner._at_once or self.at_once:  # nothing can come between
+            if self.owner._at_once:
+                self._process(self.owner._at_once.popleft())
+                continue
             command = self.at_once.pop()
             self.looking.remove(command)
             self._process(found(command, self.clock()))
@@ -489,6 +536,8 @@ class Stage(PumpedOwner):
             self.healthy.add(stepped.ctx.running.generation)
         for command in stepped.commands:
             self.ledger.apply(command)
+            if isinstance(command, CloseGate):
+                self.let_in = self.counted
             if isinstance(command, ServerEnded):
                 self.reported_ended.add(command.pid)
 
@@ -523,6 +572,10 @@ class Stage(PumpedOwner):
             {caller.ticket: caller.generation for caller in calls if caller.generation},
             {caller.ticket: target(c) for caller in calls if (c := caller.action.request)},
             self.ledger.having(Status.HELD),
+            self.counted,
+            self.counted if self.owner.gate._is_open else self.let_in,
+            self.owner.gate._is_open,
+            any(isinstance(fact, Drained) for fact in (*self.inbox.facts, *self.owner._at_once)),
             any(isinstance(fact, Found) for fact in self.inbox.facts),
             self.ledger.was_shut_down,
             self.is_quiescent,
@@ -559,6 +612,14 @@ class Stage(PumpedOwner):
             tuple((g, isinstance(o, LoadOutcome)) for g, o in outcomes(owner).items()),
             frozenset(self.beside),
             self._told_of_child(),
+            (
+                self.counted,
+                owner.gate._is_open,
+                owner.gate._drains,
+                owner.gate._used_at,
+                owner.gate.server,
+            ),
+            self.let_in,
             frozenset(owner._calls),
             frozenset(self.ledger.cancelled_ids),
             self.clock.now,
