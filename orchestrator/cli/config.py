@@ -77,6 +77,10 @@ class Settings(BaseModel):
     """How long it is kept, seconds."""
     warm: bool = True
     """Read the next model into the page cache while the running server drains and ends."""
+    keep_prompts: bool = False
+    """Save the prompts of a chat server that is stopped for another model, and restore them."""
+    keep_prompts_mib: Annotated[int, Field(ge=1, le=1 << 20), _Flag(metavar="N")] = 1024
+    """Size of all that is saved, MiB; the oldest goes first."""
     api_key_file: Annotated[_Text, _Flag(is_path=True, metavar="F")] = _UNSET
     """File with API keys, one a line; default: the key in $LLAMA_ORCHESTRATOR_API_KEY, if set."""
     allowed_host: Annotated[list[_Text], _Flag("allowed_hosts", metavar="H")] = _UNSET

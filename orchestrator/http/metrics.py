@@ -18,6 +18,7 @@ from orchestrator.errors import CLASSES, Problem
 from orchestrator.machine.commands import Concluded, Loaded, ServerEnded, Settle
 from orchestrator.machine.facts import LoadRequested
 from orchestrator.machine.states import TIMED, State
+from orchestrator.runtime.answers import PromptsStatus
 from orchestrator.runtime.orchestrator import AsyncOrchestrator
 from orchestrator.runtime.snapshot import StepReport
 
@@ -78,7 +79,7 @@ class Metrics(Collector):
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[CounterMetricFamily]:
-        """Yield the one counter that also increases between two steps."""
+        """Yield the counters that also increase between two steps."""
         family = CounterMetricFamily(
             f"{_NAMESPACE}_state_seconds", "Time spent in each state.", labels=("state",)
         )
@@ -86,6 +87,7 @@ class Metrics(Collector):
         for state, spent_s in self._spent_s.items():
             family.add_metric([state], spent_s + (now.uptime_s if state is now.state else 0.0))
         yield family
+        yield from _of_prompts(now.prompts or PromptsStatus(0, 0, 0))
 
     def _count_step(self, step: StepReport) -> None:
         before, after = step.before, step.after
@@ -107,3 +109,10 @@ class Metrics(Collector):
                     self._exits.labels(how).inc()
                 case Settle(answer=Loaded(already=True)) if isinstance(step.fact, LoadRequested):
                     self._loads.labels("already_loaded").inc()
+
+
+def _of_prompts(prompts: PromptsStatus) -> Iterator[CounterMetricFamily]:
+    for name, value in prompts.as_dict().items():
+        what = name.removeprefix("tokens_")
+        about = f"Tokens of prompts that keep_prompts has {what}."
+        yield CounterMetricFamily(f"{_NAMESPACE}_prompt_tokens_{what}", about, value=value)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from types import SimpleNamespace
 from typing import Final
 from urllib.parse import unquote
@@ -44,6 +44,7 @@ _CONNECT_S: Final = 5.0
 _KEEPALIVE_S: Final = 1.0  # each idle connection takes one of llama-server's few HTTP threads
 _LISTINGS: Final = {("GET", "/v1/models"), ("HEAD", "/v1/models")}  # empty without a model
 _LOST: Final = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)
+_CACHED: Final = re.compile(rb'"cache_n":\s*(\d{1,9})\b')  # tokens of the prompt, in llama.cpp
 _FINAL: Final = range(200, 600)  # other statuses an ASGI server cannot send
 _UNSENDABLE: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # in the value of a header
 
@@ -107,7 +108,8 @@ class PassThrough:
                 _check_kind(server.kind, target)
                 response = await self._requested(scope, target, client, server)
                 has_begun = True
-                await self._forward(scope, response, send)
+                judge = self._orch.judge_of_prompts(server.generation)
+                await self._forward(scope, response, send, judge)
         except ClientDisconnect:
             return
         except Exception as error:
@@ -214,16 +216,28 @@ class PassThrough:
                 raise HTTPException(502, "the server's answer has a control character in its head")
             return response
 
-    async def _forward(self, scope: Scope, response: aiohttp.ClientResponse, send: Send) -> None:
+    async def _forward(
+        self,
+        scope: Scope,
+        response: aiohttp.ClientResponse,
+        send: Send,
+        judge: Callable[[int], None] | None,
+    ) -> None:
+        """Send the answer on as it comes; `judge` hears how much of its prompt was cached."""
         headers = [
             (name, value)
             for name, value in _without(_HOP_BY_HOP, response.raw_headers)
             if not name.startswith(b"access-control-")
         ]
         start = {"type": "http.response.start", "status": response.status, "headers": headers}
+        before = b""
         try:
             await send(start)
             while chunk := await response.content.readany():
+                if judge is not None and (found := _CACHED.search(before + chunk)):
+                    judge(int(found[1]))
+                    judge = None
+                before = chunk[-32:]
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
         except aiohttp.ClientError as error:

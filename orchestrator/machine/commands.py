@@ -81,10 +81,14 @@ Answer = Outcome | Prefetched | Unloaded | CancelAnswer | LeaseGranted | Done
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """Empty the slot, which holds `child` as far as the machine knows."""
+    """Empty the slot, which holds `child` as far as the machine knows.
+
+    `saves` is what the child was started with, if its prompts are to be kept.
+    """
 
     generation: Generation
     child: facts.Child | None
+    saves: Target | None = None
 
 
 @dataclass(frozen=True, slots=True)

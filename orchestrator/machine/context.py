@@ -32,6 +32,7 @@ class Policy:
     idle_ttl_s: float | None = None  # stop a server after this time without use; None = never
     keeps_server: bool = False  # for the next owner, at the end of the host
     warms: bool = False  # the files of the next model while the running server ends
+    keeps_prompts: bool = False  # of a server that is stopped for another load
     max_looking: int = 1024  # calls whose model is being looked up
     max_waiting: int = 64  # queued loads
     max_prefetches: int = 4  # downloads beside the load in flight

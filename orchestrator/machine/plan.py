@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from orchestrator.base.paths import PathNames
@@ -64,6 +65,7 @@ def plan_load(
     Raises:
         OrchestratorError: the load would be refused at once.
     """
+    plan = partial(_plan, keeps_prompts=ctx.policy.keeps_prompts)
     ticket = Ticket(sys.maxsize)  # newer than every call
     asked = step(state, ctx, LookUpRequested(ticket, target.request, "load", at))
     stepped = step(state, asked.ctx, LoadRequested(ticket, target, at, kept=kept))
@@ -74,21 +76,29 @@ def plan_load(
             case Settle(answer=Problem() as problem) if command.ticket == ticket:
                 raise problem.error()
             case Settle(answer=Loaded() as loaded) if command.ticket == ticket:
-                return _plan("none", loaded.target)
+                return plan("none", loaded.target)
             case Accept(joined=True, generation=joined) if command.ticket == ticket:
                 shared = next(job for job in stepped.ctx.wanted if job.generation == joined)
-                return _plan("none", shared.target)
+                return plan("none", shared.target)
     newest = stepped.ctx.wanted[-1]
     committed = {**dict(ctx.committed_args), **{t.source: t.extra_args for t in before}}
     effective = newest.target.inheriting(committed)
     if not before:
-        return _plan("load", effective)
+        return plan("load", effective)
     reasons = newest.reload_reasons or differences(before[-1], effective)
-    return _plan("reload", effective, reasons)
+    return plan("reload", effective, reasons)
 
 
-def _plan(action: Action, target: Target, reasons: tuple[ReloadReason, ...] = ()) -> Plan:
+def _plan(
+    action: Action,
+    target: Target,
+    reasons: tuple[ReloadReason, ...] = (),
+    *,
+    keeps_prompts: bool,
+) -> Plan:
     template = "<chat template>" if target.request.chat_template_override else None
-    argv = [redact(token) for token in build_argv(target, template_file=template)]
+    prompts = "<prompts>" if keeps_prompts else None
+    whole = build_argv(target, template_file=template, prompts_folder=prompts)
+    argv = [redact(token) for token in whole]
     names = (*target.names, *(name for reason in reasons for name in reason.names))
     return Plan(action, list(reasons), argv, names=names)

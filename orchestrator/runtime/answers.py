@@ -17,6 +17,7 @@ from orchestrator.machine.commands import LeaseGranted, Loaded, Timings, Unloade
 from orchestrator.machine.facts import Exit
 from orchestrator.machine.states import State
 from orchestrator.models.variants import Variant
+from orchestrator.server.prompts import Counts
 from orchestrator.settings.fields import ECHOED, SETTINGS, EchoedFields, Kind
 from orchestrator.settings.files import ModelFiles
 from orchestrator.settings.request import LoadRequest
@@ -119,6 +120,21 @@ class Prefetching(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class PromptsStatus(Record):
+    """What `keep_prompts` has gained since the start, in tokens of prompts.
+
+    Attributes:
+        tokens_saved: Before a server was stopped.
+        tokens_restored: When its target came back.
+        tokens_reused: Of these, what the first answer through `/v1` did not compute anew.
+    """
+
+    tokens_saved: int
+    tokens_restored: int
+    tokens_reused: int
+
+
+@dataclass(frozen=True, slots=True)
 class Status(Record):
     """The state of an orchestrator at one moment.
 
@@ -135,6 +151,7 @@ class Status(Record):
         leases: Requests that use the server now.
         draining_left_s: Seconds for which the swap or unload that has begun still waits for them;
             None while it does not.
+        prompts: The gain of `keep_prompts`; None without it.
     """
 
     state: State
@@ -152,6 +169,7 @@ class Status(Record):
     idle_unload_in_s: float | None = None
     leases: int = 0
     draining_left_s: float | None = None
+    prompts: PromptsStatus | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +314,10 @@ def prefetch_outcome(request: LoadRequest, files: ModelFiles) -> PrefetchOutcome
 
 def unload_outcome(answer: Unloaded) -> UnloadOutcome:
     return UnloadOutcome("unloaded" if answer.changed else "not_loaded")
+
+
+def prompts_status(counts: Counts) -> PromptsStatus:
+    return PromptsStatus(counts.saved, counts.restored, counts.reused)
 
 
 def leased_server(answer: LeaseGranted) -> LeasedServer:

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Unpack, cast
 
@@ -30,10 +31,17 @@ from orchestrator.machine.recovery import RestartPolicy
 from orchestrator.machine.states import State
 from orchestrator.models.listings import Listings
 from orchestrator.models.roots import Folder, model_roots
-from orchestrator.runtime.answers import LoadOutcome, LoadProgress, Options, PastLoad, Status
+from orchestrator.runtime.answers import (
+    LoadOutcome,
+    LoadProgress,
+    Options,
+    PastLoad,
+    Status,
+    prompts_status,
+)
 from orchestrator.runtime.effects import ServerSettings
 from orchestrator.runtime.look_up import LookUps
-from orchestrator.runtime.options import check_choice, check_switch, restart_policy
+from orchestrator.runtime.options import check_choice, check_count, check_switch, restart_policy
 from orchestrator.runtime.owner import Call, Owner
 from orchestrator.runtime.parts import Parts
 from orchestrator.runtime.ports import Progress
@@ -75,6 +83,8 @@ class Facade:
         keep_s: float = 60.0,
         hang_timeout_s: float | None = 60.0,
         warm: bool = True,
+        keep_prompts: bool = False,
+        keep_prompts_mib: int = 1024,
         parts: Parts | None = None,
     ) -> None:
         """Check the options. `start`, or the first call, claims the slot.
@@ -106,6 +116,9 @@ class Facade:
                 as if it had exited; None = never.
             warm: Read the files of the next model into the page cache while the running server
                 drains and ends, where they fit into memory.
+            keep_prompts: Save what a chat server has computed of its prompts before it is stopped
+                for another model, and restore it when the same target comes back.
+            keep_prompts_mib: Size of all that is saved, in MiB; the oldest goes first.
             parts: Replacements for the parts of an orchestrator, for tests and embedders.
 
         Raises:
@@ -126,6 +139,8 @@ class Facade:
         if hang_timeout_s is not None:
             hang_timeout_s = checked_seconds("hang_timeout_s", hang_timeout_s, zero=False)
         check_switch("warm", warm)
+        check_switch("keep_prompts", keep_prompts)
+        check_count("keep_prompts_mib", keep_prompts_mib)
         keeps = on_host_exit == "keep"
         roots = model_roots(models_dir)
         self._parts = parts or Parts()
@@ -135,7 +150,13 @@ class Facade:
         self._cache = cache_dir(state_dir)
         restarts = restart_policy(restart)
         self._policy = Policy(
-            drain_s, abandoned_load, restarts, idle_ttl_s, keeps_server=keeps, warms=warm
+            drain_s,
+            abandoned_load,
+            restarts,
+            idle_ttl_s,
+            keeps_server=keeps,
+            warms=warm,
+            keeps_prompts=keep_prompts,
         )
         self._servers = ServerSettings(
             grace_s,
@@ -143,6 +164,7 @@ class Facade:
             protect_server,
             keep_s=keep_s if keeps else 0.0,
             hang_timeout_s=hang_timeout_s,
+            keep_prompts_mib=keep_prompts_mib if keep_prompts else None,
         )
         state_names = names_of_own(self._cache.parent, "<state>")
         self._known = KnownNames((state_names, roots.names if roots else ()))
@@ -245,8 +267,11 @@ class Facade:
     def status(self) -> Status:
         """Return the present state, the loaded model and the load in flight. Never blocks."""
         owner = self._owner
-        gate = None if owner is None else owner.gate
-        return self._snapshot.status(self._clock(), self._progress_of, gate)
+        if owner is None:
+            return self._snapshot.status(self._clock(), self._progress_of)
+        status = owner.snapshot.status(self._clock(), self._progress_of, owner.gate)
+        store = owner.effects.prompts
+        return status if store is None else replace(status, prompts=prompts_status(store.counts))
 
     def progress(self) -> LoadProgress:
         """Return the phase and the bytes of the load in flight. Never blocks."""
@@ -260,6 +285,13 @@ class Facade:
     def lease_count(self) -> int:
         """The number of leases that are held."""
         return self._owner.gate.inside if self._owner is not None else 0
+
+    def judge_of_prompts(self, generation: Generation) -> Callable[[int], None] | None:
+        """Return what to tell the `cache_n` of this server's first answer to, if that shows
+        whether the prompts that were restored are of use.
+        """
+        store = self._owner.effects.prompts if self._owner is not None else None
+        return store.judge_of(generation) if store is not None else None
 
     @property
     def last_event_id(self) -> int:

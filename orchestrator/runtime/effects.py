@@ -9,16 +9,19 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from orchestrator.base import threads
 from orchestrator.base.log import event_log
 from orchestrator.base.private_file import replace_file
+from orchestrator.base.threads import NoThread
 from orchestrator.base.tokens import CancelToken, Generation
 from orchestrator.base.workers import Workers
 from orchestrator.errors import OrchestratorError, Problem, StateDirError, problem_of
@@ -43,11 +46,13 @@ from orchestrator.server.child import ServerProcess
 from orchestrator.server.environment import check_server_env, child_environment
 from orchestrator.server.keepers import Left
 from orchestrator.server.page_cache import read_ahead
+from orchestrator.server.prompts import PromptStore
 from orchestrator.server.readiness import ReadProgress, wait_ready
 from orchestrator.server.slot import Slot
 from orchestrator.server.warden import Warden
 from orchestrator.server.watch import Watch
 from orchestrator.settings.argv import build_argv
+from orchestrator.settings.target import Target
 
 _log = event_log("orchestrator.effects")
 
@@ -65,6 +70,7 @@ class ServerSettings:
     are_protected: bool
     keep_s: float = 0.0  # after the end of the host
     hang_timeout_s: float | None = None
+    keep_prompts_mib: int | None = None  # None = they are not kept
 
 
 @dataclass(slots=True)
@@ -112,6 +118,9 @@ class ProcessEffects:
         self._look_up = look_up
         self._template_path = str(slot.directory / "chat-template.jinja")
         self._server: ServerProcess | None = None
+        self._port: int | None = None  # of the server, once it is Healthy
+        self._started: Target | None = None  # None: it was adopted
+        self.prompts: PromptStore | None = self._prompt_store()
         self._watch: Watch | None = None
         self._warming = threading.Event()  # set: what reads ahead is to end
         self._progress: dict[Generation, ReadProgress | FetchProgress] = {}
@@ -163,7 +172,7 @@ class ProcessEffects:
         match effect:
             case Kill():
                 self._end_watch()
-                self._warden.empty(effect, self._server, self._emptied)
+                self._kill(effect, token)
             case Spawn():
                 self._warming.set()  # from now on the server reads
                 self._spawn(effect, lock)
@@ -173,6 +182,25 @@ class ProcessEffects:
             case Probe():
                 loaded = self._progress[effect.generation] = ReadProgress(effect.size_bytes)
                 self._submit(effect, lambda: self._probe(effect, token, loaded))
+
+    def _kill(self, command: Kill, token: CancelToken) -> None:
+        """Save the prompts, if they are to be kept, and empty the slot whatever becomes of that."""
+        empty = partial(self._warden.empty, command, self._server, self._emptied)
+        store, server, port, target = self.prompts, self._server, self._port, command.saves
+        if store is None or server is None or port is None or target is None:
+            empty()
+            return
+
+        def run() -> None:
+            try:
+                store.save(target, server, port, token)
+            finally:
+                empty()
+
+        try:
+            self._run(run)
+        except NoThread:
+            empty()
 
     def warm(self, command: Warm, token: CancelToken) -> None:
         is_direct = _DIRECT & set(command.target.extra_args)  # past the page cache
@@ -224,11 +252,13 @@ class ProcessEffects:
             raise TypeError("a spawn needs the lock of its slot")
         try:
             template = self._write_template(command.target.request.chat_template_override)
-            argv = build_argv(command.target, template_file=template)
+            prompts = str(self.prompts.folder) if self.prompts is not None else None
+            argv = build_argv(command.target, template_file=template, prompts_folder=prompts)
             key = secrets.token_urlsafe(32) if self._settings.are_protected else None
             kind = command.target.server.kind
             environment = child_environment(self._settings.env, self._slot, key, kind)
             memory = Memory(command.generation, command.target, key).as_text()
+            self._started = command.target
             self._warden.spawn(
                 command.generation, argv, environment, lock.fd, memory, self._spawned
             )
@@ -239,7 +269,7 @@ class ProcessEffects:
             lock.release()
 
     def _spawned(self, server: ServerProcess) -> None:
-        self._server = server
+        self._server, self._port = server, None
         child = Child(server.generation, server.pid)
         self._post(facts.Spawned(server.generation, time.monotonic(), child))
 
@@ -260,7 +290,10 @@ class ProcessEffects:
             if isinstance(fact, facts.BecameReady):
                 self._ready(fact)
 
-        done = self._workers.submit(run)
+        self._run(run)
+
+    def _run(self, work: Callable[[], None]) -> None:
+        done = self._workers.submit(work)
         self._in_flight.add(done)
         done.add_done_callback(self._in_flight.discard)
 
@@ -294,6 +327,9 @@ class ProcessEffects:
         )
         if isinstance(verdict, Problem):
             return facts.NotReady(generation, time.monotonic(), verdict)
+        target = self._started
+        if self.prompts is not None and target is not None and not command.unchanged:
+            self.prompts.restore(target, server, _port_of(verdict.base_url), token)
         return facts.BecameReady(generation, time.monotonic(), verdict)
 
     def _ready(self, fact: facts.BecameReady) -> None:
@@ -301,6 +337,7 @@ class ProcessEffects:
         server, base_url = self._server, fact.server.base_url
         if server is None or server.generation != fact.generation:
             return
+        self._port = _port_of(base_url)
         self._warden.keepers.note(base_url)
         if (timeout_s := self._settings.hang_timeout_s) is not None:
             try:
@@ -312,7 +349,19 @@ class ProcessEffects:
     def _emptied(self, fact: Emptied | KillFailed) -> None:
         if isinstance(fact, Emptied):
             self._remove_template()
+            if self.prompts is not None:
+                self.prompts.tidy()
         self._post(fact)
+
+    def _prompt_store(self) -> PromptStore | None:
+        folder, limit_mib = self._slot.directory / "prompts", self._settings.keep_prompts_mib
+        try:
+            if limit_mib is not None:
+                return PromptStore(folder, limit_mib << 20)
+            shutil.rmtree(folder, ignore_errors=True)  # they are not to be kept any more
+        except OSError as error:
+            _log("warning", "prompts.unavailable", error=str(error))
+        return None
 
     def _write_template(self, template: str | None) -> str | None:
         path = self._template_path
@@ -328,6 +377,10 @@ class ProcessEffects:
     def _remove_template(self) -> None:
         with contextlib.suppress(OSError):  # if it cannot be removed, it is at least private
             os.unlink(self._template_path)
+
+
+def _port_of(base_url: str) -> int:
+    return int(base_url.rpartition(":")[2])
 
 
 def looked_up(command: LookUp, look_up: Callable[[LookUp], facts.ModelRequested]) -> facts.LookedUp:

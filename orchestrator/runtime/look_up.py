@@ -83,12 +83,13 @@ class LookUps:
         target = replace(found.target, model=found.kept or model)
         args = target.inheriting(dict(snapshot.ctx.committed_args)).extra_args
         template, mode = request.chat_template_override, target.speculative_type
-        if not (args or template or mode) or _needs_nothing(found, snapshot, at):
+        keeps_prompts = snapshot.ctx.policy.keeps_prompts  # where the server can
+        if not (args or template or mode or keeps_prompts) or _needs_nothing(found, snapshot, at):
             return found
         self._check_template(template, "chat_template_override")
         check_named_files(args)
         self._check_template(template_of(args), "llama_extra_args")
-        if args or mode:
+        if args or mode or keeps_prompts:
             catalogue = self.catalogue(server)
             if catalogue is not None:
                 check_known(args, catalogue)

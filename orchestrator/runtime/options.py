@@ -29,6 +29,13 @@ def restart_policy(restart: object) -> RestartPolicy | None:
     return policy
 
 
+def check_count(name: str, value: object) -> None:
+    """Refuse what is not a whole number of at least 1; `field` names it."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        message = f"{name} is {value!r}: use a whole number of at least 1"
+        raise InvalidRequest.because(message, field=name)
+
+
 def check_switch(name: str, value: object) -> None:
     """Refuse what is not a bool; `field` names it."""
     if not isinstance(value, bool):

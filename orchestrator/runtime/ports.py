@@ -12,6 +12,7 @@ from typing import Protocol
 from orchestrator.base.tokens import CancelToken, Generation
 from orchestrator.machine.commands import Effect, LookUp, Warm
 from orchestrator.machine.facts import Child, SlotEvidence
+from orchestrator.server.prompts import PromptStore
 
 Clock = Callable[[], float]  # monotonic seconds
 LogPosition = tuple[int, int]  # the generation of a server, and a number of its output lines
@@ -33,6 +34,10 @@ class Progress(Protocol):
 
 class Effects(Protocol):
     """Everything that touches the operating system on behalf of one owner."""
+
+    @property
+    def prompts(self) -> PromptStore | None:
+        """Those that are kept for when a model comes back, if they are."""
 
     def take_slot(self) -> tuple[SlotEvidence, SlotLock | None]:
         """Check whether the slot is empty, and lock it if so. Owner's thread."""

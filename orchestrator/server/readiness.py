@@ -8,14 +8,11 @@ woken by output, by the exit and by the load's token; in between it probes at a 
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
-import socket
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Final
 
 from orchestrator.base.tokens import CancelToken
 from orchestrator.base.waker import Waker
@@ -24,18 +21,16 @@ from orchestrator.machine.facts import ServerFacts
 from orchestrator.server import failures, process_table
 from orchestrator.server.child import ServerProcess
 from orchestrator.server.output import MAX_LINES, TAIL_LINES
+from orchestrator.server.talk import HOST, NO_ANSWER, Connection
 from orchestrator.server.work import WorkMeter
 
 _ANSWER_S: Final = 2.0
 _PROPS_S: Final = 1.0
 _SCAN_S: Final = 0.03  # to announce an address, before its sockets are looked at
 _LONGEST_SCAN_S: Final = 0.5
-_MAX_ANSWER: Final = 1 << 20
-_HOST: Final = "127.0.0.1"
 FIRST_PROBE_S: Final = 0.0015
 LONGEST_PROBE_S: Final = 0.25
 _PROBE_GROWTH: Final = 1.3
-NO_ANSWER: Final = (OSError, ValueError, http.client.HTTPException)  # a length of 5000 digits
 _REFUSALS: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
 _OTHER_KEY: Final = Problem("server_start_failed", "the server refuses the key it was given")
 _UNPROTECTED: Final = Problem(
@@ -163,7 +158,7 @@ class _PortFinder:
             self.refused.add(url)
         if self.found is None and time.monotonic() >= self.next_scan:
             bound, _ = process_table.listening(server.family())
-            self.found = next((port for host, port in sorted(bound) if host == _HOST), None)
+            self.found = next((port for host, port in sorted(bound) if host == HOST), None)
             self.scan_every_s = min(2 * self.scan_every_s, _LONGEST_SCAN_S)
             self.next_scan = time.monotonic() + self.scan_every_s
         return self.found
@@ -177,80 +172,8 @@ def _may_listen(pids: set[int], port: int) -> bool:
     return is_hidden or port in {port for _, port in bound}
 
 
-class _BoundedSocket(socket.socket):
-    """A socket whose reads together end at one deadline, `ends` in monotonic seconds."""
-
-    ends: float = 0.0
-
-    def recv_into(self, *args: Any) -> int:
-        self.settimeout(max(0.001, self.ends - time.monotonic()))
-        return super().recv_into(*args)
-
-
-class _Talk(http.client.HTTPConnection):
-    """Requests to one port, over one connection for as long as the server keeps it.
-
-    Args:
-        open_: Returns a connected socket.
-    """
-
-    def __init__(self, port: int, open_: Callable[[int], _BoundedSocket]) -> None:
-        super().__init__(_HOST, port)
-        self._open = open_
-        self._bounded: _BoundedSocket | None = None
-
-    def connect(self) -> None:
-        self.sock = self._bounded = self._open(self.port)
-
-    def ask(
-        self, path: str, timeout_s: float, key: str | None = None, *, is_last: bool = False
-    ) -> tuple[int, bytes]:
-        """GET a path and return status and body, or raise one of `NO_ANSWER`.
-
-        A kept connection may be closed at the moment when it is used again.
-        """
-        headers = {"Connection": "close"} if is_last else {}
-        if key is not None:
-            headers["Authorization"] = f"Bearer {key}"
-        for may_retry in (self.sock is not None, False):
-            try:
-                return self._ask(path, timeout_s, headers)
-            except (ConnectionError, http.client.BadStatusLine):
-                self.close()
-                if not may_retry:
-                    raise
-        raise AssertionError("the second attempt is the last")
-
-    def _ask(self, path: str, timeout_s: float, headers: dict[str, str]) -> tuple[int, bytes]:
-        if self.sock is None:
-            self.connect()
-        if self._bounded is not None:
-            self._bounded.ends = time.monotonic() + timeout_s
-        self.request("GET", path, headers=headers)
-        answer = self.getresponse()
-        body = answer.read(_MAX_ANSWER)
-        if not answer.isclosed():
-            raise http.client.IncompleteRead(body)
-        return answer.status, body
-
-
-class ProbeConnection:
-    """Requests to the server, one connection at a time; proxy variables do not apply."""
-
-    def __init__(self, server: ServerProcess, token: CancelToken) -> None:
-        self._server = server
-        self._token = token
-        self._socket: socket.socket | None = None
-
-    def interrupt(self) -> None:
-        """End a request in flight if its answer is no longer needed; callable from any thread."""
-        if self._is_over and (connected := self._socket) is not None:
-            with contextlib.suppress(OSError):
-                connected.shutdown(socket.SHUT_RDWR)
-
-    @property
-    def _is_over(self) -> bool:
-        return self._token.is_set() or self._server.exit is not None
+class ProbeConnection(Connection):
+    """Asks a server that has been started whether it is ready."""
 
     def facts(self, port: int) -> ServerFacts | Problem | None:
         """Ask /health and, once it is 200, /props; None while the server is not ready.
@@ -259,7 +182,7 @@ class ProbeConnection:
         about keys would answer everyone.
         """
         key = self._server.api_key
-        with contextlib.closing(_Talk(port, self._connect)) as talk:
+        with self.talk(port) as talk:
             try:
                 if talk.ask("/health", _ANSWER_S)[0] != HTTPStatus.OK:
                     return None
@@ -271,27 +194,12 @@ class ProbeConnection:
                     status, body = talk.ask("/props", _PROPS_S, key, is_last=True)
             except NO_ANSWER:
                 return None
-            finally:
-                self._socket = None
         if keyless not in _REFUSALS:
             return _UNPROTECTED
         if status in _REFUSALS:
             return _OTHER_KEY
-        found = _facts(f"http://{_HOST}:{port}", body if status == HTTPStatus.OK else b"")
+        found = _facts(f"http://{HOST}:{port}", body if status == HTTPStatus.OK else b"")
         return replace(found, api_key=key)
-
-    def _connect(self, port: int) -> _BoundedSocket:
-        connected = _BoundedSocket()
-        self._socket = connected  # before the check: an interrupt comes before or after it
-        try:
-            if self._is_over:
-                raise ConnectionAbortedError
-            connected.settimeout(_ANSWER_S)
-            connected.connect((_HOST, port))
-        except OSError:
-            connected.close()
-            raise
-        return connected
 
 
 def _facts(base_url: str, props: bytes) -> ServerFacts:

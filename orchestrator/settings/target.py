@@ -83,6 +83,13 @@ class Target:
         return self.model.projector is not None
 
     @property
+    def can_keep_prompts(self) -> bool:
+        """Whether its server can save what it has computed: with a projector it cannot."""
+        catalogue = self.server.catalogue
+        knows = catalogue is not None and catalogue.has("--slot-save-path")
+        return knows and self.request.kind == "chat" and not self.is_vision
+
+    @property
     def names(self) -> PathNames:
         return (*self.model.names, *self.server.names)
 

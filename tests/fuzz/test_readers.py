@@ -29,7 +29,7 @@ from orchestrator.models.hub.fetch_process import MAX_MESSAGE_BYTES, FetchProces
 from orchestrator.models.hub.records import Records
 from orchestrator.runtime import events
 from orchestrator.runtime.events import EventLog
-from orchestrator.server import binaries, failures, readiness
+from orchestrator.server import binaries, failures, readiness, talk
 from orchestrator.server.output import MAX_LINE_BYTES, MAX_LINES, OutputRing
 from orchestrator.server.slot import Slot
 from orchestrator.settings.files import FileIdentity
@@ -196,12 +196,12 @@ def test_endless_line_of_the_fetcher_is_an_error() -> None:
 def test_any_bytes_on_the_probe_socket_are_an_answer_or_none(data: bytes, ended: bool) -> None:
     for answer in (data, b"HTTP/1.1 200 OK\r\n" + data, b"HTTP/1.1 200 OK\r\n\r\n" + data):
         ours, theirs = socket.socketpair()
-        with theirs, readiness._BoundedSocket(fileno=ours.detach()) as probe:
+        with theirs, talk._BoundedSocket(fileno=ours.detach()) as probe:
             theirs.sendall(answer)
             if ended:
                 theirs.shutdown(socket.SHUT_WR)
-            with contextlib.suppress(*readiness.NO_ANSWER):
-                status, body = readiness._Talk(1, lambda _: probe).ask("/health", 0.01)
+            with contextlib.suppress(*talk.NO_ANSWER):
+                status, body = talk.Talk(1, lambda _: probe).ask("/health", 0.01)
                 assert isinstance(status, int)
                 assert isinstance(body, bytes)
 

@@ -11,6 +11,7 @@ from orchestrator.machine import commands, facts
 from orchestrator.machine.actions.working import MAX_REMEMBERED, NOT_LOADED, Step, require
 from orchestrator.machine.context import EffectInFlight, EffectKind, Job, Running
 from orchestrator.machine.facts import Exit
+from orchestrator.settings.target import Target
 
 
 def begin_kill(s: Step[facts.Fact]) -> None:
@@ -26,7 +27,14 @@ def kill_when_drained(s: Step[facts.Fact]) -> None:
     if s.ctx.effect is None and s.ctx.gate is None:
         generation = s.ctx.job.generation if s.ctx.job else s.ctx.generation
         s.put(effect=EffectInFlight("kill", generation))
-        s.emit(commands.Kill(generation, s.ctx.child))
+        s.emit(commands.Kill(generation, s.ctx.child, _whose_prompts(s)))
+
+
+def _whose_prompts(s: Step[facts.Fact]) -> Target | None:
+    """Return what the running server was started with, if it is stopped for a load."""
+    running, is_wanted = s.ctx.running, s.ctx.loading is not None and s.ctx.child_end is None
+    keeps = s.ctx.policy.keeps_prompts and is_wanted and running is not None
+    return running.target if keeps and running and running.target.can_keep_prompts else None
 
 
 def begin_download(s: Step[facts.Fact]) -> None:

@@ -242,6 +242,8 @@ class GatedEffects:
         if is_open:
             gate.succeed()
 
+    prompts = None
+
     def warm(self, command: Warm, token: CancelToken) -> None:
         """It changes nothing."""
 
