@@ -50,6 +50,8 @@ PROGRAMS: dict[str, dict[str, Any]] = {
     "lease; release | load B | shutdown": {"warm": "A"},
     "lease; release | unload A; load B": {"warm": "A"},
     "lease | load A": {},
+    "load A; withdraw | lease late; release": {},
+    "load A | unload | lease late": {},
     "lease | load A | load B queue": {"faults": NO_FAULTS},
     "lease | load B | shutdown": {"warm": "A", "faults": NO_FAULTS},
     # between a commit and the promotion of what waits behind it
@@ -217,3 +219,36 @@ DEEP: dict[str, dict[str, Any]] = {
 @cache
 def explored(program: str) -> Report:
     return explore(program, **PROGRAMS[program])
+
+
+FIRST = (
+    "load A id=x | cancel x",
+    "prefetch o/B slow; withdraw | unload",
+    "load o/B prefetch queue | load C",
+    "lease | load B | shutdown",
+    "unload A | lease; withdraw",
+    "prefetch o/B id=x | cancel x | prefetch o/B",
+    "load o/B prefetch; withdraw | lease; release",
+    "load A | unload  ",
+    "load A | load A",
+    "load o/B | prefetch o/C | load o/D prefetch queue",
+    "load A | prefetch A",
+    "load A | unload",
+    "lease | shutdown; unload",
+    "load A deadline",
+    "load A; withdraw | lease late; release",
+    "load B restore",
+    "load A late | unload; load A",
+    "load A | load B queue; cancel ",
+    "load A slow | load o/B prefetch",
+    "load o/B prefetch queue",
+    "load A | load B reject | unload B",
+    "unload | load A",
+    "prefetch o/B deadline | load o/B prefetch | unload",
+    "load A | load B queue | unload B",
+    "load A slow; withdraw | load B slow deadline",
+    "load A late | load A | load B queue",
+    "load A slow | load B slow | load C",
+    "load A | load B queue; cancel | load A queue",
+)
+"""Programs in which every row of the table fires, as long as nobody changes it; they take 25 s."""

@@ -6,7 +6,8 @@ Clients are separated by `|`, the calls of one client by `;`:
 
 A client does not wait for its answers, except that a lease is released only after it was granted,
 so every order of arrival is explored. The look-up of a `slow` load takes a while, that of any other
-ends at once. A `late` load has its place in the order of calls before it arrives. A model with a
+ends at once. A `late` load has its place in the order of calls before it arrives; a `late` lease
+has found no server, and may arrive when there is one. A model with a
 `/` in its name is on the Hub and must be resolved; its load may say `prefetch`, and `prefetch o/A`
 only downloads it. `cancel x` is by id, `cancel` alone by the generation of the client's last load;
 `withdraw` means the client's last call.
@@ -75,7 +76,7 @@ def _parse_action(text: str, index: int, earlier: list[Action]) -> Action:
             model = next((word for word in words if word != "cut"), None)
             return Action(verb, text, index, index, model=model, cuts=cuts)
         case "lease" | "shutdown":
-            return Action(verb, text, index, index)
+            return Action(verb, text, index, index, is_late="late" in words)
         case "cancel" if words:
             return Action(verb, text, index, index, request_id=words[0])
         case "cancel":

@@ -300,7 +300,8 @@ class Scenario:
         if action.verb == "cancel" and action.request_id is None and not about.generation:
             return
         ticket = mine.ticket if mine.status else _next_ticket(world)
-        if action.is_late and mine.status is Status.UNSENT:
+        enters = action.verb == "lease" and world.gate.is_open  # there is nothing to wait for
+        if action.is_late and mine.status is Status.UNSENT and not enters:
             is_ended = action.request_id in world.cancelled_ids
             status = Status.CALLED_ENDED if is_ended else Status.CALLED
             called = _with_call(world, action.index, Call(status, ticket))
@@ -333,7 +334,9 @@ class Scenario:
         """Return the world in which the machine processes the call, and the fact, if it is one."""
         mine, about = world.calls[action.index], world.calls[action.refers]
         gate = world.gate
-        if action.verb == "lease" and (gate.is_open or (self.faults.lets_in_late and gate[0])):
+        is_asked = mine.status is Status.UNSENT
+        is_let_in = gate.is_open or (self.faults.lets_in_late and gate.generation > 0)
+        if action.verb == "lease" and is_asked and is_let_in:
             return self._enter(world, action, ticket), None
         if action.verb == "release" or (action.verb == "withdraw" and about.status is Status.HELD):
             status = Status.DONE if action.verb == "release" else Status.GONE
