@@ -18,6 +18,7 @@ from tests.core import (
     test_idle,
     test_look_ups,
     test_machine,
+    test_prompts,
     test_recovery,
     test_servers,
     test_waiting,
@@ -35,12 +36,9 @@ SCENARIOS = (
     test_look_ups,
     test_conclusions,
     test_adoption,
+    test_prompts,
 )
-_LEASE_OR_LOAD = "a ticket is that of a load or of a lease, never of both"
 _JOB_OR_QUEUED = "a generation is in flight or in the queue, never both"
-_CHECKS_ITSELF = (
-    "kill_when_drained does nothing with leases left, and without any the kill is in flight already"
-)
 _LOAD_OR_PREFETCH = "a load and a prefetch never have the same generation"
 _JOB_OR_QUEUED_FETCH = "a queued load or a prefetch is not the load in flight"
 SURVIVORS: dict[str, str] = {
@@ -61,11 +59,9 @@ SURVIVORS: dict[str, str] = {
     "prefetch in IKDSWH if model_is_local: behind [prefetch in IKDSWH if matches_prefetch]": (
         "a local model is never downloaded, so only one of the two can fire"
     ),
-    "withdraw in K if abandons_job: behind [withdraw in K if releases_last_lease]": (
-        _LEASE_OR_LOAD
+    "idle_expired in H if is_idle: behind [idle_expired in H if is_used]": (
+        "the idle time of a server is over, or it is not"
     ),
-    "withdraw in K if releases_last_lease: without releases_last_lease": (_CHECKS_ITSELF),
-    "release in K if releases_last_lease: without releases_last_lease": (_CHECKS_ITSELF),
     "deadline_expired in K if is_job: behind [deadline_expired in IKDSWH if is_queued_job]": (
         _JOB_OR_QUEUED
     ),

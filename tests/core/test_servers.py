@@ -18,6 +18,7 @@ from orchestrator.machine.commands import (
 from orchestrator.machine.facts import (
     BecameReady,
     Child,
+    Drained,
     Emptied,
     Exit,
     Exited,
@@ -143,6 +144,16 @@ def test_late_drain_timer_changes_nothing(what: str) -> None:
     run.fire("drain", 1)
     assert (run.state, run.ctx) == (K, before)
     assert run.commands == (DropStale(Generation(1), "drain_expired"),)
+
+
+def test_the_last_one_may_leave_after_the_drain_has_timed_out() -> None:
+    run = healthy()
+    run.lease()
+    run.unload()
+    before = run.fire("drain", 1).ctx
+    run.do(Drained(Generation(1), run.now))
+    assert (run.state, run.ctx) == (K, before)
+    assert run.commands == (DropStale(Generation(1), "drained"),)
 
 
 def test_lease_of_a_caller_that_went_away_does_not_delay_the_drain() -> None:
