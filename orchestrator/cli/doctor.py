@@ -39,6 +39,7 @@ from orchestrator.server import memory, process_table
 from orchestrator.server.binaries import ask_catalogue, find_server
 from orchestrator.server.channel import can_listen
 from orchestrator.server.environment import inherited_environment
+from orchestrator.server.gpu_memory import TOOLS
 from orchestrator.server.slot import Slot
 from orchestrator.server.state_dir import cache_dir
 from orchestrator.settings.request import LoadRequest
@@ -49,7 +50,7 @@ _GIB: Final = 1 << 30
 _VERSION_TIMEOUT_S: Final = 20.0
 _HUB_TIMEOUT_S: Final = 5.0
 _INITS: Final = frozenset({"systemd", "init", "launchd", "runit", "s6-svscan", "openrc-init"})
-_GPU_TOOLS: Final = ("nvidia-smi", "rocm-smi")
+_GPU_TOOLS: Final = tuple(tool for tool, *_ in TOOLS)
 _FLAGS: Final = (
     *("--model", "--host", "--port", "--ctx-size", "--parallel", "--cache-type-k"),
     *("--cache-type-v", "--mmproj", "--jinja", "--chat-template-file"),

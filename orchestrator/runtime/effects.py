@@ -7,6 +7,7 @@ else that may block (Hub requests, downloads, probes) runs on the worker threads
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import shutil
@@ -42,6 +43,7 @@ from orchestrator.models.hub.fetch_process import FetchProgress
 from orchestrator.models.source import ModelSource
 from orchestrator.runtime.handover import Memory, first_changed, recalled
 from orchestrator.runtime.ports import LogPosition, SlotLock
+from orchestrator.server import gpu_memory
 from orchestrator.server.child import ServerProcess
 from orchestrator.server.environment import check_server_env, child_environment
 from orchestrator.server.keepers import Left
@@ -119,6 +121,8 @@ class ProcessEffects:
         self._template_path = str(slot.directory / "chat-template.jinja")
         self._server: ServerProcess | None = None
         self._port: int | None = None  # of the server, once it is Healthy
+        self._ended: ServerProcess | None = None
+        self._ended_at = -math.inf
         self._started: Target | None = None  # None: it was adopted
         self.prompts: PromptStore | None = self._prompt_store()
         self._watch: Watch | None = None
@@ -305,6 +309,7 @@ class ProcessEffects:
             model = self._source.resolve(target.request, token, progress)
             return facts.Resolved(generation, time.monotonic(), model)
         model = self._source.fetch(target.request, token, progress, target.model)
+        gpu_memory.settle(self._ended_at + gpu_memory.SETTLE_S, token.is_set)
         return facts.Fetched(generation, time.monotonic(), model)
 
     def _probe(self, command: Probe, token: CancelToken, progress: ReadProgress) -> Fact:
@@ -348,6 +353,8 @@ class ProcessEffects:
 
     def _emptied(self, fact: Emptied | KillFailed) -> None:
         if isinstance(fact, Emptied):
+            if self._server is not self._ended:
+                self._ended, self._ended_at = self._server, time.monotonic()
             self._remove_template()
             if self.prompts is not None:
                 self.prompts.tidy()
