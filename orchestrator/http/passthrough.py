@@ -106,9 +106,9 @@ class PassThrough:
                 await client.begin()
                 server = await self._leased(stack)
                 _check_kind(server.kind, target)
+                judge = self._orch.judge_of_prompts(server.generation)
                 response = await self._requested(scope, target, client, server)
                 has_begun = True
-                judge = self._orch.judge_of_prompts(server.generation)
                 await self._forward(scope, response, send, judge)
         except ClientDisconnect:
             return

@@ -14,7 +14,10 @@ from orchestrator.http import create_app
 from tests.kit.http import PREFIX, Lender, pass_through_app, problem, serving
 from tests.kit.shell.records import captured
 
-NOT_IN_A_ROUTE = {"observe", "close", "connect", "outcome", "settled", "follow_logs", "check_sent"}
+NOT_IN_A_ROUTE = {
+    *("observe", "close", "connect", "outcome", "settled", "follow_logs", "check_sent"),
+    "judge_of_prompts",
+}
 """Or with a load or for requests from elsewhere only."""
 AFTER_THE_START = {"events", "log_batches"}
 """An answer that has begun can only be cut."""

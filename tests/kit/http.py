@@ -75,6 +75,9 @@ class Lender:
     def observe(self, _: object) -> None:
         pass
 
+    def judge_of_prompts(self, _: Generation) -> None:
+        pass
+
     @contextlib.asynccontextmanager
     async def lease(self) -> AsyncIterator[LeasedServer]:
         if self.base_url is None:
