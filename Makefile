@@ -22,7 +22,7 @@ APT = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
   else echo "missing: $(1). As root: apt-get install $(1)" >&2; false; fi
 
 .PHONY: help demo test tutorial floors advisories check-deep soak mutants lint types format docs-tools \
-  docs copies diagrams schema release screenshot bench llama-server real-model chromium clean
+  docs copies diagrams schema release screenshot bench bench-peers llama-server real-model chromium clean
 
 help:
 	@echo "make demo          show the main features on a small real model"
@@ -41,6 +41,7 @@ help:
 	@echo "make schema        write docs/config.schema.json from the settings"
 	@echo "make screenshot    write docs/panel.png"
 	@echo "make bench         measure the cost of the orchestrator over the bare process"
+	@echo "make bench-peers   measure answers beside the peers (needs wrk)"
 	@echo "make release       build the packages in dist/, install and run them, and deploy the site"
 	@echo "make llama-server  build the real llama-server that the tests use"
 	@echo "make real-model    fetch the small real model that the demo and the tests use"
@@ -152,6 +153,12 @@ bench: $(VENV)/.ready llama-server
 	$(BIN)/python -m tests.bench.scale_bench --json build/bench-scale.json --plots docs && \
 	$(BIN)/python -m tests.bench.hub_bench --json build/bench-hub.json && \
 	$(BIN)/python -m tests.bench.attack_bench --json build/bench-attack.json
+
+# LLAMA_SWAP may name a llama-swap binary.
+bench-peers: $(VENV)/.ready llama-server
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]'
+	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m tests.bench.peers_bench --json build/bench-peers.json \
+	  --plot docs $(ARGS)
 
 # The site of this version is added to the local branch gh-pages; pushing that branch publishes it.
 release: docs-tools

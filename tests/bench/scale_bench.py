@@ -160,9 +160,9 @@ def under_load(server: str, model: str, figures: Figures) -> None:
 
 
 STYLE = """<style>
-svg { color: #1f2328; --first: #0969da; --second: #bc4c00; }
+svg { color: #1f2328; --first: #0969da; --second: #bc4c00; --third: #1a7f37; --fourth: #8250df; }
 @media (prefers-color-scheme: dark) {
-  svg { color: #e6edf3; --first: #4493f8; --second: #f0883e; }
+  svg { color: #e6edf3; --first: #4493f8; --second: #f0883e; --third: #3fb950; --fourth: #a371f7; }
 }
 </style>"""
 COLOURS = {
@@ -171,6 +171,8 @@ COLOURS = {
     "#b0b0b0; stroke-opacity: 0.3": "currentColor; stroke-opacity: 0.15",
     "#1f77b4": "var(--first)",
     "#ff7f0e": "var(--second)",
+    "#2ca02c": "var(--third)",
+    "#d62728": "var(--fourth)",
 }
 
 
