@@ -143,7 +143,11 @@ class PassThrough:
             await self._sessions.popitem()[1].close()
 
     async def _leased(self, stack: contextlib.AsyncExitStack) -> LeasedServer:
-        """Hold the request until a server is Healthy, and lease it until the stack is closed."""
+        """Lease the server until the stack is closed; hold the request until one is Healthy."""
+        gate, who = self._orch.gate, object()
+        stack.callback(gate.leave, who)
+        if (server := gate.enter(who)) is not None:
+            return server
         if self.held >= self._max_held:
             raise _retry_later("too many requests wait for a model")
         self.held += 1

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, Unpack, cast
+from typing import Any, Final, Literal, Unpack, cast
 
 from orchestrator import errors
 from orchestrator.base import log
@@ -40,6 +40,7 @@ from orchestrator.runtime.answers import (
     prompts_status,
 )
 from orchestrator.runtime.effects import ServerSettings
+from orchestrator.runtime.gate import Gate
 from orchestrator.runtime.look_up import LookUps
 from orchestrator.runtime.options import check_choice, check_count, check_switch, restart_policy
 from orchestrator.runtime.owner import Call, Owner
@@ -284,7 +285,21 @@ class Facade:
     @property
     def lease_count(self) -> int:
         """The number of leases that are held."""
-        return self._owner.gate.inside if self._owner is not None else 0
+        owner = self._owner
+        return owner.snapshot.leases(owner.gate) if owner is not None else 0
+
+    @property
+    def gate(self) -> Gate:
+        """That of the running server, to lease it without waiting; a closed one if there is none.
+
+        Raises:
+            ShuttingDown, WrongProcess: as every call.
+        """
+        owner = self._owner
+        if owner is None:
+            return _CLOSED
+        self._check_usable()
+        return owner.gate
 
     def judge_of_prompts(self, generation: Generation) -> Callable[[int], None] | None:
         """Return what to tell the `cache_n` of this server's first answer to, if that shows
@@ -411,6 +426,9 @@ class Facade:
         """Block until a future of a call has its result."""
         with call.withdrawn_on_error():
             return self._parts.wait(future)
+
+
+_CLOSED: Final = Gate(None, time.monotonic, lambda _: None)
 
 
 def _shut_down(owner: Owner, wait: Callable[[Future[Any]], Any], *, keep: bool = True) -> Any:

@@ -184,7 +184,7 @@ class Orchestrator(Facade):
         A swap or an unload waits until the lease is released, for at most `drain_timeout_s`. Raises
         `NotLoaded` if no model is loaded or loading.
         """
-        gate, who = self._start().gate, object()
+        gate, who = self.gate, object()
         try:
             if (server := gate.enter(who)) is not None:
                 yield server
@@ -329,7 +329,7 @@ class AsyncOrchestrator(Facade):
     @contextlib.asynccontextmanager
     async def lease(self) -> AsyncIterator[LeasedServer]:
         """Hold a lease on the loaded server; see `Orchestrator.lease`."""
-        gate, who = (await self._started()).gate, object()
+        gate, who = self.gate, object()
         try:
             if (server := gate.enter(who)) is not None:
                 yield server

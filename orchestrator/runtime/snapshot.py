@@ -47,7 +47,7 @@ class Snapshot:
         state, ctx, running = self.state, self.ctx, self.ctx.running
         is_healthy = state is State.HEALTHY
         idle_at = _idle_at(running, gate) if running and is_healthy else None
-        leases = gate.inside if gate is not None and ctx.gate is not None else 0
+        leases = self.leases(gate)
         is_draining = ctx.gate == "draining" and leases > 0
         drained_at = self.entered_at + ctx.policy.drain_timeout_s
         return Status(
@@ -67,6 +67,10 @@ class Snapshot:
             leases=leases,
             draining_left_s=_seconds(now, drained_at) if is_draining else None,
         )
+
+    def leases(self, gate: Gate | None) -> int:
+        """Return how many leases there are of a server that is not lost to them."""
+        return gate.inside if gate is not None and self.ctx.gate is not None else 0
 
     def progress(self, progress_of: ProgressOf) -> LoadProgress:
         job = self.ctx.wanted[0] if self.ctx.wanted else None

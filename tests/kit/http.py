@@ -23,6 +23,7 @@ from starlette.routing import Route
 from orchestrator import AsyncOrchestrator
 from orchestrator.base.tokens import Generation
 from orchestrator.http import PassThrough
+from orchestrator.runtime import gate
 from orchestrator.runtime.answers import LeasedServer
 
 PREFIX = "/api/inference"
@@ -68,6 +69,7 @@ class Lender:
     def __init__(self, base_url: str | None) -> None:
         self.base_url = base_url
         self.is_returned = threading.Event()
+        self.gate = gate.Gate(None, time.monotonic, lambda _: None)
 
     def known_paths(self) -> tuple[()]:
         return ()

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from tests.kit.process.support import (
     transitions,
     until,
     until_state,
+    watches,
 )
 
 HANG_S = 1.0
@@ -37,10 +37,6 @@ def loaded(orch: Orchestrator) -> LoadOutcome:
     found = orch.status().loaded
     assert found is not None
     return found
-
-
-def watches() -> list[threading.Thread]:
-    return [one for one in threading.enumerate() if one.name.startswith("llama-watch")]
 
 
 def watch_for(probes: int) -> None:

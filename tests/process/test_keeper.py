@@ -45,6 +45,7 @@ from tests.kit.process.support import (
     kill,
     until,
     until_state,
+    watches,
 )
 
 LOAD = 'outcome = orch.load(a["model"])\nsend(pid=outcome.pid)\n'
@@ -173,7 +174,9 @@ def test_a_limit_of_processes_ends_no_keeper(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_keeper_is_small_and_rests(orch: Orchestrator, model_a: str) -> None:
     orch.load(model_a)
+    until(watches, "the watch")  # the keeper has been told of the address before
     keeper = psutil.Process(only_keeper())
+    until(lambda: keeper.status() == psutil.STATUS_SLEEPING, "its rest")
     assert keeper.memory_info().rss <= 14 << 20
     assert keeper.num_threads() == 1
     before = keeper.num_ctx_switches()

@@ -65,6 +65,11 @@ def until_it_catches(pid: int, signum: int) -> None:
     until(catches, f"a handler for signal {signum}")
 
 
+def watches() -> list[threading.Thread]:
+    """Return the threads that watch servers for hangs."""
+    return [one for one in threading.enumerate() if one.name.startswith("llama-watch")]
+
+
 def open_files(pid: int) -> list[str]:
     """Return what the descriptors of a process refer to."""
     names = []
