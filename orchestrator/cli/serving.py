@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import signal
 import socket
 import time
@@ -165,6 +166,7 @@ async def _serve(service: Service, request: LoadRequest | None) -> int:
         if signal.getsignal(signum) is not signal.SIG_IGN:
             loop.add_signal_handler(signum, stop, signum)
     http = _http_server(service)
+    gc.freeze()  # a full collection over all that stays would hold up every request for 30 ms
     tasks: list[asyncio.Task[Any]] = []
     try:
         await service.orch.start()

@@ -110,12 +110,13 @@ def ways(server: str, folder: Path) -> Iterator[list[Way]]:
         yield found
 
 
-def measure(way: Way, connections: int, seconds: float, folder: Path) -> Sample:
+def measure(way: Way, connections: int, seconds: int, folder: Path) -> Sample:
     """Send requests as fast as they are answered."""
     key = f'wrk.headers["Authorization"] = "Bearer {way.key}"' if way.key else ""
     script = folder / "script.lua"
     script.write_text(SCRIPT % (key, json.dumps({"model": MODEL, **SHORT})))
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "-s", str(script)]
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "60s"]
+    command += ["-s", str(script)]
     command.append(f"{way.url}/v1/completions")
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = re.search(r"^rate (\S+) p50 (\S+) p99 (\S+) errors (\d+)$", said, re.MULTILINE)
@@ -126,7 +127,7 @@ def measure(way: Way, connections: int, seconds: float, folder: Path) -> Sample:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
+    parser.add_argument("--seconds", type=int, default=4, help="of each measurement")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     chosen = parser.parse_args()
@@ -136,7 +137,7 @@ def main() -> None:
     samples: dict[tuple[str, int], list[Sample]] = {}
     with tempfile.TemporaryDirectory() as name, ways(server, Path(name)) as found:
         for way in found:
-            measure(way, 4, 0.5, Path(name))  # the peers load the model with the first request
+            measure(way, 4, 1, Path(name))  # the peers load the model with the first request
         for _ in range(ROUNDS):
             for connections in CONNECTIONS:
                 for way in found:
