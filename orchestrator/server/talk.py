@@ -28,7 +28,16 @@ class _BoundedSocket(socket.socket):
         return super().recv_into(*args)
 
 
-class Talk(http.client.HTTPConnection):
+class _Http(http.client.HTTPConnection):
+    def __init__(self, port: int, open_: Callable[[int], _BoundedSocket]) -> None:
+        super().__init__(HOST, port)
+        self._open = open_
+
+    def connect(self) -> None:
+        self.sock = self._open(self.port)
+
+
+class Talk:
     """Requests to one port, over one connection for as long as the server keeps it.
 
     Args:
@@ -36,12 +45,10 @@ class Talk(http.client.HTTPConnection):
     """
 
     def __init__(self, port: int, open_: Callable[[int], _BoundedSocket]) -> None:
-        super().__init__(HOST, port)
-        self._open = open_
-        self._bounded: _BoundedSocket | None = None
+        self._http = _Http(port, open_)
 
-    def connect(self) -> None:
-        self.sock = self._bounded = self._open(self.port)
+    def close(self) -> None:
+        self._http.close()
 
     def ask(
         self,
@@ -61,7 +68,7 @@ class Talk(http.client.HTTPConnection):
             headers["Authorization"] = f"Bearer {key}"
         if body is not None:
             headers["Content-Type"] = "application/json"
-        for may_retry in (self.sock is not None, False):
+        for may_retry in (self._http.sock is not None, False):
             try:
                 return self._ask(path, timeout_s, headers, body)
             except (ConnectionError, http.client.BadStatusLine):
@@ -73,12 +80,12 @@ class Talk(http.client.HTTPConnection):
     def _ask(
         self, path: str, timeout_s: float, headers: dict[str, str], body: str | None
     ) -> tuple[int, bytes]:
-        if self.sock is None:
-            self.connect()
-        if self._bounded is not None:
-            self._bounded.ends = time.monotonic() + timeout_s
-        self.request("GET" if body is None else "POST", path, body, headers)
-        answer = self.getresponse()
+        if self._http.sock is None:
+            self._http.connect()
+        if isinstance(connected := self._http.sock, _BoundedSocket):
+            connected.ends = time.monotonic() + timeout_s
+        self._http.request("GET" if body is None else "POST", path, body, headers)
+        answer = self._http.getresponse()
         read = answer.read(_MAX_ANSWER)
         if not answer.isclosed():
             raise http.client.IncompleteRead(read)
