@@ -5,9 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 _CGROUPS: Final = "sys/fs/cgroup"
+
+
+class _Names(NamedTuple):
+    limit: str
+    use: str
+    cache: str  # in memory.stat
+
+
+_V1: Final = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache")
+_V2: Final = _Names("memory.max", "memory.current", "file")
 
 
 def available_bytes(root: Path = Path("/")) -> int | None:
@@ -16,12 +26,17 @@ def available_bytes(root: Path = Path("/")) -> int | None:
     Args:
         root: Where `proc` and `sys` are mounted.
     """
-    known = [*_free(root), *limits(root)]
+    known = [*_free(root), *(left for _, left in _groups(root))]
     return min(known) if known else None
 
 
 def limits(root: Path = Path("/")) -> Iterator[int]:
-    """Yield the limits in bytes of this process's control group and of those above it.
+    """Yield the limits in bytes of this process's control group and of those above it."""
+    return (limit for limit, _ in _groups(root))
+
+
+def _groups(root: Path) -> Iterator[tuple[int, int]]:
+    """Yield the limit of each group, and what is left of it.
 
     In a container that hides the groups above, its own is mounted at the top, and the rest of the
     path is not there.
@@ -33,9 +48,9 @@ def limits(root: Path = Path("/")) -> Iterator[int]:
     for group in groups:
         _, controllers, path = (*group.split(":", 2), "", "")[:3]
         if not controllers:
-            top, name = root / _CGROUPS, "memory.max"
+            top, names = root / _CGROUPS, _V2
         elif "memory" in controllers.split(","):
-            top, name = root / _CGROUPS / "memory", "memory.limit_in_bytes"
+            top, names = root / _CGROUPS / "memory", _V1
         else:
             continue
         folder = top / path.lstrip("/")
@@ -43,7 +58,16 @@ def limits(root: Path = Path("/")) -> Iterator[int]:
         for above in dict.fromkeys([top, *inside]):
             with contextlib.suppress(OSError, ValueError):  # it is not there, or "max"
                 if above.is_relative_to(top):
-                    yield int((above / name).read_text())
+                    limit = int((above / names.limit).read_text())
+                    yield limit, max(0, limit - _kept(above, names))
+
+
+def _kept(group: Path, names: _Names) -> int:
+    """Return what a group uses, without the page cache, which makes room."""
+    with contextlib.suppress(OSError, ValueError):
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return int((group / names.use).read_text()) - int(stat.get(names.cache, 0))
+    return 0
 
 
 def _free(root: Path) -> Iterator[int]:

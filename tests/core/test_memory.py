@@ -87,6 +87,38 @@ def test_limits_are_those_of_the_own_group_and_of_all_above(
     assert available_bytes(root) == min([FREE, *expected])
 
 
+@pytest.mark.parametrize(
+    ("group", "files"),
+    [
+        pytest.param(
+            "0::/a/b\n",
+            {
+                f"{V2}/a/memory.max": "5000\n",
+                f"{V2}/a/memory.current": "4500\n",
+                f"{V2}/a/memory.stat": "anon 1500\nfile 3000\nkernel 10\n",
+                f"{V2}/a/b/memory.max": "4000\n",
+            },
+            id="version 2, the group above is the fuller one",
+        ),
+        pytest.param(
+            "5:memory:/x\n",
+            {
+                f"{V1}/x/memory.limit_in_bytes": "5000\n",
+                f"{V1}/x/memory.usage_in_bytes": "4500\n",
+                f"{V1}/x/memory.stat": "cache 1\ntotal_cache 3000\n",
+            },
+            id="version 1",
+        ),
+    ],
+)
+def test_what_a_group_uses_is_not_available_but_for_its_page_cache(
+    tmp_path: Path, group: str, files: dict[str, str]
+) -> None:
+    root = machine(tmp_path, {"proc/self/cgroup": group, "proc/meminfo": MEMINFO, **files})
+    assert max(limits(root)) == 5000
+    assert available_bytes(root) == 3500
+
+
 def test_a_machine_that_hides_its_memory_is_judged_by_the_limit(tmp_path: Path) -> None:
     """`ProcSubset=pid` leaves no /proc/meminfo."""
     assert available_bytes(tmp_path) is None
