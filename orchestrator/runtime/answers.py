@@ -177,8 +177,8 @@ class LoadProgress(Record):
     """Progress of the load in flight.
 
     Attributes:
-        bytes_done: Downloaded; while loading, read or paged in by the server. Never decreases
-            within a phase.
+        bytes_done: Downloaded; while loading, read or paged in by the server; while another one
+            ends, read ahead for it. Never decreases within a phase.
         fraction: None if it is unknown, also while a server that has read all is not yet ready.
     """
 

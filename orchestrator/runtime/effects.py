@@ -213,12 +213,19 @@ class ProcessEffects:
         server, over = self._server, threading.Event()
         self._warming = over
         paths = [file.path for file in command.target.model.files]
+        progress = ReadProgress(command.target.model.size_bytes)
+        self._progress[command.generation] = progress  # until the next phase has its own
 
         def run() -> None:
             pids = server.family() if server is not None else set()
             with contextlib.suppress(OSError):  # the server will say what is wrong
-                count = read_ahead(paths, pids, lambda: over.is_set() or token.is_set())
+                count = read_ahead(
+                    paths, pids, lambda: over.is_set() or token.is_set(), progress.advance_to
+                )
                 _log("debug", "model.warmed", generation=command.generation, bytes=count)
+            is_of_use = progress.bytes_done > 0 and not token.is_set()
+            if not is_of_use and self._progress.get(command.generation) is progress:
+                del self._progress[command.generation]
 
         self._workers.submit(run)
 
@@ -352,6 +359,8 @@ class ProcessEffects:
                 _log("error", "watch.unavailable", pid=server.pid, error=str(error))
 
     def _emptied(self, fact: Emptied | KillFailed) -> None:
+        if isinstance(fact, KillFailed):
+            self._progress.pop(fact.generation, None)
         if isinstance(fact, Emptied):
             if self._server is not self._ended:
                 self._ended, self._ended_at = self._server, time.monotonic()

@@ -77,7 +77,7 @@ class Snapshot:
         phase = _phase(self.state, job)
         if job is None:
             return LoadProgress(phase, None, None, 1.0 if self.state is State.HEALTHY else None)
-        has_bytes = phase in {PHASES[State.DOWNLOADING], PHASES[State.WAITING_HEALTH]}
+        has_bytes = self.state is not State.SPAWNING
         counted = progress_of(job.generation) if has_bytes else None
         if counted is None:
             return LoadProgress(phase, None, None, None)

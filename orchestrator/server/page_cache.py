@@ -20,12 +20,18 @@ _PAGE: Final = 4096
 _MARGIN: Final = 0.1  # of what is available
 
 
-def read_ahead(paths: Iterable[str], pids: Iterable[int], is_over: Callable[[], bool]) -> int:
+def read_ahead(
+    paths: Iterable[str],
+    pids: Iterable[int],
+    is_over: Callable[[], bool],
+    advance_to: Callable[[int], None] = lambda _: None,
+) -> int:
     """Bring files into the page cache, if they fit, and return how many bytes were read.
 
     Args:
         pids: Of the server that runs, whose mapped files stay.
         is_over: Asked before each piece; True ends it.
+        advance_to: Told how many bytes are in the page cache so far.
 
     Raises:
         OSError: A file cannot be read.
@@ -34,7 +40,7 @@ def read_ahead(paths: Iterable[str], pids: Iterable[int], is_over: Callable[[], 
     size = sum(os.stat(path).st_size for path in wanted)
     if size > _room(pids):
         return 0
-    done, buffer = 0, bytearray(_PIECE)
+    done, passed, buffer = 0, 0, bytearray(_PIECE)
     for path in wanted:
         with open(path, "rb", buffering=0) as file:
             for offset in range(0, os.fstat(file.fileno()).st_size, _PIECE):
@@ -42,6 +48,8 @@ def read_ahead(paths: Iterable[str], pids: Iterable[int], is_over: Callable[[], 
                     return done
                 if not _is_cached(file.fileno(), offset):
                     done += os.preadv(file.fileno(), [buffer], offset)
+                passed += _PIECE
+                advance_to(min(passed, size))
     return done
 
 

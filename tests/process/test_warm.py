@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import Superseded
+from orchestrator import State, Superseded
 from orchestrator.demo.tiny_model import write_tiny_model
 from tests.kit.cached import in_memory, make_cold
 from tests.kit.process.support import Background, Fake, Make, until
@@ -28,6 +28,9 @@ def test_a_model_is_read_while_the_running_server_drains(
     with orch.lease():
         loading = Background(orch.load, str(cold))
         until(lambda: in_memory(cold) == 1.0, "the file in memory")
+        until(lambda: orch.progress().fraction == 1.0, "the progress")
+        shown = orch.progress()
+        assert (orch.status().state, shown.bytes_done) == (State.KILLING, cold.stat().st_size)
         assert len(fake.entries("start")) == 1
     assert loading.result().status == "loaded"
 
