@@ -145,11 +145,12 @@ schema: $(VENV)/.ready
 screenshot: $(VENV)/.ready chromium
 	$(BIN)/python -m tests.browser.screenshot docs/panel.png
 
-bench: $(VENV)/.ready llama-server
+bench: $(VENV)/.ready llama-server real-model
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]'
 	export LLAMA_SERVER_PATH=$(SERVER) && \
 	$(BIN)/python -m tests.bench.bench --json build/bench.json $(ARGS) && \
 	$(BIN)/python -m tests.bench.passthrough_bench --json build/bench-passthrough.json && \
+	$(BIN)/python -m tests.bench.real_bench --json build/bench-real.json && \
 	$(BIN)/python -m tests.bench.scale_bench --json build/bench-scale.json --plots docs && \
 	$(BIN)/python -m tests.bench.hub_bench --json build/bench-hub.json && \
 	$(BIN)/python -m tests.bench.attack_bench --json build/bench-attack.json

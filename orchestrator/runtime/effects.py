@@ -361,7 +361,7 @@ class ProcessEffects:
     def _emptied(self, fact: Emptied | KillFailed) -> None:
         if isinstance(fact, KillFailed):
             self._progress.pop(fact.generation, None)
-        if isinstance(fact, Emptied):
+        else:
             if self._server is not self._ended:
                 self._ended, self._ended_at = self._server, time.monotonic()
             self._remove_template()
