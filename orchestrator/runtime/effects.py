@@ -225,7 +225,7 @@ class ProcessEffects:
                 _log("debug", "model.warmed", generation=command.generation, bytes=count)
             is_of_use = progress.bytes_done > 0 and not token.is_set()
             if not is_of_use and self._progress.get(command.generation) is progress:
-                del self._progress[command.generation]
+                self._progress.pop(command.generation, None)
 
         self._workers.submit(run)
 
