@@ -146,6 +146,16 @@ def test_late_drain_timer_changes_nothing(what: str) -> None:
     assert run.commands == (DropStale(Generation(1), "drain_expired"),)
 
 
+def test_a_shutdown_waits_for_no_lease_of_a_drain_that_has_begun() -> None:
+    run = healthy()
+    run.lease()
+    run.load(B)
+    assert run.commands_of(Kill) == []
+    run.shutdown()
+    assert run.commands_of(Kill)[0].child == CHILD
+    assert run.ctx.gate is None
+
+
 def test_the_last_one_may_leave_after_the_drain_has_timed_out() -> None:
     run = healthy()
     run.lease()

@@ -84,8 +84,8 @@ def inv_a_drain_ends_with_the_last(world: World) -> str | None:
 
 def inv_after_a_shutdown_nothing_is_wanted(world: World) -> str | None:
     """From a shutdown on there is no load and no lease."""
-    if world.was_shut_down and (world.ctx.wanted or world.ctx.prefetches or world.is_open):
-        return "after the shutdown a load is wanted or a lease is held"
+    if world.was_shut_down and (world.ctx.wanted or world.ctx.prefetches or world.ctx.gate):
+        return "after the shutdown a load is wanted, or leases are granted or waited for"
     return None
 
 
