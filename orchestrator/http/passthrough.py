@@ -144,9 +144,7 @@ class PassThrough:
 
     async def _leased(self, stack: contextlib.AsyncExitStack) -> LeasedServer:
         """Lease the server until the stack is closed; hold the request until one is Healthy."""
-        gate, who = self._orch.gate, object()
-        stack.callback(gate.leave, who)
-        if (server := gate.enter(who)) is not None:
+        if (server := stack.enter_context(self._orch.leased_at_once())) is not None:
             return server
         if self.held >= self._max_held:
             raise _retry_later("too many requests wait for a model")
@@ -238,10 +236,11 @@ class PassThrough:
         try:
             await send(start)
             while chunk := await response.content.readany():
-                if judge is not None and (found := _CACHED.search(before + chunk)):
-                    judge(int(found[1]))
-                    judge = None
-                before = chunk[-32:]
+                if judge is not None:
+                    if (found := _CACHED.search(before + chunk)) is not None:
+                        judge(int(found[1]))
+                        judge = None
+                    before = chunk[-32:]
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
         except aiohttp.ClientError as error:

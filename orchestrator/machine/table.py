@@ -152,7 +152,7 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("lease", ALL,   "restart_is_planned",              STAY, "wait_for_lease"),
     _row("lease", ALL,   "is_cooling_down",                 STAY, "refuse_cooling_down"),
     _row("lease", ALL,   "",                                STAY, "refuse_lease"),
-    _row("drained", K,   "is_current_drain",                STAY, "end_drain kill_when_drained"),
+    _row("drained", K,   "is_current_drain",                STAY, "revoke_leases kill_when_drained"),
     _row("drained", ALL, "",                                STAY, "drop_stale"),
     _row("drain_expired", K,   "is_current_drain",          STAY, "revoke_leases kill_when_drained"),
     _row("drain_expired", ALL, "",                          STAY, "drop_stale"),

@@ -13,11 +13,11 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final, Literal, Unpack, cast
+from typing import Any, Literal, Unpack, cast
 
 from orchestrator import errors
 from orchestrator.base import log
@@ -32,6 +32,7 @@ from orchestrator.machine.states import State
 from orchestrator.models.listings import Listings
 from orchestrator.models.roots import Folder, model_roots
 from orchestrator.runtime.answers import (
+    LeasedServer,
     LoadOutcome,
     LoadProgress,
     Options,
@@ -40,7 +41,6 @@ from orchestrator.runtime.answers import (
     prompts_status,
 )
 from orchestrator.runtime.effects import ServerSettings
-from orchestrator.runtime.gate import Gate
 from orchestrator.runtime.look_up import LookUps
 from orchestrator.runtime.options import check_choice, check_count, check_switch, restart_policy
 from orchestrator.runtime.owner import Call, Owner
@@ -288,18 +288,23 @@ class Facade:
         owner = self._owner
         return owner.snapshot.leases(owner.gate) if owner is not None else 0
 
-    @property
-    def gate(self) -> Gate:
-        """That of the running server, to lease it without waiting; a closed one if there is none.
+    @contextlib.contextmanager
+    def leased_at_once(self) -> Iterator[LeasedServer | None]:
+        """Lease the server without waiting, as `lease` does first; None if none is Healthy.
 
         Raises:
             ShuttingDown, WrongProcess: as every call.
         """
-        owner = self._owner
+        owner, who = self._owner, object()
         if owner is None:
-            return _CLOSED
+            yield None
+            return
         self._check_usable()
-        return owner.gate
+        gate = owner.gate
+        try:
+            yield gate.enter(who)
+        finally:  # it may have entered when it was interrupted
+            gate.leave(who)
 
     def judge_of_prompts(self, generation: Generation) -> Callable[[int], None] | None:
         """Return what to tell the `cache_n` of this server's first answer to, if that shows
@@ -426,9 +431,6 @@ class Facade:
         """Block until a future of a call has its result."""
         with call.withdrawn_on_error():
             return self._parts.wait(future)
-
-
-_CLOSED: Final = Gate(None, time.monotonic, lambda _: None)
 
 
 def _shut_down(owner: Owner, wait: Callable[[Future[Any]], Any], *, keep: bool = True) -> Any:

@@ -184,13 +184,10 @@ class Orchestrator(Facade):
         A swap or an unload waits until the lease is released, for at most `drain_timeout_s`. Raises
         `NotLoaded` if no model is loaded or loading.
         """
-        gate, who = self.gate, object()
-        try:
-            if (server := gate.enter(who)) is not None:
+        with self.leased_at_once() as server:
+            if server is not None:
                 yield server
                 return
-        finally:
-            gate.leave(who)
         call = self._ask(self._lease_fact)
         try:
             yield answers.leased_server(unwrap(self._wait(call, call.settled)))
@@ -329,13 +326,10 @@ class AsyncOrchestrator(Facade):
     @contextlib.asynccontextmanager
     async def lease(self) -> AsyncIterator[LeasedServer]:
         """Hold a lease on the loaded server; see `Orchestrator.lease`."""
-        gate, who = self.gate, object()
-        try:
-            if (server := gate.enter(who)) is not None:
+        with self.leased_at_once() as server:
+            if server is not None:
                 yield server
                 return
-        finally:
-            gate.leave(who)
         call = await self._ask(self._lease_fact)
         try:
             yield answers.leased_server(unwrap(await asyncio.wrap_future(call.settled)))

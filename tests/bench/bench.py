@@ -54,17 +54,28 @@ class Figures:
 
 def bare_start(server: str, model: str, context: int) -> tuple[subprocess.Popen[bytes], float]:
     """Spawn, poll /health every millisecond, and return the process and the seconds it took."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     started = time.perf_counter()
     argv = [server, "-m", model, "--host", "127.0.0.1", "--port", str(port), "-c", str(context)]
     process = subprocess.Popen(
         argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    while not _is_ready(port):
-        time.sleep(0.001)
+    until_ready(process, port)
     return process, time.perf_counter() - started
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def until_ready(process: subprocess.Popen[bytes], port: int) -> None:
+    """Poll /health every millisecond until it is 200."""
+    while not _is_ready(port):
+        if process.poll() is not None:
+            raise SystemExit(f"{process.args!r} has ended")
+        time.sleep(0.001)
 
 
 def _is_ready(port: int) -> bool:

@@ -30,6 +30,7 @@ import psutil
 from orchestrator.demo.tiny_model import write_tiny_model
 
 ROUNDS: Final = 6
+FLAGS: Final = ("--parallel", "16", "-t", "1")  # threads that spin would want both cores
 SHORT: Final = {"prompt": "a", "max_tokens": 1, "temperature": 0}
 STREAMED: Final = "stream of 64"
 STREAM: Final = {"prompt": "a", "max_tokens": 64, "temperature": 0, "stream": True}
@@ -145,7 +146,7 @@ class Service:
     def __init__(self, server: str, model: str, folder: str) -> None:
         program = [sys.executable, "-m", "orchestrator.cli", "run", "-m", model]
         program += ["--llama-server", server, "--port", "0", "--state-dir", folder, "--json"]
-        program += ["--parallel", "16", "-t", "1"]  # threads that spin would want both cores
+        program += FLAGS
         self.process = subprocess.Popen(
             program, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )

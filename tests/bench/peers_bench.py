@@ -13,24 +13,21 @@ import json
 import os
 import re
 import shutil
-import socket
 import statistics
 import subprocess
 import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from orchestrator.demo.tiny_model import write_tiny_model
-from tests.bench.passthrough_bench import SHORT, Service
+from tests.bench.bench import free_port, until_ready
+from tests.bench.passthrough_bench import FLAGS, SHORT, Service
 from tests.bench.scale_bench import draw
 
 CONNECTIONS: Final = (1, 16, 64)
 ROUNDS: Final = 3
-FLAGS: Final = ("--parallel", "16", "-t", "1")  # threads that spin would want both cores
 MODEL: Final = "tiny"
 HEADER: Final = f"{'':24} connections  per second   of bare    p50 ms    p99 ms"
 
@@ -64,23 +61,13 @@ class Sample:
     p99_ms: float
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextlib.contextmanager
 def started(*command: str, port: int) -> Iterator[str]:
     """Run a peer until the end of the block; it answers `/health` first."""
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as peer:
-        url = f"http://127.0.0.1:{port}"
         try:
-            for _ in range(600):
-                with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health"):
-                    break
-                time.sleep(0.05)
-            yield url
+            until_ready(peer, port)
+            yield f"http://127.0.0.1:{port}"
         finally:
             peer.terminate()
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+import psutil
+
 from orchestrator import Orchestrator
 from orchestrator.demo import real_model
 from orchestrator.demo.tiny_model import write_tiny_model
@@ -58,7 +60,8 @@ def swaps(service: Service, server: str, real: str, tiny: str, figures: Figures)
         started = time.perf_counter()
         bare_stop(old)
         new, _ = bare_start(server, real, CONTEXT)
-        port = next(arg for arg in _argv(new.pid) if arg.isdigit() and int(arg) > CONTEXT)
+        argv = psutil.Process(new.pid).cmdline()
+        port = argv[argv.index("--port") + 1]
         post(f"http://127.0.0.1:{port}", "/v1/completions", asked("Hello", 1))
         bare.append(time.perf_counter() - started)
         bare_stop(new)
@@ -71,10 +74,6 @@ def swaps(service: Service, server: str, real: str, tiny: str, figures: Figures)
     figures.add("swap and the first token over HTTP, median", statistics.median(ours) * 1000, "ms")
     ratio = statistics.median(ours) / statistics.median(bare)
     figures.add("ratio", ratio, "x", "<= 1.30")
-
-
-def _argv(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
 
 
 def tokens(service: Service, figures: Figures) -> None:

@@ -23,7 +23,6 @@ from starlette.routing import Route
 from orchestrator import AsyncOrchestrator
 from orchestrator.base.tokens import Generation
 from orchestrator.http import PassThrough
-from orchestrator.runtime import gate
 from orchestrator.runtime.answers import LeasedServer
 
 PREFIX = "/api/inference"
@@ -69,7 +68,6 @@ class Lender:
     def __init__(self, base_url: str | None) -> None:
         self.base_url = base_url
         self.is_returned = threading.Event()
-        self.gate = gate.Gate(None, time.monotonic, lambda _: None)
 
     def known_paths(self) -> tuple[()]:
         return ()
@@ -79,6 +77,9 @@ class Lender:
 
     def judge_of_prompts(self, _: Generation) -> None:
         pass
+
+    def leased_at_once(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     @contextlib.asynccontextmanager
     async def lease(self) -> AsyncIterator[LeasedServer]:

@@ -165,11 +165,11 @@ def test_a_finalizer_may_leave_while_its_own_thread_enters(told: Told) -> None:
 def test_a_lease_of_a_healthy_server_is_no_step(harness: Harness) -> None:
     """It cost two trips to the owner's thread."""
     with harness.sync() as orch:
-        orch.load("A")
+        loaded = orch.load("A")
         harness.catch_up()
         snapshot = harness.owner.snapshot
         with orch.lease() as server:
-            assert server.pid == harness.owner.snapshot.ctx.child.pid  # type: ignore[union-attr]
+            assert server.pid == loaded.pid
             assert orch.lease_count == orch.status().leases == 1
         harness.catch_up()
         assert harness.owner.snapshot.ctx is snapshot.ctx

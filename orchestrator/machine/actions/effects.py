@@ -233,16 +233,13 @@ def enter_idle(s: Step[facts.Fact]) -> None:
         s.refuse_waiting_leases()
 
 
-def end_drain(s: Step[facts.Drained]) -> None:
-    _end_drain(s)
-
-
 def revoke_leases(s: Step[facts.Fact]) -> None:
-    """Wait for no lease, and grant none."""
+    """Wait for no lease any more, and grant none."""
     if s.ctx.gate == "open":
         _close_gate(s, drains=False)
     elif s.ctx.gate == "draining":
-        _end_drain(s)
+        s.put(gate=None)
+        s.emit(commands.StopTimer(require(s.ctx.child).generation, "drain"))
 
 
 def _close_gate(s: Step[facts.Fact], *, drains: bool) -> Generation:
@@ -252,11 +249,6 @@ def _close_gate(s: Step[facts.Fact], *, drains: bool) -> Generation:
     if running.idle_ttl_s is not None:
         s.emit(commands.StopTimer(running.generation, "idle"))
     return running.generation
-
-
-def _end_drain(s: Step[facts.Fact]) -> None:
-    s.put(gate=None)
-    s.emit(commands.StopTimer(require(s.ctx.child).generation, "drain"))
 
 
 def cut_leases(s: Step[facts.UnloadRequested]) -> None:
