@@ -10,6 +10,7 @@ from orchestrator.base.tokens import CancelReason, Generation, Ticket
 from orchestrator.errors import Problem
 from orchestrator.machine import facts
 from orchestrator.settings.files import FileIdentity, ModelFiles
+from orchestrator.settings.memory import Memory
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import ReloadReason, Target
 
@@ -38,6 +39,7 @@ class Loaded:
     already: bool = False
     joined: bool = False
     adopted: bool = False
+    memory: Memory | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from orchestrator.errors import Problem
 from orchestrator.machine.commands import Concluded, Loaded, Settle, Timings
 from orchestrator.machine.facts import Child, Exit, Purpose, ServerFacts
 from orchestrator.machine.recovery import Recovery, RestartPolicy
+from orchestrator.settings.memory import Memory
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import ReloadReason, Source, Target
 
@@ -80,6 +81,7 @@ class Job:
     awaits: Literal["answer", "files"] | None = None  # of the Hub, while it is queued
     after: Problem | None = None  # the failure that it repairs; such a load needs no caller
     is_adoption: bool = False  # of a server that was found; neither does this
+    memory: Memory | None = None  # of its server, as far as it is known
     failed: Concluded | None = None  # the failed load that it follows; concluded together
 
     @property
@@ -115,6 +117,7 @@ class Running:
     wanted_at: float = 0.0  # when a load last asked for it
     idle_ttl_s: float | None = None  # it is stopped after this time without use; None = never
     adopted: bool = False  # from a dead owner
+    memory: Memory | None = None
 
     def loaded(self, *, already: bool = False) -> Loaded:
         """Return the answer to a load that ends with this server."""
@@ -127,6 +130,7 @@ class Running:
             () if already else self.reload_reasons,
             already,
             adopted=self.adopted,
+            memory=self.memory,
         )
 
 

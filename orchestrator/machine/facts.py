@@ -14,6 +14,7 @@ from orchestrator.base.record import Record
 from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import Problem
 from orchestrator.settings.files import ModelFiles
+from orchestrator.settings.memory import Memory
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import Target
 
@@ -217,6 +218,14 @@ class SpawnFailed(_OfLoad):
 
 
 @dataclass(frozen=True, slots=True)
+class Sized(_OfLoad):
+    """What the server of this load takes of memory, as far as it is known by now."""
+
+    trigger: ClassVar[str] = "sized"
+    memory: Memory
+
+
+@dataclass(frozen=True, slots=True)
 class BecameReady(_OfLoad):
     trigger: ClassVar[str] = "ready"
     effect: ClassVar[str] = "probe"
@@ -298,6 +307,6 @@ EndRequested = UnloadRequested | CancelRequested | Withdrawn | ShutdownRequested
 Request = LookUpRequested | LookedUp | EndRequested | LeaseRequested
 Failure = KillFailed | FetchFailed | SpawnFailed | NotReady
 Completion = Emptied | Resolved | Fetched | Spawned | BecameReady | Failure
-Report = Completion | Exited | Hung | Drained | Found | Promoted | TimerFired
+Report = Completion | Sized | Exited | Hung | Drained | Found | Promoted | TimerFired
 Fact = Request | Report
 WithChildEvidence = LoadRequested | LeaseRequested | BecameReady | Promoted

@@ -249,7 +249,7 @@ def is_used(ctx: Context, fact: facts.TimerFired) -> bool:
     return bool(fact.idle_in_s)
 
 
-def is_job(ctx: Context, fact: facts.TimerFired) -> bool:
+def is_job(ctx: Context, fact: facts.TimerFired | facts.Sized) -> bool:
     return ctx.loading is not None and ctx.loading.generation == fact.generation
 
 

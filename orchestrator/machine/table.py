@@ -183,6 +183,10 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("spawn_failed", S,   "is_current",                 K, "fail_job end_effect take_next begin_kill"),
     _row("spawn_failed", ALL, "",                           STAY, "drop_stale"),
 
+    # ---- what a server takes of memory, from its start until it is Healthy -----------------------
+    _row("sized", (S, W), "is_job",                         STAY, "record_memory"),
+    _row("sized", ALL, "",                                  STAY, "drop_stale"),
+
     # ---- what a dead owner has left: adopted, or ended ------------------------------------------
     _row("found", I,   "is_kept_for_us",                    W, "record_child adopt begin_probe"),
     _row("found", I,   "",                                  K, "record_child begin_kill"),

@@ -20,6 +20,7 @@ from orchestrator.models.variants import Variant
 from orchestrator.server.prompts import Counts
 from orchestrator.settings.fields import ECHOED, SETTINGS, EchoedFields, Kind
 from orchestrator.settings.files import ModelFiles
+from orchestrator.settings.memory import Memory
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import ReloadReason
 
@@ -28,7 +29,8 @@ from orchestrator.settings.target import ReloadReason
 class LoadOutcome(Record, EchoedFields):
     """The result of a load, and `loaded` in the status.
 
-    `as_dict` leaves out `adopted` and the settings of `EchoedFields` that have their default.
+    `as_dict` leaves out `adopted`, `memory` and the settings of `EchoedFields` that have their
+    default.
 
     Attributes:
         status: `loaded`, or `already_loaded` if the running server already matched.
@@ -41,6 +43,7 @@ class LoadOutcome(Record, EchoedFields):
         llama_extra_args: The effective ones; a request with this list means the same.
         timings_s: Seconds in `kill`, `download`, `spawn`, `health`, and `total`.
         adopted: The server was started by an earlier owner of the slot.
+        memory: What the server takes, MiB; None if nothing is known of it.
     """
 
     status: Literal["loaded", "already_loaded"]
@@ -51,6 +54,7 @@ class LoadOutcome(Record, EchoedFields):
     revision: str | None = field(default=None, kw_only=True)
     note: str | None = field(default=None, kw_only=True)
     adopted: bool = field(default=False, kw_only=True)
+    memory: Memory | None = field(default=None, kw_only=True)
     pid: int
     base_url: str
     context_length: int | None
@@ -77,6 +81,7 @@ _OMITTED: Final = {
     "revision": None,
     "note": None,
     "adopted": False,
+    "memory": None,
     **{n: SETTINGS[n].default for n in ECHOED},
 }
 
@@ -287,6 +292,7 @@ def load_outcome(answer: Loaded) -> LoadOutcome:
         revision=hub.commit if hub else None,
         note=hub.note if hub else None,
         adopted=answer.adopted,
+        memory=answer.memory,
         pid=answer.child.pid,
         base_url=answer.server.base_url,
         context_length=answer.server.context_length,

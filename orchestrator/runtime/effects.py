@@ -41,7 +41,7 @@ from orchestrator.machine.commands import (
 from orchestrator.machine.facts import Child, Emptied, Fact, KillFailed, SlotEvidence
 from orchestrator.models.hub.fetch_process import FetchProgress
 from orchestrator.models.source import ModelSource
-from orchestrator.runtime.handover import Memory, first_changed, recalled
+from orchestrator.runtime.handover import Remembered, first_changed, recalled
 from orchestrator.runtime.ports import LogPosition, SlotLock
 from orchestrator.server import gpu_memory
 from orchestrator.server.child import ServerProcess
@@ -268,7 +268,7 @@ class ProcessEffects:
             key = secrets.token_urlsafe(32) if self._settings.are_protected else None
             kind = command.target.server.kind
             environment = child_environment(self._settings.env, self._slot, key, kind)
-            memory = Memory(command.generation, command.target, key).as_text()
+            memory = Remembered(command.generation, command.target, key).as_text()
             self._started = command.target
             self._warden.spawn(
                 command.generation, argv, environment, lock.fd, memory, self._spawned

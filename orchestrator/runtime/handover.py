@@ -22,7 +22,7 @@ _VERSION: Final = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class Remembered:
     """What is remembered of a server: the load that started it, and the key that it knows."""
 
     generation: Generation
@@ -45,7 +45,7 @@ class Memory:
         )
 
 
-def recalled(text: bytes) -> Memory | None:
+def recalled(text: bytes) -> Remembered | None:
     """Return what was remembered; None if it is of another version."""
     try:
         members = json.loads(text)
@@ -58,7 +58,7 @@ def recalled(text: bytes) -> Memory | None:
             replace(model, names=_names(members["model_names"])),
             replace(server, names=_names(members["server_names"])),
         )
-        return Memory(Generation(int(members["generation"])), target, members["api_key"])
+        return Remembered(Generation(int(members["generation"])), target, members["api_key"])
     except (ValueError, TypeError, LookupError, AttributeError, OrchestratorError, RecursionError):
         return None
 

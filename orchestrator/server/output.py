@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Final
 
 from orchestrator.base.redaction import redact
+from orchestrator.server.json_log import Figure, JsonLog
 
 MAX_LINES: Final = 2000
 MAX_LINE_BYTES: Final = 8192
@@ -64,6 +65,7 @@ class OutputRing:
         self.lines_seen: int = 0
         self.announced: tuple[str, ...] = ()
         self._notify = notify
+        self._log = JsonLog()
         self._lines: deque[_Line] = deque(maxlen=MAX_LINES)
         self._partial = b""
         self._guard = threading.Lock()
@@ -73,11 +75,10 @@ class OutputRing:
         *whole, partial = (self._partial + data).split(b"\n")
         about_probes = sum(len(line) + 1 for line in whole if _PROBE_PATH.search(line))
         self.unprompted_bytes += len(data) - about_probes
-        with self._guard:
-            self.lines_seen += len(whole)
-            self._lines.extend(_Line(line[:MAX_LINE_BYTES]) for line in whole[-MAX_LINES:])
         self._partial = partial[:MAX_LINE_BYTES]
-        for line in whole:
+        lines = [text for line in whole for text in self._log.lines(line[:MAX_LINE_BYTES])]
+        self._add(lines)
+        for line in lines:
             found = _LISTENING.search(_clean(line)) if b"listening on" in line else None
             if found is not None and found[1] not in self.announced:
                 self.announced = (*self.announced, found[1])[-_MAX_ANNOUNCED:]
@@ -85,11 +86,19 @@ class OutputRing:
 
     def close(self) -> None:
         """Add an unfinished line: the pipe has ended."""
-        if self._partial:
-            with self._guard:
-                self.lines_seen += 1
-                self._lines.append(_Line(self._partial))
-            self._partial = b""
+        partial, self._partial = self._partial, b""
+        lines = self._log.lines(partial) if partial else []
+        self._add([*lines, *filter(None, [self._log.rest()])])
+
+    def _add(self, lines: list[bytes]) -> None:
+        with self._guard:
+            self.lines_seen += len(lines)
+            self._lines.extend(_Line(line[:MAX_LINE_BYTES]) for line in lines[-MAX_LINES:])
+
+    @property
+    def figures(self) -> tuple[Figure, ...]:
+        """What the server has printed of its memory, in order."""
+        return self._log.figures
 
     def tail(self, count: int = TAIL_LINES) -> tuple[str, ...]:
         """Return the last lines, oldest first."""

@@ -26,6 +26,7 @@ def build_argv(
     path = model.weights[0].path if model.weights else f"<{target.request.model_path}>"
     argv = [*server.command, "-m", path, "--alias", target.alias]
     argv += ["--host", "127.0.0.1", "--port", "0"]
+    argv += ["--log-jsonl"] * target.has_json_log
     if model.projector is not None:
         argv += ["--mmproj", model.projector.path]
     for name, row in SETTINGS.items():

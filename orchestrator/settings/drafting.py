@@ -37,6 +37,11 @@ def has_explicit_mode(extra_args: tuple[str, ...]) -> bool:
     return any(flag_of(token) in {"--spec-type", "--spec-default"} for token in extra_args)
 
 
+def has_draft_model(extra_args: tuple[str, ...]) -> bool:
+    """Return whether these flags name a model that drafts."""
+    return any(flag_of(token) in _DRAFT_MODEL for token in extra_args)
+
+
 def explicit_mode(extra_args: tuple[str, ...]) -> str:
     """Return the mode that these flags select, as a `speculative_type`.
 
@@ -51,8 +56,8 @@ def explicit_mode(extra_args: tuple[str, ...]) -> str:
                 value = token.partition("=")[2] if "=" in token else following
                 modes += (mode.strip().lower() for mode in value.split(","))
     selected = [mode for mode in dict.fromkeys(modes) if mode not in {"", "none"}]
-    has_draft_model = any(flag_of(token) in _DRAFT_MODEL for token in extra_args)
-    return ",".join(selected) or ("draft" if has_draft_model and not modes else OFF)
+    is_draft = not modes and has_draft_model(extra_args)
+    return ",".join(selected) or ("draft" if is_draft else OFF)
 
 
 def speculative_flags(

@@ -90,6 +90,12 @@ class Target:
         return knows and self.request.kind == "chat" and not self.is_vision
 
     @property
+    def has_json_log(self) -> bool:
+        """Whether its server logs JSON, with its memory figures in it."""
+        catalogue = self.server.catalogue
+        return catalogue is not None and catalogue.has("--log-jsonl")
+
+    @property
     def names(self) -> PathNames:
         return (*self.model.names, *self.server.names)
 

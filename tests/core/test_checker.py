@@ -358,6 +358,19 @@ def test_checker_finds_a_hang_that_is_told_of_a_worker() -> None:
     _caught(report, {"inv_a_server_is_stopped_for_a_reason"}, within=2)
 
 
+def test_checker_finds_the_memory_of_another_server() -> None:
+    lifecycle = TracedLifecycle(is_job=lambda ctx, fact: ctx.job is not None)
+    faults = Faults(figures=True, kill=False)
+    report = explore("load A; cancel; load B", lifecycle=lifecycle, faults=faults)
+    _caught(report, {"inv_memory_is_of_this_server", "inv_a_figure_is_recorded"}, within=20)
+
+
+def test_checker_finds_a_figure_that_is_lost() -> None:
+    lifecycle = TracedLifecycle([row for row in TABLE if "record_memory" not in row.actions])
+    report = explore("load A", lifecycle=lifecycle, faults=Faults(figures=True, kill=False))
+    _caught(report, {"inv_a_figure_is_recorded"}, within=20)
+
+
 def test_checker_finds_a_hang_that_nobody_ends() -> None:
     lifecycle = TracedLifecycle([row for row in TABLE if "record_hang" not in row.actions])
     report = explore("unload B", lifecycle=lifecycle, warm="A", faults=Faults(hang=1, kill=False))

@@ -355,10 +355,10 @@ def test_a_server_of_another_version_is_ended(
 def test_a_server_that_refuses_its_key_is_ended(
     host: StartHost, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def recalled(text: bytes) -> handover.Memory | None:
+    def recalled(text: bytes) -> handover.Remembered | None:
         found = genuine(text)
         assert found is not None
-        return handover.Memory(found.generation, found.target, "another key")
+        return handover.Remembered(found.generation, found.target, "another key")
 
     genuine = handover.recalled
     backend, pid = keeping(host)

@@ -98,6 +98,10 @@ def forget_child(s: Step[facts.Emptied]) -> None:
     s.put(child=None, child_end=None, running=None, effect=None, last_exit=last_exit)
 
 
+def record_memory(s: Step[facts.Sized]) -> None:
+    s.put(job=replace(require(s.ctx.job), memory=s.fact.memory))
+
+
 def commit(s: Step[facts.BecameReady]) -> None:
     """The load has succeeded; its settings are now those that later loads inherit."""
     fact = s.fact
@@ -113,6 +117,7 @@ def commit(s: Step[facts.BecameReady]) -> None:
         job.reload_reasons,
         fact.at,
         adopted=job.is_adoption,
+        memory=job.memory,
     )
     lease = commands.LeaseGranted(job.target, child, fact.server)
     s.emit(commands.OpenGate(lease))  # before anybody hears of the server

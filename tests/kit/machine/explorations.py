@@ -127,6 +127,13 @@ PROGRAMS: dict[str, dict[str, Any]] = {
         "policy": RESTART,
         "faults": Faults(hang=1, kill=False),
     },
+    # a server prints what it takes of memory
+    "load A | load B; cancel": {"faults": Faults(figures=True, kill=False)},
+    "load B restore; withdraw": {
+        "warm": "A",
+        "policy": RESTART,
+        "faults": Faults(figures=True, host=1, kill=False),
+    },
     # the host is killed at any moment, and the next owner finds what it has left
     "load A | unload ": {"faults": Faults(host=1, kill=False)},
     "load A | unload  ": {"policy": KEEP, "faults": Faults(host=1)},
@@ -250,5 +257,6 @@ FIRST = (
     "load A late | load A | load B queue",
     "load A slow | load B slow | load C",
     "load A | load B queue; cancel | load A queue",
+    "load A | load B; cancel",
 )
 """Programs in which every row of the table fires, as long as nobody changes it; they take 25 s."""

@@ -25,7 +25,7 @@ from orchestrator.machine.commands import (
     Warm,
 )
 from orchestrator.machine.context import EffectInFlight, EffectKind
-from orchestrator.machine.facts import BecameReady, Completion, Fetched, LookedUp, TimerFired
+from orchestrator.machine.facts import BecameReady, Completion, Fetched, LookedUp, Sized, TimerFired
 from orchestrator.machine.states import State
 from tests.kit.machine.observed import Edge, Process, World, has_changed, is_known, is_owed, pids
 from tests.kit.machine.promises import STEP_PROMISES, WORLD_PROMISES
@@ -272,6 +272,29 @@ def inv_stale_is_dropped(edge: Edge) -> str | None:
     return None
 
 
+def inv_memory_is_of_this_server(world: World) -> str | None:
+    for load in (world.ctx.job, world.ctx.running):
+        if load is not None and load.memory is not None and load.memory.mib != load.generation:
+            return f"load {load.generation} has the memory of load {load.memory.mib}"
+    return None
+
+
+def inv_a_figure_is_recorded(edge: Edge) -> str | None:
+    """Until a server is Healthy, its figure is; of anything else it is dropped."""
+    fact, before, after = edge.fact, edge.before, edge.after
+    if not isinstance(fact, Sized):
+        return None
+    job = before.ctx.loading
+    is_due = job is not None and job.generation == fact.generation
+    is_due = is_due and before.state in {State.SPAWNING, State.WAITING_HEALTH}
+    if is_due and (after.ctx.job is None or after.ctx.job.memory != fact.memory):
+        return f"the memory of load {fact.generation} is not recorded"
+    is_dropped = edge.commands == (DropStale(fact.generation, fact.trigger),)
+    if not is_due and (has_changed(edge) or not is_dropped):
+        return f"the memory of load {fact.generation} is late and not dropped"
+    return None
+
+
 def inv_late_look_up_is_dropped(edge: Edge) -> str | None:
     """The answer to a look-up is dropped if its call has been answered, or its caller is gone."""
     fact = edge.fact
@@ -364,6 +387,7 @@ WORLD_INVARIANTS: tuple[Callable[[World], str | None], ...] = (
     inv_idle_at_rest_is_empty,
     inv_healthy_at_rest_is_alive,
     inv_idle_server_is_stopped,
+    inv_memory_is_of_this_server,
     *WORLD_PROMISES,
     inv_awaited_work_is_in_progress,
     inv_at_rest_no_load_is_left,
@@ -376,6 +400,7 @@ STEP_INVARIANTS: tuple[Callable[[Edge], str | None], ...] = (
     inv_stale_is_dropped,
     inv_stale_timer_is_dropped,
     inv_late_look_up_is_dropped,
+    inv_a_figure_is_recorded,
     inv_generations_grow,
     inv_token_set_once,
     *STEP_PROMISES,

@@ -68,6 +68,7 @@ from tests.kit.machine.world import (
     look_up_requested,
     prefetch_requested,
     resolved,
+    sized,
     stale_completions,
     watched,
 )
@@ -158,6 +159,9 @@ class Scenario:
             case "exited":
                 text = f"the exit of server {noticed.pid} is noticed"
                 return Move("system", text, after, exited(noticed.generation, noticed.pid))
+            case "sized":
+                text = f"server {noticed.pid} has printed its memory"
+                return Move("system", text, after, sized(noticed.generation))
             case "hung":
                 text = f"the hang of server {noticed.pid} is reported"
                 return Move("system", text, after, hung(noticed.generation, noticed.pid))
@@ -512,9 +516,14 @@ class Scenario:
             pid += 1
         born = Process(pid, spawn.generation, model)
         work = Work("spawn", spawn.generation, pid, model)
+        printed = {Noticed("sized", spawn.generation, pid)} if self.faults.figures else set()
         yield (
             f"server {pid} of {model} starts",
-            after._replace(alive=after.alive | {born}, work=(*after.work, work)),
+            after._replace(
+                alive=after.alive | {born},
+                work=(*after.work, work),
+                noticed=after.noticed | printed,
+            ),
         )
         if self.faults.spawn:
             work = Work("spawn", spawn.generation)

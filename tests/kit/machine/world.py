@@ -36,12 +36,14 @@ from orchestrator.machine.facts import (
     Purpose,
     Resolved,
     ServerFacts,
+    Sized,
     SlotEvidence,
     Spawned,
     SpawnFailed,
 )
 from orchestrator.machine.states import State
 from orchestrator.settings.files import FileIdentity, HubModel, ModelFiles
+from orchestrator.settings.memory import Memory
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import ServerBinary, Target
 from tests.kit.machine.observed import Process
@@ -92,7 +94,7 @@ WorkKind = EffectKind | Literal["resolve", "prefetch", "look_up"]
 """An effect of a state, or work for a queued load, a prefetch or a call."""
 
 FoundKind = Literal["found", "found_changed", "found_unknown"]
-NoticedKind = Literal["exited", "promote", "hung", "drained"] | FoundKind
+NoticedKind = Literal["exited", "promote", "hung", "drained", "sized"] | FoundKind
 FOUND: Final[frozenset[FoundKind]] = frozenset(get_args(FoundKind))
 BESIDE: Final = frozenset({"resolve", "prefetch", "look_up"})
 
@@ -107,9 +109,9 @@ class Work(NamedTuple):
 
 
 class Noticed(NamedTuple):
-    """A fact on its way that is no completion: a promotion, the exit, the hang or the end of the
-    drain of a server, or what the next owner finds: a server that is as its keeper remembers it,
-    one that is not, or something of which nobody knows what it is.
+    """A fact on its way that is no completion: a promotion, the exit, the hang, the end of the
+    drain or the memory of a server, or what the next owner finds: a server that is as its keeper
+    remembers it, one that is not, or something of which nobody knows what it is.
     """
 
     kind: NoticedKind
@@ -172,6 +174,7 @@ class Faults:
         hang: How many servers hang.
         host: How often the host is killed; the next owner comes at once.
         stale: How many completions of ended effects arrive.
+        figures: Servers print what they take of memory; that may arrive at any time.
     """
 
     kill: bool = True
@@ -185,6 +188,7 @@ class Faults:
     hang: int = 0
     host: int = 0
     stale: int = 1
+    figures: bool = False
     # of a keeper's code, which the checker must find
     is_empty_too_early: bool = False
     loses_exits: bool = False
@@ -375,6 +379,12 @@ def became_ready(generation: Generation, is_alive: bool) -> BecameReady:
 @cache
 def exited(generation: Generation, pid: int) -> Exited:
     return Exited(generation, AT, Exit(pid, returncode=-9))
+
+
+@cache
+def sized(generation: Generation) -> Sized:
+    """The figure tells whose it is."""
+    return Sized(generation, AT, Memory.of("exact", (("Host", generation),)))
 
 
 @cache
