@@ -1,4 +1,4 @@
-"""Check the header of a GGUF file, before a running model is stopped for it.
+"""Read the header of a GGUF file, and check it before a running model is stopped for it.
 
 Finds what llama.cpp would find only later: a wrong magic or version, a malformed header, tensors
 that do not lie inside of the file, and files that are no model.
@@ -12,30 +12,43 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from io import BufferedReader, FileIO
-from typing import Final
+from typing import Final, NamedTuple
 
 from orchestrator.errors import InvalidModel
 from orchestrator.settings.files import FileIdentity
 
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
-_UINT32: Final = 4
 _STRING: Final = 8
 _ARRAY: Final = 9
+_INTEGERS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 7: "B", 10: "Q", 11: "q"}
 _SIZES: Final = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _MAX_ITEMS: Final = 1 << 24
 _MAX_ENTRIES: Final = 1 << 16  # of pairs, and of tensors: read one by one, 5 µs each
 _MAX_TEXTS: Final = 1 << 22  # in all vocabularies of a file: 0.7 µs each
 _MAX_DIMENSIONS: Final = 8
+_MAX_INTEGERS: Final = 1 << 16  # in all arrays that are kept: one for each layer
 _MAX_TEXT: Final = 65536
 _ALIGNMENT: Final = 32
 _CHUNK: Final = 1 << 20
 _ROLE_BYTES: Final = 1 << 14
-_GENERAL: Final = (b"general.alignment", b"general.architecture", b"general.type")
+_ARCHITECTURE: Final = b"general.architecture"
+_GENERAL: Final = (b"general.alignment", _ARCHITECTURE, b"general.type")
 _WANTED: Final = frozenset((*_GENERAL, b"adapter.type", b"split.count"))  # of thousands, perhaps
+_NUMBERS: Final = frozenset(
+    b"""context_length block_count embedding_length feed_forward_length expert_feed_forward_length
+    expert_used_count full_attention_interval attention.head_count attention.head_count_kv
+    attention.key_length attention.value_length attention.key_length_mla attention.causal
+    attention.sliding_window attention.sliding_window_pattern ssm.conv_kernel ssm.inner_size
+    ssm.state_size ssm.group_count wkv.head_size""".split()
+)
+_VOCABULARY: Final = b"tokenizer.ggml.tokens"
+_INPUT: Final = b"token_embd.weight"
+_OUTPUT: Final = b"output.weight"
 _ROLES: Final = {  # by general.architecture, or general.type
     b"clip": "projector",
     b"mmproj": "projector",
@@ -62,9 +75,32 @@ class _Malformed(Exception):
     """Says what is wrong with the header."""
 
 
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of itself.
+
+    Attributes:
+        architecture: None if it has none.
+        size_bytes: Where the tensors begin.
+        numbers: Integers, and short arrays of them, by their keys without the architecture.
+        vocab_size: How many tokens it lists.
+        input_kind: The type of the token embedding; None if the file has none.
+        input_bytes: The size of the token embedding.
+        has_output: Whether it, or another part of the model, may have an output matrix.
+    """
+
+    architecture: str | None
+    size_bytes: int
+    numbers: Mapping[str, int | tuple[int, ...]]
+    vocab_size: int
+    input_kind: int | None
+    input_bytes: int
+    has_output: bool
+
+
 @lru_cache(maxsize=1024)  # more than a split model has parts, or every part would be evicted
-def inspect(file: FileIdentity, field: str = "model_path") -> str | None:
-    """Return the architecture in the header; once per file identity, in about 0.1 s.
+def header(file: FileIdentity, field: str = "model_path") -> Header:
+    """Return the header; read once per file identity, in about 0.1 s.
 
     Raises:
         InvalidModel: empty, truncated, or not a GGUF (field as given).
@@ -75,13 +111,22 @@ def inspect(file: FileIdentity, field: str = "model_path") -> str | None:
         with BufferedReader(FileIO(file.path), _CHUNK) as opened:
             if opened.read(4) != _MAGIC:
                 raise _invalid(file, "is not a GGUF file: give a .gguf file", field)
-            return _Reader(opened, file.size_bytes).architecture()
+            return _Reader(opened, file.size_bytes).header()
     except OSError as error:
         raise _invalid(file, f"cannot be read ({error.strerror})", field) from error
     except struct.error as error:
         raise _invalid(file, "is truncated inside its header: download it again", field) from error
     except _Malformed as error:
         raise _invalid(file, f"is damaged: {error}; download it again", field) from error
+
+
+def inspect(file: FileIdentity, field: str = "model_path") -> str | None:
+    """Return the architecture in the header.
+
+    Raises:
+        InvalidModel: as `header`.
+    """
+    return header(file, field).architecture
 
 
 @lru_cache(maxsize=1024)
@@ -95,6 +140,16 @@ def role(file: FileIdentity) -> str | None:
     ):
         return _Reader(opened, file.size_bytes).role() if opened.read(4) == _MAGIC else None
     return None
+
+
+def _numbers(
+    metadata: Mapping[bytes, object], architecture: bytes
+) -> dict[str, int | tuple[int, ...]]:
+    prefix, found = architecture + b".", dict[str, int | tuple[int, ...]]()
+    for key, value in metadata.items():
+        if isinstance(value, int | tuple) and key.startswith(prefix):
+            found[key.removeprefix(prefix).decode()] = value
+    return found
 
 
 def _invalid(file: FileIdentity, what: str, field: str) -> InvalidModel:
@@ -113,35 +168,52 @@ class _Reader:
         self._tensors = self._count("<Q", _MAX_ENTRIES)
         self._count_of_pairs = self._count("<Q", _MAX_ENTRIES)
         self._texts_left = _MAX_TEXTS
+        self._integers_left = _MAX_INTEGERS
 
-    def _pairs(self) -> Iterator[tuple[bytes, object]]:
+    def _pairs(self, wanted: Collection[bytes]) -> Iterator[tuple[bytes, object]]:
+        """Yield every key, and the value of those that are wanted, which may come with the name of
+        the architecture in front. Of a vocabulary the value is its length.
+        """
         for _ in range(self._count_of_pairs):
-            yield self._text(), self._value(self._number("<I"))
+            key = self._text()
+            is_wanted = key in wanted or key.partition(b".")[2] in wanted
+            value = self._value(self._number("<I"), is_wanted)
+            yield key, value if is_wanted else None
 
     def role(self) -> str | None:
         metadata: dict[bytes, object] = {}
-        for key, value in self._pairs():
+        for key, value in self._pairs(_WANTED):
             metadata |= {key: value} if key in _WANTED else {}
             if key.startswith(b"tokenizer.") and self._tensors:
                 break  # what matters comes before a vocabulary, which is long
         is_adapter = b"adapter" if b"adapter.type" in metadata else None
-        kinds = metadata.get(b"general.architecture"), is_adapter, metadata.get(b"general.type")
+        kinds = metadata.get(_ARCHITECTURE), is_adapter, metadata.get(b"general.type")
         found = next((_ROLES[kind] for kind in kinds if kind in _ROLES), None)
         if self._tensors or found not in {None, "model"} or b"split.count" in metadata:
             return found  # the first part of a split model may have no tensors
         return "vocabulary"
 
-    def architecture(self) -> str | None:
-        metadata = {key: value for key, value in self._pairs() if key in _WANTED}
-        ends = [self._tensor_end() for _ in range(self._tensors)]
-        alignment = metadata.get(b"general.alignment")
-        name = metadata.get(b"general.architecture")
+    def header(self) -> Header:
+        pairs = self._pairs(_WANTED | _NUMBERS | {_VOCABULARY})
+        metadata = {key: value for key, value in pairs if value is not None}
+        tensors = [self._tensor() for _ in range(self._tensors)]
+        alignment, name = metadata.get(b"general.alignment"), metadata.get(_ARCHITECTURE)
         step = alignment if isinstance(alignment, int) and alignment > 0 else _ALIGNMENT
         data_starts = -(-self._file.tell() // step) * step
-        missing = data_starts + max(ends, default=0) - self._size
+        missing = data_starts + max((t.end for t in tensors), default=0) - self._size
         if self._tensors and missing > 0:
             raise _Malformed(f"{missing} bytes are missing at its end")
-        return name.decode("utf-8", "replace") if isinstance(name, bytes) else None
+        count = metadata.get(_VOCABULARY)
+        embedding = next((t for t in tensors if t.name == _INPUT), None)
+        return Header(
+            architecture=name.decode("utf-8", "replace") if isinstance(name, bytes) else None,
+            size_bytes=data_starts,
+            numbers=_numbers(metadata, name if isinstance(name, bytes) else b""),
+            vocab_size=count if isinstance(count, int) else 0,
+            input_kind=embedding and embedding.kind,
+            input_bytes=embedding.size_bytes if embedding else 0,
+            has_output=any(t.name == _OUTPUT for t in tensors) or b"split.count" in metadata,
+        )
 
     def _take(self, length: int) -> bytes:
         if len(data := self._file.read(length)) < length:
@@ -179,11 +251,11 @@ class _Reader:
                 self._text()
                 count -= 1
 
-    def _value(self, kind: int) -> object:
+    def _value(self, kind: int, is_wanted: bool) -> object:
         if kind == _STRING:
             return self._text()
-        if kind == _UINT32:
-            return self._number("<I")
+        if kind in _INTEGERS and is_wanted:
+            return self._integers(kind, 1)[0]
         if kind in _SIZES:
             self._skip(_SIZES[kind])
         elif kind != _ARRAY:
@@ -192,20 +264,33 @@ class _Reader:
             count = self._count("<Q", self._texts_left)
             self._texts_left -= count
             self._skip_texts(count)
-        elif item in _SIZES:
-            self._skip(_SIZES[item] * self._count("<Q"))
-        else:
+            return count
+        elif item not in _SIZES:
             raise _Malformed(f"an array of unknown type {item}")
+        else:
+            count = self._count("<Q")
+            if is_wanted and item in _INTEGERS and count <= self._integers_left:
+                self._integers_left -= count
+                return self._integers(item, count)
+            self._skip(_SIZES[item] * count)
         return None
 
-    def _tensor_end(self) -> int:
-        """Return where a tensor's bytes end, from the start of the data section."""
-        self._text()
-        values = 1
+    def _integers(self, kind: int, count: int) -> tuple[int, ...]:
+        return struct.unpack(f"<{count}{_INTEGERS[kind]}", self._take(_SIZES[kind] * count))
+
+    def _tensor(self) -> _Tensor:
+        """Return a tensor, with where its bytes end, from the start of the data section."""
+        name, values = self._text(), 1
         for _ in range(self._count("<I", _MAX_DIMENSIONS)):
             values *= self._number("<Q")
         kind, offset = self._number("<I"), self._number("<Q")
-        if kind not in BLOCKS:
-            return offset  # newer than this table: leave it to the server
-        block, size = BLOCKS[kind]
-        return offset + values // block * size
+        block, size = BLOCKS.get(kind, (1, 0))  # newer than this table: leave it to the server
+        size_bytes = values // block * size
+        return _Tensor(name, kind, size_bytes, offset + size_bytes)
+
+
+class _Tensor(NamedTuple):
+    name: bytes
+    kind: int
+    size_bytes: int
+    end: int

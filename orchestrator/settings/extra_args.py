@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
-from itertools import pairwise
 from typing import Final, NoReturn
 
 from orchestrator.errors import RefusedArgument
 from orchestrator.settings.fields import SETTINGS
-from orchestrator.settings.flags import flag_of
+from orchestrator.settings.flags import flag_of, value_of
 from orchestrator.settings.help_text import Catalogue, FlagHelp
 
 _FIELD: Final = "llama_extra_args"
@@ -51,8 +50,7 @@ def check_known(args: tuple[str, ...], catalogue: Catalogue) -> None:
 
 def template_of(args: tuple[str, ...]) -> str | None:
     """Return the chat template that extra args contain; the last one counts."""
-    given = [v for token, v in pairwise(args) if flag_of(token) == "--chat-template"]
-    return given[-1] if given else None
+    return value_of(args, "--chat-template")
 
 
 def _entry(token: str, accepted: _Accepted) -> FlagHelp | None:

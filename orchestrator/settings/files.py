@@ -46,6 +46,8 @@ class ModelFiles(Record):
         weights: Empty for a Hub model that is not downloaded.
         variant: The resolved variant; the requested one until the Hub has answered.
         names: Public names of these paths, see `base.paths`.
+        listed_bytes: What the Hub said that all files have, while they are not downloaded; 0 if it
+            has not said so.
     """
 
     weights: tuple[FileIdentity, ...]
@@ -53,6 +55,7 @@ class ModelFiles(Record):
     variant: str | None = None
     hub: HubModel | None = None
     names: PathNames = field(default=(), compare=False, repr=False)
+    listed_bytes: int = field(default=0, compare=False)
 
     @property
     def is_on_disk(self) -> bool:

@@ -1,14 +1,15 @@
 """llama-server's flags: how a token is read, and which flags extra args may not contain.
 
 A flag counts as the same in every spelling that llama-server accepts; a refused flag is refused in
-every spelling that a caller could mean it by. Only this module, reach.py, drafting.py, argv.py and
-the rows of fields.py contain names of flags.
+every spelling that a caller could mean it by. Only this module, reach.py, drafting.py, argv.py,
+resources.py and the rows of fields.py contain names of flags.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Final
 
 from orchestrator.errors import InvalidRequest, RefusedArgument
@@ -152,6 +153,14 @@ def is_encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def value_of(args: Sequence[str], *flags: str) -> str | None:
+    """Return the value of the last of these flags in `args`, as llama-server does; None if none of
+    them is there.
+    """
+    given = [value for token, value in pairwise(args) if flag_of(token) in flags]
+    return given[-1] if given else None
 
 
 def without(args: tuple[str, ...], flags: Iterable[str]) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from orchestrator.machine.facts import ServerFacts
 from orchestrator.models import gguf_file
 from orchestrator.models.hub.fetch_process import MAX_MESSAGE_BYTES, FetchProcess, FetchProgress
 from orchestrator.models.hub.records import Records
+from orchestrator.models.hyperparameters import Hyperparameters, hyperparameters
 from orchestrator.runtime import events
 from orchestrator.runtime.events import EventLog
 from orchestrator.server import binaries, failures, readiness, talk
@@ -282,6 +283,7 @@ PARTS = st.lists(
     NUMBERS.map(lambda n: struct.pack("<Q", n))
     | st.integers(0, 14).map(lambda n: struct.pack("<I", n))
     | st.sampled_from((b"general.alignment", b"general.architecture", b"llama"))
+    | st.sampled_from((b"llama.block_count", b"llama.attention.head_count_kv"))
     | st.binary(max_size=12),
     max_size=30,
 ).map(b"".join)
@@ -293,9 +295,10 @@ def test_any_model_file_is_inspected_or_refused(tmp_path: Path, head: bytes, res
     path = tmp_path / "fuzzed.gguf"
     path.write_bytes(head + rest)
     identity = FileIdentity(str(path), 1, 1, len(head + rest), hash(rest))
-    gguf_file.inspect.cache_clear()
+    gguf_file.header.cache_clear()
     with contextlib.suppress(InvalidModel):
         assert isinstance(gguf_file.inspect(identity), str | None)
+        assert isinstance(hyperparameters(identity), Hyperparameters)
 
 
 # ------------------------------------------------------------------------------- command lines

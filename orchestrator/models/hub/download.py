@@ -82,7 +82,9 @@ class Wanted:
         parts = len(self.chosen.weights)
         hub = HubModel(self.repo.name, self.revision, self.commit)
         projector = next(iter(found[parts:]), None)
-        return ModelFiles(tuple(found[:parts]), projector, self.chosen.variant, hub)
+        sizes = () if found else (self.size_and_etag(name)[0] for name in self.chosen.files)
+        variant, listed_bytes = self.chosen.variant, sum(sizes)
+        return ModelFiles(tuple(found[:parts]), projector, variant, hub, listed_bytes=listed_bytes)
 
     def cached_model(self) -> ModelFiles | None:
         """Return the model if all of it is on disk and each file is a GGUF by its header."""
