@@ -146,7 +146,7 @@ def ask_catalogue(server: ServerBinary, cache: Path) -> Catalogue | None:
     if found is not None or time.monotonic() < _ask_after.get(server.identity, 0.0):
         return found
     try:
-        returncode, text = _run((*server.command, "--help"), server.kind)
+        returncode, text = run((*server.command, "--help"), server.kind)
         found, why = parse_help(text) if returncode == 0 else None, f"exit status {returncode}"
     except (OSError, ValueError) as error:
         why = str(error)
@@ -178,8 +178,9 @@ def _file_of(command: tuple[str, ...], identity: FileIdentity, cache: str) -> Pa
     return Path(cache) / f"help-{key}.json"
 
 
-def _run(command: tuple[str, ...], kind: str) -> tuple[int, str]:
-    """Run a command in a server's environment, kill what is left of it, and return its output.
+def run(command: tuple[str, ...], kind: str) -> tuple[int, str]:
+    """Run a command in a server's environment for at most 10 s, kill what is left of it, and return
+    its exit status and its output.
 
     The output goes to a file: a grandchild would keep a pipe open.
     """

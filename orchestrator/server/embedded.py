@@ -49,6 +49,27 @@ def version() -> str:
     return f"version: {release} (xllamacpp)\nbuilt for {sys.platform} {os.uname().machine}\n"
 
 
+def devices() -> str:
+    """Return what --list-devices prints: every device but the processor itself."""
+    found = [one for one in _library().get_device_info() if not one["type"].name.endswith("_CPU")]
+    lines = [
+        f"  {one['name']}: {one['description']} ({one['memory_total'] >> 20} MiB, "
+        f"{one['memory_free'] >> 20} MiB free)"
+        for one in found
+    ]
+    return "\n".join(("Available devices:", *(lines or ["  (none)"]), ""))
+
+
+def _library() -> Any:
+    try:
+        import xllamacpp
+    except ImportError as error:
+        hint = 'pip install "llama-orchestrator[embedded]"'
+        message = f"error: the embedded server needs xllamacpp: {hint} ({error})"
+        raise Refused(message) from error
+    return xllamacpp
+
+
 def parse(argv: Sequence[str]) -> list[tuple[Flag, Any]]:
     """Return the flags of a command line in order, each with its value.
 
@@ -68,7 +89,7 @@ def parse(argv: Sequence[str]) -> list[tuple[Flag, Any]]:
                 f'error while handling argument "{name}": {error}\n\nusage:\n{usage_of(flag)}\n\n\n'
                 "to show complete usage, run with -h"
             ) from error
-        if flag.into == "version":
+        if flag.into in {"version", "list-devices"}:
             return given
     if not any(
         flag.into == "help" or (flag.into == "model.path" and value) for flag, value in given
@@ -84,7 +105,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: Flags without the program name; `sys.argv` when None.
 
     Returns:
-        The exit status of a process that never served: 0 for --help and --version, else 1.
+        The exit status of a process that never served: 0 for --help, --version and --list-devices,
+        else 1.
     """
     if path := os.environ.pop("LLAMA_ORCHESTRATOR_IMPORT_PATH", None):
         sys.path[:] = json.loads(path)  # where the orchestrator imports from
@@ -95,6 +117,8 @@ def main(argv: list[str] | None = None) -> int:
             sys.stderr.write(version())
         elif "help" in requested:
             sys.stdout.write(usage())
+        elif "list-devices" in requested:
+            sys.stdout.write(devices())
         else:
             _serve(given)
     except Refused as refusal:
@@ -107,12 +131,7 @@ def _serve(given: list[tuple[Flag, Any]]) -> NoReturn:
     # The library holds the GIL while it loads the model, so no Python handler would run.
     for signum in _STOP_SIGNALS:
         signal.signal(signum, signal.SIG_DFL)
-    try:
-        import xllamacpp
-    except ImportError as error:
-        hint = 'pip install "llama-orchestrator[embedded]"'
-        message = f"error: the embedded server needs xllamacpp: {hint} ({error})"
-        raise Refused(message) from error
+    xllamacpp = _library()
     try:
         params = _params(xllamacpp.CommonParams(), given)
         _server = xllamacpp.Server(params)  # referenced, because its destructor shuts it down

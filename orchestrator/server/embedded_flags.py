@@ -252,6 +252,7 @@ FLAGS = {
     "common params": (
         Flag("-h --help --usage",                              "",                    bool,        "help",                           "print usage and exit"),
         Flag("--version",                                      "",                    bool,        "version",                        "show version and build info"),
+        Flag("--list-devices",                                 "",                    bool,        "list-devices",                   "print list of available devices and exit"),
         Flag("-t --threads",                                   "N",                   _threads,    "cpuparams.n_threads",            "number of CPU threads to use during generation (default: -1)"),
         Flag("-tb --threads-batch",                            "N",                   _threads,    "cpuparams_batch.n_threads",      "number of threads for batch and prompt processing (default: same as --threads)"),
         Flag("-c --ctx-size",                                  "N",                   _size_or_0,  _context,                         "size of the prompt context (default: 0, 0 = loaded from model)"),

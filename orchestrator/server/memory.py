@@ -26,7 +26,13 @@ def available_bytes(root: Path = Path("/")) -> int | None:
     Args:
         root: Where `proc` and `sys` are mounted.
     """
-    known = [*_free(root), *(left for _, left in _groups(root))]
+    known = [*_machine(root, "MemAvailable"), *(left for _, left in _groups(root))]
+    return min(known) if known else None
+
+
+def total_bytes(root: Path = Path("/")) -> int | None:
+    """Return the memory of this machine, or the least limit on it; None if nothing is known."""
+    known = [*_machine(root, "MemTotal"), *limits(root)]
     return min(known) if known else None
 
 
@@ -70,8 +76,8 @@ def _kept(group: Path, names: _Names) -> int:
     return 0
 
 
-def _free(root: Path) -> Iterator[int]:
+def _machine(root: Path, name: str) -> Iterator[int]:
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in (root / "proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
+            if line.startswith(f"{name}:"):
                 yield int(line.split()[1]) * 1024

@@ -77,8 +77,8 @@ def test_look_ups_compute_one_at_a_time(
     monkeypatch.setattr(look_up, "check_template", checking)
     monkeypatch.setattr(look_up.LookUps, "find", finding)
     runs: Any = []
-    run = binaries._run
-    monkeypatch.setattr(binaries, "_run", lambda *args: runs.append(args) or run(*args))
+    run = binaries.run
+    monkeypatch.setattr(binaries, "run", lambda *args: runs.append(args) or run(*args))
     orch = make()
     plans = [
         Background(
