@@ -20,6 +20,7 @@ from orchestrator.cli.loading import loading_shown, progress_parts
 from orchestrator.cli.output import (
     Failure,
     console,
+    mib_text,
     say,
     say_field,
     say_json,
@@ -215,7 +216,22 @@ def plan(*, remote: RemoteOrchestrator, as_json: bool, **fields: Any) -> None:
     say("a load would ", (actions[plan.action], "bold"))
     say_reload_reasons([reason.as_dict() for reason in plan.reload_reasons])
     say_note(plan.as_dict())
+    if plan.memory is not None:
+        say_memory(plan.memory.as_dict(), free=plan.free, fits=plan.fits)
     say_field("argv", shlex.join(plan.argv))
+
+
+def say_memory(
+    memory: Mapping[str, Any], free: Mapping[str, int] | None = None, fits: bool | None = None
+) -> None:
+    """Print what a server takes of memory, and what is free."""
+    fitted = ", context reduced to fit" * memory.get("fitted", False)
+    say_field("memory", mib_text(memory["mib"]), (f"  {memory['source']}{fitted}", "dim"))
+    for device, mib in memory["devices"].items():
+        room = f" of {mib_text(free[device])} free" if free and device in free else ""
+        say_field("", (f"{device}: {mib_text(mib)}{room}", "dim"))
+    if fits is False:
+        say_field("", ("does not fit", "red"))
 
 
 def say_clients(url: str) -> None:
@@ -233,6 +249,8 @@ def say_loaded(loaded: Mapping[str, Any], url: str | None = None) -> None:
     say_field("server", loaded["base_url"], (f"  pid {loaded['pid']}{origin}", "dim"))
     requested = loaded["requested_context_length"] or "Auto"
     say_field("context", f"{loaded['context_length']}", (f"  requested: {requested}", "dim"))
+    if memory := loaded.get("memory"):
+        say_memory(memory)
     settings = [
         f"{name} {loaded[name]}"
         for name in ("cache_type_kv", "speculative_type", *ECHOED)

@@ -29,8 +29,15 @@ import click
 
 from orchestrator.base import launch
 from orchestrator.cli import config, logs, options
-from orchestrator.cli.output import byte_text, say, say_json
-from orchestrator.errors import CacheDirError, OrchestratorError, SlotOwned, StateDirError
+from orchestrator.cli.output import byte_text, mib_text, say, say_json
+from orchestrator.errors import (
+    CacheDirError,
+    OrchestratorError,
+    ServerUnavailable,
+    SlotOwned,
+    StateDirError,
+)
+from orchestrator.machine.plan import Plan
 from orchestrator.models.hub import cache
 from orchestrator.models.variants import Variant
 from orchestrator.runtime.orchestrator import Orchestrator
@@ -75,7 +82,7 @@ PAGES: Final = {
     "port": "docs/configuration.md#settings",
     "model cache": "docs/models.md#downloading",
     "hub": "docs/how-to/offline.md",
-    "model": "docs/models.md#errors",
+    "model": "docs/models.md#memory",
 }
 """By the name of a check, the page that helps with what it found."""
 
@@ -344,9 +351,14 @@ def _free_bytes(folder: Path) -> int:
 def _model(intent: Intent) -> Iterator[Check]:
     if intent.model is None:
         return
+    plan, server = None, intent.llama_server
     try:
-        with contextlib.closing(Orchestrator(state_dir=intent.state_dir)) as unstarted:
+        with contextlib.closing(
+            Orchestrator(llama_server=server, state_dir=intent.state_dir)
+        ) as unstarted:
             found = unstarted.variants(intent.model).variants
+            with contextlib.suppress(ServerUnavailable):  # reported as such
+                plan = unstarted.plan(intent.model)
     except OrchestratorError as error:
         yield Check("model", "problem", error.message, f"a load would fail: {error.category}")
         return
@@ -354,7 +366,7 @@ def _model(intent: Intent) -> Iterator[Check]:
     names = ", ".join(str(one.gguf_variant) for one in found)
     for one in found:
         if one.is_default if label is None else (one.gguf_variant or "").lower() == label.lower():
-            yield _fit(one)
+            yield _fit(one, plan)
             return
     if label is None:
         detail = f"{intent.model}: the default variant is incomplete"
@@ -364,7 +376,7 @@ def _model(intent: Intent) -> Iterator[Check]:
         yield Check("model", "note", detail, f"use a name from the list: {names}")
 
 
-def _fit(model: Variant) -> Check:
+def _fit(model: Variant, plan: Plan | None) -> Check:
     size = model.size_bytes
     if size is None:
         return Check("model", "note", f"{model.gguf_variant or 'the model'} has an unknown size")
@@ -372,12 +384,18 @@ def _fit(model: Variant) -> Check:
     if not model.is_cached and size > (free := _free_bytes(cache.directory())):
         remedy = "free some, move the cache (HF_HUB_CACHE), or choose a smaller variant"
         return Check("model", "problem", f"{detail}, {byte_text(free)} of disk free", remedy)
-    available = memory.available_bytes()
-    if available is not None and size > available:
-        detail += f", {byte_text(available)} of memory available"
-        remedy = "choose a smaller variant, or free memory"
-        return Check("model", "note" if _gpu_tool() else "problem", detail, remedy)
-    return Check("model", "ok", f"{detail} and fits")
+    if plan is None or plan.memory is None:
+        return Check("model", "note", f"{detail}; what it needs of memory is unknown")
+    left = plan.free or {}
+    detail += f" and needs {mib_text(plan.memory.mib)} of memory ({plan.memory.source}): "
+    detail += ", ".join(
+        f"{device} {mib_text(mib)}" + f" of {mib_text(left.get(device, 0))}" * (device in left)
+        for device, mib in plan.memory.devices.items()
+    )
+    if plan.fits is False:
+        remedy = "choose a smaller variant or context, or free memory"
+        return Check("model", "problem", f"{detail}; that does not fit", remedy)
+    return Check("model", "ok", detail)
 
 
 CHECKS: Final[tuple[Callable[[Intent], Iterator[Check]], ...]] = (

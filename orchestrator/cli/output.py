@@ -151,6 +151,10 @@ def byte_text(size: int) -> str:
     return f"{amount:,.1f} {unit}" if unit != "bytes" else f"{size} bytes"
 
 
+def mib_text(mib: int) -> str:
+    return byte_text(mib << 20)
+
+
 def state_part(state: str) -> Part:
     """Return the name of a state in its color."""
     return state, _STYLES_AND_MEANINGS[State(state)][0]

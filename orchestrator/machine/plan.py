@@ -19,6 +19,7 @@ from orchestrator.machine.states import State
 from orchestrator.machine.step import step
 from orchestrator.settings.argv import build_argv
 from orchestrator.settings.files import ModelFiles
+from orchestrator.settings.memory import Memory
 from orchestrator.settings.target import ReloadReason, Target, differences
 
 Action = Literal["none", "load", "reload"]
@@ -33,6 +34,11 @@ class Plan(Record):
         reload_reasons: The differences from the running server.
         argv: The command line that it would start, with secrets redacted.
         note: A remark, e.g. that the Hub has a newer revision than the one that runs.
+        memory: What the server would take; None if nothing would be started.
+        free: MiB by device that it would find, once the running server is stopped.
+        fits: Whether it would, perhaps with a smaller context where that is Auto; None if it is not
+            known.
+        target: What would be started.
         names: Display names of the local paths in it.
     """
 
@@ -40,12 +46,16 @@ class Plan(Record):
     reload_reasons: list[ReloadReason]
     argv: list[str]
     note: str | None = None
+    memory: Memory | None = None
+    free: dict[str, int] | None = None
+    fits: bool | None = None
+    target: Target | None = field(default=None, compare=False, repr=False)
     names: PathNames = field(default=(), compare=False, repr=False)
 
     def as_dict(self) -> dict[str, object]:
-        reasons = [reason.as_dict() for reason in self.reload_reasons]
-        note = {} if self.note is None else {"note": self.note}
-        return {"action": self.action, "reload_reasons": reasons, "argv": self.argv, **note}
+        optional = {"note"} if self.memory else {"note", "memory", "free", "fits"}
+        members = Record.as_dict(self)
+        return {n: v for n, v in members.items() if v is not None or n not in optional}
 
 
 def plan_load(
@@ -101,4 +111,4 @@ def _plan(
     whole = build_argv(target, template_file=template, prompts_folder=prompts)
     argv = [redact(token) for token in whole]
     names = (*target.names, *(name for reason in reasons for name in reason.names))
-    return Plan(action, list(reasons), argv, names=names)
+    return Plan(action, list(reasons), argv, target=target, names=names)

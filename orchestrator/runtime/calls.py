@@ -46,6 +46,7 @@ from orchestrator.runtime.options import check_choice, check_count, check_switch
 from orchestrator.runtime.owner import Call, Owner
 from orchestrator.runtime.parts import Parts
 from orchestrator.runtime.ports import Progress
+from orchestrator.runtime.sizes import Sizes
 from orchestrator.runtime.snapshot import KnownNames, Observer, Snapshot
 from orchestrator.server.state_dir import cache_dir
 from orchestrator.settings import reach
@@ -170,7 +171,10 @@ class Facade:
         state_names = names_of_own(self._cache.parent, "<state>")
         self._known = KnownNames((state_names, roots.names if roots else ()))
         self._source = self._parts.source(self._cache / "hub", roots)
-        self._look_ups = LookUps(self._parts, self._source, os.fspath(llama_server), self._cache)
+        self._sizes = Sizes(self._cache, self._parts.devices)
+        self._look_ups = LookUps(
+            self._parts, self._source, os.fspath(llama_server), self._cache, self._sizes
+        )
         self._listings = Listings(self._source, self._parts.workers)
         self._owner: Owner | None = None
         self._pid = 0
@@ -209,7 +213,7 @@ class Facade:
 
     def _claim(self) -> None:
         parts, workers, look_ups = self._parts, self._parts.workers(), self._look_ups
-        source, settings = self._source, self._servers
+        source, settings, sizes = self._source, self._servers, self._sizes
         slot = parts.slot(self._slot_name, self._state_dir)
         # The owner must not hold this object: it is told when nobody does any more.
         with contextlib.ExitStack() as undo, no_thread_as_error():
@@ -223,6 +227,7 @@ class Facade:
                     workers,
                     settings,
                     lambda: owner.gate.inside > 0,
+                    sizes,
                     lambda command: look_ups.answer(command, owner.snapshot),
                 ),
                 policy=self._policy,

@@ -43,6 +43,7 @@ from orchestrator.models.hub.fetch_process import FetchProgress
 from orchestrator.models.source import ModelSource
 from orchestrator.runtime.handover import Remembered, first_changed, recalled
 from orchestrator.runtime.ports import LogPosition, SlotLock
+from orchestrator.runtime.sizes import Sizes
 from orchestrator.server import gpu_memory
 from orchestrator.server.child import ServerProcess
 from orchestrator.server.environment import check_server_env, child_environment
@@ -54,6 +55,7 @@ from orchestrator.server.slot import Slot
 from orchestrator.server.warden import Warden
 from orchestrator.server.watch import Watch
 from orchestrator.settings.argv import build_argv
+from orchestrator.settings.memory import Memory
 from orchestrator.settings.target import Target
 
 _log = event_log("orchestrator.effects")
@@ -93,6 +95,7 @@ class ProcessEffects:
     Args:
         post: Gets the facts, on any thread.
         is_used: Whether anybody has a lease.
+        sizes: What servers take of memory.
         look_up: Looks up the model of a call; it blocks.
 
     Raises:
@@ -108,6 +111,7 @@ class ProcessEffects:
         workers: Workers,
         settings: ServerSettings,
         is_used: Callable[[], bool],
+        sizes: Sizes,
         look_up: Callable[[LookUp], facts.ModelRequested],
     ) -> None:
         check_server_env(settings.env)
@@ -117,13 +121,15 @@ class ProcessEffects:
         self._workers = workers
         self._settings = settings
         self._is_used = is_used
+        self._sizes = sizes
         self._look_up = look_up
         self._template_path = str(slot.directory / "chat-template.jinja")
         self._server: ServerProcess | None = None
         self._port: int | None = None  # of the server, once it is Healthy
         self._ended: ServerProcess | None = None
         self._ended_at = -math.inf
-        self._started: Target | None = None  # None: it was adopted
+        self._target: Target | None = None  # of the server
+        self._memory: Memory | None = None  # that it has printed
         self.prompts: PromptStore | None = self._prompt_store()
         self._watch: Watch | None = None
         self._warming = threading.Event()  # set: what reads ahead is to end
@@ -148,6 +154,7 @@ class ProcessEffects:
         if kept is not None and process is not None and memory is not None:
             generation, key = memory.generation, memory.api_key
             self._server = self._warden.adopt(process, kept, generation, key)
+            self._target = memory.target
             child = Child(generation, process.pid)
             self._post(facts.Found(generation, time.monotonic(), child, memory.target))
             return
@@ -269,7 +276,7 @@ class ProcessEffects:
             kind = command.target.server.kind
             environment = child_environment(self._settings.env, self._slot, key, kind)
             memory = Remembered(command.generation, command.target, key).as_text()
-            self._started = command.target
+            self._target, self._memory = command.target, None
             self._warden.spawn(
                 command.generation, argv, environment, lock.fd, memory, self._spawned
             )
@@ -283,6 +290,16 @@ class ProcessEffects:
         self._server, self._port = server, None
         child = Child(server.generation, server.pid)
         self._post(facts.Spawned(server.generation, time.monotonic(), child))
+        if (target := self._target) is not None and target.has_json_log:
+            server.listeners.append(lambda: self._hear(server, target))
+
+    def _hear(self, server: ServerProcess, target: Target) -> None:
+        """Report the memory that a server has printed, until it is ready."""
+        if self._port is None and server is self._server:
+            memory = self._sizes.printed(target, server.output.figures)
+            if memory is not None and memory != self._memory:
+                self._memory = memory
+                self._post(facts.Sized(server.generation, time.monotonic(), memory))
 
     # ------------------------------------------------------------------------- on worker threads
 
@@ -339,10 +356,18 @@ class ProcessEffects:
         )
         if isinstance(verdict, Problem):
             return facts.NotReady(generation, time.monotonic(), verdict)
-        target = self._started
-        if self.prompts is not None and target is not None and not command.unchanged:
-            self.prompts.restore(target, server, _port_of(verdict.base_url), token)
+        if (target := self._target) is not None:
+            if self.prompts is not None and not command.unchanged:
+                self.prompts.restore(target, server, _port_of(verdict.base_url), token)
+            self._size(server, target, verdict)
         return facts.BecameReady(generation, time.monotonic(), verdict)
+
+    def _size(self, server: ServerProcess, target: Target, ready: facts.ServerFacts) -> None:
+        """Report what a server has taken, if that is not what it has printed."""
+        figures = server.output.figures if target.has_json_log else ()
+        memory = self._sizes.taken(target, figures, ready)
+        if memory != self._memory:
+            self._post(facts.Sized(server.generation, time.monotonic(), memory))
 
     def _ready(self, fact: facts.BecameReady) -> None:
         """Do what need not be done before a load is answered."""

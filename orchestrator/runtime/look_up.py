@@ -19,6 +19,7 @@ from orchestrator.machine.plan import Plan, plan_load
 from orchestrator.models.local import check_named_files
 from orchestrator.models.source import ModelSource
 from orchestrator.runtime.parts import Parts
+from orchestrator.runtime.sizes import Sizes
 from orchestrator.runtime.snapshot import Snapshot
 from orchestrator.settings.argv import build_argv
 from orchestrator.settings.extra_args import check_known, template_of
@@ -53,11 +54,14 @@ class LookUps:
         cache: Folder for the flags of binaries.
     """
 
-    def __init__(self, parts: Parts, source: ModelSource, llama_server: str, cache: Path) -> None:
+    def __init__(
+        self, parts: Parts, source: ModelSource, llama_server: str, cache: Path, sizes: Sizes
+    ) -> None:
         self._parts = parts
         self._source = source
         self._llama_server = llama_server
         self._cache = cache
+        self._sizes = sizes
         self._turn = threading.Lock()
 
     def server(self) -> ServerBinary:
@@ -82,20 +86,16 @@ class LookUps:
         found = Found(Target(request, model, server), self._kept(request, model, snapshot))
         target = replace(found.target, model=found.kept or model)
         args = target.inheriting(dict(snapshot.ctx.committed_args)).extra_args
-        template, mode = request.chat_template_override, target.speculative_type
-        keeps_prompts = snapshot.ctx.policy.keeps_prompts  # where the server can
-        if not (args or template or mode or keeps_prompts) or _needs_nothing(found, snapshot, at):
+        if _needs_nothing(found, snapshot, at):
             return found
-        self._check_template(template, "chat_template_override")
+        self._check_template(request.chat_template_override, "chat_template_override")
         check_named_files(args)
         self._check_template(template_of(args), "llama_extra_args")
-        if args or mode or keeps_prompts:
-            catalogue = self.catalogue(server)
-            if catalogue is not None:
-                check_known(args, catalogue)
-            server = replace(server, catalogue=catalogue)
-            # raises if the binary lacks the drafting type
-            build_argv(replace(target, server=server), template_file=None)
+        if (catalogue := self.catalogue(server)) is not None:
+            check_known(args, catalogue)
+        server = replace(server, catalogue=catalogue)
+        # raises if the binary lacks the drafting type
+        build_argv(replace(target, server=server), template_file=None)
         return replace(found, target=replace(found.target, server=server))
 
     def _check_template(self, template: str | None, field: str) -> None:
@@ -105,6 +105,13 @@ class LookUps:
 
     def plan(self, request: LoadRequest, snapshot: Snapshot, at: float) -> Plan:
         """Return what a load would do; asks the Hub for what the cache does not answer."""
+        plan = self._plan(request, snapshot, at)
+        if plan.action == "none" or plan.target is None:
+            return plan
+        room = self._sizes.room(plan.target, snapshot.ctx.running)
+        return replace(plan, memory=room.memory, free=room.free, fits=room.fits)
+
+    def _plan(self, request: LoadRequest, snapshot: Snapshot, at: float) -> Plan:
         found = self.find(request, snapshot, at)
         plan, model = found.plan(snapshot, at), found.target.model
         if (running := snapshot.ctx.running) is not None and found.kept is not None:
@@ -148,6 +155,8 @@ class LookUps:
 
 def _needs_nothing(found: Found, snapshot: Snapshot, at: float) -> bool:
     """Whether this model is loaded already, so that its server need not be asked."""
+    if snapshot.ctx.running is None and not snapshot.ctx.wanted:
+        return False
     try:
         return found.plan(snapshot, at).action == "none"
     except OrchestratorError:

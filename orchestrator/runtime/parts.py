@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from orchestrator.runtime.effects import ProcessEffects
 from orchestrator.runtime.owner import Owner
 from orchestrator.runtime.ports import Clock, Effects
 from orchestrator.server.binaries import ask_catalogue, find_server
+from orchestrator.server.devices import Device, devices
 from orchestrator.server.slot import Slot
 from orchestrator.settings.help_text import Catalogue
 from orchestrator.settings.target import ServerBinary
@@ -38,6 +39,7 @@ class Parts:
     source: Callable[[Path, ModelRoots | None], ModelSource] = ModelSource
     server: Callable[[str], ServerBinary] = find_server
     catalogue: Callable[[ServerBinary, Path], Catalogue | None] = ask_catalogue
+    devices: Callable[[ServerBinary], Sequence[Device]] = devices
     effects: Callable[..., Effects] = ProcessEffects
     owner: Callable[..., Owner] = Owner
     wait: Callable[[Future[Any]], Any] = Future.result

@@ -1,34 +1,46 @@
 """What servers take of memory: their own figures, kept for the next start, or an estimate.
 
 A server that fits unset arguments to the memory prints a figure for what they want, then, if that
-is too much, one for the least that they can do with, and perhaps others that it tries. With a
-draft model each of these is two figures. What it takes in the end is printed only at its exit, so
-it is computed from the context that it reports.
+is too much, one for the least that it can do with, and perhaps others that it tries. With a draft
+model each of these is two figures. What it takes in the end is printed only at its exit, so it is
+computed from the context that it reports.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from orchestrator.base.private_file import read_file, write_json
+from orchestrator.machine.context import Running
 from orchestrator.machine.facts import ServerFacts
 from orchestrator.models import estimate
 from orchestrator.models.local import identity_of
-from orchestrator.server.devices import Device
+from orchestrator.server.devices import Device, spread
 from orchestrator.server.json_log import Figure
 from orchestrator.settings.drafting import has_draft_model
-from orchestrator.settings.flags import last_value
-from orchestrator.settings.memory import HOST, Devices, Memory, devices_of, total
+from orchestrator.settings.flags import value_of
+from orchestrator.settings.memory import HOST, Memory, total
 from orchestrator.settings.reach import named_files
-from orchestrator.settings.target import Target
+from orchestrator.settings.resources import resources_of
+from orchestrator.settings.target import ServerBinary, Target
 
 _MOST: Final = 1000  # command lines
-_LEAST_CONTEXT: Final = "4096"  # llama-server's default of --fit-ctx
+_LEAST_CONTEXT: Final = 4096  # llama-server's default of --fit-ctx
+
+
+class Room(NamedTuple):
+    """What a server would need, and find; see `Plan`."""
+
+    memory: Memory
+    free: dict[str, int]
+    fits: bool | None
 
 
 class Sizes:
@@ -36,30 +48,143 @@ class Sizes:
 
     Args:
         cache: Folder for the exact figures.
+        devices: Returns what a server could use, and what is free now.
     """
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, devices: Callable[[ServerBinary], Sequence[Device]]) -> None:
         self._file = cache / "memory.json"
-        self._kept: dict[str, Any] | None = None
-        self._guard = threading.Lock()
+        self._devices = devices
+        self._kept: dict[str, dict[str, int]] | None = None
+        self._turn = threading.Lock()
 
-    def expected(self, target: Target, devices: Sequence[Device]) -> Memory:
+    def expected(self, target: Target) -> Memory:
         """Return what a server would take: its own figure of an earlier start, or an estimate."""
-        if (kept := self._recall(target)) is not None:
+        if (kept := self._read().get(_key(target))) is not None:
             return _exact(target, kept)
-        return Memory.of("estimate", estimate.of(target, devices))
+        found = estimate.estimate(target, estimate.files_of(target))
+        return Memory.of("estimate", spread(found, self._devices(target.server), target))
+
+    def room(self, target: Target, running: Running | None = None) -> Room:
+        """Return what a start would need and find, if `running` were stopped for it."""
+        free = {device.name: device.free_mib for device in self._devices(target.server)}
+        if running is not None and running.memory is not None:
+            held = _returned(running.target, running.memory)
+            free = {device: mib + held.get(device, 0) for device, mib in free.items()}
+        needs = [self.expected(target)]
+        if (smallest := _with_least_context(target)) is not None:
+            needs.append(self.expected(smallest))
+        is_known = all(device in free for device in needs[0].devices)
+        fits = any(_fits(need.devices, free) for need in needs)
+        return Room(needs[0], free, fits if is_known else None)
 
     def printed(self, target: Target, figures: Sequence[Figure]) -> Memory | None:
-        """Return what a server that is loading says it would take; None if it has said nothing."""
-        wanted = _rounds(target, figures)
-        return _exact(target, wanted[0]) if wanted else None
+        """Return what a server that is loading would take; None if it has not said it."""
+        rounds = _rounds(target, figures)
+        return _exact(target, rounds[0]) if rounds else None
 
     def taken(self, target: Target, figures: Sequence[Figure], server: ServerFacts) -> Memory:
-        """Return what a server has taken, once it is ready."""
+        """Return what a server that has become ready has taken."""
         rounds = _rounds(target, figures)
         if not rounds:
-            return self.expected(target, ())
+            return self.expected(target)
         self._keep(target, rounds[0])
         if len(rounds) == 1:
             return _exact(target, rounds[0])
-        return _exact(target, _fitted(target, rounds, server), fitted=True)
+        return _exact(target, _fitted(target, rounds, server.context_length), fitted=True)
+
+    def _read(self) -> dict[str, dict[str, int]]:
+        if self._kept is None:
+            self._kept = _read(self._file)
+        return self._kept
+
+    def _keep(self, target: Target, figure: dict[str, int]) -> None:
+        key = _key(target)
+        with self._turn:
+            if self._read().get(key) == figure:
+                return
+            kept = _read(self._file)  # others write it too
+            kept.pop(key, None)
+            kept[key] = figure  # the last ones stay
+            self._kept = dict(list(kept.items())[-_MOST:])
+            write_json(self._file, self._kept)
+
+
+def _exact(target: Target, figure: dict[str, int], *, fitted: bool = False) -> Memory:
+    beside = {HOST: estimate.beside_mib(target)}
+    server_mib = sum(figure.values())
+    return Memory.of("exact", figure, beside, server_mib=server_mib, fitted=fitted)
+
+
+def _rounds(target: Target, figures: Sequence[Figure]) -> list[dict[str, int]]:
+    """Return what the server has tried, the first with all that was asked for: the figure of its
+    model, which is told by its weights, and that of its draft model.
+    """
+    rounds: list[list[Figure]] = []
+    has_draft = has_draft_model(target.extra_args)
+    for figure in figures:
+        is_draft = bool(rounds) and (
+            figure.model_mib != rounds[0][0].model_mib or (has_draft and len(rounds[-1]) == 1)
+        )
+        if is_draft:
+            rounds[-1].append(figure)
+        else:
+            rounds.append([figure])
+    return [total(*(figure.devices for figure in one)) for one in rounds]
+
+
+def _fitted(target: Target, rounds: list[dict[str, int]], context: int | None) -> dict[str, int]:
+    """Return what is between all and the least, as the context is; memory grows evenly with it."""
+    most, least = rounds[0], rounds[1]
+    shape = estimate.files_of(target).model.shape
+    if shape is None or context is None:
+        return most
+    asked = resources_of(target)
+    fit_context = value_of(target.extra_args, "-fitc", "--fit-ctx") or ""
+    smallest = int(fit_context) if fit_context.isdecimal() else _LEAST_CONTEXT
+    largest = shape.context_length
+    if context * asked.caches >= largest * asked.caches or smallest >= largest:
+        return rounds[-1]  # layers were moved instead
+    part = max(0.0, (context - smallest) / (largest - smallest))
+    names = total(most, least)
+    return {n: round(least.get(n, 0) + part * (most.get(n, 0) - least.get(n, 0))) for n in names}
+
+
+def _returned(target: Target, memory: Memory) -> dict[str, int]:
+    """Return what the end of a server surely gives back: mapped weights are in the page cache, which
+    makes room anyway, and a cache of prompts may be empty.
+    """
+    unsure = (target.model.size_bytes >> 20) + estimate.beside_mib(target)
+    return {d: max(0, mib - unsure) if d == HOST else mib for d, mib in memory.devices.items()}
+
+
+def _fits(need: Mapping[str, int], free: Mapping[str, int]) -> bool:
+    return all(mib <= free.get(device, 0) for device, mib in need.items())
+
+
+def _with_least_context(target: Target) -> Target | None:
+    """Return the target whose server has fitted itself to very little; None = it would not."""
+    request = target.request
+    if request.max_seq_length or value_of(target.extra_args, "-c", "--ctx-size"):
+        return None
+    return replace(target, request=replace(request, max_seq_length=_LEAST_CONTEXT))
+
+
+def _key(target: Target) -> str:
+    """Return what stands for the files, the command line and the binary."""
+    named = []
+    for _, path in named_files(target.extra_args):
+        with contextlib.suppress(OSError, ValueError):
+            named.append(identity_of(path))
+    whole = (sorted(target.identity().items()), target.files, named)
+    return hashlib.sha256(repr(whole).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _read(file: Path) -> dict[str, dict[str, int]]:
+    try:
+        kept: Any = json.loads(read_file(file))
+        return {
+            str(key): {str(device): int(mib) for device, mib in figure.items()}
+            for key, figure in kept.items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}

@@ -34,7 +34,7 @@ from orchestrator.settings.files import FileIdentity
 from orchestrator.settings.help_text import Catalogue, FlagHelp, parse_help
 from orchestrator.settings.target import ServerBinary
 
-_ASK_S: Final = 10.0
+_ASK_S: Final = 3.0  # every first load of a binary waits for the answer
 _ASK_AGAIN_S: Final = 60.0
 _MAX_ANSWER: Final = 1 << 20
 _log = event_log("orchestrator.server")

@@ -21,10 +21,10 @@ from orchestrator.models.estimate import Estimate
 from orchestrator.server import memory
 from orchestrator.server.binaries import run
 from orchestrator.settings.files import FileIdentity
+from orchestrator.settings.memory import HOST
 from orchestrator.settings.resources import resources_of
 from orchestrator.settings.target import ServerBinary, Target
 
-HOST: Final = "Host"
 _FLAG: Final = "--list-devices"
 _HEADING: Final = "Available devices:"
 _LINE: Final = re.compile(r" +(\S+): .*\((\d{1,9}) MiB, (\d{1,9}) MiB free\)\s*", re.ASCII)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from orchestrator.settings.memory import HOST, Devices, devices_of
+from orchestrator.settings.memory import HOST, total
 
 _LETTERS: Final = {"debug": "D", "info": "I", "warn": "W", "error": "E"}
 _EVENT: Final = b'{"type":"'
@@ -25,7 +25,7 @@ _LONGEST: Final = 8192  # of a message that has not ended
 class Figure(NamedTuple):
     """What the server would take, as it has printed it; `model_mib` of it is weights."""
 
-    devices: Devices
+    devices: dict[str, int]
     model_mib: int
 
 
@@ -52,7 +52,7 @@ class JsonLog:
             case {"type": "fit_memory_breakdown", "data": {"unit": "MiB", "rows": [*rows]}}:
                 if (figure := _figure(rows)) is not None:
                     self.figures += (figure,)
-                    shown = ", ".join(f"{name} {mib}" for name, mib in figure.devices)
+                    shown = ", ".join(f"{name} {mib}" for name, mib in figure.devices.items())
                     return [f"memory, MiB: {shown}".encode("utf-8", "replace")]
         return [raw]
 
@@ -100,4 +100,4 @@ def _figure(rows: list[Any]) -> Figure | None:
                 model_mib += model
             case _:
                 return None
-    return Figure(devices_of(sums), model_mib)
+    return Figure(total(sums), model_mib)

@@ -5,8 +5,8 @@ A figure is `declared` by the catalogue of a pool, `exact` (the server's own) or
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, Self
 
 from orchestrator.base.record import Record, parsed
@@ -15,27 +15,22 @@ HOST: Final = "Host"
 """The device that every machine has; llama.cpp names the others, such as `CUDA0`."""
 
 Source = Literal["declared", "exact", "estimate"]
-Devices = tuple[tuple[str, int], ...]
-"""MiB by device, the host first, then in order of their names."""
 
 
-def devices_of(mib: Mapping[str, int]) -> Devices:
-    """Return the devices of which anything is taken."""
-    return tuple(sorted(((n, m) for n, m in mib.items() if m), key=lambda d: (d[0] != HOST, d)))
-
-
-def total(*parts: Iterable[tuple[str, int]]) -> Devices:
-    """Return the sum of some figures, by device."""
+def total(*parts: Mapping[str, int]) -> dict[str, int]:
+    """Return the sum of some figures in MiB by device: the host first, then the others by name."""
     sums: dict[str, int] = {}
     for part in parts:
-        for name, mib in part:
-            sums[name] = sums.get(name, 0) + mib
-    return devices_of(sums)
+        for device, mib in part.items():
+            sums[device] = sums.get(device, 0) + mib
+    return {device: sums[device] for device in sorted(sums, key=lambda d: (d != HOST, d))}
 
 
 @dataclass(frozen=True, slots=True)
 class Memory(Record):
     """The memory of a server, in all and by device.
+
+    `as_dict` leaves out a `server_mib` that is not known, and `fitted` unless it is true.
 
     Attributes:
         mib: The sum of `devices`.
@@ -48,30 +43,23 @@ class Memory(Record):
 
     mib: int
     source: Source
-    devices: Devices
+    devices: dict[str, int] = field(hash=False)
     server_mib: int | None = None
     fitted: bool = False
 
     @classmethod
-    def of(
-        cls,
-        source: Source,
-        devices: Devices,
-        *,
-        server_mib: int | None = None,
-        fitted: bool = False,
-    ) -> Self:
-        return cls(sum(mib for _, mib in devices), source, devices, server_mib, fitted)
+    def of(cls, source: Source, *parts: Mapping[str, int], **about: Any) -> Self:
+        """Return the memory that some parts take together."""
+        devices = total(*parts)
+        return cls(sum(devices.values()), source, devices, **about)
 
     def as_dict(self) -> dict[str, Any]:
-        members = {**Record.as_dict(self), "devices": dict(self.devices)}
-        return {n: v for n, v in members.items() if v != _OMITTED.get(n, _SENT)}
+        members = Record.as_dict(self)
+        return {n: value for n, value in members.items() if value != _OMITTED.get(n, _SENT)}
 
     @classmethod
     def from_dict(cls, members: Mapping[str, Any]) -> Self:
-        devices = devices_of({str(name): int(mib) for name, mib in members["devices"].items()})
-        others = {**members, "mib": sum(mib for _, mib in devices), "devices": []}
-        return replace(parsed(cls, others), devices=devices)
+        return parsed(cls, {**_OMITTED, **members})
 
 
 _SENT: Final = object()

@@ -62,6 +62,6 @@ def serving(start: Start, own: tuple[str, ...]) -> Iterator[str]:
 def never_ready(tmp_path: Path) -> str:
     """The path of a server that never becomes ready, so that a load lasts until it is ended."""
     binary = tmp_path / "never-ready"
-    binary.write_text("#!/bin/sh\nexec sleep 1000\n")
+    binary.write_text('#!/bin/sh\n[ "$1" = --help ] || exec sleep 1000\n')
     binary.chmod(0o755)
     return str(binary)

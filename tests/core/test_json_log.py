@@ -94,7 +94,7 @@ def test_figures_are_summed_by_device() -> None:
             row("CUDA_Host", 7, 5, "buffer_type"),
         )
     )
-    assert ring.figures == (Figure((("Host", 53), ("CUDA0", 1500)), 1245),)
+    assert ring.figures == (Figure({"Host": 53, "CUDA0": 1500}, 1245),)
     assert ring.tail() == ("memory, MiB: Host 53, CUDA0 1500",)
 
 

@@ -18,7 +18,7 @@ LOAD = PREFIX + "/load"
 LOAD_KEYS = {
     *("status", "generation", "joined", "model_path", "gguf_variant", "pid", "base_url"),
     *("context_length", "requested_context_length", "cache_type_kv", "speculative_type"),
-    *("llama_extra_args", "is_vision", "reload_reasons", "timings_s"),
+    *("llama_extra_args", "is_vision", "reload_reasons", "timings_s", "memory"),
 }
 
 

@@ -44,6 +44,7 @@ function facts(loaded) {
   const rows = [
     ["Context", `${loaded.context_length?.toLocaleString("en") ?? "?"} tokens (requested: ${requested})`],
     ["KV cache", value(loaded.cache_type_kv)],
+    ["Memory", loaded.memory && memory(loaded.memory)],
     ["Speculative", { off: "Off", default: "On" }[loaded.speculative_type] ?? loaded.speculative_type],
     ...FIELDS.filter(({ name, control, isShown }) => isShown && control !== "check" && name in loaded).map(({ name, label }) => [label, value(loaded[name])]),
     ["Extra arguments", value(loaded.llama_extra_args)],
@@ -55,6 +56,15 @@ function facts(loaded) {
     [loaded.adopted ? "Adopted in" : "Loaded in", `${seconds(loaded.timings_s.total)} (generation ${loaded.generation})`],
   ];
   return rows.filter(([, text]) => text).map(([name, text]) => el("div", {}, el("dt", {}, name), el("dd", {}, text)));
+}
+
+/** Such as `1.2 GiB (Host 0.2 GiB, CUDA0 1.0 GiB)`. */
+function memory({ mib, source, devices, fitted }) {
+  const size = (n) => bytes(n * 2 ** 20);
+  const parts = Object.entries(devices).map(([device, n]) => `${device} ${size(n)}`);
+  const about = [source === "estimate" && "estimate", fitted && "context reduced to fit", parts.length > 1 && parts.join(", ")];
+  const shown = about.filter(Boolean).join("; ");
+  return size(mib) + (shown && ` (${shown})`);
 }
 
 function notes(now) {

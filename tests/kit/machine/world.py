@@ -384,7 +384,7 @@ def exited(generation: Generation, pid: int) -> Exited:
 @cache
 def sized(generation: Generation) -> Sized:
     """The figure tells whose it is."""
-    return Sized(generation, AT, Memory.of("exact", (("Host", generation),)))
+    return Sized(generation, AT, Memory.of("exact", {"Host": generation}))
 
 
 @cache
