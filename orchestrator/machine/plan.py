@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from orchestrator.base.paths import PathNames
 from orchestrator.base.record import Record
@@ -38,7 +38,6 @@ class Plan(Record):
         free: MiB by device that it would find, once the running server is stopped.
         fits: Whether it would, perhaps with a smaller context where that is Auto; None if it is not
             known.
-        target: What would be started.
         names: Display names of the local paths in it.
     """
 
@@ -49,13 +48,19 @@ class Plan(Record):
     memory: Memory | None = None
     free: dict[str, int] | None = None
     fits: bool | None = None
-    target: Target | None = field(default=None, compare=False, repr=False)
     names: PathNames = field(default=(), compare=False, repr=False)
 
     def as_dict(self) -> dict[str, object]:
         optional = {"note"} if self.memory else {"note", "memory", "free", "fits"}
         members = Record.as_dict(self)
         return {n: v for n, v in members.items() if v is not None or n not in optional}
+
+
+class Planned(NamedTuple):
+    """A plan, and what would be started."""
+
+    plan: Plan
+    target: Target
 
 
 def plan_load(
@@ -65,7 +70,7 @@ def plan_load(
     *,
     kept: ModelFiles | None = None,
     at: float = 0.0,
-) -> Plan:
+) -> Planned:
     """Return what a load of `target` would do in this state.
 
     Args:
@@ -105,10 +110,10 @@ def _plan(
     reasons: tuple[ReloadReason, ...] = (),
     *,
     keeps_prompts: bool,
-) -> Plan:
+) -> Planned:
     template = "<chat template>" if target.request.chat_template_override else None
     prompts = "<prompts>" if keeps_prompts else None
     whole = build_argv(target, template_file=template, prompts_folder=prompts)
     argv = [redact(token) for token in whole]
     names = (*target.names, *(name for reason in reasons for name in reason.names))
-    return Plan(action, list(reasons), argv, target=target, names=names)
+    return Planned(Plan(action, list(reasons), argv, names=names), target)

@@ -15,7 +15,7 @@ from orchestrator.base.tokens import CancelToken, Generation, Ticket
 from orchestrator.errors import OrchestratorError
 from orchestrator.machine.commands import LookUp
 from orchestrator.machine.facts import LoadRequested, ModelRequested, PrefetchRequested
-from orchestrator.machine.plan import Plan, plan_load
+from orchestrator.machine.plan import Plan, Planned, plan_load
 from orchestrator.models.local import check_named_files
 from orchestrator.models.source import ModelSource
 from orchestrator.runtime.parts import Parts
@@ -42,7 +42,7 @@ class Found:
     def fact(self, ticket: Ticket, at: float) -> LoadRequested:
         return LoadRequested(ticket, self.target, at, kept=self.kept)
 
-    def plan(self, snapshot: Snapshot, at: float) -> Plan:
+    def plan(self, snapshot: Snapshot, at: float) -> Planned:
         return plan_load(snapshot.state, snapshot.ctx, self.target, kept=self.kept, at=at)
 
 
@@ -105,22 +105,19 @@ class LookUps:
 
     def plan(self, request: LoadRequest, snapshot: Snapshot, at: float) -> Plan:
         """Return what a load would do; asks the Hub for what the cache does not answer."""
-        plan = self._plan(request, snapshot, at)
-        if plan.action == "none" or plan.target is None:
-            return plan
-        room = self._sizes.room(plan.target, snapshot.ctx.running)
-        return replace(plan, memory=room.memory, free=room.free, fits=room.fits)
-
-    def _plan(self, request: LoadRequest, snapshot: Snapshot, at: float) -> Plan:
-        found = self.find(request, snapshot, at)
-        plan, model = found.plan(snapshot, at), found.target.model
-        if (running := snapshot.ctx.running) is not None and found.kept is not None:
-            return replace(plan, note=self._moved(request, found.kept, since=running.at))
+        found, running = self.find(request, snapshot, at), snapshot.ctx.running
+        (plan, target), model = found.plan(snapshot, at), found.target.model
         has_moved = any(reason.field == "revision" for reason in plan.reload_reasons)
-        if plan.action == "none" or model.is_settled or (model.is_on_disk and not has_moved):
+        is_known = model.is_settled or (model.is_on_disk and not has_moved)
+        if running is not None and found.kept is not None:
+            plan = replace(plan, note=self._moved(request, found.kept, since=running.at))
+        elif plan.action != "none" and not is_known:
+            asked = replace(found.target, model=self._ask(request))
+            plan, target = replace(found, target=asked).plan(snapshot, at)
+        if plan.action == "none":
             return plan
-        target = replace(found.target, model=self._ask(request))
-        return replace(found, target=target).plan(snapshot, at)
+        room = self._sizes.room(target, running)
+        return replace(plan, memory=room.memory, free=room.free, fits=room.fits)
 
     def _ask(self, request: LoadRequest, since: float = 0.0) -> ModelFiles:
         recent = self._source.recent(request, since)
@@ -158,6 +155,6 @@ def _needs_nothing(found: Found, snapshot: Snapshot, at: float) -> bool:
     if snapshot.ctx.running is None and not snapshot.ctx.wanted:
         return False
     try:
-        return found.plan(snapshot, at).action == "none"
+        return found.plan(snapshot, at).plan.action == "none"
     except OrchestratorError:
         return False

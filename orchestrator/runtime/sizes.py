@@ -150,8 +150,8 @@ def _fitted(target: Target, rounds: list[dict[str, int]], context: int | None) -
 
 
 def _returned(target: Target, memory: Memory) -> dict[str, int]:
-    """Return what the end of a server surely gives back: mapped weights are in the page cache, which
-    makes room anyway, and a cache of prompts may be empty.
+    """Return what the end of a server surely gives back: mapped weights are in the page cache,
+    which makes room anyway, and a cache of prompts may be empty.
     """
     unsure = (target.model.size_bytes >> 20) + estimate.beside_mib(target)
     return {d: max(0, mib - unsure) if d == HOST else mib for d, mib in memory.devices.items()}

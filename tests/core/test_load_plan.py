@@ -24,7 +24,7 @@ def wanted(model: str, **options: Any) -> Target:
 def plan_of(run: Run, load: Target) -> Plan:
     """Return the plan, which changes nothing."""
     before = run.ctx
-    plan = plan_load(run.state, run.ctx, load, at=run.now)
+    plan = plan_load(run.state, run.ctx, load, at=run.now).plan
     assert run.ctx == before
     return plan
 
@@ -74,7 +74,7 @@ def test_plan_keeps_the_commit_that_runs() -> None:
     run.resolved(1, "o/B").promote().settle()
     moved = ModelFiles((), None, "V", HubModel("o/B", commit="d" * 40))
     newer = replace(wanted("o/B"), model=moved)
-    plan = plan_load(run.state, run.ctx, newer, kept=files("o/B"))
+    plan = plan_load(run.state, run.ctx, newer, kept=files("o/B")).plan
     assert (plan.action, plan.reload_reasons) == ("none", [])
     assert changes(plan_of(run, newer)) == [("revision", "c" * 40, "d" * 40)]
 

@@ -436,7 +436,7 @@ def test_plan_raises_the_error_of_the_load() -> None:
     with pytest.raises(ServerStartFailed) as caught:
         plan_load(run.state, run.ctx, wanted, at=run.now)
     assert caught.value.problem == run.problem(run.load(A))
-    over = plan_load(run.state, run.ctx, wanted, at=run.now + 200)
+    over = plan_load(run.state, run.ctx, wanted, at=run.now + 200).plan
     assert over.action == "load"
     busy = target(LoadRequest(model_path=C, on_busy="reject"))
     run.load(B)

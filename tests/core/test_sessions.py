@@ -118,7 +118,7 @@ def test_a_plan_is_what_the_load_then_does_and_args_stay_with_their_source(
             expected = strip_shadowed(kept, fields)
         explicit = replace(wanted, request=replace(wanted.request, llama_extra_args=expected))
         is_same = running is not None and not differences(running, explicit)
-        plan = plan_load(session.state, session.ctx, wanted)
+        plan = plan_load(session.state, session.ctx, wanted).plan
         assert (plan.action == "none") == (is_same and not wanted.request.force_reload)
         before = len(session.spawned_targets)
         ticket = session.request(wanted)
@@ -165,7 +165,7 @@ def test_a_plan_during_a_load_is_what_a_second_load_then_does(
     for _ in range(effects - 1):
         session.advance()
     is_in_flight = session.ctx.job is not None
-    plan = plan_load(session.state, session.ctx, second.target())
+    plan = plan_load(session.state, session.ctx, second.target()).plan
     accepted, spawned = len(session.accepted), len(session.spawned_targets)
     ticket = session.request(second.target())
     newest = session.accepted[accepted]
@@ -215,7 +215,7 @@ def test_the_requested_context_is_compared_never_the_effective_one(
     session.request(target(max_seq_length=running))
     session.finish()
     assert session.running.server.context_length == 2048
-    plan = plan_load(session.state, session.ctx, target(max_seq_length=requested))
+    plan = plan_load(session.state, session.ctx, target(max_seq_length=requested)).plan
     assert plan.action == ("none" if requested == running else "reload")
     shown = [(reason.running, reason.requested) for reason in plan.reload_reasons]
     assert shown == ([] if requested == running else [(running, requested)])
@@ -226,10 +226,10 @@ def test_a_queued_load_is_compared_with_the_load_before_it() -> None:
     session.request(target(max_seq_length=512))
     session.request(target(max_seq_length=1024, on_busy="queue"))
     wanted = target(max_seq_length=2048, on_busy="queue")
-    plan = plan_load(session.state, session.ctx, wanted)
+    plan = plan_load(session.state, session.ctx, wanted).plan
     shown = [reason.as_dict() for reason in plan.reload_reasons]
     assert (plan.action, plan.argv) == ("reload", shown_argv(wanted))
     assert shown == [{"field": "max_seq_length", "running": 1024, "requested": 2048}]
     session.request(wanted)
-    joined = plan_load(session.state, session.ctx, wanted)
+    joined = plan_load(session.state, session.ctx, wanted).plan
     assert joined == Plan("none", [], plan.argv)
