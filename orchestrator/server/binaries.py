@@ -155,7 +155,8 @@ def ask_catalogue(server: ServerBinary, cache: Path) -> Catalogue | None:
         _ask_after[server.identity] = time.monotonic() + _ASK_AGAIN_S
         return None
     _answers[server.identity] = found
-    write_json(_file_of(server.command, server.identity, str(cache)), asdict(found))
+    flags = {"flags": [asdict(flag) for flag in found.flags]}
+    write_json(_file_of(server.command, server.identity, str(cache)), flags)
     return found
 
 

@@ -31,7 +31,7 @@ def check_known(args: tuple[str, ...], catalogue: Catalogue) -> None:
     Raises:
         RefusedArgument: names the arg, and the nearest flag or field of a request.
     """
-    accepted, at = catalogue.accepted(), 0
+    accepted, at = catalogue.accepted, 0
     while at < len(args):
         token = args[at]
         flag = _entry(token, accepted)

@@ -7,7 +7,7 @@ removed is known, and not supported.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 _COLUMN: Final = 40
@@ -43,9 +43,20 @@ class FlagHelp:
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """Every flag of one binary."""
+    """Every flag of one binary.
+
+    Attributes:
+        accepted: The entries by spelling, without flags that are listed as removed anywhere.
+    """
 
     flags: tuple[FlagHelp, ...]
+    accepted: dict[str, FlagHelp] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        removed = {name for flag in self.flags if flag.is_removed for name in flag.names}
+        entries = {name: flag for flag in reversed(self.flags) for name in flag.names}
+        accepted = {name: flag for name, flag in entries.items() if name not in removed}
+        object.__setattr__(self, "accepted", accepted)
 
     def get(self, name: str) -> FlagHelp | None:
         """Return the entry of a flag in any of its spellings."""
@@ -53,13 +64,7 @@ class Catalogue:
 
     def has(self, *names: str) -> bool:
         """Return whether all of these are listed, and none of them as removed."""
-        return self.accepted().keys() >= set(names)
-
-    def accepted(self) -> dict[str, FlagHelp]:
-        """Return the entries by spelling, without flags that are listed as removed anywhere."""
-        removed = {name for flag in self.flags if flag.is_removed for name in flag.names}
-        entries = {name: flag for flag in reversed(self.flags) for name in flag.names}
-        return {name: flag for name, flag in entries.items() if name not in removed}
+        return self.accepted.keys() >= set(names)
 
 
 def parse_help(text: str) -> Catalogue | None:
