@@ -98,13 +98,13 @@ def files_of(target: Target) -> Files:
 
 
 def _shape_of(path: str) -> Hyperparameters | None:
-    with contextlib.suppress(OSError, ValueError, InvalidModel):
+    with contextlib.suppress(OSError, InvalidModel):
         return hyperparameters(identity_of(path))
     return None
 
 
 def _size_of(path: str) -> int:
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError):
         return os.stat(path).st_size
     return 0
 

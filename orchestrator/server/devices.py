@@ -109,12 +109,13 @@ def spread(estimate: Estimate, devices: Sequence[Device], target: Target) -> dic
         devices: As `devices` returns them.
         target: What to run; its extra args may choose devices.
     """
-    asked, gpus = resources_of(target), [device for device in devices if device.name != HOST]
-    used = [gpu for gpu in gpus if asked.devices is None or gpu.name in asked.devices]
+    asked, gpus = resources_of(target), {gpu.name: gpu for gpu in devices if gpu.name != HOST}
+    names = gpus if asked.devices is None else dict.fromkeys(asked.devices)
+    used = [gpus[name] for name in names if name in gpus]
     used = used[:1] if asked.is_on_one_gpu else used
     free = sum(gpu.free_mib for gpu in used)
     left = min(estimate.server_mib, free)
-    shares = {HOST: estimate.total_mib - left, **dict.fromkeys((gpu.name for gpu in gpus), 0)}
+    shares = {HOST: estimate.total_mib - left, **dict.fromkeys(gpus, 0)}
     for gpu in used:
         if free > 0:  # the last one takes the rest, so nothing is lost by rounding
             shares[gpu.name] = left * gpu.free_mib // free

@@ -72,13 +72,14 @@ def resources_of(target: Target) -> Resources:
     unified = [_UNIFIED[flag] for flag in map(flag_of, args) if flag in _UNIFIED]
     is_unified = unified[-1] if unified else request.n_parallel is None
     kv = request.cache_type_kv or "f16"
-    ubatch = _number(value_of(args, "-ub", "--ubatch-size"), _UBATCH)
+    batch = _number(value_of(args, "-b", "--batch-size"), _BATCH)
+    ubatch = _number(value_of(args, "-ub", "--ubatch-size"), _UBATCH) or batch
     drafted = _drafted(args, target.effective_speculative_type)
     return Resources(
         context=max(0, _number(value_of(args, "-c", "--ctx-size"), request.max_seq_length)),
         slots=slots,
         caches=1 if is_unified else slots,
-        batch=max(1, min(ubatch, _number(value_of(args, "-b", "--batch-size"), _BATCH))),
+        batch=max(1, min(batch, ubatch)),
         judged=1 + drafted if request.kind == "chat" else 0,
         cache_types=(
             value_of(args, "-ctk", "--cache-type-k") or kv,

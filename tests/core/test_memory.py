@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.server.memory import available_bytes, limits
+from orchestrator.server.memory import available_bytes, limits, total_bytes
 
 V1 = "sys/fs/cgroup/memory"
 V2 = "sys/fs/cgroup"
 UNLIMITED = 9223372036854771712  # of version 1: the largest multiple of a page
 MEMINFO = "MemTotal:  16000 kB\nMemFree:  100 kB\nMemAvailable:  8000 kB\n"
 FREE = 8000 * 1024
+TOTAL = 16000 * 1024
 
 
 def machine(root: Path, files: dict[str, str]) -> Path:
@@ -85,6 +86,7 @@ def test_limits_are_those_of_the_own_group_and_of_all_above(
     root = machine(tmp_path, {"proc/self/cgroup": group, "proc/meminfo": MEMINFO, **files})
     assert sorted(limits(root)) == expected
     assert available_bytes(root) == min([FREE, *expected])
+    assert total_bytes(root) == min([TOTAL, *expected])
 
 
 @pytest.mark.parametrize(
@@ -122,8 +124,9 @@ def test_what_a_group_uses_is_not_available_but_for_its_page_cache(
 def test_a_machine_that_hides_its_memory_is_judged_by_the_limit(tmp_path: Path) -> None:
     """`ProcSubset=pid` leaves no /proc/meminfo."""
     assert available_bytes(tmp_path) is None
+    assert total_bytes(tmp_path) is None
     root = machine(tmp_path, {"proc/self/cgroup": "0::/a\n", f"{V2}/a/memory.max": "500\n"})
-    assert available_bytes(root) == 500
+    assert (available_bytes(root), total_bytes(root)) == (500, 500)
 
 
 @pytest.mark.parametrize("text", ["", "MemAvailable:\n", "MemAvailable: ? kB\n"])
@@ -132,4 +135,4 @@ def test_unreadable_memory_is_unknown(tmp_path: Path, text: str) -> None:
 
 
 def test_this_machine_has_memory() -> None:
-    assert (available_bytes() or 0) > 1 << 20
+    assert 1 << 20 < (available_bytes() or 0) < (total_bytes() or 0)

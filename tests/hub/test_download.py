@@ -81,6 +81,17 @@ def test_model_is_fetched_whole_and_found_by_the_client(
     assert (fetched.parents[2] / "refs" / "main").read_text() == gguf_repo.commit
 
 
+def test_size_of_a_model_is_known_before_it_is_fetched(
+    gguf_repo: fake_hub.Repo, gguf_files: dict[str, fake_hub.Content], records: Path
+) -> None:
+    """Of all that a load would fetch. Once it is here, its files say it."""
+    found = requested(records, gguf_variant="Q8_0").resolve(CancelToken(Generation(1)))
+    expected = len(content(gguf_files, FILE)) + len(content(gguf_files, "mmproj-F16.gguf"))
+    assert (found.is_on_disk, found.listed_bytes) == (False, expected)
+    fetched = fetch(records, gguf_variant="Q8_0")
+    assert (fetched.size_bytes, fetched.listed_bytes) == (expected, 0)
+
+
 @pytest.mark.usefixtures("gguf_repo")
 def test_projector_is_fetched_unless_one_is_given(records: Path, tmp_path: Path) -> None:
     found = fetch(records, gguf_variant="Q8_0")
