@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from orchestrator.errors import InvalidModel
 from orchestrator.models import gguf_file
 from orchestrator.models.hyperparameters import Hyperparameters, hyperparameters
 from orchestrator.models.local import identity_of
-from tests.kit.sparse_model import latent, recurrent, transformer, write_sparse_model
+from tests.kit.sparse_model import Tensors, latent, recurrent, transformer, write_sparse_model
 
 MIB = 1 << 20
 
@@ -91,28 +92,29 @@ def test_experts_count_as_often_as_they_are_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "pattern", "everywhere"),
     [
-        pytest.param("gemma3", None, 2, id="known by its name"),
-        pytest.param("qwen2", None, 12, id="unknown: none has a window"),
-        pytest.param("any", 3, 4, id="every third in the file"),
-        pytest.param("any", [True] * 11 + [False], 1, id="each layer in the file"),
-        pytest.param("any", [True], 11, id="too short a list"),
-        pytest.param("any", 0, 12, id="nonsense"),
+        pytest.param("gemma3", None, [6, 12], id="known by its name"),
+        pytest.param("qwen2", None, range(1, 13), id="unknown: none has a window"),
+        pytest.param("any", 3, [3, 6, 9, 12], id="every third in the file"),
+        pytest.param("any", [True] * 11 + [False], [12], id="each layer in the file"),
+        pytest.param("any", [True], range(2, 13), id="too short a list"),
+        pytest.param("any", 0, range(1, 13), id="nonsense"),
     ],
 )
 def test_layers_with_a_window_are_told_from_the_others(
-    tmp_path: Path, architecture: str, pattern: int | list[bool] | None, everywhere: int
+    tmp_path: Path, architecture: str, pattern: int | list[bool] | None, everywhere: Sequence[int]
 ) -> None:
+    """`everywhere` are those that attend to everything; the nth layer has n heads."""
     given = {} if pattern is None else {"attention__sliding_window_pattern": pattern}
     found = of(
         tmp_path,
         architecture,
         block_count=12,
-        attention__head_count=1,
+        attention__head_count_kv=[*range(1, 13)],
         attention__sliding_window=1024,
         **given,
     )
-    assert (found.kv_heads, found.window_kv_heads) == (everywhere, 12 - everywhere)
-    assert found.window == (0 if everywhere == 12 else 1024)
+    assert (found.kv_heads, found.window_kv_heads) == (sum(everywhere), 78 - sum(everywhere))
+    assert found.window == (0 if len(everywhere) == 12 else 1024)
 
 
 def test_recurrent_layers_have_a_state_instead_of_a_cache(tmp_path: Path) -> None:
@@ -125,14 +127,14 @@ def test_a_hybrid_model_has_a_cache_in_every_nth_layer(tmp_path: Path) -> None:
     found = of(
         tmp_path,
         block_count=8,
-        attention__head_count=2,
+        attention__head_count_kv=[*range(1, 9)],
         full_attention_interval=4,
         ssm__conv_kernel=4,
         ssm__inner_size=256,
         ssm__state_size=16,
         ssm__group_count=2,
     )
-    assert found.kv_heads == 4
+    assert found.kv_heads == 4 + 8
     assert found.state_values == 6 * (3 * (256 + 2 * 2 * 16) + 16 * 256)
 
 
@@ -157,6 +159,13 @@ def test_a_matrix_with_two_uses_is_copied_where_it_is_repacked(
 ) -> None:
     found = shape(transformer(tmp_path / "m.gguf", is_tied=is_tied, kind=kind))
     assert found.tied_bytes == expected
+
+
+def test_a_part_of_a_model_may_have_its_output_matrix_elsewhere(tmp_path: Path) -> None:
+    tensors: Tensors = [("token_embd.weight", (1024, 300), "Q4_0")]
+    path = tmp_path / "m.gguf"
+    assert shape(write_sparse_model(path, "llama", {}, tensors)).tied_bytes > 0
+    assert shape(write_sparse_model(path, "llama", {}, tensors, parts=2)).tied_bytes == 0
 
 
 def test_numbers_that_make_no_sense_are_no_danger(tmp_path: Path) -> None:

@@ -23,10 +23,17 @@ _NORM: Final = "attention.layer_norm_rms_epsilon"
 
 
 def write_sparse_model(
-    path: Path, architecture: str, numbers: Numbers, tensors: Tensors, n_vocab: int = 300
+    path: Path,
+    architecture: str,
+    numbers: Numbers,
+    tensors: Tensors,
+    n_vocab: int = 300,
+    parts: int = 0,
 ) -> Path:
-    """Write a model; keys are without the name of the architecture."""
+    """Write a model, or the first of its parts; keys are without the name of the architecture."""
     writer = gguf.GGUFWriter(path, architecture)
+    if parts:
+        writer.add_uint16("split.count", parts)
     for name, value in numbers.items():
         key = f"{architecture}.{name}"
         if isinstance(value, list):

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import pytest
 
@@ -55,6 +55,18 @@ REQUESTS: Final[dict[str, dict[str, Any]]] = {
 }
 
 
+class Need(NamedTuple):
+    """In MiB."""
+
+    total: int
+    model: int
+    context: int
+    compute: int
+
+
+PARTS: Final = ("self", "model", "context", "compute")
+
+
 @dataclass
 class Server:
     """The real one, asked only for what it needs."""
@@ -66,32 +78,37 @@ class Server:
         request = LoadRequest.from_dict({"model_path": str(model), **fields})
         return Target(request, ModelFiles((identity_of(model),)), server)
 
-    def needs(self, target: Target, records: int = 1) -> list[int]:
-        """Return the sums in MiB of the first records; it is killed once they are there."""
+    def needs(self, target: Target, records: int = 1) -> list[Need]:
+        """Return the server's first records; it is killed once they are there."""
         argv = [*build_argv(target, template_file=None), "--log-jsonl"]
         with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
             assert process.stdout is not None
-            found: list[int] = []
+            found: list[Need] = []
             for line in process.stdout:
                 if line.startswith(b'{"type":"fit_memory_breakdown"'):
-                    found.append(sum(row["self"] for row in json.loads(line)["data"]["rows"]))
+                    rows = json.loads(line)["data"]["rows"]
+                    found.append(Need(*(sum(row[part] for row in rows) for part in PARTS)))
                     if len(found) == records:
                         break
             process.kill()
         assert len(found) == records, argv
         return found
 
-    def compare(self, model: Path, **fields: Any) -> Estimate:
+    def compare(self, model: Path, **fields: Any) -> None:
         target = self.target(model, **fields)
-        found = estimate(target, files_of(target))
-        check(found.server_mib, self.needs(target)[0])
-        return found
+        check(estimate(target, files_of(target)), self.needs(target)[0])
 
 
-def check(estimated: int, real: int) -> None:
-    """Assert that an estimate is hardly ever too low, and not much too high."""
-    assert estimated >= real - max(0.05 * real, 16), (estimated, real)
-    assert estimated <= real + max(0.1 * real, 32), (estimated, real)
+def check(found: Estimate, real: Need) -> None:
+    """Assert that an estimate is hardly ever too low, and not much too high, in all and by part.
+    The server rounds each figure down.
+    """
+    told = (found, real)
+    assert found.server_mib >= real.total - max(0.05 * real.total, 16), told
+    assert found.server_mib <= real.total + max(0.1 * real.total, 32), told
+    assert real.model <= found.weights_mib <= real.model + 4, told
+    assert real.context <= found.context_mib <= real.context + 2, told
+    assert found.compute_mib >= real.compute, told
 
 
 @pytest.fixture
@@ -155,8 +172,8 @@ def test_each_slot_has_the_whole_context_where_both_are_not_named(
     """
     target = server.target(transformer(tmp_path / "model.gguf"), n_parallel=4)
     first, loaded = server.needs(target, records=2)
-    assert first < loaded - 64
-    check(estimate(target, files_of(target)).server_mib, loaded)
+    assert first.context * 4 == loaded.context
+    check(estimate(target, files_of(target)), loaded)
 
 
 @pytest.mark.parametrize(
@@ -169,5 +186,6 @@ def test_a_draft_model_is_estimated_with_its_own_cache(
     fields = {"max_seq_length": 16384, "llama_extra_args": ["-md", str(draft), *flags]}
     target = server.target(transformer(tmp_path / "model.gguf"), **fields)
     main, drafting = server.needs(target, records=2)
-    assert drafting > 64
-    check(estimate(target, files_of(target)).server_mib, main + drafting)
+    assert drafting.context > 32
+    both = Need(*(one + other for one, other in zip(main, drafting, strict=True)))
+    check(estimate(target, files_of(target)), both)
