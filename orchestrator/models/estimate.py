@@ -17,6 +17,7 @@ from orchestrator.errors import InvalidModel
 from orchestrator.models.gguf_file import BLOCKS
 from orchestrator.models.hyperparameters import Hyperparameters, hyperparameters
 from orchestrator.models.local import identity_of
+from orchestrator.settings.files import FileIdentity
 from orchestrator.settings.flags import CACHE_TYPES
 from orchestrator.settings.resources import Resources, resources_of
 from orchestrator.settings.target import Target
@@ -88,18 +89,24 @@ def files_of(target: Target) -> Files:
     """
     model, resources = target.model, resources_of(target)
     size_bytes = sum(file.size_bytes for file in model.weights) or model.listed_bytes
-    shape = _shape_of(model.weights[0].path) if model.weights else None
     draft = resources.draft_path
     return Files(
-        Weights(size_bytes, shape),
-        Weights(_size_of(draft), _shape_of(draft)) if draft is not None else None,
+        Weights(size_bytes, _shape_of(model.weights[0]) if model.weights else None),
+        _draft(draft) if draft is not None else None,
         sum(map(_size_of, resources.adapter_paths)),
     )
 
 
-def _shape_of(path: str) -> Hyperparameters | None:
-    with contextlib.suppress(OSError, InvalidModel):
-        return hyperparameters(identity_of(path))
+def _draft(path: str) -> Weights:
+    with contextlib.suppress(OSError):
+        file = identity_of(path)
+        return Weights(file.size_bytes, _shape_of(file))
+    return Weights(0)
+
+
+def _shape_of(file: FileIdentity) -> Hyperparameters | None:
+    with contextlib.suppress(InvalidModel):
+        return hyperparameters(file)
     return None
 
 

@@ -31,8 +31,9 @@ _MAX_ITEMS: Final = 1 << 24
 _MAX_ENTRIES: Final = 1 << 16  # of pairs, and of tensors: read one by one, 5 µs each
 _MAX_TEXTS: Final = 1 << 22  # in all vocabularies of a file: 0.7 µs each
 _MAX_DIMENSIONS: Final = 8
-_MAX_INTEGERS: Final = 1 << 16  # in all arrays that are kept: one for each layer
+_MAX_INTEGERS: Final = 1 << 14  # in all arrays that are kept: one for each layer
 _MAX_TEXT: Final = 65536
+_MAX_KEY: Final = 256  # of one that is kept
 _ALIGNMENT: Final = 32
 _CHUNK: Final = 1 << 20
 _ROLE_BYTES: Final = 1 << 14
@@ -194,25 +195,32 @@ class _Reader:
         return "vocabulary"
 
     def header(self) -> Header:
-        pairs = self._pairs(_WANTED | _NUMBERS | {_VOCABULARY})
-        metadata = {key: value for key, value in pairs if value is not None}
-        tensors = [self._tensor() for _ in range(self._tensors)]
-        alignment, name = metadata.get(b"general.alignment"), metadata.get(_ARCHITECTURE)
+        metadata = {
+            key: value
+            for key, value in self._pairs(_WANTED | _NUMBERS | {_VOCABULARY})
+            if key in _WANTED or (isinstance(value, int | tuple) and len(key) <= _MAX_KEY)
+        }
+        end, embedding, has_output = 0, None, b"split.count" in metadata
+        for tensor in (self._tensor() for _ in range(self._tensors)):
+            end = max(end, tensor.end)
+            embedding = tensor if tensor.name == _INPUT else embedding
+            has_output = has_output or tensor.name == _OUTPUT
+        alignment, count = metadata.get(b"general.alignment"), metadata.get(_VOCABULARY)
         step = alignment if isinstance(alignment, int) and alignment > 0 else _ALIGNMENT
         data_starts = -(-self._file.tell() // step) * step
-        missing = data_starts + max((t.end for t in tensors), default=0) - self._size
+        missing = data_starts + end - self._size
         if self._tensors and missing > 0:
             raise _Malformed(f"{missing} bytes are missing at its end")
-        count = metadata.get(_VOCABULARY)
-        embedding = next((t for t in tensors if t.name == _INPUT), None)
+        name = metadata.get(_ARCHITECTURE)
+        name = name if isinstance(name, bytes) else None
         return Header(
-            architecture=name.decode("utf-8", "replace") if isinstance(name, bytes) else None,
+            architecture=None if name is None else name.decode("utf-8", "replace"),
             size_bytes=data_starts,
-            numbers=_numbers(metadata, name if isinstance(name, bytes) else b""),
+            numbers=_numbers(metadata, name or b""),
             vocab_size=count if isinstance(count, int) else 0,
             input_kind=embedding and embedding.kind,
             input_bytes=embedding.size_bytes if embedding else 0,
-            has_output=any(t.name == _OUTPUT for t in tensors) or b"split.count" in metadata,
+            has_output=has_output,
         )
 
     def _take(self, length: int) -> bytes:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
 import time
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -183,6 +185,33 @@ def test_numbers_that_make_no_sense_are_no_danger(tmp_path: Path) -> None:
     assert found.kv_heads == 4096 * 3
     assert (found.embedding_length, found.head_count, found.context_length) == (0, 0, 0)
     assert of(tmp_path, attention__head_count_kv=[1] * 70_000, block_count=2).kv_heads == 0
+
+
+def test_a_header_of_long_names_takes_little_memory(tmp_path: Path) -> None:
+    """What is not used is not kept, or a file of gigabytes would be."""
+
+    def text(value: bytes) -> bytes:
+        return struct.pack("<Q", len(value)) + value
+
+    count, long = 500, b"x" * 60_000
+    path = tmp_path / "m.gguf"
+    with open(path, "wb") as file:
+        file.write(b"GGUF" + struct.pack("<IQQ", 3, count, count))
+        for number in range(count):
+            name = b"%d" % number
+            if number % 2:  # a long key, or a long value
+                file.write(text(name + long + b".block_count") + struct.pack("<II", 4, 1))
+            else:
+                file.write(text(name + b".block_count") + struct.pack("<I", 8) + text(long))
+        for number in range(count):
+            file.write(text(b"%d" % number + long) + struct.pack("<IQIQ", 1, 1, 0, 0))
+        file.write(bytes(100))
+    tracemalloc.start()
+    try:
+        shape(path)
+        assert tracemalloc.get_traced_memory()[1] < 8 * MIB
+    finally:
+        tracemalloc.stop()
 
 
 def test_keys_of_another_architecture_are_not_read(tmp_path: Path) -> None:
