@@ -9,6 +9,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -65,6 +66,12 @@ class Need(NamedTuple):
 
 
 PARTS: Final = ("self", "model", "context", "compute")
+RECORD: Final = b'{"type":"fit_memory_breakdown"'
+
+
+def need(record: bytes) -> Need:
+    rows = json.loads(record)["data"]["rows"]
+    return Need(*(sum(row[part] for row in rows) for part in PARTS))
 
 
 @dataclass
@@ -83,14 +90,11 @@ class Server:
         argv = [*build_argv(target, template_file=None), "--log-jsonl"]
         with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
             assert process.stdout is not None
-            found: list[Need] = []
-            for line in process.stdout:
-                if line.startswith(b'{"type":"fit_memory_breakdown"'):
-                    rows = json.loads(line)["data"]["rows"]
-                    found.append(Need(*(sum(row[part] for row in rows) for part in PARTS)))
-                    if len(found) == records:
-                        break
-            process.kill()
+            lines = (line for line in process.stdout if line.startswith(RECORD))
+            try:
+                found = [need(line) for line in islice(lines, records)]
+            finally:
+                process.kill()
         assert len(found) == records, argv
         return found
 
