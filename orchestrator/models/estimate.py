@@ -36,7 +36,7 @@ class Estimate(Record):
     """Memory in MiB, rounded up, of all devices together.
 
     Attributes:
-        weights_mib: The model, its draft model and its adapters.
+        weights_mib: The model and its draft model.
         context_mib: The caches and states of both.
         compute_mib: The buffers of both.
         extra_mib: `beside_mib`.
@@ -72,15 +72,10 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """What a server would load.
-
-    Attributes:
-        adapters_bytes: Of all LoRA files.
-    """
+    """What a server would load."""
 
     model: Weights
     draft: Weights | None = None
-    adapters_bytes: int = 0
 
 
 def files_of(target: Target) -> Files:
@@ -93,7 +88,6 @@ def files_of(target: Target) -> Files:
     return Files(
         Weights(size_bytes, _shape_of(model.weights[0]) if model.weights else None),
         _draft(draft) if draft is not None else None,
-        sum(map(_size_of, resources.adapter_paths)),
     )
 
 
@@ -118,11 +112,12 @@ def _size_of(path: str) -> int:
 
 def beside_mib(target: Target) -> int:
     """Return what a server needs on the host beside its own figures, which know neither the
-    projector nor the cache of prompts, in MiB.
+    projector nor adapters nor the cache of prompts, in MiB.
     """
-    projector = target.model.projector
-    size_bytes = projector.size_bytes if projector is not None else 0
-    return _mib(size_bytes * _PROJECTOR) + resources_of(target).cache_ram_mib
+    projector, asked = target.model.projector, resources_of(target)
+    size_bytes = projector.size_bytes * _PROJECTOR if projector is not None else 0
+    adapters_bytes = sum(map(_size_of, asked.adapter_paths))
+    return _mib(size_bytes) + _mib(adapters_bytes) + asked.cache_ram_mib
 
 
 def estimate(target: Target, files: Files) -> Estimate:
@@ -138,7 +133,6 @@ def estimate(target: Target, files: Files) -> Estimate:
     if draft is not None:
         needs.append(_need(draft, asked, cells, asked.draft_cache_types))
     weights, context, compute = map(sum, zip(*needs, strict=True))
-    weights += files.adapters_bytes
     return Estimate(_mib(weights), _mib(context), _mib(compute), beside_mib(target))
 
 

@@ -1,8 +1,9 @@
 """What servers take of memory: their own figures, kept for the next start, or an estimate.
 
-A server that fits unset arguments to the memory prints a figure for what they want, then, if that
-is too much, one for the least that it can do with, and perhaps others that it tries. With a draft
-model each of these is two figures. What it takes in the end is printed only at its exit, so it is
+A server that fits unset arguments to the memory prints a figure for what they want, or two that
+grow, where each of its slots has a context of its own. If that is too much, it prints one for the
+least that it can do with, and perhaps others that it tries. A draft model has a figure beside each
+but the smaller of the two. What the server takes in the end is printed only at its exit, so it is
 computed from the context that it reports.
 """
 
@@ -57,22 +58,24 @@ class Sizes:
         self._kept: dict[str, dict[str, int]] | None = None
         self._turn = threading.Lock()
 
-    def expected(self, target: Target) -> Memory:
+    def expected(self, target: Target, devices: Sequence[Device] | None = None) -> Memory:
         """Return what a server would take: its own figure of an earlier start, or an estimate."""
         if (kept := self._read().get(_key(target))) is not None:
             return _exact(target, kept)
         found = estimate.estimate(target, estimate.files_of(target))
-        return Memory.of("estimate", spread(found, self._devices(target.server), target))
+        devices = self._devices(target.server) if devices is None else devices
+        return Memory.of("estimate", spread(found, devices, target))
 
     def room(self, target: Target, running: Running | None = None) -> Room:
         """Return what a start would need and find, if `running` were stopped for it."""
-        free = {device.name: device.free_mib for device in self._devices(target.server)}
+        devices = self._devices(target.server)
+        free = {device.name: device.free_mib for device in devices}
         if running is not None and running.memory is not None:
             held = _returned(running.target, running.memory)
             free = {device: mib + held.get(device, 0) for device, mib in free.items()}
-        needs = [self.expected(target)]
+        needs = [self.expected(target, devices)]
         if (smallest := _with_least_context(target)) is not None:
-            needs.append(self.expected(smallest))
+            needs.append(self.expected(smallest, devices))
         is_known = all(device in free for device in needs[0].devices)
         fits = any(_fits(need.devices, free) for need in needs)
         return Room(needs[0], free, fits if is_known else None)
@@ -80,17 +83,19 @@ class Sizes:
     def printed(self, target: Target, figures: Sequence[Figure]) -> Memory | None:
         """Return what a server that is loading would take; None if it has not said it."""
         rounds = _rounds(target, figures)
-        return _exact(target, rounds[0]) if rounds else None
+        return _exact(target, _wanted(rounds)) if rounds else None
 
     def taken(self, target: Target, figures: Sequence[Figure], server: ServerFacts) -> Memory:
         """Return what a server that has become ready has taken."""
         rounds = _rounds(target, figures)
         if not rounds:
             return self.expected(target)
-        self._keep(target, rounds[0])
-        if len(rounds) == 1:
-            return _exact(target, rounds[0])
-        return _exact(target, _fitted(target, rounds, server.context_length), fitted=True)
+        wanted, last = _wanted(rounds), rounds[-1]
+        self._keep(target, wanted)
+        if _sum(last) == _sum(wanted):
+            return _exact(target, wanted)
+        fitted = _fitted(target, wanted, last, server.context_length)
+        return _exact(target, fitted, fitted=True)
 
     def _read(self) -> dict[str, dict[str, int]]:
         if self._kept is None:
@@ -111,39 +116,46 @@ class Sizes:
 
 def _exact(target: Target, figure: dict[str, int], *, fitted: bool = False) -> Memory:
     beside = {HOST: estimate.beside_mib(target)}
-    server_mib = sum(figure.values())
-    return Memory.of("exact", figure, beside, server_mib=server_mib, fitted=fitted)
+    return Memory.of("exact", figure, beside, server_mib=_sum(figure), fitted=fitted)
 
 
 def _rounds(target: Target, figures: Sequence[Figure]) -> list[dict[str, int]]:
-    """Return what the server has tried, the first with all that was asked for: the figure of its
-    model, which is told by its weights, and that of its draft model.
+    """Return what the server has tried: each time the figure of its model, which is told by its
+    weights, and that of its draft model, which may be the same file.
     """
     rounds: list[list[Figure]] = []
-    has_draft = has_draft_model(target.extra_args)
+    asked, has_draft = resources_of(target), has_draft_model(target.extra_args)
+    drafts_after = 2 if asked.caches > 1 and not asked.context else 1
     for figure in figures:
-        is_draft = bool(rounds) and (
-            figure.model_mib != rounds[0][0].model_mib or (has_draft and len(rounds[-1]) == 1)
-        )
-        if is_draft:
+        is_other = bool(rounds) and figure.model_mib != rounds[0][0].model_mib
+        is_second = len(rounds) >= drafts_after and len(rounds[-1]) == 1
+        if is_other or (has_draft and is_second):
             rounds[-1].append(figure)
         else:
             rounds.append([figure])
     return [total(*(figure.devices for figure in one)) for one in rounds]
 
 
-def _fitted(target: Target, rounds: list[dict[str, int]], context: int | None) -> dict[str, int]:
+def _sum(figure: Mapping[str, int]) -> int:
+    return sum(figure.values())
+
+
+def _wanted(rounds: list[dict[str, int]]) -> dict[str, int]:
+    return max(rounds, key=_sum)
+
+
+def _fitted(
+    target: Target, most: dict[str, int], least: dict[str, int], context: int | None
+) -> dict[str, int]:
     """Return what is between all and the least, as the context is; memory grows evenly with it."""
-    most, least = rounds[0], rounds[1]
     shape = estimate.files_of(target).model.shape
     if shape is None or context is None:
         return most
-    asked = resources_of(target)
     fit_context = value_of(target.extra_args, "-fitc", "--fit-ctx") or ""
     smallest = int(fit_context) if fit_context.isdecimal() else _LEAST_CONTEXT
     largest = shape.context_length
-    if context * asked.caches >= largest * asked.caches or smallest >= largest:
-        return rounds[-1]  # layers were moved instead
+    if context >= largest or smallest >= largest:
+        return least  # layers were moved instead
     part = max(0.0, (context - smallest) / (largest - smallest))
     names = total(most, least)
     return {n: round(least.get(n, 0) + part * (most.get(n, 0) - least.get(n, 0))) for n in names}

@@ -64,7 +64,7 @@ def devices(server: ServerBinary, root: Path = Path("/")) -> tuple[Device, ...]:
 
 
 def _host(root: Path) -> Device:
-    total, free = memory.total_bytes(root), memory.available_bytes(root)
+    total, free = memory.total_and_available_bytes(root)
     if total is None or free is None:  # no Linux
         found = psutil.virtual_memory()
         total, free = found.total, found.available

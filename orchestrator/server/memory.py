@@ -26,14 +26,17 @@ def available_bytes(root: Path = Path("/")) -> int | None:
     Args:
         root: Where `proc` and `sys` are mounted.
     """
-    known = [*_machine(root, "MemAvailable"), *(left for _, left in _groups(root))]
-    return min(known) if known else None
+    return total_and_available_bytes(root)[1]
 
 
-def total_bytes(root: Path = Path("/")) -> int | None:
-    """Return the memory of this machine, or the least limit on it; None if nothing is known."""
-    known = [*_machine(root, "MemTotal"), *limits(root)]
-    return min(known) if known else None
+def total_and_available_bytes(root: Path = Path("/")) -> tuple[int | None, int | None]:
+    """Return the memory of this machine, or the least limit on it, and what is available of it;
+    None for what is not known.
+    """
+    groups, machine = list(_groups(root)), _machine(root)
+    totals = [limit for limit, _ in groups] + machine.get("MemTotal", [])
+    available = [left for _, left in groups] + machine.get("MemAvailable", [])
+    return min(totals, default=None), min(available, default=None)
 
 
 def limits(root: Path = Path("/")) -> Iterator[int]:
@@ -76,8 +79,12 @@ def _kept(group: Path, names: _Names) -> int:
     return 0
 
 
-def _machine(root: Path, name: str) -> Iterator[int]:
-    with contextlib.suppress(OSError, ValueError, IndexError):
+def _machine(root: Path) -> dict[str, list[int]]:
+    """Return the amounts in /proc/meminfo that are well-formed."""
+    found: dict[str, list[int]] = {}
+    with contextlib.suppress(OSError):
         for line in (root / "proc/meminfo").read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                yield int(line.split()[1]) * 1024
+            with contextlib.suppress(ValueError, IndexError):
+                name, amount = line.split()[:2]
+                found.setdefault(name.rstrip(":"), []).append(int(amount) * 1024)
+    return found

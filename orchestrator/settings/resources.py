@@ -20,7 +20,7 @@ _BATCH: Final = 2048
 _UBATCH: Final = 512
 _DRAFTED: Final = 3
 _DRAFTED_NGRAM: Final = 64
-_CACHE_RAM_MIB: Final = 8192  # the server's default for chat; no limit (-1) counts as this
+_CACHE_RAM_MIB: Final = 8192  # the server's default for chat, which no limit (-1) counts as
 _UNIFIED: Final = {
     **dict.fromkeys(("-kvu", "--kv-unified"), True),
     **dict.fromkeys(("-no-kvu", "--no-kv-unified"), False),
@@ -108,11 +108,8 @@ def _drafted(args: tuple[str, ...], mode: str) -> int:
 
 
 def _cache_ram_mib(target: Target) -> int:
-    catalogue = target.server.catalogue
-    if catalogue is not None and not catalogue.has("--cache-ram"):
-        return 0  # a build that has no such cache
-    field = target.request.effective("cache_ram_mib")
-    requested = -1 if field is None else field
+    """Only what is asked for is counted: a server's own default is seldom filled."""
+    requested = target.request.effective("cache_ram_mib") or 0
     value = _number(value_of(target.extra_args, "-cram", "--cache-ram"), requested)
     return value if value >= 0 else _CACHE_RAM_MIB
 

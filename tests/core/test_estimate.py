@@ -140,12 +140,12 @@ def test_a_copied_matrix_counts_twice() -> None:
     assert of(shape={"tied_bytes": 7 * MIB}).weights_mib == 107
 
 
-def test_draft_models_and_adapters_are_added() -> None:
+def test_draft_models_are_added() -> None:
     """A draft model has a cache of its own, of the same length and of its own type."""
     model, small = Weights(101 * MIB, SHAPE), replace(SHAPE, kv_heads=8, context_length=512)
-    both = Files(model, Weights(11 * MIB, small), adapters_bytes=5 * MIB)
+    both = Files(model, Weights(11 * MIB, small))
     alone, found = of("-ctk", "q8_0"), of("-ctk", "q8_0", files=both)
-    assert found.weights_mib == 100 + 10 + 5
+    assert found.weights_mib == 100 + 10
     assert found.context_mib == alone.context_mib + CACHE_MIB // 8
     assert found.compute_mib > 1.9 * alone.compute_mib
     quantised = of("-ctkd", "q8_0", "-ctvd", "q8_0", files=both)
@@ -159,7 +159,7 @@ def test_a_model_without_a_header_is_its_files_and_a_tenth() -> None:
 @pytest.mark.parametrize(
     ("fields", "projector_mib", "expected"),
     [
-        ({}, 0, 8192),
+        ({}, 0, 0),
         ({"cache_ram_mib": 512}, 0, 512),
         ({"cache_ram_mib": 0}, 100, 150),
         ({"kind": "embedding"}, 0, 0),
@@ -175,13 +175,18 @@ def test_what_the_servers_figures_leave_out(
     assert estimate(made, Files(Weights(0, SHAPE))).extra_mib == expected
 
 
+def test_adapters_are_in_no_figure_of_the_server(tmp_path: Path) -> None:
+    adapter = tmp_path / "lora.gguf"
+    adapter.write_bytes(bytes(MIB + 1))
+    assert beside_mib(target(llama_extra_args=["--lora", f"{adapter},{adapter}"])) == 3
+
+
 def test_files_are_read_with_all_parts_and_what_extra_args_add(tmp_path: Path) -> None:
     first, draft = transformer(tmp_path / "a.gguf"), transformer(tmp_path / "d.gguf", layers=1)
-    other, adapter = tmp_path / "b.gguf", tmp_path / "lora.gguf"
+    other = tmp_path / "b.gguf"
     other.write_bytes(bytes(1000))
-    adapter.write_bytes(bytes(50))
     model = ModelFiles((identity_of(first), identity_of(other)))
-    args = ["-md", str(draft), "--lora", f"{adapter},{adapter}"]
+    args = ["-md", str(draft)]
     found = files_of(target(model=model, llama_extra_args=args))
     assert found.model.size_bytes == first.stat().st_size + 1000
     assert found.model.shape is not None
@@ -190,7 +195,6 @@ def test_files_are_read_with_all_parts_and_what_extra_args_add(tmp_path: Path) -
     assert found.draft.size_bytes == draft.stat().st_size
     assert found.draft.shape is not None
     assert found.draft.shape.kv_heads == 4
-    assert found.adapters_bytes == 100
 
 
 def test_files_that_are_missing_or_damaged_are_no_error(tmp_path: Path) -> None:
@@ -200,7 +204,7 @@ def test_files_that_are_missing_or_damaged_are_no_error(tmp_path: Path) -> None:
     args = ["-md", str(tmp_path / "none.gguf"), "--lora", "a,"]
     model = ModelFiles((identity_of(damaged),))
     found = files_of(target(model=model, llama_extra_args=args))
-    assert found == Files(Weights(16), Weights(0), 0)
+    assert found == Files(Weights(16), Weights(0))
 
 
 def test_a_model_to_download_has_the_size_that_the_hub_listed() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.server.memory import available_bytes, limits, total_bytes
+from orchestrator.server.memory import available_bytes, limits, total_and_available_bytes
 
 V1 = "sys/fs/cgroup/memory"
 V2 = "sys/fs/cgroup"
@@ -86,7 +86,7 @@ def test_limits_are_those_of_the_own_group_and_of_all_above(
     root = machine(tmp_path, {"proc/self/cgroup": group, "proc/meminfo": MEMINFO, **files})
     assert sorted(limits(root)) == expected
     assert available_bytes(root) == min([FREE, *expected])
-    assert total_bytes(root) == min([TOTAL, *expected])
+    assert total_and_available_bytes(root)[0] == min([TOTAL, *expected])
 
 
 @pytest.mark.parametrize(
@@ -124,9 +124,9 @@ def test_what_a_group_uses_is_not_available_but_for_its_page_cache(
 def test_a_machine_that_hides_its_memory_is_judged_by_the_limit(tmp_path: Path) -> None:
     """`ProcSubset=pid` leaves no /proc/meminfo."""
     assert available_bytes(tmp_path) is None
-    assert total_bytes(tmp_path) is None
+    assert total_and_available_bytes(tmp_path) == (None, None)
     root = machine(tmp_path, {"proc/self/cgroup": "0::/a\n", f"{V2}/a/memory.max": "500\n"})
-    assert (available_bytes(root), total_bytes(root)) == (500, 500)
+    assert total_and_available_bytes(root) == (500, 500)
 
 
 @pytest.mark.parametrize("text", ["", "MemAvailable:\n", "MemAvailable: ? kB\n"])
@@ -135,4 +135,4 @@ def test_unreadable_memory_is_unknown(tmp_path: Path, text: str) -> None:
 
 
 def test_this_machine_has_memory() -> None:
-    assert 1 << 20 < (available_bytes() or 0) < (total_bytes() or 0)
+    assert 1 << 20 < (available_bytes() or 0) < (total_and_available_bytes()[0] or 0)

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from orchestrator.settings.help_text import Catalogue, FlagHelp
 from orchestrator.settings.resources import Resources, resources_of
-from tests.kit.settings import BINARY, PROJECTOR, local, target
+from tests.kit.settings import PROJECTOR, local, target
 
 NOTHING = Resources(
     context=0,
@@ -21,7 +20,7 @@ NOTHING = Resources(
     draft_cache_types=("f16", "f16"),
     has_full_windows=False,
     has_flash_attention=True,
-    cache_ram_mib=8192,
+    cache_ram_mib=0,
     draft_path=None,
     adapter_paths=(),
     devices=None,
@@ -63,7 +62,7 @@ def test_what_is_not_requested_has_the_servers_defaults() -> None:
         ("-no-kvu --kv-unified", {}),
         ("-cram 100", {"cache_ram_mib": 100}),
         ("--cache-ram 0", {"cache_ram_mib": 0}),
-        ("-cram -1", {}),
+        ("-cram -1", {"cache_ram_mib": 8192}),
         ("-md a.gguf", {"draft_path": "a.gguf", "judged": 4}),
         ("--spec-draft-model a.gguf --spec-draft-n-max 8", {"draft_path": "a.gguf", "judged": 9}),
         ("--spec-default", {"judged": 65}),
@@ -112,11 +111,3 @@ def test_extra_args_win_over_fields() -> None:
     found = asked(*args, max_seq_length=4096, cache_type_kv="q8_0", cache_ram_mib=9, n_parallel=2)
     expected = {"context": 512, "slots": 2, "cache_types": ("q4_0", "q8_0"), "cache_ram_mib": 5}
     assert found == replace(NOTHING, **expected)  # type: ignore[arg-type]
-
-
-def test_a_build_without_a_cache_of_prompts_has_none() -> None:
-    def found(*flags: str) -> int:
-        catalogue = Catalogue((FlagHelp(("--model",)), *(FlagHelp((flag,)) for flag in flags)))
-        return asked(server=replace(BINARY, catalogue=catalogue)).cache_ram_mib
-
-    assert (found(), found("--cache-ram")) == (0, 8192)

@@ -23,6 +23,7 @@ REQUESTS: Final[dict[str, dict[str, Any]]] = {
     "long": {"max_seq_length": 32768},
     "one slot": {"n_parallel": 1},
     "slots of their own": {"n_parallel": 3, "max_seq_length": 3000},
+    "whole slots of their own": {"n_parallel": 4},
     "unified slots": {"n_parallel": 6, "llama_extra_args": ["-kvu"]},
     "by flag": {"max_seq_length": 512, "llama_extra_args": ["-c", "16384"]},
     "q8_0": {"cache_type_kv": "q8_0", "max_seq_length": 8192},
@@ -93,6 +94,18 @@ def test_draft_model_is_counted(orch: Orchestrator, model: str, tmp_path: Path) 
     assert memory.server_mib == first + second
 
 
+def test_draft_model_is_counted_where_each_slot_has_its_context(
+    orch: Orchestrator, model: str, tmp_path: Path
+) -> None:
+    """What all slots want is printed in between."""
+    draft = write_tiny_model(tmp_path / "draft.gguf", seed=3)
+    memory = memory_of(orch.load(model, llama_extra_args=["-md", str(draft)], n_parallel=4))
+    one, all_, second, *_ = printed(orch)
+    assert one < all_
+    assert memory.server_mib == all_ + second
+    assert not memory.fitted
+
+
 def test_draft_model_of_the_same_file_is_counted(orch: Orchestrator, model: str) -> None:
     memory = memory_of(orch.load(model, llama_extra_args=["-md", model], max_seq_length=2048))
     assert memory.server_mib == 2 * printed(orch)[0]
@@ -120,7 +133,7 @@ def test_context_that_the_server_reduces_is_what_is_counted(orch: Orchestrator, 
     memory = memory_of(outcome)
     assert memory.fitted
     orch.unload()
-    first, least, *_, taken = printed(orch)
+    first, least, taken = printed(orch)
     assert least < taken < first
     assert memory.server_mib is not None
     assert abs(memory.server_mib - taken) <= 1
@@ -194,3 +207,16 @@ def test_what_cannot_fit_is_known_beforehand(
     assert plan.memory.devices["Host"] > plan.free["Host"]
     assert plan.fits is False
     assert orch.plan(model).fits is True
+
+
+def test_context_of_slots_of_their_own_is_reduced_for_each(orch: Orchestrator, model: str) -> None:
+    full = memory_of(orch.load(model, n_parallel=4))
+    orch.unload()
+    total_mib = int(Path("/proc/meminfo").read_text().split()[1]) >> 10
+    assert full.server_mib is not None
+    args = ["--fit-target", str(total_mib - full.server_mib + 60), "--fit-ctx", "1024"]
+    memory = memory_of(orch.load(model, llama_extra_args=args, n_parallel=4))
+    orch.unload()
+    assert memory.fitted
+    assert memory.server_mib is not None
+    assert abs(memory.server_mib - printed(orch)[-1]) <= 1
