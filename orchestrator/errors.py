@@ -5,8 +5,10 @@ OrchestratorError
 │   ├── RefusedArgument       400  a llama-server flag that extra args may not contain
 │   ├── InvalidModel          400  empty, truncated or not a GGUF file
 │   ├── WrongKind             400  a route that a server of this `kind` does not answer
+│   ├── InvalidCatalogue      400  a mistake in the catalogue of a pool; says where it is
 │   └── MalformedRequest      422  unknown field or wrong type
 ├── ModelNotFound             404
+├── NameTaken                 409  a model of a pool has this name
 ├── UnknownGeneration         404  no load has it, or it is not remembered any more
 ├── Interrupted               409  a load that ended before it became Healthy
 │   ├── Superseded            409  by a newer load
@@ -236,12 +238,20 @@ class WrongKind(InvalidRequest):
     _row = "wrong_kind", 400, "The running server is of another kind"
 
 
+class InvalidCatalogue(InvalidRequest):
+    _row = "invalid_catalogue", 400, "The catalogue has a mistake"
+
+
 class MalformedRequest(InvalidRequest):
     _row = "malformed", 422, "The request is malformed"
 
 
 class ModelNotFound(OrchestratorError):
     _row = "model_not_found", 404, "Model not found"
+
+
+class NameTaken(OrchestratorError):
+    _row = "name_taken", 409, "That name is taken"
 
 
 class UnknownGeneration(OrchestratorError):

@@ -14,7 +14,7 @@ import orchestrator
 HOUSE = Path(orchestrator.__file__).parent
 LOWEST_FIRST = (
     *({"base"}, {"errors"}, {"settings"}, {"machine", "models"}, {"server"}),
-    *({"runtime"}, {"http"}, {"cli"}, {"demo"}),
+    *({"runtime"}, {"pool"}, {"http"}, {"cli"}, {"demo"}),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(LOWEST_FIRST) for room in rooms}
 NAMES = {path: path.relative_to(HOUSE).as_posix() for path in sorted(HOUSE.rglob("*.py"))}

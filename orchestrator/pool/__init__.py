@@ -1,0 +1,1 @@
+"""Several models by name on one machine."""
