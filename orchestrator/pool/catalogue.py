@@ -266,8 +266,8 @@ def _taken(name: str, owner: Entry, one: Entry, added: Collection[str]) -> Orche
     if owner is one:
         message = f"{shown} is a name of this entry already: choose another name"
         return InvalidRequest.because(message, field="aliases")
-    since = ", which was added at run time" * (owner.name in added)
-    message = f"{shown} is a name of {dotted((owner.name,))}{since}: choose another name"
+    theirs = dotted(("models", owner.name)) + ", added at run time," * (owner.name in added)
+    message = f"{shown} is a name of {theirs} already: choose another name"
     return NameTaken.because(message, field="aliases")
 
 

@@ -35,11 +35,14 @@ _VALUE: Final = re.compile(
 _BLANK: Final = re.compile(r"(?:[ \t\r\n]|#[^\n]*+)*+")
 _BARE: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
+_MAX_DEPTH: Final = 8
+
 
 def lines_of(text: str) -> dict[KeyPath, int]:
     """Return the line of every key and table of a valid TOML text, from 1.
 
     A table that is only named on the way to another one has the line of the first that names it.
+    What is deeper than any key of a catalogue is left out.
     """
     written: dict[KeyPath, int] = {}
     implied: dict[KeyPath, int] = {}
@@ -102,7 +105,7 @@ def _keys(text: str) -> Iterator[tuple[int, KeyPath]]:
             position += opening  # the closing brackets
         else:
             path, position = _path(text, position)
-            yield start, (*table, *path)
+            yield start, (*table, *path)[:_MAX_DEPTH]
             position = _after_value(text, position + 1)  # the equals sign
         position = _after_blank(text, position)
 
@@ -115,7 +118,7 @@ def _path(text: str, position: int) -> tuple[KeyPath, int]:
         position = found.end()
         if not found[2]:
             break
-    return tuple(parts), position
+    return tuple(parts[:_MAX_DEPTH]), position
 
 
 def _unquoted(key: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -113,7 +113,8 @@ class Reading:
                 read["api_key_file"] = Path(self._located(key_file))
         else:
             refused = _NOT_OVER_HTTP if is_remote else _NOT_OURS
-            read = self._values(path, members, MODEL, refused)
+            known = MODEL.keys() if "model_path" in members else MODEL.keys() | ELSEWHERE.keys()
+            read = self._values(path, members, MODEL, refused, known)
             load = {key: read.pop(key) for key in SETTINGS if key in read}
             kind, request = load.get("kind", "chat"), self._request(path, load, pool)
         presets = self._presets((*path, "presets"), read.pop("presets", {}))
@@ -170,8 +171,14 @@ class Reading:
         given: Mapping[str, Any],
         rows: Mapping[str, Setting],
         refused: Mapping[str, str] | None = None,
+        known: Iterable[str] = (),
     ) -> dict[str, Any]:
-        """Return the values of known keys, in normal form."""
+        """Return the values of the keys with a row, in normal form.
+
+        Args:
+            refused: Why other keys are refused.
+            known: Keys that an unknown one may be meant as; default: those with a row.
+        """
         read: dict[str, Any] = {}
         for key, value in given.items():
             with self._at(table, key):
@@ -180,7 +187,7 @@ class Reading:
                 elif why := (refused or {}).get(key):
                     raise _refused(key, why)
                 else:
-                    raise unknown_field(key, rows)
+                    raise unknown_field(key, known or rows)
         return read
 
     def _table(self, table: KeyPath, key: str | None, value: object) -> dict[str, Any]:

@@ -36,7 +36,7 @@ _SHAPES: Final[dict[checks.Check, Schema]] = {
     values.names: _NAMES,
     values.some_names: {**_NAMES, "minItems": 1},
     values.file: _WRITTEN,
-    values.base_url: {"type": "string", "pattern": r"^https?://[^@?#\s]+$"},
+    values.base_url: {"type": "string", "pattern": f"^{values.URL}$"},
     values.mapping: {
         "type": "object",
         "propertyNames": {"pattern": f"^{values.NAME}$"},

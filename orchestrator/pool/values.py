@@ -19,6 +19,9 @@ from orchestrator.settings import checks, flags
 AUTO: Final = "auto"
 NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 SIZE: Final = r"([0-9]{1,12}(?:\.[0-9]{1,12})?) *([KMGTkmgt][Ii]?[Bb])"
+URL: Final = r"https?://[A-Za-z0-9._:\[\]-]+(?:/[A-Za-z0-9._~!$&'()*+,;=:%/-]*)?"
+"""Without what a URL may have before `@` and after `?`: a password or a key."""
+
 Memory = int | Mapping[str, int]
 """MiB of the first device, or MiB by device."""
 
@@ -118,11 +121,10 @@ def base_url(field: str, value: object) -> str:
     """The address of an OpenAI-compatible server, without a slash at its end."""
     url = (checks.line(field, value) or "").rstrip("/")
     try:
-        parts = urlsplit(url)
-        is_usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:
+        is_usable = re.fullmatch(URL, url) is not None and urlsplit(url).port != 0
+    except ValueError:  # a port or a bracket that is none
         is_usable = False
-    if not is_usable or any(c in url for c in "@?#") or not url.isascii() or " " in url:
+    if not is_usable:
         # the value is not shown: it may have a password
         message = (
             f"{field} must be like http://127.0.0.1:9000/v1, without user, password and query: "
