@@ -38,7 +38,7 @@ help:
 	@echo "make copies        write docs/examples into the pages that show them"
 	@echo "make types         check that the public API is fully typed for its users"
 	@echo "make diagrams      write diagrams/ from the transition table"
-	@echo "make schema        write docs/config.schema.json from the settings"
+	@echo "make schema        write the JSON schemas in docs/ from the settings"
 	@echo "make screenshot    write docs/panel.png"
 	@echo "make bench         measure the cost of the orchestrator over the bare process"
 	@echo "make bench-peers   measure answers beside the peers (needs wrk)"
@@ -141,6 +141,8 @@ diagrams: $(VENV)/.ready
 
 schema: $(VENV)/.ready
 	$(BIN)/llama-orchestrator doctor --schema > docs/config.schema.json
+	$(BIN)/python -c 'import json; from orchestrator.pool.schema import schema; \
+	  print(json.dumps(schema(), indent=2))' > docs/catalogue.schema.json
 
 screenshot: $(VENV)/.ready chromium
 	$(BIN)/python -m tests.browser.screenshot docs/panel.png

@@ -139,7 +139,7 @@ def with_entry(
     """
     path: KeyPath = ("models", name)
     if catalogue.find(name) is not None:
-        message = f"{dotted((name,))} is the name of a model already: choose another name"
+        message = f"{dotted((name,))} is already the name of a model: choose another name"
         raise NameTaken.because(message, field="name")
     reading = Reading(None if is_remote else Path.cwd())
     entry = reading.entry(name, fields, catalogue.pool, is_remote=is_remote)
@@ -264,10 +264,12 @@ def _conflicts(entries: Iterable[Entry], added: Collection[str] = ()) -> Iterato
 def _taken(name: str, owner: Entry, one: Entry, added: Collection[str]) -> OrchestratorError:
     shown = dotted((name,))
     if owner is one:
-        message = f"{shown} is a name of this entry already: choose another name"
+        message = f"{shown} is already a name of this entry: choose another name"
         return InvalidRequest.because(message, field="aliases")
-    theirs = dotted(("models", owner.name)) + ", added at run time," * (owner.name in added)
-    message = f"{shown} is a name of {theirs} already: choose another name"
+    theirs = dotted(("models", owner.name)) + ", which was added at run time" * (
+        owner.name in added
+    )
+    message = f"{shown} is already a name of {theirs}: choose another name"
     return NameTaken.because(message, field="aliases")
 
 
@@ -314,7 +316,7 @@ def _pins(made: Catalogue, entries: Iterable[Entry] | None = None) -> Iterator[M
     for one in entries:
         if one.pinned and one.group and (first := pinned.setdefault(one.group, one)) is not one:
             shown = dotted((first.name,))
-            message = f"{shown} of the same group is pinned already: pin one of a group"
+            message = f"{shown} of the same group is already pinned: pin one of a group"
             error = InvalidRequest.because(message, field="pinned")
             yield Mistake(("models", one.name), "pinned", error)
     yield from _beyond(entries, by_device(made.pool.memory), lambda one: by_device(one.memory))

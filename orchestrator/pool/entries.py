@@ -192,7 +192,8 @@ _OWN: Final = _rows_of(Entry)
 _ELSEWHERE: Final = ("base_url", "api_key_file", "upstream_model")
 
 _IN_A_POOL: Final = {
-    "llama_extra_args": "llama-server flags; nothing is inherited",
+    "llama_extra_args": "flags of llama-server; nothing is inherited",
+    "speculative_type": "drafting: default, off, ngram-mod or a type the server lists; null = off",
     "idle_ttl_s": "unload after this long without use, seconds; default: the pool's",
     "cache_ram_mib": "host memory for cached prompts, MiB; default: the pool's for chat, else 0",
     "pinned": "once resident it stays: neither evicted nor unloaded when idle",

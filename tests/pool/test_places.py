@@ -119,7 +119,7 @@ def written(draw: st.DrawFn, depth: int = 2) -> str:
 @st.composite
 def documents(draw: st.DrawFn) -> tuple[str, dict[KeyPath, int]]:
     """A TOML text, and the line of each of its headers and keys."""
-    text, expected = "", {}
+    text, expected = "", dict[KeyPath, int]()
 
     def spelled(path: list[str]) -> str:
         parts = [
