@@ -60,6 +60,7 @@ NOT_IN_PRESETS: Final = {
     "presets": "a preset has no presets, so leave it out",
 }
 _TABLES: Final = ("pool", "models", "keys")
+_MAX_DEPTH: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +149,13 @@ class Reading:
 
     def _preset(self, table: KeyPath, name: str, given: object) -> Preset:
         self._name((*table, name), name)
-        members = self._table(table, name, given)
-        for key, value in members.items():
+        texts: list[str] = []
+        for key, value in sorted(self._table(table, name, given).items()):
             with self._at((*table, name), key):
                 if (why := NOT_IN_PRESETS.get(key)) is not None:
                     raise _refused(key, why)
-                _json(key, value)
-        return Preset(name, "{}" if self.mistakes else _json(name, members))
+                texts.append(f"{json.dumps(key)}: {_json(key, value)}")
+        return Preset(name, f"{{{', '.join(texts)}}}")
 
     def _key(self, name: str, given: object) -> KeyEntry:
         path = ("keys", name)
@@ -202,7 +203,7 @@ class Reading:
 
     def _model(self, text: str) -> str:
         """Return the path of a local model; a repo and an address of the Hub stay as they are."""
-        if of_address(text) != (text, None):
+        if self.folder is None or of_address(text) != (text, None):
             return text
         path = self._located(text)
         return path if split_reference(text) is None or os.path.exists(path) else text
@@ -235,7 +236,20 @@ def _refused(key: str, why: str) -> InvalidRequest:
 
 def _json(key: str, value: object) -> str:
     try:
-        return json.dumps(value, allow_nan=False, sort_keys=True)
+        text = json.dumps(value, allow_nan=False, sort_keys=True)
     except (TypeError, ValueError, RecursionError) as error:
         message = f"{key} is not JSON, which has no dates, no inf and no nan: write another value"
         raise InvalidRequest.because(message, field=key) from error
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [inner for one in level for inner in _inside(one)]
+    if level:  # it could be written, but perhaps not read again
+        message = f"{key} is nested too deeply: at most {_MAX_DEPTH} levels"
+        raise InvalidRequest.because(message, field=key)
+    return text
+
+
+def _inside(value: object) -> Iterable[object]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list | tuple) else ()

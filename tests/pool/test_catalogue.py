@@ -342,6 +342,15 @@ def test_a_match_has_the_members_of_the_preset() -> None:
     }
 
 
+def test_a_preset_may_be_nested_as_deeply_as_a_request() -> None:
+    read = catalogue(f"""
+        [models.a]
+        model_path = "org/a"
+        presets.p.x = {"[" * 64}{"]" * 64}
+    """)
+    assert read.models["a"].presets[0].text.count("[") == 64
+
+
 def test_a_token_is_used_and_never_shown() -> None:
     read = models(a={"hf_token": SECRET})
     request = read.models["a"].request

@@ -120,6 +120,8 @@ MISTAKES: list[tuple[str, int, str]] = [
     (CHAT + "[models.chat.presets.p]\n\nseed = 1979-05-27", 5, "models.chat.presets.p.seed"),
     (CHAT + "presets.p = { x = [[{ y = 07:32:00 }]] }", 3, "models.chat.presets.p.x"),
     (CHAT + "presets.p = { x = inf }", 3, "models.chat.presets.p.x"),
+    (CHAT + f"presets.p.x = {'[' * 65}{']' * 65}", 3, "models.chat.presets.p.x"),
+    (CHAT + f"presets.p.x{'.x' * 200} = 1", 3, "models.chat.presets.p.x"),
     (CHAT + "presets.p = { x = { y = nan } }", 3, "models.chat.presets.p.x"),
     # names of nothing
     ("[pool]\npreload = ['chat', 'gone']\n" + CHAT, 2, "pool.preload"),
