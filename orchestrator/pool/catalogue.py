@@ -105,7 +105,6 @@ def read_catalogue(path: str | os.PathLike[str]) -> Catalogue:
     except (OSError, ValueError) as error:  # a name with a null character is a ValueError
         why = getattr(error, "strerror", None) or "the name cannot be used"
         raise places.error(f"cannot be read ({why}): give the file of a catalogue") from error
-    text = text.replace("\r\n", "\n")
     tables = _parsed(text, places)
     return _catalogue(tables, file.parent, file, replace(places, lines=lines_of(text)))
 
@@ -138,7 +137,7 @@ def with_entry(
         InvalidRequest: the name or a field cannot be used.
     """
     path: KeyPath = ("models", name)
-    if catalogue.find(name) is not None:
+    if name in catalogue.models:
         message = f"{dotted((name,))} is already the name of a model: choose another name"
         raise NameTaken.because(message, field="name")
     reading = Reading(None if is_remote else Path.cwd())

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
 from orchestrator.errors import InvalidRequest
-from orchestrator.settings import checks, flags
+from orchestrator.settings import checks
 
 AUTO: Final = "auto"
 NAME: Final = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -97,7 +97,7 @@ def names(field: str, value: object) -> tuple[str, ...]:
     for one in value:
         if not isinstance(one, str):
             raise checks.malformed(field, "a list of strings", one)
-        if not (one.strip() and one.isprintable() and flags.is_encodable(one)):
+        if not (one.strip() and one.isprintable()):
             message = f"{field} has {one[:40]!a}: a name must be printable, and not blank"
             raise InvalidRequest.because(message, field=field)
     return tuple(value)

@@ -81,6 +81,7 @@ AT_ONCE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"base_url": "http://h"}, {"base_url": "http://h", "api_key_file": "k"}),
     ({"base_url": "http://h"}, {"base_url": "http://h", "kind": "embedding"}),
     ({"base_url": "http://h"}, {"base_url": "http://h", "weight": 2}),
+    ({"kind": "embedding"}, {"kind": "embedding", "cache_ram_mib": 0}),
 ]
 
 
@@ -301,6 +302,11 @@ def test_pins_that_exceed_a_budget_are_refused_with_the_first_that_is_too_much(
     assert caught.value.field == "models.c.pinned"
     assert caught.value.message.startswith(f"{tmp_path / 'models.toml'}:4: models.c: ")
     assert "101 MiB of Host" in caught.value.message
+
+
+def test_a_group_may_have_one_pinned_model_among_others() -> None:
+    read = models(a={"group": "g"}, b={"group": "g", "pinned": True}, c={"group": "g"})
+    assert [name for name, one in read.models.items() if one.pinned] == ["b"]
 
 
 def test_memory_of_unlike_forms_is_not_compared() -> None:

@@ -95,6 +95,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ],
     *[(THERE + f"{name} = '1 GiB'", 3, f"models.there.{name}") for name in ("memory", "group")],
     ("[keys.ann]", 1, "keys.ann.key_file"),
+    ("[keys.ann]\nkeyfile = 'k'", 2, "keys.ann.keyfile"),
     ("[keys.ann]\nkey_file = ''", 2, "keys.ann.key_file"),
     # addresses
     *[
@@ -268,6 +269,7 @@ def test_an_alias_that_cannot_be_read_is_not_a_name_of_nothing(tmp_path: Path) -
         ("catalogue.taken", CHAT + THERE + 'aliases = ["chat"]'),
         ("catalogue.taken_by_itself", CHAT + 'aliases = ["chat"]'),
         ("catalogue.no_model", "[models.chat]"),
+        ("catalogue.misspelt_address", '[models.chat]\nbase_ur = "http://h"'),
         ("catalogue.two_models", CHAT + 'base_url = "http://h"'),
         ("catalogue.not_ours", CHAT + 'api_key_file = "k"'),
         ("catalogue.not_theirs", THERE + "n_parallel = 1"),
@@ -309,6 +311,10 @@ def test_a_file_must_be_utf8(content: bytes, tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "a" + ".a" * 1000 + " = 1"])
 def test_a_file_that_is_nested_deeply_is_refused(text: str, tmp_path: Path) -> None:
     assert len(mistake(text, tmp_path).message) < 1000
+
+
+def test_an_error_of_syntax_is_bounded(tmp_path: Path) -> None:
+    assert len(mistake(f"[{'x' * 5000}]\n" * 2, tmp_path).message) < 1000
 
 
 def test_a_number_of_too_many_digits_is_refused(tmp_path: Path) -> None:

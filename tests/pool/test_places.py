@@ -25,7 +25,7 @@ text = """
 nor = "a key"
 quotes ""\\"
 """"
-literal = \'\'\'
+literal = \'\'\' \'\'
 [not.a.table]
 quotes ''\'\'\'
 list = [
@@ -71,6 +71,11 @@ def test_every_kind_of_key_has_its_line() -> None:
         ("models", "late"): 30,
         ("ä",): 31,
     }
+
+
+def test_what_is_deeper_than_any_key_is_left_out() -> None:
+    """The parents of a key of a thousand parts would be a million."""
+    assert len(lines_of(f"[a{'.a' * 1000}]\nb{'.b' * 1000} = 1")) == 8
 
 
 def test_what_is_inside_of_a_value_has_the_line_of_the_value() -> None:
