@@ -41,34 +41,17 @@ load finds the server running, and for a server that has been used meanwhile.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
+from orchestrator.machine import rows
+from orchestrator.machine.rows import row as _row
 from orchestrator.machine.states import State
+
+Row = rows.Row[State]
 
 I, K, D, S, W, H = State  # noqa: E741 (the table is read by column)
 ALL: Final = tuple(State)
 DSW: Final = (D, S, W)
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the table; guards and actions are names."""
-
-    trigger: str
-    sources: tuple[State, ...]
-    guards: tuple[str, ...]
-    dest: State | None
-    actions: tuple[str, ...]
-
-
-def _row(
-    trigger: str, sources: State | tuple[State, ...], guards: str, dest: State | None, actions: str
-) -> Row:
-    sources = sources if isinstance(sources, tuple) else (sources,)
-    return Row(trigger, sources, tuple(guards.split()), dest, tuple(actions.split()))
-
-
 STAY: Final = None
 # fmt: off
 TABLE: Final[tuple[Row, ...]] = (
