@@ -1,1 +1,1 @@
-"""Several models by name on one machine."""
+"""Several models on one machine, by name: their catalogue, memory and machine."""
