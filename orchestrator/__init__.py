@@ -43,6 +43,8 @@ if TYPE_CHECKING:
         StateDirError,
         Superseded,
         TimedOut,
+        TooLarge,
+        TooManyWaiting,
         Unavailable,
         UnknownGeneration,
         Unreachable,
@@ -54,6 +56,9 @@ if TYPE_CHECKING:
     from orchestrator.machine.recovery import RestartPolicy
     from orchestrator.machine.states import State
     from orchestrator.models.variants import Variant
+    from orchestrator.pool.catalogue import Changes
+    from orchestrator.pool.pool import AsyncModelPool, AsyncModelView, ModelPool, ModelView
+    from orchestrator.pool.status import ModelStatus, PoolStatus
     from orchestrator.runtime.answers import (
         LeasedServer,
         LoadOutcome,
@@ -69,17 +74,21 @@ if TYPE_CHECKING:
     from orchestrator.runtime.orchestrator import AsyncOrchestrator, Orchestrator
     from orchestrator.runtime.remote import AsyncRemoteOrchestrator, RemoteOrchestrator
     from orchestrator.settings.fields import LoadFields
+    from orchestrator.settings.memory import Memory
     from orchestrator.settings.request import LoadRequest
     from orchestrator.settings.target import ReloadReason
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncModelPool",
+    "AsyncModelView",
     "AsyncOrchestrator",
     "AsyncRemoteOrchestrator",
     "Busy",
     "CacheDirError",
     "Cancelled",
+    "Changes",
     "DeadlineExceeded",
     "DiskFull",
     "Event",
@@ -99,7 +108,11 @@ __all__ = [
     "LoadProgress",
     "LoadRequest",
     "MalformedRequest",
+    "Memory",
     "ModelNotFound",
+    "ModelPool",
+    "ModelStatus",
+    "ModelView",
     "NameTaken",
     "NotLoaded",
     "Options",
@@ -107,6 +120,7 @@ __all__ = [
     "OrchestratorError",
     "PastLoad",
     "Plan",
+    "PoolStatus",
     "PrefetchOutcome",
     "Problem",
     "RefusedArgument",
@@ -125,6 +139,8 @@ __all__ = [
     "Status",
     "Superseded",
     "TimedOut",
+    "TooLarge",
+    "TooManyWaiting",
     "Unavailable",
     "UnknownGeneration",
     "UnloadOutcome",
@@ -146,7 +162,11 @@ _HOMES = {
     "machine.recovery": "RestartPolicy",
     "machine.states": "State",
     "models.variants": "Variant",
+    "pool.catalogue": "Changes",
+    "pool.pool": "AsyncModelPool AsyncModelView ModelPool ModelView",
+    "pool.status": "ModelStatus PoolStatus",
     "settings.fields": "LoadFields",
+    "settings.memory": "Memory",
     "settings.request": "LoadRequest",
     "settings.target": "ReloadReason",
     "runtime.answers": (

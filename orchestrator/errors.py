@@ -9,6 +9,8 @@ OrchestratorError
 │   └── MalformedRequest      422  unknown field or wrong type
 ├── ModelNotFound             404
 ├── NameTaken                 409  a model of a pool has this name
+├── TooLarge                  507  a model does not fit into the budget of its pool
+├── TooManyWaiting            429  `max_waiting` requests of a pool wait already
 ├── UnknownGeneration         404  no load has it, or it is not remembered any more
 ├── Interrupted               409  a load that ended before it became Healthy
 │   ├── Superseded            409  by a newer load
@@ -248,6 +250,14 @@ class MalformedRequest(InvalidRequest):
 
 class ModelNotFound(OrchestratorError):
     _row = "model_not_found", 404, "Model not found"
+
+
+class TooLarge(OrchestratorError):
+    _row = "too_large", 507, "The model does not fit"
+
+
+class TooManyWaiting(OrchestratorError):
+    _row = "too_many_waiting", 429, "Too many requests wait"
 
 
 class NameTaken(OrchestratorError):

@@ -36,7 +36,7 @@ CATEGORIES: Final[Mapping[int, tuple[str, ...]]] = {
     404: ("not_found",),
     405: ("method_not_allowed",),
     408: ("too_slow",),
-    413: ("too_large",),
+    413: ("body_too_large",),
     431: ("head_too_large",),
     500: ("internal",),
     502: ("bad_gateway",),

@@ -36,6 +36,7 @@ class Plan(Record):
         note: A remark, e.g. that the Hub has a newer revision than the one that runs.
         memory: What the server would take; None if nothing would be started.
         free: MiB by device that it would find, once the running server is stopped.
+        evict: In a pool: the models that would be stopped for it.
         fits: Whether it would, perhaps with a smaller context where that is Auto; None if it is not
             known.
         names: Display names of the local paths in it.
@@ -48,10 +49,11 @@ class Plan(Record):
     memory: Memory | None = None
     free: dict[str, int] | None = None
     fits: bool | None = None
+    evict: list[str] | None = None
     names: PathNames = field(default=(), compare=False, repr=False)
 
     def as_dict(self) -> dict[str, object]:
-        optional = {"note"} if self.memory else {"note", "memory", "free", "fits"}
+        optional = {"note", "evict"} | (set() if self.memory else {"memory", "free", "fits"})
         members = Record.as_dict(self)
         return {n: v for n, v in members.items() if v is not None or n not in optional}
 

@@ -101,7 +101,9 @@ def refuse_shutting_down(s: Step[facts.Wanted]) -> None:
     s.emit(commands.Refuse(s.fact.ticket, s.fact.name, _SHUTTING_DOWN))
 
 
-def refuse_unknown(s: Step[facts.Wanted | facts.UnloadRequested | facts.Removed]) -> None:
+def refuse_unknown(
+    s: Step[facts.Wanted | facts.UnloadRequested | facts.CancelRequested | facts.Removed],
+) -> None:
     if s.fact.ticket is not None:
         s.emit(commands.Refuse(s.fact.ticket, s.fact.name, _unknown(s.fact.name)))
 
@@ -159,12 +161,21 @@ def forget_ticket(s: Step[facts.Withdrawn]) -> None:
         s.change(entry.name, emptying=tuple(one for one in entry.emptying if one != ticket))
 
 
-def stop_unwanted(s: Step[facts.Withdrawn]) -> None:
+def stop_unwanted(s: Step[facts.Withdrawn | facts.CancelRequested]) -> None:
     s.stop(s.fact.name, "withdrawn")
 
 
-def cancel_waiters(s: Step[facts.UnloadRequested]) -> None:
-    message = f"{s.fact.name} was unloaded while this call waited for it"
+def answer_cancelled(s: Step[facts.CancelRequested]) -> None:
+    s.emit(commands.AnswerCancelled(s.fact.ticket, is_cancelled=True))
+
+
+def answer_not_cancelled(s: Step[facts.CancelRequested]) -> None:
+    s.emit(commands.AnswerCancelled(s.fact.ticket, is_cancelled=False))
+
+
+def cancel_waiters(s: Step[facts.UnloadRequested | facts.CancelRequested]) -> None:
+    how = "unloaded" if isinstance(s.fact, facts.UnloadRequested) else "cancelled"
+    message = f"{s.fact.name} was {how} while this call waited for it"
     s.refuse(s.ctx.waiters_of(s.fact.name), Problem("cancelled", message))
 
 
@@ -223,7 +234,11 @@ def forget_entry(s: Step[facts.Removed | facts.Emptied]) -> None:
 
 
 def take_need(s: Step[facts.Measured]) -> None:
-    s.ctx = s.ctx.changing(replace(s.entry.with_need(s.fact.need), is_measuring=False))
+    """A declared need stays; the size of the files is measured in any case."""
+    entry = s.entry
+    need = entry.definition.need or s.fact.need
+    definition = replace(entry.definition, need=need, size_bytes=s.fact.size_bytes)
+    s.change(s.fact.name, definition=definition, is_measuring=False)
 
 
 def end_measuring(s: Step[facts.MeasureFailed]) -> None:

@@ -79,6 +79,14 @@ class AnswerEmptied:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerCancelled:
+    """Answer a cancel: whether anybody waited for the model."""
+
+    ticket: Ticket
+    is_cancelled: bool
+
+
+@dataclass(frozen=True, slots=True)
 class GiveUp:
     """What the house wanted for itself is not loaded: a preload or a restart. Log a warning."""
 
@@ -110,4 +118,15 @@ class DropStale:
     trigger: str
 
 
-Command = Start | Stop | Grant | Refuse | AnswerEmptied | GiveUp | Measure | SetTimer | DropStale
+Command = (
+    Start
+    | Stop
+    | Grant
+    | Refuse
+    | AnswerEmptied
+    | AnswerCancelled
+    | GiveUp
+    | Measure
+    | SetTimer
+    | DropStale
+)

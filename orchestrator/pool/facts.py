@@ -82,6 +82,17 @@ class UnloadRequested:
     uses: Uses = ()
 
 
+@dataclass(frozen=True, slots=True)
+class CancelRequested:
+    """Cancel who waits for a model; one that is resident stays."""
+
+    trigger: ClassVar[str] = "cancel"
+    name: str
+    ticket: Ticket
+    at: float
+    uses: Uses = ()
+
+
 # ----------------------------------------------------------------------------------- catalogue
 @dataclass(frozen=True, slots=True)
 class Defined:
@@ -118,6 +129,7 @@ class Measured:
     edition: int
     need: Need
     at: float
+    size_bytes: int = 0  # of the files that a start reads
     uses: Uses = ()
 
 
@@ -245,6 +257,7 @@ OfEntry = (
     | Preloaded
     | Withdrawn
     | UnloadRequested
+    | CancelRequested
     | Defined
     | Removed
     | Measured

@@ -20,7 +20,12 @@ def is_shutting_down(ctx: Context, fact: facts.Wanted | facts.Preloaded | facts.
 
 def is_unknown(
     ctx: Context,
-    fact: facts.Wanted | facts.Preloaded | facts.UnloadRequested | facts.Removed | facts.Adopted,
+    fact: facts.Wanted
+    | facts.Preloaded
+    | facts.UnloadRequested
+    | facts.CancelRequested
+    | facts.Removed
+    | facts.Adopted,
 ) -> bool:
     """The catalogue has no such entry, or not any more."""
     entry = ctx.find(fact.name)
@@ -51,6 +56,10 @@ def must_reload(ctx: Context, fact: facts.Wanted) -> bool:
 def is_last_waiter(ctx: Context, fact: facts.Withdrawn) -> bool:
     """Nobody else waits for this model, not even the house."""
     return [waiter.ticket for waiter in ctx.waiters_of(fact.name)] == [fact.ticket]
+
+
+def is_waited_for(ctx: Context, fact: facts.CancelRequested) -> bool:
+    return any(waiter.ticket is not None for waiter in ctx.waiters_of(fact.name))
 
 
 def cuts(ctx: Context, fact: facts.UnloadRequested) -> bool:

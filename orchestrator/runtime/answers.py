@@ -29,8 +29,8 @@ from orchestrator.settings.target import ReloadReason
 class LoadOutcome(Record, EchoedFields):
     """The result of a load, and `loaded` in the status.
 
-    `as_dict` leaves out `adopted`, `memory` and the settings of `EchoedFields` that have their
-    default.
+    `as_dict` leaves out `adopted`, `memory`, `evicted` and the settings of `EchoedFields` that
+    have their default.
 
     Attributes:
         status: `loaded`, or `already_loaded` if the running server already matched.
@@ -44,6 +44,7 @@ class LoadOutcome(Record, EchoedFields):
         timings_s: Seconds in `kill`, `download`, `spawn`, `health`, and `total`.
         adopted: The server was started by an earlier owner of the slot.
         memory: What the server takes, MiB; None if nothing is known of it.
+        evicted: In a pool: the models that were stopped for this one.
     """
 
     status: Literal["loaded", "already_loaded"]
@@ -55,6 +56,7 @@ class LoadOutcome(Record, EchoedFields):
     note: str | None = field(default=None, kw_only=True)
     adopted: bool = field(default=False, kw_only=True)
     memory: Memory | None = field(default=None, kw_only=True)
+    evicted: list[str] | None = field(default=None, kw_only=True)
     pid: int
     base_url: str
     context_length: int | None
@@ -82,6 +84,7 @@ _OMITTED: Final = {
     "note": None,
     "adopted": False,
     "memory": None,
+    "evicted": None,
     **{n: SETTINGS[n].default for n in ECHOED},
 }
 

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -41,6 +41,7 @@ from orchestrator.runtime.answers import (
     prompts_status,
 )
 from orchestrator.runtime.effects import ServerSettings
+from orchestrator.runtime.gate import Gate
 from orchestrator.runtime.look_up import LookUps
 from orchestrator.runtime.options import check_choice, check_count, check_switch, restart_policy
 from orchestrator.runtime.owner import Call, Owner
@@ -48,12 +49,14 @@ from orchestrator.runtime.parts import Parts
 from orchestrator.runtime.ports import Progress
 from orchestrator.runtime.sizes import Sizes
 from orchestrator.runtime.snapshot import KnownNames, Observer, Snapshot
+from orchestrator.server.devices import Device
 from orchestrator.server.state_dir import cache_dir
 from orchestrator.settings import reach
 from orchestrator.settings.checks import checked_seconds
 from orchestrator.settings.drafting import accepted_modes
 from orchestrator.settings.fields import SETTINGS, LoadFields, StrPath
 from orchestrator.settings.flags import CACHE_TYPES
+from orchestrator.settings.memory import Memory
 from orchestrator.settings.request import LoadRequest
 
 RequestLike = LoadRequest | StrPath | None
@@ -405,6 +408,47 @@ class Facade:
 
     def _progress_of(self, generation: Generation) -> Progress | None:
         return self._owner.effects.progress(generation) if self._owner is not None else None
+
+    # ------------------------------------------------------------------------------- of a pool
+
+    def begin(self) -> Snapshot:
+        """Claim the slot, also again after a close, and return what was found there. Blocks."""
+        return self._start(again=True).snapshot
+
+    @property
+    def policy(self) -> Policy:
+        return self._policy
+
+    def open_call(self) -> Call:
+        """Claim the slot, also again after a close, and open a call. Blocks."""
+        return self._start(again=True).call()
+
+    def send_load(self, call: Call, request: LoadRequest) -> None:
+        self._send(call, self._load_fact(request))
+
+    def send_unload(self, call: Call, *, cut: bool) -> None:
+        self._send(call, self._unload_fact(None, cut))
+
+    def give_back(self, *, keep: bool) -> None:
+        """Close without the checks of `close`. Blocks."""
+        self._close(keep=keep)
+
+    def need_of(self, request: LoadRequest) -> tuple[Memory, int]:
+        """Return what a start would take of memory, and the bytes it would read. Blocks; raises
+        what `plan` raises.
+        """
+        target = self._look_ups.target(request, self._snapshot, self._clock())
+        return self._sizes.expected(target), target.model.size_bytes
+
+    def devices(self) -> Sequence[Device]:
+        """Return the devices that a server could use, the host first. Blocks."""
+        server = self._look_ups.server()
+        return self._parts.devices(replace(server, catalogue=self._look_ups.catalogue(server)))
+
+    @property
+    def gate(self) -> Gate | None:
+        """The gate of the present or last server."""
+        return self._owner.gate if self._owner is not None else None
 
     # ---------------------------------------------------------------------------- requests
 

@@ -31,6 +31,7 @@ class Gate:
         "_drained",
         "_drains",
         "_inside",
+        "_is_held",
         "_is_open",
         "_lock",
         "_used_at",
@@ -49,6 +50,7 @@ class Gate:
         self._drains = False
         self._inside: set[Hashable] = set()
         self._is_open = server is not None
+        self._is_held = False
         self._used_at = clock()
         # A finalizer may leave while its own thread is in here.
         self._lock = threading.RLock()
@@ -59,6 +61,11 @@ class Gate:
         return len(self._inside)
 
     @property
+    def is_open(self) -> bool:
+        """Whether one could enter; for display, and to save an attempt."""
+        return self._is_open and not self._is_held
+
+    @property
     def used_at(self) -> float | None:
         """When the last one left; None while anybody is inside. For display only."""
         return None if self._inside else self._used_at
@@ -66,7 +73,7 @@ class Gate:
     def enter(self, who: Hashable) -> LeasedServer | None:
         """Return the server, which is not stopped before `leave`; None if the gate is closed."""
         with self._lock:
-            if not self._is_open:
+            if not self._is_open or self._is_held:
                 return None
             self._inside.add(who)
         return self.server
@@ -107,6 +114,22 @@ class Gate:
                 return left_s
             self._is_open = False
             return 0.0
+
+    def hold(self, *, if_empty: bool = False) -> bool:
+        """Let nobody in any more, for a pool that stops this server; return whether that is so now.
+
+        Args:
+            if_empty: Only if nobody is inside.
+        """
+        with self._lock:
+            if not if_empty or not self._inside:
+                self._is_held = True
+            return self._is_held
+
+    def release(self) -> None:
+        """Undo `hold`; a gate that its owner has closed stays closed."""
+        with self._lock:
+            self._is_held = False
 
     def reopen(self) -> None:
         """Undo `close_if_idle`, in the same step. Owner's thread."""

@@ -98,6 +98,13 @@ class LookUps:
         build_argv(replace(target, server=server), template_file=None)
         return replace(found, target=replace(found.target, server=server))
 
+    def target(self, request: LoadRequest, snapshot: Snapshot, at: float) -> Target:
+        """Return what a load would start, with the sizes of a model that is not on disk yet."""
+        target = self.find(request, snapshot, at).target
+        if target.model.is_resolved or target.model.is_on_disk:
+            return target
+        return replace(target, model=self._ask(request))
+
     def _check_template(self, template: str | None, field: str) -> None:
         if template is not None:
             with self._turn:  # hundreds that compute at once would leave the owner no time

@@ -104,7 +104,7 @@ def test_declared_length_over_the_limit_is_refused_at_once(
             assert answer.status in {400, 413}
         else:
             assert answer.status == 413
-            assert category_of(answer.read()) == "too_large"
+            assert category_of(answer.read()) == "body_too_large"
             assert answer.headers["Connection"] == "close"
         connection.close()
     assert not lender.is_returned.is_set()
@@ -122,7 +122,7 @@ def test_routes_of_the_api_refuse_a_declared_length_at_once(serve: Serve, length
             connection.endheaders()
             answer = connection.getresponse()
             assert (answer.status, answer.headers["Connection"]) == (413, "close")
-            assert json.loads(answer.read())["category"] == "too_large"
+            assert json.loads(answer.read())["category"] == "body_too_large"
             connection.close()
 
 
@@ -141,7 +141,7 @@ def test_body_of_unknown_length_is_refused_at_the_limit(
         connection.send(chunk)
     answer = connection.getresponse()
     assert answer.status == 413
-    assert category_of(answer.read()) == "too_large"
+    assert category_of(answer.read()) == "body_too_large"
     connection.close()
     assert lender.is_returned.wait(DEADLINE_S)
     assert client.post("/v1/x", content=b"1").text == "1"
@@ -151,10 +151,10 @@ def test_body_of_unknown_length_is_refused_at_the_limit(
 def test_app_limits_bodies(serve: Serve) -> None:
     assert MAX_BODY_BYTES == 256 << 20
     with serve(max_body_bytes=10) as client:
-        assert problem(client.post("/v1/x", content=b"x" * 11)) == (413, "too_large")
+        assert problem(client.post("/v1/x", content=b"x" * 11)) == (413, "body_too_large")
         assert problem(client.post("/v1/x", content=b"x" * 10)) == (503, "not_loaded")
         loaded = client.post(PREFIX + "/load", json={"model_path": "x" * 20})
-        assert problem(loaded) == (413, "too_large")
+        assert problem(loaded) == (413, "body_too_large")
 
 
 def _send_with_requests(url: str, body: Body, headers: dict[str, str]) -> Answer:
@@ -213,7 +213,7 @@ def test_client_that_is_still_sending_gets_the_answer(
     """B90: a connection that is closed with unread input is reset, and the answer is lost."""
     send, body = CLIENTS[name], FRAMINGS[framing]
     good = {"X-Api-Key": "k", "Content-Type": "application/json"}
-    too_large, not_loaded = (413, "too_large"), (503, "not_loaded")
+    too_large, not_loaded = (413, "body_too_large"), (503, "not_loaded")
     with serve(api_keys=["k"], max_body_bytes=4 << 20) as client:
         for path, headers, expected in (
             ("/v1/completions", good, too_large if framing == "declared" else not_loaded),

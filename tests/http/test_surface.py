@@ -107,7 +107,7 @@ def test_body_of_another_content_type_is_refused(idle: httpx.Client) -> None:
 def test_body_over_one_mebibyte_is_refused(idle: httpx.Client) -> None:
     """Even if it does not declare its length."""
     chunks = (b" " * 65536 for _ in range(bodies.MAX_BODY_BYTES // 65536 + 1))
-    assert problem(idle.post(LOAD, content=chunks, headers=JSON)) == (413, "too_large")
+    assert problem(idle.post(LOAD, content=chunks, headers=JSON)) == (413, "body_too_large")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,466 @@
+"""What `ModelPool` and `AsyncModelPool` share: the life cycle, the catalogue, what is read."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final, Generic, Literal, TypeVar
+
+from orchestrator.base import log
+from orchestrator.base.log import event_log
+from orchestrator.base.tokens import Generation, Ticket
+from orchestrator.errors import (
+    InvalidRequest,
+    ModelNotFound,
+    Problem,
+    ShuttingDown,
+    no_thread_as_error,
+)
+from orchestrator.machine.plan import Plan
+from orchestrator.pool import commands, facts, status
+from orchestrator.pool.catalogue import (
+    Catalogue,
+    Changes,
+    Match,
+    catalogue_of,
+    difference,
+    merge,
+    read_catalogue,
+    with_entry,
+    without_entry,
+)
+from orchestrator.pool.context import Context, Need, Policy
+from orchestrator.pool.entries import Entry
+from orchestrator.pool.ledger import Amounts
+from orchestrator.pool.owner import Granted, Lease, PoolCall, PoolOwner
+from orchestrator.pool.slots import PoolSlots
+from orchestrator.pool.states import State
+from orchestrator.pool.status import ModelStatus, PoolStatus
+from orchestrator.pool.step import step
+from orchestrator.pool.values import budget as checked_budget
+from orchestrator.runtime.answers import LeasedServer, LoadOutcome
+from orchestrator.runtime.calls import Facade
+from orchestrator.runtime.parts import Parts
+from orchestrator.server.slot import Slot
+from orchestrator.settings.fields import StrPath
+
+_LONGEST_NAME: Final = 64  # of a slot
+_ADOPTION_S: Final = 15.0
+_SHUTDOWN_S: Final = 120.0
+_log = event_log("orchestrator.pool")
+
+F = TypeVar("F", bound=Facade)
+
+
+class PoolFacade(Generic[F]):
+    """The common base of `ModelPool` and `AsyncModelPool`."""
+
+    _facade: type[F]
+
+    def __init__(
+        self,
+        models: StrPath | Mapping[str, Any],
+        *,
+        memory: str | Mapping[str, str] = "auto",
+        slot: str = "default",
+        state_dir: StrPath | None = None,
+        parts: Parts | None = None,
+        **options: Any,
+    ) -> None:
+        """Read the catalogue and check the options. `start`, or the first call, claims the slots.
+
+        Args:
+            models: The path of a TOML file, or the same as a mapping; see docs/catalogue.md.
+            memory: Budget of the first device, e.g. `"12 GiB"`, or of each in a mapping by device;
+                `"auto"` is what the catalogue says.
+            slot: Name of the pool. The model `name` has the slot `{slot}.{name}`.
+            state_dir: Folder of all slots; by default the state directory of the user.
+            parts: Replacements for the parts of an orchestrator, for tests and embedders.
+            **options: Every other option of `Orchestrator` but `idle_ttl_s`.
+
+        Raises:
+            InvalidCatalogue: it says where the mistake is.
+            InvalidRequest: an option is not usable; `field` names it.
+        """
+        if "idle_ttl_s" in options:
+            message = "idle_ttl_s belongs into the catalogue, below [pool] or [models.NAME]"
+            raise InvalidRequest.because(message, field="idle_ttl_s")
+        self._memory = checked_budget("memory", memory)
+        self._is_file = not isinstance(models, Mapping)
+        self._catalogue = self._read(models)
+        self._runtime: dict[str, Entry] = {}
+        self._models = models
+        self._name = slot
+        self._state_dir = state_dir
+        self._parts = parts or Parts()
+        self._clock = self._parts.clock
+        restart = options.pop("restart", "never")
+        self._make = partial(self._facade, state_dir=state_dir, parts=parts, **options)
+        scout = self._make(slot=slot, restart=restart)  # checks the options
+        self._scout = scout  # and is never started
+        self._restart, self._keeps = scout.policy.restart, scout.policy.keeps_server
+        self._life = threading.Lock()  # for starting, closing and the catalogue only
+        self._slot: Slot | None = None
+        self._owner: PoolOwner | None = None
+        self._slots: PoolSlots[F] = self._new_slots(lambda _: None)  # before a start
+
+    def _read(self, models: StrPath | Mapping[str, Any]) -> Catalogue:
+        if isinstance(models, Mapping):
+            return catalogue_of(models)
+        return read_catalogue(models)
+
+    def _new_slots(self, post: Callable[[facts.Fact], None]) -> PoolSlots[F]:
+        slots = PoolSlots(self._made, post, self._parts.workers(), self._clock)
+        slots.entries = self._catalogue.models
+        slots.restarts = self._restart is not None
+        self._slots = slots
+        return slots
+
+    def _made(self, name: str) -> F:
+        return self._make(slot=self._slot_of(name))
+
+    def _slot_of(self, name: str) -> str:
+        whole = f"{self._name}.{name}"
+        if len(whole) <= _LONGEST_NAME:
+            return whole
+        digest = hashlib.sha256(whole.encode()).hexdigest()[:16]
+        return f"{whole[: _LONGEST_NAME - 17]}.{digest}"
+
+    # -------------------------------------------------------------------------------- life cycle
+
+    def _started(self, *, again: bool = False) -> PoolOwner:
+        owner = self._owner
+        if owner is None or (again and owner.has_ended):
+            with self._life:
+                if self._owner is None or (again and self._owner.has_ended):
+                    self._claim()
+                owner = self._owner
+        if owner is None or owner.has_ended:
+            raise ShuttingDown.because("this pool has been closed: start it again")
+        return owner
+
+    def _claim(self) -> None:
+        slot = self._parts.slot(self._name, self._state_dir)
+        slot.claim()
+        try:
+            with no_thread_as_error():
+                owner = self._start_owner(slot)
+        except BaseException:
+            slot.release()
+            raise
+        self._slot, self._owner = slot, owner
+
+    def _start_owner(self, slot: Slot) -> PoolOwner:
+        """Find what a dead owner has left, and tell the machine of the catalogue and the budget."""
+        owner = PoolOwner(self._new_slots, self._clock)
+        slots = self._slots
+        slots.devices = self._scout.devices()
+        owner.start(slot.name)
+        try:
+            for entry in self._catalogue.models.values():
+                self._define(owner, slots, entry)
+            adopted = self._adopt(slots, slot)
+            self._configure(owner, slots, adopted)
+        except BaseException:
+            owner.stop()
+            raise
+        now = self._clock()
+        for name in self._catalogue.pool.preload:
+            owner.post(facts.Preloaded(name, now))
+        return owner
+
+    def _define(
+        self, owner: PoolOwner, slots: PoolSlots[F], entry: Entry, *, is_other: bool = True
+    ) -> None:
+        definition = slots.definition(entry)
+        if definition is not None:
+            owner.post(facts.Defined(entry.name, definition, self._clock(), is_other))
+
+    def _adopt(self, slots: PoolSlots[F], slot: Slot) -> dict[str, int]:
+        """Adopt the servers that were kept for us, and end those of no entry. Return what they hold
+        in MiB by device.
+        """
+        left: dict[str, Future[bool]] = {}
+        for name in _left_in(slot):
+            done: Future[bool] = Future()
+            left[name] = done
+            slots.adopt(name, done.set_result)
+        held: dict[str, int] = {}
+        for name, done in left.items():
+            if done.result(_ADOPTION_S) and name in self._catalogue.models:
+                loaded = slots.facade(name).status().loaded
+                memory = loaded.memory if loaded is not None else None
+                for device, mib in (memory.devices if memory is not None else {}).items():
+                    held[device] = held.get(device, 0) + mib
+            elif name not in self._catalogue.models:
+                gone: Future[None] = Future()
+                slots.slot(name).close(keep=False, ended=partial(gone.set_result, None))
+                gone.result(_SHUTDOWN_S)
+                slots.forget(name)
+        return held
+
+    def _configure(self, owner: PoolOwner, slots: PoolSlots[F], held: Mapping[str, int]) -> None:
+        pool = self._catalogue.pool
+        given = pool.memory if self._memory == "auto" else self._memory
+        chosen = {} if given == "auto" else slots.by_device(given)
+        budget = {
+            one.name: max(0, one.free_mib + held.get(one.name, 0) - pool.headroom)
+            for one in slots.devices
+        }
+        budget |= chosen
+        policy = Policy(
+            max_wait_s=pool.max_wait_s,
+            min_resident_s=pool.min_resident_s,
+            max_waiting=pool.max_waiting,
+            held_s=pool.held_s,
+            max_resident=pool.max_resident,
+        )
+        if self._restart is not None:
+            policy = replace(policy, restart=self._restart)
+        owner.post(facts.Configured(policy, Amounts.of(budget), self._clock()))
+
+    def _close_all(self, *, keep: bool = True) -> None:
+        """End every server or leave it to the next owner, and release the slots."""
+        with self._life:
+            owner, slot = self._owner, self._slot
+            if owner is None or owner.has_ended:
+                return
+            self._slots.keeps = keep and self._keeps
+            owner.post(facts.ShutdownRequested(self._clock()))
+            owner.is_empty.wait(_SHUTDOWN_S)
+            owner.stop()
+            if slot is not None:
+                slot.release()
+            log.flush()
+
+    # ------------------------------------------------------------------------------------ reading
+
+    def _match(self, name: str | None) -> Match:
+        """Return the entry that a caller means; None is the default.
+
+        Raises:
+            ModelNotFound: it lists what there is.
+        """
+        if name is None:
+            if (entry := self._catalogue.default) is not None:
+                return Match(entry)
+            names = ", ".join(self._catalogue.models) or "none"
+            message = f"this pool has no default model: name one of {names}"
+            raise InvalidRequest.because(message, field="model")
+        if (match := self._catalogue.find(name)) is None:
+            names = ", ".join(self._catalogue.models) or "none"
+            message = f"there is no model {name[:200]!r}; the models are: {names}"
+            raise ModelNotFound.because(message, field="model")
+        return match
+
+    def _own(self, name: str | None) -> Entry:
+        """Return an entry of ours; raises also InvalidRequest for one of another server."""
+        entry = self._match(name).entry
+        if entry.request is None:
+            message = f"{entry.name} is served elsewhere ({entry.base_url}): it is not ours to load"
+            raise InvalidRequest.because(message, field="model")
+        return entry
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """The models as they are now."""
+        return self._catalogue
+
+    def status(self) -> PoolStatus:
+        """Return the budget, every model and who waits. Never blocks."""
+        ctx, now = self._ctx, self._clock()
+        models = [self._model_status(entry, ctx, now) for entry in self._catalogue.models.values()]
+        return PoolStatus(status.budget_of(ctx), models, status.waiting_of(ctx, now))
+
+    def model_status(self, name: str) -> ModelStatus:
+        """Return one model, by any of its names.
+
+        Raises:
+            ModelNotFound: there is no such model.
+        """
+        return self._model_status(self._match(name).entry, self._ctx, self._clock())
+
+    def _model_status(self, entry: Entry, ctx: Context, now: float) -> ModelStatus:
+        known = ctx.find(entry.name)
+        if known is None or (known.state is State.ABSENT and not known.generation):
+            return status.model_of(entry, ctx, None, None, now)
+        slot, gate = self._slots.facade(entry.name).status(), self._slots.gate(entry.name)
+        used_at = gate.used_at if gate is not None else None
+        return status.model_of(entry, ctx, slot, used_at if used_at is not None else now, now)
+
+    @property
+    def _ctx(self) -> Context:
+        return self._owner.ctx if self._owner is not None else Context()
+
+    def _plan(self, name: str | None, *, force_reload: bool = False) -> Plan:
+        """Return what a load would do, and what would be evicted for it. Blocks."""
+        entry, owner = self._own(name), self._started()
+        request = entry.request
+        assert request is not None  # noqa: S101 (of `_own`)
+        ctx = owner.ctx
+        known = ctx.find(entry.name)
+        is_there = known is not None and known.state in (State.STARTING, State.RESIDENT)
+        facade = self._slots.facade(entry.name) if is_there else self._scout
+        plan = facade.plan(replace(request, force_reload=force_reload))
+        if plan.action == "none":
+            return plan
+        evict, problem = _foreseen(self._slots, ctx, entry, self._clock(), force_reload)
+        model = status.model_of(entry, ctx, None, None, 0.0)
+        memory = model.memory or plan.memory
+        return replace(plan, memory=memory, fits=problem is None, evict=evict, free=None)
+
+    # ------------------------------------------------------------------------------------- calls
+
+    def _lease_at_once(self, entry: Entry) -> Lease | None:
+        """Enter the gate of a resident model, without asking the machine."""
+        owner = self._started()
+        known = owner.ctx.find(entry.name)
+        if known is None or known.state is not State.RESIDENT or known.is_changed:
+            return None
+        gate, who = self._slots.gate(entry.name), object()
+        server = gate.enter(who) if gate is not None else None
+        return Lease(gate, who, server) if gate is not None and server is not None else None
+
+    def _leave(self, call: PoolCall | None, lease: Lease | None) -> None:
+        """Leave; a lease may have been granted when the wait for it was interrupted."""
+        if call is not None and lease is None and not call.settled.cancel():
+            answer = call.settled.result()
+            lease = answer.lease if isinstance(answer, Granted) else None
+        if lease is not None:
+            lease.gate.leave(lease.who)
+            if (owner := self._owner) is not None:
+                owner.left(lease.gate)
+
+    def _want(
+        self, entry: Entry, kind: Literal["lease", "load"], *, force: bool = False
+    ) -> PoolCall:
+        owner = self._started()
+        call = owner.call(entry.name, kind)
+        owner.post(facts.Wanted(entry.name, call.ticket, kind, self._clock(), is_forced=force))
+        return call
+
+    def _ask_unload(self, name: str | None, *, cut: bool) -> PoolCall:
+        entry, owner = self._own(name), self._started()
+        call = owner.call(entry.name, "end")
+        owner.post(facts.UnloadRequested(entry.name, call.ticket, self._clock(), cut))
+        return call
+
+    def _outcome(self, entry: Entry, granted: Granted) -> LoadOutcome:
+        loaded = self._slots.facade(entry.name).status().loaded
+        if loaded is None:
+            problem = Problem("server_exited", f"the server of {entry.name} has exited since")
+            raise problem.error()
+        how: Literal["loaded", "already_loaded"] = (
+            "already_loaded" if granted.is_at_once else "loaded"
+        )
+        return replace(loaded, status=how, evicted=list(granted.evicted))
+
+    def _elsewhere(self, entry: Entry) -> LeasedServer:
+        """Return another server, which is not ours to start or to stop."""
+        key = None
+        if entry.api_key_file is not None:
+            try:
+                key = entry.api_key_file.read_text().strip()
+            except OSError as error:
+                message = f"api_key_file of {entry.name} cannot be read ({error.strerror})"
+                raise InvalidRequest.because(message, field="api_key_file") from error
+        url = (entry.base_url or "").removesuffix("/v1")
+        return LeasedServer(url, 0, Generation(0), key, entry.kind)
+
+    def _ask_cancel(self, name: str | None) -> PoolCall:
+        entry, owner = self._own(name), self._started()
+        call = owner.call(entry.name, "end")
+        owner.post(facts.CancelRequested(entry.name, call.ticket, self._clock()))
+        return call
+
+    def facade_of(self, name: str) -> F:
+        """Return the orchestrator of a model, for reading."""
+        return self._slots.facade(name)
+
+    # --------------------------------------------------------------------------------- catalogue
+
+    def _add(self, name: str, fields: Mapping[str, Any], *, is_remote: bool = False) -> Entry:
+        owner = self._started()
+        with self._life:
+            made = with_entry(self._catalogue, name, fields, is_remote=is_remote)
+            entry = made.models[name]
+            self._catalogue, self._slots.entries = made, made.models
+            self._runtime[name] = entry
+        self._define(owner, self._slots, entry)
+        return entry
+
+    def _ask_remove(self, name: str) -> PoolCall | None:
+        owner = self._started()
+        with self._life:
+            entry = self._match(name).entry
+            made = without_entry(self._catalogue, entry.name)
+            self._catalogue, self._slots.entries = made, made.models
+            self._runtime.pop(entry.name, None)
+        if entry.request is None:
+            return None
+        call = owner.call(entry.name, "end")
+        owner.post(facts.Removed(entry.name, self._clock(), call.ticket))
+        return call
+
+    def _reload(self) -> Changes:
+        """Read the catalogue again; a mistake changes nothing."""
+        if not self._is_file:
+            message = "this catalogue is no file: use add and remove"
+            raise InvalidRequest.because(message, field="models")
+        owner = self._started()
+        with self._life:
+            old, new = self._catalogue, merge(self._read(self._models), self._runtime)
+            changes = difference(old, new)
+            self._catalogue, self._slots.entries = new, new.models
+        if new.pool != old.pool:
+            self._slots.devices = self._scout.devices()
+            self._configure(owner, self._slots, _reserved(owner.ctx))
+        for name in changes.removed:
+            owner.post(facts.Removed(name, self._clock()))
+        for name in (*changes.added, *changes.changed):
+            is_other = name in changes.added or old.models[name].reloads(new.models[name])
+            self._define(owner, self._slots, new.models[name], is_other=is_other)
+        return changes
+
+
+def _reserved(ctx: Context) -> dict[str, int]:
+    whole = ctx.ledger.total(name for name, _ in ctx.ledger.reservations)
+    return dict(whole.of_devices().by_account)
+
+
+def _foreseen(
+    slots: PoolSlots[Any], ctx: Context, entry: Entry, now: float, force: bool
+) -> tuple[list[str], Problem | None]:
+    """Step a copy of the pool's memory: who would be evicted for a load, and why it would fail."""
+    uses = tuple(
+        facts.Use(one.name, gate.used_at is None, gate.used_at)
+        for one in ctx.entries
+        if one.state is State.RESIDENT and (gate := slots.gate(one.name)) is not None
+    )
+    ticket = Ticket(sys.maxsize)
+    wanted = facts.Wanted(entry.name, ticket, "load", now, is_forced=force, uses=uses)
+    after, made = step(ctx, wanted)
+    for command in made:
+        if isinstance(command, commands.Measure) and entry.request is not None:
+            memory, size = slots.facade(entry.name).need_of(entry.request)
+            need = Need(Amounts.of(memory.devices), memory.source)
+            measured = facts.Measured(entry.name, command.edition, need, now, size, uses)
+            made = step(after, measured).commands
+    evict = [c.name for c in made if isinstance(c, commands.Stop) and c.room_for == entry.name]
+    refused = [c.problem for c in made if isinstance(c, commands.Refuse) and c.ticket == ticket]
+    return evict, refused[0] if refused else None
+
+
+def _left_in(slot: Slot) -> list[str]:
+    """Return the names of the models whose slots a dead owner has left with a record."""
+    folder, prefix = slot.directory.parent, f"{slot.name}."
+    try:
+        found = sorted(path for path in folder.iterdir() if path.name.startswith(prefix))
+    except OSError:
+        return []
+    return [path.name.removeprefix(prefix) for path in found if (path / "server.json").exists()]

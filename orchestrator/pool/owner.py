@@ -1,0 +1,333 @@
+"""The pool's owner: one thread, one inbox, and the only place that steps the pool's machine.
+
+`pump` processes one fact: it adds how the gates are used, steps, publishes the new context and
+carries the commands out. Every call is answered exactly once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, Protocol, cast
+
+from orchestrator.base import threads
+from orchestrator.base.log import event_log
+from orchestrator.base.tokens import Ticket
+from orchestrator.errors import Problem, problem_of
+from orchestrator.pool import commands, facts
+from orchestrator.pool.commands import Command
+from orchestrator.pool.context import Context
+from orchestrator.pool.facts import Fact, Use, Uses
+from orchestrator.pool.states import State
+from orchestrator.pool.step import PoolMachine, pool_machine
+from orchestrator.runtime.answers import LeasedServer
+from orchestrator.runtime.gate import Gate
+from orchestrator.runtime.ports import Clock
+
+_MAX_STEPS: Final = 8  # of one fact: each is taken anew because somebody has entered a gate
+_EVICTIONS: Final = frozenset({"room", "memory", "budget", "idle"})
+_log = event_log("orchestrator.pool")
+
+
+@dataclass(slots=True, eq=False)
+class PoolCall:
+    """One call, from any thread. Its answer is a `Granted`, for an end None, or a `Problem`.
+
+    Cancelling `settled` withdraws the caller.
+    """
+
+    ticket: Ticket
+    name: str
+    kind: Literal["lease", "load", "end"]
+    settled: Future[Any] = field(default_factory=Future)
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A place inside the gate of a server."""
+
+    gate: Gate
+    who: Hashable
+    server: LeasedServer
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """A lease or a load that has succeeded.
+
+    Attributes:
+        evicted: The models that were stopped for it.
+        is_at_once: Its model was resident already.
+    """
+
+    lease: Lease | None
+    evicted: tuple[str, ...] = ()
+    is_at_once: bool = False
+
+
+class Slots(Protocol):
+    """What the owner needs of the slots; none of these blocks."""
+
+    def gate(self, name: str) -> Gate | None: ...
+    def start(self, command: commands.Start) -> None: ...
+    def stop(self, command: commands.Stop) -> None: ...
+    def measure(self, command: commands.Measure) -> None: ...
+    def forget(self, name: str) -> None:
+        """The entry is gone, and its slot empty."""
+
+
+class PoolOwner:
+    """Steps the pool's machine over its slots.
+
+    Args:
+        slots: Makes what carries out orders about servers, given where to post its facts.
+    """
+
+    def __init__(
+        self,
+        slots: Callable[[Callable[[Fact], None]], Slots],
+        clock: Clock,
+        *,
+        machine: PoolMachine | None = None,
+    ) -> None:
+        self.clock = clock
+        self.ctx: Context = Context()
+        self.evictions: dict[str, int] = {}  # by reason, since the start
+        self._machine = machine or pool_machine()
+        self._inbox: queue.SimpleQueue[Fact | None] = queue.SimpleQueue()
+        self._tickets = itertools.count(1)
+        self._calls: dict[Ticket, PoolCall] = {}
+        self._entered: dict[Ticket, Lease] = {}
+        self._evicted: dict[str, list[str]] = {}  # by the model that wanted their room
+        self._timer_at: float | None = None
+        self._is_looking = False
+        self._is_at_once = False
+        self.is_empty = threading.Event()  # set when a shutdown has ended every server
+        self._thread: threading.Thread | None = None
+        self.has_ended = False
+        self._slots: Slots = slots(self.post)
+
+    # ---------------------------------------------------------------------------- from any thread
+
+    def call(self, name: str, kind: Literal["lease", "load", "end"]) -> PoolCall:
+        call = PoolCall(Ticket(next(self._tickets)), name, kind)
+        self._calls[call.ticket] = call
+        call.settled.add_done_callback(lambda _: self._withdraw(call))
+        return call
+
+    def post(self, fact: Fact) -> None:
+        """Put a fact into the inbox. After the end, refuse the calls that are still open."""
+        self._inbox.put(fact)
+        if self.has_ended:
+            self._refuse_calls()
+
+    def left(self, gate: Gate) -> None:
+        """Look again if somebody waits and a server has become idle: a lease has ended."""
+        if self.ctx.waiting and not gate.inside and not self._is_looking:
+            self._is_looking = True
+            self.post(facts.Looked(self.clock()))
+
+    def _withdraw(self, call: PoolCall) -> None:
+        if call.settled.cancelled():
+            self._calls.pop(call.ticket, None)
+            self.post(facts.Withdrawn(call.name, call.ticket, self.clock()))
+
+    # ------------------------------------------------------------------------ the owner's thread
+
+    def start(self, name: str) -> None:
+        """Process facts on a thread of its own until `stop`. Raises NoThread."""
+        thread = threading.Thread(target=self._run, name=f"llama-pool-{name}", daemon=True)
+        threads.start(thread)
+        self._thread = thread
+
+    def stop(self) -> None:
+        """End the thread, and refuse the calls that are still open."""
+        self._inbox.put(None)
+        if self._thread is not None:
+            self._thread.join()
+        self.has_ended = True
+        self._refuse_calls()
+
+    def _refuse_calls(self) -> None:
+        problem = Problem("shutting_down", "the pool has been closed")
+        for ticket in tuple(self._calls):
+            self._answer(ticket, problem)
+
+    def _run(self) -> None:
+        while True:
+            due, now = self._timer_at, self.clock()
+            if due is not None and now >= due:
+                self._timer_at = None
+                self.pump(facts.Looked(now))
+                continue
+            try:
+                fact = self._inbox.get(timeout=None if due is None else due - now)
+            except queue.Empty:
+                continue
+            if fact is None:
+                return
+            self.pump(fact)
+
+    def pump(self, fact: Fact) -> None:
+        """Process one fact."""
+        try:
+            self._is_looking = self._is_looking and not isinstance(fact, facts.Looked)
+            self._step(fact)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (this thread must survive)
+            _log("exception", "pool.failed", trigger=fact.trigger)
+            if (ticket := getattr(fact, "ticket", None)) is not None:
+                self._answer(ticket, problem_of(error))
+
+    def _step(self, fact: Fact) -> None:
+        entered = self._enter(fact)
+        if hasattr(fact, "has_entered"):
+            fact = replace(cast("Any", fact), has_entered=entered is not None)
+        held: list[Gate] = []
+        for attempt in range(_MAX_STEPS):
+            fact = replace(cast("Any", fact), uses=self._uses())
+            before, stepped = self.ctx, self._machine.step(self.ctx, fact)
+            if self._hold(stepped.commands, held, must=attempt == _MAX_STEPS - 1):
+                break
+        self.ctx = stepped.ctx
+        self._entered |= entered or {}
+        self._is_at_once = isinstance(fact, facts.Wanted)
+        if isinstance(fact, facts.Emptied):
+            self._evicted.pop(fact.name, None)
+        for command in stepped.commands:
+            self._carry_out_safely(command)
+        for lease in (entered or {}).keys() & self._entered.keys():  # the machine did not grant it
+            left = self._entered.pop(lease)
+            left.gate.leave(left.who)
+        for name in {one.name for one in before.entries} - {one.name for one in self.ctx.entries}:
+            self._slots.forget(name)
+        if isinstance(fact, facts.BecameHealthy):
+            self._evicted.pop(fact.name, None)
+        if self.ctx.is_shutting_down and all(
+            entry.state in (State.ABSENT, State.STUCK) for entry in self.ctx.entries
+        ):
+            self.is_empty.set()
+
+    def _uses(self) -> Uses:
+        """Return how the gates of the residents are used, those that are open."""
+        found = []
+        for entry in self.ctx.entries:
+            gate = self._slots.gate(entry.name) if entry.state is State.RESIDENT else None
+            if gate is not None:
+                used_at = gate.used_at
+                found.append(Use(entry.name, used_at is None, used_at))
+        return tuple(found)
+
+    def _enter(self, fact: Fact) -> dict[Ticket, Lease] | None:
+        """Let into the gate whoever this step may grant; None if it is closed to them."""
+        match fact:
+            case facts.Wanted():
+                entry = self.ctx.find(fact.name)
+                if entry is None or entry.state is not State.RESIDENT:
+                    return None
+                if entry.is_changed or fact.is_forced:
+                    return None
+                return self._let_in(fact.name, [fact.ticket])
+            case facts.BecameHealthy() | facts.Adopted():
+                waiters = self.ctx.waiters_of(fact.name)
+                tickets = [one.ticket for one in waiters if one.ticket is not None]
+                return self._let_in(fact.name, tickets)
+        return None
+
+    def _let_in(self, name: str, tickets: Sequence[Ticket]) -> dict[Ticket, Lease] | None:
+        gate = self._slots.gate(name)
+        if gate is None or not gate.is_open:
+            return None
+        entered: dict[Ticket, Lease] = {}
+        for ticket in tickets:
+            who = ("pool", ticket)
+            if (server := gate.enter(who)) is None:
+                for lease in entered.values():
+                    gate.leave(lease.who)
+                return None
+            entered[ticket] = Lease(gate, who, server)
+        return entered
+
+    def _hold(self, made: Sequence[Command], held: list[Gate], *, must: bool) -> bool:
+        """Close the gates of those that go because nobody uses them; whether that is still so."""
+        while held:
+            held.pop().release()
+        for command in made:
+            if isinstance(command, commands.Stop) and command.if_idle:
+                gate = self._slots.gate(command.name)
+                if gate is not None and not gate.hold(if_empty=not must):
+                    while held:
+                        held.pop().release()
+                    return False
+                held += [gate] if gate is not None else []
+        return True
+
+    # -------------------------------------------------------------------------------- commands
+
+    def _carry_out_safely(self, command: Command) -> None:
+        try:
+            self._carry_out(command)
+        except Exception:  # noqa: BLE001 (the step has been taken: those behind it follow)
+            _log("exception", "command.failed", command=type(command).__name__)
+
+    def _carry_out(self, command: Command) -> None:
+        match command:
+            case commands.Start() | commands.Stop():
+                self._order(command)
+            case commands.Grant(ticket, name):
+                self._grant(ticket, name)
+            case commands.Refuse(ticket, _, problem):
+                self._answer(ticket, problem)
+            case commands.AnswerEmptied(ticket):
+                self._answer(ticket, None)
+            case commands.AnswerCancelled(ticket, is_cancelled):
+                self._answer(ticket, is_cancelled)
+            case commands.GiveUp(name, kind, problem):
+                _log("warning", f"{kind}.given_up", model=name, error=problem.message)
+            case commands.Measure():
+                self._slots.measure(command)
+            case commands.SetTimer(at):
+                self._timer_at = at
+            case commands.DropStale(name, trigger):
+                _log("info", "report.fenced", model=name, trigger=trigger)
+
+    def _order(self, command: commands.Start | commands.Stop) -> None:
+        name, generation = command.name, command.generation
+        if isinstance(command, commands.Start):
+            reserved = str(command.reserved)
+            _log("info", "model.starting", model=name, generation=generation, reserved=reserved)
+            self._slots.start(command)
+            return
+        reason = command.reason
+        if reason in _EVICTIONS:
+            self.evictions[reason] = self.evictions.get(reason, 0) + 1
+        if command.room_for is not None:
+            self._evicted.setdefault(command.room_for, []).append(name)
+        _log("info", "model.stopping", model=name, generation=generation, reason=reason)
+        self._slots.stop(command)
+
+    def _grant(self, ticket: Ticket, name: str) -> None:
+        """Answer with the lease; who asked for a load leaves at once."""
+        lease, call = self._entered.pop(ticket, None), self._calls.get(ticket)
+        evicted = () if self._is_at_once else tuple(self._evicted.get(name, ()))
+        is_kept = lease is not None and call is not None and call.kind == "lease"
+        granted = Granted(lease if is_kept else None, evicted, self._is_at_once)
+        is_kept = self._answer(ticket, granted) and is_kept
+        if lease is not None and not is_kept:
+            lease.gate.leave(lease.who)
+
+    def _answer(self, ticket: Ticket, answer: object) -> bool:
+        """Answer a call, and return whether there is a caller: it may have gone away."""
+        call = self._calls.pop(ticket, None)
+        if call is None:
+            return False
+        try:
+            call.settled.set_result(answer)
+        except InvalidStateError:
+            if not call.settled.cancelled():
+                raise
+            return False
+        return True

@@ -1,0 +1,330 @@
+"""Several models by name on one machine: `ModelPool`, and `AsyncModelPool` for asyncio.
+
+A call posts one fact and waits for one answer. `pool["name"]` is a view of one model, with the
+methods of an orchestrator; what it loads and unloads goes through the pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from functools import partial
+from typing import Any, Generic, Self, TypeVar
+
+from orchestrator.base import workers
+from orchestrator.machine.plan import Plan
+from orchestrator.pool.calls import F, PoolFacade
+from orchestrator.pool.catalogue import Changes
+from orchestrator.pool.entries import Entry
+from orchestrator.pool.owner import Granted, PoolCall
+from orchestrator.pool.status import ModelStatus
+from orchestrator.runtime.answers import (
+    LeasedServer,
+    LoadOutcome,
+    LoadProgress,
+    PastLoad,
+    Status,
+    UnloadOutcome,
+)
+from orchestrator.runtime.calls import unwrap
+from orchestrator.runtime.events import Event
+from orchestrator.runtime.orchestrator import AsyncOrchestrator, Orchestrator
+
+P = TypeVar("P", bound=PoolFacade[Any])
+
+
+class ModelPool(PoolFacade[Orchestrator]):
+    """Owns several models of one machine, for synchronous code. All methods are thread-safe.
+
+        >>> with ModelPool("models.toml") as pool:  # doctest: +SKIP
+        ...     with pool.lease("chat") as server:
+        ...         print(server.base_url)  # for any OpenAI-compatible client
+
+    A model is loaded by the first lease of it, and evicted when another one needs its room. All
+    servers are stopped at the end of the block (see `on_host_exit`).
+    """
+
+    _facade = Orchestrator
+
+    def start(self) -> Self:
+        """Claim the slots, adopt what was kept, and begin the preloads. May be called again.
+
+        Raises:
+            SlotOwned: another pool or orchestrator owns the slot.
+            ServerUnavailable: there is no usable llama-server.
+        """
+        self._started(again=True)
+        return self
+
+    def close(self, *, keep: bool = True) -> None:
+        """End every server, or leave it to the next owner, and release the slots."""
+        self._close_all(keep=keep)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getitem__(self, name: str) -> ModelView:
+        """Return the view of one model. Raises ModelNotFound."""
+        return ModelView(self, self._own(name))
+
+    @contextlib.contextmanager
+    def lease(self, name: str | None = None) -> Iterator[LeasedServer]:
+        """Hold a lease on the server of a model, which is loaded if it is not resident.
+
+        Args:
+            name: Of the model, or an alias; None is the default.
+
+        Raises:
+            ModelNotFound: there is no such model.
+            TooLarge: it does not fit beside the pinned models.
+            TooManyWaiting: `max_waiting` requests wait already.
+            OrchestratorError: what a load raises.
+        """
+        entry = self._match(name).entry
+        if entry.request is None:
+            yield self._elsewhere(entry)
+            return
+        lease = self._lease_at_once(entry)
+        call = self._want(entry, "lease") if lease is None else None
+        try:
+            if call is not None:
+                lease = _granted(_wait(call)).lease
+            assert lease is not None  # noqa: S101 (a lease is granted with its place)
+            yield lease.server
+        finally:
+            self._leave(call, lease)
+
+    def load(self, name: str | None = None, *, force_reload: bool = False) -> LoadOutcome:
+        """Load a model, wait until it is resident, and return what was loaded and evicted."""
+        entry = self._own(name)
+        granted = _granted(_wait(self._want(entry, "load", force=force_reload)))
+        return self._outcome(entry, granted)
+
+    def unload(self, name: str | None = None, *, cut: bool = False) -> UnloadOutcome:
+        """Stop a model, cancel who waits for it, and wait until its slot is verified empty."""
+        unwrap(_wait(self._ask_unload(name, cut=cut)))
+        return UnloadOutcome("unloaded")
+
+    def cancel(self, name: str | None = None) -> bool:
+        """Cancel the load of a model; one that is resident stays. Return whether there was one."""
+        return bool(unwrap(_wait(self._ask_cancel(name))))
+
+    def plan(self, name: str | None = None, *, force_reload: bool = False) -> Plan:
+        """Return what a load would do, what it would evict and whether it would fit."""
+        return self._plan(name, force_reload=force_reload)
+
+    def add(self, name: str, **fields: Any) -> ModelStatus:
+        """Add a model at run time, with the keys of a `[models.NAME]` table.
+
+        Raises:
+            NameTaken: the name, or one of its aliases, is in use.
+            InvalidRequest: `field` names what to change.
+        """
+        return self.model_status(self._add(name, fields).name)
+
+    def remove(self, name: str) -> None:
+        """Remove a model: its waiters get `model_not_found`, and its server is stopped."""
+        if (call := self._ask_remove(name)) is not None:
+            unwrap(_wait(call))
+
+    def reload(self) -> Changes:
+        """Read the catalogue's file again. A mistake in it is an error and changes nothing."""
+        return self._reload()
+
+
+class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
+    """Owns several models of one machine, for asyncio; see `ModelPool`. Cancelling an `await`
+    withdraws that caller.
+    """
+
+    _facade = AsyncOrchestrator
+
+    async def start(self) -> Self:
+        """Claim the slots; see `ModelPool.start`."""
+        await workers.waited(partial(self._started, again=True))
+        return self
+
+    async def close(self, *, keep: bool = True) -> None:
+        """End as `ModelPool.close` does, even if cancelled."""
+        await asyncio.shield(workers.waited(partial(self._close_all, keep=keep)))
+
+    async def __aenter__(self) -> Self:
+        return await self.start()
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def __getitem__(self, name: str) -> AsyncModelView:
+        """Return the view of one model. Raises ModelNotFound."""
+        return AsyncModelView(self, self._own(name))
+
+    @contextlib.asynccontextmanager
+    async def lease(self, name: str | None = None) -> AsyncIterator[LeasedServer]:
+        """Hold a lease on the server of a model; see `ModelPool.lease`."""
+        entry = self._match(name).entry
+        if entry.request is None:
+            yield self._elsewhere(entry)
+            return
+        await self._ready()
+        lease = self._lease_at_once(entry)
+        call = self._want(entry, "lease") if lease is None else None
+        try:
+            if call is not None:
+                lease = _granted(await asyncio.wrap_future(call.settled)).lease
+            assert lease is not None  # noqa: S101 (a lease is granted with its place)
+            yield lease.server
+        finally:
+            self._leave(call, lease)
+
+    async def load(self, name: str | None = None, *, force_reload: bool = False) -> LoadOutcome:
+        """Load a model; see `ModelPool.load`."""
+        entry = self._own(name)
+        await self._ready()
+        call = self._want(entry, "load", force=force_reload)
+        return self._outcome(entry, _granted(await asyncio.wrap_future(call.settled)))
+
+    async def unload(self, name: str | None = None, *, cut: bool = False) -> UnloadOutcome:
+        """Stop a model; see `ModelPool.unload`."""
+        await self._ready()
+        unwrap(await asyncio.wrap_future(self._ask_unload(name, cut=cut).settled))
+        return UnloadOutcome("unloaded")
+
+    async def cancel(self, name: str | None = None) -> bool:
+        """Cancel the load of a model; see `ModelPool.cancel`."""
+        await self._ready()
+        return bool(unwrap(await asyncio.wrap_future(self._ask_cancel(name).settled)))
+
+    async def plan(self, name: str | None = None, *, force_reload: bool = False) -> Plan:
+        """Return what a load would do; see `ModelPool.plan`."""
+        return await workers.waited(partial(self._plan, name, force_reload=force_reload))
+
+    async def add(self, name: str, **fields: Any) -> ModelStatus:
+        """Add a model at run time; see `ModelPool.add`."""
+        await self._ready()
+        return self.model_status(self._add(name, fields).name)
+
+    async def remove(self, name: str) -> None:
+        """Remove a model; see `ModelPool.remove`."""
+        await self._ready()
+        if (call := self._ask_remove(name)) is not None:
+            unwrap(await asyncio.wrap_future(call.settled))
+
+    async def reload(self) -> Changes:
+        """Read the catalogue's file again; see `ModelPool.reload`."""
+        return await workers.waited(self._reload)
+
+    async def _ready(self) -> None:
+        """Claiming the slots may block."""
+        if self._owner is None:
+            await self.start()
+
+
+class _View(Generic[P, F]):
+    """What the views of both pools share: reading, which never blocks."""
+
+    def __init__(self, pool: P, entry: Entry) -> None:
+        self._pool = pool
+        self.name: str = entry.name
+
+    @property
+    def _facade(self) -> F:
+        facade: F = self._pool.facade_of(self.name)
+        return facade
+
+    def status(self) -> Status:
+        """Return the state of its slot; see `Orchestrator.status`."""
+        return self._facade.status()
+
+    def progress(self) -> LoadProgress:
+        """Return the phase and the bytes of the load in flight."""
+        return self._facade.progress()
+
+    def logs(self, lines: int = 200) -> tuple[str, ...]:
+        """Return the last lines of output of its present or last server, oldest first."""
+        return self._facade.logs(lines)
+
+    def history(self, limit: int = 20) -> list[PastLoad]:
+        """Return its last loads, newest first."""
+        return self._facade.history(limit)
+
+
+class ModelView(_View[ModelPool, Orchestrator]):
+    """One model of a `ModelPool`, like an `Orchestrator` that has this target only."""
+
+    def load(self, *, force_reload: bool = False) -> LoadOutcome:
+        """Load it through the pool; see `ModelPool.load`."""
+        return self._pool.load(self.name, force_reload=force_reload)
+
+    def unload(self, *, cut: bool = False) -> UnloadOutcome:
+        """Stop it; see `ModelPool.unload`."""
+        return self._pool.unload(self.name, cut=cut)
+
+    def cancel(self) -> bool:
+        """Cancel its load; see `ModelPool.cancel`."""
+        return self._pool.cancel(self.name)
+
+    def plan(self, *, force_reload: bool = False) -> Plan:
+        """Return what a load would do; see `ModelPool.plan`."""
+        return self._pool.plan(self.name, force_reload=force_reload)
+
+    def lease(self) -> contextlib.AbstractContextManager[LeasedServer]:
+        """Hold a lease on its server; see `ModelPool.lease`."""
+        return self._pool.lease(self.name)
+
+    def events(self, after: int | None = None) -> Iterator[Event]:
+        """Iterate over its events; see `Orchestrator.events`."""
+        return self._facade.events(after)
+
+    def follow_logs(self, lines: int = 200) -> Iterator[str]:
+        """Iterate over the output of its servers; see `Orchestrator.follow_logs`."""
+        return self._facade.follow_logs(lines)
+
+
+class AsyncModelView(_View[AsyncModelPool, AsyncOrchestrator]):
+    """One model of an `AsyncModelPool`, like an `AsyncOrchestrator` that has this target only."""
+
+    async def load(self, *, force_reload: bool = False) -> LoadOutcome:
+        """Load it through the pool; see `ModelPool.load`."""
+        return await self._pool.load(self.name, force_reload=force_reload)
+
+    async def unload(self, *, cut: bool = False) -> UnloadOutcome:
+        """Stop it; see `ModelPool.unload`."""
+        return await self._pool.unload(self.name, cut=cut)
+
+    async def cancel(self) -> bool:
+        """Cancel its load; see `ModelPool.cancel`."""
+        return await self._pool.cancel(self.name)
+
+    async def plan(self, *, force_reload: bool = False) -> Plan:
+        """Return what a load would do; see `ModelPool.plan`."""
+        return await self._pool.plan(self.name, force_reload=force_reload)
+
+    def lease(self) -> contextlib.AbstractAsyncContextManager[LeasedServer]:
+        """Hold a lease on its server; see `ModelPool.lease`."""
+        return self._pool.lease(self.name)
+
+    def events(self, after: int | None = None) -> AsyncGenerator[Event, None]:
+        """Iterate over its events; see `Orchestrator.events`."""
+        return self._facade.events(after)
+
+    def follow_logs(self, lines: int = 200) -> AsyncGenerator[str, None]:
+        """Iterate over the output of its servers; see `Orchestrator.follow_logs`."""
+        return self._facade.follow_logs(lines)
+
+
+def _wait(call: PoolCall) -> Any:
+    """Block for an answer; an interrupt withdraws the caller."""
+    try:
+        return call.settled.result()
+    except BaseException:
+        call.settled.cancel()
+        raise
+
+
+def _granted(answer: Any) -> Granted:
+    granted: Granted = unwrap(answer)
+    return granted

@@ -1,0 +1,218 @@
+"""One slot of a pool: an orchestrator of its own, told what to do, and heard.
+
+What may block runs on worker threads, one thing at a time and in order. At rest a slot has neither
+process nor thread. Its reports carry the generation of the pool's `Start` that they are about.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+from orchestrator.base.log import event_log
+from orchestrator.base.tokens import Generation
+from orchestrator.base.workers import Workers
+from orchestrator.errors import Problem, problem_of
+from orchestrator.machine import facts as slot_facts
+from orchestrator.machine.commands import Loaded, Settle
+from orchestrator.machine.states import State
+from orchestrator.pool import facts
+from orchestrator.pool.ledger import Amounts
+from orchestrator.runtime.calls import Facade
+from orchestrator.runtime.gate import Gate
+from orchestrator.runtime.owner import Call
+from orchestrator.runtime.ports import Clock
+from orchestrator.runtime.snapshot import Snapshot, StepReport
+from orchestrator.settings.memory import Memory
+from orchestrator.settings.request import LoadRequest
+
+_log = event_log("orchestrator.pool")
+_AT_REST: Final = Generation(0)
+
+
+class PoolSlot:
+    """The slot of one entry.
+
+    Args:
+        facade: Its orchestrator, which nobody else gives orders.
+        post: Gets the facts, on any thread.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        facade: Facade,
+        post: Callable[[facts.Fact], None],
+        workers: Workers,
+        clock: Clock,
+    ) -> None:
+        self.name = name
+        self.facade = facade
+        self._post = post
+        self._workers = workers
+        self._clock = clock
+        self._turn = threading.Lock()  # of the work that is left to do
+        self._todo: deque[Callable[[], None]] = deque()
+        self._is_working = False
+        self._generation = _AT_REST
+        self._is_stopping = False
+        self._problem: Problem | None = None  # why that load has failed
+        self._call: Call | None = None  # the load of this generation, or what stands for it
+        facade.observe(self._observe)
+
+    @property
+    def gate(self) -> Gate | None:
+        return self.facade.gate
+
+    def adopt(self, generation: Generation, ended: Callable[[bool], None]) -> None:
+        """Look for what a dead owner has left here, and say whether it goes on."""
+
+        def run() -> None:
+            found = self.facade.begin()
+            running = found.ctx.running
+            if found.state is not State.HEALTHY or running is None:
+                self.facade.give_back(keep=False)
+                ended(False)
+                return
+            self._generation, self._is_stopping = generation, False
+            self._call = self.facade.open_call()  # it has no load of ours
+            held = running.memory.devices if running.memory is not None else {}
+            self._post(facts.Adopted(self.name, generation, Amounts.of(held), self._clock()))
+            ended(True)
+
+        def failed(problem: Problem) -> None:
+            _log("error", "slot.not_adopted", model=self.name, error=problem.message)
+            ended(False)
+
+        self._do(run, failed)
+
+    def start(self, generation: Generation, request: LoadRequest) -> None:
+        """Load a model; reports follow, and in the end `Emptied`, unless it gets stuck."""
+
+        def run() -> None:
+            self._generation, self._is_stopping, self._problem = generation, False, None
+            call = self._call = self.facade.open_call()
+            call.settled.add_done_callback(lambda _: self._settled(generation, call))
+            self.facade.send_load(call, request)
+
+        self._do(run, partial(self._end, generation))
+
+    def stop(self, generation: Generation, *, cut: bool) -> None:
+        """Let nobody in any more, drain, and empty the slot."""
+        self._is_stopping = True
+        if (gate := self.gate) is not None:
+            gate.hold()
+
+        def run() -> None:
+            if self._generation == generation:
+                self.facade.send_unload(self.facade.open_call(), cut=cut)
+
+        def failed(_: Problem) -> None:
+            self._post(facts.BecameStuck(self.name, generation, self._clock()))
+
+        self._do(run, failed)
+
+    def close(self, *, keep: bool, ended: Callable[[], None]) -> None:
+        """Give the slot back, with its server left to the next owner if that is the policy."""
+
+        def run() -> None:
+            self._generation = _AT_REST
+            self.facade.give_back(keep=keep)
+            ended()
+
+        def failed(problem: Problem) -> None:
+            _log("error", "slot.not_closed", model=self.name, error=problem.message)
+            ended()
+
+        self._do(run, failed)
+
+    # ---------------------------------------------------------------------------------- reports
+
+    def _settled(self, generation: Generation, call: Call) -> None:
+        """Report a load that has succeeded, after its gate has been opened."""
+        answer = call.settled.result()
+        if isinstance(answer, Loaded):
+            memory = answer.memory
+            is_exact = memory is not None and memory.source == "exact"
+            figure = Amounts.of(memory.devices) if memory is not None and is_exact else None
+            self._post(facts.BecameHealthy(self.name, generation, self._clock(), figure))
+
+    def _observe(self, report: StepReport) -> None:
+        """Report what a step of the slot's machine means for the pool. On its owner's thread."""
+        generation, before, after = self._generation, report.before, report.after
+        if generation == _AT_REST:
+            return
+        fact, job = report.fact, after.ctx.job
+        self._problem = self._failure(report) or self._problem
+        if isinstance(fact, slot_facts.Sized) and job is not None and job.memory is fact.memory:
+            self._report_size(generation, fact.memory)
+        if before.state is State.HEALTHY is not after.state and not self._is_stopping:
+            self._post(facts.Leaving(self.name, generation, self._clock()))
+        has_moved = before.state is not after.state or before.ctx.look_ups != after.ctx.look_ups
+        if has_moved and _is_at_rest(after) and self._call is not None:
+            if after.ctx.child is None:
+                self._end(generation, self._problem)
+            else:
+                self._post(facts.BecameStuck(self.name, generation, self._clock()))
+
+    def _report_size(self, generation: Generation, memory: Memory) -> None:
+        """Report the server's own figure; an estimate is what the pool has already."""
+        if memory.source == "exact":
+            figure = Amounts.of(memory.devices)
+            self._post(facts.Sized(self.name, generation, figure, self._clock()))
+
+    def _failure(self, report: StepReport) -> Problem | None:
+        ticket = self._call.ticket if self._call is not None else None
+        for command in report.commands:
+            if isinstance(command, Settle) and command.ticket == ticket:
+                return command.answer if isinstance(command.answer, Problem) else None
+        return None
+
+    def _end(self, generation: Generation, problem: Problem | None) -> None:
+        """The slot is verified empty: its place on paper is free, and it comes to rest."""
+        if self._generation != generation:
+            return
+        self._generation = _AT_REST
+        self._post(facts.Emptied(self.name, generation, self._clock(), problem))
+        self._do(self._rest, lambda problem: None)
+
+    def _rest(self) -> None:
+        with self._turn:
+            is_wanted = bool(self._todo)
+        if self._generation == _AT_REST and not is_wanted:
+            self.facade.give_back(keep=False)
+
+    # ------------------------------------------------------------------------------------- work
+
+    def _do(self, work: Callable[[], None], failed: Callable[[Problem], None]) -> None:
+        """Do this after what is left to do, on a worker thread."""
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:  # noqa: BLE001 (the pool waits for a report)
+                failed(problem_of(error))
+
+        with self._turn:
+            self._todo.append(run)
+            if self._is_working:
+                return
+            self._is_working = True
+        self._workers.submit(self._work)
+
+    def _work(self) -> None:
+        while True:
+            with self._turn:
+                if not self._todo:
+                    self._is_working = False
+                    return
+                work = self._todo.popleft()
+            work()
+
+
+def _is_at_rest(snapshot: Snapshot) -> bool:
+    ctx = snapshot.ctx
+    return snapshot.state is State.IDLE and not (ctx.wanted or ctx.look_ups or ctx.effect)

@@ -1,0 +1,172 @@
+"""The slots of a pool: one for each entry that has had a server, made when it is first needed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Final, Generic, TypeVar
+
+from orchestrator.base.tokens import Generation
+from orchestrator.base.workers import Workers
+from orchestrator.errors import problem_of
+from orchestrator.pool import commands, facts
+from orchestrator.pool.context import Definition, Need
+from orchestrator.pool.entries import Entry
+from orchestrator.pool.ledger import Amounts
+from orchestrator.pool.slot import PoolSlot
+from orchestrator.runtime.calls import Facade
+from orchestrator.runtime.gate import Gate
+from orchestrator.runtime.ports import Clock
+from orchestrator.server.devices import Device
+from orchestrator.settings.flags import value_of
+from orchestrator.settings.memory import HOST
+from orchestrator.settings.request import LoadRequest
+
+_FIRST: Final = Generation(1)  # of a server that was found
+F = TypeVar("F", bound=Facade)
+
+
+class PoolSlots(Generic[F]):
+    """Carries out what the pool's machine decides about servers.
+
+    Args:
+        make: Makes the orchestrator of an entry.
+
+    Attributes:
+        entries: Of the catalogue as it is now.
+        devices: Of this machine, once they are known.
+        restarts: Whether a server that ends by itself comes back.
+        keeps: Whether a shutdown leaves Healthy servers to the next owner.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[str], F],
+        post: Callable[[facts.Fact], None],
+        workers: Workers,
+        clock: Clock,
+    ) -> None:
+        self.entries: Mapping[str, Entry] = {}
+        self.devices: Sequence[Device] = ()
+        self.restarts: bool = False
+        self.keeps: bool = False
+        self._make = make
+        self._post = post
+        self._workers = workers
+        self._clock = clock
+        self._guard = threading.Lock()  # of the two below
+        self._facades: dict[str, F] = {}
+        self._slots: dict[str, PoolSlot] = {}
+
+    # --------------------------------------------------------------------------- from any thread
+
+    def facade(self, name: str) -> F:
+        """Return the orchestrator of an entry."""
+        with self._guard:
+            if (facade := self._facades.get(name)) is None:
+                facade = self._facades[name] = self._make(name)
+            return facade
+
+    def slot(self, name: str) -> PoolSlot:
+        facade = self.facade(name)
+        with self._guard:
+            if (slot := self._slots.get(name)) is None:
+                slot = PoolSlot(name, facade, self._post, self._workers, self._clock)
+                self._slots[name] = slot
+            return slot
+
+    def definition(self, entry: Entry) -> Definition | None:
+        """Return what the pool's machine decides by; None for a server that is not ours."""
+        request = entry.request
+        if request is None:
+            return None
+        need = None
+        if entry.memory is not None:
+            need = Need(Amounts.of(self.by_device(entry.memory)), "declared")
+        is_auto = not request.max_seq_length and not _flag(request, "-c", "--ctx-size")
+        return Definition(
+            need,
+            weight=entry.weight,
+            is_pinned=entry.pinned,
+            group=entry.group,
+            idle_ttl_s=request.idle_ttl_s or None,
+            restarts=self.restarts,
+            may_be_fitted=is_auto and need is None,
+        )
+
+    def by_device(self, memory: int | Mapping[str, int]) -> dict[str, int]:
+        """Return MiB by device; a plain figure is of the first GPU, else of the host."""
+        if isinstance(memory, Mapping):
+            return dict(memory)
+        gpus = [device.name for device in self.devices if device.name != HOST]
+        return {(gpus or [HOST])[0]: memory}
+
+    def adopt(self, name: str, ended: Callable[[bool], None]) -> None:
+        self.slot(name).adopt(_FIRST, ended)
+
+    # ----------------------------------------------------------------------- on the owner's thread
+
+    def gate(self, name: str) -> Gate | None:
+        slot = self._slots.get(name)
+        return slot.gate if slot is not None else None
+
+    def start(self, command: commands.Start) -> None:
+        request = replace(_request(self.entries.get(command.name)), idle_ttl_s=None)
+        if command.is_fitted:
+            request = self._fitted(request, command.reserved)
+        self.slot(command.name).start(command.generation, request)
+
+    def stop(self, command: commands.Stop) -> None:
+        slot, name, generation = self.slot(command.name), command.name, command.generation
+        if command.reason == "shutdown":
+            emptied = facts.Emptied(name, generation, self._clock())
+            slot.close(keep=self.keeps, ended=lambda: self._post(emptied))
+        else:
+            slot.stop(generation, cut=command.cut)
+
+    def measure(self, command: commands.Measure) -> None:
+        """Find out what a start needs, and how much of that are files."""
+        name, edition, entry = command.name, command.edition, self.entries.get(command.name)
+
+        def run() -> None:
+            try:
+                memory, size_bytes = self.facade(name).need_of(_request(entry))
+            except BaseException as error:  # noqa: BLE001 (who wants it waits for an answer)
+                problem = problem_of(error)
+                self._post(facts.MeasureFailed(name, edition, problem, self._clock()))
+                return
+            need = Need(Amounts.of(memory.devices), memory.source)
+            self._post(facts.Measured(name, edition, need, self._clock(), size_bytes))
+
+        self._workers.submit(run)
+
+    def forget(self, name: str) -> None:
+        with self._guard:
+            self._slots.pop(name, None)
+            self._facades.pop(name, None)
+
+    def _fitted(self, request: LoadRequest, reserved: Amounts) -> LoadRequest:
+        """Have the server reduce its context until it takes no more than is reserved.
+
+        It leaves so much of each device free; a server without GPUs counts from all of the host.
+        """
+        if _flag(request, "-fitt", "--fit-target"):
+            return request
+        gpus = [device for device in self.devices if device.name != HOST]
+        margins = [gpu.free_mib - reserved[gpu.name] for gpu in gpus]
+        margins = margins or [one.total_mib - reserved[HOST] for one in self.devices]
+        margin = ",".join(str(max(0, mib)) for mib in margins)
+        args = (*(request.llama_extra_args or ()), "--fit-target", margin)
+        return replace(request, llama_extra_args=args)
+
+
+def _request(entry: Entry | None) -> LoadRequest:
+    """Return what is loaded for an entry of ours."""
+    if entry is None or entry.request is None:
+        raise LookupError("this model is gone, or not ours to start")
+    return entry.request
+
+
+def _flag(request: LoadRequest, *names: str) -> str | None:
+    return value_of(request.llama_extra_args or (), *names)

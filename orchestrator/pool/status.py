@@ -1,0 +1,140 @@
+"""What a pool says about itself: frozen data with the names of the HTTP bodies."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from orchestrator.base.record import Record
+from orchestrator.errors import Problem
+from orchestrator.machine.states import State as SlotState
+from orchestrator.pool.context import Context, Entry
+from orchestrator.pool.entries import Entry as Described
+from orchestrator.pool.ledger import is_place
+from orchestrator.pool.states import State
+from orchestrator.runtime.answers import Status
+from orchestrator.settings.fields import Kind
+from orchestrator.settings.memory import Memory, total
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStatus(Record):
+    """The budget of one device."""
+
+    device: str
+    total_mib: int
+    reserved_mib: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus(Record):
+    """One entry of the catalogue.
+
+    Attributes:
+        state: Of its slot; Healthy for another server, which is not ours to start.
+        memory: What is reserved for it, else what it would need; None before that is known.
+        leases: Requests that use its server now.
+        waiting: Requests that wait for it.
+        last_used_at: Unix seconds; None if it has not been used since it was loaded.
+        last_error: Why its last load has failed.
+    """
+
+    name: str
+    kind: Kind
+    aliases: list[str]
+    presets: list[str]
+    state: SlotState
+    pinned: bool
+    group: str | None
+    memory: Memory | None
+    leases: int
+    waiting: int
+    generation: int
+    pid: int | None
+    last_used_at: float | None
+    last_error: Problem | None
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingStatus(Record):
+    """The requests that wait for one model, and how long the first of them has waited."""
+
+    model: str
+    count: int
+    oldest_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatus(Record):
+    """A pool at one moment: its budget, its models in the order of the catalogue, who waits."""
+
+    budget: list[DeviceStatus]
+    models: list[ModelStatus]
+    waiting: list[WaitingStatus]
+
+
+def budget_of(ctx: Context) -> list[DeviceStatus]:
+    reserved = ctx.ledger.total(name for name, _ in ctx.ledger.reservations)
+    return [
+        DeviceStatus(device, mib, reserved[device])
+        for device, mib in ctx.devices.by_account
+        if not is_place(device)
+    ]
+
+
+def waiting_of(ctx: Context, now: float) -> list[WaitingStatus]:
+    since: dict[str, list[float]] = {}
+    for waiter in ctx.waiting:
+        if waiter.ticket is not None:
+            since.setdefault(waiter.name, []).append(waiter.since)
+    return [
+        WaitingStatus(name, len(some), round(max(0.0, now - min(some)), 3))
+        for name, some in since.items()
+    ]
+
+
+def model_of(
+    described: Described, ctx: Context, slot: Status | None, used_at: float | None, now: float
+) -> ModelStatus:
+    """Return one entry.
+
+    Args:
+        slot: The status of its slot; None if it has never had one.
+        used_at: When its last lease ended, monotonic seconds.
+    """
+    entry = ctx.find(described.name)
+    waiting = sum(waiter.ticket is not None for waiter in ctx.waiters_of(described.name))
+    loaded = slot.loaded if slot is not None else None
+    state = slot.state if slot is not None else SlotState.IDLE
+    if described.request is None:
+        state = SlotState.HEALTHY
+    ago_s = None if used_at is None or loaded is None else now - used_at
+    return ModelStatus(
+        name=described.name,
+        kind=described.kind,
+        aliases=list(described.aliases),
+        presets=[preset.name for preset in described.presets],
+        state=state,
+        pinned=described.pinned,
+        group=described.group,
+        memory=_memory(entry, ctx, loaded.memory if loaded is not None else None),
+        leases=slot.leases if slot is not None else 0,
+        waiting=waiting,
+        generation=entry.generation if entry is not None else 0,
+        pid=loaded.pid if loaded is not None else None,
+        last_used_at=None if ago_s is None else round(time.time() - ago_s, 3),
+        last_error=entry.failure if entry is not None else None,
+    )
+
+
+def _memory(entry: Entry | None, ctx: Context, taken: Memory | None) -> Memory | None:
+    """Return what is reserved, with the server's own figure; else what a start would reserve."""
+    if entry is None or (need := entry.definition.need) is None:
+        return None
+    reserved = ctx.ledger.of(entry.name).of_devices()
+    amounts = reserved if reserved and entry.state is not State.ABSENT else need.amounts
+    devices: Mapping[str, int] = dict(amounts.by_account)
+    own = taken.server_mib if taken is not None else None
+    fitted = taken is not None and taken.fitted
+    return Memory.of(need.source, total(devices), server_mib=own, fitted=fitted)
