@@ -22,6 +22,7 @@ from orchestrator.errors import (
     no_thread_as_error,
 )
 from orchestrator.machine.plan import Plan
+from orchestrator.machine.states import State as SlotState
 from orchestrator.pool import commands, facts, status
 from orchestrator.pool.catalogue import (
     Catalogue,
@@ -34,7 +35,7 @@ from orchestrator.pool.catalogue import (
     with_entry,
     without_entry,
 )
-from orchestrator.pool.context import Context, Need, Policy
+from orchestrator.pool.context import Context, Policy
 from orchestrator.pool.entries import Entry
 from orchestrator.pool.ledger import Amounts
 from orchestrator.pool.owner import Granted, Lease, PoolCall, PoolOwner
@@ -43,7 +44,7 @@ from orchestrator.pool.states import State
 from orchestrator.pool.status import ModelStatus, PoolStatus
 from orchestrator.pool.step import step
 from orchestrator.pool.values import budget as checked_budget
-from orchestrator.runtime.answers import LeasedServer, LoadOutcome
+from orchestrator.runtime.answers import LeasedServer, LoadOutcome, Status
 from orchestrator.runtime.calls import Facade
 from orchestrator.runtime.parts import Parts
 from orchestrator.server.slot import Slot
@@ -172,6 +173,7 @@ class PoolFacade(Generic[F]):
         now = self._clock()
         for name in self._catalogue.pool.preload:
             owner.post(facts.Preloaded(name, now))
+        owner.until_done()
         return owner
 
     def _define(
@@ -289,7 +291,7 @@ class PoolFacade(Generic[F]):
         known = ctx.find(entry.name)
         if known is None or (known.state is State.ABSENT and not known.generation):
             return status.model_of(entry, ctx, None, None, now)
-        slot, gate = self._slots.facade(entry.name).status(), self._slots.gate(entry.name)
+        slot, gate = self.slot_status(entry.name), self._slots.gate(entry.name)
         used_at = gate.used_at if gate is not None else None
         return status.model_of(entry, ctx, slot, used_at if used_at is not None else now, now)
 
@@ -378,6 +380,12 @@ class PoolFacade(Generic[F]):
         owner.post(facts.CancelRequested(entry.name, call.ticket, self._clock()))
         return call
 
+    def slot_status(self, name: str) -> Status:
+        """Return the status of a model's slot; what only gives the slot back is not shown."""
+        found, known = self._slots.facade(name).status(), self._ctx.find(name)
+        is_absent = known is None or known.state is State.ABSENT
+        return replace(found, state=SlotState.IDLE) if is_absent else found
+
     def facade_of(self, name: str) -> F:
         """Return the orchestrator of a model, for reading."""
         return self._slots.facade(name)
@@ -392,6 +400,7 @@ class PoolFacade(Generic[F]):
             self._catalogue, self._slots.entries = made, made.models
             self._runtime[name] = entry
         self._define(owner, self._slots, entry)
+        owner.until_done()
         return entry
 
     def _ask_remove(self, name: str) -> PoolCall | None:
@@ -425,6 +434,7 @@ class PoolFacade(Generic[F]):
         for name in (*changes.added, *changes.changed):
             is_other = name in changes.added or old.models[name].reloads(new.models[name])
             self._define(owner, self._slots, new.models[name], is_other=is_other)
+        owner.until_done()
         return changes
 
 
@@ -447,8 +457,7 @@ def _foreseen(
     after, made = step(ctx, wanted)
     for command in made:
         if isinstance(command, commands.Measure) and entry.request is not None:
-            memory, size = slots.facade(entry.name).need_of(entry.request)
-            need = Need(Amounts.of(memory.devices), memory.source)
+            need, size = slots.need_of(entry.name, entry.request)
             measured = facts.Measured(entry.name, command.edition, need, now, size, uses)
             made = step(after, measured).commands
     evict = [c.name for c in made if isinstance(c, commands.Stop) and c.room_for == entry.name]

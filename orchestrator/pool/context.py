@@ -36,10 +36,14 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """The memory that a start needs, in MiB by device, and where the figure comes from."""
+    """The memory that a start needs, in MiB by device, and where the figure comes from.
+
+    `least` is what the server can do with, if it may choose its context; None if it may not.
+    """
 
     amounts: Amounts
     source: Source = "estimate"
+    least: Amounts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,6 @@ class Definition:
     group: str | None = None
     idle_ttl_s: float | None = None  # stopped after this long without use; None = never
     restarts: bool = False  # after it has ended by itself
-    may_be_fitted: bool = False  # the context is Auto: the server can do with less
 
 
 @dataclass(frozen=True, slots=True)

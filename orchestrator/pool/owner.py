@@ -98,7 +98,7 @@ class PoolOwner:
         self.ctx: Context = Context()
         self.evictions: dict[str, int] = {}  # by reason, since the start
         self._machine = machine or pool_machine()
-        self._inbox: queue.SimpleQueue[Fact | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Fact | threading.Event | None] = queue.SimpleQueue()
         self._tickets = itertools.count(1)
         self._calls: dict[Ticket, PoolCall] = {}
         self._entered: dict[Ticket, Lease] = {}
@@ -124,6 +124,12 @@ class PoolOwner:
         self._inbox.put(fact)
         if self.has_ended:
             self._refuse_calls()
+
+    def until_done(self) -> None:
+        """Block until everything that has been posted so far is processed."""
+        done = threading.Event()
+        self._inbox.put(done)
+        done.wait()
 
     def left(self, gate: Gate) -> None:
         """Look again if somebody waits and a server has become idle: a lease has ended."""
@@ -170,7 +176,10 @@ class PoolOwner:
                 continue
             if fact is None:
                 return
-            self.pump(fact)
+            if isinstance(fact, threading.Event):
+                fact.set()
+            else:
+                self.pump(fact)
 
     def pump(self, fact: Fact) -> None:
         """Process one fact."""
@@ -195,8 +204,6 @@ class PoolOwner:
         self.ctx = stepped.ctx
         self._entered |= entered or {}
         self._is_at_once = isinstance(fact, facts.Wanted)
-        if isinstance(fact, facts.Emptied):
-            self._evicted.pop(fact.name, None)
         for command in stepped.commands:
             self._carry_out_safely(command)
         for lease in (entered or {}).keys() & self._entered.keys():  # the machine did not grant it
@@ -204,8 +211,9 @@ class PoolOwner:
             left.gate.leave(left.who)
         for name in {one.name for one in before.entries} - {one.name for one in self.ctx.entries}:
             self._slots.forget(name)
-        if isinstance(fact, facts.BecameHealthy):
-            self._evicted.pop(fact.name, None)
+        if isinstance(fact, facts.BecameHealthy | facts.Emptied):
+            is_over = not any(self.ctx.waiters_of(fact.name))
+            self._evicted.pop(fact.name if is_over else "", None)
         if self.ctx.is_shutting_down and all(
             entry.state in (State.ABSENT, State.STUCK) for entry in self.ctx.entries
         ):

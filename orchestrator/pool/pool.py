@@ -237,7 +237,7 @@ class _View(Generic[P, F]):
 
     def status(self) -> Status:
         """Return the state of its slot; see `Orchestrator.status`."""
-        return self._facade.status()
+        return self._pool.slot_status(self.name)
 
     def progress(self) -> LoadProgress:
         """Return the phase and the bytes of the load in flight."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -57,6 +58,7 @@ class PoolSlots(Generic[F]):
         self._clock = clock
         self._guard = threading.Lock()  # of the two below
         self._facades: dict[str, F] = {}
+        self._beside: dict[str, int] = {}  # MiB of the host that the server does not fit
         self._slots: dict[str, PoolSlot] = {}
 
     # --------------------------------------------------------------------------- from any thread
@@ -84,15 +86,14 @@ class PoolSlots(Generic[F]):
         need = None
         if entry.memory is not None:
             need = Need(Amounts.of(self.by_device(entry.memory)), "declared")
-        is_auto = not request.max_seq_length and not _flag(request, "-c", "--ctx-size")
         return Definition(
             need,
+            size_bytes=_size_of(request.model_path),
             weight=entry.weight,
             is_pinned=entry.pinned,
             group=entry.group,
             idle_ttl_s=request.idle_ttl_s or None,
             restarts=self.restarts,
-            may_be_fitted=is_auto and need is None,
         )
 
     def by_device(self, memory: int | Mapping[str, int]) -> dict[str, int]:
@@ -101,6 +102,16 @@ class PoolSlots(Generic[F]):
             return dict(memory)
         gpus = [device.name for device in self.devices if device.name != HOST]
         return {(gpus or [HOST])[0]: memory}
+
+    def need_of(self, name: str, request: LoadRequest) -> tuple[Need, int]:
+        """Return what a start would take, at least if its context is Auto, and the bytes of its
+        files. Blocks.
+        """
+        needed = self.facade(name).need_of(request)
+        self._beside[name] = needed.beside_mib
+        least = Amounts.of(needed.least.devices) if needed.least is not None else None
+        memory = needed.memory
+        return Need(Amounts.of(memory.devices), memory.source, least), needed.size_bytes
 
     def adopt(self, name: str, ended: Callable[[bool], None]) -> None:
         self.slot(name).adopt(_FIRST, ended)
@@ -114,7 +125,7 @@ class PoolSlots(Generic[F]):
     def start(self, command: commands.Start) -> None:
         request = replace(_request(self.entries.get(command.name)), idle_ttl_s=None)
         if command.is_fitted:
-            request = self._fitted(request, command.reserved)
+            request = self._fitted(request, command)
         self.slot(command.name).start(command.generation, request)
 
     def stop(self, command: commands.Stop) -> None:
@@ -131,12 +142,11 @@ class PoolSlots(Generic[F]):
 
         def run() -> None:
             try:
-                memory, size_bytes = self.facade(name).need_of(_request(entry))
+                need, size_bytes = self.need_of(name, _request(entry))
             except BaseException as error:  # noqa: BLE001 (who wants it waits for an answer)
                 problem = problem_of(error)
                 self._post(facts.MeasureFailed(name, edition, problem, self._clock()))
                 return
-            need = Need(Amounts.of(memory.devices), memory.source)
             self._post(facts.Measured(name, edition, need, self._clock(), size_bytes))
 
         self._workers.submit(run)
@@ -146,7 +156,7 @@ class PoolSlots(Generic[F]):
             self._slots.pop(name, None)
             self._facades.pop(name, None)
 
-    def _fitted(self, request: LoadRequest, reserved: Amounts) -> LoadRequest:
+    def _fitted(self, request: LoadRequest, command: commands.Start) -> LoadRequest:
         """Have the server reduce its context until it takes no more than is reserved.
 
         It leaves so much of each device free; a server without GPUs counts from all of the host.
@@ -154,11 +164,21 @@ class PoolSlots(Generic[F]):
         if _flag(request, "-fitt", "--fit-target"):
             return request
         gpus = [device for device in self.devices if device.name != HOST]
+        reserved = command.reserved
+        own_mib = reserved[HOST] - self._beside.get(command.name, 0)
         margins = [gpu.free_mib - reserved[gpu.name] for gpu in gpus]
-        margins = margins or [one.total_mib - reserved[HOST] for one in self.devices]
+        margins = margins or [one.total_mib - own_mib for one in self.devices]
         margin = ",".join(str(max(0, mib)) for mib in margins)
         args = (*(request.llama_extra_args or ()), "--fit-target", margin)
         return replace(request, llama_extra_args=args)
+
+
+def _size_of(path: str) -> int:
+    """Return the bytes of a local model; others are measured."""
+    try:
+        return os.stat(path).st_size
+    except (OSError, ValueError):
+        return 0
 
 
 def _request(entry: Entry | None) -> LoadRequest:

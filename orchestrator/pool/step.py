@@ -183,9 +183,9 @@ def _claim(entry: Entry, allowed: Amounts) -> tuple[Amounts, Basis] | None:
     claim, need = entry.claim, entry.definition.need
     if claim is None or need is None:
         return None
-    if entry.definition.may_be_fitted and not claim.fits(allowed):
+    if need.least is not None and not claim.fits(allowed):
         fitted = claim.within(allowed)
-        if fitted is not None:
+        if fitted is not None and (need.least + entry.places).fits(fitted):
             return fitted, "fitted"
     return claim, need.source
 
@@ -235,10 +235,14 @@ class _Room:
 def _place(s: Step[Fact]) -> list[float]:
     """Give room to the models that wait, in order. Return when to look again."""
     room, allowed = _Room(_soon(s)), _allowed(s)
+    is_known = True
     for wait in in_order(_waits(s), s.ctx.policy.max_wait_s, s.fact.at):
         claimed = _claim(s.entry_of(wait.name), allowed)
         if claimed is None:
             _measure(s, wait.name)
+            is_known = False
+        elif not is_known and _is_preload(s, wait.name):
+            continue  # those before it come first
         elif _make_room(s, room, wait, claimed[0]):
             room.soon -= claimed[0]
             _start(s, wait.name, *claimed)
@@ -264,6 +268,11 @@ def _measure(s: Step[Fact], name: str) -> None:
         s.change(name, is_measuring=True)
 
 
+def _is_preload(s: Step[Fact], name: str) -> bool:
+    """Whether only the house waits for it, at the start."""
+    return all(waiter.kind == "preload" for waiter in s.ctx.waiters_of(name))
+
+
 def _make_room(s: Step[Fact], room: _Room, wait: Wait, claim: Amounts) -> bool:
     """Whether the model has its room, now or when what is Stopping has ended.
 
@@ -271,7 +280,7 @@ def _make_room(s: Step[Fact], room: _Room, wait: Wait, claim: Amounts) -> bool:
     """
     if claim.fits(room.soon):
         return True
-    if all(waiter.kind == "preload" for waiter in s.ctx.waiters_of(wait.name)):
+    if _is_preload(s, wait.name):
         message = f"there is no room to preload {wait.name}: its first request loads it"
         s.give_up(wait.name, Problem("too_large", message))
         return False

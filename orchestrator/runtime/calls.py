@@ -47,7 +47,7 @@ from orchestrator.runtime.options import check_choice, check_count, check_switch
 from orchestrator.runtime.owner import Call, Owner
 from orchestrator.runtime.parts import Parts
 from orchestrator.runtime.ports import Progress
-from orchestrator.runtime.sizes import Sizes
+from orchestrator.runtime.sizes import Needed, Sizes
 from orchestrator.runtime.snapshot import KnownNames, Observer, Snapshot
 from orchestrator.server.devices import Device
 from orchestrator.server.state_dir import cache_dir
@@ -56,7 +56,6 @@ from orchestrator.settings.checks import checked_seconds
 from orchestrator.settings.drafting import accepted_modes
 from orchestrator.settings.fields import SETTINGS, LoadFields, StrPath
 from orchestrator.settings.flags import CACHE_TYPES
-from orchestrator.settings.memory import Memory
 from orchestrator.settings.request import LoadRequest
 
 RequestLike = LoadRequest | StrPath | None
@@ -433,12 +432,10 @@ class Facade:
         """Close without the checks of `close`. Blocks."""
         self._close(keep=keep)
 
-    def need_of(self, request: LoadRequest) -> tuple[Memory, int]:
-        """Return what a start would take of memory, and the bytes it would read. Blocks; raises
-        what `plan` raises.
-        """
+    def need_of(self, request: LoadRequest) -> Needed:
+        """Return what a start would need. Blocks; raises what `plan` raises."""
         target = self._look_ups.target(request, self._snapshot, self._clock())
-        return self._sizes.expected(target), target.model.size_bytes
+        return self._sizes.needed(target)
 
     def devices(self) -> Sequence[Device]:
         """Return the devices that a server could use, the host first. Blocks."""

@@ -44,6 +44,21 @@ class Room(NamedTuple):
     fits: bool | None
 
 
+class Needed(NamedTuple):
+    """What a start would need.
+
+    Attributes:
+        least: With the smallest context that the server would choose; None if it may not choose.
+        beside_mib: The part that is not the server's to fit.
+        size_bytes: Of the files that it would read.
+    """
+
+    memory: Memory
+    least: Memory | None
+    beside_mib: int
+    size_bytes: int
+
+
 class Sizes:
     """What is known of the memory of servers on this machine.
 
@@ -65,6 +80,15 @@ class Sizes:
         found = estimate.estimate(target, estimate.files_of(target))
         devices = self._devices(target.server) if devices is None else devices
         return Memory.of("estimate", spread(found, devices, target))
+
+    def needed(self, target: Target) -> Needed:
+        """Return what a start would need."""
+        devices, smallest = self._devices(target.server), _with_least_context(target)
+        memory = self.expected(target, devices)
+        least = self.expected(smallest, devices) if smallest is not None else None
+        if least is not None and least.mib >= memory.mib:
+            least = None
+        return Needed(memory, least, estimate.beside_mib(target), target.model.size_bytes)
 
     def room(self, target: Target, running: Running | None = None) -> Room:
         """Return what a start would need and find, if `running` were stopped for it."""
