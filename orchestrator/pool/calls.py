@@ -23,7 +23,7 @@ from orchestrator.errors import (
 )
 from orchestrator.machine.plan import Plan
 from orchestrator.machine.states import State as SlotState
-from orchestrator.pool import commands, facts, status
+from orchestrator.pool import commands, facts
 from orchestrator.pool.catalogue import (
     Catalogue,
     Changes,
@@ -41,7 +41,7 @@ from orchestrator.pool.ledger import Amounts
 from orchestrator.pool.owner import Granted, Lease, PoolCall, PoolOwner
 from orchestrator.pool.slots import PoolSlots
 from orchestrator.pool.states import State
-from orchestrator.pool.status import ModelStatus, PoolStatus
+from orchestrator.pool.status import ModelStatus, PoolSnapshot, PoolStatus, budget_of, waiting_of
 from orchestrator.pool.step import step
 from orchestrator.pool.values import budget as checked_budget
 from orchestrator.runtime.answers import LeasedServer, LoadOutcome, Status
@@ -275,9 +275,10 @@ class PoolFacade(Generic[F]):
 
     def status(self) -> PoolStatus:
         """Return the budget, every model and who waits. Never blocks."""
-        ctx, now = self._ctx, self._clock()
-        models = [self._model_status(entry, ctx, now) for entry in self._catalogue.models.values()]
-        return PoolStatus(status.budget_of(ctx), models, status.waiting_of(ctx, now))
+        seen = PoolSnapshot(self._ctx, self._clock())
+        models = [self._model_status(entry, seen) for entry in self._catalogue.models.values()]
+        waiting = waiting_of(seen.ctx, seen.now)
+        return PoolStatus(budget_of(seen.ctx), models, waiting)
 
     def model_status(self, name: str) -> ModelStatus:
         """Return one model, by any of its names.
@@ -285,15 +286,15 @@ class PoolFacade(Generic[F]):
         Raises:
             ModelNotFound: there is no such model.
         """
-        return self._model_status(self._match(name).entry, self._ctx, self._clock())
+        entry = self._match(name).entry
+        return self._model_status(entry, PoolSnapshot(self._ctx, self._clock()))
 
-    def _model_status(self, entry: Entry, ctx: Context, now: float) -> ModelStatus:
-        known = ctx.find(entry.name)
-        if known is None or (known.state is State.ABSENT and not known.generation):
-            return status.model_of(entry, ctx, None, None, now)
-        slot, gate = self.slot_status(entry.name), self._slots.gate(entry.name)
-        used_at = gate.used_at if gate is not None else None
-        return status.model_of(entry, ctx, slot, used_at if used_at is not None else now, now)
+    def _model_status(self, entry: Entry, seen: PoolSnapshot) -> ModelStatus:
+        if seen.state_of(entry.name) is State.ABSENT:
+            return seen.model(entry)
+        gate = self._slots.gate(entry.name)
+        slot, used_at = self._slots.facade(entry.name).status(), gate and gate.used_at
+        return seen.model(entry, slot, used_at)
 
     @property
     def _ctx(self) -> Context:
@@ -312,8 +313,7 @@ class PoolFacade(Generic[F]):
         if plan.action == "none":
             return plan
         evict, problem = _foreseen(self._slots, ctx, entry, self._clock(), force_reload)
-        model = status.model_of(entry, ctx, None, None, 0.0)
-        memory = model.memory or plan.memory
+        memory = PoolSnapshot(ctx, 0.0).model(entry).memory or plan.memory
         return replace(plan, memory=memory, fits=problem is None, evict=evict, free=None)
 
     # ------------------------------------------------------------------------------------- calls

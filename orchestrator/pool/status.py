@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections import Counter
 from dataclasses import dataclass
 
 from orchestrator.base.record import Record
@@ -15,7 +15,7 @@ from orchestrator.pool.ledger import is_place
 from orchestrator.pool.states import State
 from orchestrator.runtime.answers import Status
 from orchestrator.settings.fields import Kind
-from orchestrator.settings.memory import Memory, total
+from orchestrator.settings.memory import Memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,47 +94,61 @@ def waiting_of(ctx: Context, now: float) -> list[WaitingStatus]:
     ]
 
 
-def model_of(
-    described: Described, ctx: Context, slot: Status | None, used_at: float | None, now: float
-) -> ModelStatus:
-    """Return one entry.
+class PoolSnapshot:
+    """The memory of the pool's machine at one moment, indexed by name.
 
     Args:
-        slot: The status of its slot; None if it has never had one.
-        used_at: When its last lease ended, monotonic seconds.
+        now: Monotonic seconds.
     """
-    entry = ctx.find(described.name)
-    waiting = sum(waiter.ticket is not None for waiter in ctx.waiters_of(described.name))
-    loaded = slot.loaded if slot is not None else None
-    state = slot.state if slot is not None else SlotState.IDLE
-    if described.request is None:
-        state = SlotState.HEALTHY
-    ago_s = None if used_at is None or loaded is None else now - used_at
-    return ModelStatus(
-        name=described.name,
-        kind=described.kind,
-        aliases=list(described.aliases),
-        presets=[preset.name for preset in described.presets],
-        state=state,
-        pinned=described.pinned,
-        group=described.group,
-        memory=_memory(entry, ctx, loaded.memory if loaded is not None else None),
-        leases=slot.leases if slot is not None else 0,
-        waiting=waiting,
-        generation=entry.generation if entry is not None else 0,
-        pid=loaded.pid if loaded is not None else None,
-        last_used_at=None if ago_s is None else round(time.time() - ago_s, 3),
-        last_error=entry.failure if entry is not None else None,
-    )
 
+    def __init__(self, ctx: Context, now: float) -> None:
+        self.ctx = ctx
+        self.now = now
+        self.entries: dict[str, Entry] = {entry.name: entry for entry in ctx.entries}
+        self.waiting: Counter[str] = Counter(w.name for w in ctx.waiting if w.ticket is not None)
 
-def _memory(entry: Entry | None, ctx: Context, taken: Memory | None) -> Memory | None:
-    """Return what is reserved, with the server's own figure; else what a start would reserve."""
-    if entry is None or (need := entry.definition.need) is None:
-        return None
-    reserved = ctx.ledger.of(entry.name).of_devices()
-    amounts = reserved if reserved and entry.state is not State.ABSENT else need.amounts
-    devices: Mapping[str, int] = dict(amounts.by_account)
-    own = taken.server_mib if taken is not None else None
-    fitted = taken is not None and taken.fitted
-    return Memory.of(need.source, total(devices), server_mib=own, fitted=fitted)
+    def state_of(self, name: str) -> State:
+        entry = self.entries.get(name)
+        return entry.state if entry is not None else State.ABSENT
+
+    def model(
+        self, described: Described, slot: Status | None = None, used_at: float | None = None
+    ) -> ModelStatus:
+        """Return one model.
+
+        Args:
+            slot: The status of its slot; None if it is at rest.
+            used_at: When its last lease ended, monotonic seconds; None while there is one.
+        """
+        name, entry = described.name, self.entries.get(described.name)
+        loaded = slot.loaded if slot is not None else None
+        state = slot.state if slot is not None else SlotState.IDLE
+        if described.request is None:
+            state = SlotState.HEALTHY
+        ago_s = 0.0 if used_at is None else self.now - used_at
+        return ModelStatus(
+            name=name,
+            kind=described.kind,
+            aliases=list(described.aliases),
+            presets=[preset.name for preset in described.presets],
+            state=state,
+            pinned=described.pinned,
+            group=described.group,
+            memory=self._memory(entry, loaded.memory if loaded is not None else None),
+            leases=slot.leases if slot is not None else 0,
+            waiting=self.waiting[name],
+            generation=entry.generation if entry is not None else 0,
+            pid=loaded.pid if loaded is not None else None,
+            last_used_at=None if loaded is None else round(time.time() - ago_s, 3),
+            last_error=entry.failure if entry is not None else None,
+        )
+
+    def _memory(self, entry: Entry | None, taken: Memory | None) -> Memory | None:
+        """Return what is reserved, and the server's own figure; else what a start would reserve."""
+        if entry is None or (need := entry.definition.need) is None:
+            return None
+        is_absent = entry.state is State.ABSENT
+        amounts = need.amounts if is_absent else self.ctx.ledger.of(entry.name).of_devices()
+        own = taken.server_mib if taken is not None else None
+        fitted = taken is not None and taken.fitted
+        return Memory.of(need.source, dict(amounts.by_account), server_mib=own, fitted=fitted)
