@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
 import threading
@@ -293,8 +294,8 @@ class PoolFacade(Generic[F]):
         if seen.state_of(entry.name) is State.ABSENT:
             return seen.model(entry)
         gate = self._slots.gate(entry.name)
-        slot, used_at = self._slots.facade(entry.name).status(), gate and gate.used_at
-        return seen.model(entry, slot, used_at)
+        slot = self._slots.facade(entry.name).status()
+        return seen.model(entry, slot, gate.used_at if gate is not None else None)
 
     @property
     def _ctx(self) -> Context:
@@ -307,11 +308,14 @@ class PoolFacade(Generic[F]):
         assert request is not None  # noqa: S101 (of `_own`)
         ctx = owner.ctx
         known = ctx.find(entry.name)
-        is_there = known is not None and known.state in (State.STARTING, State.RESIDENT)
-        facade = self._slots.facade(entry.name) if is_there else self._scout
-        plan = facade.plan(replace(request, force_reload=force_reload))
-        if plan.action == "none":
-            return plan
+        request, plan = replace(request, force_reload=force_reload), None
+        if known is not None and known.state is State.RESIDENT:
+            with contextlib.suppress(ShuttingDown):  # it has ended since
+                plan = self._slots.facade(entry.name).plan(request)
+        plan = plan or self._scout.plan(request)
+        is_starting = known is not None and known.state is State.STARTING and not known.is_changed
+        if plan.action == "none" or (is_starting and not force_reload):
+            return replace(plan, action="none", memory=None, free=None, fits=None)
         evict, problem = _foreseen(self._slots, ctx, entry, self._clock(), force_reload)
         memory = PoolSnapshot(ctx, 0.0).model(entry).memory or plan.memory
         return replace(plan, memory=memory, fits=problem is None, evict=evict, free=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -256,6 +257,35 @@ def test_server_that_outgrows_its_estimate_is_ended_and_its_figure_known(
     assert memory is not None
     assert (memory.mib, memory.source) == (104, "exact")
     assert reserved_mib(pool) == 104
+
+
+def test_start_that_ends_with_out_of_memory_evicts_what_is_idle_and_is_tried_once_more(
+    catalogue: Callable[..., dict[str, Any]],
+    llama_server: str,
+    state_dir: Path,
+    tmp_path: Path,
+) -> None:
+    """What is in use stays, and a second failure is the answer."""
+    full, server = tmp_path / "full", tmp_path / "server"
+    message = "ggml_backend_cpu_buffer_type_alloc_buffer: failed to allocate buffer of size 5"
+    fails = (
+        f'[ "$1" = --help ] || [ ! -s {full} ] || {{ sed -i 1d {full}; echo "{message}"; exit 1; }}'
+    )
+    server.write_text(f'#!/bin/sh\n{fails}\nexec {shlex.quote(llama_server)} "$@"\n')
+    server.chmod(0o755)
+    models = catalogue({"memory": "10 GiB"})
+    with ModelPool(models, llama_server=str(server), state_dir=state_dir) as pool:
+        pool.load("a")
+        pool.load("b")
+        with pool.lease("b"):
+            full.write_text("once\n")
+            assert pool.load("c").evicted == ["a"]
+            assert resident(pool) == {"b", "c"}
+            full.write_text("once\nand again\n")
+            with pytest.raises(ServerStartFailed) as failed:
+                pool.load("d")
+        assert failed.value.reason == "out_of_memory"
+        assert resident(pool) == {"b"}
 
 
 def test_crashed_server_is_loaded_again_by_the_next_request(
