@@ -33,7 +33,6 @@ from orchestrator.cli.output import byte_text, mib_text, say, say_json
 from orchestrator.errors import (
     CacheDirError,
     OrchestratorError,
-    ServerUnavailable,
     SlotOwned,
     StateDirError,
 )
@@ -357,7 +356,7 @@ def _model(intent: Intent) -> Iterator[Check]:
             Orchestrator(llama_server=server, state_dir=intent.state_dir)
         ) as unstarted:
             found = unstarted.variants(intent.model).variants
-            with contextlib.suppress(ServerUnavailable):  # reported as such
+            with contextlib.suppress(OrchestratorError):  # then its need is unknown
                 plan = unstarted.plan(intent.model)
     except OrchestratorError as error:
         yield Check("model", "problem", error.message, f"a load would fail: {error.category}")

@@ -30,6 +30,7 @@ from orchestrator.settings.target import NO_SERVER, ServerBinary, Target, keeps_
 from orchestrator.settings.template import check_template
 
 _NO_LOAD = Generation(0)
+_LOG_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +68,9 @@ class LookUps:
     def server(self) -> ServerBinary:
         return self._parts.server(self._llama_server)
 
-    def catalogue(self, server: ServerBinary) -> Catalogue | None:
+    def catalogue(self, server: ServerBinary, *patience_s: float) -> Catalogue | None:
         with self._turn:  # many may ask at once what one run of the binary answers
-            return self._parts.catalogue(server, self._cache)
+            return self._parts.catalogue(server, self._cache, *patience_s)
 
     def answer(self, command: LookUp, snapshot: Snapshot) -> ModelRequested:
         """Look up the model of a call; it may take any time."""
@@ -91,7 +92,10 @@ class LookUps:
         self._check_template(request.chat_template_override, "chat_template_override")
         check_named_files(args)
         self._check_template(template_of(args), "llama_extra_args")
-        if (catalogue := self.catalogue(server)) is not None:
+        needs = args or target.speculative_type or snapshot.ctx.policy.keeps_prompts
+        # without such a need only the JSON log is asked for, for which no load waits long
+        patience_s = () if needs else (min(_LOG_S, request.stall_timeout_s / 4),)
+        if (catalogue := self.catalogue(server, *patience_s)) is not None:
             check_known(args, catalogue)
         server = replace(server, catalogue=catalogue)
         # raises if the binary lacks the drafting type

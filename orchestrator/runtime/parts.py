@@ -38,7 +38,7 @@ class Parts:
     slot: Callable[[str, str | os.PathLike[str] | None], Slot] = Slot
     source: Callable[[Path, ModelRoots | None], ModelSource] = ModelSource
     server: Callable[[str], ServerBinary] = find_server
-    catalogue: Callable[[ServerBinary, Path], Catalogue | None] = ask_catalogue
+    catalogue: Callable[..., Catalogue | None] = ask_catalogue
     devices: Callable[[ServerBinary], Sequence[Device]] = devices
     effects: Callable[..., Effects] = ProcessEffects
     owner: Callable[..., Owner] = Owner

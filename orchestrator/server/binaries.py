@@ -34,7 +34,7 @@ from orchestrator.settings.files import FileIdentity
 from orchestrator.settings.help_text import Catalogue, FlagHelp, parse_help
 from orchestrator.settings.target import ServerBinary
 
-_ASK_S: Final = 3.0  # every first load of a binary waits for the answer
+_ASK_S: Final = 10.0
 _ASK_AGAIN_S: Final = 60.0
 _MAX_ANSWER: Final = 1 << 20
 _log = event_log("orchestrator.server")
@@ -133,7 +133,9 @@ _answers: dict[FileIdentity, Catalogue] = {}
 _ask_after: dict[FileIdentity, float] = {}
 
 
-def ask_catalogue(server: ServerBinary, cache: Path) -> Catalogue | None:
+def ask_catalogue(
+    server: ServerBinary, cache: Path, patience_s: float | None = None
+) -> Catalogue | None:
     """Return the flags of a binary; None if its answer is inconclusive.
 
     Runs it once per identity and machine, about 10 ms; after an inconclusive answer at most once a
@@ -141,12 +143,13 @@ def ask_catalogue(server: ServerBinary, cache: Path) -> Catalogue | None:
 
     Args:
         cache: Folder for answers; one that cannot be written costs a run per process.
+        patience_s: How long to wait for the answer; None = 10 s.
     """
     found = _known(server.command, server.identity, str(cache))
     if found is not None or time.monotonic() < _ask_after.get(server.identity, 0.0):
         return found
     try:
-        returncode, text = run((*server.command, "--help"), server.kind)
+        returncode, text = run((*server.command, "--help"), server.kind, patience_s)
         found, why = parse_help(text) if returncode == 0 else None, f"exit status {returncode}"
     except (OSError, ValueError) as error:
         why = str(error)
@@ -179,9 +182,9 @@ def _file_of(command: tuple[str, ...], identity: FileIdentity, cache: str) -> Pa
     return Path(cache) / f"help-{key}.json"
 
 
-def run(command: tuple[str, ...], kind: str) -> tuple[int, str]:
-    """Run a command in a server's environment for at most 10 s, kill what is left of it, and return
-    its exit status and its output.
+def run(command: tuple[str, ...], kind: str, patience_s: float | None = None) -> tuple[int, str]:
+    """Run a command in a server's environment for at most `patience_s` (10 s), kill what is left of
+    it, and return its exit status and its output.
 
     The output goes to a file: a grandchild would keep a pipe open.
     """
@@ -197,7 +200,7 @@ def run(command: tuple[str, ...], kind: str) -> tuple[int, str]:
         identity = process_table.identify(process.pid)
         pin = Pin.of(identity) if identity is not None else None
         if pin is not None:  # None: it has exited already
-            wait_exited([pin], _ASK_S)
+            wait_exited([pin], _ASK_S if patience_s is None else patience_s)
             pin.close()
             with contextlib.suppress(OSError):
                 os.killpg(process.pid, signal.SIGKILL)  # not reaped yet, so the group is its own

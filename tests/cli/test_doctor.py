@@ -227,7 +227,7 @@ def test_a_model_larger_than_the_memory_is_a_problem(
     found = look(str(large), is_ok=False, PATH=str(tmp_path / "bin"))
     assert problems(found) == {"model"}
     assert "8.0 TiB" in str(found["model"]["detail"])
-    assert "of memory available" in str(found["model"]["detail"])
+    assert "that does not fit" in str(found["model"]["detail"])
 
 
 def test_an_incomplete_default_variant_is_a_problem_that_names_a_complete_one(

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -163,7 +164,8 @@ class Fake:
 
     def wrapper(self, command: str = '"$SERVER" "$@"; exit $?') -> str:
         """Write a shell script that runs the server without `exec`; return its path."""
-        return self.script("wrapper.sh", f'#!/bin/sh\nSERVER="{self.path}"\n{command}\n')
+        name = f"wrapper-{zlib.crc32(command.encode()):x}.sh"
+        return self.script(name, f'#!/bin/sh\nSERVER="{self.path}"\n{command}\n')
 
     def behave(self, by_model: dict[str, Any] | None = None, **plan: Any) -> None:
         """Set how servers started from now on behave, by the keys of `fake_server.Plan`."""
