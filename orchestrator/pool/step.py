@@ -45,7 +45,6 @@ class PoolMachine:
     def __init__(self, table: Sequence[Row] = TABLE, /, **replaced: Callable[..., Any]) -> None:
         functions = {**vars(guards), **ACTIONS, **replaced}
         self._interpreter = Interpreter(State, table, functions)
-        self._settle: Callable[[Step[Fact]], None] = functions.get("settle", settle)
 
     def step(self, ctx: Context, fact: Fact) -> Stepped:
         """Return the next context and the commands to carry out.
@@ -58,7 +57,7 @@ class PoolMachine:
         after = self._interpreter.fire(state_for(ctx, name), step)
         if name is not None and step.ctx.find(name) is not None:
             step.change(name, state=after)
-        self._settle(step)
+        settle(step)
         return Stepped(step.ctx, tuple(step.emitted))
 
 

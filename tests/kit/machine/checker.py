@@ -19,13 +19,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from orchestrator.base.tokens import Ticket
-from orchestrator.machine.actions.working import Step
 from orchestrator.machine.commands import Command, DropStale, Loaded, Settle
 from orchestrator.machine.context import Context, Policy
 from orchestrator.machine.facts import Fact, LoadRequested, LookUpRequested, TimerFired
+from orchestrator.machine.rows import Row as AnyRow
 from orchestrator.machine.states import State
 from orchestrator.machine.step import Lifecycle
 from orchestrator.machine.table import TABLE, Row
@@ -40,20 +40,32 @@ ALL_FAULTS = Faults()
 CANCEL_ABANDONED = Policy()
 
 
+R = TypeVar("R", bound=AnyRow[Any])
+
+
+def traced(
+    table: Sequence[R], fires: Callable[[int], None]
+) -> tuple[list[R], dict[str, Callable[[Any], None]]]:
+    """Return the table with one more action in each row, which tells the index, and those."""
+
+    def mark(index: int) -> Callable[[Any], None]:
+        return lambda _: fires(index)
+
+    marks = {f"row {index}": mark(index) for index in range(len(table))}
+    rows = [replace(row, actions=(f"row {index}", *row.actions)) for index, row in enumerate(table)]
+    return rows, marks
+
+
 class TracedLifecycle(Lifecycle):
     """A lifecycle that records which row fired last; its table and functions may be mutants."""
 
     def __init__(self, table: Sequence[Row] = TABLE, /, **replaced: Callable[..., Any]) -> None:
         self.fired: int = -1
-        marks = {f"row {i}": self._mark(i) for i in range(len(table))}
-        rows = [replace(row, actions=(f"row {i}", *row.actions)) for i, row in enumerate(table)]
+        rows, marks = traced(table, self._fires)
         super().__init__(rows, **replaced, **marks)
 
-    def _mark(self, index: int) -> Callable[[Step[Any]], None]:
-        def fires(_: Step[Any]) -> None:
-            self.fired = index
-
-        return fires
+    def _fires(self, index: int) -> None:
+        self.fired = index
 
 
 class Fired(NamedTuple):
@@ -120,12 +132,12 @@ def explore(
     assert without <= INVARIANTS | {"a_load_can_succeed"}
     scenario = Scenario(parse(program), faults, policy)
     exploration = _Exploration(program, scenario, lifecycle or TracedLifecycle(), without)
-    with _without_garbage_collection():
+    with without_garbage_collection():
         return exploration.run(warm, start, max_worlds)
 
 
 @contextmanager
-def _without_garbage_collection() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
     """Worlds form no reference cycles; searching a million of them costs a third of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
