@@ -77,6 +77,11 @@ class Amounts:
         lacking = {account: n - room[account] for account, n in self.by_account}
         return Amounts.of({account: n for account, n in lacking.items() if n > 0})
 
+    @property
+    def debt(self) -> Amounts:
+        """What is missing where the amount is negative."""
+        return Amounts(tuple((account, -n) for account, n in self.by_account if n < 0))
+
     def within(self, room: Amounts) -> Amounts | None:
         """Return as much of it as `room` has, or None if that is nothing, or a place is missing."""
         if any(room[account] < (n if is_place(account) else 1) for account, n in self.by_account):

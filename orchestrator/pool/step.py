@@ -140,7 +140,7 @@ def _stop_unused(s: Step[Fact]) -> None:
 
 def _keep_to_budget(s: Step[Fact]) -> None:
     """After the budget has become smaller, evict until it is kept, or nothing can be evicted."""
-    over = Amounts().beyond(_soon(s))
+    over = _soon(s).debt
     if not over:
         return
     candidates = [

@@ -54,6 +54,11 @@ def test_what_is_lacking_includes_a_debt() -> None:
     assert of({"Host": 3, "CUDA0": 1}).beyond(of({"Host": 1, "CUDA0": 4})) == of({"Host": 2})
 
 
+def test_a_debt_is_what_is_negative() -> None:
+    assert of({"Host": -2, "CUDA0": 9, "CUDA1": -1}).debt == of({"Host": 2, "CUDA1": 1})
+    assert not of({"Host": 1}).debt
+
+
 def test_a_need_within_a_room_is_cut_by_device_and_not_by_place() -> None:
     need = of({"Host": 9, "CUDA0": 4, SERVERS: 1})
     assert need.within(of({"Host": 5, "CUDA0": 6, SERVERS: 3})) == of(

@@ -349,6 +349,9 @@ class Exploration:
         after = world._replace(core=taken.core)
         kinds = self._kinds(world.core.ctx, key)
         for command in taken.commands:
+            if (other := getattr(command, "carry_out", None)) is not None:
+                after = other(after)  # a command of a test
+                continue
             match command:
                 case Grant(ticket, name):
                     after = self._grant(after, name, kinds[ticket], key)
@@ -395,8 +398,8 @@ class Exploration:
             self._hold("one_model_one_slot", f"start of {start.name}, whose slot is {slot.phase}")
         entry = world.core.by_model[number]
         variant = entry.definition.size_bytes if entry is not None else 0
-        truth = amounts(self._scenario.models[number].truth(variant))
-        return world.with_slot(number, after_start(truth, start))
+        model = self._scenario.models[number]
+        return world.with_slot(number, after_start(model, amounts(model.truth(variant)), start))
 
     def _stop(self, world: World, stop: Stop) -> World:
         number = _number(stop.name)

@@ -23,8 +23,11 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "big among three small": Scenario(
         (*BIG_AND_SMALL, ONE), ROOM_FOR_TWO, leaves=False, is_slow=False
     ),
+    "two big, two small": Scenario(
+        (TWO, TWO, ONE, ONE), ROOM_FOR_TWO, clients=2, leaves=False, is_slow=False
+    ),
     # ---- other times ----------------------------------------------------------------------------
-    "max_wait 2": Scenario(ALL_ONE, policy=ticks(max_wait=2), clients=2),
+    "max_wait 2": Scenario(ALL_ONE, policy=ticks(max_wait=2), is_slow=False),
     "max_wait 0": Scenario(BIG_AND_SMALL, ROOM_FOR_TWO, ticks(max_wait=0), clients=2),
     "min_resident 2": Scenario(ALL_ONE, policy=ticks(min_resident=2), clients=2),
     "min_resident 0": Scenario((TWO, ONE), ROOM_FOR_TWO, ticks(min_resident=0)),
@@ -38,6 +41,14 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     ),
     "bounded wait, long stay": Scenario(
         (ONE, ONE), policy=ticks(max_wait=1, min_resident=3), is_urgent=True, bound=3
+    ),
+    "weights, bounded": Scenario(
+        (Model(weight=9), ONE, ONE),
+        policy=ticks(max_wait=1, min_resident=1),
+        is_urgent=True,
+        is_slow=False,
+        leaves=False,
+        bound=2,
     ),
     # ---- pins, groups, devices, limits ----------------------------------------------------------
     "pinned": Scenario((PINNED, ONE, ONE), ROOM_FOR_TWO, clients=2, is_slow=False),
@@ -63,6 +74,12 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "too low beside a pinned one": Scenario((Model(exact=(2,)), PINNED), ROOM_FOR_TWO, clients=2),
     "declared": Scenario((Model(exact=(2,), is_declared=True), ONE), ROOM_FOR_TWO, clients=2),
     "fitted": Scenario((Model((3,), is_fitted=True), ONE, PINNED), ROOM_FOR_TWO, clients=2),
+    "fitted to less": Scenario(
+        (Model((3,), is_fitted=True, fits_to=(1,)), ONE), ROOM_FOR_TWO, clients=2
+    ),
+    "a fitting that fails": Scenario(
+        (Model((3,), is_fitted=True, fits_to=(3,)), ONE), ROOM_FOR_TWO, clients=1
+    ),
     "measured": Scenario(
         (Model(is_measured=False), ONE),
         clients=2,
@@ -137,6 +154,9 @@ DEEP: Final[dict[str, Scenario]] = {
     "both too low, slow": Scenario((Model(exact=(2,)), Model(exact=(2,)), ONE), ((3,),), clients=2),
     "failed starts, slow": Scenario(BIG_AND_SMALL, ROOM_FOR_TWO, clients=2, faults={"fail": 2}),
     "out of memory, slow": Scenario(BIG_AND_SMALL, ROOM_FOR_TWO, clients=2, faults={"oom": 2}),
+    "big among three small, out of memory": Scenario(
+        (*BIG_AND_SMALL, ONE), ((3,),), leaves=False, is_slow=False, faults={"oom": 1}
+    ),
     "crashes, slow": Scenario(BIG_AND_SMALL, ROOM_FOR_TWO, clients=2, faults={"crash": 2}),
     "restarts, slow": Scenario(
         (Model(restarts=True), ONE), clients=2, faults={"crash": 2, "fail": 2}

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
 from orchestrator.base.tokens import Ticket
+from orchestrator.machine.recovery import backoff_s
 from orchestrator.pool import facts
 from orchestrator.pool.commands import (
     AnswerEmptied,
@@ -25,7 +26,7 @@ from orchestrator.pool.context import Context, Entry, Waiter
 from orchestrator.pool.facts import Fact
 from orchestrator.pool.ledger import Amounts
 from orchestrator.pool.states import State
-from tests.kit.pool.world import Scenario, World, amounts, name_of
+from tests.kit.pool.world import Model, Scenario, World, amounts, name_of
 
 _IN_SLOT: Final = {State.STARTING, State.RESIDENT, State.STOPPING, State.STUCK}
 _OF_CALLERS: Final = {"reload", "unload", "removed", "stuck"}
@@ -124,11 +125,12 @@ def _unfounded(edge: Edge, refusal: Refuse) -> str | None:
             is_right = any(
                 w.name == name and fact.at >= w.since + held for w in edge.before.waiting
             )
+        case "server_start_failed" if isinstance(fact, facts.Wanted):
+            is_cool = entry is not None and (entry.cool_until or 0.0) > fact.at
+            is_right = is_its and is_cool and fact.kind == "lease"
         case "server_start_failed":
             was_starting = entry is not None and entry.state is State.STARTING
-            is_cool = entry is not None and (entry.cool_until or 0.0) > fact.at
-            ends = fact.trigger in ("emptied", "measure_failed")
-            is_right = is_its and (was_starting or is_cool or ends)
+            is_right = is_its and (was_starting or fact.trigger == "measure_failed")
         case "too_large" | "slot_occupied":
             return _fits_after_all(edge, name, category)
         case _:
@@ -183,10 +185,7 @@ def _spared(edge: Edge, stop: Stop) -> str | None:
         case "idle":
             return _not_unused(edge, entry)
         case "budget":
-            is_over = not Amounts().fits(edge.before.ledger.free) or fact.trigger in (
-                "configured",
-                "adopted",
-            )
+            is_over = edge.before.ledger.free.debt or fact.trigger in ("configured", "adopted")
             is_victim = before.state is State.RESIDENT or own
             if not is_over or not is_victim:
                 return "the budget is kept"
@@ -284,8 +283,9 @@ def inv_a_cool_down_follows_a_failed_start(edge: Edge) -> str | None:
         isinstance(one, Refuse) and one.problem.category == "server_start_failed"
         for one in edge.commands
     )
-    if told and before and after and before.state is State.STARTING and after.cool_until is None:
-        return "no cool-down"
+    if told and before and after and before.state is State.STARTING:
+        until = after.cool_until
+        return None if until is not None and until > edge.fact.at else "no cool-down"
     return None
 
 
@@ -316,6 +316,47 @@ def inv_a_start_reserves(edge: Edge) -> str | None:
     return None
 
 
+def inv_a_fitted_server_holds_its_figure(edge: Edge) -> str | None:
+    """What it has not taken is free for others."""
+    if not isinstance(edge.fact, facts.BecameHealthy) or edge.fact.figure is None:
+        return None
+    entry = edge.after.find(edge.fact.name)
+    if entry is None or entry.state is not State.RESIDENT or entry.basis != "fitted":
+        return None
+    held = edge.after.ledger.of(entry.name).of_devices()
+    return None if held == edge.fact.figure else f"it took {edge.fact.figure}, and holds {held}"
+
+
+def inv_a_declared_figure_is_believed(edge: Edge) -> str | None:
+    entry = edge.entry(edge.fact.name) if isinstance(edge.fact, facts.Sized) else None
+    is_heeded = edge.after.ledger != edge.before.ledger or bool(edge.stops)
+    if entry is not None and entry.basis == "declared" and is_heeded:
+        return "the server's own figure is believed, and not what was declared"
+    return None
+
+
+def inv_a_figure_fails_nobody(edge: Edge) -> str | None:
+    """Only what can never fit is refused, with the true figure."""
+    refused = {one.problem.category for one in edge.commands if isinstance(one, Refuse)}
+    if isinstance(edge.fact, facts.Sized) and refused - {"too_large", "slot_occupied"}:
+        return f"callers are refused: {refused}"
+    return None
+
+
+def inv_a_restart_is_bounded(edge: Edge) -> str | None:
+    """It waits for its backoff, and there are so many in a row."""
+    known = {one for one in edge.before.waiting if one.kind == "restart"}
+    for waiter in edge.after.waiting:
+        if waiter.kind != "restart" or waiter in known:
+            continue
+        entry, policy = edge.after.find(waiter.name), edge.before.policy.restart
+        if entry is None or entry.restarts > policy.limit:
+            return f"one restart too many of {waiter.name}"
+        if waiter.since < edge.fact.at + backoff_s(policy, entry.restarts):
+            return f"{waiter.name} is restarted without a wait"
+    return None
+
+
 STEP_INVARIANTS: Final[tuple[Callable[[Edge], str | None], ...]] = (
     inv_everybody_is_answered_once,
     inv_the_house_gets_an_end,
@@ -327,6 +368,10 @@ STEP_INVARIANTS: Final[tuple[Callable[[Edge], str | None], ...]] = (
     inv_a_cool_down_follows_a_failed_start,
     inv_an_unload_cancels,
     inv_a_start_reserves,
+    inv_a_fitted_server_holds_its_figure,
+    inv_a_declared_figure_is_believed,
+    inv_a_figure_fails_nobody,
+    inv_a_restart_is_bounded,
 )
 
 
@@ -335,8 +380,8 @@ def inv_paper_is_within_the_budget(ctx: Context, scenario: Scenario) -> str | No
     """Unless the budget has become smaller, or an adopted server holds more."""
     if len(scenario.budgets) > 1 or scenario.adopted:
         return None
-    if not Amounts().fits(ctx.ledger.free) or any(n < 0 for _, n in ctx.ledger.free.by_account):
-        return f"reserved is more than the budget: {ctx.ledger.free.by_account} is left"
+    if ctx.ledger.free.debt:
+        return f"reserved is {ctx.ledger.free.debt} more than the budget"
     return None
 
 
@@ -400,6 +445,14 @@ def inv_a_try_belongs_to_its_waiters(ctx: Context, scenario: Scenario) -> str | 
     return None
 
 
+def inv_an_emptying_is_going_on(ctx: Context, scenario: Scenario) -> str | None:
+    """Who waits for an empty slot waits for something that happens."""
+    for entry in ctx.entries:
+        if entry.emptying and entry.state is not State.STOPPING:
+            return f"somebody waits until {entry.name} is empty, which is {entry.state}"
+    return None
+
+
 def inv_nobody_waits_after_the_shutdown(ctx: Context, scenario: Scenario) -> str | None:
     if ctx.is_shutting_down and ctx.waiting:
         return "somebody waits"
@@ -435,6 +488,7 @@ CONTEXT_INVARIANTS: Final[tuple[Callable[[Context, Scenario], str | None], ...]]
     inv_only_the_catalogue_is_waited_for,
     inv_a_removed_entry_ends,
     inv_a_try_belongs_to_its_waiters,
+    inv_an_emptying_is_going_on,
     inv_nobody_waits_after_the_shutdown,
     inv_the_waiting_room_is_bounded,
     inv_nobody_waits_too_long,
@@ -442,10 +496,15 @@ CONTEXT_INVARIANTS: Final[tuple[Callable[[Context, Scenario], str | None], ...]]
 
 
 # ---------------------------------------------------------------------------------- of one world
+def _has_its_way(model: Model) -> bool:
+    """Whether its server may take more than was reserved: it was declared, or fits itself."""
+    return model.is_declared or model.fits_to is not None
+
+
 def inv_memory_is_within_the_budget(world: World, scenario: Scenario) -> str | None:
     """What servers really take; a declared figure may be wrong, and a budget may shrink."""
     models = scenario.models
-    if len(scenario.budgets) > 1 or scenario.adopted or any(m.is_declared for m in models):
+    if len(scenario.budgets) > 1 or scenario.adopted or any(_has_its_way(m) for m in models):
         return None
     taken = Amounts.total(slot.takes for slot in world.slots)
     if not taken.fits(amounts(scenario.budgets[0])):
@@ -458,7 +517,7 @@ def inv_memory_is_reserved(world: World, scenario: Scenario) -> str | None:
         held = world.core.ctx.ledger.of(name_of(number))
         if slot.has_server and not held:
             return f"{name_of(number)} has a server ({slot.phase}) and no reservation"
-        if not scenario.models[number].is_declared and not slot.takes.fits(held):
+        if not _has_its_way(scenario.models[number]) and not slot.takes.fits(held):
             return f"{name_of(number)} takes {slot.takes}, and has reserved {held}"
     return None
 
@@ -469,6 +528,21 @@ def inv_only_residents_are_open(world: World, scenario: Scenario) -> str | None:
         state = world.core.state(number)
         if slot.gate == "open" and state not in (State.STARTING, State.RESIDENT):
             return f"{name_of(number)} is {state}, and its gate is open"
+    return None
+
+
+def inv_a_smaller_budget_is_kept(world: World, scenario: Scenario) -> str | None:
+    """When there is too little, whatever can go is going: nothing waits for time or for traffic."""
+    ctx = world.core.ctx
+    going = {entry.name for entry in ctx.entries if entry.state is State.STOPPING}
+    debt = (ctx.ledger.free + ctx.ledger.total(going)).debt
+    for number, slot in enumerate(world.slots):
+        entry = world.core.by_model[number]
+        if entry is None or entry.state is not State.RESIDENT or slot.gate != "open":
+            continue
+        held = ctx.ledger.of(entry.name)
+        if not entry.definition.is_pinned and any(held[account] for account, _ in debt.by_account):
+            return f"{debt} too much is reserved, and {entry.name} stays"
     return None
 
 
@@ -493,6 +567,7 @@ WORLD_INVARIANTS: Final[tuple[Callable[[World, Scenario], str | None], ...]] = (
     inv_memory_is_within_the_budget,
     inv_memory_is_reserved,
     inv_only_residents_are_open,
+    inv_a_smaller_budget_is_kept,
     inv_absent_is_empty,
     inv_a_resident_has_no_waiters,
 )

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from orchestrator.pool.commands import Start, Stop
 from orchestrator.pool.ledger import Amounts
-from tests.kit.pool.world import Scenario, Slot
+from tests.kit.pool.world import Model, Scenario, Slot, amounts
 
 
-def after_start(truth: Amounts, start: Start) -> Slot:
-    """Return the slot of a new server; one that fits itself keeps to what is reserved."""
+def after_start(model: Model, truth: Amounts, start: Start) -> Slot:
+    """Return the slot of a new server; one that fits itself takes what it has, or what it says."""
     takes = truth
     if start.is_fitted:
-        takes = Amounts.of({name: min(n, start.reserved[name]) for name, n in truth.by_account})
-    return Slot("spawn", "new", figure=truth, takes=Amounts(), fits=takes)
+        takes = amounts(model.fits_to) if model.fits_to else start.reserved
+    return Slot("spawn", "new", figure=truth, fits=takes)
 
 
 def after_stop(slot: Slot, stop: Stop) -> Slot:

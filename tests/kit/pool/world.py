@@ -45,6 +45,7 @@ class Model:
         size: What the catalogue or the estimate says.
         exact: What the server takes; None: the same.
         changed: What it takes after the catalogue has changed.
+        is_fitted: It can do with less than it needs; then it takes `fits_to` (None: all of it).
     """
 
     size: Size = (1,)
@@ -57,6 +58,7 @@ class Model:
     ttl: float | None = None
     restarts: bool = False
     is_fitted: bool = False
+    fits_to: Size | None = None
     is_measured: bool = True
 
     def truth(self, variant: int) -> Size:
@@ -315,12 +317,13 @@ def _plain(entry: Entry) -> Entry:
     if basis == "estimate" or entry.state is State.ABSENT:
         basis = "exact"
     changes: dict[str, Any] = {
+        "failures": min(entry.failures, 2),  # a cool-down of 4 ticks is long enough here
         "definition": definition,
         "basis": basis,
         "server": None,
         "emptying": emptying,
     }
-    changes["generation"] = Generation(entry.state is not State.ABSENT)
+    changes["generation"] = Generation(int(entry.state is not State.ABSENT))
     if entry.state is not State.RESIDENT:
         changes["healthy_at"] = 0.0
     if entry.cool_until is None:
