@@ -1,9 +1,7 @@
 """The mutants of the table, and what kills them.
 
-A mutant differs from the shipped table in one thing: a row, a guard or an action is missing, a
-guard is negated, a destination is another, or two rows of one trigger are swapped. It is killed by
-a counterexample of the checker (a broken invariant, a fact without a row, an error in an action)
-or by a test of the machine (`test_machine.py` and others), called a scenario here.
+It is killed by a counterexample of the checker (a broken invariant, a fact without a row, an error
+in an action) or by a test of the machine (`test_machine.py` and others), called a scenario here.
 
 The checker explores only programs in which some step of the mutant differs from the shipped table.
 """
@@ -15,23 +13,24 @@ import inspect
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from operator import itemgetter
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 from orchestrator.machine import guards, step
 from orchestrator.machine.states import State
 from orchestrator.machine.step import Lifecycle
 from orchestrator.machine.table import TABLE, Row
+from tests.kit import table_mutants
 from tests.kit.machine.checker import Taken, TracedLifecycle, explore
 from tests.kit.machine.explorations import PROGRAMS, explored
 from tests.kit.machine.programs import parse
 from tests.kit.machine.world import World
+from tests.kit.table_mutants import Death, Mutant, negated
 
-_NOT = "not "
 _FEW = 8
 _LETTERS = {
     State.IDLE: "I",
@@ -43,88 +42,29 @@ _LETTERS = {
 }
 
 
-def _negated(name: str) -> Callable[..., bool]:
-    guard = getattr(guards, name)
-    return lambda ctx, fact: not guard(ctx, fact)
+_NEGATED = negated(TABLE, guards)
 
 
-_NEGATED = {_NOT + name: _negated(name) for row in TABLE for name in row.guards}
-
-
-@dataclass(frozen=True, slots=True)
-class Mutant:
-    """A table with one change.
-
-    Attributes:
-        name: Where and how it is changed; independent of the other rows.
-        row: The index of the row.
-        touches: The shipped rows whose steps may differ.
-    """
-
-    name: str
-    row: int
-    touches: frozenset[int]
-    table: tuple[Row, ...]
-
-    def lifecycle(self) -> Lifecycle:
-        return TracedLifecycle(self.table, **_NEGATED)
-
-
-class Death(NamedTuple):
-    """What killed a mutant: `checker` or `scenario`, and which."""
-
-    by: str
-    how: str
+def lifecycle_of(mutant: Mutant[State]) -> Lifecycle:
+    return TracedLifecycle(mutant.table, **_NEGATED)
 
 
 def name_of(row: Row) -> str:
     """Return a unique name of a row that does not depend on the other rows."""
-    sources = "".join(_LETTERS[source] for source in row.sources)
-    return f"{row.trigger} in {sources}{' if ' if row.guards else ''}{' '.join(row.guards)}"
+    return table_mutants.name_of(row, _LETTERS)
 
 
-def mutants_of(index: int) -> Iterator[Mutant]:
+def mutants_of(index: int) -> Iterator[Mutant[State]]:
     """Yield every mutant of one row."""
-    row, name = TABLE[index], name_of(TABLE[index])
-    behind = frozenset(i for i in range(index, len(TABLE)) if TABLE[i].trigger == row.trigger)
-
-    def mutant(what: str, *rows: Row, touches: frozenset[int] = frozenset({index})) -> Mutant:
-        table = (*TABLE[:index], *rows, *TABLE[index + 1 :])
-        return Mutant(f"{name}: {what}", index, touches, table)
-
-    yield mutant("deleted")
-    for i, guard in enumerate(row.guards):
-        before, after = row.guards[:i], row.guards[i + 1 :]
-        without = replace(row, guards=(*before, *after))
-        yield mutant(f"without {guard}", without, touches=behind)
-        negated = replace(row, guards=(*before, _NOT + guard, *after))
-        yield mutant(f"not {guard}", negated, touches=behind)
-    for i, action in enumerate(row.actions):
-        left = (*row.actions[:i], *row.actions[i + 1 :])
-        yield mutant(f"without {action}", replace(row, actions=left))
-    for dest in (None, *State):
-        if dest is not row.dest and row.sources != (dest,):  # from a state to itself is to stay
-            yield mutant(f"to {dest or 'where it was'}", replace(row, dest=dest))
-    if (below := _next_of_its_trigger(index)) is not None:
-        table = list(TABLE)
-        table[index], table[below] = table[below], table[index]
-        what = f"{name}: behind [{name_of(TABLE[below])}]"
-        yield Mutant(what, index, behind, tuple(table))
-
-
-def _next_of_its_trigger(index: int) -> int | None:
-    """Return the next row that may fire for the same fact in the same state."""
-    row = TABLE[index]
-    for below in range(index + 1, len(TABLE)):
-        if TABLE[below].trigger == row.trigger and set(TABLE[below].sources) & set(row.sources):
-            return below
-    return None
+    return table_mutants.mutants_of(TABLE, index, _LETTERS)
 
 
 # -------------------------------------------------------------------------------------- killing
 
 
-def kill(mutant: Mutant, modules: tuple[ModuleType, ...], *, is_thorough: bool) -> Death | None:
+def kill(
+    mutant: Mutant[State], modules: tuple[ModuleType, ...], *, is_thorough: bool
+) -> Death | None:
     """Return what kills a mutant, or None.
 
     Args:
@@ -139,9 +79,11 @@ def kill(mutant: Mutant, modules: tuple[ModuleType, ...], *, is_thorough: bool) 
     return death
 
 
-def _killed_by_checker(mutant: Mutant, programs: Sequence[str], most: int | None) -> Death | None:
+def _killed_by_checker(
+    mutant: Mutant[State], programs: Sequence[str], most: int | None
+) -> Death | None:
     """Explore from the first step that differs; what leads to it is as in the shipped table."""
-    lifecycle, tried = mutant.lifecycle(), 0
+    lifecycle, tried = lifecycle_of(mutant), 0
     for program in programs:
         start = _first_difference(lifecycle, mutant, program)
         if start is None:
@@ -161,7 +103,7 @@ def _killed_by_checker(mutant: Mutant, programs: Sequence[str], most: int | None
     return None
 
 
-def _first_difference(lifecycle: Lifecycle, mutant: Mutant, program: str) -> World | None:
+def _first_difference(lifecycle: Lifecycle, mutant: Mutant[State], program: str) -> World | None:
     """Return the world in which the first step of a program differs."""
     by_row = _steps(program)
     steps = heapq.merge(*(by_row.get(row, ()) for row in mutant.touches), key=itemgetter(0))
@@ -200,8 +142,8 @@ def _size_order() -> tuple[list[str], list[str]]:
 # ------------------------------------------------------------------------------------ scenarios
 
 
-def _killed_by_scenario(mutant: Mutant, modules: tuple[ModuleType, ...]) -> Death | None:
-    lifecycle = mutant.lifecycle()
+def _killed_by_scenario(mutant: Mutant[State], modules: tuple[ModuleType, ...]) -> Death | None:
+    lifecycle = lifecycle_of(mutant)
     with mock.patch.object(step, "lifecycle", return_value=lifecycle):
         for name, scenario in scenarios(modules):
             try:
