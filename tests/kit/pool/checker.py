@@ -196,7 +196,8 @@ class Exploration:
     # ---------------------------------------------------------------------------- the search
     def run(self, max_worlds: int) -> Report:
         started = time.perf_counter()
-        violation, story = None, ()
+        violation: Violation | None = None
+        story: tuple[str, ...] = ()
         try:
             self._search(max_worlds)
             at, violation = self._for_ever() or (0, None)
@@ -356,12 +357,9 @@ class Exploration:
                 case Grant(ticket, name):
                     after = self._grant(after, name, kinds[ticket], key)
                 case Refuse(ticket):
-                    came_to_wait = ticket in kinds
-                    after = after._replace(idle=after.idle + came_to_wait)
-                case AnswerEmptied(_, name):
-                    slot = after.slots[_number(name)]
-                    if slot.has_server:
-                        self._hold("an_empty_slot_is_empty", f"{name} is {slot.phase}")
+                    after = after._replace(idle=after.idle + (ticket in kinds))
+                case AnswerEmptied(_, name) if after.slots[_number(name)].has_server:
+                    self._hold("an_empty_slot_is_empty", f"{name} is answered too early")
                 case Start():
                     after = self._start(after, command)
                 case Stop():
@@ -369,8 +367,6 @@ class Exploration:
                 case Measure(name, edition):
                     ask = (_number(name), edition)
                     after = after._replace(measures=(*after.measures, ask))
-                case SetTimer() | DropStale():
-                    pass
         return after
 
     def _kinds(self, ctx: Context, key: Key) -> dict[int, str]:

@@ -67,11 +67,16 @@ def pool_with(file: str, old: str, new: str) -> Iterator[ModuleType]:
 
 def changed(trigger: str, when: str, source: State, changes: dict[str, Any]) -> list[Row]:
     """Return the table with one row changed; actions and guards are texts, as in the table."""
-    words = {name: tuple(value.split()) for name, value in changes.items() if name != "dest"}
     (index,) = [
         index
         for index, row in enumerate(TABLE)
         if (row.trigger, row.guards) == (trigger, tuple(when.split())) and source in row.sources
     ]
-    row = replace(TABLE[index], **words, dest=changes.get("dest", TABLE[index].dest))
+    row = TABLE[index]
+    row = replace(
+        row,
+        guards=tuple(changes.get("guards", when).split()),
+        dest=changes.get("dest", row.dest),
+        actions=tuple(changes.get("actions", " ".join(row.actions)).split()),
+    )
     return [*TABLE[:index], row, *TABLE[index + 1 :]]

@@ -210,23 +210,20 @@ def _not_a_victim(edge: Edge, stop: Stop, entry: Entry) -> str | None:
         return "its gate was not open"
     if stop.if_idle and (use.is_inside or is_granted):
         return "somebody is inside"
-    if stop.reason == "budget":
-        return None
+    return None if stop.reason == "budget" else _too_early(edge, stop, entry)
+
+
+def _too_early(edge: Edge, stop: Stop, entry: Entry) -> str | None:
     if edge.fact.at < entry.healthy_at + edge.before.policy.min_resident_s:
         return "it is too young"
     before = edge.entry(stop.name)
     just_healthy = edge.fact.trigger in ("healthy", "adopted") and edge.name == stop.name
     if before is None or (before.state is not State.RESIDENT and not just_healthy):
         return "it was not resident"
-    waiters = [
-        one for one in (*edge.before.waiting, *edge.after.waiting) if one.name == stop.room_for
-    ]
-    if isinstance(edge.fact, facts.Wanted) and edge.name == stop.room_for:
-        waiters.append(Waiter(edge.fact.name, edge.fact.kind, edge.fact.at))
-    if not waiters:
-        return f"nobody waits for {stop.room_for}"
+    everybody = (*edge.before.waiting, *edge.after.waiting)
+    waiters = [one for one in everybody if one.name == stop.room_for]
     if all(one.kind == "preload" for one in waiters):
-        return "a preload evicts nobody"
+        return f"nobody but the house at its start waits for {stop.room_for}"
     if not stop.if_idle and not any(_is_overdue(edge, one) for one in waiters):
         return "somebody is inside, and nobody is overdue"
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from orchestrator.pool.context import Context
@@ -12,6 +13,7 @@ from tests.kit.pool.slots import after_grant, dying
 from tests.kit.pool.world import (
     EMPTYING,
     Core,
+    Gate,
     Key,
     Report,
     Scenario,
@@ -47,11 +49,11 @@ class Moves:
             yield from self._of_slot(world, number, slot)
             if slot.reports:
                 text = f"the pool hears of {name_of(number)}: {' '.join(slot.reports[0])}"
-                yield Move(text, ("report", number), lambda n=number: self.hear(world, n))
+                yield Move(text, ("report", number), partial(self.hear, world, number))
         yield from self._measures(world)
         stands = self._scenario.is_urgent and any(slot.is_at_work for slot in world.slots)
         if not stands:
-            yield Move("a tick", ("tick", -1), lambda: self._tick(world))
+            yield Move("a tick", ("tick", -1), partial(self._tick, world))
         for number in self._asks:
             yield from self._of_callers(world, number)
         yield from self._leaving(world)
@@ -74,14 +76,14 @@ class Moves:
                 f"someone enters {name}", ("ask", number), lambda: [one.with_slot(number, inside)]
             )
         key = Key("wanted", number, len(world.core.ctx.waiting), has_entered=enters)
-        yield Move(f"someone wants {name}", ("ask", number), lambda: self._feed(one, key))
+        yield Move(f"someone wants {name}", ("ask", number), partial(self._feed, one, key))
         if (left := one.spending("load")) is not None:
             by_hand = key._replace(why="load")
-            yield Move(f"someone loads {name}", ("ask", number), lambda: self._feed(left, by_hand))
+            yield Move(f"someone loads {name}", ("ask", number), partial(self._feed, left, by_hand))
         if (left_ := one.spending("force")) is not None:
             anew = key._replace(why="load", flag=True, has_entered=False)
             yield Move(
-                f"someone loads {name} anew", ("ask", number), lambda: self._feed(left_, anew)
+                f"someone loads {name} anew", ("ask", number), partial(self._feed, left_, anew)
             )
 
     def _leaving(self, world: World) -> Iterator[Move]:
@@ -90,7 +92,7 @@ class Moves:
                 yield Move(
                     f"someone leaves {name_of(number)}",
                     ("leave", number),
-                    lambda n=number: self._leave(world, n),
+                    partial(self._leave, world, number),
                 )
         if not self._scenario.leaves:
             return
@@ -106,7 +108,7 @@ class Moves:
             yield Move(
                 f"a waiter of {waiter.name} leaves",
                 (cause, number),
-                lambda k=key, w=one: self._feed(w, k),
+                partial(self._feed, one, key),
             )
 
     def _leave(self, world: World, number: int) -> Iterator[World]:
@@ -153,7 +155,7 @@ class Moves:
             yield self._hand(f"{name} gets another alias", left, key)
 
     def _hand(self, text: str, world: World, key: Key) -> Move:
-        return Move(text, ("hand", -1), lambda: self._feed(world, key))
+        return Move(text, ("hand", -1), partial(self._feed, world, key))
 
     @staticmethod
     def _free_ticket(world: World) -> int:
@@ -177,7 +179,7 @@ class Moves:
                 yield from posts("tells its figure", sized, "sized", amounts_key(slot.figure))
                 yield from posts("fails to start", dying(slot, "failed"), fault="fail")
             case "loading":
-                gate = "open" if slot.gate == "new" else "shut"
+                gate: Gate = "open" if slot.gate == "new" else "shut"
                 up = slot._replace(phase="up", gate=gate)
                 yield from posts("is Healthy", up, "healthy", amounts_key(slot.takes))
                 yield from posts("runs out of memory", dying(slot, "oom"), fault="oom")
@@ -222,14 +224,14 @@ class Moves:
             yield Move(
                 f"{name_of(number)} is measured",
                 ("slot", number),
-                lambda w=after, k=key: self._feed(w, k),
+                partial(self._feed, after, key),
             )
             if (left := after.spending("unmeasurable")) is not None:
                 failed = Key("measure_failed", number, number=edition)
                 yield Move(
                     f"{name_of(number)} cannot be measured",
                     ("fault", -1),
-                    lambda w=left, k=failed: self._feed(w, k),
+                    partial(self._feed, left, failed),
                 )
 
     # ----------------------------------------------------------------------------------- clock

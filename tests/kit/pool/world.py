@@ -7,7 +7,7 @@ and saturates. So a world with endless callers is finite, and starvation is a cy
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, NamedTuple
 
@@ -64,12 +64,14 @@ class Model:
     def truth(self, variant: int) -> Size:
         return self.changed if variant else self.exact or self.size
 
+    def estimate(self, variant: int) -> Amounts:
+        return amounts(self.changed if variant else self.size)
+
     def definition(self, variant: int) -> Definition:
         """Return its definition; `size_bytes` tells the variant, and is no matter otherwise."""
         source: Literal["declared", "estimate"] = "declared" if self.is_declared else "estimate"
-        size = self.changed if variant else self.size
         return Definition(
-            Need(amounts(size), source) if self.is_measured else None,
+            Need(self.estimate(variant), source) if self.is_measured else None,
             size_bytes=variant,
             weight=self.weight,
             is_pinned=self.is_pinned,
@@ -240,47 +242,48 @@ def fact_of(scenario: Scenario, key: Key) -> Fact:
         for model, (gate, used) in enumerate(key.gates)
         if gate
     )
-    name, at, ticket = name_of(key.model), 0.0, Ticket(key.ticket)
-    number, entered = Generation(key.number), key.has_entered
-    model = scenario.models[key.model]
-    match key.trigger:
-        case "wanted":
-            kind: Literal["lease", "load"] = "load" if key.why == "load" else "lease"
-            return facts.Wanted(name, ticket, kind, at, key.flag, has_entered=entered, uses=uses)
-        case "preload":
-            return facts.Preloaded(name, at, uses)
-        case "withdrawn":
-            return facts.Withdrawn(name, ticket, at, uses)
-        case "unload":
-            return facts.UnloadRequested(name, ticket, at, key.flag, uses)
-        case "defined":
-            return facts.Defined(name, model.definition(key.number), at, key.flag, uses)
-        case "removed":
-            return facts.Removed(name, at, ticket, uses)
-        case "measured":
-            need = Need(amounts(model.changed if key.flag else model.size))
-            return facts.Measured(name, key.number, need, at, uses)
-        case "measure_failed":
-            return facts.MeasureFailed(name, key.number, PROBLEMS["failed"], at, uses)
-        case "adopted":
-            return facts.Adopted(name, number, amounts(model.truth(0)), at, True, uses)
-        case "sized":
-            return facts.Sized(name, number, key_amounts(key.why), at, uses)
-        case "healthy":
-            figure = key_amounts(key.why)
-            return facts.BecameHealthy(name, number, at, figure, entered, uses)
-        case "leaving":
-            return facts.Leaving(name, number, at, uses)
-        case "emptied":
-            return facts.Emptied(name, number, at, PROBLEMS.get(key.why), uses)
-        case "stuck":
-            return facts.BecameStuck(name, number, at, uses)
-        case "configured":
-            budget = amounts(scenario.budgets[key.number])
-            return facts.Configured(scenario.policy, budget, at, uses)
-        case "shutdown":
-            return facts.ShutdownRequested(at, uses)
-    return facts.Looked(at, uses)
+    return replace(_FACTS[key.trigger](scenario, key, name_of(key.model)), uses=uses)
+
+
+_NOW: Final = 0.0
+_FACTS: Final[dict[str, Callable[[Scenario, Key, str], Fact]]] = {
+    "wanted": lambda s, k, name: facts.Wanted(
+        name,
+        Ticket(k.ticket),
+        "load" if k.why == "load" else "lease",
+        _NOW,
+        k.flag,
+        has_entered=k.has_entered,
+    ),
+    "preload": lambda s, k, name: facts.Preloaded(name, _NOW),
+    "withdrawn": lambda s, k, name: facts.Withdrawn(name, Ticket(k.ticket), _NOW),
+    "unload": lambda s, k, name: facts.UnloadRequested(name, Ticket(k.ticket), _NOW, k.flag),
+    "defined": lambda s, k, name: facts.Defined(
+        name, s.models[k.model].definition(k.number), _NOW, k.flag
+    ),
+    "removed": lambda s, k, name: facts.Removed(name, _NOW, Ticket(k.ticket)),
+    "measured": lambda s, k, name: facts.Measured(
+        name, k.number, Need(s.models[k.model].estimate(int(k.flag))), _NOW
+    ),
+    "measure_failed": lambda s, k, name: facts.MeasureFailed(
+        name, k.number, PROBLEMS["failed"], _NOW
+    ),
+    "adopted": lambda s, k, name: facts.Adopted(
+        name, Generation(1), amounts(s.models[k.model].truth(0)), _NOW, k.has_entered
+    ),
+    "sized": lambda s, k, name: facts.Sized(name, Generation(k.number), key_amounts(k.why), _NOW),
+    "healthy": lambda s, k, name: facts.BecameHealthy(
+        name, Generation(k.number), _NOW, key_amounts(k.why), k.has_entered
+    ),
+    "leaving": lambda s, k, name: facts.Leaving(name, Generation(k.number), _NOW),
+    "emptied": lambda s, k, name: facts.Emptied(
+        name, Generation(k.number), _NOW, PROBLEMS.get(k.why)
+    ),
+    "stuck": lambda s, k, name: facts.BecameStuck(name, Generation(k.number), _NOW),
+    "look": lambda s, k, name: facts.Looked(_NOW),
+    "shutdown": lambda s, k, name: facts.ShutdownRequested(_NOW),
+    "configured": lambda s, k, name: facts.Configured(s.policy, amounts(s.budgets[k.number]), _NOW),
+}
 
 
 def key_amounts(text: str) -> Amounts:
