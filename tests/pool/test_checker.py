@@ -348,7 +348,7 @@ def test_checker_finds_a_fault_in_the_source(name: str) -> None:
         report = explore(
             {**SCENARIOS, **DEEP}[fault.scenario],
             name=fault.scenario,
-            machine=TracedPool(module=module),
+            machine=TracedPool(TABLE, module),
             without=fault.without,
         )
     _caught(report, fault.breaks)
@@ -573,7 +573,7 @@ def test_seeded_faults_begin_with_the_shipped_source() -> None:
     """A copy without a fault is the shipped pool: what is found is the fault."""
     with pool_with("step", "def settle(", "def settle(") as module:
         assert module is not TracedPool().module
-        copy = explore(SCENARIOS["held"], machine=TracedPool(module=module))
+        copy = explore(SCENARIOS["held"], machine=TracedPool(TABLE, module))
     assert copy.violation is None
     assert (copy.worlds, copy.edges) == (explored("held").worlds, explored("held").edges)
     assert len(OF_ENTRIES) == 5

@@ -72,8 +72,8 @@ class TracedPool:
     def __init__(
         self,
         table: Sequence[Row] = TABLE,
-        /,
         module: ModuleType = pool_step,
+        /,
         **replaced: Callable[..., Any],
     ) -> None:
         self.module = module

@@ -1,0 +1,59 @@
+"""Layer C: every change of the pool's table breaks a test or an invariant, or is listed here.
+
+`pytest -s` prints what killed the mutants of each row.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from orchestrator.pool.table import TABLE
+from tests.kit.machine.mutants import scenarios
+from tests.kit.pool.mutants import kill, mutants_of, name_of
+from tests.pool import test_by_hand, test_eviction, test_memory, test_requests
+
+SCENES = (test_requests, test_eviction, test_memory, test_by_hand)
+SURVIVORS: dict[str, str] = {}
+"""Mutants that behave like the shipped table, each with the reason."""
+
+
+def check(index: int, *, is_thorough: bool) -> None:
+    deaths = {
+        mutant.name: kill(mutant, SCENES, is_thorough=is_thorough) for mutant in mutants_of(index)
+    }
+    print(f"\n{len(deaths)}:", *Counter(death and death.by for death in deaths.values()).items())
+    survivors = {name for name, death in deaths.items() if death is None}
+    listed = {name for name in deaths if name in SURVIVORS}
+    assert survivors - listed == set(), "survived"
+    assert listed - survivors == set(), "listed as equivalent, but killed"
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("index", range(len(TABLE)), ids=lambda index: name_of(TABLE[index]))
+def test_every_mutant_of_a_row_is_killed_or_listed(index: int) -> None:
+    """A row that may be changed unnoticed is a row whose purpose no test knows."""
+    check(index, is_thorough=False)
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("index", range(len(TABLE)), ids=lambda index: name_of(TABLE[index]))
+def test_no_scenario_kills_a_listed_survivor(index: int) -> None:
+    """A survivor's reason is only a sentence; here every scenario is tried."""
+    check(index, is_thorough=True)
+
+
+def test_every_listed_survivor_is_a_mutant() -> None:
+    """The list must not outlive the table."""
+    names = [mutant.name for index in range(len(TABLE)) for mutant in mutants_of(index)]
+    assert len(set(names)) == len(names) > 400
+    assert set(SURVIVORS) <= set(names)
+
+
+def test_scenes_pass_with_the_shipped_table() -> None:
+    """A scene that always fails would kill every mutant."""
+    assert len(scenarios(SCENES)) > 90
+    for _, scene in scenarios(SCENES):
+        scene()
