@@ -195,12 +195,15 @@ def answer_emptied(s: Step[facts.UnloadRequested | facts.Removed | facts.Emptied
 
 # --------------------------------------------------------------------------------- the catalogue
 def put_definition(s: Step[facts.Defined]) -> None:
-    """A figure that was learned stays, unless the server is another one."""
+    """A figure that was learned stays, unless the server is another one, or one is declared."""
     fact, known = s.fact, s.ctx.find(s.fact.name)
     if known is None:
         s.put(entries=(*s.ctx.entries, Entry(fact.name, fact.definition)))
     elif not fact.is_other_server:
-        definition = replace(fact.definition, need=known.definition.need)
+        was, now = known.definition.need, fact.definition.need
+        learned = was if was is not None and was.source != "declared" else None
+        size_bytes = fact.definition.size_bytes or known.definition.size_bytes
+        definition = replace(fact.definition, need=now or learned, size_bytes=size_bytes)
         s.change(fact.name, definition=definition, is_removed=False)
     else:
         s.change(
@@ -237,7 +240,8 @@ def take_need(s: Step[facts.Measured]) -> None:
     """A declared need stays; the size of the files is measured in any case."""
     entry = s.entry
     need = entry.definition.need or s.fact.need
-    definition = replace(entry.definition, need=need, size_bytes=s.fact.size_bytes)
+    size_bytes = s.fact.size_bytes or entry.definition.size_bytes
+    definition = replace(entry.definition, need=need, size_bytes=size_bytes)
     s.change(s.fact.name, definition=definition, is_measuring=False)
 
 

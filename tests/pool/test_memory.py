@@ -87,7 +87,7 @@ def test_figure_of_an_earlier_start_is_dropped() -> None:
 # ------------------------------------------------------------------------------------- fitted
 def test_auto_context_above_the_budget_is_fitted_into_what_pins_leave() -> None:
     pinned = definition(500, is_pinned=True)
-    run = Run(3000, POLICY, a=definition(9000, may_be_fitted=True), p=pinned, b=500)
+    run = Run(3000, POLICY, a=definition(9000, least=100), p=pinned, b=500)
     run.resident("p", "b").at(10.0)
     ticket = run.want("a")
     assert run.stopped == ["b"]
@@ -102,13 +102,13 @@ def test_auto_context_above_the_budget_is_fitted_into_what_pins_leave() -> None:
 
 
 def test_need_within_the_budget_is_not_fitted() -> None:
-    run = Run(3000, a=definition(3000, may_be_fitted=True))
+    run = Run(3000, a=definition(3000, least=100))
     run.want("a")
     assert run.of(Start) == [Start("a", Generation(1), host(3000))]
 
 
 def test_server_that_outgrows_its_fitting_is_ended_and_told() -> None:
-    run = Run(3000, a=definition(9000, may_be_fitted=True))
+    run = Run(3000, a=definition(9000, least=100))
     ticket = run.want("a")
     run.healthy("a", mib=3001)
     assert (run.state("a"), run.reasons) == (P, ["figure"])
@@ -119,7 +119,7 @@ def test_server_that_outgrows_its_fitting_is_ended_and_told() -> None:
 
 def test_nothing_is_fitted_where_pins_leave_nothing() -> None:
     pinned = definition(3000, is_pinned=True)
-    run = Run(3000, a=definition(9000, may_be_fitted=True), p=pinned).resident("p")
+    run = Run(3000, a=definition(9000, least=100), p=pinned).resident("p")
     assert run.answers[run.want("a")] == "too_large"
 
 

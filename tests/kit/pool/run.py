@@ -26,10 +26,17 @@ def host(mib: int) -> Amounts:
 
 
 def definition(
-    mib: int | None = 1000, *, source: Source = "estimate", **options: Any
+    mib: int | None = 1000,
+    *,
+    source: Source = "estimate",
+    least: int | None = None,
+    **options: Any,
 ) -> Definition:
-    """Return an entry that needs so much of the host; its files are as large."""
-    need = None if mib is None else Need(host(mib), source)
+    """Return an entry that needs so much of the host, and at least `least` if its context is Auto;
+    its files are as large.
+    """
+    smallest = None if least is None else host(least)
+    need = None if mib is None else Need(host(mib), source, smallest)
     return Definition(need, size_bytes=(mib or 0) * 1_000_000, **options)
 
 

@@ -70,15 +70,15 @@ class Model:
     def definition(self, variant: int) -> Definition:
         """Return its definition; `size_bytes` tells the variant, and is no matter otherwise."""
         source: Literal["declared", "estimate"] = "declared" if self.is_declared else "estimate"
+        least = amounts(tuple(min(1, mib) for mib in self.size)) if self.is_fitted else None
         return Definition(
-            Need(self.estimate(variant), source) if self.is_measured else None,
+            Need(self.estimate(variant), source, least) if self.is_measured else None,
             size_bytes=variant,
             weight=self.weight,
             is_pinned=self.is_pinned,
             group=self.group,
             idle_ttl_s=self.ttl,
             restarts=self.restarts,
-            may_be_fitted=self.is_fitted,
         )
 
 
