@@ -12,9 +12,9 @@ import pytest
 from orchestrator.pool.table import TABLE
 from tests.kit.machine.mutants import scenarios
 from tests.kit.pool.mutants import kill, mutants_of, name_of
-from tests.pool import test_by_hand, test_eviction, test_memory, test_requests
+from tests.pool import test_by_hand, test_eviction, test_memory, test_reports, test_requests
 
-SCENES = (test_requests, test_eviction, test_memory, test_by_hand)
+SCENES = (test_reports, test_requests, test_eviction, test_memory, test_by_hand)
 SURVIVORS: dict[str, str] = {}
 """Mutants that behave like the shipped table, each with the reason."""
 

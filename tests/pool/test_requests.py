@@ -159,6 +159,15 @@ def test_requests_after_a_failed_start_get_the_same_problem_for_1_2_4_s() -> Non
         run.emptied("a", BROKEN)
 
 
+def test_request_during_a_cool_down_gets_the_failure_also_if_too_many_wait() -> None:
+    """It is the answer that helps."""
+    run = Run(1000, Policy(max_waiting=1), a=1000, b=2000)
+    run.want("a")
+    run.emptied("a", BROKEN)
+    run.do(facts.Configured(Policy(max_waiting=0), host(1000), run.now))
+    assert run.answers[run.want("a")] == "server_start_failed"
+
+
 def test_success_forgets_the_failures_before() -> None:
     run = Run(a=1000)
     for _ in range(3):

@@ -88,7 +88,9 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     ),
     # ---- what fails -----------------------------------------------------------------------------
     "failed starts": Scenario((TWO, ONE), ROOM_FOR_TWO, clients=2, faults={"fail": 2}),
-    "out of memory": Scenario((ONE, ONE), ROOM_FOR_TWO, clients=2, faults={"oom": 2}),
+    "out of memory": Scenario(
+        (ONE, ONE), ROOM_FOR_TWO, clients=2, faults={"oom": 2}, is_slow=False
+    ),
     "out of memory, three": Scenario(
         ALL_ONE, ROOM_FOR_TWO, clients=2, faults={"oom": 1}, is_slow=False
     ),
@@ -136,7 +138,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     ),
     "adopted": Scenario((TWO, ONE), ROOM_FOR_TWO, clients=2, adopted=(0, 1)),
     "late reports": Scenario(
-        (ONE, ONE), clients=2, has_late=True, faults={"fail": 1, "stuck": 1, "crash": 1}
+        (ONE, ONE), clients=1, has_late=True, faults={"fail": 1, "stuck": 1, "crash": 1}
     ),
 }
 

@@ -201,6 +201,10 @@ class Run:
         return stopped
 
     @property
+    def stops(self) -> list[Stop]:
+        return self.of(Stop)
+
+    @property
     def reasons(self) -> list[str]:
         return [stop.reason for stop in self.of(Stop)]
 
