@@ -196,21 +196,24 @@ def answer_emptied(s: Step[facts.UnloadRequested | facts.Removed | facts.Emptied
 # --------------------------------------------------------------------------------- the catalogue
 def put_definition(s: Step[facts.Defined]) -> None:
     """A figure that was learned stays, unless the server is another one, or one is declared."""
-    fact, known = s.fact, s.ctx.find(s.fact.name)
+    fact, known, edition = s.fact, s.ctx.find(s.fact.name), s.ctx.edition + 1
     if known is None:
-        s.put(entries=(*s.ctx.entries, Entry(fact.name, fact.definition)))
+        entry = Entry(fact.name, fact.definition, edition=edition)
+        s.put(entries=(*s.ctx.entries, entry), edition=edition)
     elif not fact.is_other_server:
         was, now = known.definition.need, fact.definition.need
         learned = was if was is not None and was.source != "declared" else None
         size_bytes = fact.definition.size_bytes or known.definition.size_bytes
-        definition = replace(fact.definition, need=now or learned, size_bytes=size_bytes)
+        need = now if now is not None and now.source == "declared" else learned or now
+        definition = replace(fact.definition, need=need, size_bytes=size_bytes)
         s.change(fact.name, definition=definition, is_removed=False)
     else:
+        s.put(edition=edition)
         s.change(
             fact.name,
             definition=fact.definition,
             is_removed=False,
-            edition=known.edition + 1,
+            edition=edition,
             is_measuring=False,
             is_changed=known.state in (State.STARTING, State.RESIDENT),
             cool_until=None,
@@ -252,7 +255,8 @@ def end_measuring(s: Step[facts.MeasureFailed]) -> None:
 def reserve_adopted(s: Step[facts.Adopted]) -> None:
     s.change(s.fact.name, generation=s.fact.generation, basis="exact", is_changed=False)
     held = s.fact.reserved + s.entry.places
-    s.put(ledger=s.ctx.ledger.reserving(s.fact.name, held))
+    newest = max(s.ctx.generation, s.fact.generation)
+    s.put(ledger=s.ctx.ledger.reserving(s.fact.name, held), generation=newest)
 
 
 # ---------------------------------------------------------------------------------- Starting
@@ -263,7 +267,9 @@ def note_figure(s: Step[facts.Sized]) -> None:
 def learn_figure(s: Step[facts.Sized]) -> None:
     """The next start needs exactly this, unless it will be of another server."""
     if not s.entry.is_changed:
-        s.ctx = s.ctx.changing(s.entry.with_need(Need(s.fact.figure, "exact")))
+        known = s.entry.definition.need
+        least = known.least if known is not None else None
+        s.ctx = s.ctx.changing(s.entry.with_need(Need(s.fact.figure, "exact", least)))
 
 
 def reserve_figure(s: Step[facts.Sized]) -> None:

@@ -79,7 +79,7 @@ class Entry:
     definition: Definition
     state: State = State.ABSENT
     generation: Generation = Generation(0)  # of its last start
-    edition: int = 0  # how often it has been defined as another server
+    edition: int = 0  # of its definition as a server
     healthy_at: float = 0.0  # while it is Resident
     is_measuring: bool = False
     is_changed: bool = False  # what is in the slot is not what the definition starts
@@ -118,6 +118,8 @@ class Context:
     ledger: Ledger = field(default_factory=Ledger)
     entries: tuple[Entry, ...] = ()  # in the order in which they were defined
     waiting: tuple[Waiter, ...] = ()  # in the order in which they came
+    generation: Generation = Generation(0)  # of the last start of all
+    edition: int = 0  # of the last definition of a server
     is_shutting_down: bool = False
     timer_at: float | None = None  # when the timer fires, monotonic seconds
 

@@ -59,7 +59,8 @@ def is_last_waiter(ctx: Context, fact: facts.Withdrawn) -> bool:
 
 
 def is_waited_for(ctx: Context, fact: facts.CancelRequested) -> bool:
-    return any(waiter.ticket is not None for waiter in ctx.waiters_of(fact.name))
+    """A restart that is planned counts, too."""
+    return any(ctx.waiters_of(fact.name))
 
 
 def cuts(ctx: Context, fact: facts.UnloadRequested) -> bool:
@@ -123,9 +124,10 @@ def is_out_of_memory(ctx: Context, fact: facts.Emptied) -> bool:
 
 
 def may_try_again(ctx: Context, fact: facts.Emptied) -> bool:
-    """Once, and only if something idle can go for it, or is going."""
+    """Once, and only if something idle can go for it, or is going. A preload evicts nobody."""
     entry = ctx.find(fact.name)
-    if entry is None or entry.retries:
+    is_wanted = any(waiter.kind != "preload" for waiter in ctx.waiters_of(fact.name))
+    if entry is None or entry.retries or not is_wanted:
         return False
     uses = {use.name: use for use in fact.uses}
     is_going = any(other.state is State.STOPPING for other in ctx.entries)

@@ -55,8 +55,9 @@ class PoolMachine:
         step: Step[Fact] = Step(ctx, fact)
         name: str | None = getattr(fact, "name", None)
         after = self._interpreter.fire(state_for(ctx, name), step)
-        if name is not None and step.ctx.find(name) is not None:
-            step.change(name, state=after)
+        entry = None if name is None else step.ctx.find(name)
+        if entry is not None and entry.state is not after:
+            step.change(entry.name, state=after)
         settle(step)
         return Stepped(step.ctx, tuple(step.emitted))
 
@@ -84,13 +85,13 @@ def step(ctx: Context, fact: Fact) -> Stepped:
 def settle(s: Step[Fact]) -> None:
     """Decide what follows from the ledger, the waiting room, the clock and the use of the gates."""
     _refuse_late(s)
-    _end_tries(s)
     _stop_unused(s)
     _keep_to_budget(s)
     wakes: list[float] = []
     if s.ctx.waiting:
         _refuse_impossible(s)
         wakes = _place(s)
+    _end_tries(s)
     _set_timer(s, wakes)
 
 
@@ -305,8 +306,8 @@ def _start(s: Step[Fact], name: str, claim: Amounts, basis: Basis) -> None:
     """Start it if its room is free now."""
     entry = s.entry_of(name)
     if entry.state is State.ABSENT and not entry.after and claim.fits(s.ctx.ledger.free):
-        generation = Generation(entry.generation + 1)
-        s.put(ledger=s.ctx.ledger.reserving(name, claim))
+        generation = Generation(s.ctx.generation + 1)
+        s.put(ledger=s.ctx.ledger.reserving(name, claim), generation=generation)
         s.change(name, state=State.STARTING, generation=generation, basis=basis)
         s.emit(commands.Start(name, generation, claim.of_devices(), basis == "fitted"))
 

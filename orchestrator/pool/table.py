@@ -54,8 +54,8 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("unload", P,      "",                              STAY, "cancel_waiters await_empty"),
     _row("cancel", ALL,    "is_unknown",                    STAY, "refuse_unknown"),
     _row("cancel", S,      "",                              P,    "cancel_waiters answer_cancelled stop_unwanted"),
-    _row("cancel", ALL,    "is_waited_for",                 STAY, "cancel_waiters answer_cancelled"),
-    _row("cancel", ALL,    "",                              STAY, "answer_not_cancelled"),
+    _row("cancel", (A, R, P, X), "is_waited_for",           STAY, "cancel_waiters answer_cancelled"),
+    _row("cancel", (A, R, P, X), "",                        STAY, "answer_not_cancelled"),
 
     # ---- the catalogue --------------------------------------------------------------------------
     _row("defined", ALL,   "",                              STAY, "put_definition"),

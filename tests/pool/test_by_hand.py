@@ -247,7 +247,8 @@ def test_failed_restart_is_tried_again_and_given_up_at_last() -> None:
     run.crash("a").emptied("a").at(1.0)
     request = run.want("a")
     run.emptied("a", BROKEN)
-    assert run.answers[request] == "server_start_failed"
+    assert (run.answers[request], run.state("a")) == ("server_start_failed", A)
+    assert run.at(2.9).state("a") is A
     assert run.at(3.0).state("a") is S
     run.emptied("a", BROKEN)
     assert run.at(7.0).state("a") is S

@@ -227,8 +227,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "out of memory is tried for ever": Fault(
         "guards",
-        "if entry is None or entry.retries:",
-        "if entry is None:",
+        "if entry is None or entry.retries or not is_wanted:",
+        "if entry is None or not is_wanted:",
         "out of memory",
         frozenset({"inv_a_failure_is_told"}),
     ),
@@ -282,8 +282,15 @@ FAULTS: dict[str, Fault] = {
     ),
     "a preload evicts": Fault(
         "step",
-        'if all(waiter.kind == "preload"',
-        'if all(waiter.kind == "never"',
+        'return all(waiter.kind == "preload"',
+        'return all(waiter.kind == "never"',
+        "preloads",
+        VICTIM,
+    ),
+    "a preload evicts after out of memory": Fault(
+        "guards",
+        "if entry is None or entry.retries or not is_wanted:",
+        "if entry is None or entry.retries:",
         "preloads",
         VICTIM,
     ),
@@ -331,7 +338,7 @@ FAULTS: dict[str, Fault] = {
         frozenset({"inv_a_cool_down_follows_a_failed_start"}),
     ),
     "what the policy leaves to the next step": Fault(
-        "step", "    _end_tries(s)\n    _stop_unused(s)\n", "    _end_tries(s)\n", "idle", AGAIN
+        "step", "    _stop_unused(s)\n", "", "idle", AGAIN
     ),
 }
 
@@ -537,6 +544,53 @@ def test_checker_finds_a_victim_that_is_brought_back_by_a_request() -> None:
     without = frozenset({"a_grant_enters_an_open_gate"})
     with mock.patch.object(checker, "gates_of", gates):
         report = explore(SCENARIOS["one fits"], machine=machine, without=without)
+    _caught(report, STARVES)
+
+
+CLAIMS = """
+def _place(s):
+    wakes = []
+    for wait in in_order(_waits(s), s.ctx.policy.max_wait_s, s.fact.at):
+        entry, claimed = s.entry_of(wait.name), {v for e in s.ctx.entries for v in e.after}
+        others = [e for e in s.ctx.entries if e.name != wait.name]
+        kept = Amounts.total(
+            s.entry_of(v).claim
+            for e in others for v in e.after if s.entry_of(v).state is State.ABSENT
+        )
+        if any(s.entry_of(v).state is not State.ABSENT for v in entry.after):
+            continue
+        if entry.state is State.ABSENT and entry.claim.fits(s.ctx.ledger.free - kept):
+            s.change(wait.name, after=frozenset())
+            _start(s, wait.name, entry.claim, "exact")
+            continue
+        overdue_at = wait.overdue_at(s.ctx.policy.max_wait_s)
+        free = [
+            one for one in evictable(s.ctx, s.uses, s.fact.at, with_busy=s.fact.at >= overdue_at)
+            if one.name not in claimed
+        ]
+        for one in free[:1]:
+            s.stop(one.name, "room", if_idle=not s.uses[one.name].is_inside, room_for=wait.name)
+            s.change(wait.name, after=entry.after | {one.name})
+        wakes.append(overdue_at)
+        wakes += [stays_until(s.ctx, e) for e in s.ctx.entries if e.state is State.RESIDENT]
+    return wakes
+
+
+def _shipped_place(s: Step[Fact]) -> list[float]:"""
+
+
+def test_checker_finds_two_waiters_that_each_hold_a_victim() -> None:
+    """B92: each has closed one resident for itself, needs another, and waits for ever."""
+
+    def release(s: Step[Any]) -> None:
+        s.put(ledger=s.ctx.ledger.releasing(s.fact.name))
+
+    with pool_with("step", "def _place(s: Step[Fact]) -> list[float]:", CLAIMS) as module:
+        report = explore(
+            SCENARIOS["two big, two small"],
+            machine=TracedPool(TABLE, module, release=release),
+            without=AGAIN | {"inv_a_try_belongs_to_its_waiters"},
+        )
     _caught(report, STARVES)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from orchestrator.pool import facts
-from orchestrator.pool.commands import SetTimer, Stop
+from orchestrator.pool.commands import DropStale, SetTimer, Stop
 from orchestrator.pool.context import Policy
 from orchestrator.pool.facts import Use
 from tests.kit.pool.run import P, R, Run, S, definition
@@ -225,7 +225,9 @@ def test_request_for_a_preload_may_evict() -> None:
 def test_preload_of_what_is_there_or_unknown_is_no_matter() -> None:
     run = Run(1000, POLICY, a=1000).resident("a")
     before = run.ctx
-    run.do(facts.Preloaded("a", run.now)).do(facts.Preloaded("z", run.now))
+    for name in ("a", "z"):
+        run.do(facts.Preloaded(name, run.now))
+        assert run.commands == (DropStale(name, "preload"),)
     assert run.ctx == before
 
 

@@ -41,7 +41,7 @@ def test_exact_figure_that_does_not_fit_ends_that_start_and_evicts_for_the_truth
     run.emptied("c")
     assert run.started == []
     run.emptied("a")
-    assert run.of(Start) == [Start("c", Generation(2), host(1500))]
+    assert run.of(Start) == [Start("c", Generation(4), host(1500))]
     run.sized("c", 1500).healthy("c")
     assert (run.answers[ticket], run.reserved) == ("granted", 2500)
 
@@ -60,9 +60,11 @@ def test_exact_figure_that_can_never_fit_refuses_with_need_budget_and_pins() -> 
 def test_declared_figure_is_believed_whatever_the_server_says() -> None:
     run = Run(1000, a=definition(300, source="declared"))
     run.want("a")
-    run.sized("a", 5000).healthy("a", mib=5000)
-    assert (run.state("a"), run.reserved) == (R, 300)
+    run.sized("a", 5000)
     assert run.entry("a").server == host(5000)
+    run.healthy("a", mib=5100)
+    assert (run.state("a"), run.reserved) == (R, 300)
+    assert run.entry("a").server == host(5100)
 
 
 def test_figure_of_a_changed_entry_is_not_learned() -> None:
@@ -92,7 +94,7 @@ def test_auto_context_above_the_budget_is_fitted_into_what_pins_leave() -> None:
     ticket = run.want("a")
     assert run.stopped == ["b"]
     run.emptied("b")
-    assert run.of(Start) == [Start("a", Generation(1), host(2500), is_fitted=True)]
+    assert run.of(Start) == [Start("a", Generation(3), host(2500), is_fitted=True)]
     run.sized("a", 9000)
     assert (run.state("a"), run.reserved) == (S, 3000)
     run.healthy("a", mib=1800)
@@ -115,6 +117,13 @@ def test_server_that_outgrows_its_fitting_is_ended_and_told() -> None:
     assert (run.answers[ticket], run.problems[ticket].retry_after_s) == ("too_large", 1.0)
     assert_sentence("pool.outgrown", run.problems[ticket].message)
     assert run.emptied("a").state("a") is A
+
+
+def test_figure_of_an_earlier_fitting_is_dropped() -> None:
+    run = Run(3000, a=definition(9000, may_be_fitted=True))
+    run.want("a")
+    run.do(facts.BecameHealthy("a", Generation(0), run.now, host(9000), True))
+    assert (run.commands, run.state("a")) == ((DropStale("a", "healthy"),), S)
 
 
 def test_nothing_is_fitted_where_pins_leave_nothing() -> None:
@@ -143,6 +152,21 @@ def test_out_of_memory_with_nothing_idle_is_a_failed_start() -> None:
     ticket = run.want("c")
     run.emptied("c", OOM)
     assert (run.answers[ticket], run.states) == ("server_start_failed", "RA")
+
+
+def test_restart_by_the_house_that_runs_out_of_memory_is_tried_once_more_too() -> None:
+    run = Run(3000, POLICY, a=1000, c=definition(500, restarts=True)).resident("a", "c").at(10.0)
+    run.crash("c").emptied("c").at(20.0)
+    assert run.state("c") is S
+    run.emptied("c", OOM)
+    assert (run.states, run.given_up) == ("PA", [])
+    assert run.emptied("a").started == ["c"]
+
+
+def test_preload_that_runs_out_of_memory_evicts_nobody() -> None:
+    run = Run(3000, POLICY, a=1000, c=500).resident("a").at(10.0)
+    run.do(facts.Preloaded("c", run.now)).emptied("c", OOM)
+    assert (run.states, run.given_up) == ("RA", [("c", "preload")])
 
 
 def test_second_try_belongs_to_who_waited_then() -> None:
@@ -225,7 +249,7 @@ def test_debt_of_a_device_that_is_not_needed_is_no_matter() -> None:
     run.do(facts.Configured(run.policy, Amounts.of({"Host": 1000, "CUDA0": 500}), run.now))
     run.want("g")
     need = Need(Amounts.of({"CUDA0": 400}))
-    assert run.do(facts.Measured("g", 0, need, run.now)).started == ["g"]
+    assert run.do(facts.Measured("g", run.entry("g").edition, need, run.now)).started == ["g"]
 
 
 def test_larger_budget_starts_who_waits() -> None:

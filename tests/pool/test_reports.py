@@ -72,8 +72,8 @@ def test_report_of_an_earlier_start_changes_nothing(
 ) -> None:
     """It is about a server that is gone: to believe it would kill, or bless, the wrong one."""
     run = second_start(state, **options)
-    assert run.generation("a") == Generation(2)
-    nothing(run, REPORTS[report](Generation(1)))
+    assert run.generation("a") == Generation(3)
+    nothing(run, REPORTS[report](Generation(2)))
 
 
 @pytest.mark.parametrize(("report", "state"), OUT_OF_PLACE)
@@ -223,3 +223,25 @@ def test_leases_of_an_adopted_server_are_granted_and_its_stay_begins() -> None:
     run.define("a", definition(1000))
     run.do(facts.Adopted("a", Generation(9), host(0), run.now, has_entered=True))
     assert (run.answers[ticket], run.entry("a").healthy_at, run.ctx.waiting) == ("granted", 100, ())
+
+
+def test_emptied_of_an_earlier_start_ends_no_restart_and_forgets_no_removed_entry() -> None:
+    run = Run(1000, a=definition(1000, restarts=True)).resident("a")
+    run.crash("a").emptied("a").at(5.0)
+    assert run.state("a") is S
+    nothing(run, facts.Emptied("a", Generation(1), 0.0))
+    run.healthy("a").remove("a")
+    nothing(run, facts.Emptied("a", Generation(1), 0.0))
+    assert run.entry("a").is_removed
+
+
+def test_request_for_an_adopted_server_is_granted_though_its_measure_has_failed() -> None:
+    """What runs does not cool down."""
+    run = Run(1000, b=1000, a=definition(None)).resident("b")
+    withdrawn = run.want("a")
+    run.withdraw("a", withdrawn)
+    run.uses["a"] = Use("a", False, None)
+    run.do(facts.Adopted("a", Generation(9), host(0), run.now, has_entered=True))
+    run.do(facts.MeasureFailed("a", run.entry("a").edition, OOM, run.now))
+    assert (run.state("a"), run.entry("a").cool_until) == (R, 1.0)
+    assert run.answers[run.want("a")] == "granted"

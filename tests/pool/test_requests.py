@@ -202,12 +202,12 @@ def test_need_that_is_not_known_is_measured_once_while_its_requests_wait() -> No
     """A model of the Hub has no size before it is looked up."""
     run = Run(a=definition(None), b=1000)
     first = run.want("a")
-    assert run.of(Measure) == [Measure("a", 0)]
+    assert run.of(Measure) == [Measure("a", 1)]
     second = run.want("a")
     assert (run.of(Measure), run.state("a")) == ([], A)
     run.want("b")
     assert run.started == ["b"]
-    run.do(facts.Measured("a", 0, Need(host(500)), run.now))
+    run.do(facts.Measured("a", 1, Need(host(500)), run.now))
     assert run.started == ["a"]
     run.healthy("a")
     assert run.answers_of([first, second]) == ["granted", "granted"]
@@ -217,20 +217,30 @@ def test_need_that_cannot_be_measured_is_a_failed_start() -> None:
     run = Run(a=definition(None))
     ticket = run.want("a")
     problem = Problem("hub_unreachable", "the Hub does not answer")
-    run.do(facts.MeasureFailed("a", 0, problem, run.now))
+    run.do(facts.MeasureFailed("a", 1, problem, run.now))
     assert (run.answers[ticket], run.problems[ticket].retry_after_s) == ("hub_unreachable", 1.0)
     assert run.answers[run.want("a")] == "hub_unreachable"
     run.at(1.0)
     run.want("a")
-    assert run.of(Measure) == [Measure("a", 0)]
+    assert run.of(Measure) == [Measure("a", 1)]
+
+
+def test_measure_of_a_removed_entry_is_not_that_of_its_successor() -> None:
+    run = Run(a=definition(None))
+    run.want("a")
+    run.remove("a")
+    run.define("a", definition(None))
+    run.want("a")
+    assert run.of(Measure) == [Measure("a", 2)]
+    assert run.do(facts.Measured("a", 1, Need(host(500)), run.now)).started == []
 
 
 def test_measure_of_an_earlier_definition_is_dropped() -> None:
     run = Run(a=definition(None))
     run.want("a")
     run.define("a", definition(None))
-    assert run.of(Measure) == [Measure("a", 1)]
-    run.do(facts.Measured("a", 0, Need(host(500)), run.now))
+    assert run.of(Measure) == [Measure("a", 2)]
+    run.do(facts.Measured("a", 1, Need(host(500)), run.now))
     assert (run.started, run.entry("a").definition.need) == ([], None)
-    assert run.do(facts.Measured("a", 1, Need(host(600)), run.now)).started == ["a"]
+    assert run.do(facts.Measured("a", 2, Need(host(600)), run.now)).started == ["a"]
     assert run.reserved == 600

@@ -113,6 +113,9 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "loads by hand": Scenario((ONE, ONE), clients=2, faults={"load": 1, "fail": 1}),
     "loads anew": Scenario((ONE, ONE), clients=2, faults={"force": 1, "fail": 1}),
     "unloads by hand": Scenario((TWO, ONE), ROOM_FOR_TWO, clients=2, faults={"unload": 2}),
+    "cancels by hand": Scenario(
+        (TWO, ONE), ROOM_FOR_TWO, clients=2, faults={"cancel": 2, "stuck": 1}
+    ),
     "unload, cut, load": Scenario(
         (ONE, ONE), clients=2, faults={"unload": 1, "cut": 1, "load": 1}, is_slow=False
     ),
@@ -134,7 +137,12 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     ),
     # ---- the start of a pool, late reports ------------------------------------------------------
     "preloads": Scenario(
-        ALL_ONE, ROOM_FOR_TWO, clients=1, preload=(1, 0, 2), is_slow=False, faults={"fail": 1}
+        ALL_ONE,
+        ROOM_FOR_TWO,
+        clients=1,
+        preload=(1, 0, 2),
+        is_slow=False,
+        faults={"fail": 1, "oom": 1},
     ),
     "adopted": Scenario((TWO, ONE), ROOM_FOR_TWO, clients=2, adopted=(0, 1)),
     "late reports": Scenario(

@@ -14,6 +14,7 @@ from orchestrator.base.tokens import Ticket
 from orchestrator.machine.recovery import backoff_s
 from orchestrator.pool import facts
 from orchestrator.pool.commands import (
+    AnswerCancelled,
     AnswerEmptied,
     Command,
     GiveUp,
@@ -73,13 +74,14 @@ def _is_overdue(edge: Edge, waiter: Waiter) -> bool:
 def inv_everybody_is_answered_once(edge: Edge) -> str | None:
     """Who waited or asked is answered, or goes on waiting; nobody else is."""
     expected = _tickets(edge.before)
-    if isinstance(edge.fact, facts.Wanted | facts.UnloadRequested | facts.Removed):
+    asked = facts.Wanted | facts.UnloadRequested | facts.CancelRequested | facts.Removed
+    if isinstance(edge.fact, asked):
         expected += Counter([edge.fact.ticket] if edge.fact.ticket is not None else [])
     if isinstance(edge.fact, facts.Withdrawn):
         expected -= Counter([edge.fact.ticket])
     seen = _tickets(edge.after)
     for command in edge.commands:
-        if isinstance(command, Grant | Refuse | AnswerEmptied):
+        if isinstance(command, Grant | Refuse | AnswerEmptied | AnswerCancelled):
             seen[command.ticket] += 1
     if seen != expected:
         return f"forgotten: {dict(expected - seen)}, too often: {dict(seen - expected)}"
@@ -88,7 +90,10 @@ def inv_everybody_is_answered_once(edge: Edge) -> str | None:
 
 def inv_the_house_gets_an_end(edge: Edge) -> str | None:
     """What the house wants is loaded, given up, cancelled by hand, or goes on waiting."""
-    hands = (facts.UnloadRequested, facts.Removed, facts.ShutdownRequested)
+    hands = (
+        *(facts.UnloadRequested, facts.CancelRequested),
+        *(facts.Removed, facts.ShutdownRequested),
+    )
     if isinstance(edge.fact, hands) or edge.fact.trigger in ("healthy", "adopted"):
         return None
     given_up = {(one.name, one.kind) for one in edge.commands if isinstance(one, GiveUp)}
@@ -116,7 +121,7 @@ def _unfounded(edge: Edge, refusal: Refuse) -> str | None:
             is_gone = entry is None or entry.is_removed or fact.trigger == "removed"
             is_right = is_its and is_gone
         case "cancelled":
-            is_right = is_its and fact.trigger == "unload"
+            is_right = is_its and fact.trigger in ("unload", "cancel")
         case "too_many_waiting":
             callers = sum(one.ticket is not None for one in edge.before.waiting)
             is_right = callers >= edge.before.policy.max_waiting
@@ -287,8 +292,28 @@ def inv_a_cool_down_follows_a_failed_start(edge: Edge) -> str | None:
 
 
 def inv_an_unload_cancels(edge: Edge) -> str | None:
-    if isinstance(edge.fact, facts.UnloadRequested) and any(edge.after.waiters_of(edge.fact.name)):
-        return "somebody still waits for what was unloaded"
+    hands = facts.UnloadRequested | facts.CancelRequested
+    if isinstance(edge.fact, hands) and any(edge.after.waiters_of(edge.fact.name)):
+        return f"somebody still waits for what was ended by {edge.fact.trigger}"
+    return None
+
+
+def inv_a_cancel_says_whether_it_has_ended_anything(edge: Edge) -> str | None:
+    """What is resident stays."""
+    fact = edge.fact
+    for command in edge.commands:
+        if not isinstance(command, AnswerCancelled) or not isinstance(fact, facts.CancelRequested):
+            continue
+        before = edge.entry(fact.name)
+        was_starting = before is not None and before.state is State.STARTING
+        waited = any(edge.before.waiters_of(fact.name))
+        if command.is_cancelled is not (was_starting or waited):
+            return f"the cancel of {fact.name} is answered {command.is_cancelled}"
+    if isinstance(fact, facts.CancelRequested):
+        before, after = edge.entry(fact.name), edge.after.find(fact.name)
+        is_resident = before is not None and before.state is State.RESIDENT
+        if is_resident and (after is None or after.state is not State.RESIDENT):
+            return f"a cancel has stopped {fact.name}, which was resident"
     return None
 
 
@@ -364,6 +389,7 @@ STEP_INVARIANTS: Final[tuple[Callable[[Edge], str | None], ...]] = (
     inv_a_failed_start_cools_down,
     inv_a_cool_down_follows_a_failed_start,
     inv_an_unload_cancels,
+    inv_a_cancel_says_whether_it_has_ended_anything,
     inv_a_start_reserves,
     inv_a_fitted_server_holds_its_figure,
     inv_a_declared_figure_is_believed,

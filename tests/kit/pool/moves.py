@@ -132,6 +132,9 @@ class Moves:
                 if left is not None:
                     key = Key("unload", number, self._free_ticket(world), cut)
                     yield self._hand(f"{name_of(number)} is unloaded by hand", left, key)
+            if (left := world.spending("cancel")) is not None:
+                key = Key("cancel", number, self._free_ticket(world))
+                yield self._hand(f"{name_of(number)} is cancelled by hand", left, key)
         if (left := world.spending("shutdown")) is not None:
             yield self._hand("shutdown", left, Key("shutdown"))
         if (left := world.spending("budget")) is not None:
@@ -220,7 +223,9 @@ class Moves:
         for number, edition in world.measures:
             rest = tuple(one for one in world.measures if one != (number, edition))
             after = world._replace(measures=rest)
-            key = Key("measured", number, flag=edition % 2 == 1, number=edition)
+            entry = world.core.by_model[number]
+            variant = entry is not None and bool(entry.definition.size_bytes)
+            key = Key("measured", number, flag=variant, number=edition)
             yield Move(
                 f"{name_of(number)} is measured",
                 ("slot", number),

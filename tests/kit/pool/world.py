@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Final, Literal, NamedTuple
 
 from orchestrator.base.tokens import Generation, Ticket
@@ -27,7 +28,7 @@ NEVER: Final = 1e6  # ticks
 _FAR: Final = 1e3  # a timer beyond that never fires here
 EMPTYING: Final = 1000  # tickets of calls that wait for an empty slot begin here
 FAULTS: Final = (
-    *("fail", "oom", "crash", "stuck", "load", "force", "unload", "cut", "remove", "add"),
+    *("fail", "oom", "crash", "stuck", "load", "force", "unload", "cut", "cancel", "remove", "add"),
     *("change", "shutdown", "budget", "unmeasurable"),
 )
 """What may go wrong or be done by hand, each as often as its budget says."""
@@ -257,6 +258,7 @@ _FACTS: Final[dict[str, Callable[[Scenario, Key, str], Fact]]] = {
     ),
     "preload": lambda s, k, name: facts.Preloaded(name, _NOW),
     "withdrawn": lambda s, k, name: facts.Withdrawn(name, Ticket(k.ticket), _NOW),
+    "cancel": lambda s, k, name: facts.CancelRequested(name, Ticket(k.ticket), _NOW),
     "unload": lambda s, k, name: facts.UnloadRequested(name, Ticket(k.ticket), _NOW, k.flag),
     "defined": lambda s, k, name: facts.Defined(
         name, s.models[k.model].definition(k.number), _NOW, k.flag
@@ -309,14 +311,16 @@ def canonical(ctx: Context) -> Context:
         entries=tuple(map(_plain, ctx.entries)),
         waiting=waiting,
         timer_at=NEVER if timer is not None and timer > _FAR else timer,
+        generation=Generation(0),  # the next start is generation 1 again
     )
 
 
+@cache
 def _plain(entry: Entry) -> Entry:
     emptying = tuple(Ticket(EMPTYING + n) for n in range(len(entry.emptying)))
     definition, basis = entry.definition, entry.basis
     if definition.need is not None and definition.need.source == "estimate":  # as good as exact
-        definition = replace(definition, need=Need(definition.need.amounts, "exact"))
+        definition = replace(definition, need=replace(definition.need, source="exact"))
     if basis == "estimate" or entry.state is State.ABSENT:
         basis = "exact"
     changes: dict[str, Any] = {
@@ -337,26 +341,25 @@ def _plain(entry: Entry) -> Entry:
 def later(ctx: Context, cap: float) -> Context:
     """Return the context one tick later."""
 
-    def back(at: float) -> float:
-        return max(at - 1.0, -cap)
-
-    def age(entry: Entry) -> Entry:
-        cool = entry.cool_until
-        return replace(
-            entry,
-            healthy_at=back(entry.healthy_at) if entry.state is State.RESIDENT else 0.0,
-            cool_until=None if cool is None or cool <= 1.0 else cool - 1.0,
-        )
-
-    def wait(waiter: Waiter) -> Waiter:
-        return replace(waiter, since=back(waiter.since))
-
     timer = ctx.timer_at
     return canonical(
         replace(
             ctx,
-            entries=tuple(map(age, ctx.entries)),
-            waiting=tuple(map(wait, ctx.waiting)),
+            entries=tuple(_aged(entry, cap) for entry in ctx.entries),
+            waiting=tuple(_waited(waiter, cap) for waiter in ctx.waiting),
             timer_at=None if timer is None else timer - 1.0,
         )
     )
+
+
+@cache
+def _aged(entry: Entry, cap: float) -> Entry:
+    cool = entry.cool_until
+    healthy_at = max(entry.healthy_at - 1.0, -cap) if entry.state is State.RESIDENT else 0.0
+    cool_until = None if cool is None or cool <= 1.0 else cool - 1.0
+    return replace(entry, healthy_at=healthy_at, cool_until=cool_until)
+
+
+@cache
+def _waited(waiter: Waiter, cap: float) -> Waiter:
+    return replace(waiter, since=max(waiter.since - 1.0, -cap))
