@@ -120,7 +120,7 @@ def test_server_that_outgrows_its_fitting_is_ended_and_told() -> None:
 
 
 def test_figure_of_an_earlier_fitting_is_dropped() -> None:
-    run = Run(3000, a=definition(9000, may_be_fitted=True))
+    run = Run(3000, a=definition(9000, least=100))
     run.want("a")
     run.do(facts.BecameHealthy("a", Generation(0), run.now, host(9000), True))
     assert (run.commands, run.state("a")) == ((DropStale("a", "healthy"),), S)

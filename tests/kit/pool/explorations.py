@@ -116,6 +116,9 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "cancels by hand": Scenario(
         (TWO, ONE), ROOM_FOR_TWO, clients=2, faults={"cancel": 2, "stuck": 1}
     ),
+    "cancel, remove": Scenario(
+        (ONE, ONE), clients=2, faults={"cancel": 1, "remove": 1}, is_slow=False
+    ),
     "unload, cut, load": Scenario(
         (ONE, ONE), clients=2, faults={"unload": 1, "cut": 1, "load": 1}, is_slow=False
     ),
