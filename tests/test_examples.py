@@ -295,6 +295,17 @@ def test_two_slots_hold_two_models_and_refuse_a_third_owner(
     assert printed[3].startswith("slot 'titles' is owned by this process")
 
 
+def test_two_models_take_turns_in_room_for_one(
+    example: Example, tiny_model: str, other_model: str
+) -> None:
+    printed = example("two_models.py", tiny_model, other_model).splitlines()
+    pids = {line.rpartition(" ")[2] for line in printed[:2]}
+    assert len(pids) == 2
+    assert printed[2] == "first: load, would evict ['second'], fits: True"
+    assert [line.partition(":")[0] for line in printed[3:5]] == ["first", "second"]
+    assert sorted(printed[5].split("'")[3::4]) == ["Healthy", "Idle"]
+
+
 def test_crash_policy_restarts_the_server(example: Example, tiny_model: str) -> None:
     """By another process and generation; the example prints how the first one ended."""
     printed = example("crash_policy.py", tiny_model)
