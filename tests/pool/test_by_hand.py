@@ -36,6 +36,7 @@ def test_unload_of_an_absent_model_is_answered_at_once() -> None:
     waiting = run.want("b")
     unload = run.unload("b")
     assert run.answers_of([waiting, unload]) == ["cancelled", "emptied"]
+    assert run.state("b") is A
     assert run.answers[run.unload("z")] == "model_not_found"
 
 
@@ -248,6 +249,7 @@ def test_failed_restart_is_tried_again_and_given_up_at_last() -> None:
     request = run.want("a")
     run.emptied("a", BROKEN)
     assert (run.answers[request], run.state("a")) == ("server_start_failed", A)
+    assert run.answers[run.want("a")] == "server_start_failed"
     assert run.at(2.9).state("a") is A
     assert run.at(3.0).state("a") is S
     run.emptied("a", BROKEN)

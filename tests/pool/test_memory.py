@@ -60,6 +60,8 @@ def test_exact_figure_that_can_never_fit_refuses_with_need_budget_and_pins() -> 
 def test_declared_figure_is_believed_whatever_the_server_says() -> None:
     run = Run(1000, a=definition(300, source="declared"))
     run.want("a")
+    run.sized("a", 200)
+    assert (run.state("a"), run.reserved) == (S, 300)
     run.sized("a", 5000)
     assert run.entry("a").server == host(5000)
     run.healthy("a", mib=5100)
@@ -139,11 +141,19 @@ def test_out_of_memory_evicts_what_is_idle_and_is_tried_once_more() -> None:
     ticket = run.want("c")
     run.emptied("c", OOM)
     assert (run.stopped, run.reasons, run.states) == (["a"], ["memory"], "PRA")
+    assert run.reserved == 2000
     assert run.started == []
     run.emptied("a")
     assert run.started == ["c"]
     run.emptied("c", OOM)
     assert (run.answers[ticket], run.states) == ("server_start_failed", "ARA")
+
+
+def test_start_that_fails_otherwise_evicts_nobody() -> None:
+    run = Run(3000, POLICY, a=1000, c=500).resident("a").at(10.0)
+    ticket = run.want("c")
+    run.emptied("c", Problem("server_start_failed", "it ended", reason="exited"))
+    assert (run.answers[ticket], run.states) == ("server_start_failed", "RA")
 
 
 def test_out_of_memory_with_nothing_idle_is_a_failed_start() -> None:

@@ -138,6 +138,12 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "shutdown": Scenario(
         (TWO, ONE), ROOM_FOR_TWO, clients=2, faults={"shutdown": 1, "stuck": 1, "crash": 1}
     ),
+    "too late": Scenario(
+        (ONE, ONE),
+        clients=1,
+        faults={"remove": 1, "shutdown": 1, "preload": 1, "adopt": 1, "forget": 1},
+        is_slow=False,
+    ),
     # ---- the start of a pool, late reports ------------------------------------------------------
     "preloads": Scenario(
         ALL_ONE,

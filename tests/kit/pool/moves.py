@@ -150,12 +150,26 @@ class Moves:
         if not is_there and (left := world.spending("add")) is not None:
             key = Key("defined", number, flag=True, number=0)
             yield self._hand(f"{name} is added again", left, key)
+        yield from self._too_late(world, number, is_there=is_there)
         if is_there and entry is not None and (left := world.spending("change")) is not None:
             variant = 1 - entry.definition.size_bytes
             key = Key("defined", number, flag=True, number=variant)
             yield self._hand(f"{name} is changed", left, key)
             key = Key("defined", number, flag=False, number=entry.definition.size_bytes)
             yield self._hand(f"{name} gets another alias", left, key)
+
+    def _too_late(self, world: World, number: int, *, is_there: bool) -> Iterator[Move]:
+        """What belongs to the start of a pool comes later, and a removal comes twice."""
+        name, is_absent = name_of(number), world.core.state(number) is State.ABSENT
+        if (left := world.spending("preload")) is not None:
+            yield self._hand(f"{name} is to be preloaded", left, Key("preload", number))
+        is_too_late = not is_there or not is_absent or world.core.ctx.is_shutting_down
+        if is_too_late and (left := world.spending("adopt")) is not None:
+            key = Key("adopted", number, has_entered=True)
+            yield self._hand(f"{name} is adopted too late", left, key)
+        if not is_there and (left := world.spending("forget")) is not None:
+            key = Key("removed", number, self._free_ticket(world))
+            yield self._hand(f"{name} is removed again", left, key)
 
     def _hand(self, text: str, world: World, key: Key) -> Move:
         return Move(text, ("hand", -1), partial(self._feed, world, key))

@@ -41,19 +41,22 @@ def mutants_of(index: int) -> Iterator[Mutant[State]]:
     return table_mutants.mutants_of(TABLE, index, letters)
 
 
-def kill(
-    mutant: Mutant[State], modules: tuple[ModuleType, ...], *, is_thorough: bool
-) -> Death | None:
-    """Return what kills a mutant, or None.
+def kill_by_scene(mutant: Mutant[State], modules: tuple[ModuleType, ...]) -> Death | None:
+    """Return the first test of these modules that kills a mutant, or None."""
+    return _killed_by_scene(_machine(mutant), modules)
+
+
+def kill_by_checker(mutant: Mutant[State], most: int | None = None) -> Death | None:
+    """Return the invariant that kills a mutant, or None.
 
     Args:
-        modules: Test modules whose plain tests are run as scenes.
-        is_thorough: Explore every scenario in which it differs, not only the smallest.
+        most: How many scenarios in which it differs are explored, smallest first; None: all.
     """
-    machine = TracedPool(mutant.table, pool_step, **_NEGATED)
-    return _killed_by_scene(machine, modules) or _killed_by_checker(
-        mutant, machine, most=None if is_thorough else 2
-    )
+    return _killed_by_checker(mutant, _machine(mutant), most)
+
+
+def _machine(mutant: Mutant[State]) -> TracedPool:
+    return TracedPool(mutant.table, pool_step, **_NEGATED)
 
 
 def _killed_by_scene(machine: TracedPool, modules: tuple[ModuleType, ...]) -> Death | None:

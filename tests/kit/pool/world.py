@@ -29,7 +29,7 @@ _FAR: Final = 1e3  # a timer beyond that never fires here
 EMPTYING: Final = 1000  # tickets of calls that wait for an empty slot begin here
 FAULTS: Final = (
     *("fail", "oom", "crash", "stuck", "load", "force", "unload", "cut", "cancel", "remove", "add"),
-    *("change", "shutdown", "budget", "unmeasurable"),
+    *("change", "shutdown", "budget", "unmeasurable", "preload", "adopt", "forget"),
 )
 """What may go wrong or be done by hand, each as often as its budget says."""
 PROBLEMS: Final = {
