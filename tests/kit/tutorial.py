@@ -112,9 +112,10 @@ def follow(folder: Path, *, programs: Path, installs: bool) -> dict[str, float]:
         programs: Where the programs of the environment are, or will be.
         installs: Whether to make the environment, as the page says.
     """
-    install, model, serve, ask, change, long, unload, refused, left, real, ask_real = re.findall(
+    install, model, serve, ask, change, long, unload, refused, left, *rest = re.findall(
         r"```sh\n(.*?)```", PAGE, re.DOTALL
     )
+    real, ask_real, second, by_name = rest
     (backend,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     took: dict[str, float] = {}
     began = time.monotonic()
@@ -161,6 +162,10 @@ def follow(folder: Path, *, programs: Path, installs: bool) -> dict[str, float]:
             assert len(reader.run(ask_real)) == 500
             assert reader.status()["loaded"]["model_path"].startswith(REPO)
         done("real model")
+        reader.run(second)
+        first, _, again = (line.split()[-1] for line in reader.run(by_name).splitlines())
+        assert (first, again) == ("[]", "['second']")
+        done("two models")
     return took
 
 
