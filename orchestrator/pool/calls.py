@@ -292,7 +292,7 @@ class PoolFacade(Generic[F]):
 
     def _model_status(self, entry: Entry, seen: PoolSnapshot) -> ModelStatus:
         if seen.state_of(entry.name) is State.ABSENT:
-            return seen.model(entry)
+            return seen.model(entry, generation=self._slots.generation(entry.name))
         gate = self._slots.gate(entry.name)
         slot = self._slots.facade(entry.name).status()
         return seen.model(entry, slot, gate.used_at if gate is not None else None)

@@ -70,6 +70,11 @@ class PoolSlots(Generic[F]):
                 facade = self._facades[name] = self._make(name)
             return facade
 
+    def generation(self, name: str) -> Generation:
+        """Return the last load in a model's slot."""
+        facade = self._facades.get(name)
+        return facade.generation if facade is not None else Generation(0)
+
     def slot(self, name: str) -> PoolSlot:
         facade = self.facade(name)
         with self._guard:

@@ -112,13 +112,18 @@ class PoolSnapshot:
         return entry.state if entry is not None else State.ABSENT
 
     def model(
-        self, described: Described, slot: Status | None = None, used_at: float | None = None
+        self,
+        described: Described,
+        slot: Status | None = None,
+        used_at: float | None = None,
+        generation: int = 0,
     ) -> ModelStatus:
         """Return one model.
 
         Args:
             slot: The status of its slot; None if it is at rest.
             used_at: When its last lease ended, monotonic seconds; None while there is one.
+            generation: Of the last load of a slot that is at rest.
         """
         name, entry = described.name, self.entries.get(described.name)
         loaded = slot.loaded if slot is not None else None
@@ -137,7 +142,7 @@ class PoolSnapshot:
             memory=self._memory(entry, loaded.memory if loaded is not None else None),
             leases=slot.leases if slot is not None else 0,
             waiting=self.waiting[name],
-            generation=entry.generation if entry is not None else 0,
+            generation=slot.generation if slot is not None else generation,
             pid=loaded.pid if loaded is not None else None,
             last_used_at=None if loaded is None else round(time.time() - ago_s, 3),
             last_error=entry.failure if entry is not None else None,

@@ -415,6 +415,11 @@ class Facade:
         return self._start(again=True).snapshot
 
     @property
+    def generation(self) -> Generation:
+        """The last load."""
+        return self._snapshot.ctx.generation
+
+    @property
     def policy(self) -> Policy:
         return self._policy
 

@@ -183,8 +183,9 @@ class Owner:
     @property
     def _is_settled(self) -> bool:
         """What was found is adopted or gone."""
-        state = self.snapshot.state
-        return state is State.HEALTHY or (state is State.IDLE and bool(self.snapshot.story))
+        state, gate = self.snapshot.state, self.gate
+        is_adopted = state is State.HEALTHY and gate.is_open
+        return is_adopted or (state is State.IDLE and bool(self.snapshot.story))
 
     def stop(self) -> None:
         """End the thread and the effects, after the machine has been shut down."""
@@ -251,6 +252,8 @@ class Owner:
             self._call_observers(StepReport(fact, before, after, commanded))
             for command in commanded:
                 self._carry_out_safely(command, lock)
+            if state is State.HEALTHY is not before.state:
+                self.events.wake()  # a start waits for the gate
         except (Exception, SystemExit) as error:  # noqa: BLE001 (this thread must survive)
             _log("exception", "owner.failed", trigger=getattr(fact, "trigger", type(fact).__name__))
             if (ticket := getattr(fact, "ticket", None)) is not None:
