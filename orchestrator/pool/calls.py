@@ -38,7 +38,7 @@ from orchestrator.pool.catalogue import (
 )
 from orchestrator.pool.context import Context, Policy
 from orchestrator.pool.entries import Entry
-from orchestrator.pool.ledger import Amounts
+from orchestrator.pool.ledger import NO_LIMIT, Amounts
 from orchestrator.pool.owner import Granted, Lease, PoolCall, PoolOwner
 from orchestrator.pool.slots import PoolSlots
 from orchestrator.pool.states import State
@@ -164,6 +164,9 @@ class PoolFacade(Generic[F]):
         slots.devices = self._scout.devices()
         owner.start(slot.name)
         try:
+            # until it is known what the servers hold that are adopted
+            no_limit = Amounts.of({device.name: NO_LIMIT for device in slots.devices})
+            owner.post(facts.Configured(Policy(), no_limit, self._clock()))
             for entry in self._catalogue.models.values():
                 self._define(owner, slots, entry)
             adopted = self._adopt(slots, slot)
