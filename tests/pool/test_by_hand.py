@@ -10,7 +10,7 @@ from orchestrator.pool import facts
 from orchestrator.pool.commands import AnswerEmptied, DropStale, Stop
 from orchestrator.pool.context import Definition, Policy
 from orchestrator.pool.facts import Use
-from tests.kit.pool.run import A, P, R, Run, S, definition, host
+from tests.kit.pool.run import A, P, R, Run, S, X, definition, host
 from tests.kit.sentences import assert_sentence
 
 BROKEN = Problem("server_start_failed", "it ended at once", reason="exited")
@@ -272,6 +272,44 @@ def test_unload_ends_what_the_house_wants() -> None:
     run.crash("a")
     run.unload("a")
     run.emptied("a")
+    assert run.at(500.0).state("a") is A
+
+
+# -------------------------------------------------------------------------------------- cancel
+def test_cancel_ends_a_start_and_who_waits_for_it() -> None:
+    run = Run(a=1000)
+    waiting = run.want("a")
+    assert run.cancel("a") == "True"
+    assert (run.state("a"), run.reasons, run.answers[waiting]) == (P, ["withdrawn"], "cancelled")
+    run.emptied("a")
+    assert (run.state("a"), run.reserved) == (A, 0)
+
+
+def test_cancel_ends_the_wait_for_room_and_for_an_empty_slot() -> None:
+    run = Run(1000, a=1000, b=1000).resident("a")
+    run.uses["a"] = Use("a", True, 0.0)
+    waiting = run.want("b")
+    assert (run.cancel("b"), run.answers[waiting], run.state("b")) == ("True", "cancelled", A)
+    run.unload("a")
+    again = run.want("a")
+    assert (run.cancel("a"), run.answers[again], run.state("a")) == ("True", "cancelled", P)
+    run.stuck("a")
+    assert (run.cancel("a"), run.state("a")) == ("False", X)
+
+
+def test_cancel_leaves_what_is_resident_stopping_or_at_rest() -> None:
+    run = Run(a=1000, b=1000).resident("a")
+    assert (run.cancel("a"), run.state("a")) == ("False", R)
+    assert (run.cancel("b"), run.state("b")) == ("False", A)
+    run.unload("a")
+    assert (run.cancel("a"), run.state("a")) == ("False", P)
+    assert run.cancel("z") == "model_not_found"
+
+
+def test_cancel_ends_a_restart_that_is_planned() -> None:
+    run = Run(a=definition(1000, restarts=True)).resident("a")
+    run.crash("a").emptied("a")
+    assert (run.cancel("a"), run.state("a")) == ("True", A)
     assert run.at(500.0).state("a") is A
 
 

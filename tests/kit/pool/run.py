@@ -9,7 +9,16 @@ from typing import Any, Self, TypeVar
 from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import Problem
 from orchestrator.pool import facts
-from orchestrator.pool.commands import AnswerEmptied, Command, GiveUp, Grant, Refuse, Start, Stop
+from orchestrator.pool.commands import (
+    AnswerCancelled,
+    AnswerEmptied,
+    Command,
+    GiveUp,
+    Grant,
+    Refuse,
+    Start,
+    Stop,
+)
 from orchestrator.pool.context import Context, Definition, Entry, Need, Policy, Source
 from orchestrator.pool.facts import Fact, Use
 from orchestrator.pool.ledger import Amounts
@@ -67,6 +76,8 @@ class Run:
             match command:
                 case Grant(ticket):
                     self._answer(ticket, "granted")
+                case AnswerCancelled(ticket, is_cancelled):
+                    self._answer(ticket, str(is_cancelled))
                 case AnswerEmptied(ticket):
                     self._answer(ticket, "emptied")
                 case Refuse(ticket, _, problem):
@@ -119,6 +130,12 @@ class Run:
         ticket = self.ticket()
         self.do(facts.UnloadRequested(name, ticket, self.now, cut))
         return ticket
+
+    def cancel(self, name: str) -> str | None:
+        """Return the answer, which comes at once."""
+        ticket = self.ticket()
+        self.do(facts.CancelRequested(name, ticket, self.now))
+        return self.answers.get(ticket)
 
     def remove(self, name: str) -> Ticket:
         ticket = self.ticket()
