@@ -304,6 +304,10 @@ def test_cancel_leaves_what_is_resident_stopping_or_at_rest() -> None:
     run.unload("a")
     assert (run.cancel("a"), run.state("a")) == ("False", P)
     assert run.cancel("z") == "model_not_found"
+    run.remove("a")
+    assert (run.cancel("a"), run.state("a")) == ("model_not_found", P)
+    run.stuck("a")
+    assert (run.cancel("a"), run.state("a")) == ("model_not_found", X)
 
 
 def test_cancel_ends_a_restart_that_is_planned() -> None:

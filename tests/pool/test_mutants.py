@@ -21,6 +21,7 @@ SURVIVORS: dict[str, str] = {
     "wanted in ASRPX if is_unknown: behind [wanted in R if has_entered]": (
         "a removed entry is never Resident"
     ),
+    "cancel in ASRPX if is_unknown: behind [cancel in S]": "a removed entry is never Starting",
     "preload in ASRPX if is_shutting_down: behind [preload in ASRPX if is_unknown]": _SAME,
     "adopted in ASRPX if is_unknown: behind [adopted in ASRPX if is_shutting_down]": _SAME,
     "removed in A: to Starting": _FORGOTTEN,
