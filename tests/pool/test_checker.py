@@ -291,7 +291,7 @@ FAULTS: dict[str, Fault] = {
         "guards",
         "if entry is None or entry.retries or not is_wanted:",
         "if entry is None or entry.retries:",
-        "preloads",
+        "preload, out of memory",
         VICTIM,
     ),
     "a start goes on after the last request has given up": Fault(

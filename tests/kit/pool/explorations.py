@@ -151,7 +151,10 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         clients=1,
         preload=(1, 0, 2),
         is_slow=False,
-        faults={"fail": 1, "oom": 1},
+        faults={"fail": 1},
+    ),
+    "preload, out of memory": Scenario(
+        (ONE, ONE), ROOM_FOR_TWO, clients=1, preload=(1,), faults={"oom": 1}, adopted=(0,)
     ),
     "adopted": Scenario((TWO, ONE), ROOM_FOR_TWO, clients=2, adopted=(0, 1)),
     "late reports": Scenario(

@@ -167,6 +167,9 @@ def _fits_after_all(edge: Edge, name: str, category: str) -> str | None:
 
 def inv_a_server_is_stopped_for_a_reason(edge: Edge) -> str | None:
     for stop in edge.stops:
+        entry = edge.after.find(stop.name)
+        if entry is not None and entry.state is not State.STOPPING:
+            return f"{stop.name} is stopped, and is {entry.state}"
         if why := _spared(edge, stop):
             return f"{stop.name} is stopped ({stop.reason}): {why}"
     return None
