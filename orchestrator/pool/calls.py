@@ -124,7 +124,10 @@ class PoolFacade(Generic[F]):
         return slots
 
     def _made(self, name: str) -> F:
-        return self._make(slot=self._slot_of(name))
+        """Return the orchestrator of an entry; in answers its models have the entry's name."""
+        facade = self._make(slot=self._slot_of(name))
+        facade.call_models(name)
+        return facade
 
     def _slot_of(self, name: str) -> str:
         whole = f"{self._name}.{name}"
@@ -310,12 +313,8 @@ class PoolFacade(Generic[F]):
         request = entry.request
         assert request is not None  # noqa: S101 (of `_own`)
         ctx = owner.ctx
-        known = ctx.find(entry.name)
-        request, plan = replace(request, force_reload=force_reload), None
-        if known is not None and known.state is State.RESIDENT:
-            with contextlib.suppress(ShuttingDown):  # it has ended since
-                plan = self._slots.facade(entry.name).plan(request)
-        plan = plan or self._scout.plan(request)
+        known, facade = ctx.find(entry.name), self._slots.facade(entry.name)
+        plan = facade.plan_of(replace(request, force_reload=force_reload))
         is_starting = known is not None and known.state is State.STARTING and not known.is_changed
         if plan.action == "none" or (is_starting and not force_reload):
             return replace(plan, action="none", memory=None, free=None, fits=None)

@@ -423,6 +423,14 @@ class Facade:
     def policy(self) -> Policy:
         return self._policy
 
+    def call_models(self, alias: str) -> None:
+        """Give the servers of all later loads this name for their model."""
+        self._look_ups.alias = alias
+
+    def plan_of(self, request: LoadRequest) -> Plan:
+        """Plan, also after a close. Blocks."""
+        return self._look_ups.plan(request, self._snapshot, self._clock())
+
     def open_call(self) -> Call:
         """Claim the slot, also again after a close, and open a call. Blocks."""
         return self._start(again=True).call()

@@ -53,6 +53,9 @@ class LookUps:
     Args:
         llama_server: Names the binary, see `Facade`.
         cache: Folder for the flags of binaries.
+
+    Attributes:
+        alias: Name of the models in answers of their servers; None = each its own.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class LookUps:
         self._cache = cache
         self._sizes = sizes
         self._turn = threading.Lock()
+        self.alias: str | None = None
 
     def server(self) -> ServerBinary:
         return self._parts.server(self._llama_server)
@@ -84,7 +88,8 @@ class LookUps:
         """Look up the model and the server, and refuse what this server cannot do."""
         self._source.check_args(request.llama_extra_args or ())
         model, server = self._source.look_up(request), self.server()
-        found = Found(Target(request, model, server), self._kept(request, model, snapshot))
+        wanted = Target(request, model, server, self.alias)
+        found = Found(wanted, self._kept(request, model, snapshot))
         target = replace(found.target, model=found.kept or model)
         args = target.inheriting(dict(snapshot.ctx.committed_args)).extra_args
         if _needs_nothing(found, snapshot, at):

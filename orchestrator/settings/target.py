@@ -61,9 +61,16 @@ class ReloadReason(Record):
 
 @dataclass(frozen=True, slots=True)
 class Target:
+    """What to run.
+
+    Attributes:
+        given_alias: The model's name in answers of the server, where a pool gives it one.
+    """
+
     request: LoadRequest
     model: ModelFiles
     server: ServerBinary
+    given_alias: str | None = None
 
     @property
     def source(self) -> Source:
@@ -117,9 +124,12 @@ class Target:
 
     @property
     def alias(self) -> str:
-        """The model's name in answers of the server: `owner/name:VARIANT`, or a file's without its
-        ending. Never a path, and nothing that a list of names or a JSON text cannot hold.
+        """The model's name in answers of the server: the given one, else `owner/name:VARIANT`, or a
+        file's without its ending. Never a path, and nothing that a list of names or a JSON text
+        cannot hold.
         """
+        if self.given_alias is not None:
+            return self.given_alias
         model = self.model
         if model.hub is not None:
             name = f"{model.hub.repo}:{model.variant}" if model.variant else model.hub.repo
