@@ -1,4 +1,4 @@
-"""`models`: what is on this machine and needs no download."""
+"""`models`: what is on this machine and needs no download, and the catalogue of a pool."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 import click
 
 from orchestrator.cli import options
+from orchestrator.cli.catalogues import check, init
 from orchestrator.cli.output import Failure, byte_text, say, say_json
 from orchestrator.errors import OrchestratorError
 from orchestrator.models import on_disk
@@ -14,12 +15,18 @@ from orchestrator.models import on_disk
 _PLACES = {"cache": "in the Hub's cache", "folder": "in --models-dir"}
 
 
-@click.command(params=[options.JSON])
+@click.group(invoke_without_command=True, params=[options.JSON], commands=[init, check])
 @click.option(
     "--models-dir", "models_dirs", multiple=True, metavar="DIR", help="A folder; may be repeated."
 )
-def models(*, models_dirs: tuple[str, ...], as_json: bool) -> None:
-    """List the models on disk with size and last use: in the Hub's cache and in folders."""
+@click.pass_context
+def models(ctx: click.Context, /, *, models_dirs: tuple[str, ...], as_json: bool) -> None:
+    """List the models on disk with size and last use: in the Hub's cache and in folders.
+
+    The commands below write and check the catalogue of a pool.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
     try:
         found = on_disk.found(models_dirs)
     except OrchestratorError as error:

@@ -24,6 +24,7 @@ from orchestrator.errors import (
 from orchestrator.machine.plan import Plan
 from orchestrator.machine.states import State as SlotState
 from orchestrator.pool import commands, facts
+from orchestrator.pool.budget import budget_of
 from orchestrator.pool.catalogue import (
     Catalogue,
     Changes,
@@ -41,7 +42,7 @@ from orchestrator.pool.ledger import NO_LIMIT, Amounts
 from orchestrator.pool.owner import Granted, Lease, PoolCall, PoolOwner
 from orchestrator.pool.slots import PoolSlots
 from orchestrator.pool.states import State
-from orchestrator.pool.status import ModelStatus, PoolSnapshot, PoolStatus, budget_of, waiting_of
+from orchestrator.pool.status import ModelStatus, PoolSnapshot, PoolStatus, devices_of, waiting_of
 from orchestrator.pool.step import step
 from orchestrator.pool.values import budget as checked_budget
 from orchestrator.runtime.answers import LeasedServer, LoadOutcome, Status
@@ -215,12 +216,7 @@ class PoolFacade(Generic[F]):
     def _configure(self, owner: PoolOwner, slots: PoolSlots[F], held: Mapping[str, int]) -> None:
         pool = self._catalogue.pool
         given = pool.memory if self._memory == "auto" else self._memory
-        chosen = {} if given == "auto" else slots.by_device(given)
-        budget = {
-            one.name: max(0, one.free_mib + held.get(one.name, 0) - pool.headroom)
-            for one in slots.devices
-        }
-        budget |= chosen
+        budget = budget_of(given, pool.headroom, slots.devices, held)
         policy = Policy(
             max_wait_s=pool.max_wait_s,
             min_resident_s=pool.min_resident_s,
@@ -284,7 +280,7 @@ class PoolFacade(Generic[F]):
         seen = PoolSnapshot(self._ctx, self._clock())
         models = [self._model_status(entry, seen) for entry in self._catalogue.models.values()]
         waiting = waiting_of(seen.ctx, seen.now)
-        return PoolStatus(budget_of(seen.ctx), models, waiting)
+        return PoolStatus(devices_of(seen.ctx), models, waiting)
 
     def model_status(self, name: str) -> ModelStatus:
         """Return one model, by any of its names.

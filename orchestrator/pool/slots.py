@@ -12,6 +12,7 @@ from orchestrator.base.tokens import Generation
 from orchestrator.base.workers import Workers
 from orchestrator.errors import problem_of
 from orchestrator.pool import commands, facts
+from orchestrator.pool.budget import on_devices
 from orchestrator.pool.context import Definition, Need
 from orchestrator.pool.entries import Entry
 from orchestrator.pool.ledger import Amounts
@@ -90,7 +91,7 @@ class PoolSlots(Generic[F]):
             return None
         need = None
         if entry.memory is not None:
-            need = Need(Amounts.of(self.by_device(entry.memory)), "declared")
+            need = Need(Amounts.of(on_devices(entry.memory, self.devices)), "declared")
         return Definition(
             need,
             size_bytes=_size_of(request.model_path),
@@ -100,13 +101,6 @@ class PoolSlots(Generic[F]):
             idle_ttl_s=request.idle_ttl_s or None,
             restarts=self.restarts,
         )
-
-    def by_device(self, memory: int | Mapping[str, int]) -> dict[str, int]:
-        """Return MiB by device; a plain figure is of the first GPU, else of the host."""
-        if isinstance(memory, Mapping):
-            return dict(memory)
-        gpus = [device.name for device in self.devices if device.name != HOST]
-        return {(gpus or [HOST])[0]: memory}
 
     def need_of(self, name: str, request: LoadRequest) -> tuple[Need, int]:
         """Return what a start would take, at least if its context is Auto, and the bytes of its

@@ -74,7 +74,7 @@ class PoolStatus(Record):
     waiting: list[WaitingStatus]
 
 
-def budget_of(ctx: Context) -> list[DeviceStatus]:
+def devices_of(ctx: Context) -> list[DeviceStatus]:
     reserved = ctx.ledger.total(name for name, _ in ctx.ledger.reservations)
     return [
         DeviceStatus(device, mib, reserved[device])

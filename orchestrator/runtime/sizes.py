@@ -83,9 +83,8 @@ class Sizes:
 
     def needed(self, target: Target) -> Needed:
         """Return what a start would need."""
-        devices, smallest = self._devices(target.server), _with_least_context(target)
-        memory = self.expected(target, devices)
-        least = self.expected(smallest, devices) if smallest is not None else None
+        devices = self._devices(target.server)
+        memory, least = self.expected(target, devices), self.least(target, devices)
         if least is not None and least.mib >= memory.mib:
             least = None
         return Needed(memory, least, estimate.beside_mib(target), target.model.size_bytes)
@@ -98,11 +97,16 @@ class Sizes:
             held = _returned(running.target, running.memory)
             free = {device: mib + held.get(device, 0) for device, mib in free.items()}
         needs = [self.expected(target, devices)]
-        if (smallest := _with_least_context(target)) is not None:
-            needs.append(self.expected(smallest, devices))
+        if (least := self.least(target, devices)) is not None:
+            needs.append(least)
         is_known = all(device in free for device in needs[0].devices)
         fits = any(_fits(need.devices, free) for need in needs)
         return Room(needs[0], free, fits if is_known else None)
+
+    def least(self, target: Target, devices: Sequence[Device] | None = None) -> Memory | None:
+        """Return what a server takes that has reduced its context to fit; None = it would not."""
+        smallest = _with_least_context(target)
+        return None if smallest is None else self.expected(smallest, devices)
 
     def printed(self, target: Target, figures: Sequence[Figure]) -> Memory | None:
         """Return what a server that is loading would take; None if it has not said it."""
