@@ -106,9 +106,9 @@ class PoolOwner:
         self._timer_at: float | None = None
         self._is_looking = False
         self._is_at_once = False
-        self.is_empty = threading.Event()  # set when a shutdown has ended every server
+        self.is_empty: threading.Event = threading.Event()  # set when a shutdown has ended every server
         self._thread: threading.Thread | None = None
-        self.has_ended = False
+        self.has_ended: bool = False
         self._slots: Slots = slots(self.post)
 
     # ---------------------------------------------------------------------------- from any thread
@@ -294,7 +294,7 @@ class PoolOwner:
             case commands.AnswerCancelled(ticket, is_cancelled):
                 self._answer(ticket, is_cancelled)
             case commands.GiveUp(name, kind, problem):
-                _log("warning", f"{kind}.given_up", model=name, error=problem.message)
+                _log("warning", "model.given_up", model=name, kind=kind, error=problem.message)
             case commands.Measure():
                 self._slots.measure(command)
             case commands.SetTimer(at):
