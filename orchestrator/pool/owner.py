@@ -106,7 +106,7 @@ class PoolOwner:
         self._timer_at: float | None = None
         self._is_looking = False
         self._is_at_once = False
-        self.is_empty: threading.Event = threading.Event()  # set when a shutdown has ended every server
+        self.is_empty: threading.Event = threading.Event()  # of servers, after a shutdown
         self._thread: threading.Thread | None = None
         self.has_ended: bool = False
         self._slots: Slots = slots(self.post)
