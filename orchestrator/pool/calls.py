@@ -210,7 +210,6 @@ class PoolFacade(Generic[F]):
                 gone: Future[None] = Future()
                 slots.slot(name).close(keep=False, ended=partial(gone.set_result, None))
                 gone.result(_SHUTDOWN_S)
-                slots.forget(name)
         return held
 
     def _configure(self, owner: PoolOwner, slots: PoolSlots[F], held: Mapping[str, int]) -> None:

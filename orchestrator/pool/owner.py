@@ -6,6 +6,7 @@ carries the commands out. Every call is answered exactly once.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import queue
 import threading
@@ -76,8 +77,6 @@ class Slots(Protocol):
     def start(self, command: commands.Start) -> None: ...
     def stop(self, command: commands.Stop) -> None: ...
     def measure(self, command: commands.Measure) -> None: ...
-    def forget(self, name: str) -> None:
-        """The entry is gone, and its slot empty."""
 
 
 class PoolOwner:
@@ -101,7 +100,7 @@ class PoolOwner:
         self._inbox: queue.SimpleQueue[Fact | threading.Event | None] = queue.SimpleQueue()
         self._tickets = itertools.count(1)
         self._calls: dict[Ticket, PoolCall] = {}
-        self._entered: dict[Ticket, Lease] = {}
+        self._entered: dict[Ticket, Lease] = {}  # in this step, and not granted yet
         self._evicted: dict[str, list[str]] = {}  # by the model that wanted their room
         self._timer_at: float | None = None
         self._is_looking = False
@@ -129,6 +128,8 @@ class PoolOwner:
         """Block until everything that has been posted so far is processed."""
         done = threading.Event()
         self._inbox.put(done)
+        if self.has_ended:
+            self._end_waits()
         done.wait()
 
     def left(self, gate: Gate) -> None:
@@ -157,6 +158,14 @@ class PoolOwner:
             self._thread.join()
         self.has_ended = True
         self._refuse_calls()
+        self._end_waits()
+
+    def _end_waits(self) -> None:
+        """Let go who waits for facts that nobody processes any more."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if isinstance(left := self._inbox.get_nowait(), threading.Event):
+                    left.set()
 
     def _refuse_calls(self) -> None:
         problem = Problem("shutting_down", "the pool has been closed")
@@ -195,22 +204,15 @@ class PoolOwner:
         entered = self._enter(fact)
         if hasattr(fact, "has_entered"):
             fact = replace(cast("Any", fact), has_entered=entered is not None)
-        held: list[Gate] = []
-        for attempt in range(_MAX_STEPS):
-            fact = replace(cast("Any", fact), uses=self._uses())
-            before, stepped = self.ctx, self._machine.step(self.ctx, fact)
-            if self._hold(stepped.commands, held, must=attempt == _MAX_STEPS - 1):
-                break
-        self.ctx = stepped.ctx
-        self._entered |= entered or {}
-        self._is_at_once = isinstance(fact, facts.Wanted)
-        for command in stepped.commands:
-            self._carry_out_safely(command)
-        for lease in (entered or {}).keys() & self._entered.keys():  # the machine did not grant it
-            left = self._entered.pop(lease)
-            left.gate.leave(left.who)
-        for name in {one.name for one in before.entries} - {one.name for one in self.ctx.entries}:
-            self._slots.forget(name)
+        self._entered = entered or {}
+        try:
+            made = self._decide(fact)
+            self._is_at_once = isinstance(fact, facts.Wanted)
+            for command in made:
+                self._carry_out_safely(command)
+        finally:
+            for lease in self._entered.values():  # the machine has not granted them
+                lease.gate.leave(lease.who)
         if isinstance(fact, facts.BecameHealthy | facts.Emptied):
             is_over = not any(self.ctx.waiters_of(fact.name))
             self._evicted.pop(fact.name if is_over else "", None)
@@ -218,6 +220,17 @@ class PoolOwner:
             entry.state in (State.ABSENT, State.STUCK) for entry in self.ctx.entries
         ):
             self.is_empty.set()
+
+    def _decide(self, fact: Fact) -> tuple[Command, ...]:
+        """Step, anew if somebody has entered a gate that was to be closed because it was idle."""
+        held: list[Gate] = []
+        for attempt in range(1, _MAX_STEPS + 1):
+            fact = replace(cast("Any", fact), uses=self._uses())
+            stepped = self._machine.step(self.ctx, fact)
+            if self._hold(stepped.commands, held, must=attempt == _MAX_STEPS):
+                break
+        self.ctx = stepped.ctx
+        return stepped.commands
 
     def _uses(self) -> Uses:
         """Return how the gates of the residents are used, those that are open."""

@@ -150,11 +150,6 @@ class PoolSlots(Generic[F]):
 
         self._workers.submit(run)
 
-    def forget(self, name: str) -> None:
-        with self._guard:
-            self._slots.pop(name, None)
-            self._facades.pop(name, None)
-
     def _fitted(self, request: LoadRequest, command: commands.Start) -> LoadRequest:
         """Have the server reduce its context until it takes no more than is reserved.
 
