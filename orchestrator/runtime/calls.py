@@ -403,6 +403,9 @@ class Facade:
     def _snapshot(self) -> Snapshot:
         if self._owner is not None:
             return self._owner.snapshot
+        return self._at_rest()
+
+    def _at_rest(self) -> Snapshot:
         return Snapshot(State.IDLE, Context(self._policy), time.time(), self._clock())
 
     def _progress_of(self, generation: Generation) -> Progress | None:
@@ -429,7 +432,10 @@ class Facade:
 
     def plan_of(self, request: LoadRequest) -> Plan:
         """Plan, also after a close. Blocks."""
-        return self._look_ups.plan(request, self._snapshot, self._clock())
+        snapshot = self._snapshot
+        if snapshot.ctx.is_shutting_down:
+            snapshot = self._at_rest()
+        return self._look_ups.plan(request, snapshot, self._clock())
 
     def open_call(self) -> Call:
         """Claim the slot, also again after a close, and open a call. Blocks."""
