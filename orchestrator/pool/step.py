@@ -224,17 +224,27 @@ def _too_large(s: Step[Fact], name: str, lack: Amounts) -> Problem:
 
 
 class _Room:
-    """What this step may still give away, and when to look again if it is not enough."""
+    """What this step may still give away, and when to look again if it is not enough.
 
-    def __init__(self, soon: Amounts) -> None:
+    `free` is free now, `soon` when everything that is Stopping has ended. What one model takes, or
+    waits for, is taken from both: a model behind it that has other room to come must not begin in
+    the free part of its room, or a large model never sees all of its room free at one time.
+    """
+
+    def __init__(self, free: Amounts, soon: Amounts) -> None:
+        self.free = free
         self.soon = soon
         self.wakes: list[float] = []
         self.is_blocked = False
 
+    def take(self, claim: Amounts) -> None:
+        self.free -= claim
+        self.soon -= claim
+
 
 def _place(s: Step[Fact]) -> list[float]:
     """Give room to the models that wait, in order. Return when to look again."""
-    room, allowed = _Room(_soon(s)), _allowed(s)
+    room, allowed = _Room(s.ctx.ledger.free, _soon(s)), _allowed(s)
     is_known = True
     for wait in in_order(_waits(s), s.ctx.policy.max_wait_s, s.fact.at):
         claimed = _claim(s.entry_of(wait.name), allowed)
@@ -244,8 +254,10 @@ def _place(s: Step[Fact]) -> list[float]:
         elif not is_known and _is_preload(s, wait.name):
             continue  # those before it come first
         elif _make_room(s, room, wait, claimed[0]):
-            room.soon -= claimed[0]
-            _start(s, wait.name, *claimed)
+            is_free = claimed[0].fits(room.free)
+            room.take(claimed[0])
+            if is_free:
+                _start(s, wait.name, *claimed)
     if room.is_blocked:
         residents = (e for e in s.ctx.entries if e.state is State.RESIDENT)
         room.wakes += [stays_until(s.ctx, entry) for entry in residents]
@@ -298,14 +310,14 @@ def _make_room(s: Step[Fact], room: _Room, wait: Wait, claim: Amounts) -> bool:
     if not is_overdue:
         room.wakes.append(overdue_at)
     if is_overdue or s.entry_of(wait.name).retries:
-        room.soon -= claim
+        room.take(claim)
     return False
 
 
 def _start(s: Step[Fact], name: str, claim: Amounts, basis: Basis) -> None:
-    """Start it if its room is free now."""
+    """Start it, now that its room is free, unless its slot or its second try has to wait."""
     entry = s.entry_of(name)
-    if entry.state is State.ABSENT and not entry.after and claim.fits(s.ctx.ledger.free):
+    if entry.state is State.ABSENT and not entry.after:
         generation = Generation(s.ctx.generation + 1)
         s.put(ledger=s.ctx.ledger.reserving(name, claim), generation=generation)
         s.change(name, state=State.STARTING, generation=generation, basis=basis)

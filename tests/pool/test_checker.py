@@ -137,7 +137,14 @@ FAULTS: dict[str, Fault] = {
         VICTIM,
     ),
     "promised room is not set aside": Fault(
-        "step", "room.soon -= claimed[0]", "pass", "big and small", NO_REST | AGAIN
+        "step", "room.take(claimed[0])", "pass", "big and small", NO_REST | AGAIN
+    ),
+    "a start takes free room that a model before it counts on": Fault(
+        "step",
+        "is_free = claimed[0].fits(room.free)",
+        "is_free = claimed[0].fits(s.ctx.ledger.free)",
+        "big among three small, with room left",
+        STARVES,
     ),
     "who is overdue and cannot be placed loses its room": Fault(
         "step",
@@ -241,15 +248,15 @@ FAULTS: dict[str, Fault] = {
     ),
     "a second try starts before the others are gone": Fault(
         "step",
-        "and not entry.after and",
-        "and",
+        "and not entry.after:",
+        ":",
         "out of memory, three",
         frozenset({"inv_a_try_belongs_to_its_waiters"}),
     ),
     "a second try waits for whatever stops": Fault(
         "step",
-        "and not entry.after and",
-        "and not (entry.retries and any(e.state is State.STOPPING for e in s.ctx.entries)) and",
+        "and not entry.after:",
+        "and not (entry.retries and any(e.state is State.STOPPING for e in s.ctx.entries)):",
         "big among three small, out of memory",
         STARVES,
     ),
@@ -268,8 +275,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "the limits of places are only looked at when they are full": Fault(
         "step",
-        "and claim.fits(s.ctx.ledger.free)",
-        "and claim.of_devices().fits(s.ctx.ledger.free.of_devices())",
+        "is_free = claimed[0].fits(room.free)",
+        "is_free = claimed[0].of_devices().fits(room.free.of_devices())",
         "a group",
         frozenset({"inv_a_group_has_one_server", "inv_paper_is_within_the_budget"}),
     ),

@@ -136,6 +136,20 @@ def test_nothing_is_started_in_the_room_of_an_overdue_waiter() -> None:
     assert run.emptied("a").started == ["big"]
 
 
+def test_free_part_of_a_promised_room_is_not_given_to_who_has_other_room_to_come() -> None:
+    """Else each small model takes what is free, gives what it frees, and the large one starves."""
+    run = Run(3000, POLICY, big=2000, a=1000, b=1000, c=1000).resident("a", "b").at(10.0)
+    big = run.want("big")
+    assert len(run.stopped) == 1
+    small = run.want("c")
+    assert (run.states.count("P"), run.started) == (2, [])
+    first, second = ("a", "b") if run.state("a") is P else ("b", "a")
+    assert run.emptied(first).started == ["big"]
+    assert run.emptied(second).started == ["c"]
+    run.healthy("big").healthy("c")
+    assert run.answers_of([big, small]) == ["granted", "granted"]
+
+
 def test_a_small_model_passes_one_that_is_not_overdue() -> None:
     run = busy(Run(2000, POLICY, big=2000, a=1000, b=1000).resident("a"), "a").at(10.0)
     run.want("big")
