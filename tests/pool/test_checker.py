@@ -97,7 +97,7 @@ FAULTS: dict[str, Fault] = {
         "        self.put(ledger=self.ctx.ledger.releasing(name))",
         "one fits",
         frozenset({"inv_memory_is_within_the_budget"}),
-        RESERVED,
+        RESERVED | AGAIN,
     ),
     "reserved when Healthy, not at the start": Fault(
         "step",

@@ -68,9 +68,6 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "estimate too low": Scenario((Model(exact=(2,)), ONE), ROOM_FOR_TWO, clients=2),
     "estimate too high": Scenario((Model((2,), exact=(1,)), ONE), ROOM_FOR_TWO, clients=2),
     "exact is too large": Scenario((Model(exact=(3,)), ONE), ROOM_FOR_TWO, clients=2),
-    "both too low": Scenario(
-        (Model(exact=(2,)), Model(exact=(2,)), ONE), ((3,),), clients=2, is_slow=False
-    ),
     "too low beside a pinned one": Scenario((Model(exact=(2,)), PINNED), ROOM_FOR_TWO, clients=2),
     "declared": Scenario((Model(exact=(2,), is_declared=True), ONE), ROOM_FOR_TWO, clients=2),
     "fitted": Scenario((Model((3,), is_fitted=True), ONE, PINNED), ROOM_FOR_TWO, clients=2),
