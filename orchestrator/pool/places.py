@@ -22,9 +22,9 @@ KeyPath = tuple[str, ...]
 """The keys that lead to a value, from the outermost table."""
 
 _STRINGS: Final = (
-    r'"""(?:[^"\\]|\\.|"{1,2}(?!"))*+"{3,5}',
-    r"'''(?:[^']|'{1,2}(?!'))*+'{3,5}",
-    r'"(?:[^"\\\n]|\\.)*+"',
+    r'"""(?:[^"\\]|\\.|"{1,2}(?!"))*"{3,5}',
+    r"'''(?:[^']|'{1,2}(?!'))*'{3,5}",
+    r'"(?:[^"\\\n]|\\.)*"',
     r"'[^'\n]*+'",
 )
 _PART: Final = re.compile(rf"[ \t]*+([A-Za-z0-9_-]++|{_STRINGS[2]}|{_STRINGS[3]})[ \t]*+(\.?)")
@@ -32,7 +32,7 @@ _VALUE: Final = re.compile(
     rf"{'|'.join(_STRINGS)}|#[^\n]*+|(?P<opens>[\[{{])|(?P<closes>[\]}}])|(?P<ends>\n)|[^\"'#\[\]{{}}\n]++",
     re.DOTALL,
 )
-_BLANK: Final = re.compile(r"(?:[ \t\r\n]|#[^\n]*+)*+")
+_BLANK: Final = re.compile(r"(?:[ \t\r\n]|#[^\n]*+)*")
 _BARE: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 _MAX_DEPTH: Final = 8

@@ -104,7 +104,7 @@ def test_the_commands_work_one_after_the_other(
 
 def test_the_python_example_runs_as_a_script(state_dir: Path, tmp_path: Path) -> None:
     """In a folder with a model.gguf."""
-    (text,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    text, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(text.splitlines()) <= 10
     (tmp_path / "embed.py").write_text(text)
     write_tiny_model(tmp_path / "model.gguf")

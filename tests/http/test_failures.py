@@ -17,6 +17,9 @@ from tests.kit.shell.records import captured
 NOT_IN_A_ROUTE = {
     *("observe", "close", "connect", "outcome", "settled", "follow_logs", "check_sent"),
     "judge_of_prompts",
+    # of a pool
+    *("begin", "open_call", "send_load", "send_unload", "give_back", "plan_of", "need_of"),
+    *("call_models", "devices", "gate", "generation", "policy"),
 }
 """Or with a load or for requests from elsewhere only."""
 AFTER_THE_START = {"events", "log_batches"}
