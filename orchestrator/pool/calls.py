@@ -39,7 +39,7 @@ from orchestrator.pool.catalogue import (
 from orchestrator.pool.context import Context, Policy
 from orchestrator.pool.entries import Entry
 from orchestrator.pool.ledger import NO_LIMIT, Amounts
-from orchestrator.pool.owner import Granted, Lease, PoolCall, PoolOwner
+from orchestrator.pool.owner import Granted, Lease, PoolCall, PoolOwner, uses_of
 from orchestrator.pool.slots import PoolSlots
 from orchestrator.pool.states import State
 from orchestrator.pool.status import ModelStatus, PoolSnapshot, PoolStatus, devices_of, waiting_of
@@ -48,10 +48,10 @@ from orchestrator.pool.values import budget as checked_budget
 from orchestrator.runtime.answers import LeasedServer, LoadOutcome, Status
 from orchestrator.runtime.calls import Facade
 from orchestrator.runtime.parts import Parts
-from orchestrator.server.slot import Slot
+from orchestrator.server.slot import LONGEST_NAME, Slot
 from orchestrator.settings.fields import StrPath
+from orchestrator.settings.memory import total
 
-_LONGEST_NAME: Final = 64  # of a slot
 _ADOPTION_S: Final = 15.0
 _SHUTDOWN_S: Final = 120.0
 _log = event_log("orchestrator.pool")
@@ -131,10 +131,10 @@ class PoolFacade(Generic[F]):
 
     def _slot_of(self, name: str) -> str:
         whole = f"{self._name}.{name}"
-        if len(whole) <= _LONGEST_NAME:
+        if len(whole) <= LONGEST_NAME:
             return whole
         digest = hashlib.sha256(whole.encode()).hexdigest()[:16]
-        return f"{whole[: _LONGEST_NAME - 17]}.{digest}"
+        return f"{whole[: LONGEST_NAME - 17]}.{digest}"
 
     # -------------------------------------------------------------------------------- life cycle
 
@@ -199,18 +199,17 @@ class PoolFacade(Generic[F]):
             done: Future[bool] = Future()
             left[name] = done
             slots.adopt(name, done.set_result)
-        held: dict[str, int] = {}
+        held: list[Mapping[str, int]] = []
         for name, done in left.items():
             if done.result(_ADOPTION_S) and name in self._catalogue.models:
                 loaded = slots.facade(name).status().loaded
-                memory = loaded.memory if loaded is not None else None
-                for device, mib in (memory.devices if memory is not None else {}).items():
-                    held[device] = held.get(device, 0) + mib
+                if loaded is not None and loaded.memory is not None:
+                    held.append(loaded.memory.devices)
             elif name not in self._catalogue.models:
                 gone: Future[None] = Future()
                 slots.slot(name).close(keep=False, ended=partial(gone.set_result, None))
                 gone.result(_SHUTDOWN_S)
-        return held
+        return total(*held)
 
     def _configure(self, owner: PoolOwner, slots: PoolSlots[F], held: Mapping[str, int]) -> None:
         pool = self._catalogue.pool
@@ -249,14 +248,13 @@ class PoolFacade(Generic[F]):
         Raises:
             ModelNotFound: it lists what there is.
         """
+        names = ", ".join(self._catalogue.models) or "none"
         if name is None:
             if (entry := self._catalogue.default) is not None:
                 return Match(entry)
-            names = ", ".join(self._catalogue.models) or "none"
             message = f"this pool has no default model: name one of {names}"
             raise InvalidRequest.because(message, field="model")
         if (match := self._catalogue.find(name)) is None:
-            names = ", ".join(self._catalogue.models) or "none"
             message = f"there is no model {name[:200]!r}; the models are: {names}"
             raise ModelNotFound.because(message, field="model")
         return match
@@ -347,9 +345,13 @@ class PoolFacade(Generic[F]):
         return call
 
     def _ask_unload(self, name: str | None, *, cut: bool) -> PoolCall:
-        entry, owner = self._own(name), self._started()
+        return self._ask(self._own(name), partial(facts.UnloadRequested, cut=cut))
+
+    def _ask(self, entry: Entry, fact: Callable[[str, Ticket, float], facts.Fact]) -> PoolCall:
+        """Post a fact about an entry that is answered when it is carried out."""
+        owner = self._started()
         call = owner.call(entry.name, "end")
-        owner.post(facts.UnloadRequested(entry.name, call.ticket, self._clock(), cut))
+        owner.post(fact(entry.name, call.ticket, self._clock()))
         return call
 
     def _outcome(self, entry: Entry, granted: Granted) -> LoadOutcome:
@@ -375,10 +377,7 @@ class PoolFacade(Generic[F]):
         return LeasedServer(url, 0, Generation(0), key, entry.kind)
 
     def _ask_cancel(self, name: str | None) -> PoolCall:
-        entry, owner = self._own(name), self._started()
-        call = owner.call(entry.name, "end")
-        owner.post(facts.CancelRequested(entry.name, call.ticket, self._clock()))
-        return call
+        return self._ask(self._own(name), facts.CancelRequested)
 
     def slot_status(self, name: str) -> Status:
         """Return the status of a model's slot; what only gives the slot back is not shown."""
@@ -404,7 +403,7 @@ class PoolFacade(Generic[F]):
         return entry
 
     def _ask_remove(self, name: str) -> PoolCall | None:
-        owner = self._started()
+        self._started()
         with self._life:
             entry = self._match(name).entry
             made = without_entry(self._catalogue, entry.name)
@@ -412,9 +411,7 @@ class PoolFacade(Generic[F]):
             self._runtime.pop(entry.name, None)
         if entry.request is None:
             return None
-        call = owner.call(entry.name, "end")
-        owner.post(facts.Removed(entry.name, self._clock(), call.ticket))
-        return call
+        return self._ask(entry, lambda name, ticket, at: facts.Removed(name, at, ticket))
 
     def _reload(self) -> Changes:
         """Read the catalogue again; a mistake changes nothing."""
@@ -447,11 +444,7 @@ def _foreseen(
     slots: PoolSlots[Any], ctx: Context, entry: Entry, now: float, force: bool
 ) -> tuple[list[str], Problem | None]:
     """Step a copy of the pool's memory: who would be evicted for a load, and why it would fail."""
-    uses = tuple(
-        facts.Use(one.name, gate.used_at is None, gate.used_at)
-        for one in ctx.entries
-        if one.state is State.RESIDENT and (gate := slots.gate(one.name)) is not None
-    )
+    uses = uses_of(ctx, slots.gate)
     ticket = Ticket(sys.maxsize)
     wanted = facts.Wanted(entry.name, ticket, "load", now, is_forced=force, uses=uses)
     after, made = step(ctx, wanted)
@@ -467,9 +460,9 @@ def _foreseen(
 
 def _left_in(slot: Slot) -> list[str]:
     """Return the names of the models whose slots a dead owner has left with a record."""
-    folder, prefix = slot.directory.parent, f"{slot.name}."
+    folder, prefix, record = slot.directory.parent, f"{slot.name}.", slot.record_path.name
     try:
         found = sorted(path for path in folder.iterdir() if path.name.startswith(prefix))
     except OSError:
         return []
-    return [path.name.removeprefix(prefix) for path in found if (path / "server.json").exists()]
+    return [path.name.removeprefix(prefix) for path in found if (path / record).exists()]

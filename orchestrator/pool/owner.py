@@ -11,7 +11,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Protocol, cast
 
@@ -27,6 +27,7 @@ from orchestrator.pool.states import State
 from orchestrator.pool.step import PoolMachine, pool_machine
 from orchestrator.runtime.answers import LeasedServer
 from orchestrator.runtime.gate import Gate
+from orchestrator.runtime.owner import resolve
 from orchestrator.runtime.ports import Clock
 
 _MAX_STEPS: Final = 8  # of one fact: each is taken anew because somebody has entered a gate
@@ -193,7 +194,8 @@ class PoolOwner:
     def pump(self, fact: Fact) -> None:
         """Process one fact."""
         try:
-            self._is_looking = self._is_looking and not isinstance(fact, facts.Looked)
+            if isinstance(fact, facts.Looked):
+                self._is_looking = False
             self._step(fact)
         except (Exception, SystemExit) as error:  # noqa: BLE001 (this thread must survive)
             _log("exception", "pool.failed", trigger=fact.trigger)
@@ -213,9 +215,10 @@ class PoolOwner:
         finally:
             for lease in self._entered.values():  # the machine has not granted them
                 lease.gate.leave(lease.who)
-        if isinstance(fact, facts.BecameHealthy | facts.Emptied):
-            is_over = not any(self.ctx.waiters_of(fact.name))
-            self._evicted.pop(fact.name if is_over else "", None)
+        if isinstance(fact, facts.BecameHealthy | facts.Emptied) and not any(
+            self.ctx.waiters_of(fact.name)
+        ):
+            self._evicted.pop(fact.name, None)
         if self.ctx.is_shutting_down and all(
             entry.state in (State.ABSENT, State.STUCK) for entry in self.ctx.entries
         ):
@@ -223,24 +226,13 @@ class PoolOwner:
 
     def _decide(self, fact: Fact) -> tuple[Command, ...]:
         """Step, anew if somebody has entered a gate that was to be closed because it was idle."""
-        held: list[Gate] = []
         for attempt in range(1, _MAX_STEPS + 1):
-            fact = replace(cast("Any", fact), uses=self._uses())
+            fact = replace(cast("Any", fact), uses=uses_of(self.ctx, self._slots.gate))
             stepped = self._machine.step(self.ctx, fact)
-            if self._hold(stepped.commands, held, must=attempt == _MAX_STEPS):
+            if self._hold(stepped.commands, must=attempt == _MAX_STEPS):
                 break
         self.ctx = stepped.ctx
         return stepped.commands
-
-    def _uses(self) -> Uses:
-        """Return how the gates of the residents are used, those that are open."""
-        found = []
-        for entry in self.ctx.entries:
-            gate = self._slots.gate(entry.name) if entry.state is State.RESIDENT else None
-            if gate is not None:
-                used_at = gate.used_at
-                found.append(Use(entry.name, used_at is None, used_at))
-        return tuple(found)
 
     def _enter(self, fact: Fact) -> dict[Ticket, Lease] | None:
         """Let into the gate whoever this step may grant; None if it is closed to them."""
@@ -272,18 +264,19 @@ class PoolOwner:
             entered[ticket] = Lease(gate, who, server)
         return entered
 
-    def _hold(self, made: Sequence[Command], held: list[Gate], *, must: bool) -> bool:
+    def _hold(self, made: Sequence[Command], *, must: bool) -> bool:
         """Close the gates of those that go because nobody uses them; whether that is still so."""
-        while held:
-            held.pop().release()
+        held: list[Gate] = []
         for command in made:
-            if isinstance(command, commands.Stop) and command.if_idle:
-                gate = self._slots.gate(command.name)
-                if gate is not None and not gate.hold(if_empty=not must):
-                    while held:
-                        held.pop().release()
-                    return False
-                held += [gate] if gate is not None else []
+            if not (isinstance(command, commands.Stop) and command.if_idle):
+                continue
+            if (gate := self._slots.gate(command.name)) is None:
+                continue
+            if not gate.hold(if_empty=not must):
+                for closed in held:
+                    closed.release()
+                return False
+            held.append(gate)
         return True
 
     # -------------------------------------------------------------------------------- commands
@@ -343,12 +336,15 @@ class PoolOwner:
     def _answer(self, ticket: Ticket, answer: object) -> bool:
         """Answer a call, and return whether there is a caller: it may have gone away."""
         call = self._calls.pop(ticket, None)
-        if call is None:
-            return False
-        try:
-            call.settled.set_result(answer)
-        except InvalidStateError:
-            if not call.settled.cancelled():
-                raise
-            return False
-        return True
+        return call is not None and resolve(call.settled, answer)
+
+
+def uses_of(ctx: Context, gate_of: Callable[[str], Gate | None]) -> Uses:
+    """Return how the gates of the residents are used, those that are open."""
+    found = []
+    for entry in ctx.entries:
+        gate = gate_of(entry.name) if entry.state is State.RESIDENT else None
+        if gate is not None:
+            used_at = gate.used_at
+            found.append(Use(entry.name, used_at is None, used_at))
+    return tuple(found)

@@ -135,9 +135,7 @@ class PoolSlot:
         """Report a load that has succeeded, after its gate has been opened."""
         answer = call.settled.result()
         if isinstance(answer, Loaded):
-            memory = answer.memory
-            is_exact = memory is not None and memory.source == "exact"
-            figure = Amounts.of(memory.devices) if memory is not None and is_exact else None
+            figure = _figure_of(answer.memory)
             self._post(facts.BecameHealthy(self.name, generation, self._clock(), figure))
 
     def _observe(self, report: StepReport) -> None:
@@ -148,7 +146,9 @@ class PoolSlot:
         fact, job = report.fact, after.ctx.job
         self._problem = self._failure(report) or self._problem
         if isinstance(fact, slot_facts.Sized) and job is not None and job.memory is fact.memory:
-            self._report_size(generation, fact.memory)
+            figure = _figure_of(fact.memory)
+            if figure is not None:
+                self._post(facts.Sized(self.name, generation, figure, self._clock()))
         if before.state is State.HEALTHY is not after.state and not self._is_stopping:
             self._post(facts.Leaving(self.name, generation, self._clock()))
         has_moved = before.state is not after.state or before.ctx.look_ups != after.ctx.look_ups
@@ -157,12 +157,6 @@ class PoolSlot:
                 self._end(generation, self._problem)
             else:
                 self._post(facts.BecameStuck(self.name, generation, self._clock()))
-
-    def _report_size(self, generation: Generation, memory: Memory) -> None:
-        """Report the server's own figure; an estimate is what the pool has already."""
-        if memory.source == "exact":
-            figure = Amounts.of(memory.devices)
-            self._post(facts.Sized(self.name, generation, figure, self._clock()))
 
     def _failure(self, report: StepReport) -> Problem | None:
         ticket = self._call.ticket if self._call is not None else None
@@ -216,3 +210,9 @@ class PoolSlot:
 def _is_at_rest(snapshot: Snapshot) -> bool:
     ctx = snapshot.ctx
     return snapshot.state is State.IDLE and not (ctx.wanted or ctx.look_ups or ctx.effect)
+
+
+def _figure_of(memory: Memory | None) -> Amounts | None:
+    """Return the server's own figure; an estimate is what the pool has already."""
+    is_exact = memory is not None and memory.source == "exact"
+    return Amounts.of(memory.devices) if memory is not None and is_exact else None

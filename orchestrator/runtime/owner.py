@@ -415,7 +415,7 @@ class Owner:
             del self._tokens[ended]
         ticket, generation, joined = command.ticket, command.generation, command.joined
         if (call := self._calls.get(ticket)) is not None:
-            _resolve(call.accepted, generation)
+            resolve(call.accepted, generation)
         running = ctx.running
         if running is not None and running.generation == generation:
             _log("debug", "load.already_loaded", generation=generation, ticket=ticket)
@@ -429,11 +429,11 @@ class Owner:
         if isinstance(answer, Problem):
             answer = replace(answer, story=self.snapshot.story)
             if not call.accepted.done():
-                _resolve(call.accepted, answer)
+                resolve(call.accepted, answer)
         if isinstance(answer, commands.LeaseGranted):
             call.gate = self.gate  # first: who leaves looks at it last
             self.gate.enter(call.ticket)
-        if not _resolve(call.settled, answer):
+        if not resolve(call.settled, answer):
             call.leave()
 
     # ------------------------------------------------------------------------------------- timers
@@ -462,7 +462,7 @@ def _generation(ctx: Context) -> Generation:
     return ctx.job.generation if ctx.job else ctx.generation
 
 
-def _resolve(future: Future[Any], value: object) -> bool:
+def resolve(future: Future[Any], value: object) -> bool:
     """Set a result, and return whether there is a caller: it may have gone away."""
     try:
         future.set_result(value)

@@ -84,10 +84,7 @@ class Sizes:
     def needed(self, target: Target) -> Needed:
         """Return what a start would need."""
         devices = self._devices(target.server)
-        memory, least = self.expected(target, devices), self.least(target, devices)
-        if least is not None and least.mib >= memory.mib:
-            least = None
-        return Needed(memory, least, estimate.beside_mib(target), target.model.size_bytes)
+        return self._needed(target, devices)
 
     def room(self, target: Target, running: Running | None = None) -> Room:
         """Return what a start would need and find, if `running` were stopped for it."""
@@ -96,28 +93,28 @@ class Sizes:
         if running is not None and running.memory is not None:
             held = _returned(running.target, running.memory)
             free = {device: mib + held.get(device, 0) for device, mib in free.items()}
-        needs = [self.expected(target, devices)]
-        if (least := self.least(target, devices)) is not None:
-            needs.append(least)
-        is_known = all(device in free for device in needs[0].devices)
-        fits = any(_fits(need.devices, free) for need in needs)
-        return Room(needs[0], free, fits if is_known else None)
+        needed = self._needed(target, devices)
+        is_known = all(device in free for device in needed.memory.devices)
+        least = (needed.least or needed.memory).devices
+        fits = _fits(needed.memory.devices, free) or _fits(least, free)
+        return Room(needed.memory, free, fits if is_known else None)
 
-    def least(self, target: Target, devices: Sequence[Device] | None = None) -> Memory | None:
-        """Return what a server takes that has reduced its context to fit; None = it would not."""
-        smallest = _with_least_context(target)
-        return None if smallest is None else self.expected(smallest, devices)
+    def _needed(self, target: Target, devices: Sequence[Device]) -> Needed:
+        memory, smallest = self.expected(target, devices), _with_least_context(target)
+        least = self.expected(smallest, devices) if smallest is not None else None
+        if least is not None and least.mib >= memory.mib:
+            least = None
+        return Needed(memory, least, estimate.beside_mib(target), target.model.size_bytes)
 
     def printed(self, target: Target, figures: Sequence[Figure]) -> Memory | None:
         """Return what a server that is loading would take; None if it has not said it."""
-        rounds = _rounds(target, figures)
-        return _exact(target, _wanted(rounds)) if rounds else None
+        return _exact(target, _wanted(_rounds(target, figures))) if figures else None
 
     def taken(self, target: Target, figures: Sequence[Figure], server: ServerFacts) -> Memory:
         """Return what a server that has become ready has taken."""
-        rounds = _rounds(target, figures)
-        if not rounds:
+        if not figures:
             return self.expected(target)
+        rounds = _rounds(target, figures)
         wanted, last = _wanted(rounds), rounds[-1]
         self._keep(target, wanted)
         if _sum(last) == _sum(wanted):
@@ -127,7 +124,7 @@ class Sizes:
 
     def _read(self) -> dict[str, dict[str, int]]:
         if self._kept is None:
-            self._kept = _read(self._file)
+            self._kept = _figures_in(self._file)
         return self._kept
 
     def _keep(self, target: Target, figure: dict[str, int]) -> None:
@@ -135,7 +132,7 @@ class Sizes:
         with self._turn:
             if self._read().get(key) == figure:
                 return
-            kept = _read(self._file)  # others write it too
+            kept = _figures_in(self._file)  # others write it too
             kept.pop(key, None)
             kept[key] = figure  # the last ones stay
             self._kept = dict(list(kept.items())[-_MOST:])
@@ -219,7 +216,7 @@ def _key(target: Target) -> str:
     return hashlib.sha256(repr(whole).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def _read(file: Path) -> dict[str, dict[str, int]]:
+def _figures_in(file: Path) -> dict[str, dict[str, int]]:
     try:
         kept: Any = json.loads(read_file(file))
         return {

@@ -40,7 +40,8 @@ except ImportError:  # Windows: without inherited locks no slot can be verified
     fcntl = None  # type: ignore[assignment]
 
 TOKEN_NAME: Final = "LLAMA_ORCHESTRATOR_SLOT_TOKEN"  # noqa: S105 (a name, not a secret)
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+LONGEST_NAME: Final = 64
+_NAME: Final = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}")
 _RECORD_VERSION: Final = 1
 _VERIFY_EVERY_S: Final = 0.02
 _SUCCESSION_S: Final = 10.0

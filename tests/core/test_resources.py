@@ -109,5 +109,10 @@ def test_fields_are_read(fields: dict[str, Any], changed: dict[str, Any]) -> Non
 def test_extra_args_win_over_fields() -> None:
     args = ["-c", "512", "-ctk", "q4_0", "-cram", "5", "-kvu"]
     found = asked(*args, max_seq_length=4096, cache_type_kv="q8_0", cache_ram_mib=9, n_parallel=2)
-    expected = {"context": 512, "slots": 2, "cache_types": ("q4_0", "q8_0"), "cache_ram_mib": 5}
-    assert found == replace(NOTHING, **expected)  # type: ignore[arg-type]
+    expected: dict[str, Any] = {
+        "context": 512,
+        "slots": 2,
+        "cache_types": ("q4_0", "q8_0"),
+        "cache_ram_mib": 5,
+    }
+    assert found == replace(NOTHING, **expected)

@@ -215,7 +215,7 @@ def test_preloads_start_in_their_order_and_what_does_not_fit_is_skipped() -> Non
         run.do(facts.Preloaded(name, run.now))
         if name == "b":
             assert run.given_up == [("b", "preload")]
-    assert (run.states, run.ctx.find("c").generation) == ("SASS", 1)  # type: ignore[union-attr]
+    assert (run.states, run.generation("c")) == ("SASS", 1)
     for name in ("a", "c", "d"):
         run.healthy(name)
     assert (run.states, run.ctx.waiting) == ("RARR", ())

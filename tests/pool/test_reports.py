@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -35,9 +36,9 @@ OUT_OF_PLACE = [
 ]
 
 
-def second_start(state: State, **options: object) -> Run:
+def second_start(state: State, **options: Any) -> Run:
     """Return a pool whose entry is in a state after its second start; `b` is idle beside it."""
-    run = Run(3000, a=definition(1000, **options), b=1000).resident("b", "a").at(100.0)  # type: ignore[arg-type]
+    run = Run(3000, a=definition(1000, **options), b=1000).resident("b", "a").at(100.0)
     run.unload("a")
     run.emptied("a")
     if state is A:

@@ -490,8 +490,9 @@ def test_view_of_a_model_is_like_an_orchestrator(
     view = pool["a"]
     assert view.plan().action == "load"
     loaded = view.load()
-    assert view.status().loaded is not None
-    assert view.status().loaded.pid == loaded.pid  # type: ignore[union-attr]
+    shown = view.status().loaded
+    assert shown is not None
+    assert shown.pid == loaded.pid
     with view.lease() as server:
         assert server.pid == loaded.pid
     assert any("model loaded" in line for line in view.logs())

@@ -21,6 +21,8 @@ from tests.kit.process.support import is_running
 pytestmark = pytest.mark.external
 
 _THREADS: Final = 8
+_OTHERS: Final = ("load", "unload", "cut", "cancel", "kill", "add", "remove", "plan")
+_OPERATIONS: Final = ("lease",) * 6 + _OTHERS
 _EXPECTED: Final = {
     "cancelled": "an unload, a cancel or a removal came first",
     "model_not_found": "it was removed",
@@ -38,18 +40,8 @@ class Operations:
         self._random = random.Random(seed)
 
     def run(self, count: int) -> None:
-        names = ("lease",) * 6 + (
-            "load",
-            "unload",
-            "cut",
-            "cancel",
-            "kill",
-            "add",
-            "remove",
-            "plan",
-        )
         for _ in range(count):
-            what, name = self._random.choice(names), self._random.choice("abcde")
+            what, name = self._random.choice(_OPERATIONS), self._random.choice("abcde")
             try:
                 getattr(self, what)(name)
                 self._seen[what] += 1
@@ -130,7 +122,7 @@ def test_random_operations_keep_to_the_budget_and_leave_nothing(
         finally:
             is_over.set()
         sampler.result()
-        assert seen["lease"] > count // 5
+        assert seen.keys() >= set(_OPERATIONS)  # each has succeeded
         assert not pool.status().waiting
         for model in pool.status().models:
             pool.unload(model.name)
