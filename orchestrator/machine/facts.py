@@ -44,12 +44,17 @@ class Exit(Record):
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
-    """What a healthy server reports about itself, and the key it accepts."""
+    """What a healthy server reports about itself, and the key it accepts.
+
+    Attributes:
+        total_slots: How many requests it computes at a time; None if it does not say.
+    """
 
     base_url: str
     context_length: int | None = None
     is_vision: bool = False
     api_key: str | None = field(default=None, repr=False)
+    total_slots: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from orchestrator.pool.context import Context, Entry, Need, Waiter
 from orchestrator.pool.facts import Fact, Use
 from orchestrator.pool.guards import resized, restarts_in_a_row
 from orchestrator.pool.ledger import Amounts
-from orchestrator.pool.policy import evictable
+from orchestrator.pool.policy import after_turns, evictable
 from orchestrator.pool.states import State
 
 MAX_COOL_DOWN_S: Final = 60.0
@@ -77,7 +77,7 @@ class Step(Generic[F_co]):
         """Answer a caller; its lease counts as use in this very step."""
         if waiter.ticket is not None:
             self.emit(commands.Grant(waiter.ticket, waiter.name))
-        if waiter.kind == "lease":
+        if waiter.gets_in:
             self.uses[waiter.name] = Use(waiter.name, True, self.fact.at)
 
     def refuse(self, refused: Iterable[Waiter], problem: Problem) -> None:
@@ -131,7 +131,7 @@ def enqueue(s: Step[facts.Wanted]) -> None:
 
 
 def _waiter(fact: facts.Wanted) -> Waiter:
-    return Waiter(fact.name, fact.kind, fact.at, fact.ticket, fact.key, fact.key_weight)
+    return Waiter(fact.name, fact.kind, fact.at, fact.ticket, fact.turn)
 
 
 def enqueue_preload(s: Step[facts.Preloaded]) -> None:
@@ -315,9 +315,24 @@ def begin_stay(s: Step[facts.BecameHealthy | facts.Adopted]) -> None:
 
 
 def grant_waiters(s: Step[facts.BecameHealthy | facts.Adopted]) -> None:
-    for waiter in s.ctx.waiters_of(s.fact.name):
+    """Grant everybody but the requests for which there is no place yet."""
+    others = [one for one in s.ctx.waiters_of(s.fact.name) if one.kind != "request"]
+    for waiter in others:
         s.grant(waiter)
-    s.put(waiting=tuple(one for one in s.ctx.waiting if one.name != s.fact.name))
+    s.put(waiting=tuple(waiter for waiter in s.ctx.waiting if waiter not in others))
+
+
+def grant_admitted(s: Step[facts.BecameHealthy | facts.Adopted | facts.Looked]) -> None:
+    """Grant the requests that have got a place; the others of each model wait for their turn."""
+    by_ticket = {waiter.ticket: waiter for waiter in s.ctx.waiting}
+    admitted = [by_ticket[ticket] for ticket in s.fact.admitted]
+    for waiter in admitted:
+        s.grant(waiter)
+    s.put(waiting=tuple(waiter for waiter in s.ctx.waiting if waiter not in admitted))
+    for name in {waiter.name for waiter in admitted}:
+        mine = [waiter for waiter in admitted if waiter.name == name]
+        left = [waiter for waiter in s.ctx.waiters_of(name) if waiter.kind == "request"]
+        s.change(name, turns=after_turns(s.entry_of(name).turns, mine, left))
 
 
 # ------------------------------------------------------------------------------- a server ends
@@ -333,7 +348,7 @@ def release(s: Step[facts.Emptied]) -> None:
 
 def evict_idle(s: Step[facts.Emptied]) -> None:
     """Out of memory: everything idle goes, and then it is tried once more."""
-    for victim in evictable(s.ctx, s.uses, s.fact.at, with_busy=False):
+    for victim in evictable(s.ctx, s.uses, s.fact.at, overdue=None):
         s.stop(victim.name, "memory", if_idle=True, room_for=s.fact.name)
     going = frozenset(e.name for e in s.ctx.entries if e.state is State.STOPPING)
     s.change(s.fact.name, retries=True, after=going)

@@ -36,7 +36,7 @@ from orchestrator.pool.catalogue import (
     with_entry,
     without_entry,
 )
-from orchestrator.pool.context import Context, Policy
+from orchestrator.pool.context import Context, Policy, Turn
 from orchestrator.pool.entries import Entry
 from orchestrator.pool.ledger import NO_LIMIT, Amounts
 from orchestrator.pool.owner import Granted, Lease, PoolCall, PoolOwner, uses_of
@@ -316,15 +316,30 @@ class PoolFacade(Generic[F]):
 
     # ------------------------------------------------------------------------------------- calls
 
-    def _lease_at_once(self, entry: Entry) -> Lease | None:
+    def _lease_or_call(
+        self, entry: Entry, turn: Turn | None
+    ) -> tuple[Lease, None] | tuple[None, PoolCall]:
+        kind: Literal["lease", "request"] = "lease" if turn is None else "request"
+        if (lease := self._lease_at_once(entry, kind)) is not None:
+            return lease, None
+        return None, self._want(entry, kind, turn=turn)
+
+    def _lease_at_once(self, entry: Entry, kind: Literal["lease", "request"]) -> Lease | None:
         """Enter the gate of a resident model, without asking the machine."""
         owner = self._started()
         known = owner.ctx.find(entry.name)
         if known is None or known.state is not State.RESIDENT or known.is_changed:
             return None
-        gate, who = self._slots.gate(entry.name), object()
-        server = gate.enter(who) if gate is not None else None
-        return Lease(gate, who, server) if gate is not None and server is not None else None
+        if (gate := self._slots.gate(entry.name)) is None:
+            return None
+        who = object()
+        if kind != "request":
+            server = gate.enter(who)
+        elif any(owner.ctx.waiters_of(entry.name)):
+            return None  # those come first
+        else:
+            server = gate.admit(who)
+        return Lease(entry.name, gate, who, server) if server is not None else None
 
     def _leave(self, call: PoolCall | None, lease: Lease | None) -> None:
         """Leave; a lease may have been granted when the wait for it was interrupted."""
@@ -334,14 +349,20 @@ class PoolFacade(Generic[F]):
         if lease is not None:
             lease.gate.leave(lease.who)
             if (owner := self._owner) is not None:
-                owner.left(lease.gate)
+                owner.left(lease.name, lease.gate)
 
     def _want(
-        self, entry: Entry, kind: Literal["lease", "load"], *, force: bool = False
+        self,
+        entry: Entry,
+        kind: Literal["lease", "request", "load"],
+        *,
+        force: bool = False,
+        turn: Turn | None = None,
     ) -> PoolCall:
         owner = self._started()
         call = owner.call(entry.name, kind)
-        owner.post(facts.Wanted(entry.name, call.ticket, kind, self._clock(), is_forced=force))
+        now = self._clock()
+        owner.post(facts.Wanted(entry.name, call.ticket, kind, now, force, turn or Turn()))
         return call
 
     def _ask_unload(self, name: str | None, *, cut: bool) -> PoolCall:

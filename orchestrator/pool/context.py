@@ -18,6 +18,8 @@ from orchestrator.pool.ledger import NO_LIMIT, SERVERS, Amounts, Ledger, group_a
 from orchestrator.pool.states import State
 
 Source = Literal["declared", "exact", "estimate"]
+Turns = tuple[tuple[str | None, float], ...]
+"""What keys have had, in requests by weight, beyond the one that has had least."""
 Basis = Source | Literal["fitted"]
 """Where a figure comes from; `fitted`: the server fits itself into what is reserved."""
 
@@ -60,15 +62,30 @@ class Definition:
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """Whose request it is: those for one model take turns by key, in the ratio of the weights."""
+
+    key: str | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Waiter:
-    """Who waits for a model: a request, a call, or without a ticket the house itself."""
+    """Who waits for a model: a lease, a request, a call, or without a ticket the house itself.
+
+    Of requests only as many are at a server as it has places; so they also wait for a resident.
+    """
 
     name: str
-    kind: Literal["lease", "load", "preload", "restart"]
+    kind: Literal["lease", "request", "load", "preload", "restart"]
     since: float  # a restart waits for nothing until then
     ticket: Ticket | None = None
-    key: str | None = None
-    key_weight: float = 1.0
+    turn: Turn = field(default_factory=Turn)
+
+    @property
+    def gets_in(self) -> bool:
+        """Whether it is to use the server, and not only to see it loaded."""
+        return self.kind in ("lease", "request")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +110,7 @@ class Entry:
     cool_until: float | None = None
     restarts: int = 0  # in a row
     emptying: tuple[Ticket, ...] = ()  # calls that are answered when its slot is empty
+    turns: Turns = ()  # of the keys whose requests wait, while they wait
 
     @property
     def places(self) -> Amounts:

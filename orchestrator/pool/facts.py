@@ -7,12 +7,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import Problem
-from orchestrator.pool.context import Definition, Need, Policy
+from orchestrator.pool.context import Definition, Need, Policy, Turn
 from orchestrator.pool.ledger import Amounts
 
 
@@ -31,7 +31,8 @@ Uses = tuple[Use, ...]
 # ----------------------------------------------------------------------------- what callers want
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A request wants a lease of a model, or a call wants it loaded (`POST …/load`).
+    """Somebody wants a lease of a model, or a place at its server for one request, or a call wants
+    it loaded (`POST …/load`).
 
     `has_entered`: the owner has found the gate open in this step, and a lease has entered it. It
     does not try where the entry is not Resident, `is_changed`, or to be loaded anew (`is_forced`).
@@ -40,11 +41,10 @@ class Wanted:
     trigger: ClassVar[str] = "wanted"
     name: str
     ticket: Ticket
-    kind: Literal["lease", "load"]
+    kind: Literal["lease", "request", "load"]
     at: float
     is_forced: bool = False
-    key: str | None = None  # requests of one model take turns by key
-    key_weight: float = 1.0
+    turn: Turn = field(default_factory=Turn)
     has_entered: bool = False  # evidence
     uses: Uses = ()
 
@@ -148,7 +148,8 @@ class MeasureFailed:
 class Adopted:
     """At the start of the pool: a server that a dead owner has left is Healthy in this slot.
 
-    `has_entered` is that of `BecameHealthy`. The owner ends a server whose adoption is dropped.
+    `has_entered` and `admitted` are those of `BecameHealthy`. The owner ends a server whose
+    adoption is dropped.
     """
 
     trigger: ClassVar[str] = "adopted"
@@ -157,6 +158,7 @@ class Adopted:
     reserved: Amounts  # MiB by device
     at: float
     has_entered: bool = False  # evidence
+    admitted: tuple[Ticket, ...] = ()  # evidence
     uses: Uses = ()
 
 
@@ -177,7 +179,8 @@ class BecameHealthy:
     """The slot has opened its gate.
 
     `has_entered`: the gate is still open in this step, and the leases of everybody who waits for
-    this model have entered it. `figure` is the server's own after loading, if it reports one.
+    this model have entered it, but for requests: `admitted` are those that have got a place.
+    `figure` is the server's own after loading, if it reports one.
     """
 
     trigger: ClassVar[str] = "healthy"
@@ -186,6 +189,7 @@ class BecameHealthy:
     at: float
     figure: Amounts | None = None
     has_entered: bool = False  # evidence
+    admitted: tuple[Ticket, ...] = ()  # evidence
     uses: Uses = ()
 
 
@@ -226,10 +230,13 @@ class BecameStuck:
 # ------------------------------------------------------------------------------- the whole pool
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """The timer has fired, or the last lease of a resident has ended while somebody waits."""
+    """The timer has fired, or the last lease of a resident, or a request with a place, has ended
+    while somebody waits. `admitted`: the requests that have got a place in this step.
+    """
 
     trigger: ClassVar[str] = "look"
     at: float
+    admitted: tuple[Ticket, ...] = ()  # evidence
     uses: Uses = ()
 
 

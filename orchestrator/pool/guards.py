@@ -40,7 +40,7 @@ def is_cooling_down(ctx: Context, fact: facts.Wanted) -> bool:
     """Its last start has failed. A load by hand tries at once."""
     entry = ctx.find(fact.name)
     is_cool = entry is not None and entry.cool_until is not None and fact.at < entry.cool_until
-    return is_cool and fact.kind == "lease"
+    return is_cool and fact.kind != "load"
 
 
 def room_is_full(ctx: Context, fact: facts.Wanted) -> bool:
@@ -59,8 +59,11 @@ def is_last_waiter(ctx: Context, fact: facts.Withdrawn) -> bool:
 
 
 def is_waited_for(ctx: Context, fact: facts.CancelRequested) -> bool:
-    """A restart that is planned counts, too."""
-    return any(ctx.waiters_of(fact.name))
+    """Whether its load is; a restart that is planned counts, a request at a resident does not."""
+    entry = ctx.find(fact.name)
+    is_resident = entry is not None and entry.state is State.RESIDENT
+    waiters = ctx.waiters_of(fact.name)
+    return any(waiter.kind != "request" or not is_resident for waiter in waiters)
 
 
 def cuts(ctx: Context, fact: facts.UnloadRequested) -> bool:
@@ -131,7 +134,7 @@ def may_try_again(ctx: Context, fact: facts.Emptied) -> bool:
         return False
     uses = {use.name: use for use in fact.uses}
     is_going = any(other.state is State.STOPPING for other in ctx.entries)
-    return is_going or bool(evictable(ctx, uses, fact.at, with_busy=False))
+    return is_going or bool(evictable(ctx, uses, fact.at, overdue=None))
 
 
 def is_removed(ctx: Context, fact: facts.Emptied) -> bool:

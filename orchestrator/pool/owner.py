@@ -10,9 +10,10 @@ import contextlib
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Final, Literal, Protocol, cast
 
 from orchestrator.base import threads
@@ -21,8 +22,9 @@ from orchestrator.base.tokens import Ticket
 from orchestrator.errors import Problem, problem_of
 from orchestrator.pool import commands, facts
 from orchestrator.pool.commands import Command
-from orchestrator.pool.context import Context
+from orchestrator.pool.context import Context, Waiter
 from orchestrator.pool.facts import Fact, Use, Uses
+from orchestrator.pool.policy import in_turn
 from orchestrator.pool.states import State
 from orchestrator.pool.step import PoolMachine, pool_machine
 from orchestrator.runtime.answers import LeasedServer
@@ -33,6 +35,7 @@ from orchestrator.runtime.ports import Clock
 _MAX_STEPS: Final = 8  # of one fact: each is taken anew because somebody has entered a gate
 _EVICTIONS: Final = frozenset({"room", "memory", "budget", "idle"})
 _log = event_log("orchestrator.pool")
+CallKind = Literal["lease", "request", "load", "end"]
 
 
 @dataclass(slots=True, eq=False)
@@ -44,7 +47,7 @@ class PoolCall:
 
     ticket: Ticket
     name: str
-    kind: Literal["lease", "load", "end"]
+    kind: CallKind
     settled: Future[Any] = field(default_factory=Future)
 
 
@@ -52,6 +55,7 @@ class PoolCall:
 class Lease:
     """A place inside the gate of a server."""
 
+    name: str
     gate: Gate
     who: Hashable
     server: LeasedServer
@@ -102,6 +106,7 @@ class PoolOwner:
         self._tickets = itertools.count(1)
         self._calls: dict[Ticket, PoolCall] = {}
         self._entered: dict[Ticket, Lease] = {}  # in this step, and not granted yet
+        self._were_inside: set[str] = set()  # of the residents, by the evidence of this step
         self._evicted: dict[str, list[str]] = {}  # by the model that wanted their room
         self._timer_at: float | None = None
         self._is_looking = False
@@ -113,7 +118,7 @@ class PoolOwner:
 
     # ---------------------------------------------------------------------------- from any thread
 
-    def call(self, name: str, kind: Literal["lease", "load", "end"]) -> PoolCall:
+    def call(self, name: str, kind: CallKind) -> PoolCall:
         call = PoolCall(Ticket(next(self._tickets)), name, kind)
         self._calls[call.ticket] = call
         call.settled.add_done_callback(lambda _: self._withdraw(call))
@@ -133,9 +138,16 @@ class PoolOwner:
             self._end_waits()
         done.wait()
 
-    def left(self, gate: Gate) -> None:
-        """Look again if somebody waits and a server has become idle: a lease has ended."""
-        if self.ctx.waiting and not gate.inside and not self._is_looking:
+    def left(self, name: str, gate: Gate) -> None:
+        """Look again if somebody waits for what a lease that has ended leaves free."""
+        if self.ctx.waiting and (not gate.inside or self._may_admit(name, gate)):
+            self._look()
+
+    def _may_admit(self, name: str, gate: Gate) -> bool:
+        return gate.has_free_place and any(_requests(self.ctx, name))
+
+    def _look(self) -> None:
+        if not self._is_looking:
             self._is_looking = True
             self.post(facts.Looked(self.clock()))
 
@@ -203,11 +215,9 @@ class PoolOwner:
                 self._answer(ticket, problem_of(error))
 
     def _step(self, fact: Fact) -> None:
-        entered = self._enter(fact)
-        if hasattr(fact, "has_entered"):
-            fact = replace(cast("Any", fact), has_entered=entered is not None)
-        self._entered = entered or {}
+        self._entered = {}
         try:
+            fact = self._enter(fact)
             made = self._decide(fact)
             self._is_at_once = isinstance(fact, facts.Wanted)
             for command in made:
@@ -223,46 +233,75 @@ class PoolOwner:
             entry.state in (State.ABSENT, State.STUCK) for entry in self.ctx.entries
         ):
             self.is_empty.set()
+        self._look_if_missed()
+
+    def _look_if_missed(self) -> None:
+        """Who left a gate during this step has not seen who waits since it."""
+        if not self.ctx.waiting:
+            return
+        for use in uses_of(self.ctx, self._slots.gate):
+            gate = self._slots.gate(use.name)
+            has_emptied = not use.is_inside and use.name in self._were_inside
+            if gate is not None and (has_emptied or self._may_admit(use.name, gate)):
+                self._look()
+                return
 
     def _decide(self, fact: Fact) -> tuple[Command, ...]:
         """Step, anew if somebody has entered a gate that was to be closed because it was idle."""
         for attempt in range(1, _MAX_STEPS + 1):
-            fact = replace(cast("Any", fact), uses=uses_of(self.ctx, self._slots.gate))
-            stepped = self._machine.step(self.ctx, fact)
+            uses = uses_of(self.ctx, self._slots.gate)
+            self._were_inside = {use.name for use in uses if use.is_inside}
+            stepped = self._machine.step(self.ctx, replace(cast("Any", fact), uses=uses))
             if self._hold(stepped.commands, must=attempt == _MAX_STEPS):
                 break
         self.ctx = stepped.ctx
         return stepped.commands
 
-    def _enter(self, fact: Fact) -> dict[Ticket, Lease] | None:
-        """Let into the gate whoever this step may grant; None if it is closed to them."""
+    def _enter(self, fact: Fact) -> Fact:
+        """Let into the gates whoever this step may grant; return the fact with that evidence."""
         match fact:
             case facts.Wanted():
-                entry = self.ctx.find(fact.name)
-                if entry is None or entry.state is not State.RESIDENT:
-                    return None
-                if entry.is_changed or fact.is_forced:
-                    return None
-                return self._let_in(fact.name, [fact.ticket])
+                return replace(fact, has_entered=self._let_in(fact))
             case facts.BecameHealthy() | facts.Adopted():
-                waiters = self.ctx.waiters_of(fact.name)
-                tickets = [one.ticket for one in waiters if one.ticket is not None]
-                return self._let_in(fact.name, tickets)
-        return None
+                others = [one for one in self.ctx.waiters_of(fact.name) if one.kind != "request"]
+                tickets = [one.ticket for one in others if one.ticket is not None]
+                gate = self._slots.gate(fact.name)
+                has_entered = gate is not None and gate.is_open
+                has_entered = has_entered and all(self._enters(fact.name, one) for one in tickets)
+                admitted = self._admit(fact.name) if has_entered else ()
+                return replace(fact, has_entered=has_entered, admitted=admitted)
+            case facts.Looked():
+                names = dict.fromkeys(one.name for one in self.ctx.waiting if one.kind == "request")
+                return replace(fact, admitted=tuple(chain(*map(self._admit, names))))
+        return fact
 
-    def _let_in(self, name: str, tickets: Sequence[Ticket]) -> dict[Ticket, Lease] | None:
-        gate = self._slots.gate(name)
-        if gate is None or not gate.is_open:
-            return None
-        entered: dict[Ticket, Lease] = {}
-        for ticket in tickets:
-            who = ("pool", ticket)
-            if (server := gate.enter(who)) is None:
-                for lease in entered.values():
-                    gate.leave(lease.who)
-                return None
-            entered[ticket] = Lease(gate, who, server)
-        return entered
+    def _let_in(self, fact: facts.Wanted) -> bool:
+        entry = self.ctx.find(fact.name)
+        if entry is None or entry.state is not State.RESIDENT or entry.is_changed or fact.is_forced:
+            return False
+        is_request = fact.kind == "request"
+        if is_request and any(_requests(self.ctx, fact.name)):
+            return False  # those come first
+        return self._enters(fact.name, fact.ticket, is_request=is_request)
+
+    def _admit(self, name: str) -> tuple[Ticket, ...]:
+        """Give the free places of a server that is open to the requests whose turn it is."""
+        entry, admitted = self.ctx.find(name), []
+        for one in in_turn(_requests(self.ctx, name), entry.turns if entry is not None else ()):
+            if one.ticket is None or not self._enters(name, one.ticket, is_request=True):
+                break
+            admitted.append(one.ticket)
+        return tuple(admitted)
+
+    def _enters(self, name: str, ticket: Ticket, *, is_request: bool = False) -> bool:
+        """Try the gate; who has entered and is not granted in this step leaves at its end."""
+        if (gate := self._slots.gate(name)) is None:
+            return False
+        who = ("pool", ticket)
+        server = gate.admit(who) if is_request else gate.enter(who)
+        if server is not None:
+            self._entered[ticket] = Lease(name, gate, who, server)
+        return server is not None
 
     def _hold(self, made: Sequence[Command], *, must: bool) -> bool:
         """Close the gates of those that go because nobody uses them; whether that is still so."""
@@ -327,7 +366,7 @@ class PoolOwner:
         """Answer with the lease; who asked for a load leaves at once."""
         lease, call = self._entered.pop(ticket, None), self._calls.get(ticket)
         evicted = () if self._is_at_once else tuple(self._evicted.get(name, ()))
-        is_kept = lease is not None and call is not None and call.kind == "lease"
+        is_kept = lease is not None and call is not None and call.kind != "load"
         granted = Granted(lease if is_kept else None, evicted, self._is_at_once)
         is_kept = self._answer(ticket, granted) and is_kept
         if lease is not None and not is_kept:
@@ -337,6 +376,10 @@ class PoolOwner:
         """Answer a call, and return whether there is a caller: it may have gone away."""
         call = self._calls.pop(ticket, None)
         return call is not None and resolve(call.settled, answer)
+
+
+def _requests(ctx: Context, name: str) -> Iterator[Waiter]:
+    return (waiter for waiter in ctx.waiters_of(name) if waiter.kind == "request")
 
 
 def uses_of(ctx: Context, gate_of: Callable[[str], Gate | None]) -> Uses:

@@ -7,10 +7,11 @@ one with the smallest sum of file bytes / (1 s + time since the last use) goes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Final, NamedTuple
 
-from orchestrator.pool.context import Context, Entry
+from orchestrator.pool.context import Context, Entry, Turns, Waiter
 from orchestrator.pool.facts import Use
 from orchestrator.pool.ledger import Amounts
 from orchestrator.pool.states import State
@@ -123,6 +124,34 @@ def _price(cost: float, frees: tuple[int, ...], left: tuple[int, ...]) -> float:
     return cost / part if part else float("inf")
 
 
+def in_turn(waiters: Iterable[Waiter], turns: Turns) -> Iterator[Waiter]:
+    """Yield the requests for one model in the order in which they get its places.
+
+    Keys take turns by weight, and the requests of a key come in their order: next is the key that
+    has had least for its weight, and of equals the one whose request is the oldest.
+    """
+    had, left = dict(turns), list(waiters)
+    while left:
+        at = min(range(len(left)), key=lambda i: had.get(left[i].turn.key, 0.0))
+        waiter = left.pop(at)
+        had[waiter.turn.key] = had.get(waiter.turn.key, 0.0) + 1.0 / waiter.turn.weight
+        yield waiter
+
+
+def after_turns(turns: Turns, admitted: Iterable[Waiter], left: Iterable[Waiter]) -> Turns:
+    """Return what keys have had when these are admitted and others wait on.
+
+    It counts from the key that has had least, so a key that comes back has no credit for its
+    absence; nothing is remembered when nobody waits.
+    """
+    had, waiting = dict(turns), {waiter.turn.key for waiter in left}
+    for waiter in admitted:
+        had[waiter.turn.key] = had.get(waiter.turn.key, 0.0) + 1.0 / waiter.turn.weight
+    least = min((had.get(key, 0.0) for key in waiting), default=0.0)
+    more = {key: n - least for key, n in had.items() if n > least} if waiting else {}
+    return tuple(sorted(more.items(), key=lambda one: (one[0] is not None, one[0])))
+
+
 def unused_since(entry: Entry, use: Use) -> float:
     """Return when a resident was used last, or became Healthy; monotonic seconds."""
     return entry.healthy_at if use.last_used_at is None else use.last_used_at
@@ -133,14 +162,16 @@ def stays_until(ctx: Context, entry: Entry) -> float:
 
 
 def evictable(
-    ctx: Context, uses: Mapping[str, Use], at: float, *, with_busy: bool
+    ctx: Context, uses: Mapping[str, Use], at: float, *, overdue: str | None
 ) -> list[Candidate]:
-    """Return who may be evicted for a waiter; `with_busy`: it has waited `max_wait_s`.
+    """Return who may be evicted for a waiter; `overdue` names its model if it is overdue.
 
     A victim is resident, not pinned, at least `min_resident_s` old and has served those who waited
-    for it. Without evidence its gate is closed: it ends by itself.
+    for it: all of them, or if the waiter is overdue, those who came before it. Without evidence its
+    gate is closed: it ends by itself.
     """
-    waited_for = {waiter.name for waiter in ctx.waiting}
+    with_busy = overdue is not None
+    waited_for = {waiter.name for waiter in _before(ctx, overdue, at)}
     return [
         candidate(ctx, entry, uses[entry.name], at)
         for entry in ctx.entries
@@ -151,6 +182,14 @@ def evictable(
         and at >= stays_until(ctx, entry)
         and (with_busy or not uses[entry.name].is_inside)
     ]
+
+
+def _before(ctx: Context, name: str | None, at: float) -> Iterable[Waiter]:
+    """Return who has waited longer than the first that waits for this model; None: everybody."""
+    if name is None:
+        return ctx.waiting
+    due = sorted((one for one in ctx.waiting if one.since <= at), key=lambda one: one.since)
+    return takewhile(lambda one: one.name != name, due)
 
 
 def candidate(ctx: Context, entry: Entry, use: Use, at: float) -> Candidate:

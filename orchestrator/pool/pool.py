@@ -16,6 +16,7 @@ from orchestrator.base import workers
 from orchestrator.machine.plan import Plan
 from orchestrator.pool.calls import F, PoolFacade
 from orchestrator.pool.catalogue import Changes
+from orchestrator.pool.context import Turn
 from orchestrator.pool.entries import Entry
 from orchestrator.pool.owner import Granted, PoolCall
 from orchestrator.pool.status import ModelStatus
@@ -72,11 +73,13 @@ class ModelPool(PoolFacade[Orchestrator]):
         return ModelView(self, self._own(name))
 
     @contextlib.contextmanager
-    def lease(self, name: str | None = None) -> Iterator[LeasedServer]:
+    def lease(self, name: str | None = None, *, turn: Turn | None = None) -> Iterator[LeasedServer]:
         """Hold a lease on the server of a model, which is loaded if it is not resident.
 
         Args:
             name: Of the model, or an alias; None is the default.
+            turn: This lease is for one request of a service: of those at most as many are at a
+                server as it has slots, and the others wait for their turn.
 
         Raises:
             ModelNotFound: there is no such model.
@@ -88,8 +91,7 @@ class ModelPool(PoolFacade[Orchestrator]):
         if entry.request is None:
             yield self._elsewhere(entry)
             return
-        lease = self._lease_at_once(entry)
-        call = self._want(entry, "lease") if lease is None else None
+        lease, call = self._lease_or_call(entry, turn)
         try:
             if call is not None:
                 lease = _granted(_wait(call)).lease
@@ -163,15 +165,16 @@ class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
         return AsyncModelView(self, self._own(name))
 
     @contextlib.asynccontextmanager
-    async def lease(self, name: str | None = None) -> AsyncIterator[LeasedServer]:
+    async def lease(
+        self, name: str | None = None, *, turn: Turn | None = None
+    ) -> AsyncIterator[LeasedServer]:
         """Hold a lease on the server of a model; see `ModelPool.lease`."""
         entry = self._match(name).entry
         if entry.request is None:
             yield self._elsewhere(entry)
             return
         await self._ready()
-        lease = self._lease_at_once(entry)
-        call = self._want(entry, "lease") if lease is None else None
+        lease, call = self._lease_or_call(entry, turn)
         try:
             if call is not None:
                 lease = _granted(await asyncio.wrap_future(call.settled)).lease

@@ -97,12 +97,12 @@ def settle(s: Step[Fact]) -> None:
 
 def _refuse_late(s: Step[Fact]) -> None:
     """Answer the requests that have waited `held_s`, and end the starts that nobody waits for."""
-    late = [
-        one for one in s.ctx.waiting if one.kind == "lease" and s.fact.at >= _held_until(s, one)
-    ]
+    late = [one for one in s.ctx.waiting if one.gets_in and s.fact.at >= _held_until(s, one)]
     for name in dict.fromkeys(one.name for one in late):
         held_s, retry_s = s.ctx.policy.held_s, s.ctx.policy.max_wait_s
-        message = f"{name} was not loaded within {held_s:g} s: try again later"
+        is_there = s.entry_of(name).state is State.RESIDENT
+        what = "had no free slot" if is_there else "was not loaded"
+        message = f"{name} {what} within {held_s:g} s: try again later"
         problem = Problem("not_loaded", message, retry_after_s=max(1.0, retry_s))
         s.refuse((one for one in late if one.name == name), problem)
         is_wanted = any(s.ctx.waiters_of(name))
@@ -115,11 +115,13 @@ def _held_until(s: Step[Fact], waiter: Waiter) -> float:
 
 
 def _end_tries(s: Step[Fact]) -> None:
-    """A second try after out of memory belongs to those who waited then."""
+    """A second try after out of memory belongs to those who waited then, turns to who waits."""
     for entry in s.ctx.entries:
         is_under_way = entry.state is State.STARTING or any(s.ctx.waiters_of(entry.name))
         if entry.retries and not is_under_way:
             s.change(entry.name, retries=False, after=frozenset())
+        if entry.turns and not any(w.kind == "request" for w in s.ctx.waiters_of(entry.name)):
+            s.change(entry.name, turns=())
 
 
 def _idle_until(s: Step[Fact], entry: Entry) -> float | None:
@@ -245,8 +247,8 @@ class _Room:
 def _place(s: Step[Fact]) -> list[float]:
     """Give room to the models that wait, in order. Return when to look again."""
     room, allowed = _Room(s.ctx.ledger.free, _soon(s)), _allowed(s)
-    is_known = True
-    for wait in in_order(_waits(s), s.ctx.policy.max_wait_s, s.fact.at):
+    is_known, waits = True, _waits(s)
+    for wait in in_order(waits, s.ctx.policy.max_wait_s, s.fact.at):
         claimed = _claim(s.entry_of(wait.name), allowed)
         if claimed is None:
             _measure(s, wait.name)
@@ -258,6 +260,8 @@ def _place(s: Step[Fact]) -> list[float]:
             room.take(claimed[0])
             if is_free:
                 _start(s, wait.name, *claimed)
+    if len(_waits(s)) > len(waits):
+        return _place(s)  # requests wait for a place at a victim: now they wait for room
     if room.is_blocked:
         residents = (e for e in s.ctx.entries if e.state is State.RESIDENT)
         room.wakes += [stays_until(s.ctx, entry) for entry in residents]
@@ -298,7 +302,8 @@ def _make_room(s: Step[Fact], room: _Room, wait: Wait, claim: Amounts) -> bool:
         return False
     overdue_at = wait.overdue_at(s.ctx.policy.max_wait_s)
     is_overdue = s.fact.at >= overdue_at
-    candidates = evictable(s.ctx, s.uses, s.fact.at, with_busy=is_overdue)
+    overdue = wait.name if is_overdue else None
+    candidates = evictable(s.ctx, s.uses, s.fact.at, overdue=overdue)
     victims = cheapest(claim.beyond(room.soon), candidates)
     for name in victims or ():
         room.soon += s.ctx.ledger.of(name)
@@ -329,7 +334,7 @@ def _set_timer(s: Step[Fact], wakes: list[float]) -> None:
 
     A timer that is earlier stays: a resident in use would move it with every step.
     """
-    wakes += [_held_until(s, waiter) for waiter in s.ctx.waiting if waiter.kind == "lease"]
+    wakes += [_held_until(s, waiter) for waiter in s.ctx.waiting if waiter.gets_in]
     wakes += [waiter.since for waiter in s.ctx.waiting]  # of a restart, when its backoff is over
     wakes += [until for e in s.ctx.entries if (until := _idle_until(s, e)) is not None]
     first = min((wake for wake in wakes if wake > s.fact.at), default=None)

@@ -11,7 +11,8 @@ emptied, or makes room. Starting has no other way in. Nothing is claimed between
 A victim is Stopping from the step that chooses it, and a new request for it waits like any other.
 What leads out of Stopping and Stuck is `emptied`: only that releases a reservation. `is_current`
 drops reports about an earlier start. Resident has one way in, on which everybody who waited is
-granted in the same step. A server that was changed is stopped by the next request for it.
+granted in the same step, but for the requests that find no place at the server: these wait on, and
+`look` grants them when a place is free. A server that was changed is stopped by the next request.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("measure_failed", ALL, "",                         STAY, "drop_stale"),
     _row("adopted", ALL,   "is_unknown",                    STAY, "drop_stale"),
     _row("adopted", ALL,   "is_shutting_down",              STAY, "drop_stale"),
-    _row("adopted", A,     "has_entered",                   R,    "reserve_adopted begin_stay grant_waiters"),
+    _row("adopted", A,     "has_entered",                   R,    "reserve_adopted begin_stay grant_waiters grant_admitted"),
     _row("adopted", ALL,   "",                              STAY, "drop_stale"),
 
     # ---- Starting -------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("sized", S,       "is_current",                    P,    "learn_figure stop_outgrown"),
     _row("sized", ALL,     "",                              STAY, "drop_stale"),
     _row("healthy", S,     "is_current figure_outgrows",    P,    "fail_outgrown stop_outgrown"),
-    _row("healthy", S,     "is_current has_entered",        R,    "take_figure begin_stay grant_waiters"),
+    _row("healthy", S,     "is_current has_entered",        R,    "take_figure begin_stay grant_waiters grant_admitted"),
     _row("healthy", ALL,   "",                              STAY, "drop_stale"),
     _row("emptied", S,     "is_current is_out_of_memory may_try_again", A, "release evict_idle"),
     _row("emptied", S,     "is_current restarts_again",     A,    "release cool_down fail_callers count_restart enqueue_restart"),
@@ -95,7 +96,7 @@ TABLE: Final[tuple[Row, ...]] = (
     _row("stuck", ALL,     "",                              STAY, "drop_stale"),
 
     # ---- the whole pool -------------------------------------------------------------------------
-    _row("look", POOL,       "",                            STAY, ""),
+    _row("look", POOL,       "",                            STAY, "grant_admitted"),
     _row("configured", POOL, "",                            STAY, "take_policy"),
     _row("shutdown", POOL,   "",                            STAY, "latch_shutdown"),
 )

@@ -27,6 +27,7 @@ class Gate:
     """
 
     __slots__ = (
+        "_admitted",
         "_clock",
         "_drained",
         "_drains",
@@ -35,6 +36,7 @@ class Gate:
         "_is_open",
         "_lock",
         "_used_at",
+        "places",
         "server",
     )
 
@@ -49,6 +51,8 @@ class Gate:
         self._drained = drained
         self._drains = False
         self._inside: set[Hashable] = set()
+        self._admitted: set[Hashable] = set()  # those inside who take a place
+        self.places: int | None = None  # of those admitted; None: as many as come
         self._is_open = server is not None
         self._is_held = False
         self._used_at = clock()
@@ -70,6 +74,11 @@ class Gate:
         """When the last one left; None while anybody is inside. For display only."""
         return None if self._inside else self._used_at
 
+    @property
+    def has_free_place(self) -> bool:
+        """Whether one could be admitted, where places are counted; for display, or as a hint."""
+        return self.is_open and self.places is not None and len(self._admitted) < self.places
+
     def enter(self, who: Hashable) -> LeasedServer | None:
         """Return the server, which is not stopped before `leave`; None if the gate is closed."""
         with self._lock:
@@ -78,12 +87,22 @@ class Gate:
             self._inside.add(who)
         return self.server
 
+    def admit(self, who: Hashable) -> LeasedServer | None:
+        """Enter, if there is a place: of those admitted at most `places` are inside."""
+        with self._lock:
+            if self.places is not None and len(self._admitted) >= self.places:
+                return None
+            if (server := self.enter(who)) is not None:
+                self._admitted.add(who)
+            return server
+
     def leave(self, who: Hashable) -> None:
         """Leave, if inside: an interrupted caller cannot know whether it is."""
         with self._lock:
             if who not in self._inside:
                 return
             self._inside.remove(who)
+            self._admitted.discard(who)
             self._used_at = self._clock()
             is_drained = self._drains and not self._inside
         if is_drained and self.server is not None:

@@ -396,7 +396,9 @@ class Owner:
 
     def _turn_gate(self, command: commands.OpenGate | commands.CloseGate) -> None:
         if isinstance(command, commands.OpenGate):
-            self.gate = self._make_gate(leased_server(command.lease))
+            gate = self._make_gate(leased_server(command.lease))
+            gate.places = command.lease.server.total_slots
+            self.gate = gate
         elif self.gate.close(drains=command.drains) and command.drains:
             self._at_once.append(facts.Drained(command.generation, self.clock()))
 

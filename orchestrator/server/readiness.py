@@ -207,6 +207,12 @@ def _facts(base_url: str, props: bytes) -> ServerFacts:
         members = json.loads(props)
         context = members["default_generation_settings"]["n_ctx"]
         vision = bool(members.get("modalities", {}).get("vision", False))
+        slots = members.get("total_slots")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return ServerFacts(base_url)
-    return ServerFacts(base_url, context if type(context) is int else None, vision)
+    return ServerFacts(
+        base_url,
+        context if type(context) is int else None,
+        vision,
+        total_slots=slots if type(slots) is int and slots > 0 else None,
+    )

@@ -82,6 +82,41 @@ FAULTS: dict[str, Fault] = {
         "one fits",
         STARVES,
     ),
+    "a queue for places keeps a server for ever": Fault(
+        "policy",
+        "_before(ctx, overdue, at)}",
+        "ctx.waiting}",
+        "a queue at a server",
+        STARVES,
+    ),
+    "who is overdue passes those who waited longer": Fault(
+        "policy",
+        "_before(ctx, overdue, at)}",
+        "_before(ctx, None, at) if not with_busy}",
+        "places",
+        VICTIM,
+    ),
+    "a request waits on beside a free place": Fault(
+        "actions",
+        "admitted = [by_ticket[ticket] for ticket in s.fact.admitted]",
+        "admitted = [by_ticket[ticket] for ticket in s.fact.admitted][1:]",
+        "places",
+        frozenset({"inv_a_resident_has_no_waiters", "inv_healthy_grants_all_who_waited"}),
+    ),
+    "every request is granted at once": Fault(
+        "actions",
+        'if one.kind != "request"]\n    for waiter in others',
+        "]\n    for waiter in others",
+        "places",
+        frozenset({"a_grant_enters_an_open_gate", "step_raised"}),
+    ),
+    "a cancel of a load ends the queue at its server": Fault(
+        "guards",
+        'waiter.kind != "request" or not is_resident for waiter',
+        "True for waiter",
+        "places by hand",
+        frozenset({"inv_a_cancel_says_whether_it_has_ended_anything"}),
+    ),
     "B92 room counts as free when a stop begins": Fault(
         "actions",
         "self.change(name, state=State.STOPPING)",
@@ -192,7 +227,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "no timer for the longest wait": Fault(
         "step",
-        'waiting if waiter.kind == "lease"]\n    wakes',
+        "waiting if waiter.gets_in]\n    wakes",
         'waiting if waiter.kind == "load"]\n    wakes',
         "held",
         AGAIN | {"inv_nobody_waits_too_long"},
@@ -332,7 +367,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "a load by hand is refused while its model cools down": Fault(
         "guards",
-        'return is_cool and fact.kind == "lease"',
+        'return is_cool and fact.kind != "load"',
         "return is_cool",
         "loads by hand",
         REASON,
@@ -572,7 +607,13 @@ def _place(s):
             continue
         overdue_at = wait.overdue_at(s.ctx.policy.max_wait_s)
         free = [
-            one for one in evictable(s.ctx, s.uses, s.fact.at, with_busy=s.fact.at >= overdue_at)
+            one
+            for one in evictable(
+                s.ctx,
+                s.uses,
+                s.fact.at,
+                overdue=wait.name if s.fact.at >= overdue_at else None,
+            )
             if one.name not in claimed
         ]
         for one in free[:1]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.base.tokens import Ticket
+from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import Problem
 from orchestrator.pool import facts
 from orchestrator.pool.commands import Grant, Measure, SetTimer, Start
@@ -244,3 +244,70 @@ def test_measure_of_an_earlier_definition_is_dropped() -> None:
     assert (run.started, run.entry("a").definition.need) == ([], None)
     assert run.do(facts.Measured("a", 2, Need(host(600)), run.now)).started == ["a"]
     assert run.reserved == 600
+
+
+# ----------------------------------------------------------------------------------- places
+def test_requests_get_the_places_of_a_server_one_after_the_other() -> None:
+    run = Run(a=1000)
+    first, second, third = (run.want("a", "request") for _ in range(3))
+    run.healthy("a", places=1)
+    assert run.answers == {first: "granted"}
+    run.look(second)
+    assert run.of(Grant) == [Grant(second, "a")]
+    assert [waiter.ticket for waiter in run.ctx.waiting] == [third]
+
+
+def test_lease_needs_no_place() -> None:
+    run = Run(a=1000)
+    first, second, lease = run.want("a", "request"), run.want("a", "request"), run.want("a")
+    run.healthy("a", places=1)
+    assert run.answers_of((first, second, lease)) == ["granted", None, "granted"]
+
+
+def test_adopted_server_has_places_for_those_who_wait() -> None:
+    """The first request comes before the pool has looked at what a dead owner left."""
+    run = Run(a=definition(None))  # it is not known yet what it needs
+    ticket, other = run.want("a", "request"), run.want("a", "request")
+    adopted = facts.Adopted("a", Generation(1), host(1000), run.now, True, (ticket,))
+    run.do(adopted)
+    assert run.answers_of((ticket, other)) == ["granted", None]
+
+
+def test_request_at_a_resident_waits_no_longer_than_the_pool_lets_anybody() -> None:
+    run = Run(policy=Policy(held_s=60.0), a=1000)
+    run.want("a", "request")
+    run.healthy("a", places=1)
+    ticket = run.want("a", "request", has_place=False)
+    run.at(60.0)
+    assert run.answers[ticket] == "not_loaded"
+    assert_sentence("pool.no_free_slot", run.problems[ticket].message)
+
+
+def test_requests_that_wait_for_places_count() -> None:
+    run = Run(policy=Policy(max_waiting=1), a=1000)
+    run.want("a", "request")
+    run.healthy("a", places=1)
+    run.want("a", "request", has_place=False)
+    assert run.answers[run.want("a", "request", has_place=False)] == "too_many_waiting"
+
+
+def test_cancel_of_a_load_leaves_the_queue_at_its_server_alone() -> None:
+    run = Run(a=1000)
+    run.want("a", "request")
+    run.healthy("a", places=1)
+    ticket = run.want("a", "request", has_place=False)
+    assert run.cancel("a") == "False"
+    assert run.answers.get(ticket) is None
+    run.unload("a")
+    assert run.answers[ticket] == "cancelled"
+
+
+def test_requests_that_wait_for_a_place_are_served_by_the_next_server() -> None:
+    run = Run(a=1000)
+    run.want("a", "request")
+    run.healthy("a", places=1)
+    ticket = run.want("a", "request", has_place=False)
+    run.crash("a").emptied("a")
+    assert run.started == ["a"]
+    run.healthy("a")
+    assert run.answers[ticket] == "granted"

@@ -31,6 +31,7 @@ from orchestrator import (
     TooManyWaiting,
 )
 from orchestrator.demo.tiny_model import write_tiny_model
+from orchestrator.pool.context import Turn
 from tests.kit.process.support import is_running, until
 
 pytestmark = pytest.mark.external
@@ -151,6 +152,42 @@ def test_more_than_max_waiting_are_refused_at_once(
 def _pid(pool: ModelPool, name: str) -> int:
     with pool.lease(name) as server:
         return server.pid
+
+
+def test_as_many_requests_are_at_a_server_as_it_has_slots(
+    llama_server: str, state_dir: Path, catalogue: Callable[..., dict[str, Any]]
+) -> None:
+    """Its own queue stays empty; who waits is counted here, and a lease without a turn is not."""
+
+    async def main() -> None:
+        async with AsyncModelPool(
+            catalogue(a={"n_parallel": 2}), llama_server=llama_server, state_dir=state_dir
+        ) as pool:
+            may_end = asyncio.Event()
+            inside, most = 0, 0
+
+            async def request(number: int) -> int:
+                nonlocal inside, most
+                async with pool.lease("a", turn=Turn("odd" if number % 2 else "even")) as server:
+                    inside += 1
+                    most = max(most, inside)
+                    await may_end.wait()
+                    inside -= 1
+                    return server.pid
+
+            runs = [asyncio.create_task(request(number)) for number in range(9)]
+            await asyncio.to_thread(
+                eventually, lambda: pool.status().waiting and pool.status().waiting[0].count == 7
+            )
+            await asyncio.to_thread(eventually, lambda: inside == 2)
+            assert pool.status().waiting[0].count == 7
+            async with pool.lease("a"):
+                assert pool.model_status("a").leases == 3
+            may_end.set()
+            pids = await asyncio.gather(*runs)
+            assert (most, len(set(pids)), inside) == (2, 1, 0)
+
+    asyncio.run(main())
 
 
 def test_server_in_use_goes_only_for_who_has_waited_max_wait(

@@ -55,6 +55,7 @@ from tests.kit.pool.world import (
     Scenario,
     Slot,
     World,
+    admitted,
     amounts,
     canonical,
     fact_of,
@@ -301,11 +302,22 @@ class Exploration:
 
     def feed(self, world: World, key: Key) -> Iterator[World]:
         """Yield the worlds after a fact; several, where several sets of victims make room."""
-        key = key._replace(gates=gates_of(world.slots))
+        key = self._with_evidence(world, key)
         for taken in self._step(world.core, key):
             if taken.broken is not None:
                 self._hold(*taken.broken)
             yield self._carry_out(world, key, taken)
+
+    def _with_evidence(self, world: World, key: Key) -> Key:
+        """Add how the gates are used, and who has got a place in them."""
+        numbers: list[int] = []
+        if key.trigger in ("healthy", "adopted") and key.has_entered:
+            numbers = [key.model]
+        elif key.trigger == "look":
+            states = map(world.core.state, range(len(world.slots)))
+            numbers = [n for n, state in enumerate(states) if state is State.RESIDENT]
+        found = [ticket for n in numbers for ticket in admitted(self._scenario, world, n)]
+        return key._replace(gates=gates_of(world.slots), admitted=tuple(found))
 
     def _step(self, core: Core, key: Key) -> tuple[Taken, ...]:
         """Step once for equal arguments, as often as there are sets to choose from."""
@@ -355,7 +367,7 @@ class Exploration:
                 continue
             match command:
                 case Grant(ticket, name):
-                    after = self._grant(after, name, kinds[ticket], key)
+                    after = self._grant(after, int(ticket), name, kinds[ticket], key)
                 case Refuse(ticket):
                     after = after._replace(idle=after.idle + (ticket in kinds))
                 case AnswerEmptied(_, name) if after.slots[_number(name)].has_server:
@@ -373,13 +385,17 @@ class Exploration:
         """Return what each caller waits for; calls for an empty slot are not among them."""
         kinds = {int(w.ticket): w.kind for w in ctx.waiting if w.ticket is not None}
         if key.trigger == "wanted":
-            kinds[key.ticket] = "load" if key.why == "load" else "lease"
+            asks = self._scenario.models[key.model].asks
+            kinds[key.ticket] = "load" if key.why == "load" else asks
         return {ticket: str(kind) for ticket, kind in kinds.items()}
 
-    def _grant(self, world: World, name: str, kind: str, key: Key) -> World:
+    def _grant(self, world: World, ticket: int, name: str, kind: str, key: Key) -> World:
         number = _number(name)
         slot = world.slots[number]
-        if slot.gate != "open" or not key.has_entered or key.model != number:
+        has_entered = key.has_entered and key.model == number
+        if kind == "request" and key.trigger != "wanted":
+            has_entered = ticket in key.admitted
+        if slot.gate != "open" or not has_entered:
             self._hold("a_grant_enters_an_open_gate", f"of {name}, which is {slot.phase}")
         if world.core.state(number) not in (State.RESIDENT, State.STOPPING):
             self._hold("a_grant_enters_an_open_gate", f"{name} is not Resident")
@@ -421,7 +437,7 @@ class Exploration:
 
     def _look_again(self, world: World) -> None:
         """A step decides everything that can be decided, and leaves nothing for the next one."""
-        for taken in self._step(world.core, Key("look", gates=gates_of(world.slots))):
+        for taken in self._step(world.core, self._with_evidence(world, Key("look"))):
             does = [one for one in taken.commands if not isinstance(one, SetTimer)]
             if does or taken.core is not world.core:
                 self._hold("looking_again_does_nothing", f"looking again does {does}")
@@ -443,9 +459,12 @@ class Exploration:
     def _for_ever(self) -> tuple[int, Violation] | None:
         """Return a world from which something waits for ever, and what."""
         checks = [("everything_comes_to_rest", *self._busy_for_ever())]
-        for number, model in enumerate(self._scenario.models):
+        for number in range(len(self._scenario.models)):
             name = name_of(number)
-            waits = [name in world.core.waited_for for world in self._worlds]
+            waits = [
+                name in world.core.waited_for and world.core.state(number) is not State.RESIDENT
+                for world in self._worlds
+            ]
             leaves = frozenset({("withdraw", number)})
             checks.append(("nobody_starves", f"a waiter of {name}", waits, leaves))
             for state in (State.STARTING, State.STOPPING):
@@ -457,7 +476,6 @@ class Exploration:
                 for world in self._worlds
             ]
             checks.append(("everything_comes_to_rest", f"an unload of {name}", asked, frozenset()))
-            del model
         for invariant, text, holds, without in checks:
             if invariant in self._without:
                 continue
@@ -468,7 +486,7 @@ class Exploration:
 
     def _busy_for_ever(self) -> tuple[str, list[bool], frozenset[tuple[str, int]]]:
         """Something happens in slots although nobody asks for anything any more."""
-        calm = ("slot", "report", "tick", "leave", "mercy")
+        calm = ("slot", "report", "tick", "leave", "done", "mercy")
         asks = {link.cause for links in self._links for link in links} - {
             link.cause for links in self._links for link in links if link.cause[0] in calm
         }

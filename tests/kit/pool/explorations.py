@@ -26,6 +26,17 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "two big, two small": Scenario(
         (TWO, TWO, ONE, ONE), ROOM_FOR_TWO, clients=2, leaves=False, is_slow=False
     ),
+    "places": Scenario((Model(places=1), Model(places=1)), faults={"crash": 1}),
+    "places by hand": Scenario(
+        (Model(places=1), ONE),
+        clients=2,
+        faults={"cancel": 1, "unload": 1, "force": 1, "load": 1},
+        is_slow=False,
+    ),
+    "a queue at a server": Scenario((Model(places=1), ONE), clients=4, leaves=False, is_slow=False),
+    "places, held": Scenario(
+        (Model(places=1), ONE), policy=ticks(max_wait=2, held=3), clients=2, is_slow=False
+    ),
     # ---- other times ----------------------------------------------------------------------------
     "max_wait 2": Scenario(ALL_ONE, policy=ticks(max_wait=2), is_slow=False),
     "max_wait 0": Scenario(BIG_AND_SMALL, ROOM_FOR_TWO, ticks(max_wait=0), clients=2),

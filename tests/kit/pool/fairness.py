@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 Cause = tuple[str, int]
 """The kind of a move, and the model it is about (-1: none)."""
-FAIR = frozenset({"slot", "report", "tick"})
+FAIR = frozenset({"slot", "report", "tick", "done"})
 
 
 class Link(NamedTuple):

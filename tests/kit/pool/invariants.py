@@ -27,7 +27,7 @@ from orchestrator.pool.context import Context, Entry, Waiter
 from orchestrator.pool.facts import Fact
 from orchestrator.pool.ledger import Amounts
 from orchestrator.pool.states import State
-from tests.kit.pool.world import Model, Scenario, World, amounts, name_of
+from tests.kit.pool.world import Model, Scenario, World, admitted, amounts, name_of
 
 _IN_SLOT: Final = {State.STARTING, State.RESIDENT, State.STOPPING, State.STUCK}
 _OF_CALLERS: Final = {"reload", "unload", "removed", "stuck"}
@@ -132,7 +132,7 @@ def _unfounded(edge: Edge, refusal: Refuse) -> str | None:
             )
         case "server_start_failed" if isinstance(fact, facts.Wanted):
             is_cool = entry is not None and (entry.cool_until or 0.0) > fact.at
-            is_right = is_its and is_cool and fact.kind == "lease"
+            is_right = is_its and is_cool and fact.kind != "load"
         case "server_start_failed":
             was_starting = entry is not None and entry.state is State.STARTING
             is_right = is_its and (was_starting or fact.trigger == "measure_failed")
@@ -232,8 +232,16 @@ def _too_early(edge: Edge, stop: Stop, entry: Entry) -> str | None:
     waiters = [one for one in everybody if one.name == stop.room_for]
     if all(one.kind == "preload" for one in waiters):
         return f"nobody but the house at its start waits for {stop.room_for}"
-    if not stop.if_idle and not any(_is_overdue(edge, one) for one in waiters):
+    overdue = [one for one in waiters if _is_overdue(edge, one)]
+    if not stop.if_idle and not overdue:
         return "somebody is inside, and nobody is overdue"
+    first = min(overdue, key=lambda one: one.since, default=None)
+    for one in edge.before.waiting:
+        if one is first:
+            break
+        came_later = first is not None and one.since > first.since
+        if one.name == stop.name and one in edge.after.waiting and not came_later:
+            return "it has not served those who waited for it"
     return None
 
 
@@ -245,7 +253,8 @@ def inv_healthy_grants_all_who_waited(edge: Edge) -> str | None:
     if came and after is not None and after.state is State.RESIDENT:
         granted = {one.ticket for one in edge.commands if isinstance(one, Grant)}
         for waiter in edge.before.waiters_of(edge.fact.name):
-            if waiter.ticket is not None and waiter.ticket not in granted:
+            waits = waiter.kind == "request" and waiter.ticket not in edge.fact.admitted
+            if waiter.ticket is not None and waiter.ticket not in granted and not waits:
                 return f"call {waiter.ticket} is not granted in the step into Resident"
     return None
 
@@ -296,7 +305,12 @@ def inv_a_cool_down_follows_a_failed_start(edge: Edge) -> str | None:
 
 def inv_an_unload_cancels(edge: Edge) -> str | None:
     hands = facts.UnloadRequested | facts.CancelRequested
-    if isinstance(edge.fact, hands) and any(edge.after.waiters_of(edge.fact.name)):
+    if not isinstance(edge.fact, hands):
+        return None
+    entry = edge.after.find(edge.fact.name)
+    is_resident = entry is not None and entry.state is State.RESIDENT
+    left = edge.after.waiters_of(edge.fact.name)
+    if any(waiter.kind != "request" or not is_resident for waiter in left):
         return f"somebody still waits for what was ended by {edge.fact.trigger}"
     return None
 
@@ -309,7 +323,10 @@ def inv_a_cancel_says_whether_it_has_ended_anything(edge: Edge) -> str | None:
             continue
         before = edge.entry(fact.name)
         was_starting = before is not None and before.state is State.STARTING
-        waited = any(edge.before.waiters_of(fact.name))
+        kinds = {waiter.kind for waiter in edge.before.waiters_of(fact.name)}
+        if before is not None and before.state is State.RESIDENT:
+            kinds -= {"request"}
+        waited = bool(kinds)
         if command.is_cancelled is not (was_starting or waited):
             return f"the cancel of {fact.name} is answered {command.is_cancelled}"
     if isinstance(fact, facts.CancelRequested):
@@ -500,7 +517,7 @@ def inv_nobody_waits_too_long(ctx: Context, scenario: Scenario) -> str | None:
     for waiter in ctx.waiting:
         if bound is not None and -waiter.since > bound:
             return f"{waiter.name} has waited {-waiter.since:g} ticks, and {bound} are enough"
-        if waiter.kind == "lease" and -waiter.since >= ctx.policy.held_s:
+        if waiter.gets_in and -waiter.since >= ctx.policy.held_s:
             return f"a request for {waiter.name} has waited {-waiter.since:g} ticks"
     return None
 
@@ -581,11 +598,22 @@ def inv_absent_is_empty(world: World, scenario: Scenario) -> str | None:
 
 
 def inv_a_resident_has_no_waiters(world: World, scenario: Scenario) -> str | None:
-    """But for one that has ended by itself, which is about to be heard."""
+    """But for requests that have no place, and one that has ended, which is about to be heard."""
     for number, slot in enumerate(world.slots):
-        is_resident = world.core.state(number) is State.RESIDENT
-        if is_resident and slot.gate == "open" and name_of(number) in world.core.waited_for:
-            return f"somebody waits for {name_of(number)}, which is Resident and open"
+        name = name_of(number)
+        if world.core.state(number) is not State.RESIDENT or slot.gate != "open":
+            continue
+        others = [w for w in world.core.ctx.waiters_of(name) if w.kind != "request"]
+        if others or admitted(scenario, world, number):
+            return f"somebody waits for {name}, which is Resident and open"
+    return None
+
+
+def inv_a_server_has_as_many_requests_as_places(world: World, scenario: Scenario) -> str | None:
+    for number, slot in enumerate(world.slots):
+        places = scenario.models[number].places
+        if places is not None and slot.inside > places:
+            return f"{slot.inside} requests are at {name_of(number)}"
     return None
 
 
@@ -596,6 +624,7 @@ WORLD_INVARIANTS: Final[tuple[Callable[[World, Scenario], str | None], ...]] = (
     inv_a_smaller_budget_is_kept,
     inv_absent_is_empty,
     inv_a_resident_has_no_waiters,
+    inv_a_server_has_as_many_requests_as_places,
 )
 IN_THE_CHECKER: Final = {
     "looking_again_does_nothing",

@@ -19,6 +19,7 @@ from tests.kit.pool.world import (
     Scenario,
     Slot,
     World,
+    admitted,
     amounts_key,
     later,
     name_of,
@@ -70,18 +71,21 @@ class Moves:
         # The owner tries the gate of a Resident only, and not of one that was changed.
         enters = slot.gate == "open" and world.core.state(number) is State.RESIDENT
         enters = enters and not is_changed
-        if slot.gate == "open" and not is_changed:
+        places, is_first = self._scenario.models[number].places, not world.core.requests.get(name)
+        has_place = places is None or (slot.inside < places and is_first)
+        if slot.gate == "open" and not is_changed and has_place:
             inside = after_grant(self._scenario, slot)
             yield Move(
                 f"someone enters {name}", ("ask", number), lambda: [one.with_slot(number, inside)]
             )
-        key = Key("wanted", number, len(world.core.ctx.waiting), has_entered=enters)
+        wanted = Key("wanted", number, len(world.core.ctx.waiting), has_entered=enters)
+        key = wanted._replace(has_entered=enters and has_place)
         yield Move(f"someone wants {name}", ("ask", number), partial(self._feed, one, key))
         if (left := one.spending("load")) is not None:
-            by_hand = key._replace(why="load")
+            by_hand = wanted._replace(why="load")
             yield Move(f"someone loads {name}", ("ask", number), partial(self._feed, left, by_hand))
         if (left_ := one.spending("force")) is not None:
-            anew = key._replace(why="load", flag=True, has_entered=False)
+            anew = wanted._replace(why="load", flag=True, has_entered=False)
             yield Move(
                 f"someone loads {name} anew", ("ask", number), partial(self._feed, left_, anew)
             )
@@ -91,7 +95,7 @@ class Moves:
             if slot.inside:
                 yield Move(
                     f"someone leaves {name_of(number)}",
-                    ("leave", number),
+                    ("leave" if self._scenario.models[number].places is None else "done", number),
                     partial(self._leave, world, number),
                 )
         if not self._scenario.leaves:
@@ -112,13 +116,14 @@ class Moves:
             )
 
     def _leave(self, world: World, number: int) -> Iterator[World]:
-        """The last one out ends a drain; while somebody waits, the pool looks."""
+        """The last one out ends a drain. The pool looks if somebody waits for room or a place."""
         used = 0.0 if self._scenario.uses_age else None
         slot = world.slots[number]._replace(inside=world.slots[number].inside - 1, used=used)
         if slot.phase == "drain" and not slot.inside:
             slot = dying(slot, "stopped")
         after = world.with_slot(number, slot)._replace(idle=world.idle + 1)
-        if slot.inside or slot.gate != "open" or not world.core.ctx.waiting:
+        is_empty = not slot.inside and slot.gate == "open" and bool(world.core.ctx.waiting)
+        if not is_empty and not admitted(self._scenario, after, number):
             yield after
         else:
             yield from self._feed(after, Key("look"))

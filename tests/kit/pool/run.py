@@ -106,16 +106,19 @@ class Run:
         self.now = now
         return self
 
-    def look(self) -> Self:
-        return self.do(facts.Looked(self.now))
+    def look(self, *admitted: Ticket) -> Self:
+        return self.do(facts.Looked(self.now, admitted))
 
     # --------------------------------------------------------------------------------- callers
-    def want(self, name: str, kind: Any = "lease", **options: Any) -> Ticket:
+    def want(
+        self, name: str, kind: Any = "lease", *, has_place: bool = True, **options: Any
+    ) -> Ticket:
         """Want a model as the owner does: it tries the gate of a Resident only."""
         ticket, entry = self.ticket(), self.ctx.find(name)
         is_open = name in self.uses and entry is not None and entry.state is R
         enters = is_open and not options.get("is_forced") and not (entry and entry.is_changed)
-        if enters and kind == "lease":
+        enters = enters and (kind != "request" or has_place)
+        if enters and kind != "load":
             self.uses[name] = Use(name, True, self.now)
         self.do(facts.Wanted(name, ticket, kind, self.now, has_entered=enters, **options))
         return ticket
@@ -157,14 +160,18 @@ class Run:
     def sized(self, name: str, mib: int) -> Self:
         return self.do(facts.Sized(name, self.generation(name), host(mib), self.now))
 
-    def healthy(self, name: str, *, mib: int | None = None, is_open: bool = True) -> Self:
+    def healthy(
+        self, name: str, *, mib: int | None = None, is_open: bool = True, places: int = 99
+    ) -> Self:
         waiters = list(self.ctx.waiters_of(name))
+        requests = [one.ticket for one in waiters if one.kind == "request" and one.ticket]
         if is_open:
-            is_inside = any(waiter.kind == "lease" for waiter in waiters)
+            is_inside = any(waiter.gets_in for waiter in waiters)
             self.uses[name] = Use(name, is_inside, self.now if is_inside else None)
         figure = None if mib is None else host(mib)
         generation = self.generation(name)
-        return self.do(facts.BecameHealthy(name, generation, self.now, figure, is_open))
+        admitted = tuple(requests[:places]) if is_open else ()
+        return self.do(facts.BecameHealthy(name, generation, self.now, figure, is_open, admitted))
 
     def crash(self, name: str) -> Self:
         self.uses.pop(name, None)

@@ -19,6 +19,7 @@ from orchestrator.pool import facts
 from orchestrator.pool.context import Context, Definition, Entry, Need, Policy, Waiter
 from orchestrator.pool.facts import Fact, Use
 from orchestrator.pool.ledger import Amounts
+from orchestrator.pool.policy import in_turn
 from orchestrator.pool.states import State
 
 Phase = Literal["none", "spawn", "sized", "loading", "up", "drain", "dying", "ghost"]
@@ -47,6 +48,7 @@ class Model:
         exact: What the server takes; None: the same.
         changed: What it takes after the catalogue has changed.
         is_fitted: It can do with less than it needs; then it takes `fits_to` (None: all of it).
+        places: Callers make requests, of which so many are at a server; None: they take leases.
     """
 
     size: Size = (1,)
@@ -61,6 +63,11 @@ class Model:
     is_fitted: bool = False
     fits_to: Size | None = None
     is_measured: bool = True
+    places: int | None = None
+
+    @property
+    def asks(self) -> Literal["lease", "request"]:
+        return "lease" if self.places is None else "request"
 
     def truth(self, variant: int) -> Size:
         return self.changed if variant else self.exact or self.size
@@ -182,7 +189,7 @@ class Slot(NamedTuple):
 class Core:
     """The pool's context; one object for equal ones, so that worlds are compared by identity."""
 
-    __slots__ = ("by_model", "ctx", "waited_for")
+    __slots__ = ("by_model", "ctx", "requests", "waited_for")
 
     def __init__(self, ctx: Context, count: int) -> None:
         self.ctx = ctx
@@ -190,6 +197,14 @@ class Core:
             ctx.find(name_of(model)) for model in range(count)
         )
         self.waited_for = frozenset(waiter.name for waiter in ctx.waiting)
+        self.requests: dict[str, tuple[int, ...]] = {
+            entry.name: tuple(
+                int(waiter.ticket)
+                for waiter in in_turn(ctx.waiters_of(entry.name), entry.turns)
+                if waiter.kind == "request" and waiter.ticket is not None
+            )
+            for entry in ctx.entries
+        }
 
     def state(self, model: int) -> State:
         entry = self.by_model[model]
@@ -227,13 +242,26 @@ class Key(NamedTuple):
     why: str = ""
     number: int = 1
     has_entered: bool = False
+    admitted: tuple[int, ...] = ()  # tickets
     gates: tuple[tuple[str, float | None], ...] = ()
+
+    @property
+    def tickets(self) -> tuple[Ticket, ...]:
+        return tuple(map(Ticket, self.admitted))
 
 
 def gates_of(slots: tuple[Slot, ...]) -> tuple[tuple[str, float | None], ...]:
     return tuple(
         ("" if s.gate != "open" else "busy" if s.inside else "idle", s.used) for s in slots
     )
+
+
+def admitted(scenario: Scenario, world: World, number: int) -> tuple[int, ...]:
+    """Return the tickets of the requests that get a model's free places, as the owner tries."""
+    slot, places = world.slots[number], scenario.models[number].places
+    if places is None or slot.gate != "open":
+        return ()
+    return world.core.requests.get(name_of(number), ())[: max(0, places - slot.inside)]
 
 
 def fact_of(scenario: Scenario, key: Key) -> Fact:
@@ -251,7 +279,7 @@ _FACTS: Final[dict[str, Callable[[Scenario, Key, str], Fact]]] = {
     "wanted": lambda s, k, name: facts.Wanted(
         name,
         Ticket(k.ticket),
-        "load" if k.why == "load" else "lease",
+        "load" if k.why == "load" else s.models[k.model].asks,
         _NOW,
         k.flag,
         has_entered=k.has_entered,
@@ -271,18 +299,18 @@ _FACTS: Final[dict[str, Callable[[Scenario, Key, str], Fact]]] = {
         name, k.number, PROBLEMS["failed"], _NOW
     ),
     "adopted": lambda s, k, name: facts.Adopted(
-        name, Generation(1), amounts(s.models[k.model].truth(0)), _NOW, k.has_entered
+        name, Generation(1), amounts(s.models[k.model].truth(0)), _NOW, k.has_entered, k.tickets
     ),
     "sized": lambda s, k, name: facts.Sized(name, Generation(k.number), key_amounts(k.why), _NOW),
     "healthy": lambda s, k, name: facts.BecameHealthy(
-        name, Generation(k.number), _NOW, key_amounts(k.why), k.has_entered
+        name, Generation(k.number), _NOW, key_amounts(k.why), k.has_entered, k.tickets
     ),
     "leaving": lambda s, k, name: facts.Leaving(name, Generation(k.number), _NOW),
     "emptied": lambda s, k, name: facts.Emptied(
         name, Generation(k.number), _NOW, PROBLEMS.get(k.why)
     ),
     "stuck": lambda s, k, name: facts.BecameStuck(name, Generation(k.number), _NOW),
-    "look": lambda s, k, name: facts.Looked(_NOW),
+    "look": lambda s, k, name: facts.Looked(_NOW, k.tickets),
     "shutdown": lambda s, k, name: facts.ShutdownRequested(_NOW),
     "configured": lambda s, k, name: facts.Configured(s.policy, amounts(s.budgets[k.number]), _NOW),
 }
