@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
@@ -19,6 +21,7 @@ from orchestrator.errors import (
     ModelNotFound,
     Problem,
     ShuttingDown,
+    WrongProcess,
     no_thread_as_error,
 )
 from orchestrator.machine.plan import Plan
@@ -107,8 +110,8 @@ class PoolFacade(Generic[F]):
         self._scout = scout  # and is never started
         self._restart, self._keeps = scout.policy.restart, scout.policy.keeps_server
         self._life = threading.Lock()  # for starting, closing and the catalogue only
-        self._slot: Slot | None = None
         self._owner: PoolOwner | None = None
+        self._pid = 0
         self._slots: PoolSlots[F] = self._new_slots(lambda _: None)  # before a start
 
     def _read(self, models: StrPath | Mapping[str, Any]) -> Catalogue:
@@ -117,29 +120,24 @@ class PoolFacade(Generic[F]):
         return read_catalogue(models)
 
     def _new_slots(self, post: Callable[[facts.Fact], None]) -> PoolSlots[F]:
-        slots = PoolSlots(self._made, post, self._parts.workers(), self._clock)
+        # The slots must not hold this object: their owner is told when nobody does any more.
+        make = partial(_made, self._make, self._name)
+        slots: PoolSlots[F] = PoolSlots(make, post, self._parts.workers(), self._clock)
         slots.entries = self._catalogue.models
-        slots.restarts = self._restart is not None
+        slots.restarts, slots.keeps = self._restart is not None, self._keeps
         self._slots = slots
         return slots
-
-    def _made(self, name: str) -> F:
-        """Return the orchestrator of an entry; in answers its models have the entry's name."""
-        facade = self._make(slot=self._slot_of(name))
-        facade.call_models(name)
-        return facade
-
-    def _slot_of(self, name: str) -> str:
-        whole = f"{self._name}.{name}"
-        if len(whole) <= LONGEST_NAME:
-            return whole
-        digest = hashlib.sha256(whole.encode()).hexdigest()[:16]
-        return f"{whole[: LONGEST_NAME - 17]}.{digest}"
 
     # -------------------------------------------------------------------------------- life cycle
 
     def _started(self, *, again: bool = False) -> PoolOwner:
         owner = self._owner
+        if owner is not None and self._pid != os.getpid():
+            raise WrongProcess.because(
+                f"this pool belongs to process {self._pid}: make one in this process, "
+                "with a slot of its own",
+                field="slot",
+            )
         if owner is None or (again and owner.has_ended):
             with self._life:
                 if self._owner is None or (again and self._owner.has_ended):
@@ -158,11 +156,12 @@ class PoolFacade(Generic[F]):
         except BaseException:
             slot.release()
             raise
-        self._slot, self._owner = slot, owner
+        self._pid = os.getpid()
+        self._owner = owner  # last: other threads read it without the lock
 
     def _start_owner(self, slot: Slot) -> PoolOwner:
         """Find what a dead owner has left, and tell the machine of the catalogue and the budget."""
-        owner = PoolOwner(self._new_slots, self._clock)
+        owner = PoolOwner(self._new_slots, self._clock, slot.release)
         slots = self._slots
         slots.devices = self._scout.devices()
         owner.start(slot.name)
@@ -228,17 +227,24 @@ class PoolFacade(Generic[F]):
 
     def _close_all(self, *, keep: bool = True) -> None:
         """End every server or leave it to the next owner, and release the slots."""
+        if self._owner is not None and self._pid != os.getpid():
+            return  # the lock may have been held when this process was forked
         with self._life:
-            owner, slot = self._owner, self._slot
+            owner = self._owner
             if owner is None or owner.has_ended:
                 return
             self._slots.keeps = keep and self._keeps
             owner.post(facts.ShutdownRequested(self._clock()))
             owner.is_empty.wait(_SHUTDOWN_S)
             owner.stop()
-            if slot is not None:
-                slot.release()
             log.flush()
+
+    def __del__(self) -> None:
+        owner = getattr(self, "_owner", None)  # None: the options were refused
+        if owner is not None and not owner.has_ended and self._pid == os.getpid():
+            owner.drop()
+            message = f"an open {type(self).__name__} was dropped, and is closed: call close()"
+            warnings.warn(message, ResourceWarning, source=self, stacklevel=2)
 
     # ------------------------------------------------------------------------------------ reading
 
@@ -454,6 +460,21 @@ class PoolFacade(Generic[F]):
             self._define(owner, self._slots, new.models[name], is_other=is_other)
         owner.until_done()
         return changes
+
+
+def _made(make: Callable[..., F], pool: str, name: str) -> F:
+    """Return the orchestrator of an entry; in answers its models have the entry's name."""
+    facade = make(slot=_slot_of(pool, name))
+    facade.call_models(name)
+    return facade
+
+
+def _slot_of(pool: str, name: str) -> str:
+    whole = f"{pool}.{name}"
+    if len(whole) <= LONGEST_NAME:
+        return whole
+    digest = hashlib.sha256(whole.encode()).hexdigest()[:16]
+    return f"{whole[: LONGEST_NAME - 17]}.{digest}"
 
 
 def _reserved(ctx: Context) -> dict[str, int]:

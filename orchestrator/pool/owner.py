@@ -75,6 +75,10 @@ class Granted:
     is_at_once: bool = False
 
 
+class _Drop:
+    """Put into the inbox when the pool is gone."""
+
+
 class Slots(Protocol):
     """What the owner needs of the slots; none of these blocks."""
 
@@ -89,20 +93,23 @@ class PoolOwner:
 
     Args:
         slots: Makes what carries out orders about servers, given where to post its facts.
+        ended: Called once when this owner has stopped, or has been dropped and has stopped itself.
     """
 
     def __init__(
         self,
         slots: Callable[[Callable[[Fact], None]], Slots],
         clock: Clock,
+        ended: Callable[[], None] = lambda: None,
         *,
         machine: PoolMachine | None = None,
     ) -> None:
         self.clock = clock
+        self._ended = ended
         self.ctx: Context = Context()
         self.evictions: dict[str, int] = {}  # by reason, since the start
         self._machine = machine or pool_machine()
-        self._inbox: queue.SimpleQueue[Fact | threading.Event | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Fact | threading.Event | _Drop | None] = queue.SimpleQueue()
         self._tickets = itertools.count(1)
         self._calls: dict[Ticket, PoolCall] = {}
         self._entered: dict[Ticket, Lease] = {}  # in this step, and not granted yet
@@ -151,6 +158,12 @@ class PoolOwner:
             self._is_looking = True
             self.post(facts.Looked(self.clock()))
 
+    def drop(self) -> None:
+        """Shut down and stop without anybody who waits for it. A finalizer may call this at any
+        point of any thread, as it only puts into a queue.
+        """
+        self._inbox.put(_Drop())
+
     def _withdraw(self, call: PoolCall) -> None:
         if call.settled.cancelled():
             self._calls.pop(call.ticket, None)
@@ -169,9 +182,13 @@ class PoolOwner:
         self._inbox.put(None)
         if self._thread is not None:
             self._thread.join()
+        self._end()
+
+    def _end(self) -> None:
         self.has_ended = True
         self._refuse_calls()
         self._end_waits()
+        self._ended()
 
     def _end_waits(self) -> None:
         """Let go who waits for facts that nobody processes any more."""
@@ -186,7 +203,8 @@ class PoolOwner:
             self._answer(ticket, problem)
 
     def _run(self) -> None:
-        while True:
+        is_dropped = False
+        while not (is_dropped and self.is_empty.is_set()):
             due, now = self._timer_at, self.clock()
             if due is not None and now >= due:
                 self._timer_at = None
@@ -200,8 +218,11 @@ class PoolOwner:
                 return
             if isinstance(fact, threading.Event):
                 fact.set()
-            else:
-                self.pump(fact)
+                continue
+            if isinstance(fact, _Drop):
+                is_dropped, fact = True, facts.ShutdownRequested(self.clock())
+            self.pump(fact)
+        self._end()
 
     def pump(self, fact: Fact) -> None:
         """Process one fact."""
