@@ -110,6 +110,7 @@ class PoolFacade(Generic[F]):
         self._scout = scout  # and is never started
         self._restart, self._keeps = scout.policy.restart, scout.policy.keeps_server
         self._life = threading.Lock()  # for starting, closing and the catalogue only
+        self._make_owner: Callable[..., PoolOwner] = PoolOwner
         self._owner: PoolOwner | None = None
         self._pid = 0
         self._slots: PoolSlots[F] = self._new_slots(lambda _: None)  # before a start
@@ -161,7 +162,7 @@ class PoolFacade(Generic[F]):
 
     def _start_owner(self, slot: Slot) -> PoolOwner:
         """Find what a dead owner has left, and tell the machine of the catalogue and the budget."""
-        owner = PoolOwner(self._new_slots, self._clock, slot.release)
+        owner = self._make_owner(self._new_slots, self._clock, slot.release)
         slots = self._slots
         slots.devices = self._scout.devices()
         owner.start(slot.name)
@@ -205,8 +206,8 @@ class PoolFacade(Generic[F]):
                 if loaded is not None and loaded.memory is not None:
                     held.append(loaded.memory.devices)
             elif name not in self._catalogue.models:
-                gone: Future[None] = Future()
-                slots.slot(name).close(keep=False, ended=partial(gone.set_result, None))
+                gone: Future[bool] = Future()
+                slots.end(name, gone.set_result)
                 gone.result(_SHUTDOWN_S)
         return total(*held)
 

@@ -8,6 +8,7 @@ from typing import Literal
 from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import Problem
 from orchestrator.pool.ledger import Amounts
+from orchestrator.settings.request import LoadRequest
 
 Reason = Literal[
     "room",  # evicted for another model
@@ -35,6 +36,7 @@ class Start:
     generation: Generation
     reserved: Amounts
     is_fitted: bool = False
+    request: LoadRequest | None = None  # of the definition that has been decided about
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from orchestrator.errors import Problem
 from orchestrator.machine.recovery import RestartPolicy
 from orchestrator.pool.ledger import NO_LIMIT, SERVERS, Amounts, Ledger, group_account
 from orchestrator.pool.states import State
+from orchestrator.settings.request import LoadRequest
 
 Source = Literal["declared", "exact", "estimate"]
 Turns = tuple[tuple[str | None, float], ...]
@@ -54,6 +55,7 @@ class Definition:
 
     need: Need | None  # None: to be measured before its first start
     size_bytes: int = 0  # of the files that a start reads
+    request: LoadRequest | None = None  # what a start loads; no decision reads it
     weight: float = 1.0
     is_pinned: bool = False
     group: str | None = None

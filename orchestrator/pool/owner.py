@@ -80,12 +80,13 @@ class _Drop:
 
 
 class Slots(Protocol):
-    """What the owner needs of the slots; none of these blocks."""
+    """What the owner needs of the slots; only `rest` blocks, until all are given back."""
 
     def gate(self, name: str) -> Gate | None: ...
     def start(self, command: commands.Start) -> None: ...
     def stop(self, command: commands.Stop) -> None: ...
     def measure(self, command: commands.Measure) -> None: ...
+    def rest(self) -> None: ...
 
 
 class PoolOwner:
@@ -188,6 +189,7 @@ class PoolOwner:
         self.has_ended = True
         self._refuse_calls()
         self._end_waits()
+        self._slots.rest()
         self._ended()
 
     def _end_waits(self) -> None:

@@ -94,7 +94,7 @@ class ModelPool(PoolFacade[Orchestrator]):
         lease, call = self._lease_or_call(entry, turn)
         try:
             if call is not None:
-                lease = _granted(_wait(call)).lease
+                lease = _granted(self._wait(call)).lease
             assert lease is not None  # noqa: S101 (a lease is granted with its place)
             yield lease.server
         finally:
@@ -103,17 +103,17 @@ class ModelPool(PoolFacade[Orchestrator]):
     def load(self, name: str | None = None, *, force_reload: bool = False) -> LoadOutcome:
         """Load a model, wait until it is resident, and return what was loaded and evicted."""
         entry = self._own(name)
-        granted = _granted(_wait(self._want(entry, "load", force=force_reload)))
+        granted = _granted(self._wait(self._want(entry, "load", force=force_reload)))
         return self._outcome(entry, granted)
 
     def unload(self, name: str | None = None, *, cut: bool = False) -> UnloadOutcome:
         """Stop a model, cancel who waits for it, and wait until its slot is verified empty."""
-        unwrap(_wait(self._ask_unload(name, cut=cut)))
+        unwrap(self._wait(self._ask_unload(name, cut=cut)))
         return UnloadOutcome("unloaded")
 
     def cancel(self, name: str | None = None) -> bool:
         """Cancel the load of a model; one that is resident stays. Return whether there was one."""
-        return bool(unwrap(_wait(self._ask_cancel(name))))
+        return bool(unwrap(self._wait(self._ask_cancel(name))))
 
     def plan(self, name: str | None = None, *, force_reload: bool = False) -> Plan:
         """Return what a load would do, what it would evict and whether it would fit."""
@@ -131,11 +131,19 @@ class ModelPool(PoolFacade[Orchestrator]):
     def remove(self, name: str) -> None:
         """Remove a model: its waiters get `model_not_found`, and its server is stopped."""
         if (call := self._ask_remove(name)) is not None:
-            unwrap(_wait(call))
+            unwrap(self._wait(call))
 
     def reload(self) -> Changes:
         """Read the catalogue's file again. A mistake in it is an error and changes nothing."""
         return self._reload()
+
+    def _wait(self, call: PoolCall) -> Any:
+        """Block for an answer; an interrupt withdraws the caller."""
+        try:
+            return self._parts.wait(call.settled)
+        except BaseException:
+            call.settled.cancel()
+            raise
 
 
 class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
@@ -317,15 +325,6 @@ class AsyncModelView(_View[AsyncModelPool, AsyncOrchestrator]):
     def follow_logs(self, lines: int = 200) -> AsyncGenerator[str, None]:
         """Iterate over the output of its servers; see `Orchestrator.follow_logs`."""
         return self._facade.follow_logs(lines)
-
-
-def _wait(call: PoolCall) -> Any:
-    """Block for an answer; an interrupt withdraws the caller."""
-    try:
-        return call.settled.result()
-    except BaseException:
-        call.settled.cancel()
-        raise
 
 
 def _granted(answer: Any) -> Granted:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
-from typing import Final
+from typing import Final, Literal
 
 from orchestrator.base.log import event_log
 from orchestrator.base.tokens import Generation
@@ -58,7 +59,7 @@ class PoolSlot:
         self._todo: deque[Callable[[], None]] = deque()
         self._is_working = False
         self._generation = _AT_REST
-        self._is_stopping = False
+        self._order: Literal["start", "stop", "close"] = "start"  # the last one of the pool
         self._problem: Problem | None = None  # why that load has failed
         self._call: Call | None = None  # the load of this generation, or what stands for it
         facade.observe(self._observe)
@@ -69,6 +70,7 @@ class PoolSlot:
 
     def adopt(self, generation: Generation, ended: Callable[[bool], None]) -> None:
         """Look for what a dead owner has left here, and say whether it goes on."""
+        self._order = "start"
 
         def run() -> None:
             found = self.facade.begin()
@@ -77,7 +79,7 @@ class PoolSlot:
                 self.facade.give_back(keep=False)
                 ended(False)
                 return
-            self._generation, self._is_stopping = generation, False
+            self._generation = generation
             self._call = self.facade.open_call()  # it has no load of ours
             held = running.memory.devices if running.memory is not None else {}
             self._post(facts.Adopted(self.name, generation, Amounts.of(held), self._clock()))
@@ -91,9 +93,10 @@ class PoolSlot:
 
     def start(self, generation: Generation, request: LoadRequest) -> None:
         """Load a model; reports follow, and in the end `Emptied`, unless it gets stuck."""
+        self._order = "start"
 
         def run() -> None:
-            self._generation, self._is_stopping, self._problem = generation, False, None
+            self._generation, self._problem = generation, None
             call = self._call = self.facade.open_call()
             call.settled.add_done_callback(lambda _: self._settled(generation, call))
             self.facade.send_load(call, request)
@@ -102,9 +105,7 @@ class PoolSlot:
 
     def stop(self, generation: Generation, *, cut: bool) -> None:
         """Let nobody in any more, drain, and empty the slot."""
-        self._is_stopping = True
-        if (gate := self.gate) is not None:
-            gate.hold()
+        self._shut("stop")
 
         def run() -> None:
             if self._generation == generation:
@@ -115,24 +116,47 @@ class PoolSlot:
 
         self._do(run, failed)
 
-    def close(self, *, keep: bool, ended: Callable[[], None]) -> None:
-        """Give the slot back, with its server left to the next owner if that is the policy."""
+    def close(self, *, keep: bool, ended: Callable[[bool], None]) -> None:
+        """Let nobody in any more, and give the slot back, with its server left to the next owner if
+        that is the policy. Say whether nothing else is left in it, and report nothing before.
+        """
+        self._shut("close")
 
         def run() -> None:
             self._generation = _AT_REST
             self.facade.give_back(keep=keep)
-            ended()
+            ended(True)
 
         def failed(problem: Problem) -> None:
             _log("error", "slot.not_closed", model=self.name, error=problem.message)
-            ended()
+            ended(False)
 
         self._do(run, failed)
+
+    def done(self) -> Future[None]:
+        """Return what is settled when the slot has come to rest, after what is left to do."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            self._rest()
+            done.set_result(None)
+
+        self._do(run, lambda problem: done.set_result(None))
+        return done
+
+    def _shut(self, order: Literal["stop", "close"]) -> None:
+        self._order = order
+        if (gate := self.gate) is not None:
+            gate.hold()
 
     # ---------------------------------------------------------------------------------- reports
 
     def _settled(self, generation: Generation, call: Call) -> None:
-        """Report a load that has succeeded, after its gate has been opened."""
+        """Report a load that has succeeded, after its gate has been opened: what is closed before
+        it opens stays closed.
+        """
+        if self._order != "start" and (gate := self.gate) is not None:
+            gate.hold()
         answer = call.settled.result()
         if isinstance(answer, Loaded):
             figure = _figure_of(answer.memory)
@@ -141,7 +165,7 @@ class PoolSlot:
     def _observe(self, report: StepReport) -> None:
         """Report what a step of the slot's machine means for the pool. On its owner's thread."""
         generation, before, after = self._generation, report.before, report.after
-        if generation == _AT_REST:
+        if generation == _AT_REST or self._order == "close":
             return
         fact, job = report.fact, after.ctx.job
         self._problem = self._failure(report) or self._problem
@@ -149,7 +173,7 @@ class PoolSlot:
             figure = _figure_of(fact.memory)
             if figure is not None:
                 self._post(facts.Sized(self.name, generation, figure, self._clock()))
-        if before.state is State.HEALTHY is not after.state and not self._is_stopping:
+        if before.state is State.HEALTHY is not after.state and self._order == "start":
             self._post(facts.Leaving(self.name, generation, self._clock()))
         has_moved = before.state is not after.state or before.ctx.look_ups != after.ctx.look_ups
         if has_moved and _is_at_rest(after) and self._call is not None:
@@ -167,7 +191,7 @@ class PoolSlot:
 
     def _end(self, generation: Generation, problem: Problem | None) -> None:
         """The slot is verified empty: its place on paper is free, and it comes to rest."""
-        if self._generation != generation:
+        if self._generation != generation or self._order == "close":
             return
         self._generation = _AT_REST
         self._post(facts.Emptied(self.name, generation, self._clock(), problem))

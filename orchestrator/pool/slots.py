@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from dataclasses import replace
 from typing import Final, Generic, TypeVar
 
@@ -25,6 +26,7 @@ from orchestrator.settings.flags import value_of
 from orchestrator.settings.memory import HOST
 from orchestrator.settings.request import LoadRequest
 
+_REST_S: Final = 30.0
 _FIRST: Final = Generation(1)  # of a server that was found
 F = TypeVar("F", bound=Facade)
 
@@ -95,6 +97,7 @@ class PoolSlots(Generic[F]):
         return Definition(
             need,
             size_bytes=_size_of(request.model_path),
+            request=request,
             weight=entry.weight,
             is_pinned=entry.pinned,
             group=entry.group,
@@ -115,6 +118,14 @@ class PoolSlots(Generic[F]):
     def adopt(self, name: str, ended: Callable[[bool], None]) -> None:
         self.slot(name).adopt(_FIRST, ended)
 
+    def end(self, name: str, ended: Callable[[bool], None]) -> None:
+        """End what was found in the slot of no entry."""
+        self.slot(name).close(keep=False, ended=ended)
+
+    def rest(self) -> None:
+        """Block until every slot has come to rest, but not for ever."""
+        futures.wait([slot.done() for slot in tuple(self._slots.values())], _REST_S)
+
     # ----------------------------------------------------------------------- on the owner's thread
 
     def gate(self, name: str) -> Gate | None:
@@ -122,7 +133,9 @@ class PoolSlots(Generic[F]):
         return slot.gate if slot is not None else None
 
     def start(self, command: commands.Start) -> None:
-        request = replace(_request(self.entries.get(command.name)), idle_ttl_s=None)
+        if command.request is None:
+            raise LookupError("this definition does not say what to load")
+        request = replace(command.request, idle_ttl_s=None)
         if command.is_fitted:
             request = self._fitted(request, command)
         self.slot(command.name).start(command.generation, request)
@@ -130,8 +143,12 @@ class PoolSlots(Generic[F]):
     def stop(self, command: commands.Stop) -> None:
         slot, name, generation = self.slot(command.name), command.name, command.generation
         if command.reason == "shutdown":
-            emptied = facts.Emptied(name, generation, self._clock())
-            slot.close(keep=self.keeps, ended=lambda: self._post(emptied))
+
+            def ended(is_empty: bool) -> None:
+                report = facts.Emptied if is_empty else facts.BecameStuck
+                self._post(report(name, generation, self._clock()))
+
+            slot.close(keep=self.keeps, ended=ended)
         else:
             slot.stop(generation, cut=command.cut)
 

@@ -326,7 +326,8 @@ def _start(s: Step[Fact], name: str, claim: Amounts, basis: Basis) -> None:
         generation = Generation(s.ctx.generation + 1)
         s.put(ledger=s.ctx.ledger.reserving(name, claim), generation=generation)
         s.change(name, state=State.STARTING, generation=generation, basis=basis)
-        s.emit(commands.Start(name, generation, claim.of_devices(), basis == "fitted"))
+        held, is_fitted = claim.of_devices(), basis == "fitted"
+        s.emit(commands.Start(name, generation, held, is_fitted, entry.definition.request))
 
 
 def _set_timer(s: Step[Fact], wakes: list[float]) -> None:

@@ -15,19 +15,41 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 from tests.kit.machine.invariants import Violation
-from tests.kit.machine.story import Counterexample
+from tests.kit.machine.story import Counterexample, StoryLine
 from tests.kit.shell.records import logged, only_failures
-from tests.kit.shell.scene import Scene
-from tests.kit.shell.stage import BrokenError, Stage
+from tests.kit.shell.stage import BrokenError, Choose, Move
 
 MAX_SCHEDULES = 100_000
 _MOVES = 200
 _SIMPLER_SCHEDULES = 3000
+
+
+class Stage(Protocol):
+    """One schedule, as far as it has got; see `stage.Stage`."""
+
+    story: list[StoryLine]
+    is_checking: bool
+
+    def moves(self) -> list[Move]: ...
+    def do(self, move: Move) -> None: ...
+    def key(self) -> tuple[object, ...]: ...
+    def check_rest(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Scene(Protocol):
+    """What is the same in all schedules; see `scene.Scene`."""
+
+    @property
+    def program(self) -> str: ...
+    def begin(self, choose: Choose) -> Stage: ...
+    def simpler(self) -> Iterator[Scene]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +159,7 @@ class _Exploration:
 
     def _play(self, run: _Run) -> BrokenError | None:
         logged().clear()
-        stage = (self._scene.stage or Stage)(self._scene, run.choose)
+        stage = self._scene.begin(run.choose)
         try:
             for _ in range(_MOVES):
                 if run.is_new:
@@ -200,7 +222,7 @@ class _Exploration:
             return 0
 
         logged().clear()
-        stage = (self._scene.stage or Stage)(self._scene, choose)
+        stage = self._scene.begin(choose)
         stage.is_checking = True
         try:
             for _ in range(_MOVES):

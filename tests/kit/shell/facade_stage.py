@@ -14,7 +14,7 @@ from asyncio import events as running
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, Final, cast
+from typing import Any, ClassVar, Final, cast
 
 from orchestrator.base.tokens import Ticket
 from orchestrator.errors import OrchestratorError
@@ -286,7 +286,7 @@ class LoopStage(FacadeStage):
     def key(self) -> tuple[object, ...]:
         return (
             *super().key(),
-            tuple((i, *_position(task)) for i, task in self.tasks.items()),
+            tuple((i, *position(task)) for i, task in self.tasks.items()),
             tuple(self._named(handle) for handle in self.loop.ready),
             frozenset(self.ended),
             frozenset(i for i, event in self.given_back.items() if event.is_set()),
@@ -314,7 +314,7 @@ class LoopStage(FacadeStage):
         super().close()
 
 
-def _position(task: asyncio.Task[object]) -> tuple[object, ...]:
+def position(task: asyncio.Task[object]) -> tuple[object, ...]:
     """Return where a task is: every frame it waits in, and whether it is being cancelled."""
     frames, at = [], cast("Any", task.get_coro())
     while at is not None:
@@ -330,8 +330,34 @@ def _position(task: asyncio.Task[object]) -> tuple[object, ...]:
 # -------------------------------------------------------------------------------------- threads
 
 
-class _OverError(BaseException):
+class OverError(BaseException):
     """The schedule has ended: raised in threads that still wait."""
+
+
+class _Runner:
+    """A thread for one puppet after the other: a thread costs more than what most puppets do."""
+
+    _idle: ClassVar[list[_Runner]] = []
+
+    def __init__(self) -> None:
+        self._begins = threading.Semaphore(0)
+        self._work: Callable[[], None] = lambda: None
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    @classmethod
+    def begin(cls, work: Callable[[], None]) -> threading.Thread:
+        """Run this, and return the thread."""
+        runner = cls._idle.pop() if cls._idle else cls()
+        runner._work = work
+        runner._begins.release()
+        return runner.thread
+
+    def _run(self) -> None:
+        while True:
+            self._begins.acquire()
+            self._work()
+            self._idle.append(self)
 
 
 class Puppet:
@@ -345,14 +371,15 @@ class Puppet:
 
     def __init__(self, work: Callable[[], object]) -> None:
         self._work = work
-        self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
+        self._go, self._paused = threading.Lock(), threading.Lock()
+        self._go.acquire()
+        self._paused.acquire()
         self._raises: BaseException | None = None
         self.waits_for = "its turn"
         self.is_ready: Callable[[], bool] = lambda: True
         self.has_ended = False
         self.result: object = None
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
+        self.thread = _Runner.begin(self._run)
 
     def _run(self) -> None:
         assert self._go.acquire(timeout=_PATIENCE_S)
@@ -398,7 +425,8 @@ class ThreadStage(FacadeStage):
 
     def _puppet(self) -> Puppet | None:
         me = threading.current_thread()
-        return next((p for p in self.puppets.values() if p.thread is me), None)
+        mine = (p for p in self.puppets.values() if p.thread is me and not p.has_ended)
+        return next(mine, None)
 
     def _who(self) -> Caller | None:
         me = self._puppet()
@@ -471,6 +499,5 @@ class ThreadStage(FacadeStage):
     def close(self) -> None:
         for puppet in self.puppets.values():
             while not puppet.has_ended:
-                puppet.go(_OverError())
-            puppet.thread.join(_PATIENCE_S)
+                puppet.go(OverError())
         super().close()

@@ -16,7 +16,7 @@ from orchestrator.runtime.owner import Owner
 from tests.kit.machine.programs import Action, parse
 
 if TYPE_CHECKING:
-    from tests.kit.shell.stage import Stage
+    from tests.kit.shell.stage import Choose, Stage
 
 Mishap = Literal[
     "kill", "download", "spawn", "probe", "crash", "stray", "keeper", "look-up", "hang", "host"
@@ -87,6 +87,11 @@ class Scene:
     owner: type[Owner] = Owner
     machine: RecordedLifecycle = SHIPPED
     stage: type[Stage] | None = None
+
+    def begin(self, choose: Choose) -> Stage:
+        from tests.kit.shell.stage import Stage
+
+        return (self.stage or Stage)(self, choose)
 
     def simpler(self) -> Iterator[Scene]:
         """Yield smaller scenes, in which a counterexample is shorter."""
