@@ -303,6 +303,8 @@ def take_figure(s: Step[facts.BecameHealthy]) -> None:
 
 
 def begin_stay(s: Step[facts.BecameHealthy | facts.Adopted]) -> None:
+    """Its gate has been opened: from this step on it is used, and may go, like any resident."""
+    s.uses.setdefault(s.fact.name, Use(s.fact.name, False, None))
     s.change(
         s.fact.name,
         healthy_at=s.fact.at,

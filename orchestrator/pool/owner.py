@@ -286,8 +286,8 @@ class PoolOwner:
             case facts.Wanted():
                 return replace(fact, has_entered=self._let_in(fact))
             case facts.BecameHealthy() | facts.Adopted():
-                others = [one for one in self.ctx.waiters_of(fact.name) if one.kind != "request"]
-                tickets = [one.ticket for one in others if one.ticket is not None]
+                leases = [one for one in self.ctx.waiters_of(fact.name) if one.kind == "lease"]
+                tickets = [one.ticket for one in leases if one.ticket is not None]
                 gate = self._slots.gate(fact.name)
                 has_entered = gate is not None and gate.is_open
                 has_entered = has_entered and all(self._enters(fact.name, one) for one in tickets)

@@ -250,3 +250,13 @@ def test_stops_are_for_somebody() -> None:
     run.withdraw("b", run.want("b"))
     assert run.emptied("a").states == "AA"
     assert run.state("b") is not S
+
+
+def test_what_has_just_been_loaded_for_nobody_may_go_in_the_same_step() -> None:
+    """The owner asks the gates of residents only, and nothing would make it look again."""
+    run = Run(1000, Policy(min_resident_s=0.0), a=1000, b=1000)
+    run.load("a")
+    run.load("b")
+    run.do(facts.BecameHealthy("a", run.generation("a"), run.now, None, True))
+    assert (run.stopped, run.states) == (["a"], "PA")
+    assert run.stops[0].if_idle

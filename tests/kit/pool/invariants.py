@@ -211,7 +211,9 @@ def _not_unused(edge: Edge, entry: Entry) -> str | None:
 
 def _not_a_victim(edge: Edge, stop: Stop, entry: Entry) -> str | None:
     use = next((use for use in edge.fact.uses if use.name == entry.name), None)
-    is_granted = any(isinstance(c, Grant) and c.name == stop.name for c in edge.commands)
+    loads = {waiter.ticket for waiter in edge.before.waiting if waiter.kind == "load"}
+    granted = {c.ticket for c in edge.commands if isinstance(c, Grant) and c.name == stop.name}
+    is_granted = bool(granted - loads)  # who only wanted it loaded is not inside
     if entry.definition.is_pinned:
         return "it is pinned"
     if use is None:

@@ -117,7 +117,13 @@ class Watch:
         for invariant in WORLD_INVARIANTS:
             if (why := invariant(world, scenario)) is not None:
                 return Violation(invariant.__name__, why)
-        for promise in (self._several_servers, self._still_claimed, self._entered_late):
+        for promise in (
+            self._several_servers,
+            self._still_claimed,
+            self._entered_late,
+            self._leaves_for_later,
+            self._waits_for_nobody,
+        ):
             if (why := promise()) is not None:
                 return Violation(f"promise_never{promise.__name__}", why)
         return None
@@ -140,6 +146,26 @@ class Watch:
             if any(frozenset(gate._inside) - self._let_in[id(gate)] for gate in gates):
                 return f"somebody has entered the closed gate of {name}"
         return None
+
+    def _leaves_for_later(self) -> str | None:
+        """What could be decided now waits for no timer."""
+        stage = self._stage
+        if not stage.is_calm:
+            return None
+        residents = [e for e in stage.owner.ctx.entries if e.state is State.RESIDENT]
+        used_at = {e.name: stage.owners[e.name].gate.used_at for e in residents}
+        uses = tuple(facts.Use(name, at is None, at) for name, at in used_at.items())
+        looked = step(stage.owner.ctx, facts.Looked(stage.clock(), uses=uses))
+        does = [one for one in looked.commands if not isinstance(one, SetTimer)]
+        return f"looking again does {does}" if does else None
+
+    def _waits_for_nobody(self) -> str | None:
+        """Whoever has gone away is forgotten, and what was loaded for nobody else is ended."""
+        stage = self._stage
+        tickets = {one.ticket for one in stage.owner.ctx.waiting} - {None}
+        gone = {call.ticket for call in stage.calls.values() if call.settled.cancelled()}
+        is_wrong = stage.is_calm and bool(tickets & gone)
+        return f"calls {tickets & gone} are gone, and wait" if is_wrong else None
 
     def note_gates(self) -> None:
         """Note who is inside of each gate while it is open."""
@@ -188,7 +214,6 @@ class Watch:
             self._something_is_left,
             self._a_lease_is_lost,
             self._something_was_logged,
-            self._looking_again_does_something,
         ):
             if (why := check()) is not None:
                 return Violation(f"promise_at_rest{check.__name__}", why)
@@ -271,14 +296,3 @@ class Watch:
     def _something_was_logged(self) -> str | None:
         failed: list[Any] = [one for one in logged() if "exception" in one]
         return str(failed[0]) if failed else None
-
-    def _looking_again_does_something(self) -> str | None:
-        stage = self._stage
-        uses = tuple(
-            facts.Use(entry.name, gate.used_at is None, gate.used_at)
-            for entry in stage.owner.ctx.entries
-            if entry.state is State.RESIDENT and (gate := stage.owners[entry.name].gate) is not None
-        )
-        looked = step(stage.owner.ctx, facts.Looked(stage.clock(), uses))
-        does = [one for one in looked.commands if not isinstance(one, SetTimer)]
-        return f"looking again does {does}" if does else None

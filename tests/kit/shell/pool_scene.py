@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Final, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, cast, get_args
 
 from orchestrator.pool.owner import PoolOwner
 from orchestrator.pool.slot import PoolSlot
@@ -77,6 +77,10 @@ class PoolScene:
     def on(self, stage: type[PoolStage]) -> PoolScene:
         """Return the same scene for another facade."""
         return replace(self, stage=stage)
+
+    def with_fault(self, **parts: Any) -> PoolScene:
+        """Return the same scene with another owner or slot."""
+        return replace(self, **parts)
 
     def begin(self, choose: Choose) -> PoolStage:
         return self.stage(self, choose)

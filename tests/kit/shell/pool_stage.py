@@ -429,10 +429,15 @@ class PoolStage:
     # --------------------------------------------------------------------------------- looking
 
     @property
+    def is_calm(self) -> bool:
+        """Nothing would happen at once."""
+        return next(self._at_once(), None) is None
+
+    @property
     def is_at_rest(self) -> bool:
         """Nothing more happens by itself."""
-        has_more = next(self._at_once(), None) or next(self._in_time(), None)
-        return has_more is None and self._next_timer() is None
+        has_more = next(self._in_time(), None) is not None or self._next_timer() is not None
+        return self.is_calm and not has_more
 
     def check_rest(self) -> None:
         """Check what must be true when nothing more happens by itself."""
