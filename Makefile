@@ -37,7 +37,7 @@ help:
 	@echo "make docs          build the site in build/site"
 	@echo "make copies        write docs/examples into the pages that show them"
 	@echo "make types         check that the public API is fully typed for its users"
-	@echo "make diagrams      write diagrams/ from the transition table"
+	@echo "make diagrams      write diagrams/ from the transition tables"
 	@echo "make schema        write the JSON schemas in docs/ from the settings"
 	@echo "make screenshot    write docs/panel.png"
 	@echo "make bench         measure the cost of the orchestrator over the bare process"

@@ -30,6 +30,7 @@ from orchestrator.http import create_app
 from orchestrator.http.metrics import Metrics
 from orchestrator.http.problems import CATEGORIES
 from orchestrator.machine import diagram
+from orchestrator.pool import diagram as pool_diagram
 from orchestrator.runtime.orchestrator import AsyncOrchestrator
 from orchestrator.server import failures
 from orchestrator.settings.fields import SETTINGS
@@ -89,6 +90,8 @@ def _generated() -> Iterator[tuple[str, str]]:
         yield name, text if source.endswith(".md") else f"# Licence\n\n```text\n{text}```\n"
     yield "diagrams/lifecycle.svg", diagram.svg()
     yield "diagrams/lifecycle.md", "# The transition table\n\n" + diagram.markdown()
+    yield "diagrams/pool.svg", pool_diagram.DRAWING.svg()
+    yield "diagrams/pool.md", "# The pool's table\n\n" + pool_diagram.DRAWING.markdown()
     yield "reference/api.md", _api()
     yield "reference/http.md", _http()
     yield "reference/openapi.json", json.dumps(_openapi(), indent=2)

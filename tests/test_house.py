@@ -30,7 +30,7 @@ PURE_FILES = {
     f"pool/{name}.py"
     for name in (
         *("states", "facts", "context", "commands", "guards", "table", "actions", "step"),
-        *("policy", "ledger"),
+        *("policy", "ledger", "budget", "diagram"),
     )
 }
 IMPURE = {
