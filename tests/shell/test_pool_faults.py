@@ -58,7 +58,7 @@ class ForgetsWhoLeaves(PoolOwner):
 class NeverLooks(PoolOwner):
     """Does not look when the last lease of a server has ended."""
 
-    def left(self, gate: Gate) -> None: ...
+    def left(self, name: str, gate: Gate) -> None: ...
 
 
 # ------------------------------------------------------------------------------------- the slots

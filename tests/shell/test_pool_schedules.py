@@ -40,6 +40,9 @@ SCENES = (
     scene("lease A; withdraw | shutdown", warm="B", pairs=1),
     scene("lease A; release | shutdown", warm="A", mishaps=1, pairs=1),
     scene("lease A | lease B", ticks=1, pairs=0),
+    scene("request A; release | request A; withdraw", warm="A", pairs=1),
+    scene("request A; release | request A; release | load B", warm="A", pairs=0),
+    scene("request A; release | lease A; withdraw | unload A", warm="A", pairs=0),
     scene("lease A; release | load B | load C", sizes=(1, 1, 2), budget=2, pairs=0),
 )
 

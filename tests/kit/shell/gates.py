@@ -191,7 +191,7 @@ class Gate:
                 return Spawned(generation, at, self.child)
             case Probe(generation, child):
                 url = f"http://127.0.0.1:{child.pid}"
-                return BecameReady(generation, at, ServerFacts(url, context_length=4096))
+                return BecameReady(generation, at, _facts(url, self.effects))
 
 
 @dataclass(eq=False)
@@ -203,6 +203,7 @@ class GatedEffects:
         notices_exits: Report an exit at once; otherwise it waits in `exits` for `notice_exit`.
         watch: Called before an effect is started; may raise what a start may raise.
         plan_spawn: Decides the result of a spawn.
+        total_slots: How many requests a server computes at a time, if it says so.
         look_ups: Does a look-up and posts its answer; None = every model is found at once.
     """
 
@@ -214,6 +215,7 @@ class GatedEffects:
     watch: Callable[[Effect, CancelToken], None] = lambda _, __: None
     plan_spawn: Callable[[Spawn], SpawnPlan] = lambda _: "lives"
     look_ups: Callable[[LookUp], object] | None = None
+    total_slots: int | None = None
     gates: list[Gate] = field(default_factory=list)
     exits: list[Exited] = field(default_factory=list)
     is_closed: bool = False
@@ -351,6 +353,10 @@ class GatedEffects:
             self.exits.append(exited)
             if self.notices_exits:
                 self.notice_exit(exited)
+
+
+def _facts(url: str, effects: GatedEffects) -> ServerFacts:
+    return ServerFacts(url, context_length=4096, total_slots=effects.total_slots)
 
 
 def found(command: LookUp, at: float) -> ModelRequested:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
 
+from orchestrator.pool.context import Turn
 from orchestrator.pool.pool import AsyncModelPool, ModelPool
 from tests.kit.machine.invariants import Violation
 from tests.kit.shell.facade_stage import Puppet, SteppedLoop, position
@@ -61,7 +62,8 @@ class ThreadPoolStage(PoolStage):
                 return pool.remove(name)
             case "add":
                 return pool.add(name, model_path=f"/{name}", memory={"D0": "1 MiB"})
-        with pool.lease(name) as server:
+        turn = Turn() if action.verb == "request" else None
+        with pool.lease(name, turn=turn) as server:
             self.holding[action.index] = name
             try:
                 is_over = partial(self.given_back.__contains__, action.index)
@@ -140,7 +142,8 @@ class LoopPoolStage(PoolStage):
             case "remove":
                 return await pool.remove(name)
         self.released[action.index] = asyncio.Event()
-        async with pool.lease(name) as server:
+        turn = Turn() if action.verb == "request" else None
+        async with pool.lease(name, turn=turn) as server:
             self.holding[action.index] = name
             try:
                 await self.released[action.index].wait()

@@ -85,7 +85,7 @@ class Watch:
         """A grant of a lease is a place in the open gate of the server that is there."""
         stage = self._stage
         call = next((c for c in stage.calls.values() if c.ticket == grant.ticket), None)
-        if call is None or call.kind != "lease" or call.settled.cancelled():
+        if call is None or call.kind in ("load", "end") or call.settled.cancelled():
             return None
         if not call.settled.done() or isinstance(call.settled.result(), Problem):
             return f"call {grant.ticket} was granted, and is told {call.settled}"
@@ -121,6 +121,7 @@ class Watch:
             self._several_servers,
             self._still_claimed,
             self._entered_late,
+            self._admitted_too_many,
             self._leaves_for_later,
             self._waits_for_nobody,
         ):
@@ -147,12 +148,25 @@ class Watch:
                 return f"somebody has entered the closed gate of {name}"
         return None
 
+    def _admitted_too_many(self) -> str | None:
+        full = [
+            name
+            for name, gates in self._gates.items()
+            if any(gate.places is not None and len(gate._admitted) > gate.places for gate in gates)
+        ]
+        return f"more requests than places at {full}" if full else None
+
     def _leaves_for_later(self) -> str | None:
         """What could be decided now waits for no timer."""
         stage = self._stage
         if not stage.is_calm:
             return None
         residents = [e for e in stage.owner.ctx.entries if e.state is State.RESIDENT]
+        for entry in residents:
+            waiters = stage.owner.ctx.waiters_of(entry.name)
+            is_waited_for = any(waiter.kind == "request" for waiter in waiters)
+            if is_waited_for and stage.owners[entry.name].gate.has_free_place:
+                return f"a place of {entry.name} is free, and a request waits"
         used_at = {e.name: stage.owners[e.name].gate.used_at for e in residents}
         uses = tuple(facts.Use(name, at is None, at) for name, at in used_at.items())
         looked = step(stage.owner.ctx, facts.Looked(stage.clock(), uses=uses))
@@ -226,7 +240,7 @@ class Watch:
         if stage.owner._calls:
             return f"calls are open: {set(stage.owner._calls)}"
         waits = [label for label, p in stage.puppets if not p.has_ended]
-        waits = [one for one in waits if not one.startswith("lease")]
+        waits = [one for one in waits if not one.startswith(("lease", "request"))]
         return f"{waits} still wait" if waits else None
 
     def _somebody_is_misled(self) -> str | None:

@@ -5,8 +5,9 @@ Clients are separated by `|`, the calls of one client by `;`:
     lease A; release | load B; withdraw | unload A
 
 A client does not wait for its answers, except that a lease is released only after it was granted.
-`reload A` loads it anew, `cut A` unloads it without waiting for leases, `withdraw` interrupts the
-client's last call.
+`request A` is the lease of a request, of which only as many are at a server as it has places;
+`reload A` loads it anew, `cut A` unloads it without waiting for leases, and `withdraw` interrupts
+the client's last call.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
 # fmt: off
 Verb = Literal[
-    "lease", "load", "reload", "unload", "cut", "cancel", "remove", "add", "shutdown", "withdraw",
-    "release",
+    "lease", "request", "load", "reload", "unload", "cut", "cancel", "remove", "add", "shutdown",
+    "withdraw", "release",
 ]
 # fmt: on
 Mishap = Literal["crash", "probe", "kill"]
@@ -54,6 +55,7 @@ class PoolScene:
         sizes: Of the models A, B, C … in MiB.
         budget: MiB.
         warm: Models that are resident at the start.
+        places: How many requests may be at a server.
         mishaps: How many failures one schedule may have.
         kinds: Their kinds.
         pairs: How often something may come before what would come by itself at once.
@@ -67,6 +69,7 @@ class PoolScene:
     sizes: tuple[int, ...] = (1, 1)
     budget: int = 1
     warm: str = ""
+    places: int = 1
     mishaps: int = 0
     kinds: frozenset[Mishap] = ALL
     pairs: int = 1

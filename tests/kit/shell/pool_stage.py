@@ -152,6 +152,7 @@ class PoolStage:
             cast("Any", _AT_ONCE),
             notices_exits=False,
             look_ups=look_up,
+            total_slots=self.scene.places,
         )
         made.slot = slot
         return made
@@ -363,7 +364,7 @@ class PoolStage:
         for number, client in enumerate(self.scene.clients):
             if self.progress[number] < len(client):
                 action = client[self.progress[number]]
-                if action.verb == "lease" and action.model in going:
+                if action.verb in ("lease", "request") and action.model in going:
                     moves += self._client_moves(number, action)
         taken = moves[self.choose([f"meanwhile {move.label}" for move in moves])]
         if taken is not nothing:
@@ -477,7 +478,7 @@ class PoolStage:
             frozenset(owner._timers.items()),
             (gate._is_open, gate._is_held, gate._drains, gate._used_at, gate.server),
             frozenset(who if isinstance(who, tuple) else "" for who in gate._inside),
-            (len(gate._inside), frozenset(owner._calls)),
+            (len(gate._inside), len(gate._admitted), frozenset(owner._calls)),
             (slot._generation, slot._order, slot._problem is None, slot._is_working),
             len(slot._todo),
             slot._call is not None and slot._call.settled.done(),
