@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 
 from orchestrator.pool.actions import Step
+from orchestrator.pool.context import Waiter
 from orchestrator.pool.ledger import Amounts
 from orchestrator.pool.states import OF_ENTRIES, State
 from orchestrator.pool.table import TABLE, Row
@@ -200,8 +201,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "smallest first": Fault(
         "step",
-        "in in_order(_waits(s), s.ctx.policy.max_wait_s, s.fact.at):",
-        "in sorted(_waits(s), key=lambda w: str(s.entry_of(w.name).claim)):",
+        "in in_order(waits, s.ctx.policy.max_wait_s, s.fact.at):",
+        "in sorted(waits, key=lambda w: str(s.entry_of(w.name).claim)):",
         "big among three small",
         STARVES,
     ),
@@ -577,7 +578,7 @@ def test_checker_finds_a_victim_that_is_brought_back_by_a_request() -> None:
 
     def reopen(s: Step[Any]) -> None:
         s.emit(Reopen("ABC".index(s.fact.name)))  # type: ignore[arg-type]
-        s.grant(s.fact)
+        s.grant(Waiter(s.fact.name, "lease", s.fact.at, s.fact.ticket))
 
     row = Row("wanted", (P,), ("is_draining",), R, ("reopen",))
     first = next(index for index, row_ in enumerate(TABLE) if row_.guards == ("has_entered",))
