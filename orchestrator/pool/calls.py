@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, Final, Generic, Literal, TypeVar
 
 from orchestrator.base import log
 from orchestrator.base.log import event_log
+from orchestrator.base.paths import PathNames
 from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import (
     InvalidRequest,
@@ -38,6 +40,7 @@ from orchestrator.pool.catalogue import (
 )
 from orchestrator.pool.context import Context, Policy, Turn
 from orchestrator.pool.entries import Entry
+from orchestrator.pool.feed import Feed
 from orchestrator.pool.ledger import NO_LIMIT, Amounts
 from orchestrator.pool.owner import Granted, Lease, PoolCall, PoolOwner, uses_of
 from orchestrator.pool.slots import PoolSlots
@@ -45,12 +48,14 @@ from orchestrator.pool.states import State
 from orchestrator.pool.status import ModelStatus, PoolSnapshot, PoolStatus, devices_of, waiting_of
 from orchestrator.pool.step import step
 from orchestrator.pool.values import budget as checked_budget
-from orchestrator.runtime.answers import LeasedServer, LoadOutcome, Status
+from orchestrator.runtime.answers import LeasedServer, LoadOutcome, LoadProgress, Status
 from orchestrator.runtime.calls import Facade
 from orchestrator.runtime.parts import Parts
+from orchestrator.runtime.ports import LogPosition
 from orchestrator.server.slot import LONGEST_NAME, Slot
 from orchestrator.settings.fields import StrPath
 from orchestrator.settings.memory import total
+from orchestrator.settings.request import LoadRequest
 
 _ADOPTION_S: Final = 15.0
 _SHUTDOWN_S: Final = 120.0
@@ -93,6 +98,7 @@ class PoolFacade(Generic[F]):
             message = "idle_ttl_s belongs into the catalogue, below [pool] or [models.NAME]"
             raise InvalidRequest.because(message, field="idle_ttl_s")
         self._memory = checked_budget("memory", memory)
+        self.feed: Feed = Feed()
         self._is_file = not isinstance(models, Mapping)
         self._catalogue = self._read(models)
         self._runtime: dict[str, Entry] = {}
@@ -110,6 +116,7 @@ class PoolFacade(Generic[F]):
         self._slot: Slot | None = None
         self._owner: PoolOwner | None = None
         self._slots: PoolSlots[F] = self._new_slots(lambda _: None)  # before a start
+        self._known: tuple[tuple[object, ...], tuple[PathNames, ...]] | None = None
 
     def _read(self, models: StrPath | Mapping[str, Any]) -> Catalogue:
         if isinstance(models, Mapping):
@@ -127,6 +134,7 @@ class PoolFacade(Generic[F]):
         """Return the orchestrator of an entry; in answers its models have the entry's name."""
         facade = self._make(slot=self._slot_of(name))
         facade.call_models(name)
+        self.feed.attach(name, facade)
         return facade
 
     def _slot_of(self, name: str) -> str:
@@ -152,6 +160,7 @@ class PoolFacade(Generic[F]):
     def _claim(self) -> None:
         slot = self._parts.slot(self._name, self._state_dir)
         slot.claim()
+        self.feed.begin()
         try:
             with no_thread_as_error():
                 owner = self._start_owner(slot)
@@ -236,6 +245,7 @@ class PoolFacade(Generic[F]):
             owner.post(facts.ShutdownRequested(self._clock()))
             owner.is_empty.wait(_SHUTDOWN_S)
             owner.stop()
+            self.feed.events.close()
             if slot is not None:
                 slot.release()
             log.flush()
@@ -259,9 +269,16 @@ class PoolFacade(Generic[F]):
             raise ModelNotFound.because(message, field="model")
         return match
 
+    def entry(self, name: str | None) -> Entry:
+        """Return the entry that a name stands for; None is the default. Raises ModelNotFound."""
+        return self._match(name).entry
+
     def _own(self, name: str | None) -> Entry:
         """Return an entry of ours; raises also InvalidRequest for one of another server."""
-        entry = self._match(name).entry
+        return self.check_own(self._match(name).entry)
+
+    def check_own(self, entry: Entry) -> Entry:
+        """Return an entry, unless it is of another server. Raises InvalidRequest."""
         if entry.request is None:
             message = f"{entry.name} is served elsewhere ({entry.base_url}): it is not ours to load"
             raise InvalidRequest.because(message, field="model")
@@ -294,6 +311,50 @@ class PoolFacade(Generic[F]):
         gate = self._slots.gate(entry.name)
         slot = self._slots.facade(entry.name).status()
         return seen.model(entry, slot, gate.used_at if gate is not None else None)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has started, the preloads are settled, and no shutdown has begun."""
+        owner = self._owner
+        if owner is None or owner.has_ended or owner.ctx.is_shutting_down:
+            return False
+        return all(waiter.kind != "preload" for waiter in owner.ctx.waiting)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is closed, or about to be."""
+        owner = self._owner
+        return owner is not None and (owner.has_ended or owner.ctx.is_shutting_down)
+
+    def progresses(self) -> Iterator[tuple[str, LoadProgress]]:
+        """Yield the progress of every start in flight that has bytes."""
+        for entry in self._ctx.entries:
+            if entry.state is State.STARTING:
+                step = self._slots.facade(entry.name).progress()
+                if step.bytes_done is not None:
+                    yield entry.name, step
+
+    def next_generation(self, name: str, *, force_reload: bool) -> Generation:
+        """Return the generation that a load would have now, or the one that it would join."""
+        known, newest = self._ctx.find(name), self._slots.generation(name)
+        is_there = known is not None and known.state in (State.STARTING, State.RESIDENT)
+        is_there = is_there and not (force_reload or (known is not None and known.is_changed))
+        return newest if is_there and newest else Generation(newest + 1)
+
+    def log_since(self, name: str, position: LogPosition) -> tuple[LogPosition, tuple[str, ...]]:
+        """Return the output of a model's servers after a position, and the position after that."""
+        return self._slots.facade(name).log_since(position)
+
+    def known_paths(self) -> tuple[PathNames, ...]:
+        """Return the display names of all paths in its answers; see `KnownNames.now`."""
+        facades = (self._scout, *self._slots.facades)
+        parts = (
+            *(facade.known_paths() for facade in facades),
+            tuple(one.failure.names for one in self._ctx.entries if one.failure is not None),
+        )
+        if self._known is None or self._known[0] != parts:
+            self._known = parts, tuple(chain.from_iterable(parts))
+        return self._known[1]
 
     @property
     def _ctx(self) -> Context:
@@ -412,11 +473,20 @@ class PoolFacade(Generic[F]):
 
     # --------------------------------------------------------------------------------- catalogue
 
-    def _add(self, name: str, fields: Mapping[str, Any], *, is_remote: bool = False) -> Entry:
+    def _add(
+        self,
+        name: str,
+        fields: Mapping[str, Any],
+        *,
+        is_remote: bool = False,
+        check: Callable[[LoadRequest], None] | None = None,
+    ) -> Entry:
         owner = self._started()
         with self._life:
             made = with_entry(self._catalogue, name, fields, is_remote=is_remote)
             entry = made.models[name]
+            if check is not None and entry.request is not None:
+                check(entry.request)
             self._catalogue, self._slots.entries = made, made.models
             self._runtime[name] = entry
         self._define(owner, self._slots, entry)

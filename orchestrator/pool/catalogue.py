@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from orchestrator.base.paths import names_of_own
+from orchestrator.base.record import Record
 from orchestrator.errors import InvalidRequest, NameTaken, OrchestratorError
 from orchestrator.pool.entries import Entry, KeyEntry, PoolSettings, Preset
 from orchestrator.pool.places import KeyPath, Places, dotted, lines_of
@@ -37,7 +38,7 @@ class Match:
 
 
 @dataclass(frozen=True, slots=True)
-class Changes:
+class Changes(Record):
     """Names of entries, in the order of their catalogue."""
 
     added: tuple[str, ...] = ()

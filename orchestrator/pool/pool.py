@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from functools import partial
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Final, Generic, Self, TypeVar, Unpack
 
 from orchestrator.base import workers
+from orchestrator.errors import DeadlineExceeded
 from orchestrator.machine.plan import Plan
+from orchestrator.pool.by_hand import ByHand, HandFields
 from orchestrator.pool.calls import F, PoolFacade
 from orchestrator.pool.catalogue import Changes
 from orchestrator.pool.context import Turn
@@ -29,9 +32,16 @@ from orchestrator.runtime.answers import (
     UnloadOutcome,
 )
 from orchestrator.runtime.calls import unwrap
-from orchestrator.runtime.events import Event
-from orchestrator.runtime.orchestrator import AsyncOrchestrator, Orchestrator
+from orchestrator.runtime.events import Event, EventLog
+from orchestrator.runtime.orchestrator import (
+    AsyncOrchestrator,
+    Orchestrator,
+    follow,
+    followed,
+)
+from orchestrator.runtime.ports import LogPosition
 
+_LOG_INTERVAL_S: Final = 0.1
 P = TypeVar("P", bound=PoolFacade[Any])
 
 
@@ -100,11 +110,23 @@ class ModelPool(PoolFacade[Orchestrator]):
         finally:
             self._leave(call, lease)
 
-    def load(self, name: str | None = None, *, force_reload: bool = False) -> LoadOutcome:
-        """Load a model, wait until it is resident, and return what was loaded and evicted."""
-        entry = self._own(name)
-        granted = _granted(_wait(self._want(entry, "load", force=force_reload)))
-        return self._outcome(entry, granted)
+    def load(self, name: str | None = None, **how: Unpack[HandFields]) -> LoadOutcome:
+        """Load a model, wait until it is resident, and return what was loaded and evicted.
+
+        Args:
+            **how: See `HandFields`.
+        """
+        entry, hand = self._own(name), ByHand.of(how)
+        call = self._want(entry, "load", force=hand.force_reload)
+        try:
+            answer = call.settled.result(hand.deadline_s)
+        except TimeoutError:
+            call.settled.cancel()
+            raise _too_late(entry, hand) from None
+        except BaseException:
+            call.settled.cancel()
+            raise
+        return self._outcome(entry, _granted(answer))
 
     def unload(self, name: str | None = None, *, cut: bool = False) -> UnloadOutcome:
         """Stop a model, cancel who waits for it, and wait until its slot is verified empty."""
@@ -136,6 +158,27 @@ class ModelPool(PoolFacade[Orchestrator]):
     def reload(self) -> Changes:
         """Read the catalogue's file again. A mistake in it is an error and changes nothing."""
         return self._reload()
+
+    def events(self, after: int | None = None) -> Iterator[Event]:
+        """Iterate over the transitions of all models, each with `model`; see `Orchestrator.events`.
+
+        They have one sequence of ids.
+        """
+        self._started()
+        log = self.feed.events
+        return follow(log, log.last_id if after is None else after)
+
+    def follow_logs(self, name: str, lines: int = 200) -> Iterator[str]:
+        """Iterate over the output of a model's servers; see `Orchestrator.follow_logs`."""
+        own, owner, begins = self._match(name).entry.name, self._started(), True
+        position: LogPosition = (0, 0)
+        while True:
+            position, new = self.log_since(own, position)
+            yield from new[max(0, len(new) - lines) if begins else 0 :]
+            begins = False
+            if not new and owner.has_ended:
+                return
+            time.sleep(_LOG_INTERVAL_S)
 
 
 class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
@@ -183,12 +226,17 @@ class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
         finally:
             self._leave(call, lease)
 
-    async def load(self, name: str | None = None, *, force_reload: bool = False) -> LoadOutcome:
+    async def load(self, name: str | None = None, **how: Unpack[HandFields]) -> LoadOutcome:
         """Load a model; see `ModelPool.load`."""
-        entry = self._own(name)
+        entry, hand = self._own(name), ByHand.of(how)
         await self._ready()
-        call = self._want(entry, "load", force=force_reload)
-        return self._outcome(entry, _granted(await asyncio.wrap_future(call.settled)))
+        call = self._want(entry, "load", force=hand.force_reload)
+        try:
+            async with asyncio.timeout(hand.deadline_s):
+                answer = await asyncio.wrap_future(call.settled)
+        except TimeoutError:
+            raise _too_late(entry, hand) from None
+        return self._outcome(entry, _granted(answer))
 
     async def unload(self, name: str | None = None, *, cut: bool = False) -> UnloadOutcome:
         """Stop a model; see `ModelPool.unload`."""
@@ -210,6 +258,19 @@ class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
         await self._ready()
         return self.model_status(self._add(name, fields).name)
 
+    async def add_sent(
+        self, name: str, fields: Mapping[str, Any], *, is_strict: bool
+    ) -> ModelStatus:
+        """Add a model for a caller over HTTP.
+
+        Args:
+            is_strict: Whether its extra args are judged; see `Facade.check_sent`.
+        """
+        await self._ready()
+        check = self._scout.check_sent if is_strict else None
+        add = partial(self._add, name, fields, is_remote=True, check=check)
+        return self.model_status((await workers.waited(add)).name)
+
     async def remove(self, name: str) -> None:
         """Remove a model; see `ModelPool.remove`."""
         await self._ready()
@@ -219,6 +280,39 @@ class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
     async def reload(self) -> Changes:
         """Read the catalogue's file again; see `ModelPool.reload`."""
         return await workers.waited(self._reload)
+
+    def events(self, after: int | None = None) -> AsyncGenerator[Event, None]:
+        """Iterate over the transitions of all models; see `ModelPool.events`."""
+        return followed(self.event_log, self.feed.events.last_id if after is None else after)
+
+    async def event_log(self) -> EventLog:
+        """Return the log of all transitions, once the pool has started."""
+        await self._ready()
+        return self.feed.events
+
+    async def follow_logs(self, name: str, lines: int = 200) -> AsyncGenerator[str, None]:
+        """Iterate over the output of a model's servers; see `ModelPool.follow_logs`."""
+        async with contextlib.aclosing(self.log_batches(name, lines)) as batches:
+            async for batch in batches:
+                for line in batch:
+                    yield line
+
+    async def log_batches(
+        self, name: str, lines: int = 200
+    ) -> AsyncGenerator[tuple[str, ...], None]:
+        """Iterate over what `follow_logs` yields, in batches of lines that are new together."""
+        own, begins = self._match(name).entry.name, True
+        await self._ready()
+        owner = self._started()
+        position: LogPosition = (0, 0)
+        while True:
+            position, new = await workers.waited(partial(self.log_since, own, position))
+            if batch := new[max(0, len(new) - lines) if begins else 0 :]:
+                yield batch
+            elif owner.has_ended:
+                return
+            begins = False
+            await asyncio.sleep(_LOG_INTERVAL_S)
 
     async def _ready(self) -> None:
         """Claiming the slots may block."""
@@ -258,9 +352,9 @@ class _View(Generic[P, F]):
 class ModelView(_View[ModelPool, Orchestrator]):
     """One model of a `ModelPool`, like an `Orchestrator` that has this target only."""
 
-    def load(self, *, force_reload: bool = False) -> LoadOutcome:
+    def load(self, **how: Unpack[HandFields]) -> LoadOutcome:
         """Load it through the pool; see `ModelPool.load`."""
-        return self._pool.load(self.name, force_reload=force_reload)
+        return self._pool.load(self.name, **how)
 
     def unload(self, *, cut: bool = False) -> UnloadOutcome:
         """Stop it; see `ModelPool.unload`."""
@@ -279,20 +373,20 @@ class ModelView(_View[ModelPool, Orchestrator]):
         return self._pool.lease(self.name)
 
     def events(self, after: int | None = None) -> Iterator[Event]:
-        """Iterate over its events; see `Orchestrator.events`."""
-        return self._facade.events(after)
+        """Iterate over its events; see `ModelPool.events`."""
+        return (event for event in self._pool.events(after) if event.model == self.name)
 
     def follow_logs(self, lines: int = 200) -> Iterator[str]:
         """Iterate over the output of its servers; see `Orchestrator.follow_logs`."""
-        return self._facade.follow_logs(lines)
+        return self._pool.follow_logs(self.name, lines)
 
 
 class AsyncModelView(_View[AsyncModelPool, AsyncOrchestrator]):
     """One model of an `AsyncModelPool`, like an `AsyncOrchestrator` that has this target only."""
 
-    async def load(self, *, force_reload: bool = False) -> LoadOutcome:
+    async def load(self, **how: Unpack[HandFields]) -> LoadOutcome:
         """Load it through the pool; see `ModelPool.load`."""
-        return await self._pool.load(self.name, force_reload=force_reload)
+        return await self._pool.load(self.name, **how)
 
     async def unload(self, *, cut: bool = False) -> UnloadOutcome:
         """Stop it; see `ModelPool.unload`."""
@@ -311,12 +405,13 @@ class AsyncModelView(_View[AsyncModelPool, AsyncOrchestrator]):
         return self._pool.lease(self.name)
 
     def events(self, after: int | None = None) -> AsyncGenerator[Event, None]:
-        """Iterate over its events; see `Orchestrator.events`."""
-        return self._facade.events(after)
+        """Iterate over its events; see `ModelPool.events`."""
+        position = self._pool.feed.events.last_id if after is None else after
+        return followed(self._pool.event_log, position, lambda event: event.model == self.name)
 
     def follow_logs(self, lines: int = 200) -> AsyncGenerator[str, None]:
         """Iterate over the output of its servers; see `Orchestrator.follow_logs`."""
-        return self._facade.follow_logs(lines)
+        return self._pool.follow_logs(self.name, lines)
 
 
 def _wait(call: PoolCall) -> Any:
@@ -326,6 +421,11 @@ def _wait(call: PoolCall) -> Any:
     except BaseException:
         call.settled.cancel()
         raise
+
+
+def _too_late(entry: Entry, hand: ByHand) -> DeadlineExceeded:
+    message = f"{entry.name} was not resident within {hand.deadline_s:g} s"
+    return DeadlineExceeded.because(message, field="deadline_s")
 
 
 def _granted(answer: Any) -> Granted:
