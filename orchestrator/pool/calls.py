@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any, Final, Generic, Literal, TypeVar
 
 from orchestrator.base import log
@@ -252,7 +253,14 @@ class PoolFacade(Generic[F]):
 
     # ------------------------------------------------------------------------------------ reading
 
-    def _match(self, name: str | None) -> Match:
+    @property
+    def state_folder(self) -> Path:
+        """The folder of all slots, which is private; once the pool has started."""
+        if self._slot is None:
+            raise ShuttingDown.because("this pool has not started")
+        return self._slot.directory.parent
+
+    def match(self, name: str | None) -> Match:
         """Return the entry that a caller means; None is the default.
 
         Raises:
@@ -271,11 +279,11 @@ class PoolFacade(Generic[F]):
 
     def entry(self, name: str | None) -> Entry:
         """Return the entry that a name stands for; None is the default. Raises ModelNotFound."""
-        return self._match(name).entry
+        return self.match(name).entry
 
     def _own(self, name: str | None) -> Entry:
         """Return an entry of ours; raises also InvalidRequest for one of another server."""
-        return self.check_own(self._match(name).entry)
+        return self.check_own(self.match(name).entry)
 
     def check_own(self, entry: Entry) -> Entry:
         """Return an entry, unless it is of another server. Raises InvalidRequest."""
@@ -302,7 +310,7 @@ class PoolFacade(Generic[F]):
         Raises:
             ModelNotFound: there is no such model.
         """
-        entry = self._match(name).entry
+        entry = self.match(name).entry
         return self._model_status(entry, PoolSnapshot(self._ctx, self._clock()))
 
     def _model_status(self, entry: Entry, seen: PoolSnapshot) -> ModelStatus:
@@ -496,7 +504,7 @@ class PoolFacade(Generic[F]):
     def _ask_remove(self, name: str) -> PoolCall | None:
         self._started()
         with self._life:
-            entry = self._match(name).entry
+            entry = self.match(name).entry
             made = without_entry(self._catalogue, entry.name)
             self._catalogue, self._slots.entries = made, made.models
             self._runtime.pop(entry.name, None)

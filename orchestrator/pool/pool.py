@@ -97,7 +97,7 @@ class ModelPool(PoolFacade[Orchestrator]):
             TooManyWaiting: `max_waiting` requests wait already.
             OrchestratorError: what a load raises.
         """
-        entry = self._match(name).entry
+        entry = self.match(name).entry
         if entry.request is None:
             yield self._elsewhere(entry)
             return
@@ -170,7 +170,7 @@ class ModelPool(PoolFacade[Orchestrator]):
 
     def follow_logs(self, name: str, lines: int = 200) -> Iterator[str]:
         """Iterate over the output of a model's servers; see `Orchestrator.follow_logs`."""
-        own, owner, begins = self._match(name).entry.name, self._started(), True
+        own, owner, begins = self.match(name).entry.name, self._started(), True
         position: LogPosition = (0, 0)
         while True:
             position, new = self.log_since(own, position)
@@ -212,7 +212,7 @@ class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
         self, name: str | None = None, *, turn: Turn | None = None
     ) -> AsyncIterator[LeasedServer]:
         """Hold a lease on the server of a model; see `ModelPool.lease`."""
-        entry = self._match(name).entry
+        entry = self.match(name).entry
         if entry.request is None:
             yield self._elsewhere(entry)
             return
@@ -301,7 +301,7 @@ class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
         self, name: str, lines: int = 200
     ) -> AsyncGenerator[tuple[str, ...], None]:
         """Iterate over what `follow_logs` yields, in batches of lines that are new together."""
-        own, begins = self._match(name).entry.name, True
+        own, begins = self.match(name).entry.name, True
         await self._ready()
         owner = self._started()
         position: LogPosition = (0, 0)

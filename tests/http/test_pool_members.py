@@ -81,7 +81,7 @@ def test_of_two_models_the_first_counts_and_both_are_replaced() -> None:
     found = Json()
     through(found, body)
     assert found.model == "a"
-    assert through(Json("chat"), body) == b'{"model": "chat", "model": "chat"}'
+    assert through(Json("chat", {}), body) == b'{"model": "chat", "model": "chat"}'
 
 
 @pytest.mark.parametrize("value", ["1", "true", '["a"]', '{"a": 1}', f'"{"x" * 5000}"'])
@@ -118,9 +118,9 @@ def test_form_without_a_model_gets_one() -> None:
     found = members_of("multipart/form-data; boundary=xYz")
     assert through(found, text) == text
     assert found.model is None
-    assert through(Form("xYz", "ears"), text) == form(("language", "en"), ("model", "ears"))
+    assert through(Form("xYz", "ears", {}), text) == form(("language", "en"), ("model", "ears"))
 
 
 def test_form_that_does_not_end_goes_through() -> None:
     text = form(("file", "abc"), ("model", "x"))[:-30]
-    assert through(Form("xYz", "ears"), text, 5) == text
+    assert through(Form("xYz", "ears", {}), text, 5) == text

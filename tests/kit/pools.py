@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,7 +14,7 @@ import httpx
 from orchestrator import AsyncModelPool
 from orchestrator.http import create_app
 from tests.kit.http import serving
-from tests.kit.process import support
+from tests.kit.process import echo_server, support
 
 MODELS = "/api/models"
 ServePool = Callable[..., AbstractContextManager[httpx.Client]]
@@ -60,3 +62,11 @@ def until_model(
 
     support.until(look, f"{name} in the right state")
     return found
+
+
+def write_echo_server(folder: Path) -> str:
+    """Write the program of `echo_server.py`; return its path."""
+    program = folder / "echo-llama-server"
+    program.write_text(f"#!{sys.executable} -IS\n" + Path(echo_server.__file__).read_text())
+    program.chmod(0o755)
+    return str(program)

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, FastAPI
 from orchestrator.errors import InvalidRequest, NotLoaded, ShuttingDown
 from orchestrator.http import openapi, pages, schemas
 from orchestrator.http.frame import framed, is_exposed
-from orchestrator.http.pool import models, one
+from orchestrator.http.pool import models, one, routing, upload
 from orchestrator.http.pool.by_name import ByName
 from orchestrator.http.problems import Responder
 from orchestrator.http.shutdown import Shutdown
@@ -31,7 +31,8 @@ def pool_app(pool: AsyncModelPool, shutdown: Shutdown, around: dict[str, Any]) -
     if not isinstance(pool, AsyncModelPool):
         raise TypeError(f"pool must be an AsyncModelPool, not {type(pool).__name__}")
     responder = Responder(pool.known_paths)
-    passed_on = ByName(pool, responder, shutdown)
+    spool = upload.Spool(lambda: pool.state_folder, upload.SPOOLED_BYTES)
+    passed_on = ByName(pool, responder, shutdown, lambda _, __: None, spool)
     exposed = is_exposed(around["api_keys"], around["hosts"])
 
     def by_name(name: str) -> str:
@@ -62,12 +63,14 @@ def pool_app(pool: AsyncModelPool, shutdown: Shutdown, around: dict[str, Any]) -
     whole = router(tags=["models"], lifespan=lifespan)
     models.add(whole, pool, responder, shutdown, is_exposed=exposed)
     submitted = one.Submitted(pool)
+    like_llama = router(tags=["llama-server's router"])
+    routing.add(like_llama, pool, responder)
     each = router(prefix=f"{MODELS}/{{name}}", tags=["one model"])
     one.add(each, pool, responder, shutdown, submitted, by_name)
     default = router(prefix=DEFAULT, tags=["inference"])
     one.add(default, pool, responder, shutdown, submitted, by_default)
     return framed(
-        [whole, each, default, _health(pool, responder, shutdown)],
+        [whole, each, default, like_llama, _health(pool, responder, shutdown)],
         pages.routes(),
         passed_on,
         responder,

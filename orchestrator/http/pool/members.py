@@ -28,9 +28,11 @@ class Members(Protocol):
 
     Attributes:
         model: What it names; None before that is known, and if it names none.
+        is_over: Nothing that follows can name one.
     """
 
     model: str | None
+    is_over: bool
 
     def feed(self, data: bytes) -> bytes:
         """Take the next piece, and return what is to be passed on by now."""
@@ -46,18 +48,18 @@ class Json:
 
     Args:
         model: What replaces its `model`, or is added; None changes nothing.
-        added: Members that it gets at its end unless it has them.
+        added: Members that it gets at its end unless it has them; None: it gets no `model` either.
     """
 
     def __init__(self, model: str | None = None, added: Mapping[str, Any] | None = None) -> None:
         self.model: str | None = None
         self._replacement = None if model is None else _json(model)
-        wanted = {**(added or {}), **({} if model is None else {"model": model})}
+        wanted = {} if model is None or added is None else {**added, "model": model}
         self._missing = {name: _json(value) for name, value in wanted.items()}
         self._depth = 0
         self._is_in_text = False
         self._is_escaped = False
-        self._is_over = False
+        self.is_over: bool = False
         self._has_members = False
         self._is_value = False  # after the colon of an outermost member
         self._name: bytearray | None = None  # of an outermost member, while it is read
@@ -66,7 +68,7 @@ class Json:
 
     def feed(self, data: bytes) -> bytes:
         made, at = bytearray(), 0
-        while at < len(data) and not self._is_over:
+        while at < len(data) and not self.is_over:
             if self._is_escaped:
                 self._is_escaped = False
                 made += self._text(data[at : at + 1])
@@ -100,7 +102,7 @@ class Json:
         if self._name is not None:
             self._name += text[: _MAX_TEXT - len(self._name)]
         if not self._depth and text.strip():
-            self._is_over = True  # no object
+            self.is_over = True  # no object
         return text
 
     def _mark(self, mark: bytes) -> bytes:
@@ -112,7 +114,7 @@ class Json:
         if mark in b"{}[]":
             return self._bracket(mark)
         if not self._depth:
-            self._is_over = True  # no object
+            self.is_over = True  # no object
         elif mark == b'"':
             self._is_in_text = True
             if self._depth == 1 and not self._is_value:
@@ -126,11 +128,11 @@ class Json:
 
     def _bracket(self, mark: bytes) -> bytes:
         if mark in b"{[":
-            self._is_over = not self._depth and mark == b"["
+            self.is_over = not self._depth and mark == b"["
             self._depth += 1
             return mark if self._held is None else self._text(mark)
         self._depth -= 1
-        self._is_over = self._depth <= 0
+        self.is_over = self._depth <= 0
         if self._depth == 0:
             return self._rest() + mark
         return self._text(mark)
@@ -173,7 +175,7 @@ class Form:
     Args:
         boundary: Of its parts.
         model: What replaces the part `model`, or is added; None changes nothing.
-        added: Fields that it gets at its end unless it has them.
+        added: Fields that it gets at its end unless it has them; None: no `model` either.
     """
 
     def __init__(
@@ -182,11 +184,11 @@ class Form:
         self.model: str | None = None
         self._delimiter = b"\r\n--" + boundary.encode("latin-1", "replace")
         self._replacement = model
-        self._missing = {**(added or {}), **({} if model is None else {"model": model})}
+        self._missing = {} if model is None or added is None else {**added, "model": model}
         self._left = b"\r\n"  # the first delimiter has none before it
         self._is_first = True
         self._is_head = False  # of a part
-        self._is_over = False
+        self.is_over: bool = False
         self._held: bytearray | None = None  # the value of `model`
 
     def feed(self, data: bytes) -> bytes:
@@ -208,7 +210,7 @@ class Form:
 
     def _piece(self) -> bytes | None:
         """Return the next piece to be passed on; None if more must come first."""
-        if self._is_over:
+        if self.is_over:
             return self._take(len(self._left)) or None
         if self._is_head:
             return self._head()
@@ -221,7 +223,7 @@ class Form:
             return None
         value = self._value(self._take(at)) + self._whole_value()
         if self._left[len(self._delimiter) :].startswith(b"--"):
-            self._is_over = True
+            self.is_over = True
             return value + b"".join(self._rest())
         self._is_head = True
         return value
