@@ -8,6 +8,7 @@ import click
 
 from orchestrator.cli import options
 from orchestrator.cli.catalogues import check, init
+from orchestrator.cli.imports import import_
 from orchestrator.cli.output import Failure, byte_text, say, say_json
 from orchestrator.errors import OrchestratorError
 from orchestrator.models import on_disk
@@ -15,7 +16,7 @@ from orchestrator.models import on_disk
 _PLACES = {"cache": "in the Hub's cache", "folder": "in --models-dir"}
 
 
-@click.group(invoke_without_command=True, params=[options.JSON], commands=[init, check])
+@click.group(invoke_without_command=True, params=[options.JSON], commands=[init, check, import_])
 @click.option(
     "--models-dir", "models_dirs", multiple=True, metavar="DIR", help="A folder; may be repeated."
 )
