@@ -19,7 +19,6 @@ from orchestrator.base.paths import PathNames
 from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import (
     InvalidRequest,
-    ModelNotFound,
     Problem,
     ShuttingDown,
     no_thread_as_error,
@@ -35,6 +34,7 @@ from orchestrator.pool.catalogue import (
     catalogue_of,
     difference,
     merge,
+    no_model,
     read_catalogue,
     with_entry,
     without_entry,
@@ -266,15 +266,14 @@ class PoolFacade(Generic[F]):
         Raises:
             ModelNotFound: it lists what there is.
         """
-        names = ", ".join(self._catalogue.models) or "none"
         if name is None:
             if (entry := self._catalogue.default) is not None:
                 return Match(entry)
+            names = ", ".join(self._catalogue.models) or "none"
             message = f"this pool has no default model: name one of {names}"
             raise InvalidRequest.because(message, field="model")
         if (match := self._catalogue.find(name)) is None:
-            message = f"there is no model {name[:200]!r}; the models are: {names}"
-            raise ModelNotFound.because(message, field="model")
+            raise no_model(name, self._catalogue.models)
         return match
 
     def entry(self, name: str | None) -> Entry:

@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from functools import partial
-from typing import Any, Final, Generic, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, Unpack
 
 from orchestrator.base import workers
 from orchestrator.errors import DeadlineExceeded
@@ -41,6 +41,9 @@ from orchestrator.runtime.orchestrator import (
 )
 from orchestrator.runtime.ports import LogPosition
 
+if TYPE_CHECKING:
+    from orchestrator.pool.remote import AsyncRemoteModelPool, RemoteModelPool
+
 _LOG_INTERVAL_S: Final = 0.1
 P = TypeVar("P", bound=PoolFacade[Any])
 
@@ -57,6 +60,23 @@ class ModelPool(PoolFacade[Orchestrator]):
     """
 
     _facade = Orchestrator
+
+    @staticmethod
+    def connect(url: str, api_key: str | None = None) -> RemoteModelPool:
+        """Return the pool of a running service, with the same methods and errors.
+
+        For further workers, notebooks and other machines. Nothing is sent before the first call.
+
+        Args:
+            url: Of the service, e.g. `http://127.0.0.1:8642`.
+            api_key: One of its API keys, if it has any.
+
+        Raises:
+            InvalidRequest: the URL or the key cannot be used; `field` says which.
+        """
+        from orchestrator.pool.remote import RemoteModelPool
+
+        return RemoteModelPool(url, api_key)
 
     def start(self) -> Self:
         """Claim the slots, adopt what was kept, and begin the preloads. May be called again.
@@ -187,6 +207,13 @@ class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
     """
 
     _facade = AsyncOrchestrator
+
+    @staticmethod
+    def connect(url: str, api_key: str | None = None) -> AsyncRemoteModelPool:
+        """Return the pool of a running service; see `ModelPool.connect`."""
+        from orchestrator.pool.remote import AsyncRemoteModelPool
+
+        return AsyncRemoteModelPool(url, api_key)
 
     async def start(self) -> Self:
         """Claim the slots; see `ModelPool.start`."""

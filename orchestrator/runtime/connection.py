@@ -9,21 +9,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Mapping
 from concurrent.futures import Future
 from functools import partial
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from orchestrator.base import workers
 from orchestrator.base.addresses import is_loopback
 from orchestrator.runtime.answers import LoadProgress, PastLoad, Status
 from orchestrator.runtime.asks import Ask, events_of, past_loads, quick, strings_in
 from orchestrator.runtime.events import Event
-from orchestrator.runtime.service import Exchange, Lines, Service
+from orchestrator.runtime.service import Exchange, Json, Lines, Service
 from orchestrator.server.output import MAX_LINES
 
 _T = TypeVar("_T")
 MAX_LOADS: Final = 256
+_PATHS: Final = ("model_path", "mmproj_path")
 STATUS: Final = quick("/status", Status.from_dict)
 
 
@@ -99,6 +100,11 @@ class Connection:
         """
         is_here = is_loopback(self.service.base.hostname or "")
         return os.path.abspath(path) if is_here and os.path.exists(path) else path
+
+    def located(self, fields: Mapping[str, Any]) -> Json:
+        """Return the fields of a load with paths as `from_here` makes them."""
+        paths = {name: fields[name] for name in _PATHS if fields.get(name) is not None}
+        return {**fields, **{name: self.from_here(os.fspath(one)) for name, one in paths.items()}}
 
     def _exchange(self, ask: Ask[_T]) -> Exchange:
         path = self.prefix + ask.path

@@ -95,11 +95,7 @@ class _Remote(RemoteSlot):
         return Ask("POST", path, parse, self._body(request))
 
     def _body(self, request: Any) -> Json:
-        body = {**request.as_dict(), "hf_token": request.hf_token}
-        for name in ("model_path", "mmproj_path"):
-            if body[name] is not None:
-                body[name] = self._connection.from_here(body[name])
-        return body
+        return self._connection.located({**request.as_dict(), "hf_token": request.hf_token})
 
     def _leased(self, status: Status) -> LeasedServer | None:
         """Return the server of a status; None while a load is in flight or a restart is due.
