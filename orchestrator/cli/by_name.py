@@ -29,7 +29,9 @@ def by_hand(
     others += ["llama_extra_args"] * (bool(options.flags_given()) or clear_args)
     if others:
         named = ", ".join(others)
-        raise click.UsageError(f"This service is a pool: its catalogue has the {named} of a model.")
+        raise click.UsageError(
+            f"The service is a pool, whose catalogue sets {named}: leave it out."
+        )
     return name, cast("HandFields", given)
 
 

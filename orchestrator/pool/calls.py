@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final, Generic, Literal, TypeVar
+from typing import Any, Final, Generic, Literal, TypeVar, overload
 
 from orchestrator.base import log
 from orchestrator.base.log import event_log
@@ -296,8 +296,19 @@ class PoolFacade(Generic[F]):
         """The models as they are now."""
         return self._catalogue
 
-    def status(self) -> PoolStatus:
-        """Return the budget, every model and who waits. Never blocks."""
+    @overload
+    def status(self, name: None = None) -> PoolStatus: ...
+    @overload
+    def status(self, name: str) -> Status: ...
+    def status(self, name: str | None = None) -> PoolStatus | Status:
+        """Return the budget, every model and who waits; with a name, the slot of that model. Never
+        blocks.
+
+        Raises:
+            ModelNotFound: there is no such model.
+        """
+        if name is not None:
+            return self.slot_status(self._match(name).entry.name)
         seen = PoolSnapshot(self._ctx, self._clock())
         models = [self._model_status(entry, seen) for entry in self._catalogue.models.values()]
         waiting = waiting_of(seen.ctx, seen.now)

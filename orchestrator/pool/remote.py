@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping
 from functools import partial
-from typing import Any, Final, Self, Unpack
+from typing import Any, Final, Self, Unpack, overload
 from urllib.parse import quote
 
 from orchestrator.base import workers
@@ -20,9 +20,9 @@ from orchestrator.machine.states import State
 from orchestrator.pool.by_hand import HandFields
 from orchestrator.pool.catalogue import Changes, no_model
 from orchestrator.pool.status import ModelStatus, PoolStatus
-from orchestrator.runtime.answers import LeasedServer, LoadOutcome, UnloadOutcome
+from orchestrator.runtime.answers import LeasedServer, LoadOutcome, Status, UnloadOutcome
 from orchestrator.runtime.asks import Ask, generation_in, quick
-from orchestrator.runtime.connection import Connected, Connection, RemoteSlot
+from orchestrator.runtime.connection import STATUS, Connected, Connection, RemoteSlot
 from orchestrator.runtime.events import Event
 from orchestrator.runtime.service import Service
 
@@ -46,9 +46,13 @@ class _RemotePool(Connected):
         """
         super().__init__(Connection(Service(url, api_key), _PREFIX))
 
-    def status(self) -> PoolStatus:
-        """Return the budget, every model and who waits; see `ModelPool.status`."""
-        return self._connection.now(_STATUS)
+    @overload
+    def status(self, name: None = None) -> PoolStatus: ...
+    @overload
+    def status(self, name: str) -> Status: ...
+    def status(self, name: str | None = None) -> PoolStatus | Status:
+        """Return the budget, every model and who waits, or one slot; see `ModelPool.status`."""
+        return self._connection.now(_STATUS) if name is None else self._at(name).now(STATUS)
 
     def model_status(self, name: str) -> ModelStatus:
         """Return one model, by any of its names. Raises ModelNotFound."""

@@ -82,6 +82,7 @@ def test_answers_are_those_of_the_pool_itself(served: Served) -> None:
     assert remote.load("org/chat:tag:hot").evicted == ["other"]
     for name in ("chat", "chat:hot", "org/chat:tag"):
         assert same_but_for_time(remote.model_status(name), pool.model_status(name))
+        assert same_but_for_time(remote.status(name), pool.status(name))
     view = remote["org/chat:tag"]
     assert view.name == "chat"
     assert same_but_for_time(view.status(), pool.slot_status("chat"))
@@ -174,6 +175,7 @@ def test_a_catalogue_is_read_again_through_the_service(
         (lambda pool: pool.load("gone"), ModelNotFound, "model"),
         (lambda pool: pool.load("org/gone"), ModelNotFound, "model"),
         (lambda pool: pool["gone"], ModelNotFound, "model"),
+        (lambda pool: pool.status("gone"), ModelNotFound, "model"),
         (lambda pool: pool.lease("gone").__enter__(), ModelNotFound, "model"),
         (lambda pool: pool.load("elsewhere"), InvalidRequest, "model"),
         (lambda pool: pool.load("chat", force_relaod=True), MalformedRequest, "force_relaod"),
