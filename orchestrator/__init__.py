@@ -58,6 +58,12 @@ if TYPE_CHECKING:
     from orchestrator.models.variants import Variant
     from orchestrator.pool.catalogue import Changes
     from orchestrator.pool.pool import AsyncModelPool, AsyncModelView, ModelPool, ModelView
+    from orchestrator.pool.remote import (
+        AsyncRemoteModelPool,
+        AsyncRemoteModelView,
+        RemoteModelPool,
+        RemoteModelView,
+    )
     from orchestrator.pool.status import ModelStatus, PoolStatus
     from orchestrator.runtime.answers import (
         LeasedServer,
@@ -84,6 +90,8 @@ __all__ = [
     "AsyncModelPool",
     "AsyncModelView",
     "AsyncOrchestrator",
+    "AsyncRemoteModelPool",
+    "AsyncRemoteModelView",
     "AsyncRemoteOrchestrator",
     "Busy",
     "CacheDirError",
@@ -125,6 +133,8 @@ __all__ = [
     "Problem",
     "RefusedArgument",
     "ReloadReason",
+    "RemoteModelPool",
+    "RemoteModelView",
     "RemoteOrchestrator",
     "RestartPolicy",
     "ServerExited",
@@ -164,6 +174,7 @@ _HOMES = {
     "models.variants": "Variant",
     "pool.catalogue": "Changes",
     "pool.pool": "AsyncModelPool AsyncModelView ModelPool ModelView",
+    "pool.remote": ("AsyncRemoteModelPool AsyncRemoteModelView RemoteModelPool RemoteModelView"),
     "pool.status": "ModelStatus PoolStatus",
     "settings.fields": "LoadFields",
     "settings.memory": "Memory",

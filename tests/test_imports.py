@@ -16,6 +16,7 @@ from tests.kit.dependencies import EVERYTHING, ROOT, declared, floor
 
 PACKAGE = ROOT / "orchestrator"
 EXTRAS = {
+    "cli/yaml_file.py": "yaml",
     "cli/": "cli",
     "demo/": "demo",
     "http/": "http",

@@ -5,26 +5,23 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from orchestrator.cli import INTERRUPTED, options
-from orchestrator.cli.client import remote_command
+from orchestrator.cli import INTERRUPTED, by_name, options
 from orchestrator.cli.conversation import Answer, ask
 from orchestrator.cli.loading import loading_shown
 from orchestrator.cli.output import Failure, say, say_json, say_piece
-from orchestrator.runtime.remote import RemoteOrchestrator
+from orchestrator.cli.services import MODEL, Served, remote_command
 from orchestrator.runtime.service import Service
 
 
-@remote_command(*options.MODEL, *options.START, cls=options.ModelCommand)
-def chat(*, remote: RemoteOrchestrator, as_json: bool, **fields: Any) -> int:
+@remote_command(*MODEL, *options.START, cls=options.ModelCommand)
+def chat(*, served: Served, as_json: bool, **fields: Any) -> int:
     """Talk to the loaded model; with MODEL, load that first. Ctrl-D ends the conversation.
 
-    Ctrl-C stops an answer. Reads one message a line, and works in a pipe too.
+    Ctrl-C stops an answer. Reads one message a line, and works in a pipe too. Where the service is
+    a pool, MODEL is a name of its catalogue, with or without a preset.
     """
-    if fields["model"] or fields["model_option"]:
-        with loading_shown(remote, is_silent=as_json):
-            remote.load(options.load_request(**fields))
-    with remote.lease() as server:
-        service = Service(remote.url, server.api_key)
+    request = _made_ready(served, fields, as_json=as_json)
+    service = Service(served.url, served.orch.api_key)
     messages: list[dict[str, str]] = []
     while True:
         try:
@@ -38,7 +35,7 @@ def chat(*, remote: RemoteOrchestrator, as_json: bool, **fields: Any) -> int:
         messages.append({"role": "user", "content": text})
         pieces: list[str] = []
         try:
-            answer = _answered(service, messages, pieces, as_json=as_json)
+            answer = _answered(service, {**request, "messages": messages}, pieces, as_json=as_json)
         except KeyboardInterrupt:
             say("", ("  stopped", "dim"))
         except Failure as error:
@@ -48,15 +45,30 @@ def chat(*, remote: RemoteOrchestrator, as_json: bool, **fields: Any) -> int:
         messages.append({"role": "assistant", "content": "".join(pieces)})
 
 
+def _made_ready(served: Served, fields: dict[str, Any], *, as_json: bool) -> dict[str, Any]:
+    """Load the model that is named, and return what every request says besides its messages."""
+    if served.pool is not None:
+        name, _ = by_name.by_hand(**fields)
+        if name is None:
+            return {}  # the default answers
+        with loading_shown(served.slot(name), is_silent=as_json), served.pool.lease(name):
+            return {"model": name}
+    if fields["model"] or fields["model_option"]:
+        with loading_shown(served.orch, is_silent=as_json):
+            served.orch.load(options.load_request(**fields))
+    with served.orch.lease():
+        return {}
+
+
 def _answered(
-    service: Service, messages: list[dict[str, str]], pieces: list[str], *, as_json: bool
+    service: Service, request: dict[str, Any], pieces: list[str], *, as_json: bool
 ) -> Answer:
     def take(piece: str) -> None:
         pieces.append(piece)
         if not as_json:
             say_piece(piece)
 
-    return ask(service, {"messages": messages}, on_text=take)
+    return ask(service, request, on_text=take)
 
 
 def _say_speed(text: str, answer: Answer, *, as_json: bool) -> None:

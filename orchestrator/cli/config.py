@@ -51,6 +51,10 @@ class Settings(BaseModel):
         extra="forbid", strict=True, use_attribute_docstrings=True
     )
 
+    models: Annotated[_Text, _Flag(is_path=True, metavar="FILE")] = _UNSET
+    """Catalogue of a pool: serve its models by name, each loaded when it is needed."""
+    watch: bool = False
+    """Read the catalogue again when its file has changed."""
     llama_server: Annotated[_Text, _Flag(is_path=True, metavar="auto|embedded|PATH")] = "auto"
     """Server to start; auto = $LLAMA_SERVER_PATH, then PATH, then embedded."""
     host: _Text = "127.0.0.1"

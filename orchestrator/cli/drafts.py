@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from orchestrator.base.log import escaped
@@ -15,12 +16,11 @@ from orchestrator.pool.places import KeyPath, dotted
 
 _UNUSABLE: Final = re.compile(r"[^A-Za-z0-9._-]+")
 _LONGEST: Final = 64
-_POOL: Final = """\
-[pool]
-# memory = "12 GiB"    # what models may take in all; default: what is free when the pool starts
-# default = "NAME"     # the model for requests that name none
-# preload = ["NAME"]   # loaded at the start
-"""
+_POOL: Final = {
+    "memory": '"12 GiB"    # what models may take in all; default: what is free at the start',
+    "default": '"NAME"     # the model for requests that name none',
+    "preload": '["NAME"]   # loaded at the start',
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Draft:
     """
 
     name: str
-    members: Mapping[str, Any]
+    members: dict[str, Any]
     comments: list[str] = field(default_factory=list)
 
 
@@ -47,18 +47,24 @@ def unique_name(wanted: str, taken: Collection[str]) -> str:
     return made
 
 
-def toml_text(drafts: list[Draft], remarks: Collection[str] = ()) -> str:
+def toml_text(
+    drafts: Collection[Draft],
+    remarks: Collection[str] = (),
+    pool: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
     """Return the text of a catalogue.
 
     Args:
         remarks: Lines above everything.
+        pool: The keys of `[pool]`.
     """
     lines = [
         "# The models of a pool; docs/catalogue.md lists every key.",
         "# `llama-orchestrator models check` checks this file, `serve --models` serves it.",
         *map(_comment, remarks),
         "",
-        *_POOL.splitlines(),
+        *_table(("pool",), pool, ()),
+        *(f"# {key} = {hint}" for key, hint in _POOL.items() if key not in pool),
     ]
     for draft in drafts:
         lines += ["", *_table(("models", draft.name), draft.members, draft.comments)]

@@ -17,6 +17,7 @@ from orchestrator.runtime.events import Event
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from orchestrator.pool.remote import RemoteModelView
     from orchestrator.runtime.remote import RemoteOrchestrator
 
 _LAST_LINE_S: Final = 1.0
@@ -65,12 +66,12 @@ class LoadView:
 
 
 @contextlib.contextmanager
-def loading_shown(remote: RemoteOrchestrator, *, is_silent: bool) -> Iterator[None]:
-    """Show what happens in a service until the block ends, and its last transition."""
+def loading_shown(slot: RemoteOrchestrator | RemoteModelView, *, is_silent: bool) -> Iterator[None]:
+    """Show what happens in a slot until the block ends, and its last transition."""
     if is_silent:
         yield
         return
-    events = remote.events(progress=True)  # before the load, so that none is missed
+    events = slot.events(progress=True)  # before the load, so that none is missed
     view, changed = LoadView(), threading.Condition()
     last = State.IDLE
     is_over = False

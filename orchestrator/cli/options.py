@@ -7,7 +7,7 @@ click never sees those, because its prefix rules would read `-mg 0` as `-m g`.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +23,7 @@ DEFAULT_PORT: Final = 8642
 DEFAULT_URL: Final = f"http://127.0.0.1:{DEFAULT_PORT}"
 API_KEY_VARIABLE: Final = "LLAMA_ORCHESTRATOR_API_KEY"
 _FLAGS: Final = "llama_server_flags"
+Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 
 class ModelCommand(click.Command):
@@ -114,25 +115,42 @@ def complete_model(
     return [*repos, CompletionItem(begun, type="file")]
 
 
-MODEL_ARGUMENT: Final = click.Argument(["model"], required=False, shell_complete=complete_model)
-MODEL: Final = (
-    MODEL_ARGUMENT,
-    click.Option(
-        ["-m", "--model", "model_option"],
-        metavar="MODEL",
-        shell_complete=complete_model,
-        help="A .gguf file, a folder, or owner/name[:VARIANT] on the Hub.",
-    ),
-    *(setting(name) for name in _OPTIONAL if type_of(name) is not bool),
-    click.Option(
-        ["--chat-template-file", "chat_template_override"],
-        type=_read,
-        metavar="F",
-        help="File with a Jinja template; default: the model's own.",
-    ),
-    *HUB,
-)
+def model_options(complete: Complete) -> tuple[click.Parameter, ...]:
+    """Return MODEL and the settings of a load; MODEL comes first."""
+    return (
+        click.Argument(["model"], required=False, shell_complete=complete),
+        click.Option(
+            ["-m", "--model", "model_option"],
+            metavar="MODEL",
+            shell_complete=complete,
+            help="A .gguf file, a folder, or owner/name[:VARIANT] on the Hub.",
+        ),
+        *(setting(name) for name in _OPTIONAL if type_of(name) is not bool),
+        click.Option(
+            ["--chat-template-file", "chat_template_override"],
+            type=_read,
+            metavar="F",
+            help="File with a Jinja template; default: the model's own.",
+        ),
+        *HUB,
+    )
+
+
+MODEL: Final = model_options(complete_model)
+MODEL_ARGUMENT: Final = MODEL[0]
 START: Final = tuple(setting(name) for name in _OPTIONAL if type_of(name) is bool)
+
+
+def one_of(model: str | None, model_option: str | None) -> str | None:
+    """Return the MODEL of a command line, which may be a word or an option."""
+    if model and model_option:
+        raise click.UsageError("MODEL is given twice: give it as a word or with -m.")
+    return model or model_option
+
+
+def flags_given() -> list[str]:
+    """Return the flags of llama-server on the command line."""
+    return list(click.get_current_context().meta.get(_FLAGS, ()))
 
 
 def load_request(
@@ -141,16 +159,14 @@ def load_request(
     **fields: Any,
 ) -> LoadRequest:
     """Build the request of a command line."""
-    if model and model_option:
-        raise click.UsageError("MODEL is given twice: give it as a word or with -m.")
-    path = model or model_option
+    path = one_of(model, model_option)
     if not path:
         raise click.UsageError(
             "MODEL is missing: give it before any llama-server flag, or with -m MODEL."
         )
     members = {name: value for name, value in fields.items() if value is not None}
     members["model_path"] = path
-    if flags := click.get_current_context().meta.get(_FLAGS):
+    if flags := flags_given():
         members["llama_extra_args"] = tuple(flags)
     try:
         return LoadRequest.from_dict(members)

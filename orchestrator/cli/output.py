@@ -155,9 +155,9 @@ def mib_text(mib: int) -> str:
     return byte_text(mib << 20)
 
 
-def state_part(state: str) -> Part:
+def state_part(state: str, width: int = 0) -> Part:
     """Return the name of a state in its color."""
-    return state, _STYLES_AND_MEANINGS[State(state)][0]
+    return f"{state:<{width}}", _STYLES_AND_MEANINGS[State(state)][0]
 
 
 def state_line(at_ms: float, state: State, pid: int | None) -> tuple[Part, ...]:

@@ -1,9 +1,10 @@
-"""`serve` and `run`: an orchestrator in this process behind HTTP, until a signal.
+"""`serve` and `run`: an orchestrator, or a pool, in this process behind HTTP, until a signal.
 
-The orchestrator is closed before the HTTP server: closing ends event streams and waiting loads,
-and no client may see the end of the service while llama-server is alive. SIGINT ends with 130,
-SIGTERM and SIGHUP with 0; no server is left in any case. A signal that was ignored at the start, as
-under `nohup` or in the background of a shell, stays ignored.
+It is closed before the HTTP server: closing ends event streams and waiting loads, and no client may
+see the end of the service while a llama-server is alive. SIGINT ends with 130, SIGTERM and SIGHUP
+with 0; no server is left in any case. Of a pool without a controlling terminal SIGHUP reads the
+catalogue again. A signal that was ignored at the start, as under `nohup` or in the background of a
+shell, stays ignored.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ import gc
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 import uvloop
+from click.core import ParameterSource
 
 from orchestrator.base.addresses import is_loopback
 from orchestrator.cli import INTERRUPTED, config, logs, options
-from orchestrator.cli.client import say_clients, say_loaded
+from orchestrator.cli.answers import say_clients, say_loaded
 from orchestrator.cli.loading import LoadView
 from orchestrator.cli.output import (
     Failure,
@@ -33,8 +35,10 @@ from orchestrator.cli.output import (
     say_field,
     say_json,
 )
-from orchestrator.errors import InvalidRequest, OrchestratorError, Superseded
+from orchestrator.cli.reloading import Reloader, has_terminal
+from orchestrator.errors import InvalidCatalogue, InvalidRequest, OrchestratorError, Superseded
 from orchestrator.machine.states import State
+from orchestrator.pool.pool import AsyncModelPool
 from orchestrator.runtime.answers import LoadOutcome
 from orchestrator.runtime.orchestrator import AsyncOrchestrator
 from orchestrator.settings.request import LoadRequest
@@ -49,9 +53,15 @@ _BAR_EVERY_S: Final = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What both commands serve, where, and to whom."""
+    """What both commands serve, where, and to whom.
 
-    orch: AsyncOrchestrator
+    Attributes:
+        owner: Of the servers.
+        reloader: Reads the catalogue of a pool again; an orchestrator has none.
+    """
+
+    owner: AsyncOrchestrator | AsyncModelPool
+    reloader: Reloader | None
     listener: socket.socket
     api_keys: tuple[str, ...]
     allowed_hosts: frozenset[str]
@@ -71,7 +81,9 @@ class Service:
 
 @click.command(params=[config.config_option(), *config.SERVING, options.JSON])
 def serve(**given: Any) -> int:
-    """Serve the API, with no model loaded, until Ctrl-C."""
+    """Serve the API until Ctrl-C: with no model loaded, or the models of a catalogue by name."""
+    if given["watch"] and given["models"] is None:
+        raise click.UsageError("--watch needs --models: without a catalogue nothing is read again.")
     return _run(None, "info", **given)
 
 
@@ -82,6 +94,10 @@ def run(**given: Any) -> int:
     Flags that are not listed here go to llama-server, e.g. --top-k 20 --seed 42.
     """
     serving = {name: given.pop(name) for name in {*config.PARAMETERS.values(), "as_json"}}
+    source = click.get_current_context().get_parameter_source("models")
+    if source is ParameterSource.COMMANDLINE:
+        raise click.UsageError("run loads one model: serve --models FILE serves a catalogue.")
+    serving |= {"models": None, "watch": False}
     return _run(options.load_request(**given), "warning", **serving)
 
 
@@ -109,6 +125,8 @@ def _service(
     as_json: bool,
     quiet: bool,
     hang_timeout_s: float,
+    models: str | None,
+    watch: bool,
     **for_orchestrator: Any,
 ) -> Iterator[Service]:
     """Check everything that can be checked before anything is started, and listen."""
@@ -124,12 +142,15 @@ def _service(
     try:
         hosts = checked_hosts((host, *allowed_hosts))
         given = {name: value for name, value in for_orchestrator.items() if value is not None}
-        orch = AsyncOrchestrator(**given)
+        reloader = None if models is None else Reloader(models, watches=watch)
+        owner = AsyncOrchestrator(**given) if models is None else AsyncModelPool(models, **given)
+    except InvalidCatalogue as error:
+        raise Failure(error.problem.as_dict()) from error
     except InvalidRequest as error:
         raise click.UsageError(error.message) from error
     with _listen(host, port) as listener:
         try:
-            yield Service(orch, listener, keys, hosts, as_json, quiet)
+            yield Service(owner, reloader, listener, keys, hosts, as_json, quiet)
         except OrchestratorError as error:
             if isinstance(error, InvalidRequest) and error.field == "slot":  # checked at start
                 raise click.UsageError(error.message) from error
@@ -155,30 +176,39 @@ def _listen(host: str, port: int) -> socket.socket:
 
 async def _serve(service: Service, request: LoadRequest | None) -> int:
     """Serve until a signal; with a request, load that first and end if it fails."""
-    loop = asyncio.get_running_loop()
+    loop, owner = asyncio.get_running_loop(), service.owner
     stopped: asyncio.Future[int] = loop.create_future()
 
     def stop(signum: int) -> None:
         if not stopped.done():
             stopped.set_result(signum)
 
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    handlers: dict[int, Callable[[int], object]] = dict.fromkeys(
+        (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), stop
+    )
+    if (reloader := service.reloader) is not None and not has_terminal():
+        handlers[signal.SIGHUP] = reloader.ask
+    for signum, handler in handlers.items():
         if signal.getsignal(signum) is not signal.SIG_IGN:
-            loop.add_signal_handler(signum, stop, signum)
+            loop.add_signal_handler(signum, handler, signum)
     http = _http_server(service)
     gc.freeze()  # a full collection over all that stays would hold up every request for 30 ms
     tasks: list[asyncio.Task[Any]] = []
     try:
-        await service.orch.start()
+        await owner.start()
         tasks.append(asyncio.create_task(http.serve(sockets=[service.listener])))
+        if reloader is not None and isinstance(owner, AsyncModelPool):
+            tasks.append(asyncio.create_task(reloader.run(owner)))
         if request is None or not service.as_json:
             _announce(service)
-        if request is not None:
-            await _load(service, request, stopped, tasks)
+        if request is not None and isinstance(owner, AsyncOrchestrator):
+            await _load(service, owner, request, stopped, tasks)
         return INTERRUPTED if await stopped == signal.SIGINT else 0
     finally:
-        await service.orch.close()
+        await owner.close()
         http.should_exit = True
+        if reloader is not None:
+            reloader.close()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
@@ -188,8 +218,10 @@ def _http_server(service: Service) -> uvicorn.Server:
     from orchestrator.http import create_app
     from orchestrator.http.connections import IDLE_S, BoundedProtocol
 
+    is_pool = isinstance(service.owner, AsyncModelPool)
+    served: dict[str, Any] = {"pool" if is_pool else "orch": service.owner}
     app = create_app(
-        service.orch,
+        **served,
         api_keys=service.api_keys,
         allowed_hosts=service.allowed_hosts,
         end_on_signals=False,
@@ -212,13 +244,14 @@ def _http_server(service: Service) -> uvicorn.Server:
 
 async def _load(
     service: Service,
+    orch: AsyncOrchestrator,
     request: LoadRequest,
     stopped: asyncio.Future[int],
     tasks: list[asyncio.Task[Any]],
 ) -> None:
     """Load until settled or stopped, and print every transition until the orchestrator closes."""
-    loading = asyncio.create_task(service.orch.load(request))
-    tasks += [asyncio.create_task(_print_transitions(service, loading)), loading]
+    loading = asyncio.create_task(orch.load(request))
+    tasks += [asyncio.create_task(_print_transitions(service, orch, loading)), loading]
     either: set[asyncio.Future[Any]] = {loading, stopped}
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
@@ -232,15 +265,17 @@ async def _load(
         say_json({"url": service.url, "outcome": outcome.as_dict()}, one_line=True)
 
 
-async def _print_transitions(service: Service, loading: asyncio.Task[LoadOutcome]) -> None:
+async def _print_transitions(
+    service: Service, orch: AsyncOrchestrator, loading: asyncio.Task[LoadOutcome]
+) -> None:
     is_shown = service.is_silent
     view = LoadView(time.time())
-    bar = asyncio.create_task(_show_bytes(service, view))
+    bar = asyncio.create_task(_show_bytes(service, orch, view))
     try:
-        async for event in service.orch.events(after=0):
+        async for event in orch.events(after=0):
             if not service.is_silent:
                 view.transition(event)
-            if event.trigger == "exited" and (exit_ := service.orch.status().last_exit):
+            if event.trigger == "exited" and (exit_ := orch.status().last_exit):
                 say(f"  the server exited by itself, status {exit_.returncode}", stderr=True)
             if event.trigger == "hung":
                 say("  the server hung: it neither answered nor worked", stderr=True)
@@ -255,9 +290,9 @@ async def _print_transitions(service: Service, loading: asyncio.Task[LoadOutcome
         view.end_bar()
 
 
-async def _show_bytes(service: Service, view: LoadView) -> None:
+async def _show_bytes(service: Service, orch: AsyncOrchestrator, view: LoadView) -> None:
     while not service.is_silent:
-        view.progress(service.orch.progress())
+        view.progress(orch.progress())
         await asyncio.sleep(_BAR_EVERY_S)
 
 
@@ -266,4 +301,6 @@ def _announce(service: Service) -> None:
         say_json({"url": service.url}, one_line=True)
     elif not service.quiet:
         say_field("API", (service.url, "bold"), ("  panel: /  docs: /docs  Ctrl-C stops", "dim"))
+        if isinstance(service.owner, AsyncModelPool):
+            say_field("models", ", ".join(service.owner.catalogue.models) or "none")
         say_clients(service.url)

@@ -15,21 +15,23 @@ from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Respons
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.responses import StreamingResponse
 
-import orchestrator
 from orchestrator.base import workers
 from orchestrator.base.threads import NoThread
 from orchestrator.errors import NotLoaded, OrchestratorError, ShuttingDown
 from orchestrator.http import metrics, openapi, pages, schemas
 from orchestrator.http.bodies import json_body, validated, while_connected
-from orchestrator.http.guards import PROBED_PATHS, guard, keys, limits, origins
+from orchestrator.http.frame import framed, is_exposed
+from orchestrator.http.guards import limits, origins
 from orchestrator.http.openapi import documented
-from orchestrator.http.passthrough import HELD_S, MAX_HELD, PassThrough, below
+from orchestrator.http.passthrough import HELD_S, MAX_HELD, PassThrough
+from orchestrator.http.pool.app import pool_app
 from orchestrator.http.problems import Responder
 from orchestrator.http.shutdown import HOST, Shutdown
 from orchestrator.machine import diagram
 from orchestrator.machine.commands import CancelAnswer
 from orchestrator.machine.plan import Plan
 from orchestrator.machine.states import State
+from orchestrator.pool.pool import AsyncModelPool
 from orchestrator.runtime import answers
 from orchestrator.runtime.orchestrator import AsyncOrchestrator
 from orchestrator.server.output import MAX_LINES
@@ -44,6 +46,7 @@ _Requested = Callable[[Request], Awaitable[LoadRequest]]
 def create_app(
     orch: AsyncOrchestrator | None = None,
     *,
+    pool: AsyncModelPool | None = None,
     api_keys: Iterable[str] = (),
     allowed_hosts: Iterable[str] = (),
     max_body_bytes: int = limits.MAX_BODY_BYTES,
@@ -52,63 +55,57 @@ def create_app(
     end_on_signals: bool = True,
     **orchestrator_options: Any,
 ) -> FastAPI:
-    """Return an app whose lifespan starts the orchestrator and closes it.
+    """Return an app whose lifespan starts the orchestrator, or the pool, and closes it.
 
     Args:
         orch: The orchestrator to serve; None makes one of `orchestrator_options`.
+        pool: The pool to serve in place of an orchestrator; see docs/pool.md.
         api_keys: If given, every request needs one, as a Bearer token or in `X-Api-Key`, except for
             the health routes and the panel's files.
         allowed_hosts: Host names of the service besides `localhost` and IP addresses. Requests for
             other names, and requests of web pages of another origin, are refused.
         max_body_bytes: The largest body that a request may have.
-        held_s: Seconds that a request below `/v1` waits for a load in flight.
-        max_held: How many requests may wait.
+        held_s: Seconds that a request below `/v1` waits for a load in flight; those of a pool
+            are in its catalogue.
+        max_held: How many requests may wait; as above.
         end_on_signals: End event streams, followed logs and waits at SIGINT and SIGTERM, because
             an ASGI server waits for them before it ends the lifespan. Without it, close the
             orchestrator before you stop the server.
         **orchestrator_options: As for `AsyncOrchestrator`.
 
     Raises:
-        TypeError: both an orchestrator and options for one.
+        TypeError: more than one of a pool, an orchestrator, and options for one.
         InvalidRequest: an option cannot be used.
     """
+    hosts = origins.checked_hosts(allowed_hosts)
+    around: dict[str, Any] = {
+        "api_keys": tuple(api_keys),
+        "hosts": hosts,
+        "max_body_bytes": max_body_bytes,
+    }
+    shutdown = HOST if end_on_signals else Shutdown()
+    if pool is not None:
+        if orch is not None or orchestrator_options:
+            raise TypeError("give a pool, an orchestrator, or the options for one")
+        return pool_app(pool, shutdown, around)
     if orch is not None and orchestrator_options:
         raise TypeError("give an orchestrator or the options for one, not both")
-    api_keys = tuple(api_keys)
     orch = orch or AsyncOrchestrator(**orchestrator_options)
-    shutdown = HOST if end_on_signals else Shutdown()
     passed_on = PassThrough(orch, held_s=held_s, max_held=max_held, shutdown=shutdown)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await passed_on.close()
-
-    app = FastAPI(
-        docs_url=None,  # its page would load scripts of another host
-        redoc_url=None,
-        title="llama-orchestrator",
-        description=openapi.DESCRIPTION,
-        version=orchestrator.__version__,
-        lifespan=lifespan,
-    )
     responder = Responder(orch.known_paths)
-    responder.install(app)
-    hosts = origins.checked_hosts(allowed_hosts)
-    is_exposed = bool(api_keys) or origins.has_foreign_name(hosts)
-    app.include_router(_routes(orch, shutdown, is_exposed=is_exposed))
-    app.include_router(_health(orch, responder, lambda: passed_on.held))
-    app.router.routes.extend(pages.routes())
-    openapi.complete(app, needs_key=bool(api_keys))
-    app.add_middleware(below, prefix="/v1/", other=passed_on)
-    app.add_middleware(limits.limit_body, max_bytes=max_body_bytes)
-    checks = [origins.refuse_foreign(hosts)]
-    if api_keys:
-        checks.append(keys.require_key(api_keys))
-    not_stored = (PREFIX, "/metrics", *PROBED_PATHS)
-    app.add_middleware(guard, checks=checks, not_stored=not_stored)
-    app.add_middleware(limits.linger)
-    return app
+    exposed = is_exposed(around["api_keys"], hosts)
+    return framed(
+        [
+            _routes(orch, shutdown, is_exposed=exposed),
+            _health(orch, responder, lambda: passed_on.held),
+        ],
+        pages.routes(),
+        passed_on,
+        responder,
+        about=openapi.DESCRIPTION,
+        not_stored=(PREFIX, "/metrics"),
+        **around,
+    )
 
 
 def add_error_handlers(app: FastAPI) -> None:

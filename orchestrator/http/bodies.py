@@ -96,6 +96,10 @@ class Client:
     async def _expire(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        self.leave()
+
+    def leave(self) -> None:
+        """End the block: the client has disconnected."""
         self._scope.reschedule(0.0)
 
     @contextlib.asynccontextmanager

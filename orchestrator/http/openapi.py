@@ -24,6 +24,13 @@ Failures are problem documents (RFC 9457): `category` names the failure, `detail
 what to do. `/v1/*` is passed to the running server; its failures are OpenAI's. HEAD is answered
 wherever GET is.
 """
+OF_POOL: Final = """\
+Owns several `llama-server` processes, one for each model, and loads what requests name.
+
+Failures are problem documents (RFC 9457): `category` names the failure, `detail` describes it and
+what to do. `/v1/*` goes to the model that its `model` names; its failures are OpenAI's. HEAD is
+answered wherever GET is.
+"""
 _ALWAYS: Final = (400, 401, 403, 500)  # no Host, no key, a page of another origin, a bug
 _BODY: Final = (408, 413, 422)
 

@@ -50,6 +50,9 @@ _OPENAI_TYPES: Final = {
     **dict.fromkeys((429, 503, 504), "unavailable_error"),
 }
 
+_HOPELESS: Final = frozenset({400, 401, 403, 404, 405, 409, 413, 422, 424, 431, 500, 507})
+"""To try again mends nothing, unless the answer says when. OpenAI's clients would, twice."""
+
 _log = event_log("orchestrator.http")
 
 
@@ -71,7 +74,10 @@ class ProblemResponse(AsciiJSON):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and own_path(scope).startswith("/v1/"):
-            answer = AsciiJSON(_openai_error(self._document), self.status_code, self._given)
+            headers = dict(self._given or {})
+            if self.status_code in _HOPELESS and "Retry-After" not in headers:
+                headers["x-should-retry"] = "false"
+            answer = AsciiJSON(_openai_error(self._document), self.status_code, headers)
             await answer(scope, receive, send)
         else:
             await super().__call__(scope, receive, send)

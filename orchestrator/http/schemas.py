@@ -20,7 +20,8 @@ class Body(BaseModel, extra="forbid", strict=True, protected_namespaces=()):
     """A request body: known fields only, and no value is converted."""
 
 
-def _body_of_settings(title: str, *names: str) -> type[BaseModel]:
+def body_of_settings(title: str, *names: str) -> type[BaseModel]:
+    """Return the body that has these fields of a load."""
     members: dict[str, Any] = {}
     for name in names:
         row = SETTINGS[name]
@@ -36,8 +37,8 @@ def _body_of_settings(title: str, *names: str) -> type[BaseModel]:
     return create_model(title, __base__=Body, **members)
 
 
-LoadBody: Final = _body_of_settings("LoadBody", *SETTINGS)
-VariantsBody: Final = _body_of_settings("VariantsBody", "model_path", "revision", "hf_token")
+LoadBody: Final = body_of_settings("LoadBody", *SETTINGS)
+VariantsBody: Final = body_of_settings("VariantsBody", "model_path", "revision", "hf_token")
 
 
 class UnloadBody(Body):

@@ -7,18 +7,20 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final, Generic, Literal, TypeVar
+from itertools import chain
+from pathlib import Path
+from typing import Any, Final, Generic, Literal, TypeVar, overload
 
 from orchestrator.base import log
 from orchestrator.base.log import event_log
+from orchestrator.base.paths import PathNames
 from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import (
     InvalidRequest,
-    ModelNotFound,
     Problem,
     ShuttingDown,
     WrongProcess,
@@ -35,12 +37,14 @@ from orchestrator.pool.catalogue import (
     catalogue_of,
     difference,
     merge,
+    no_model,
     read_catalogue,
     with_entry,
     without_entry,
 )
 from orchestrator.pool.context import Context, Policy, Turn
 from orchestrator.pool.entries import Entry
+from orchestrator.pool.feed import Feed
 from orchestrator.pool.ledger import NO_LIMIT, Amounts
 from orchestrator.pool.owner import Granted, Lease, PoolCall, PoolOwner, uses_of
 from orchestrator.pool.slots import PoolSlots
@@ -48,12 +52,14 @@ from orchestrator.pool.states import State
 from orchestrator.pool.status import ModelStatus, PoolSnapshot, PoolStatus, devices_of, waiting_of
 from orchestrator.pool.step import step
 from orchestrator.pool.values import budget as checked_budget
-from orchestrator.runtime.answers import LeasedServer, LoadOutcome, Status
+from orchestrator.runtime.answers import LeasedServer, LoadOutcome, LoadProgress, Status
 from orchestrator.runtime.calls import Facade
 from orchestrator.runtime.parts import Parts
+from orchestrator.runtime.ports import LogPosition
 from orchestrator.server.slot import LONGEST_NAME, Slot
 from orchestrator.settings.fields import StrPath
 from orchestrator.settings.memory import total
+from orchestrator.settings.request import LoadRequest
 
 _ADOPTION_S: Final = 15.0
 _SHUTDOWN_S: Final = 120.0
@@ -96,6 +102,7 @@ class PoolFacade(Generic[F]):
             message = "idle_ttl_s belongs into the catalogue, below [pool] or [models.NAME]"
             raise InvalidRequest.because(message, field="idle_ttl_s")
         self._memory = checked_budget("memory", memory)
+        self.feed: Feed = Feed()
         self._is_file = not isinstance(models, Mapping)
         self._catalogue = self._read(models)
         self._runtime: dict[str, Entry] = {}
@@ -113,7 +120,9 @@ class PoolFacade(Generic[F]):
         self._make_owner: Callable[..., PoolOwner] = PoolOwner
         self._owner: PoolOwner | None = None
         self._pid = 0
+        self._folder: Path | None = None
         self._slots: PoolSlots[F] = self._new_slots(lambda _: None)  # before a start
+        self._known: tuple[tuple[object, ...], tuple[PathNames, ...]] | None = None
 
     def _read(self, models: StrPath | Mapping[str, Any]) -> Catalogue:
         if isinstance(models, Mapping):
@@ -122,7 +131,7 @@ class PoolFacade(Generic[F]):
 
     def _new_slots(self, post: Callable[[facts.Fact], None]) -> PoolSlots[F]:
         # The slots must not hold this object: their owner is told when nobody does any more.
-        make = partial(_made, self._make, self._name)
+        make = partial(_made, self._make, self._name, self.feed)
         slots: PoolSlots[F] = PoolSlots(make, post, self._parts.workers(), self._clock)
         slots.entries = self._catalogue.models
         slots.restarts, slots.keeps = self._restart is not None, self._keeps
@@ -151,18 +160,20 @@ class PoolFacade(Generic[F]):
     def _claim(self) -> None:
         slot = self._parts.slot(self._name, self._state_dir)
         slot.claim()
+        self.feed.begin()
         try:
             with no_thread_as_error():
                 owner = self._start_owner(slot)
         except BaseException:
             slot.release()
             raise
-        self._pid = os.getpid()
+        self._pid, self._folder = os.getpid(), slot.directory.parent
         self._owner = owner  # last: other threads read it without the lock
 
     def _start_owner(self, slot: Slot) -> PoolOwner:
         """Find what a dead owner has left, and tell the machine of the catalogue and the budget."""
-        owner = self._make_owner(self._new_slots, self._clock, slot.release)
+        ended = partial(_ended, slot, self.feed)
+        owner = self._make_owner(self._new_slots, self._clock, ended)
         slots = self._slots
         slots.devices = self._scout.devices()
         owner.start(slot.name)
@@ -249,26 +260,39 @@ class PoolFacade(Generic[F]):
 
     # ------------------------------------------------------------------------------------ reading
 
-    def _match(self, name: str | None) -> Match:
+    @property
+    def state_folder(self) -> Path:
+        """The folder of all slots, which is private; once the pool has started."""
+        if self._folder is None:
+            raise ShuttingDown.because("this pool has not started")
+        return self._folder
+
+    def match(self, name: str | None) -> Match:
         """Return the entry that a caller means; None is the default.
 
         Raises:
             ModelNotFound: it lists what there is.
         """
-        names = ", ".join(self._catalogue.models) or "none"
         if name is None:
             if (entry := self._catalogue.default) is not None:
                 return Match(entry)
+            names = ", ".join(self._catalogue.models) or "none"
             message = f"this pool has no default model: name one of {names}"
             raise InvalidRequest.because(message, field="model")
         if (match := self._catalogue.find(name)) is None:
-            message = f"there is no model {name[:200]!r}; the models are: {names}"
-            raise ModelNotFound.because(message, field="model")
+            raise no_model(name, self._catalogue.models)
         return match
+
+    def entry(self, name: str | None) -> Entry:
+        """Return the entry that a name stands for; None is the default. Raises ModelNotFound."""
+        return self.match(name).entry
 
     def _own(self, name: str | None) -> Entry:
         """Return an entry of ours; raises also InvalidRequest for one of another server."""
-        entry = self._match(name).entry
+        return self.check_own(self.match(name).entry)
+
+    def check_own(self, entry: Entry) -> Entry:
+        """Return an entry, unless it is of another server. Raises InvalidRequest."""
         if entry.request is None:
             message = f"{entry.name} is served elsewhere ({entry.base_url}): it is not ours to load"
             raise InvalidRequest.because(message, field="model")
@@ -279,8 +303,19 @@ class PoolFacade(Generic[F]):
         """The models as they are now."""
         return self._catalogue
 
-    def status(self) -> PoolStatus:
-        """Return the budget, every model and who waits. Never blocks."""
+    @overload
+    def status(self, name: None = None) -> PoolStatus: ...
+    @overload
+    def status(self, name: str) -> Status: ...
+    def status(self, name: str | None = None) -> PoolStatus | Status:
+        """Return the budget, every model and who waits; with a name, the slot of that model. Never
+        blocks.
+
+        Raises:
+            ModelNotFound: there is no such model.
+        """
+        if name is not None:
+            return self.slot_status(self.match(name).entry.name)
         seen = PoolSnapshot(self._ctx, self._clock())
         models = [self._model_status(entry, seen) for entry in self._catalogue.models.values()]
         waiting = waiting_of(seen.ctx, seen.now)
@@ -292,7 +327,7 @@ class PoolFacade(Generic[F]):
         Raises:
             ModelNotFound: there is no such model.
         """
-        entry = self._match(name).entry
+        entry = self.match(name).entry
         return self._model_status(entry, PoolSnapshot(self._ctx, self._clock()))
 
     def _model_status(self, entry: Entry, seen: PoolSnapshot) -> ModelStatus:
@@ -301,6 +336,50 @@ class PoolFacade(Generic[F]):
         gate = self._slots.gate(entry.name)
         slot = self._slots.facade(entry.name).status()
         return seen.model(entry, slot, gate.used_at if gate is not None else None)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it has started, the preloads are settled, and no shutdown has begun."""
+        owner = self._owner
+        if owner is None or owner.has_ended or owner.ctx.is_shutting_down:
+            return False
+        return all(waiter.kind != "preload" for waiter in owner.ctx.waiting)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is closed, or about to be."""
+        owner = self._owner
+        return owner is not None and (owner.has_ended or owner.ctx.is_shutting_down)
+
+    def progresses(self) -> Iterator[tuple[str, LoadProgress]]:
+        """Yield the progress of every start in flight that has bytes."""
+        for entry in self._ctx.entries:
+            if entry.state is State.STARTING:
+                step = self._slots.facade(entry.name).progress()
+                if step.bytes_done is not None:
+                    yield entry.name, step
+
+    def next_generation(self, name: str, *, force_reload: bool) -> Generation:
+        """Return the generation that a load would have now, or the one that it would join."""
+        known, newest = self._ctx.find(name), self._slots.generation(name)
+        is_there = known is not None and known.state in (State.STARTING, State.RESIDENT)
+        is_there = is_there and not (force_reload or (known is not None and known.is_changed))
+        return newest if is_there and newest else Generation(newest + 1)
+
+    def log_since(self, name: str, position: LogPosition) -> tuple[LogPosition, tuple[str, ...]]:
+        """Return the output of a model's servers after a position, and the position after that."""
+        return self._slots.facade(name).log_since(position)
+
+    def known_paths(self) -> tuple[PathNames, ...]:
+        """Return the display names of all paths in its answers; see `KnownNames.now`."""
+        facades = (self._scout, *self._slots.facades)
+        parts = (
+            *(facade.known_paths() for facade in facades),
+            tuple(one.failure.names for one in self._ctx.entries if one.failure is not None),
+        )
+        if self._known is None or self._known[0] != parts:
+            self._known = parts, tuple(chain.from_iterable(parts))
+        return self._known[1]
 
     @property
     def _ctx(self) -> Context:
@@ -419,11 +498,20 @@ class PoolFacade(Generic[F]):
 
     # --------------------------------------------------------------------------------- catalogue
 
-    def _add(self, name: str, fields: Mapping[str, Any], *, is_remote: bool = False) -> Entry:
+    def _add(
+        self,
+        name: str,
+        fields: Mapping[str, Any],
+        *,
+        is_remote: bool = False,
+        check: Callable[[LoadRequest], None] | None = None,
+    ) -> Entry:
         owner = self._started()
         with self._life:
             made = with_entry(self._catalogue, name, fields, is_remote=is_remote)
             entry = made.models[name]
+            if check is not None and entry.request is not None:
+                check(entry.request)
             self._catalogue, self._slots.entries = made, made.models
             self._runtime[name] = entry
         self._define(owner, self._slots, entry)
@@ -433,7 +521,7 @@ class PoolFacade(Generic[F]):
     def _ask_remove(self, name: str) -> PoolCall | None:
         self._started()
         with self._life:
-            entry = self._match(name).entry
+            entry = self.match(name).entry
             made = without_entry(self._catalogue, entry.name)
             self._catalogue, self._slots.entries = made, made.models
             self._runtime.pop(entry.name, None)
@@ -463,11 +551,18 @@ class PoolFacade(Generic[F]):
         return changes
 
 
-def _made(make: Callable[..., F], pool: str, name: str) -> F:
+def _made(make: Callable[..., F], pool: str, feed: Feed, name: str) -> F:
     """Return the orchestrator of an entry; in answers its models have the entry's name."""
     facade = make(slot=_slot_of(pool, name))
     facade.call_models(name)
+    feed.attach(name, facade)
     return facade
+
+
+def _ended(slot: Slot, feed: Feed) -> None:
+    """What follows when all slots have been given back."""
+    feed.events.close()
+    slot.release()
 
 
 def _slot_of(pool: str, name: str) -> str:

@@ -18,7 +18,8 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from orchestrator.base.paths import names_of_own
-from orchestrator.errors import InvalidRequest, NameTaken, OrchestratorError
+from orchestrator.base.record import Record
+from orchestrator.errors import InvalidRequest, ModelNotFound, NameTaken, OrchestratorError
 from orchestrator.pool.entries import Entry, KeyEntry, PoolSettings, Preset
 from orchestrator.pool.places import KeyPath, Places, dotted, lines_of
 from orchestrator.pool.reading import Mistake, Reading
@@ -37,7 +38,7 @@ class Match:
 
 
 @dataclass(frozen=True, slots=True)
-class Changes:
+class Changes(Record):
     """Names of entries, in the order of their catalogue."""
 
     added: tuple[str, ...] = ()
@@ -85,6 +86,13 @@ class Catalogue:
         if self.pool.default is not None:
             return self.models.get(self.pool.default)
         return next(iter(self.models.values())) if len(self.models) == 1 else None
+
+
+def no_model(asked: str, names: Iterable[str]) -> ModelNotFound:
+    """Return the error for a name that nothing has; it lists what there is."""
+    listed = ", ".join(names) or "none"
+    message = f"there is no model {asked[:_MAX_CHARACTERS]!r}; the models are: {listed}"
+    return ModelNotFound.because(message, field="model")
 
 
 def read_catalogue(path: str | os.PathLike[str]) -> Catalogue:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from functools import partial
-from typing import Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, Unpack
 
 from orchestrator.base import workers
+from orchestrator.errors import DeadlineExceeded
 from orchestrator.machine.plan import Plan
+from orchestrator.pool.by_hand import ByHand, HandFields
 from orchestrator.pool.calls import F, PoolFacade
 from orchestrator.pool.catalogue import Changes
 from orchestrator.pool.context import Turn
@@ -29,9 +32,19 @@ from orchestrator.runtime.answers import (
     UnloadOutcome,
 )
 from orchestrator.runtime.calls import unwrap
-from orchestrator.runtime.events import Event
-from orchestrator.runtime.orchestrator import AsyncOrchestrator, Orchestrator
+from orchestrator.runtime.events import Event, EventLog
+from orchestrator.runtime.orchestrator import (
+    AsyncOrchestrator,
+    Orchestrator,
+    follow,
+    followed,
+)
+from orchestrator.runtime.ports import LogPosition
 
+if TYPE_CHECKING:
+    from orchestrator.pool.remote import AsyncRemoteModelPool, RemoteModelPool
+
+_LOG_INTERVAL_S: Final = 0.1
 P = TypeVar("P", bound=PoolFacade[Any])
 
 
@@ -47,6 +60,23 @@ class ModelPool(PoolFacade[Orchestrator]):
     """
 
     _facade = Orchestrator
+
+    @staticmethod
+    def connect(url: str, api_key: str | None = None) -> RemoteModelPool:
+        """Return the pool of a running service, with the same methods and errors.
+
+        For further workers, notebooks and other machines. Nothing is sent before the first call.
+
+        Args:
+            url: Of the service, e.g. `http://127.0.0.1:8642`.
+            api_key: One of its API keys, if it has any.
+
+        Raises:
+            InvalidRequest: the URL or the key cannot be used; `field` says which.
+        """
+        from orchestrator.pool.remote import RemoteModelPool
+
+        return RemoteModelPool(url, api_key)
 
     def start(self) -> Self:
         """Claim the slots, adopt what was kept, and begin the preloads. May be called again.
@@ -87,7 +117,7 @@ class ModelPool(PoolFacade[Orchestrator]):
             TooManyWaiting: `max_waiting` requests wait already.
             OrchestratorError: what a load raises.
         """
-        entry = self._match(name).entry
+        entry = self.match(name).entry
         if entry.request is None:
             yield self._elsewhere(entry)
             return
@@ -100,11 +130,19 @@ class ModelPool(PoolFacade[Orchestrator]):
         finally:
             self._leave(call, lease)
 
-    def load(self, name: str | None = None, *, force_reload: bool = False) -> LoadOutcome:
-        """Load a model, wait until it is resident, and return what was loaded and evicted."""
-        entry = self._own(name)
-        granted = _granted(self._wait(self._want(entry, "load", force=force_reload)))
-        return self._outcome(entry, granted)
+    def load(self, name: str | None = None, **how: Unpack[HandFields]) -> LoadOutcome:
+        """Load a model, wait until it is resident, and return what was loaded and evicted.
+
+        Args:
+            **how: See `HandFields`.
+        """
+        entry, hand = self._own(name), ByHand.of(how)
+        call = self._want(entry, "load", force=hand.force_reload)
+        try:
+            answer = self._wait(call, hand.deadline_s)
+        except TimeoutError:
+            raise _too_late(entry, hand) from None
+        return self._outcome(entry, _granted(answer))
 
     def unload(self, name: str | None = None, *, cut: bool = False) -> UnloadOutcome:
         """Stop a model, cancel who waits for it, and wait until its slot is verified empty."""
@@ -137,10 +175,33 @@ class ModelPool(PoolFacade[Orchestrator]):
         """Read the catalogue's file again. A mistake in it is an error and changes nothing."""
         return self._reload()
 
-    def _wait(self, call: PoolCall) -> Any:
-        """Block for an answer; an interrupt withdraws the caller."""
+    def events(self, after: int | None = None) -> Iterator[Event]:
+        """Iterate over the transitions of all models, each with `model`; see `Orchestrator.events`.
+
+        They have one sequence of ids.
+        """
+        self._started()
+        log = self.feed.events
+        return follow(log, log.last_id if after is None else after)
+
+    def follow_logs(self, name: str, lines: int = 200) -> Iterator[str]:
+        """Iterate over the output of a model's servers; see `Orchestrator.follow_logs`."""
+        own, owner, begins = self.match(name).entry.name, self._started(), True
+        position: LogPosition = (0, 0)
+        while True:
+            position, new = self.log_since(own, position)
+            yield from new[max(0, len(new) - lines) if begins else 0 :]
+            begins = False
+            if not new and owner.has_ended:
+                return
+            time.sleep(_LOG_INTERVAL_S)
+
+    def _wait(self, call: PoolCall, deadline_s: float | None = None) -> Any:
+        """Block for an answer; an interrupt or the deadline withdraws the caller."""
         try:
-            return self._parts.wait(call.settled)
+            if deadline_s is None:
+                return self._parts.wait(call.settled)
+            return call.settled.result(deadline_s)
         except BaseException:
             call.settled.cancel()
             raise
@@ -152,6 +213,13 @@ class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
     """
 
     _facade = AsyncOrchestrator
+
+    @staticmethod
+    def connect(url: str, api_key: str | None = None) -> AsyncRemoteModelPool:
+        """Return the pool of a running service; see `ModelPool.connect`."""
+        from orchestrator.pool.remote import AsyncRemoteModelPool
+
+        return AsyncRemoteModelPool(url, api_key)
 
     async def start(self) -> Self:
         """Claim the slots; see `ModelPool.start`."""
@@ -177,7 +245,7 @@ class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
         self, name: str | None = None, *, turn: Turn | None = None
     ) -> AsyncIterator[LeasedServer]:
         """Hold a lease on the server of a model; see `ModelPool.lease`."""
-        entry = self._match(name).entry
+        entry = self.match(name).entry
         if entry.request is None:
             yield self._elsewhere(entry)
             return
@@ -191,12 +259,17 @@ class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
         finally:
             self._leave(call, lease)
 
-    async def load(self, name: str | None = None, *, force_reload: bool = False) -> LoadOutcome:
+    async def load(self, name: str | None = None, **how: Unpack[HandFields]) -> LoadOutcome:
         """Load a model; see `ModelPool.load`."""
-        entry = self._own(name)
+        entry, hand = self._own(name), ByHand.of(how)
         await self._ready()
-        call = self._want(entry, "load", force=force_reload)
-        return self._outcome(entry, _granted(await asyncio.wrap_future(call.settled)))
+        call = self._want(entry, "load", force=hand.force_reload)
+        try:
+            async with asyncio.timeout(hand.deadline_s):
+                answer = await asyncio.wrap_future(call.settled)
+        except TimeoutError:
+            raise _too_late(entry, hand) from None
+        return self._outcome(entry, _granted(answer))
 
     async def unload(self, name: str | None = None, *, cut: bool = False) -> UnloadOutcome:
         """Stop a model; see `ModelPool.unload`."""
@@ -218,6 +291,19 @@ class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
         await self._ready()
         return self.model_status(self._add(name, fields).name)
 
+    async def add_sent(
+        self, name: str, fields: Mapping[str, Any], *, is_strict: bool
+    ) -> ModelStatus:
+        """Add a model for a caller over HTTP.
+
+        Args:
+            is_strict: Whether its extra args are judged; see `Facade.check_sent`.
+        """
+        await self._ready()
+        check = self._scout.check_sent if is_strict else None
+        add = partial(self._add, name, fields, is_remote=True, check=check)
+        return self.model_status((await workers.waited(add)).name)
+
     async def remove(self, name: str) -> None:
         """Remove a model; see `ModelPool.remove`."""
         await self._ready()
@@ -227,6 +313,39 @@ class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
     async def reload(self) -> Changes:
         """Read the catalogue's file again; see `ModelPool.reload`."""
         return await workers.waited(self._reload)
+
+    def events(self, after: int | None = None) -> AsyncGenerator[Event, None]:
+        """Iterate over the transitions of all models; see `ModelPool.events`."""
+        return followed(self.event_log, self.feed.events.last_id if after is None else after)
+
+    async def event_log(self) -> EventLog:
+        """Return the log of all transitions, once the pool has started."""
+        await self._ready()
+        return self.feed.events
+
+    async def follow_logs(self, name: str, lines: int = 200) -> AsyncGenerator[str, None]:
+        """Iterate over the output of a model's servers; see `ModelPool.follow_logs`."""
+        async with contextlib.aclosing(self.log_batches(name, lines)) as batches:
+            async for batch in batches:
+                for line in batch:
+                    yield line
+
+    async def log_batches(
+        self, name: str, lines: int = 200
+    ) -> AsyncGenerator[tuple[str, ...], None]:
+        """Iterate over what `follow_logs` yields, in batches of lines that are new together."""
+        own, begins = self.match(name).entry.name, True
+        await self._ready()
+        owner = self._started()
+        position: LogPosition = (0, 0)
+        while True:
+            position, new = await workers.waited(partial(self.log_since, own, position))
+            if batch := new[max(0, len(new) - lines) if begins else 0 :]:
+                yield batch
+            elif owner.has_ended:
+                return
+            begins = False
+            await asyncio.sleep(_LOG_INTERVAL_S)
 
     async def _ready(self) -> None:
         """Claiming the slots may block."""
@@ -266,9 +385,9 @@ class _View(Generic[P, F]):
 class ModelView(_View[ModelPool, Orchestrator]):
     """One model of a `ModelPool`, like an `Orchestrator` that has this target only."""
 
-    def load(self, *, force_reload: bool = False) -> LoadOutcome:
+    def load(self, **how: Unpack[HandFields]) -> LoadOutcome:
         """Load it through the pool; see `ModelPool.load`."""
-        return self._pool.load(self.name, force_reload=force_reload)
+        return self._pool.load(self.name, **how)
 
     def unload(self, *, cut: bool = False) -> UnloadOutcome:
         """Stop it; see `ModelPool.unload`."""
@@ -287,20 +406,20 @@ class ModelView(_View[ModelPool, Orchestrator]):
         return self._pool.lease(self.name)
 
     def events(self, after: int | None = None) -> Iterator[Event]:
-        """Iterate over its events; see `Orchestrator.events`."""
-        return self._facade.events(after)
+        """Iterate over its events; see `ModelPool.events`."""
+        return (event for event in self._pool.events(after) if event.model == self.name)
 
     def follow_logs(self, lines: int = 200) -> Iterator[str]:
         """Iterate over the output of its servers; see `Orchestrator.follow_logs`."""
-        return self._facade.follow_logs(lines)
+        return self._pool.follow_logs(self.name, lines)
 
 
 class AsyncModelView(_View[AsyncModelPool, AsyncOrchestrator]):
     """One model of an `AsyncModelPool`, like an `AsyncOrchestrator` that has this target only."""
 
-    async def load(self, *, force_reload: bool = False) -> LoadOutcome:
+    async def load(self, **how: Unpack[HandFields]) -> LoadOutcome:
         """Load it through the pool; see `ModelPool.load`."""
-        return await self._pool.load(self.name, force_reload=force_reload)
+        return await self._pool.load(self.name, **how)
 
     async def unload(self, *, cut: bool = False) -> UnloadOutcome:
         """Stop it; see `ModelPool.unload`."""
@@ -319,12 +438,18 @@ class AsyncModelView(_View[AsyncModelPool, AsyncOrchestrator]):
         return self._pool.lease(self.name)
 
     def events(self, after: int | None = None) -> AsyncGenerator[Event, None]:
-        """Iterate over its events; see `Orchestrator.events`."""
-        return self._facade.events(after)
+        """Iterate over its events; see `ModelPool.events`."""
+        position = self._pool.feed.events.last_id if after is None else after
+        return followed(self._pool.event_log, position, lambda event: event.model == self.name)
 
     def follow_logs(self, lines: int = 200) -> AsyncGenerator[str, None]:
         """Iterate over the output of its servers; see `Orchestrator.follow_logs`."""
-        return self._facade.follow_logs(lines)
+        return self._pool.follow_logs(self.name, lines)
+
+
+def _too_late(entry: Entry, hand: ByHand) -> DeadlineExceeded:
+    message = f"{entry.name} was not resident within {hand.deadline_s:g} s"
+    return DeadlineExceeded.because(message, field="deadline_s")
 
 
 def _granted(answer: Any) -> Granted:

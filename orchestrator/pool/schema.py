@@ -68,6 +68,13 @@ def schema() -> Schema:
     }
 
 
+def of_added() -> Schema:
+    """Return the schema of an entry that is added over HTTP."""
+    made = _object(MODEL, "A model to add.", "name", "model_path")
+    name = {"type": "string", "pattern": f"^{values.NAME}$", "description": "Its name."}
+    return {**made, "properties": {"name": name, **made["properties"]}}
+
+
 def _named(one: Schema, about: str) -> Schema:
     return {
         "description": about,

@@ -73,6 +73,11 @@ class PoolSlots(Generic[F]):
                 facade = self._facades[name] = self._make(name)
             return facade
 
+    @property
+    def facades(self) -> tuple[F, ...]:
+        """The orchestrators that have been made so far."""
+        return tuple(self._facades.values())
+
     def generation(self, name: str) -> Generation:
         """Return the last load in a model's slot."""
         facade = self._facades.get(name)

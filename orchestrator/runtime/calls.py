@@ -46,7 +46,7 @@ from orchestrator.runtime.look_up import LookUps
 from orchestrator.runtime.options import check_choice, check_count, check_switch, restart_policy
 from orchestrator.runtime.owner import Call, Owner
 from orchestrator.runtime.parts import Parts
-from orchestrator.runtime.ports import Progress
+from orchestrator.runtime.ports import LogPosition, Progress
 from orchestrator.runtime.sizes import Needed, Sizes
 from orchestrator.runtime.snapshot import KnownNames, Observer, Snapshot
 from orchestrator.server.devices import Device
@@ -416,6 +416,11 @@ class Facade:
     def begin(self) -> Snapshot:
         """Claim the slot, also again after a close, and return what was found there. Blocks."""
         return self._start(again=True).snapshot
+
+    def log_since(self, position: LogPosition) -> tuple[LogPosition, tuple[str, ...]]:
+        """Return the output after a position, and the position after that; see `LogPosition`."""
+        owner = self._owner
+        return owner.effects.log_since(position) if owner is not None else (position, ())
 
     @property
     def generation(self) -> Generation:

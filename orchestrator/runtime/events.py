@@ -48,14 +48,15 @@ class Event(Record):
 
 
 class EventLog:
-    """The last `MAX_EVENTS` events. The owner's thread writes, any thread reads.
+    """The last events. The owner's thread writes, any thread reads.
 
     Args:
         last_id: Number of the last event that others have seen.
+        most: How many are kept.
     """
 
-    def __init__(self, last_id: int = 0) -> None:
-        self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
+    def __init__(self, last_id: int = 0, most: int = MAX_EVENTS) -> None:
+        self._events: deque[Event] = deque(maxlen=most)
         self._changed = threading.Condition()
         self._wakers: set[Callable[[], None]] = set()
         self.last_id: int = last_id

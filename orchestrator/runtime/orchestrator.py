@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
@@ -200,7 +200,7 @@ class Orchestrator(Facade):
         Blocks for each event and ends when the orchestrator closes. The last 1024 are kept.
         """
         log = self._start().events
-        return _follow(log, log.last_id if after is None else after)
+        return follow(log, log.last_id if after is None else after)
 
     def follow_logs(self, lines: int = 200) -> Iterator[str]:
         """Iterate over the output of the servers until the orchestrator closes.
@@ -338,7 +338,7 @@ class AsyncOrchestrator(Facade):
 
     def events(self, after: int | None = None) -> AsyncGenerator[Event, None]:
         """Iterate over the events from now on; see `Orchestrator.events`."""
-        return self._follow(self.last_event_id if after is None else after)
+        return followed(self._event_log, self.last_event_id if after is None else after)
 
     async def follow_logs(self, lines: int = 200) -> AsyncGenerator[str, None]:
         """Iterate over the output of the servers until the orchestrator closes.
@@ -374,25 +374,15 @@ class AsyncOrchestrator(Facade):
             UnknownGeneration: as for `outcome`.
         """
         owner = await self._started()
-        with contextlib.suppress(TimeoutError), _changes(owner.events) as changed:
+        with contextlib.suppress(TimeoutError), changes(owner.events) as changed:
             async with asyncio.timeout(timeout_s):
                 while self.outcome(generation) is None:
                     await changed.wait()
                     changed.clear()
         return self.outcome(generation)
 
-    async def _follow(self, position: int) -> AsyncGenerator[Event, None]:
-        log = (await self._started()).events
-        with _changes(log) as changed:
-            while True:
-                for event in log.since(position):
-                    position = event.id
-                    yield event
-                if log.is_closed and log.last_id <= position:
-                    return
-                if log.last_id <= position:
-                    await changed.wait()
-                changed.clear()
+    async def _event_log(self) -> EventLog:
+        return (await self._started()).events
 
     async def _started(self, *, again: bool = False) -> Owner:
         """Claiming a slot may block: processes of a dead owner have to be killed first."""
@@ -416,7 +406,7 @@ class AsyncOrchestrator(Facade):
 
 
 @contextlib.contextmanager
-def _changes(log: EventLog) -> Iterator[asyncio.Event]:
+def changes(log: EventLog) -> Iterator[asyncio.Event]:
     """Yield an event of this loop that is set at every change; the waiter clears it."""
     loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
@@ -431,7 +421,28 @@ def _changes(log: EventLog) -> Iterator[asyncio.Event]:
         stop()
 
 
-def _follow(log: EventLog, position: int) -> Iterator[Event]:
+async def followed(
+    begin: Callable[[], Awaitable[EventLog]],
+    position: int,
+    is_meant: Callable[[Event], bool] = lambda _: True,
+) -> AsyncGenerator[Event, None]:
+    """Iterate over the events after a position until their log is closed."""
+    log = await begin()
+    with changes(log) as changed:
+        while True:
+            for event in log.since(position):
+                position = event.id
+                if is_meant(event):
+                    yield event
+            if log.is_closed and log.last_id <= position:
+                return
+            if log.last_id <= position:
+                await changed.wait()
+            changed.clear()
+
+
+def follow(log: EventLog, position: int) -> Iterator[Event]:
+    """Iterate over the events after a position, as `followed` does. Blocks."""
     while batch := log.wait(position):
         for event in batch:
             position = event.id

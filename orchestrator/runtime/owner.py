@@ -316,15 +316,8 @@ class Owner:
 
     def _report_transition(self, fact: Fact, before: Snapshot, after: Snapshot) -> None:
         """Append one event and log one line."""
-        ctx, load = after.ctx, after.ctx.job or after.ctx.running
-        data = {
-            "source": before.state.value,
-            "dest": after.state.value,
-            "trigger": fact.trigger,
-            "generation": _generation(ctx),
-            "at": after.since,
-            "pid": ctx.child.pid if ctx.child else None,
-        }
+        load = after.ctx.job or after.ctx.running
+        data = transition(fact, before, after)
         self.events.append("transition", data)
         _log(
             "info",
@@ -457,6 +450,19 @@ class Owner:
             return None
         kind, generation = first
         return facts.TimerFired(generation, self._timers.pop(first), kind)
+
+
+def transition(fact: Fact, before: Snapshot, after: Snapshot) -> dict[str, Any]:
+    """Return the data of the event of a transition."""
+    child = after.ctx.child
+    return {
+        "source": before.state.value,
+        "dest": after.state.value,
+        "trigger": fact.trigger,
+        "generation": _generation(after.ctx),
+        "at": after.since,
+        "pid": child.pid if child else None,
+    }
 
 
 def _generation(ctx: Context) -> Generation:

@@ -1,22 +1,15 @@
 """The facades of an orchestrator in another process: `Orchestrator.connect(url)` makes them.
 
-Methods, results and errors are those of the facades that own a server. A caller that goes away
-closes its connection, which withdraws it. Requests wait on threads, so one client of the standard
-library serves both.
+Methods, results and errors are those of the facades that own a server.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
-from concurrent.futures import Future
-from functools import partial
 from typing import Any, Final, Self, TypeVar, Unpack
 
 from orchestrator.base import workers
-from orchestrator.base.addresses import is_loopback
 from orchestrator.base.tokens import Generation
 from orchestrator.errors import Problem
 from orchestrator.machine.actions.working import NOT_LOADED
@@ -24,7 +17,6 @@ from orchestrator.machine.plan import Plan
 from orchestrator.runtime.answers import (
     LeasedServer,
     LoadOutcome,
-    LoadProgress,
     Options,
     PastLoad,
     PrefetchOutcome,
@@ -32,29 +24,19 @@ from orchestrator.runtime.answers import (
     UnloadOutcome,
     Variants,
 )
-from orchestrator.runtime.asks import (
-    Ask,
-    events_of,
-    generation_in,
-    load_state,
-    past_loads,
-    quick,
-    strings_in,
-    waits,
-)
+from orchestrator.runtime.asks import Ask, generation_in, load_state, waits
 from orchestrator.runtime.calls import RequestLike, request_of
+from orchestrator.runtime.connection import MAX_LOADS, STATUS, Connection, RemoteSlot
 from orchestrator.runtime.events import Event
-from orchestrator.runtime.service import Exchange, Json, Lines, Service
-from orchestrator.server.output import MAX_LINES
+from orchestrator.runtime.service import Json, Service
 from orchestrator.settings.fields import LoadFields
 
 _T = TypeVar("_T")
 _PREFIX: Final = "/api/inference"
-_MAX_LOADS: Final = 256
 _OF_VARIANTS: Final = ("model_path", "revision", "hf_token")
 
 
-class _Remote:
+class _Remote(RemoteSlot):
     """What both facades share: the requests, and the methods that block in both."""
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
@@ -63,56 +45,26 @@ class _Remote:
         Raises:
             InvalidRequest: the URL or the key cannot be used; `field` says which.
         """
-        self._service = Service(url, api_key)
-
-    @property
-    def url(self) -> str:
-        """The URL of the service."""
-        return self._service.url
-
-    @property
-    def api_key(self) -> str | None:
-        """The key that is sent with every request."""
-        return self._service.api_key
-
-    def status(self) -> Status:
-        """Return the present state; see `Orchestrator.status`."""
-        return self._now(quick("/status", Status.from_dict))
-
-    def progress(self) -> LoadProgress:
-        """Return the phase and the bytes of the load in flight; see `Orchestrator.progress`."""
-        return self._now(quick("/load-progress", LoadProgress.from_dict))
-
-    def logs(self, lines: int = 200) -> tuple[str, ...]:
-        """Return the last lines of output of the server, oldest first."""
-        if lines < 1:
-            return ()
-        ask = quick(f"/logs?lines={min(lines, MAX_LINES)}", strings_in("lines"))
-        return self._now(ask)
-
-    def history(self, limit: int = 20) -> list[PastLoad]:
-        """Return the last loads, newest first."""
-        if limit < 1:
-            return []
-        ask = quick(f"/loads?limit={min(limit, _MAX_LOADS)}", past_loads)
-        return self._now(ask)
+        super().__init__(Connection(Service(url, api_key), _PREFIX))
 
     def options(self) -> Options:
         """Return the values that the server binary accepts; see `Orchestrator.options`."""
-        return self._now(Ask("GET", "/options", Options.from_dict))
+        return self._connection.now(Ask("GET", "/options", Options.from_dict))
 
     def plan(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> Plan:
         """Return what `load` would do with the same arguments; see `Orchestrator.plan`."""
-        return self._now(self._post("/plan", request_of(request, fields), Plan.from_dict))
+        return self._connection.now(
+            self._post("/plan", request_of(request, fields), Plan.from_dict)
+        )
 
     def outcome(self, generation: int) -> LoadOutcome | Problem | None:
         """Return the result of a load, or its problem; see `Orchestrator.outcome`."""
-        return self._now(load_state(generation))
+        return self._connection.now(load_state(generation))
 
     def past_load(self, generation: int) -> PastLoad:
         """Return a load that is in flight or has ended; see `Orchestrator.past_load`."""
         self.outcome(generation)  # raises if there is none
-        return next(one for one in self.history(_MAX_LOADS) if one.generation == generation)
+        return next(one for one in self.history(MAX_LOADS) if one.generation == generation)
 
     def _load(self, request: RequestLike, fields: LoadFields) -> Ask[LoadOutcome]:
         return self._post("/load", request_of(request, fields), LoadOutcome.from_dict)
@@ -131,7 +83,7 @@ class _Remote:
     def _unload(self, model_path: str | None, cut: bool) -> Ask[UnloadOutcome]:
         body: Json = {"cut": cut}
         if model_path is not None:
-            body["model_path"] = self._from_here(model_path)
+            body["model_path"] = self._connection.from_here(model_path)
         return Ask("POST", "/unload", UnloadOutcome.from_dict, body)
 
     def _cancel(self, load_request_id: str | None, generation: int | None) -> Ask[bool]:
@@ -143,33 +95,7 @@ class _Remote:
         return Ask("POST", path, parse, self._body(request))
 
     def _body(self, request: Any) -> Json:
-        body = {**request.as_dict(), "hf_token": request.hf_token}
-        for name in ("model_path", "mmproj_path"):
-            if body[name] is not None:
-                body[name] = self._from_here(body[name])
-        return body
-
-    def _from_here(self, path: str) -> str:
-        """Make the path of an existing file absolute: a service on this machine may run in another
-        folder.
-        """
-        is_here = is_loopback(self._service.base.hostname or "")
-        return os.path.abspath(path) if is_here and os.path.exists(path) else path
-
-    def _exchange(self, ask: Ask[Any]) -> Exchange:
-        path = _PREFIX + ask.path
-        return Exchange(self._service, ask.method, path, ask.body, timeout_s=ask.timeout_s)
-
-    def _now(self, ask: Ask[_T]) -> _T:
-        return self._exchange(ask).json(ask.parse)
-
-    def _events(self, after: int | None) -> Exchange:
-        headers = {} if after is None else {"Last-Event-ID": str(after)}
-        return Exchange(self._service, "GET", f"{_PREFIX}/events", headers=headers)
-
-    def _logs(self, lines: int) -> Exchange:
-        shown = min(max(1, lines), MAX_LINES)
-        return Exchange(self._service, "GET", f"{_PREFIX}/logs?follow=true&lines={shown}")
+        return self._connection.located({**request.as_dict(), "hf_token": request.hf_token})
 
     def _leased(self, status: Status) -> LeasedServer | None:
         """Return the server of a status; None while a load is in flight or a restart is due.
@@ -180,9 +106,7 @@ class _Remote:
         loaded, recovery = status.loaded, status.recovery
         if loaded is not None and status.loading is None:
             where = f"{self.url}/v1"
-            return LeasedServer(
-                where, loaded.pid, loaded.generation, self._service.api_key, loaded.kind
-            )
+            return LeasedServer(where, loaded.pid, loaded.generation, self.api_key, loaded.kind)
         if status.loading is None and (recovery is None or recovery.phase == "cooling_down"):
             raise NOT_LOADED.error()
         return None
@@ -212,36 +136,36 @@ class RemoteOrchestrator(_Remote):
 
     def load(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> LoadOutcome:
         """Load a model and wait until its server is Healthy; see `Orchestrator.load`."""
-        return self._now(self._load(request, fields))
+        return self._connection.now(self._load(request, fields))
 
     def submit(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> Generation:
         """Begin a load and return its generation; see `Orchestrator.submit`."""
-        return self._now(self._submit(request, fields))
+        return self._connection.now(self._submit(request, fields))
 
     def prefetch(
         self, request: RequestLike = None, **fields: Unpack[LoadFields]
     ) -> PrefetchOutcome:
         """Download a model and wait until it is on disk; see `Orchestrator.prefetch`."""
-        return self._now(self._prefetch(request, fields))
+        return self._connection.now(self._prefetch(request, fields))
 
     def variants(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> Variants:
         """Return the variants of a model; see `Orchestrator.variants`."""
-        return self._now(self._variants(request, fields))
+        return self._connection.now(self._variants(request, fields))
 
     def unload(self, model_path: str | None = None, *, cut: bool = False) -> UnloadOutcome:
         """Stop the server and wait until the slot is empty; see `Orchestrator.unload`."""
-        return self._now(self._unload(model_path, cut))
+        return self._connection.now(self._unload(model_path, cut))
 
     def cancel(self, load_request_id: str | None = None, generation: int | None = None) -> bool:
         """Cancel one load that is in flight; see `Orchestrator.cancel`."""
-        return self._now(self._cancel(load_request_id, generation))
+        return self._connection.now(self._cancel(load_request_id, generation))
 
     def settled(
         self, generation: int, timeout_s: float | None = None
     ) -> LoadOutcome | Problem | None:
         """Wait for the end of a load; see `Orchestrator.settled`."""
         for ask in waits(generation, timeout_s):
-            if (found := self._now(ask)) is not None:
+            if (found := self._connection.now(ask)) is not None:
                 return found
         return None
 
@@ -256,9 +180,9 @@ class RemoteOrchestrator(_Remote):
         """
         found = self._leased(self.status())
         if found is None:
-            with contextlib.closing(self._events(None).open()) as changes:
+            with self._connection.changes() as wait:
                 while (found := self._leased(self.status())) is None:
-                    next(changes)
+                    wait()
         yield found
 
     def events(
@@ -270,11 +194,11 @@ class RemoteOrchestrator(_Remote):
             after: Begin after the event with this id.
             progress: Also yield the steps of a download or a load, as events of kind `progress`.
         """
-        return events_of(self._service, self._events(after).open(), has_progress=progress)
+        return self._connection.events(after, has_progress=progress)
 
     def follow_logs(self, lines: int = 200) -> Iterator[str]:
         """Iterate over the output of the servers; see `Orchestrator.follow_logs`."""
-        return self._logs(lines).open()
+        return self._connection.followed_logs(lines)
 
 
 class AsyncRemoteOrchestrator(_Remote):
@@ -302,38 +226,38 @@ class AsyncRemoteOrchestrator(_Remote):
 
     async def load(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> LoadOutcome:
         """Load a model and wait until its server is Healthy; see `Orchestrator.load`."""
-        return await self._answer(self._load(request, fields))
+        return await self._connection.answer(self._load(request, fields))
 
     async def submit(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> Generation:
         """Begin a load and return its generation; see `Orchestrator.submit`."""
-        return await self._answer(self._submit(request, fields))
+        return await self._connection.answer(self._submit(request, fields))
 
     async def prefetch(
         self, request: RequestLike = None, **fields: Unpack[LoadFields]
     ) -> PrefetchOutcome:
         """Download a model and wait until it is on disk; see `Orchestrator.prefetch`."""
-        return await self._answer(self._prefetch(request, fields))
+        return await self._connection.answer(self._prefetch(request, fields))
 
     async def variants(self, request: RequestLike = None, **fields: Unpack[LoadFields]) -> Variants:
         """Return the variants of a model; see `Orchestrator.variants`."""
-        return await self._answer(self._variants(request, fields))
+        return await self._connection.answer(self._variants(request, fields))
 
     async def unload(self, model_path: str | None = None, *, cut: bool = False) -> UnloadOutcome:
         """Stop the server and wait until the slot is empty; see `Orchestrator.unload`."""
-        return await self._answer(self._unload(model_path, cut))
+        return await self._connection.answer(self._unload(model_path, cut))
 
     async def cancel(
         self, load_request_id: str | None = None, generation: int | None = None
     ) -> bool:
         """Cancel one load that is in flight; see `Orchestrator.cancel`."""
-        return await self._answer(self._cancel(load_request_id, generation))
+        return await self._connection.answer(self._cancel(load_request_id, generation))
 
     async def settled(
         self, generation: int, timeout_s: float | None = None
     ) -> LoadOutcome | Problem | None:
         """Wait for the end of a load; see `Orchestrator.settled`."""
         for ask in waits(generation, timeout_s):
-            if (found := await self._answer(ask)) is not None:
+            if (found := await self._connection.answer(ask)) is not None:
                 return found
         return None
 
@@ -342,46 +266,20 @@ class AsyncRemoteOrchestrator(_Remote):
         """Yield the address of the service's `/v1`; see `RemoteOrchestrator.lease`."""
         found = await self._found()
         if found is None:
-            async with _opened(self._events(None)) as changes:
+            async with self._connection.changes_async() as wait:
                 while (found := await self._found()) is None:
-                    await workers.waited(partial(next, changes))
+                    await workers.waited(wait)
         yield found
 
     def events(
         self, after: int | None = None, *, progress: bool = False
     ) -> AsyncGenerator[Event, None]:
         """Iterate over the events from now on; see `RemoteOrchestrator.events`."""
-        exchange = self._events(after)
-        return self._follow(exchange, workers.shared().submit(exchange.open), progress)
+        return self._connection.events_async(after, has_progress=progress)
 
-    async def _follow(
-        self, exchange: Exchange, opening: Future[Lines], has_progress: bool
-    ) -> AsyncGenerator[Event, None]:
-        async with _opened(exchange, opening) as lines:
-            events = events_of(self._service, lines, has_progress=has_progress)
-            while (event := await workers.waited(partial(next, events, None))) is not None:
-                yield event
-
-    async def follow_logs(self, lines: int = 200) -> AsyncGenerator[str, None]:
+    def follow_logs(self, lines: int = 200) -> AsyncGenerator[str, None]:
         """Iterate over the output of the servers; see `Orchestrator.follow_logs`."""
-        async with _opened(self._logs(lines)) as output:
-            while (line := await workers.waited(partial(next, output, None))) is not None:
-                yield line
+        return self._connection.followed_logs_async(lines)
 
     async def _found(self) -> LeasedServer | None:
-        return self._leased(await self._answer(quick("/status", Status.from_dict)))
-
-    async def _answer(self, ask: Ask[_T]) -> _T:
-        exchange = self._exchange(ask)
-        try:
-            return await workers.waited(partial(exchange.json, ask.parse))
-        finally:
-            exchange.abort()  # the thread of a cancelled call still waits
-
-
-@contextlib.asynccontextmanager
-async def _opened(exchange: Exchange, opening: Future[Lines] | None = None) -> AsyncIterator[Lines]:
-    try:
-        yield await asyncio.wrap_future(opening or workers.shared().submit(exchange.open))
-    finally:
-        exchange.abort()
+        return self._leased(await self._connection.answer(STATUS))

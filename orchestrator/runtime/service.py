@@ -108,14 +108,14 @@ class Exchange:
         self._is_aborted = False
 
     def json(self, parse: Callable[[Json], _T]) -> _T:
-        """Return what the answer means.
+        """Return what the answer means; one without a body is an empty object.
 
         Raises:
             OrchestratorError: the service's own error, of its category.
             Unreachable: it does not respond, or is no orchestrator.
         """
         with self._reported(), contextlib.closing(self._connection):
-            return self._service.understood(parse, self._begin().read())
+            return self._service.understood(parse, self._begin().read() or b"{}")
 
     def open(self) -> Lines:
         """Return a stream whose head has arrived; raises as `json` does."""

@@ -24,6 +24,8 @@ KEYS = list(config.PARAMETERS)
 
 # A value for every setting that differs from the default and from those of the other sources.
 OF_FLAG = {
+    "models": "/flag/models.toml",
+    "watch": "True",
     "llama_server": "embedded",
     "host": "127.0.0.2",
     "port": "1001",
@@ -57,6 +59,8 @@ OF_ENVIRONMENT = OF_FLAG | {
     "models_dir": "/environment/one:/environment/two",
 }
 OF_FILE: dict[str, Any] = {
+    "models": "/file/models.toml",
+    "watch": True,
     "llama_server": "/file/llama-server",
     "host": "127.0.0.3",
     "port": 1003,

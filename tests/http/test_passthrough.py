@@ -22,7 +22,7 @@ import pytest
 from fastapi.testclient import TestClient
 from openai.types.chat import ChatCompletion
 
-from orchestrator.http import create_app, passthrough
+from orchestrator.http import create_app, upstream
 from tests.kit.http import (
     DEADLINE_S,
     PREFIX,
@@ -509,7 +509,7 @@ def test_no_idle_connection_of_ours_holds_up_the_end_of_a_server(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """B89: a server waits for kept connections before it exits."""
-    monkeypatch.setattr(passthrough, "_KEEPALIVE_S", 600.0)
+    monkeypatch.setattr(upstream, "_KEEPALIVE_S", 600.0)
     fake = Fake(tmp_path / "fake")
     fake.behave(waits_for_clients=True)
     with serve(fake.path, server_env=fake.env, kill_grace_s=600.0) as client:

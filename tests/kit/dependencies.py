@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 OURS = "llama-orchestrator"
-EVERYTHING = "demo"
+EVERYTHING = "all"
 """The extra that contains every other one of run time."""
 
 

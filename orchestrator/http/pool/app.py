@@ -1,0 +1,102 @@
+"""The app of a pool: its routes, `/v1` by name, health and metrics."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any, Final
+
+from fastapi import APIRouter, Depends, FastAPI
+
+from orchestrator.errors import InvalidRequest, NotLoaded, ShuttingDown
+from orchestrator.http import openapi, pages, schemas
+from orchestrator.http.frame import framed, is_exposed
+from orchestrator.http.pool import models, one, routing, upload
+from orchestrator.http.pool.by_name import ByName
+from orchestrator.http.problems import Responder
+from orchestrator.http.shutdown import Shutdown
+from orchestrator.pool.pool import AsyncModelPool
+
+MODELS: Final = "/api/models"
+DEFAULT: Final = "/api/inference"
+
+
+def pool_app(pool: AsyncModelPool, shutdown: Shutdown, around: dict[str, Any]) -> FastAPI:
+    """Return the app; `around` is what `framed` takes besides the routes.
+
+    Raises:
+        TypeError: this is no pool for asyncio.
+    """
+    if not isinstance(pool, AsyncModelPool):
+        raise TypeError(f"pool must be an AsyncModelPool, not {type(pool).__name__}")
+    responder = Responder(pool.known_paths)
+    spool = upload.Spool(lambda: pool.state_folder, upload.SPOOLED_BYTES)
+    passed_on = ByName(pool, responder, shutdown, lambda _, __: None, spool)
+    exposed = is_exposed(around["api_keys"], around["hosts"])
+
+    def by_name(name: str) -> str:
+        return pool.entry(name).name
+
+    def by_default() -> str:
+        try:
+            return pool.entry(None).name
+        except InvalidRequest as error:
+            message = f"{error.message}, below {MODELS}"
+            raise InvalidRequest.because(message, field="model") from None
+
+    async def listening() -> None:
+        shutdown.listen()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        shutdown.listen()
+        try:
+            async with pool:
+                yield
+        finally:
+            shutdown.restore()
+
+    router = partial(
+        APIRouter, route_class=responder.route_class(), dependencies=[Depends(listening)]
+    )
+    whole = router(tags=["models"], lifespan=lifespan)
+    models.add(whole, pool, responder, shutdown, is_exposed=exposed)
+    submitted = one.Submitted(pool)
+    like_llama = router(tags=["llama-server's router"])
+    routing.add(like_llama, pool, responder)
+    each = router(prefix=f"{MODELS}/{{name}}", tags=["one model"])
+    one.add(each, pool, responder, shutdown, submitted, by_name)
+    default = router(prefix=DEFAULT, tags=["inference"])
+    one.add(default, pool, responder, shutdown, submitted, by_default)
+    return framed(
+        [whole, each, default, like_llama, _health(pool, responder, shutdown)],
+        pages.routes(),
+        passed_on,
+        responder,
+        about=openapi.OF_POOL,
+        not_stored=("/api/", "/models", "/metrics"),
+        **around,
+    )
+
+
+def _health(pool: AsyncModelPool, responder: Responder, shutdown: Shutdown) -> APIRouter:
+    routes = APIRouter(route_class=responder.route_class(), tags=["health"])
+
+    @routes.get("/healthz", responses=openapi.problems())
+    async def healthz() -> schemas.Health:
+        """Answer as long as the process is alive."""
+        return schemas.Health(status="alive")
+
+    @routes.get("/readyz", responses=openapi.problems(503))
+    async def readyz() -> schemas.Health:
+        """Answer 200 once the preloads are settled, and 503 before that and in a shutdown."""
+        if shutdown.has_begun:
+            raise shutdown.error()
+        if pool.has_ended:
+            raise ShuttingDown.because("this pool is shutting down")
+        if not pool.is_ready:
+            raise NotLoaded.because("the models to preload are still loading")
+        return schemas.Health(status="ready")
+
+    return routes

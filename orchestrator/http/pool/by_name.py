@@ -1,0 +1,171 @@
+"""`/v1/*` of a pool: each request goes to the model that it names, and waits until that is there.
+
+The name is replaced by the one that the server knows, and a preset fills what the request leaves
+out, while the body passes through. A lease is held until the answer has ended.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from typing import Any, Final
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from multidict import CIMultiDict
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Message, Receive, Scope, Send
+
+from orchestrator.http.passthrough import check_kind, target_of
+from orchestrator.http.pool.answers import renames_in
+from orchestrator.http.pool.listing import listed, listing
+from orchestrator.http.pool.members import Members, members_of
+from orchestrator.http.pool.upload import Spool, Upload
+from orchestrator.http.problems import AsciiJSON, Responder, http_problem
+from orchestrator.http.shutdown import Shutdown
+from orchestrator.http.upstream import Body, Server, Upstream, headers_for, send_on
+from orchestrator.pool.catalogue import Match
+from orchestrator.pool.pool import AsyncModelPool
+from orchestrator.runtime.answers import LeasedServer
+
+_LISTING: Final = "/v1/models"
+_OWN_LENGTH: Final = frozenset({b"content-length"})
+
+
+class ByName:
+    """An ASGI app that passes requests below `/v1` to the servers of a pool.
+
+    Args:
+        waited: Hears for how many seconds a request has waited for a model.
+    """
+
+    def __init__(
+        self,
+        pool: AsyncModelPool,
+        responder: Responder,
+        shutdown: Shutdown,
+        waited: Callable[[str, float], None],
+        spool: Spool,
+    ) -> None:
+        self._pool = pool
+        self._responder = responder
+        self._shutdown = shutdown
+        self._waited = waited
+        self._spool = spool
+        self._upstream = Upstream()
+        pool.feed.observe(self._upstream.hear)
+
+    async def close(self) -> None:
+        """Close the connections to the servers."""
+        await self._upstream.close()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":  # a WebSocket: llama-server has none
+            await send({"type": "websocket.close", "code": 1000})
+            return
+        target = target_of(scope)
+        if target is None:
+            await http_problem(404, "the path leads out of /v1")(scope, receive, send)
+            return
+        has_begun = False
+
+        async def send_on_behalf(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            if (models := self._listing(scope["method"], target)) is not None:
+                await AsciiJSON(models)(scope, receive, send)
+            else:
+                await self._pass_on(scope, receive, send_on_behalf, target)
+        except ClientDisconnect:
+            return
+        except Exception as error:
+            if has_begun:
+                raise
+            answer = await self._responder.failure(Request(scope), error)
+            await answer(scope, receive, send)
+
+    def _listing(self, method: str, target: str) -> dict[str, Any] | None:
+        """Return the answer to a question for the models there are."""
+        path = target.partition("?")[0]
+        if method not in ("GET", "HEAD") or not path.startswith(_LISTING):
+            return None
+        asked = path.removeprefix(_LISTING)
+        if not asked.strip("/"):
+            return listing(self._pool)
+        if not asked.startswith("/"):
+            return None
+        return listed(self._pool, asked[1:])
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, target: str) -> None:
+        async with Upload(receive, self._spool).connected() as client, AsyncExitStack() as stack:
+            stack.push_async_callback(client.close)
+            path, _, query = target.partition("?")
+            wanted = dict(parse_qsl(query)).get("model", "").strip()
+            content_type = Headers(scope=scope).get("content-type", "")
+            found = members_of(content_type)
+            await client.find(found, is_known=bool(wanted))
+            match = self._pool.match(wanted or found.model)
+            entry = match.entry
+            check_kind(entry.kind, target)
+            server = await self._leased(stack, client, match)
+            await client.stop_looking()
+            model = entry.upstream_model or entry.name
+            added = match.preset.members if match.preset is not None else {}
+            body, headers = _body(scope, client, members_of(content_type, model, added))
+            if wanted:
+                query = urlencode([(k, model if k == "model" else v) for k, v in parse_qsl(query)])
+            judge, url = None, server.base_url
+            if entry.base_url is not None:
+                url, path = _api_of(entry.base_url), path.removeprefix("/v1")
+                headers["Accept-Encoding"] = "identity"
+            else:
+                facade = self._pool.facade_of(entry.name)
+                judge = facade.judge_of_prompts(server.generation)
+            response = await self._upstream.request(
+                scope["method"],
+                f"{path}?{query}" if query else path,
+                headers,
+                body,
+                Server(url, server.api_key, server.generation, entry.name),
+            )
+            renames = renames_in(response, entry.name) if entry.base_url is not None else None
+            await send_on(scope, response, send, judge=judge, rewrites=renames)
+
+    async def _leased(self, stack: AsyncExitStack, client: Upload, match: Match) -> LeasedServer:
+        """Lease the server until the stack is closed; the request waits until it is there."""
+        name, began_at = match.entry.name, time.monotonic()
+        client.look_ahead()
+        lease = stack.enter_async_context(self._pool.lease(name))
+        server = await self._shutdown.wait(lease)
+        self._waited(name, time.monotonic() - began_at)
+        return server
+
+
+def _body(scope: Scope, client: Upload, members: Members) -> tuple[Body, CIMultiDict[str]]:
+    """Return the body for the server, and its headers; whole, or as it arrives."""
+    given = scope["headers"]
+    whole = client.whole
+    if whole is None:
+        return _rewritten(client, members), headers_for(given, _OWN_LENGTH)
+    made = members.feed(whole) + members.finish()
+    if made != whole:
+        return made, headers_for(given, _OWN_LENGTH)
+    has_length = any(name == b"content-length" for name, _ in given)
+    return (whole if whole or has_length else None), headers_for(given)
+
+
+async def _rewritten(client: Upload, members: Members) -> AsyncIterator[bytes]:
+    async for data in client.rest():
+        if made := members.feed(data):
+            yield made
+    if rest := members.finish():
+        yield rest
+
+
+def _api_of(base_url: str) -> str:
+    """Return where the API of another server begins: below `/v1`, unless it has another path."""
+    return base_url if urlsplit(base_url).path else f"{base_url}/v1"

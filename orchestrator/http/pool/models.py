@@ -1,0 +1,91 @@
+"""Routes of all models of a pool: what there is, what is added and removed, all events."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from urllib.parse import quote
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from orchestrator.errors import MalformedRequest
+from orchestrator.http import openapi
+from orchestrator.http.bodies import json_body, validated
+from orchestrator.http.guards import origins
+from orchestrator.http.openapi import documented
+from orchestrator.http.pool import schemas
+from orchestrator.http.pool.streams import Streams
+from orchestrator.http.problems import Responder
+from orchestrator.http.shutdown import Shutdown
+from orchestrator.pool.catalogue import Changes
+from orchestrator.pool.pool import AsyncModelPool
+from orchestrator.pool.status import ModelStatus, PoolStatus
+
+
+def add(
+    routes: APIRouter,
+    pool: AsyncModelPool,
+    responder: Responder,
+    shutdown: Shutdown,
+    *,
+    is_exposed: bool,
+) -> None:
+    @routes.get("/api/models", **documented(PoolStatus))
+    async def models() -> Response:
+        """Return the budget, every model and who waits."""
+        return responder.json(pool.status().as_dict())
+
+    document = documented(ModelStatus, *openapi.CHANGE)
+    document["responses"][201] = document["responses"].pop(200)
+    content = {"application/json": {"schema": schemas.ENTRY_BODY}}
+    document["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
+
+    @routes.post("/api/models", status_code=201, **document)
+    async def add_model(request: Request) -> Response:
+        """Add a model. It survives a re-read of the catalogue, but not a restart."""
+        fields = await json_body(request)
+        name = fields.pop("name", None)
+        if not isinstance(name, str):
+            raise MalformedRequest.because("name is required, and a text", field="name")
+        is_strict = is_exposed or origins.is_from_elsewhere(request.scope)
+        made = await pool.add_sent(name, fields, is_strict=is_strict)
+        where = f"{request.scope.get('root_path', '')}/api/models/{quote(name)}"
+        return responder.json(made.as_dict(), status_code=201, headers={"Location": where})
+
+    @routes.get("/api/models/{name}", **documented(ModelStatus, 404, 422))
+    async def model(name: str) -> Response:
+        """Return one model."""
+        return responder.json(pool.model_status(name).as_dict())
+
+    document = documented(ModelStatus, 404, 422, 503)
+    document["responses"][204] = {"description": "It is gone, and its slot empty."}
+    del document["responses"][200]
+
+    @routes.delete("/api/models/{name}", status_code=204, **document)
+    async def remove_model(name: str) -> Response:
+        """Remove a model: its waiters get `model_not_found`, its server is drained and stopped."""
+        await shutdown.wait(pool.remove(name))
+        return Response(status_code=204)
+
+    @routes.post(
+        "/api/catalogue",
+        **documented(Changes, *openapi.CHANGE, body=schemas.NoBody, required=False),
+    )
+    async def catalogue(request: Request) -> Response:
+        """Read the catalogue's file again. A mistake in it changes nothing."""
+        validated(schemas.NoBody, await json_body(request, required=False))
+        return responder.json((await shutdown.wait(pool.reload())).as_dict())
+
+    streams = Streams(pool, shutdown)
+
+    @routes.get(
+        "/api/events",
+        response_class=EventSourceResponse,
+        responses=openapi.problems(*openapi.QUERY),
+    )
+    async def events(after: int = Depends(streams.position)) -> AsyncIterator[ServerSentEvent]:
+        """Stream the transitions of all models. `Last-Event-ID` resumes after an event."""
+        async with contextlib.aclosing(streams.events(after)) as stream:
+            async for event in stream:
+                yield event
