@@ -33,6 +33,11 @@ def names_as_sent(path: str | os.PathLike[str], text: str) -> PathNames:
     return tuple(names.items())
 
 
+def without_folders(names: PathNames) -> PathNames:
+    """Return names that say nothing of where things are, for readers who have sent no path."""
+    return tuple((path, os.path.basename(n) if os.path.isabs(n) else n) for path, n in names)
+
+
 def names_of_own(path: str | os.PathLike[str], name: str) -> PathNames:
     """Give one name to a path of ours and to its target. Reads the disk."""
     absolute = os.path.normpath(os.path.join(real(os.curdir), path))

@@ -103,6 +103,7 @@ def create_app(
         passed_on,
         responder,
         about=openapi.DESCRIPTION,
+        v1=openapi.V1,
         not_stored=(PREFIX, "/metrics"),
         **around,
     )

@@ -31,6 +31,7 @@ def framed(
     responder: Responder,
     *,
     about: str,
+    v1: openapi.PassedOn,
     api_keys: Sequence[str],
     hosts: frozenset[str],
     max_body_bytes: int,
@@ -39,6 +40,8 @@ def framed(
     """Return the app.
 
     Args:
+        about: The description of its OpenAPI document.
+        v1: What that says about `/v1`.
         hosts: From `checked_hosts`.
         not_stored: Prefixes of the paths of the API, besides the health routes.
     """
@@ -60,7 +63,7 @@ def framed(
     for router in routers:
         app.include_router(router)
     app.router.routes.extend(pages)
-    openapi.complete(app, needs_key=bool(api_keys))
+    openapi.complete(app, v1, needs_key=bool(api_keys))
     app.add_middleware(below, prefix="/v1/", other=passes_on)
     app.add_middleware(limits.limit_body, max_bytes=max_body_bytes)
     checks = [origins.refuse_foreign(hosts)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from fastapi import HTTPException
 from fastapi.routing import APIRoute
@@ -11,19 +13,35 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class HeadRoute(APIRoute):
-    """A route that answers HEAD if it answers GET; FastAPI's own routes do not."""
+    """A route that answers HEAD if it answers GET; FastAPI's own routes do not.
+
+    Where several routes of one class have a path, 405 names the methods of all.
+    """
+
+    _by_path: ClassVar[dict[str, set[str]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        cls._by_path = {}
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        super().__init__(path, endpoint, **options)
+        self._allowed = self._by_path.setdefault(path, set())
+        self._own = self.methods or set()
+        self._allowed |= self._own
+        if "GET" in self._own:
+            self._allowed.add("HEAD")
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         return super().matches(_as_get(scope))
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        methods = self.methods or set()
-        if "GET" not in methods or scope["method"] == "GET":
+        method = scope["method"]
+        if method in self._own:
             await super().handle(scope, receive, send)
-        elif scope["method"] == "HEAD":
+        elif method == "HEAD" and "GET" in self._own:
             await _head(super().handle, scope, receive, send)
         else:
-            raise HTTPException(405, headers={"Allow": ", ".join(sorted({*methods, "HEAD"}))})
+            raise HTTPException(405, headers={"Allow": ", ".join(sorted(self._allowed))})
 
 
 def _as_get(scope: Scope) -> Scope:

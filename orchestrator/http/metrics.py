@@ -7,9 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Final, get_args, get_type_hints
+from typing import Final, Protocol, get_args, get_type_hints
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Metric,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
@@ -18,16 +25,24 @@ from orchestrator.errors import CLASSES, Problem
 from orchestrator.machine.commands import Concluded, Loaded, ServerEnded, Settle
 from orchestrator.machine.facts import LoadRequested
 from orchestrator.machine.states import TIMED, State
-from orchestrator.runtime.answers import PromptsStatus
-from orchestrator.runtime.orchestrator import AsyncOrchestrator
-from orchestrator.runtime.snapshot import StepReport
+from orchestrator.runtime.answers import PromptsStatus, Status
+from orchestrator.runtime.snapshot import Observer, StepReport
 
 MEDIA_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-_NAMESPACE: Final = "llama_orchestrator"
-_SECONDS: Final = (
+NAMESPACE: Final = "llama_orchestrator"
+SECONDS: Final = (
     *(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0),
     *(300.0, 600.0, 1800.0, 3600.0),
 )
+
+
+class Slot(Protocol):
+    """What is counted: an orchestrator, or one model of a pool."""
+
+    def status(self) -> Status: ...
+    def observe(self, observer: Observer) -> None: ...
+    @property
+    def lease_count(self) -> int: ...
 
 
 class Metrics(Collector):
@@ -38,13 +53,13 @@ class Metrics(Collector):
         held: Returns how many requests wait for a model.
     """
 
-    def __init__(self, orch: AsyncOrchestrator, held: Callable[[], int] = lambda: 0) -> None:
+    def __init__(self, orch: Slot, held: Callable[[], int] = lambda: 0) -> None:
         self._orch = orch
         self._registry = registry = CollectorRegistry()
         self._spent_s = dict.fromkeys(State, 0.0)
-        counter = partial(Counter, namespace=_NAMESPACE, registry=registry)
-        gauge = partial(Gauge, namespace=_NAMESPACE, registry=registry)
-        histogram = partial(Histogram, namespace=_NAMESPACE, registry=registry)
+        counter = partial(Counter, namespace=NAMESPACE, registry=registry)
+        gauge = partial(Gauge, namespace=NAMESPACE, registry=registry)
+        histogram = partial(Histogram, namespace=NAMESPACE, registry=registry)
 
         self._transitions = counter(
             "transitions", "Transitions of the lifecycle.", ("source", "dest", "trigger")
@@ -53,7 +68,7 @@ class Metrics(Collector):
         self._reloads = counter("reloads", "Settings whose change caused a reload.", ("field",))
         self._exits = counter("server_exits", "Servers that ended, by cause.", ("how",))
         text = "Time spent in one phase of a load or an unload."
-        self._phases = histogram("phase_seconds", text, ("phase",), buckets=_SECONDS)
+        self._phases = histogram("phase_seconds", text, ("phase",), buckets=SECONDS)
         gauge("info", "Constant 1.", ("version",)).labels(orchestrator.__version__).set(1)
         self._state = gauge("state", "1 for the current state, 0 for the others.", ("state",))
         gauge("generation", "Generation of the newest load.").set_function(
@@ -73,15 +88,23 @@ class Metrics(Collector):
 
     def render(self) -> bytes:
         """Return the text of a scrape."""
+        self._mark_state()
+        return generate_latest(self._registry)
+
+    def families(self) -> Iterator[Metric]:
+        """Yield what a scrape has, for a text of several slots."""
+        self._mark_state()
+        return iter(self._registry.collect())
+
+    def _mark_state(self) -> None:
         current = self._orch.status().state
         for state in State:
             self._state.labels(state).set(state is current)
-        return generate_latest(self._registry)
 
     def collect(self) -> Iterator[CounterMetricFamily]:
         """Yield the counters that also increase between two steps."""
         family = CounterMetricFamily(
-            f"{_NAMESPACE}_state_seconds", "Time spent in each state.", labels=("state",)
+            f"{NAMESPACE}_state_seconds", "Time spent in each state.", labels=("state",)
         )
         now = self._orch.status()
         for state, spent_s in self._spent_s.items():
@@ -115,4 +138,4 @@ def _of_prompts(prompts: PromptsStatus) -> Iterator[CounterMetricFamily]:
     for name, value in prompts.as_dict().items():
         what = name.removeprefix("tokens_")
         about = f"Tokens of prompts that keep_prompts has {what}."
-        yield CounterMetricFamily(f"{_NAMESPACE}_prompt_tokens_{what}", about, value=value)
+        yield CounterMetricFamily(f"{NAMESPACE}_prompt_tokens_{what}", about, value=value)

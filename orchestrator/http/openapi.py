@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from fastapi import FastAPI, Response
 from pydantic import BaseModel
@@ -39,6 +39,28 @@ VARIANTS: Final = (*_BODY, 404, 409, 502, 503, 504, 507)
 CHANGE: Final = (*_BODY, 409, 503)
 QUERY: Final = (422, 503)
 _ANY: Final[dict[str, Any]] = {"content": {"*/*": {"schema": {}}}}
+
+
+class PassedOn(NamedTuple):
+    """What the document says about `/v1`, which bypasses FastAPI."""
+
+    summary: str
+    description: str
+    failures: tuple[int, ...]
+
+
+V1: Final = PassedOn(
+    "Passed to the running server, with any method",
+    "The OpenAI API of llama-server, streaming both ways. Held while a load is in flight; 503 with "
+    "`Retry-After` if that takes too long.",
+    (404, 408, 413, 502, 503),
+)
+V1_OF_POOL: Final = PassedOn(
+    "Passed to the model that the request names, with any method",
+    "The OpenAI API of llama-server, streaming both ways. `model` is a name, an alias or "
+    "`name:preset`; a request waits until its model is resident.",
+    (404, 408, 409, 413, 422, 424, 429, 502, 503, 504, 507),
+)
 
 
 def problems(
@@ -85,7 +107,7 @@ def _example(model: type) -> dict[str, Any]:
     return {"example": EXAMPLES[model]} if model in EXAMPLES else {}
 
 
-def complete(app: FastAPI, *, needs_key: bool) -> None:
+def complete(app: FastAPI, v1: PassedOn, *, needs_key: bool) -> None:
     """Add to the document of an app what FastAPI does not know."""
     generate = app.openapi
 
@@ -104,8 +126,8 @@ def complete(app: FastAPI, *, needs_key: bool) -> None:
             for operation in operations.values():
                 _summarize(operation)
         document["paths"]["/v1/{path}"] = {
-            "get": _passed_on("get", "models"),
-            "post": {**_passed_on("post", "chat/completions"), "requestBody": _ANY},
+            "get": _passed_on(v1, "get", "models"),
+            "post": {**_passed_on(v1, "post", "chat/completions"), "requestBody": _ANY},
         }
         if needs_key:
             components["securitySchemes"] = {
@@ -126,18 +148,15 @@ def _summarize(operation: dict[str, Any]) -> None:
         operation["description"] = f"{rest}."
 
 
-def _passed_on(method: str, example: str) -> dict[str, Any]:
+def _passed_on(v1: PassedOn, method: str, example: str) -> dict[str, Any]:
     """Document `/v1`, which bypasses FastAPI."""
     path = {"name": "path", "in": "path", "required": True, "schema": {"type": "string"}}
-    failed = problems(*(404, 408, 413, 502, 503), media_type="application/json", schema=OpenAIError)
+    failed = problems(*v1.failures, media_type="application/json", schema=OpenAIError)
     failures = {str(status): failure for status, failure in failed.items()}
     return {
         "tags": ["pass-through"],
-        "summary": "Passed to the running server, with any method",
-        "description": (
-            "The OpenAI API of llama-server, streaming both ways. Held while a load is in flight; "
-            "503 with `Retry-After` if that takes too long."
-        ),
+        "summary": v1.summary,
+        "description": v1.description,
         "operationId": f"pass_on_{method}",
         "parameters": [{**path, "example": example}],
         "responses": {"default": {"description": "The server's answer", **_ANY}, **failures},

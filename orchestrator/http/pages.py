@@ -87,6 +87,24 @@ SwaggerUIBundle({
   validatorUrl: null,
 });
 """
+_OF_POOL: Final = """\
+<!doctype html>
+<html lang="en">
+<head>
+  <meta charset="utf-8">
+  <meta name="viewport" content="width=device-width, initial-scale=1">
+  <title>llama-orchestrator: models</title>
+</head>
+<body>
+  <h1>llama-orchestrator</h1>
+  <p>This service has several models, by name.</p>
+  <ul>
+    <li><a href="api/models">Models</a>: their states, memory and requests, as JSON</li>
+    <li><a href="docs">API</a></li>
+  </ul>
+</body>
+</html>
+"""
 _PANEL_TEXTS: Final = {
     "/panel/diagram.css": (diagram.STYLE, "text/css"),
     "/panel/fields.js": (_fields(), "text/javascript"),
@@ -103,13 +121,20 @@ PATHS: Final = PANEL_PATHS | {*_DOCS_TEXTS, *(f"/docs/{name}" for name in _DOCS_
 def routes() -> list[BaseRoute]:
     """Return the routes of the pages; they answer GET and HEAD."""
     files = StaticFiles(directory=str(_FOLDER))
+    panel = [_text(path, *text) for path, text in _PANEL_TEXTS.items()]
+    return [_file("/", files, _PAGE), *panel, *_docs(), Mount("/panel", files)]
+
+
+def routes_of_pool() -> list[BaseRoute]:
+    """Return those of a pool, which says where everything else is."""
+    return [_text("/", _OF_POOL, "text/html"), *_docs()]
+
+
+def _docs() -> list[BaseRoute]:
     swagger_ui = StaticFiles(directory=str(_SWAGGER_UI))
-    texts = {**_PANEL_TEXTS, **_DOCS_TEXTS}
     return [
-        _file("/", files, _PAGE),
-        *(_text(path, *text) for path, text in texts.items()),
+        *(_text(path, *text) for path, text in _DOCS_TEXTS.items()),
         *(_file(f"/docs/{name}", swagger_ui, name) for name in _DOCS_FILES),
-        Mount("/panel", files),
     ]
 
 

@@ -17,7 +17,7 @@ from typing import Any, Final, Generic, Literal, TypeVar, overload
 
 from orchestrator.base import log
 from orchestrator.base.log import event_log
-from orchestrator.base.paths import PathNames
+from orchestrator.base.paths import PathNames, without_folders
 from orchestrator.base.tokens import Generation, Ticket
 from orchestrator.errors import (
     InvalidRequest,
@@ -46,7 +46,7 @@ from orchestrator.pool.context import Context, Policy, Turn
 from orchestrator.pool.entries import Entry
 from orchestrator.pool.feed import Feed
 from orchestrator.pool.ledger import NO_LIMIT, Amounts
-from orchestrator.pool.owner import Granted, Lease, PoolCall, PoolOwner, uses_of
+from orchestrator.pool.owner import EVICTIONS, Granted, Lease, PoolCall, PoolOwner, uses_of
 from orchestrator.pool.slots import PoolSlots
 from orchestrator.pool.states import State
 from orchestrator.pool.status import ModelStatus, PoolSnapshot, PoolStatus, devices_of, waiting_of
@@ -346,6 +346,11 @@ class PoolFacade(Generic[F]):
         return all(waiter.kind != "preload" for waiter in owner.ctx.waiting)
 
     @property
+    def evictions(self) -> dict[str, int]:
+        """How many models were stopped for others or because they were idle, by reason."""
+        return dict.fromkeys(EVICTIONS, 0) | (self._owner.evictions if self._owner else {})
+
+    @property
     def has_ended(self) -> bool:
         """Whether it is closed, or about to be."""
         owner = self._owner
@@ -378,7 +383,7 @@ class PoolFacade(Generic[F]):
             tuple(one.failure.names for one in self._ctx.entries if one.failure is not None),
         )
         if self._known is None or self._known[0] != parts:
-            self._known = parts, tuple(chain.from_iterable(parts))
+            self._known = parts, tuple(map(without_folders, chain.from_iterable(parts)))
         return self._known[1]
 
     @property

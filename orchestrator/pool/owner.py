@@ -33,7 +33,7 @@ from orchestrator.runtime.owner import resolve
 from orchestrator.runtime.ports import Clock
 
 _MAX_STEPS: Final = 8  # of one fact: each is taken anew because somebody has entered a gate
-_EVICTIONS: Final = frozenset({"room", "memory", "budget", "idle"})
+EVICTIONS: Final = ("room", "memory", "budget", "idle")
 _log = event_log("orchestrator.pool")
 CallKind = Literal["lease", "request", "load", "end"]
 
@@ -378,7 +378,7 @@ class PoolOwner:
             self._slots.start(command)
             return
         reason = command.reason
-        if reason in _EVICTIONS:
+        if reason in EVICTIONS:
             self.evictions[reason] = self.evictions.get(reason, 0) + 1
         if command.room_for is not None:
             self._evicted.setdefault(command.room_for, []).append(name)

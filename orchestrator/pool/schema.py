@@ -70,9 +70,18 @@ def schema() -> Schema:
 
 def of_added() -> Schema:
     """Return the schema of an entry that is added over HTTP."""
-    made = _object(MODEL, "A model to add.", "name", "model_path")
+    made = _object(MODEL, "A model to add.", "name")
+    known = {name: _or_null(name, one) for name, one in made["properties"].items()}
     name = {"type": "string", "pattern": f"^{values.NAME}$", "description": "Its name."}
-    return {**made, "properties": {"name": name, **made["properties"]}}
+    return {**made, "properties": {"name": name, **known}}
+
+
+def _or_null(name: str, one: Schema) -> Schema:
+    """JSON has null, for what a file leaves out."""
+    if MODEL[name].default is not None:
+        return one
+    shape = {key: value for key, value in one.items() if key != "description"}
+    return {"description": one["description"], "anyOf": [shape, {"type": "null"}]}
 
 
 def _named(one: Schema, about: str) -> Schema:

@@ -296,7 +296,8 @@ def test_lease_lasts_as_long_as_the_answer(client: httpx.Client, tmp_path: Path)
     go, left = tmp_path / "go", tmp_path / "left"
     body = {"model": "chat", "stream": 1000, "until": str(go), "left": str(left)}
     with client.stream("POST", CHAT, json=body) as stream:
-        next(stream.iter_lines())
+        lines = stream.iter_lines()
+        next(lines)
         until_model(client, "chat", lambda one: one["leases"] == 1)
     until_model(client, "chat", lambda one: one["leases"] == 0)
     go.touch()

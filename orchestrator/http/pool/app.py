@@ -7,19 +7,31 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any, Final
 
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import APIRouter, Depends, FastAPI, Response
 
+from orchestrator.base.paths import PathNames, without_folders
 from orchestrator.errors import InvalidRequest, NotLoaded, ShuttingDown
 from orchestrator.http import openapi, pages, schemas
 from orchestrator.http.frame import framed, is_exposed
+from orchestrator.http.metrics import MEDIA_TYPE
+from orchestrator.http.openapi import documented
+from orchestrator.http.paths import PathRenamer
 from orchestrator.http.pool import models, one, routing, upload
 from orchestrator.http.pool.by_name import ByName
+from orchestrator.http.pool.metrics import PoolMetrics
 from orchestrator.http.problems import Responder
 from orchestrator.http.shutdown import Shutdown
 from orchestrator.pool.pool import AsyncModelPool
 
 MODELS: Final = "/api/models"
 DEFAULT: Final = "/api/inference"
+
+
+class PoolResponder(Responder):
+    """Hides where files are: the paths are of the catalogue, and no caller has sent them."""
+
+    def renamer(self, names: PathNames = ()) -> PathRenamer:
+        return super().renamer(without_folders(names))
 
 
 def pool_app(pool: AsyncModelPool, shutdown: Shutdown, around: dict[str, Any]) -> FastAPI:
@@ -30,9 +42,10 @@ def pool_app(pool: AsyncModelPool, shutdown: Shutdown, around: dict[str, Any]) -
     """
     if not isinstance(pool, AsyncModelPool):
         raise TypeError(f"pool must be an AsyncModelPool, not {type(pool).__name__}")
-    responder = Responder(pool.known_paths)
+    responder = PoolResponder(pool.known_paths)
     spool = upload.Spool(lambda: pool.state_folder, upload.SPOOLED_BYTES)
-    passed_on = ByName(pool, responder, shutdown, lambda _, __: None, spool)
+    counted = PoolMetrics(pool)
+    passed_on = ByName(pool, responder, shutdown, counted.waited, spool)
     exposed = is_exposed(around["api_keys"], around["hosts"])
 
     def by_name(name: str) -> str:
@@ -70,17 +83,20 @@ def pool_app(pool: AsyncModelPool, shutdown: Shutdown, around: dict[str, Any]) -
     default = router(prefix=DEFAULT, tags=["inference"])
     one.add(default, pool, responder, shutdown, submitted, by_default)
     return framed(
-        [whole, each, default, like_llama, _health(pool, responder, shutdown)],
-        pages.routes(),
+        [whole, each, default, like_llama, _health(pool, responder, shutdown, counted)],
+        pages.routes_of_pool(),
         passed_on,
         responder,
         about=openapi.OF_POOL,
+        v1=openapi.V1_OF_POOL,
         not_stored=("/api/", "/models", "/metrics"),
         **around,
     )
 
 
-def _health(pool: AsyncModelPool, responder: Responder, shutdown: Shutdown) -> APIRouter:
+def _health(
+    pool: AsyncModelPool, responder: Responder, shutdown: Shutdown, counted: PoolMetrics
+) -> APIRouter:
     routes = APIRouter(route_class=responder.route_class(), tags=["health"])
 
     @routes.get("/healthz", responses=openapi.problems())
@@ -98,5 +114,10 @@ def _health(pool: AsyncModelPool, responder: Responder, shutdown: Shutdown) -> A
         if not pool.is_ready:
             raise NotLoaded.because("the models to preload are still loading")
         return schemas.Health(status="ready")
+
+    @routes.get("/metrics", **documented("text/plain"))
+    async def prometheus() -> Response:
+        """Return the metrics for Prometheus."""
+        return Response(counted.render(), media_type=MEDIA_TYPE)
 
     return routes

@@ -26,6 +26,7 @@ from orchestrator.http.problems import AsciiJSON, Responder, http_problem
 from orchestrator.http.shutdown import Shutdown
 from orchestrator.http.upstream import Body, Server, Upstream, headers_for, send_on
 from orchestrator.pool.catalogue import Match
+from orchestrator.pool.context import Turn
 from orchestrator.pool.pool import AsyncModelPool
 from orchestrator.runtime.answers import LeasedServer
 
@@ -139,7 +140,7 @@ class ByName:
         """Lease the server until the stack is closed; the request waits until it is there."""
         name, began_at = match.entry.name, time.monotonic()
         client.look_ahead()
-        lease = stack.enter_async_context(self._pool.lease(name))
+        lease = stack.enter_async_context(self._pool.lease(name, turn=Turn()))
         server = await self._shutdown.wait(lease)
         self._waited(name, time.monotonic() - began_at)
         return server
