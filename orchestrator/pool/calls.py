@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import threading
@@ -43,20 +42,21 @@ from orchestrator.pool.catalogue import (
     without_entry,
 )
 from orchestrator.pool.context import Context, Policy, Turn
+from orchestrator.pool.elsewhere import Watch
 from orchestrator.pool.entries import Entry
 from orchestrator.pool.feed import Feed
 from orchestrator.pool.ledger import NO_LIMIT, Amounts
 from orchestrator.pool.owner import EVICTIONS, Granted, Lease, PoolCall, PoolOwner, uses_of
-from orchestrator.pool.slots import PoolSlots
+from orchestrator.pool.slots import PoolSlots, left_in, made
 from orchestrator.pool.states import State
 from orchestrator.pool.status import ModelStatus, PoolSnapshot, PoolStatus, devices_of, waiting_of
 from orchestrator.pool.step import step
 from orchestrator.pool.values import budget as checked_budget
-from orchestrator.runtime.answers import LeasedServer, LoadOutcome, LoadProgress, Status
+from orchestrator.runtime.answers import LoadOutcome, LoadProgress, Status
 from orchestrator.runtime.calls import Facade
 from orchestrator.runtime.parts import Parts
 from orchestrator.runtime.ports import LogPosition
-from orchestrator.server.slot import LONGEST_NAME, Slot
+from orchestrator.server.slot import Slot
 from orchestrator.settings.fields import StrPath
 from orchestrator.settings.memory import total
 from orchestrator.settings.request import LoadRequest
@@ -121,6 +121,7 @@ class PoolFacade(Generic[F]):
         self._owner: PoolOwner | None = None
         self._pid = 0
         self._folder: Path | None = None
+        self._watch = Watch()
         self._slots: PoolSlots[F] = self._new_slots(lambda _: None)  # before a start
         self._known: tuple[tuple[object, ...], tuple[PathNames, ...]] | None = None
 
@@ -131,7 +132,7 @@ class PoolFacade(Generic[F]):
 
     def _new_slots(self, post: Callable[[facts.Fact], None]) -> PoolSlots[F]:
         # The slots must not hold this object: their owner is told when nobody does any more.
-        make = partial(_made, self._make, self._name, self.feed)
+        make = partial(made, self._make, self._name, self.feed)
         slots: PoolSlots[F] = PoolSlots(make, post, self._parts.workers(), self._clock)
         slots.entries = self._catalogue.models
         slots.restarts, slots.keeps = self._restart is not None, self._keeps
@@ -172,7 +173,7 @@ class PoolFacade(Generic[F]):
 
     def _start_owner(self, slot: Slot) -> PoolOwner:
         """Find what a dead owner has left, and tell the machine of the catalogue and the budget."""
-        ended = partial(_ended, slot, self.feed)
+        ended = partial(_ended, slot, self.feed, self._watch)
         owner = self._make_owner(self._new_slots, self._clock, ended)
         slots = self._slots
         slots.devices = self._scout.devices()
@@ -188,6 +189,7 @@ class PoolFacade(Generic[F]):
         except BaseException:
             owner.stop()
             raise
+        self._watch.of(self._catalogue.models.values())
         now = self._clock()
         for name in self._catalogue.pool.preload:
             owner.post(facts.Preloaded(name, now))
@@ -206,7 +208,7 @@ class PoolFacade(Generic[F]):
         in MiB by device.
         """
         left: dict[str, Future[bool]] = {}
-        for name in _left_in(slot):
+        for name in left_in(slot):
             done: Future[bool] = Future()
             left[name] = done
             slots.adopt(name, done.set_result)
@@ -332,7 +334,8 @@ class PoolFacade(Generic[F]):
 
     def _model_status(self, entry: Entry, seen: PoolSnapshot) -> ModelStatus:
         if seen.state_of(entry.name) is State.ABSENT:
-            return seen.model(entry, generation=self._slots.generation(entry.name))
+            generation, problem = self._slots.generation(entry.name), self._watch.problem(entry)
+            return seen.model(entry, generation=generation, problem=problem)
         gate = self._slots.gate(entry.name)
         slot = self._slots.facade(entry.name).status()
         return seen.model(entry, slot, gate.used_at if gate is not None else None)
@@ -476,18 +479,6 @@ class PoolFacade(Generic[F]):
         )
         return replace(loaded, status=how, evicted=list(granted.evicted))
 
-    def _elsewhere(self, entry: Entry) -> LeasedServer:
-        """Return another server, which is not ours to start or to stop."""
-        key = None
-        if entry.api_key_file is not None:
-            try:
-                key = entry.api_key_file.read_text().strip()
-            except OSError as error:
-                message = f"api_key_file of {entry.name} cannot be read ({error.strerror})"
-                raise InvalidRequest.because(message, field="api_key_file") from error
-        url = (entry.base_url or "").removesuffix("/v1")
-        return LeasedServer(url, 0, Generation(0), key, entry.kind)
-
     def _ask_cancel(self, name: str | None) -> PoolCall:
         return self._ask(self._own(name), facts.CancelRequested)
 
@@ -517,9 +508,9 @@ class PoolFacade(Generic[F]):
             entry = made.models[name]
             if check is not None and entry.request is not None:
                 check(entry.request)
-            self._catalogue, self._slots.entries = made, made.models
+            self._take(made)
             self._runtime[name] = entry
-        self._define(owner, self._slots, entry)
+            self._define(owner, self._slots, entry)
         owner.until_done()
         return entry
 
@@ -528,11 +519,18 @@ class PoolFacade(Generic[F]):
         with self._life:
             entry = self.match(name).entry
             made = without_entry(self._catalogue, entry.name)
-            self._catalogue, self._slots.entries = made, made.models
+            self._take(made)
             self._runtime.pop(entry.name, None)
-        if entry.request is None:
-            return None
-        return self._ask(entry, lambda name, ticket, at: facts.Removed(name, at, ticket))
+            if entry.request is None:
+                return None
+            return self._ask(entry, lambda name, ticket, at: facts.Removed(name, at, ticket))
+
+    def _take(self, catalogue: Catalogue) -> None:
+        """Go on with another catalogue. What follows from it is posted under the same lock, so that
+        changes reach the machine in the order in which they were made.
+        """
+        self._catalogue, self._slots.entries = catalogue, catalogue.models
+        self._watch.of(catalogue.models.values())
 
     def _reload(self) -> Changes:
         """Read the catalogue again; a mistake changes nothing."""
@@ -543,39 +541,24 @@ class PoolFacade(Generic[F]):
         with self._life:
             old, new = self._catalogue, merge(self._read(self._models), self._runtime)
             changes = difference(old, new)
-            self._catalogue, self._slots.entries = new, new.models
-        if new.pool != old.pool:
-            self._slots.devices = self._scout.devices()
-            self._configure(owner, self._slots, _reserved(owner.ctx))
-        for name in changes.removed:
-            owner.post(facts.Removed(name, self._clock()))
-        for name in (*changes.added, *changes.changed):
-            is_other = name in changes.added or old.models[name].reloads(new.models[name])
-            self._define(owner, self._slots, new.models[name], is_other=is_other)
+            self._take(new)
+            if new.pool != old.pool:
+                self._slots.devices = self._scout.devices()
+                self._configure(owner, self._slots, _reserved(owner.ctx))
+            for name in changes.removed:
+                owner.post(facts.Removed(name, self._clock()))
+            for name in (*changes.added, *changes.changed):
+                is_other = name in changes.added or old.models[name].reloads(new.models[name])
+                self._define(owner, self._slots, new.models[name], is_other=is_other)
         owner.until_done()
         return changes
 
 
-def _made(make: Callable[..., F], pool: str, feed: Feed, name: str) -> F:
-    """Return the orchestrator of an entry; in answers its models have the entry's name."""
-    facade = make(slot=_slot_of(pool, name))
-    facade.call_models(name)
-    feed.attach(name, facade)
-    return facade
-
-
-def _ended(slot: Slot, feed: Feed) -> None:
+def _ended(slot: Slot, feed: Feed, watch: Watch) -> None:
     """What follows when all slots have been given back."""
+    watch.of(())
     feed.events.close()
     slot.release()
-
-
-def _slot_of(pool: str, name: str) -> str:
-    whole = f"{pool}.{name}"
-    if len(whole) <= LONGEST_NAME:
-        return whole
-    digest = hashlib.sha256(whole.encode()).hexdigest()[:16]
-    return f"{whole[: LONGEST_NAME - 17]}.{digest}"
 
 
 def _reserved(ctx: Context) -> dict[str, int]:
@@ -599,13 +582,3 @@ def _foreseen(
     evict = [c.name for c in made if isinstance(c, commands.Stop) and c.room_for == entry.name]
     refused = [c.problem for c in made if isinstance(c, commands.Refuse) and c.ticket == ticket]
     return evict, refused[0] if refused else None
-
-
-def _left_in(slot: Slot) -> list[str]:
-    """Return the names of the models whose slots a dead owner has left with a record."""
-    folder, prefix, record = slot.directory.parent, f"{slot.name}.", slot.record_path.name
-    try:
-        found = sorted(path for path in folder.iterdir() if path.name.startswith(prefix))
-    except OSError:
-        return []
-    return [path.name.removeprefix(prefix) for path in found if (path / record).exists()]

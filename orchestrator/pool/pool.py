@@ -20,6 +20,7 @@ from orchestrator.pool.by_hand import ByHand, HandFields
 from orchestrator.pool.calls import F, PoolFacade
 from orchestrator.pool.catalogue import Changes
 from orchestrator.pool.context import Turn
+from orchestrator.pool.elsewhere import server_of
 from orchestrator.pool.entries import Entry
 from orchestrator.pool.owner import Granted, PoolCall
 from orchestrator.pool.status import ModelStatus
@@ -119,7 +120,7 @@ class ModelPool(PoolFacade[Orchestrator]):
         """
         entry = self.match(name).entry
         if entry.request is None:
-            yield self._elsewhere(entry)
+            yield server_of(entry)
             return
         lease, call = self._lease_or_call(entry, turn)
         try:
@@ -247,7 +248,7 @@ class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
         """Hold a lease on the server of a model; see `ModelPool.lease`."""
         entry = self.match(name).entry
         if entry.request is None:
-            yield self._elsewhere(entry)
+            yield server_of(entry)
             return
         await self._ready()
         lease, call = self._lease_or_call(entry, turn)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +17,14 @@ from orchestrator.pool import commands, facts
 from orchestrator.pool.budget import on_devices
 from orchestrator.pool.context import Definition, Need
 from orchestrator.pool.entries import Entry
+from orchestrator.pool.feed import Feed
 from orchestrator.pool.ledger import Amounts
 from orchestrator.pool.slot import PoolSlot
 from orchestrator.runtime.calls import Facade
 from orchestrator.runtime.gate import Gate
 from orchestrator.runtime.ports import Clock
 from orchestrator.server.devices import Device
+from orchestrator.server.slot import LONGEST_NAME, Slot
 from orchestrator.settings.flags import value_of
 from orchestrator.settings.memory import HOST
 from orchestrator.settings.request import LoadRequest
@@ -206,3 +209,29 @@ def _request(entry: Entry | None) -> LoadRequest:
 
 def _flag(request: LoadRequest, *names: str) -> str | None:
     return value_of(request.llama_extra_args or (), *names)
+
+
+def made(make: Callable[..., F], pool: str, feed: Feed, name: str) -> F:
+    """Return the orchestrator of an entry; in answers its models have the entry's name."""
+    facade = make(slot=_slot_of(pool, name))
+    facade.call_models(name)
+    feed.attach(name, facade)
+    return facade
+
+
+def _slot_of(pool: str, name: str) -> str:
+    whole = f"{pool}.{name}"
+    if len(whole) <= LONGEST_NAME:
+        return whole
+    digest = hashlib.sha256(whole.encode()).hexdigest()[:16]
+    return f"{whole[: LONGEST_NAME - 17]}.{digest}"
+
+
+def left_in(slot: Slot) -> list[str]:
+    """Return the names of the models whose slots a dead owner has left with a record."""
+    folder, prefix, record = slot.directory.parent, f"{slot.name}.", slot.record_path.name
+    try:
+        found = sorted(path for path in folder.iterdir() if path.name.startswith(prefix))
+    except OSError:
+        return []
+    return [path.name.removeprefix(prefix) for path in found if (path / record).exists()]

@@ -117,6 +117,7 @@ class PoolSnapshot:
         slot: Status | None = None,
         used_at: float | None = None,
         generation: int = 0,
+        problem: Problem | None = None,
     ) -> ModelStatus:
         """Return one model.
 
@@ -124,11 +125,12 @@ class PoolSnapshot:
             slot: The status of its slot; None if it is at rest.
             used_at: When its last lease ended, monotonic seconds; None while there is one.
             generation: Of the last load of a slot that is at rest.
+            problem: Why the server of a model elsewhere is of no use now.
         """
         name, entry = described.name, self.entries.get(described.name)
         loaded = slot.loaded if slot is not None else None
         state = slot.state if slot is not None else SlotState.IDLE
-        if described.request is None:
+        if described.request is None and problem is None:
             state = SlotState.HEALTHY
         ago_s = 0.0 if used_at is None else self.now - used_at
         return ModelStatus(
@@ -145,7 +147,7 @@ class PoolSnapshot:
             generation=slot.generation if slot is not None else generation,
             pid=loaded.pid if loaded is not None else None,
             last_used_at=None if loaded is None else round(time.time() - ago_s, 3),
-            last_error=entry.failure if entry is not None else None,
+            last_error=entry.failure if entry is not None else problem,
         )
 
     def _memory(self, entry: Entry | None, taken: Memory | None) -> Memory | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from orchestrator import AsyncModelPool
 from orchestrator.http import create_app
@@ -60,7 +61,10 @@ def until_model(
         found.update(model(client, name))
         return bool(holds(found))
 
-    support.until(look, f"{name} in the right state")
+    try:
+        support.until(look, f"{name} in the right state")
+    except pytest.fail.Exception:
+        pytest.fail(f"{name} does not come into the right state: {found}")
     return found
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from typing import Any, Final
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode
 
 from multidict import CIMultiDict
 from starlette.datastructures import Headers
@@ -27,6 +27,7 @@ from orchestrator.http.shutdown import Shutdown
 from orchestrator.http.upstream import Body, Server, Upstream, headers_for, send_on
 from orchestrator.pool.catalogue import Match
 from orchestrator.pool.context import Turn
+from orchestrator.pool.elsewhere import api_of
 from orchestrator.pool.pool import AsyncModelPool
 from orchestrator.runtime.answers import LeasedServer
 
@@ -121,7 +122,7 @@ class ByName:
                 query = urlencode([(k, model if k == "model" else v) for k, v in parse_qsl(query)])
             judge, url = None, server.base_url
             if entry.base_url is not None:
-                url, path = _api_of(entry.base_url), path.removeprefix("/v1")
+                url, path = api_of(entry.base_url), path.removeprefix("/v1")
                 headers["Accept-Encoding"] = "identity"
             else:
                 facade = self._pool.facade_of(entry.name)
@@ -165,8 +166,3 @@ async def _rewritten(client: Upload, members: Members) -> AsyncIterator[bytes]:
             yield made
     if rest := members.finish():
         yield rest
-
-
-def _api_of(base_url: str) -> str:
-    """Return where the API of another server begins: below `/v1`, unless it has another path."""
-    return base_url if urlsplit(base_url).path else f"{base_url}/v1"
