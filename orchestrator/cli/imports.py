@@ -18,6 +18,7 @@ from orchestrator.cli.yaml_file import read_yaml
 from orchestrator.errors import InvalidCatalogue
 from orchestrator.pool.catalogue import catalogue_of
 from orchestrator.pool.places import Places, dotted
+from orchestrator.settings.flags import is_encodable
 
 
 @click.group("import")
@@ -44,13 +45,13 @@ def llama_swap(*, config: Path, file: Path, force: bool, as_json: bool) -> int:
         raise exists(file)
     tables, lines = read_yaml(config)
     if not isinstance(tables, Mapping) or not isinstance(tables.get("models", {}), Mapping):
-        detail = f"{config} has no table of models: give the configuration of llama-swap"
-        title = "Not a configuration of llama-swap"
-        raise Failure({"category": "unusable_file", "title": title, "detail": detail})
+        raise _unusable(f"{config} has no table of models: give the configuration of llama-swap")
     is_beside = config.absolute().parent == file.absolute().parent
     made = convert(tables, os.environ, None if is_beside else config.absolute().parent)
     places = Places(str(config), lines)
     text = _text(made, places)
+    if not is_encodable(text):
+        raise _unusable(f"{config} has text that is not Unicode: look for \\ud800 and its like")
     try:
         catalogue_of(tomllib.loads(text), file.absolute().parent)
     except InvalidCatalogue as error:
@@ -59,6 +60,11 @@ def llama_swap(*, config: Path, file: Path, force: bool, as_json: bool) -> int:
     write_draft(file, text, is_forced=force)
     _say(file, made, places, as_json=as_json)
     return 0
+
+
+def _unusable(detail: str) -> Failure:
+    title = "File cannot be used"
+    return Failure({"category": "unusable_file", "title": title, "detail": detail})
 
 
 def _text(made: Converted, places: Places) -> str:

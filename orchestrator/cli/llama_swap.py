@@ -200,7 +200,7 @@ class _Conversion:
                 continue
             base, _, preset = wanted.rpartition(":")
             is_preset = base == path[1] and unique_name(preset, ()) == preset
-            if not is_preset or NOT_IN_PRESETS.keys() & values.keys():
+            if not is_preset or NOT_IN_PRESETS.keys() & values.keys() or _has_null(values):
                 self._remark(place, "only NAME:PRESET, with defaults of a request, can be a preset")
                 continue
             draft.members.setdefault("presets", {})[preset] = dict(values)
@@ -278,8 +278,9 @@ class _Conversion:
     def _check(self, name: str) -> None:
         """Leave out what a catalogue does not accept, and the entry if there is no other way."""
         path, draft = ("models", name), self.made.drafts[self.made.names[name]]
+        path_here = ("models", draft.name)
         while (error := _mistake_of(draft)) is not None:
-            key = (error.field or "").rpartition(".")[2]
+            key = (error.field or "").removeprefix(f"{dotted(path_here)}.").partition(".")[0]
             if key not in draft.members or key in {"model_path", "base_url"}:
                 del self.made.drafts[self.made.names.pop(name)]
                 self._remark(path, f"{_words(error, draft)}: it is not in the catalogue")
@@ -311,6 +312,13 @@ def _mistake_of(draft: Draft) -> InvalidCatalogue | None:
     except InvalidCatalogue as error:
         return error
     return None
+
+
+def _has_null(value: Any) -> bool:
+    """Whether there is a null in a value, which TOML does not have."""
+    if isinstance(value, Mapping | list):
+        return any(map(_has_null, value.values() if isinstance(value, Mapping) else value))
+    return value is None
 
 
 def _words(error: InvalidCatalogue, draft: Draft) -> str:

@@ -7,7 +7,7 @@ refused; all others become `llama_extra_args`, in their order.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Final
@@ -20,16 +20,19 @@ from orchestrator.settings.flags import flag_of
 _CONTAINERS: Final = {"docker", "podman", "nerdctl"}
 _SHELLS: Final = {"sh", "bash", "zsh", "dash"}
 _USE: Final = re.compile(r"use the field (\w+) instead")
-_FIELDS: Final = {
-    **{
-        flag: found[1]
-        for reason, flags in REFUSED.items()
-        if (found := _USE.match(reason))
-        for flag in flags.split()
-    },
-    **{flag: name for name, row in SETTINGS.items() if row.argv for flag in row.shadowed.split()},
-}
-"""Flags that are a field, by every spelling."""
+
+
+def _fields() -> Iterator[tuple[str, str]]:
+    for reason, flags in REFUSED.items():
+        if named := _USE.match(reason):
+            yield from ((flag, named[1]) for flag in flags.split())
+    for name, row in SETTINGS.items():
+        if row.argv:
+            yield from ((flag, name) for flag in row.shadowed.split())
+
+
+_FIELDS: Final = dict(_fields())
+"""Fields, by every flag that means one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,8 @@ class Connection:
     """A service, and the path below which the routes of one facade are."""
 
     def __init__(self, service: Service, prefix: str) -> None:
-        self.service, self.prefix = service, prefix
+        self.service: Service = service
+        self.prefix: str = prefix
 
     def below(self, path: str) -> Connection:
         """Return the connection for what is below a path."""

@@ -182,3 +182,16 @@ def test_the_shell_completes_the_names_of_the_pool(cli: Cli, pool: str, command:
     assert offered == [f"plain,{name}" for name in ("chat", "org/chat:tag", "chat:hot", "vectors")]
     env["COMP_WORDS"] += "v"
     assert cli(**env).stdout.split() == ["plain,vectors"]
+
+
+def test_chat_speaks_with_the_model_that_is_named(cli: Cli, pool: str) -> None:
+    """It is loaded first; without a name the default answers, and a preset is a name too."""
+    for names in (("chat",), (), ("org/chat:tag:hot",)):
+        said = json.loads(cli("chat", *names, "--url", pool, "--json", stdin="Hello\n").stdout)
+        assert (said["message"], said["tokens"]) == ("Hello", 8)
+    assert [one["state"] for one in answer(cli, "models", url=pool)["models"]] == [
+        "Healthy",
+        "Idle",
+    ]
+    wrong = cli("chat", "vectors", "--url", pool, "--json", stdin="Hello\n")
+    assert json.loads(wrong.stdout)["category"] == "wrong_kind"

@@ -36,6 +36,13 @@ models:
     cmd: vllm serve org/model
 """
 
+SURROGATE = """\
+models:
+  a:
+    cmd: llama-server -m a.gguf
+    filters: {setParamsByID: {"a:x": {stop: "\\ud800"}}}
+"""
+
 
 def converted(models: Mapping[str, Any], **more: Any) -> Converted:
     """Return what becomes of a configuration, which must be a catalogue."""
@@ -114,6 +121,7 @@ def test_relative_paths_mean_the_same_in_a_catalogue_elsewhere(cli: Cli, tmp_pat
         ("", "cli.import.no_models"),
         ("models:\n  a: [", "cli.import.no_yaml"),
         ("models: !!python/object:os.system {}", "cli.import.unknown_tag"),
+        (SURROGATE, "cli.import.surrogate"),
     ],
 )
 def test_what_is_no_configuration_is_refused(cli: Cli, tmp_path: Path, text: str, key: str) -> None:
@@ -288,6 +296,7 @@ def test_parameters_by_name_become_presets() -> None:
         "${MODEL_ID}:high": {"temperature": "${hot}"},
         "other": {"temperature": 1},
         "one:bad": {"model": "x"},
+        "one:null": {"stop": [None]},
     }
     made = converted(
         {
@@ -299,11 +308,12 @@ def test_parameters_by_name_become_presets() -> None:
         }
     )
     assert made.drafts["one"].members["presets"] == {"high": {"temperature": 1.5}}
-    assert places(made)[:4] == [
+    assert places(made)[:5] == [
         "models.one.filters.setParams",
         'models.one.filters.setParamsByID."${MODEL_ID}:high"',
         "models.one.filters.setParamsByID.other",
         'models.one.filters.setParamsByID."one:bad"',
+        'models.one.filters.setParamsByID."one:null"',
     ]
 
 

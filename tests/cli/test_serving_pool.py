@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,26 @@ def test_sighup_reads_the_catalogue_again_where_no_terminal_hangs_up(
     assert "added=two" in read
     assert "changed=one" in read
     assert running.signal(signal.SIGTERM) == 0
+
+
+def test_an_ignored_sighup_stays_ignored(start: Start, own: Own, file: Path) -> None:
+    """As under `nohup`: it neither reads nor ends."""
+    with ignoring(signal.SIGHUP):  # a child inherits that
+        running = start("serve", "--json", "--models", str(file), *own)
+    url = running.json_line()["url"]
+    running.process.send_signal(signal.SIGHUP)
+    assert names(url) == ["one"]
+    assert running.signal(signal.SIGTERM) == 0
+    assert logged(running, "catalogue.reloaded") == []
+
+
+@contextlib.contextmanager
+def ignoring(signum: signal.Signals) -> Iterator[None]:
+    before = signal.signal(signum, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signum, before)
 
 
 def test_a_hang_up_of_the_terminal_ends_the_service(

@@ -15,19 +15,25 @@ import orchestrator.http
 from orchestrator import (
     AsyncOrchestrator,
     Busy,
+    Changes,
     Event,
     LeasedServer,
     LoadOutcome,
     LoadProgress,
     LoadRequest,
+    ModelPool,
+    ModelStatus,
     Options,
     Orchestrator,
     OrchestratorError,
     PastLoad,
     Plan,
+    PoolStatus,
     PrefetchOutcome,
     Problem,
     ReloadReason,
+    RemoteModelPool,
+    RemoteModelView,
     RestartPolicy,
     State,
     Status,
@@ -108,6 +114,22 @@ async def asynchronous(request: LoadRequest) -> None:
         async for line in orch.follow_logs():
             assert_type(line, str)
         assert_type(await orch.unload("m.gguf"), UnloadOutcome)
+
+
+def remote_pools(pool: ModelPool) -> None:
+    remote = assert_type(ModelPool.connect("http://127.0.0.1:8642", "key"), RemoteModelPool)
+    assert_type(pool.status(), PoolStatus)
+    assert_type(remote.status(), PoolStatus)
+    assert_type(pool.status("chat"), Status)
+    assert_type(remote.status("chat"), Status)
+    assert_type(remote.load("chat", force_reload=True), LoadOutcome)
+    remote.load("chat", max_seq_length=1)  # type: ignore[call-arg]
+    assert_type(remote["chat"], RemoteModelView)
+    assert_type(remote["chat"].unload(cut=True), UnloadOutcome)
+    assert_type(remote.add("new", model_path="m.gguf"), ModelStatus)
+    assert_type(remote.reload(), Changes)
+    with remote.lease("chat") as server:
+        assert_type(server, LeasedServer)
 
 
 def shared(orch: Orchestrator | AsyncOrchestrator) -> None:
