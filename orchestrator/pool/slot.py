@@ -10,10 +10,10 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import partial
 from typing import Final, Literal
 
 from orchestrator.base.log import event_log
+from orchestrator.base.threads import NoThread
 from orchestrator.base.tokens import Generation
 from orchestrator.base.workers import Workers
 from orchestrator.errors import Problem, problem_of
@@ -32,6 +32,8 @@ from orchestrator.settings.request import LoadRequest
 
 _log = event_log("orchestrator.pool")
 _AT_REST: Final = Generation(0)
+_Work = tuple[Callable[[], None], Callable[[Problem], None]]
+"""What is to be done, and what follows if it fails."""
 
 
 class PoolSlot:
@@ -56,7 +58,7 @@ class PoolSlot:
         self._workers = workers
         self._clock = clock
         self._turn = threading.Lock()  # of the work that is left to do
-        self._todo: deque[Callable[[], None]] = deque()
+        self._todo: deque[_Work] = deque()
         self._is_working = False
         self._generation = _AT_REST
         self._order: Literal["start", "stop", "close"] = "start"  # the last one of the pool
@@ -101,7 +103,11 @@ class PoolSlot:
             call.settled.add_done_callback(lambda _: self._settled(generation, call))
             self.facade.send_load(call, request)
 
-        self._do(run, partial(self._end, generation))
+        def failed(problem: Problem) -> None:
+            self._generation = generation
+            self._end(generation, problem)
+
+        self._do(run, failed)
 
     def stop(self, generation: Generation, *, cut: bool) -> None:
         """Let nobody in any more, drain, and empty the slot."""
@@ -208,27 +214,30 @@ class PoolSlot:
     def _do(self, work: Callable[[], None], failed: Callable[[Problem], None]) -> None:
         """Do this after what is left to do, on a worker thread."""
 
-        def run() -> None:
+        with self._turn:
+            self._todo.append((work, failed))
+            if self._is_working:
+                return
+            self._is_working = True
+        try:
+            self._workers.submit(self._work)
+        except NoThread as error:
+            while (todo := self._next()) is not None:
+                todo[1](problem_of(error))
+
+    def _work(self) -> None:
+        while (todo := self._next()) is not None:
+            work, failed = todo
             try:
                 work()
             except BaseException as error:  # noqa: BLE001 (the pool waits for a report)
                 failed(problem_of(error))
 
+    def _next(self) -> _Work | None:
+        """Return what is to be done next; None if nothing is, and nobody works any more."""
         with self._turn:
-            self._todo.append(run)
-            if self._is_working:
-                return
-            self._is_working = True
-        self._workers.submit(self._work)
-
-    def _work(self) -> None:
-        while True:
-            with self._turn:
-                if not self._todo:
-                    self._is_working = False
-                    return
-                work = self._todo.popleft()
-            work()
+            self._is_working = bool(self._todo)
+            return self._todo.popleft() if self._todo else None
 
 
 def _is_at_rest(snapshot: Snapshot) -> bool:

@@ -10,6 +10,7 @@ from concurrent import futures
 from dataclasses import replace
 from typing import Final, Generic, TypeVar
 
+from orchestrator.base.threads import NoThread
 from orchestrator.base.tokens import Generation
 from orchestrator.base.workers import Workers
 from orchestrator.errors import problem_of
@@ -164,16 +165,21 @@ class PoolSlots(Generic[F]):
         """Find out what a start needs, and how much of that are files."""
         name, edition, entry = command.name, command.edition, self.entries.get(command.name)
 
+        def failed(error: BaseException) -> None:
+            self._post(facts.MeasureFailed(name, edition, problem_of(error), self._clock()))
+
         def run() -> None:
             try:
                 need, size_bytes = self.need_of(name, _request(entry))
             except BaseException as error:  # noqa: BLE001 (who wants it waits for an answer)
-                problem = problem_of(error)
-                self._post(facts.MeasureFailed(name, edition, problem, self._clock()))
+                failed(error)
                 return
             self._post(facts.Measured(name, edition, need, self._clock(), size_bytes))
 
-        self._workers.submit(run)
+        try:
+            self._workers.submit(run)
+        except NoThread as error:
+            failed(error)
 
     def _fitted(self, request: LoadRequest, command: commands.Start) -> LoadRequest:
         """Have the server reduce its context until it takes no more than is reserved.

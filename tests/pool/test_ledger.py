@@ -92,3 +92,23 @@ def test_places_are_told_from_devices() -> None:
     assert is_place(group_account("large"))
     assert not is_place("CUDA0")
     assert of({"Host": 3, SERVERS: 1, group_account("x"): 1}).of_devices() == of({"Host": 3})
+
+
+@pytest.mark.parametrize(
+    ("room", "within"),
+    [
+        ({"Host": 9, SERVERS: 2}, {"Host": 5, SERVERS: 2}),
+        ({"Host": 3, SERVERS: 2}, {"Host": 3, SERVERS: 2}),
+        ({"Host": 1, SERVERS: 9}, {"Host": 1, SERVERS: 2}),
+        ({"Host": 0, SERVERS: 2}, None),
+        ({"Host": 3, SERVERS: 1}, None),
+    ],
+)
+def test_a_server_may_fit_into_less_memory_but_takes_its_places(
+    room: dict[str, int], within: dict[str, int] | None
+) -> None:
+    assert of({"Host": 5, SERVERS: 2}).within(of(room)) == (None if within is None else of(within))
+
+
+def test_nothing_is_called_so() -> None:
+    assert str(of({SERVERS: 1})) == "nothing"
