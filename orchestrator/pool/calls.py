@@ -28,12 +28,13 @@ from orchestrator.errors import (
 from orchestrator.machine.plan import Plan
 from orchestrator.machine.states import State as SlotState
 from orchestrator.pool import commands, facts
-from orchestrator.pool.budget import budget_of
+from orchestrator.pool.budget import budget_of, on_devices
 from orchestrator.pool.catalogue import (
     Catalogue,
     Changes,
     Match,
     catalogue_of,
+    check_pins,
     difference,
     merge,
     no_model,
@@ -43,7 +44,7 @@ from orchestrator.pool.catalogue import (
 )
 from orchestrator.pool.context import Context, Policy, Turn
 from orchestrator.pool.elsewhere import Watch
-from orchestrator.pool.entries import Entry
+from orchestrator.pool.entries import Entry, PoolSettings
 from orchestrator.pool.feed import Feed
 from orchestrator.pool.ledger import NO_LIMIT, Amounts
 from orchestrator.pool.owner import EVICTIONS, Granted, Lease, PoolCall, PoolOwner, uses_of
@@ -51,6 +52,7 @@ from orchestrator.pool.slots import PoolSlots, left_in, made
 from orchestrator.pool.states import State
 from orchestrator.pool.status import ModelStatus, PoolSnapshot, PoolStatus, devices_of, waiting_of
 from orchestrator.pool.step import step
+from orchestrator.pool.values import AUTO, Memory
 from orchestrator.pool.values import budget as checked_budget
 from orchestrator.runtime.answers import LoadOutcome, LoadProgress, Status
 from orchestrator.runtime.calls import Facade
@@ -184,8 +186,9 @@ class PoolFacade(Generic[F]):
             owner.post(facts.Configured(Policy(), no_limit, self._clock()))
             for entry in self._catalogue.models.values():
                 self._define(owner, slots, entry)
+            self._check_pins(self._catalogue)
             adopted = self._adopt(slots, slot)
-            self._configure(owner, slots, adopted)
+            owner.post(self._configured(self._catalogue, adopted))
         except BaseException:
             owner.stop()
             raise
@@ -224,10 +227,10 @@ class PoolFacade(Generic[F]):
                 gone.result(_SHUTDOWN_S)
         return total(*held)
 
-    def _configure(self, owner: PoolOwner, slots: PoolSlots[F], held: Mapping[str, int]) -> None:
-        pool = self._catalogue.pool
-        given = pool.memory if self._memory == "auto" else self._memory
-        budget = budget_of(given, pool.headroom, slots.devices, held)
+    def _configured(self, catalogue: Catalogue, held: Mapping[str, int]) -> facts.Configured:
+        """Return the settings of a catalogue as a fact."""
+        pool = catalogue.pool
+        budget = budget_of(self._budget(pool), pool.headroom, self._slots.devices, held)
         policy = Policy(
             max_wait_s=pool.max_wait_s,
             min_resident_s=pool.min_resident_s,
@@ -237,7 +240,17 @@ class PoolFacade(Generic[F]):
         )
         if self._restart is not None:
             policy = replace(policy, restart=self._restart)
-        owner.post(facts.Configured(policy, Amounts.of(budget), self._clock()))
+        return facts.Configured(policy, Amounts.of(budget), self._clock())
+
+    def _budget(self, pool: PoolSettings) -> Memory | Literal["auto"]:
+        return pool.memory if self._memory == AUTO else self._memory
+
+    def _check_pins(self, catalogue: Catalogue) -> None:
+        """Refuse pinned models that are known to exceed a budget that is given, not found."""
+        given, slots = self._budget(catalogue.pool), self._slots
+        if given != AUTO:
+            needs = slots.known_needs(catalogue.models.values())
+            check_pins(catalogue, on_devices(given, slots.devices), needs)
 
     def _close_all(self, *, keep: bool = True) -> None:
         """End every server or leave it to the next owner, and release the slots."""
@@ -541,10 +554,12 @@ class PoolFacade(Generic[F]):
         with self._life:
             old, new = self._catalogue, merge(self._read(self._models), self._runtime)
             changes = difference(old, new)
-            self._take(new)
             if new.pool != old.pool:
                 self._slots.devices = self._scout.devices()
-                self._configure(owner, self._slots, _reserved(owner.ctx))
+            self._check_pins(new)
+            self._take(new)
+            if new.pool != old.pool:
+                owner.post(self._configured(new, _reserved(owner.ctx)))
             for name in changes.removed:
                 owner.post(facts.Removed(name, self._clock()))
             for name in (*changes.added, *changes.changed):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent import futures
 from dataclasses import replace
 from typing import Final, Generic, TypeVar
@@ -13,7 +14,7 @@ from typing import Final, Generic, TypeVar
 from orchestrator.base.threads import NoThread
 from orchestrator.base.tokens import Generation
 from orchestrator.base.workers import Workers
-from orchestrator.errors import problem_of
+from orchestrator.errors import OrchestratorError, problem_of
 from orchestrator.pool import commands, facts
 from orchestrator.pool.budget import on_devices
 from orchestrator.pool.context import Definition, Need
@@ -113,6 +114,20 @@ class PoolSlots(Generic[F]):
             idle_ttl_s=request.idle_ttl_s or None,
             restarts=self.restarts,
         )
+
+    def known_needs(self, entries: Iterable[Entry]) -> dict[str, Mapping[str, int]]:
+        """Return the MiB by device of the pinned ones, where declared or exact. Blocks."""
+        known: dict[str, Mapping[str, int]] = {}
+        for entry in entries:
+            if entry.request is None or not entry.pinned:
+                continue
+            if entry.memory is not None:
+                known[entry.name] = on_devices(entry.memory, self.devices)
+                continue
+            with contextlib.suppress(OrchestratorError):  # its first load will say so
+                if (memory := self.facade(entry.name).known_need(entry.request)) is not None:
+                    known[entry.name] = memory.devices
+        return known
 
     def need_of(self, name: str, request: LoadRequest) -> tuple[Need, int]:
         """Return what a start would take, at least if its context is Auto, and the bytes of its

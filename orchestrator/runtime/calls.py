@@ -56,6 +56,7 @@ from orchestrator.settings.checks import checked_seconds
 from orchestrator.settings.drafting import accepted_modes
 from orchestrator.settings.fields import SETTINGS, LoadFields, StrPath
 from orchestrator.settings.flags import CACHE_TYPES
+from orchestrator.settings.memory import Memory
 from orchestrator.settings.request import LoadRequest
 
 RequestLike = LoadRequest | StrPath | None
@@ -460,6 +461,10 @@ class Facade:
         """Return what a start would need. Blocks; raises what `plan` raises."""
         target = self._look_ups.target(request, self._snapshot, self._clock())
         return self._sizes.needed(target)
+
+    def known_need(self, request: LoadRequest) -> Memory | None:
+        """Return the server's own figure of an earlier start, without asking the Hub. Blocks."""
+        return self._sizes.known(self._look_ups.find(request, self._snapshot, self._clock()).target)
 
     def devices(self) -> Sequence[Device]:
         """Return the devices that a server could use, the host first. Blocks."""

@@ -75,11 +75,16 @@ class Sizes:
 
     def expected(self, target: Target, devices: Sequence[Device] | None = None) -> Memory:
         """Return what a server would take: its own figure of an earlier start, or an estimate."""
-        if (kept := self._read().get(_key(target))) is not None:
-            return _exact(target, kept)
+        if (known := self.known(target)) is not None:
+            return known
         found = estimate.estimate(target, estimate.files_of(target))
         devices = self._devices(target.server) if devices is None else devices
         return Memory.of("estimate", spread(found, devices, target))
+
+    def known(self, target: Target) -> Memory | None:
+        """Return the server's own figure of an earlier start; None if there has been none."""
+        kept = self._read().get(_key(target))
+        return _exact(target, kept) if kept is not None else None
 
     def needed(self, target: Target) -> Needed:
         """Return what a start would need."""

@@ -243,6 +243,33 @@ def test_pinned_models_stay_and_what_cannot_fit_beside_them_is_refused(
     assert pool.load("c").evicted == []
 
 
+def test_pins_that_are_known_to_exceed_a_given_budget_are_refused(
+    pools: Pools,
+    catalogue: Callable[..., dict[str, Any]],
+    files: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    """At the start and when the catalogue is read again: then it changes nothing."""
+    pinned = {"pinned": True}
+    with pools(catalogue({"memory": "150 MiB"})) as pool:
+        pool.load("a")
+        pool.load("b")
+    with pytest.raises(InvalidCatalogue) as refused:
+        pools(catalogue({"memory": "150 MiB"}, a=pinned, b=pinned))
+    assert refused.value.field == "models.b.pinned"
+    pools(catalogue({"memory": "150 MiB"}, a=pinned)).close()
+    file = tmp_path / "models.toml"
+    text = '[pool]\nmemory = "150 MiB"\ncache_ram_mib = 100\n'
+    for name in "ab":
+        text += f'[models.{name}]\nmodel_path = "{files[name]}"\npinned = true\n'
+    file.write_text(text.removesuffix("pinned = true\n"))
+    pool = pools(file)
+    file.write_text(text)
+    with pytest.raises(InvalidCatalogue):
+        pool.reload()
+    assert not pool.model_status("b").pinned
+
+
 def test_of_a_group_one_is_resident(pools: Pools, catalogue: Callable[..., dict[str, Any]]) -> None:
     large = {"group": "large"}
     pool = pools(catalogue({"memory": "10 GiB"}, a=large, b=large))
