@@ -7,7 +7,7 @@ event loop: what reads files runs in a thread. A client that disconnects withdra
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from functools import partial
 from typing import Annotated, Any, Final
 
@@ -33,11 +33,13 @@ from orchestrator.machine.plan import Plan
 from orchestrator.machine.states import State
 from orchestrator.pool.pool import AsyncModelPool
 from orchestrator.runtime import answers
+from orchestrator.runtime.events import Event
 from orchestrator.runtime.orchestrator import AsyncOrchestrator
 from orchestrator.server.output import MAX_LINES
 from orchestrator.settings.fields import SETTINGS
 from orchestrator.settings.request import LoadRequest
 
+_Events = AsyncGenerator[Event | None, None]
 PREFIX: Final = "/api/inference"
 _MAX_WAIT_S: Final = 300.0
 _Requested = Callable[[Request], Awaitable[LoadRequest]]
@@ -322,24 +324,32 @@ def _add_events(routes: APIRouter, orch: AsyncOrchestrator, shutdown: Shutdown) 
             return newest
         return last_event_id if last_event_id <= newest else 0  # of an earlier orchestrator
 
+    async def opened(after: int = Depends(position)) -> AsyncIterator[_Events]:
+        """Ends the stream with its answer: the framework leaves one that waits to be read."""
+        async with contextlib.aclosing(shutdown.until(orch.events(after))) as stream:
+            yield stream
+
+    reading = Depends(opened)
+
     @routes.get(
         "/events",
         dependencies=[Depends(claimed)],
         response_class=EventSourceResponse,
         responses=openapi.problems(*openapi.QUERY, 409),
     )
-    async def events(after: int = Depends(position)) -> AsyncIterator[ServerSentEvent]:
+    async def events(
+        after: int = Depends(position), stream: _Events = reading
+    ) -> AsyncIterator[ServerSentEvent]:
         """Stream transitions and progress. `Last-Event-ID` resumes after an event."""
         sent = None
-        async with contextlib.aclosing(shutdown.until(orch.events(after))) as stream:
-            async for event in stream:
-                if event is not None:
-                    after = event.id
-                    yield ServerSentEvent(id=str(after), event=event.kind, data=event.data)
-                elif (step := orch.progress()) != sent and step.bytes_done is not None:
-                    # it has the id of the event before it, from which a client can resume
-                    sent = step
-                    yield ServerSentEvent(id=str(after), event="progress", data=step.as_dict())
+        async for event in stream:
+            if event is not None:
+                after = event.id
+                yield ServerSentEvent(id=str(after), event=event.kind, data=event.data)
+            elif (step := orch.progress()) != sent and step.bytes_done is not None:
+                # it has the id of the event before it, from which a client can resume
+                sent = step
+                yield ServerSentEvent(id=str(after), event="progress", data=step.as_dict())
 
 
 def _health(orch: AsyncOrchestrator, responder: Responder, held: Callable[[], int]) -> APIRouter:

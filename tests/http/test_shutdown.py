@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import http.client
+import itertools
 import json
 import os
 import signal
@@ -13,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import AsyncGenerator, Callable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,12 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from orchestrator import AsyncOrchestrator
+from orchestrator import AsyncModelPool, AsyncOrchestrator, Event
 from orchestrator.errors import ShuttingDown
 from orchestrator.http import create_app
 from orchestrator.http.shutdown import Shutdown
 from tests.kit.command import COMMAND, environment
-from tests.kit.http import DEADLINE_S, PREFIX, Gate
+from tests.kit.http import DEADLINE_S, PREFIX, Gate, serving
 from tests.kit.process.servers import servers_of
 from tests.kit.process.support import until
 
@@ -404,3 +406,54 @@ def test_outside_of_the_main_thread_nothing_is_covered(
     thread.join(DEADLINE_S)
     assert done == ["done"]
     assert signal.getsignal(signal.SIGUSR1) is theirs
+
+
+class Endless:
+    """Events without end, and when their reader has gone."""
+
+    def __init__(self) -> None:
+        self.has_ended = threading.Event()
+
+    async def events(self, after: int | None = None) -> AsyncGenerator[Event, None]:
+        try:
+            for number in itertools.count(1):
+                yield Event(number, "transition", {"model": "a"})
+        finally:
+            self.has_ended.set()
+
+
+def reads_a_little(client: httpx.Client, path: str) -> None:
+    with client.stream("GET", path) as stream:
+        next(stream.iter_lines())
+
+
+@pytest.fixture
+def no_cycles() -> Iterator[None]:
+    """Nothing ends because its garbage happens to be collected."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_cycles")
+def test_stream_of_events_ends_when_its_client_has_gone(state_dir: Path) -> None:
+    """Also where it waits to be read, which the framework leaves as it is."""
+    endless = Endless()
+    orch = AsyncOrchestrator(state_dir=state_dir)
+    orch.events = endless.events  # type: ignore[method-assign]
+    with serving(create_app(orch)) as client:
+        reads_a_little(client, f"{PREFIX}/events")
+        assert endless.has_ended.wait(DEADLINE_S)
+
+
+@pytest.mark.usefixtures("no_cycles")
+@pytest.mark.parametrize("path", ["/api/events", "/api/models/a/events"])
+def test_stream_of_events_of_a_pool_ends_when_its_client_has_gone(
+    path: str, state_dir: Path
+) -> None:
+    endless = Endless()
+    pool = AsyncModelPool({"models": {"a": {"model_path": "a.gguf"}}}, state_dir=state_dir)
+    pool.events = endless.events  # type: ignore[method-assign]
+    with serving(create_app(pool=pool)) as client:
+        reads_a_little(client, path)
+        assert endless.has_ended.wait(DEADLINE_S)

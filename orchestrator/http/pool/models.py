@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import AsyncIterator
 from urllib.parse import quote
 
@@ -15,7 +14,7 @@ from orchestrator.http.bodies import json_body, validated
 from orchestrator.http.guards import origins
 from orchestrator.http.openapi import documented
 from orchestrator.http.pool import schemas
-from orchestrator.http.pool.streams import Streams
+from orchestrator.http.pool.streams import Sent, Streams
 from orchestrator.http.problems import Responder
 from orchestrator.http.shutdown import Shutdown
 from orchestrator.pool.catalogue import Changes
@@ -78,14 +77,14 @@ def add(
         return responder.json((await shutdown.wait(pool.reload())).as_dict())
 
     streams = Streams(pool, shutdown)
+    reading = Depends(streams.of_all)
 
     @routes.get(
         "/api/events",
         response_class=EventSourceResponse,
         responses=openapi.problems(*openapi.QUERY),
     )
-    async def events(after: int = Depends(streams.position)) -> AsyncIterator[ServerSentEvent]:
+    async def events(stream: Sent = reading) -> AsyncIterator[ServerSentEvent]:
         """Stream the transitions of all models. `Last-Event-ID` resumes after an event."""
-        async with contextlib.aclosing(streams.events(after)) as stream:
-            async for event in stream:
-                yield event
+        async for event in stream:
+            yield event

@@ -21,7 +21,7 @@ from orchestrator.http import openapi, schemas
 from orchestrator.http.bodies import json_body, validated, while_connected
 from orchestrator.http.openapi import documented
 from orchestrator.http.pool.schemas import ByHandBody, StopBody, WithdrawBody
-from orchestrator.http.pool.streams import Streams
+from orchestrator.http.pool.streams import Sent, Streams
 from orchestrator.http.problems import Responder
 from orchestrator.http.shutdown import Shutdown
 from orchestrator.machine import diagram
@@ -270,15 +270,20 @@ def _add_streams(
             return StreamingResponse(followed(name, lines), media_type=media_type)
         return responder.json({"lines": pool.facade_of(name).logs(lines)})
 
+    async def opened(
+        after: int = Depends(streams.position), name: str = Depends(meant)
+    ) -> AsyncIterator[Sent]:
+        async with contextlib.aclosing(streams.events(after, name)) as stream:
+            yield stream
+
+    reading = Depends(opened)
+
     @routes.get(
         "/events",
         response_class=EventSourceResponse,
         responses=openapi.problems(400, 404, *openapi.QUERY),
     )
-    async def events(
-        after: int = Depends(streams.position), name: str = Depends(meant)
-    ) -> AsyncIterator[ServerSentEvent]:
+    async def events(stream: Sent = reading) -> AsyncIterator[ServerSentEvent]:
         """Stream the model's transitions and progress. `Last-Event-ID` resumes after an event."""
-        async with contextlib.aclosing(streams.events(after, name)) as stream:
-            async for event in stream:
-                yield event
+        async for event in stream:
+            yield event
