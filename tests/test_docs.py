@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from orchestrator import AsyncOrchestrator
+from orchestrator import AsyncModelPool, AsyncOrchestrator
 from orchestrator.http.metrics import Metrics
+from orchestrator.http.pool.metrics import PoolMetrics
 from tests.kit.copies import with_copies
 
 ROOT = Path(__file__).parents[1]
@@ -59,16 +60,25 @@ def test_copies_of_examples_are_equal_to_the_files(page: Path) -> None:
     assert page.read_text() == with_copies(page.read_text())
 
 
-def test_every_metric_is_listed_with_its_labels() -> None:
-    """The names are part of the API, and the site's own page takes the labels from this table."""
-    metrics = Metrics(AsyncOrchestrator())
-    sampled = {
+def _sampled(text: bytes) -> dict[str, set[str]]:
+    """Return the labels of every metric of a scrape."""
+    return {
         family.name.removeprefix("llama_orchestrator_"): {
             label for sample in family.samples for label in sample.labels if label != "le"
         }
-        for family in text_string_to_metric_families(metrics.render().decode())
+        for family in text_string_to_metric_families(text.decode())
         if not family.name.endswith("_created")  # the client's own
     }
+
+
+def test_every_metric_is_listed_with_its_labels() -> None:
+    """The names are part of the API, and the site's own page takes the labels from this table."""
+    sampled = _sampled(Metrics(AsyncOrchestrator()).render())
+    pool = AsyncModelPool({"models": {"chat": {"model_path": "a.gguf"}}})
+    of_pool = _sampled(PoolMetrics(pool).render())
+    for name, labels in sampled.items():
+        assert of_pool.pop(name) in (labels | {"model"}, set()), name  # without samples none
+    sampled |= of_pool
     table = (ROOT / "docs" / "http.md").read_text().partition("## Metrics")[2]
     listed: dict[str, set[str]] = {}
     for names, labels in re.findall(r"^\|([^|]*`[^|]*)\|([^|]*)\|", table, re.MULTILINE):

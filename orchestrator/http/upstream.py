@@ -12,6 +12,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterable
 from types import SimpleNamespace
 from typing import Final, NamedTuple, Protocol
+from weakref import WeakSet
 
 import aiohttp
 from fastapi import HTTPException
@@ -73,6 +74,7 @@ class Upstream:
         self._sessions: dict[tuple[str, Generation] | None, aiohttp.ClientSession] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closing: set[asyncio.Task[None]] = set()
+        self._answers: dict[tuple[str, Generation], WeakSet[aiohttp.ClientResponse]] = {}
 
     def hear(self, name: str, report: StepReport) -> None:
         """Close the connections to a server that is about to be stopped, on the owner's thread: an
@@ -85,6 +87,9 @@ class Upstream:
                     self._loop.call_soon_threadsafe(self._part_from, key)
 
     def _part_from(self, key: tuple[str, Generation]) -> None:
+        for response in self._answers.pop(key, ()):
+            if not response.content.is_eof():  # a session that is closed would not end it
+                response.content.set_exception(aiohttp.ClientConnectionError("it was stopped"))
         if (session := self._sessions.pop(key, None)) is not None:
             closing = asyncio.ensure_future(session.close())
             self._closing.add(closing)
@@ -101,6 +106,8 @@ class Upstream:
             olds = [one for one in self._sessions if one and one[0] == key[0]]
             for old in [self._sessions.pop(one) for one in olds]:
                 await old.close()
+            for one in olds:
+                self._answers.pop(one, None)
         if key not in self._sessions:
             self._loop = asyncio.get_running_loop()
             keepalive_s = _KEEPALIVE_S if key else None
@@ -153,6 +160,8 @@ class Upstream:
             if any(_UNSENDABLE.search(value) for _, value in response.raw_headers):
                 response.close()
                 raise HTTPException(502, "the server's answer has a control character in its head")
+            if key is not None:
+                self._answers.setdefault(key, WeakSet()).add(response)
             return response
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -27,8 +26,9 @@ from orchestrator.errors import (
 )
 from orchestrator.machine.plan import Plan
 from orchestrator.machine.states import State as SlotState
-from orchestrator.pool import commands, facts
+from orchestrator.pool import facts
 from orchestrator.pool.budget import budget_of, on_devices
+from orchestrator.pool.by_hand import EarlyCancels
 from orchestrator.pool.catalogue import (
     Catalogue,
     Changes,
@@ -46,12 +46,12 @@ from orchestrator.pool.context import Context, Policy, Turn
 from orchestrator.pool.elsewhere import Watch
 from orchestrator.pool.entries import Entry, PoolSettings
 from orchestrator.pool.feed import Feed
+from orchestrator.pool.foresight import foreseen
 from orchestrator.pool.ledger import NO_LIMIT, Amounts
-from orchestrator.pool.owner import EVICTIONS, Granted, Lease, PoolCall, PoolOwner, uses_of
+from orchestrator.pool.owner import EVICTIONS, Granted, Lease, PoolCall, PoolOwner
 from orchestrator.pool.slots import PoolSlots, left_in, made
 from orchestrator.pool.states import State
 from orchestrator.pool.status import ModelStatus, PoolSnapshot, PoolStatus, devices_of, waiting_of
-from orchestrator.pool.step import step
 from orchestrator.pool.values import AUTO, Memory
 from orchestrator.pool.values import budget as checked_budget
 from orchestrator.runtime.answers import LoadOutcome, LoadProgress, Status
@@ -105,6 +105,7 @@ class PoolFacade(Generic[F]):
             raise InvalidRequest.because(message, field="idle_ttl_s")
         self._memory = checked_budget("memory", memory)
         self.feed: Feed = Feed()
+        self._early = EarlyCancels()
         self._is_file = not isinstance(models, Mapping)
         self._catalogue = self._read(models)
         self._runtime: dict[str, Entry] = {}
@@ -417,7 +418,7 @@ class PoolFacade(Generic[F]):
         is_starting = known is not None and known.state is State.STARTING and not known.is_changed
         if plan.action == "none" or (is_starting and not force_reload):
             return replace(plan, action="none", memory=None, free=None, fits=None)
-        evict, problem = _foreseen(self._slots, ctx, entry, self._clock(), force_reload)
+        evict, problem = foreseen(self._slots, ctx, entry, self._clock(), force_reload)
         memory = PoolSnapshot(ctx, 0.0).model(entry).memory or plan.memory
         return replace(plan, memory=memory, fits=problem is None, evict=evict, free=None)
 
@@ -465,10 +466,13 @@ class PoolFacade(Generic[F]):
         *,
         force: bool = False,
         turn: Turn | None = None,
+        request_id: str | None = None,
     ) -> PoolCall:
         owner = self._started()
-        call = owner.call(entry.name, kind)
-        now = self._clock()
+        call, now = owner.call(entry.name, kind, request_id), self._clock()
+        if request_id is not None and self._early.arrives((entry.name, request_id), now):
+            owner.dismiss(call)
+            return call
         owner.post(facts.Wanted(entry.name, call.ticket, kind, now, force, turn or Turn()))
         return call
 
@@ -494,6 +498,14 @@ class PoolFacade(Generic[F]):
 
     def _ask_cancel(self, name: str | None) -> PoolCall:
         return self._ask(self._own(name), facts.CancelRequested)
+
+    def _cancel_named(self, name: str | None, request_id: str) -> bool:
+        """Cancel the loads of a model that have this id, and return whether there was one."""
+        entry, owner = self._own(name), self._started()
+        if owner.dismiss_named(entry.name, request_id):
+            return True
+        self._early.remember((entry.name, request_id), self._clock())
+        return owner.dismiss_named(entry.name, request_id)  # it may have arrived meanwhile
 
     def slot_status(self, name: str) -> Status:
         """Return the status of a model's slot; what only gives the slot back is not shown."""
@@ -579,21 +591,3 @@ def _ended(slot: Slot, feed: Feed, watch: Watch) -> None:
 def _reserved(ctx: Context) -> dict[str, int]:
     whole = ctx.ledger.total(name for name, _ in ctx.ledger.reservations)
     return dict(whole.of_devices().by_account)
-
-
-def _foreseen(
-    slots: PoolSlots[Any], ctx: Context, entry: Entry, now: float, force: bool
-) -> tuple[list[str], Problem | None]:
-    """Step a copy of the pool's memory: who would be evicted for a load, and why it would fail."""
-    uses = uses_of(ctx, slots.gate)
-    ticket = Ticket(sys.maxsize)
-    wanted = facts.Wanted(entry.name, ticket, "load", now, is_forced=force, uses=uses)
-    after, made = step(ctx, wanted)
-    for command in made:
-        if isinstance(command, commands.Measure) and entry.request is not None:
-            need, size = slots.need_of(entry.name, entry.request)
-            measured = facts.Measured(entry.name, command.edition, need, now, size, uses)
-            made = step(after, measured).commands
-    evict = [c.name for c in made if isinstance(c, commands.Stop) and c.room_for == entry.name]
-    refused = [c.problem for c in made if isinstance(c, commands.Refuse) and c.ticket == ticket]
-    return evict, refused[0] if refused else None

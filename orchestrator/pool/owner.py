@@ -48,6 +48,7 @@ class PoolCall:
     ticket: Ticket
     name: str
     kind: CallKind
+    request_id: str | None = None
     settled: Future[Any] = field(default_factory=Future)
 
 
@@ -126,11 +127,31 @@ class PoolOwner:
 
     # ---------------------------------------------------------------------------- from any thread
 
-    def call(self, name: str, kind: CallKind) -> PoolCall:
-        call = PoolCall(Ticket(next(self._tickets)), name, kind)
+    def call(self, name: str, kind: CallKind, request_id: str | None = None) -> PoolCall:
+        call = PoolCall(Ticket(next(self._tickets)), name, kind, request_id)
         self._calls[call.ticket] = call
         call.settled.add_done_callback(lambda _: self._withdraw(call))
         return call
+
+    def dismiss(self, call: PoolCall) -> bool:
+        """Answer a call that is still open as cancelled, and withdraw its caller.
+
+        Whoever takes a call from the open ones answers it: a grant that came first stands.
+        """
+        problem = Problem("cancelled", f"the load of {call.name} was cancelled")
+        if not self._answer(call.ticket, problem):
+            return False
+        self.post(facts.Withdrawn(call.name, call.ticket, self.clock()))
+        return True
+
+    def dismiss_named(self, name: str, request_id: str) -> bool:
+        """Dismiss the open calls for a model with this id; return whether there was one."""
+        calls = [
+            call
+            for call in tuple(self._calls.values())
+            if (call.name, call.request_id) == (name, request_id)
+        ]
+        return sum(map(self.dismiss, calls)) > 0  # all of them
 
     def post(self, fact: Fact) -> None:
         """Put a fact into the inbox. After the end, refuse the calls that are still open."""

@@ -138,7 +138,7 @@ class ModelPool(PoolFacade[Orchestrator]):
             **how: See `HandFields`.
         """
         entry, hand = self._own(name), ByHand.of(how)
-        call = self._want(entry, "load", force=hand.force_reload)
+        call = self._want(entry, "load", force=hand.force_reload, request_id=hand.load_request_id)
         try:
             answer = self._wait(call, hand.deadline_s)
         except TimeoutError:
@@ -150,8 +150,14 @@ class ModelPool(PoolFacade[Orchestrator]):
         unwrap(self._wait(self._ask_unload(name, cut=cut)))
         return UnloadOutcome("unloaded")
 
-    def cancel(self, name: str | None = None) -> bool:
-        """Cancel the load of a model; one that is resident stays. Return whether there was one."""
+    def cancel(self, name: str | None = None, load_request_id: str | None = None) -> bool:
+        """Cancel the load of a model; one that is resident stays. Return whether there was one.
+
+        With a `load_request_id` only the loads that have it are cancelled; an id that is not known
+        yet is remembered for 60 s, so that a cancel may arrive before its load.
+        """
+        if load_request_id is not None:
+            return self._cancel_named(name, load_request_id)
         return bool(unwrap(self._wait(self._ask_cancel(name))))
 
     def plan(self, name: str | None = None, *, force_reload: bool = False) -> Plan:
@@ -264,7 +270,7 @@ class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
         """Load a model; see `ModelPool.load`."""
         entry, hand = self._own(name), ByHand.of(how)
         await self._ready()
-        call = self._want(entry, "load", force=hand.force_reload)
+        call = self._want(entry, "load", force=hand.force_reload, request_id=hand.load_request_id)
         try:
             async with asyncio.timeout(hand.deadline_s):
                 answer = await asyncio.wrap_future(call.settled)
@@ -278,9 +284,11 @@ class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
         unwrap(await asyncio.wrap_future(self._ask_unload(name, cut=cut).settled))
         return UnloadOutcome("unloaded")
 
-    async def cancel(self, name: str | None = None) -> bool:
+    async def cancel(self, name: str | None = None, load_request_id: str | None = None) -> bool:
         """Cancel the load of a model; see `ModelPool.cancel`."""
         await self._ready()
+        if load_request_id is not None:
+            return self._cancel_named(name, load_request_id)
         return bool(unwrap(await asyncio.wrap_future(self._ask_cancel(name).settled)))
 
     async def plan(self, name: str | None = None, *, force_reload: bool = False) -> Plan:

@@ -212,6 +212,35 @@ def test_cancel_ends_the_load_in_flight_and_nothing_else(client: httpx.Client, f
     assert model(client, "chat")["pid"] == pid
 
 
+def test_cancel_by_id_ends_its_own_load_only(client: httpx.Client, fake: Fake) -> None:
+    fake.behave(loading_s=-1)
+    with ThreadPoolExecutor() as threads:
+        mine = threads.submit(post, client, "/chat/load", load_request_id="mine")
+        other = threads.submit(post, client, "/chat/load", load_request_id="other")
+        until_model(client, "chat", lambda one: one["waiting"] == 2)
+        assert post(client, "/chat/cancel", load_request_id="no").json() == {"cancelled": False}
+        assert post(client, "/other/cancel", load_request_id="mine").json() == {"cancelled": False}
+        assert post(client, "/chat/cancel", load_request_id="mine").json() == {"cancelled": True}
+        assert problem(mine.result()) == (409, "cancelled")
+        assert model(client, "chat")["waiting"] == 1
+        assert not other.done()
+        assert post(client, "/chat/cancel", load_request_id="other").json() == {"cancelled": True}
+        assert problem(other.result()) == (409, "cancelled")
+    until_model(client, "chat", lambda one: one["state"] == "Idle")
+
+
+def test_cancel_that_overtakes_its_load_wins(client: httpx.Client, fake: Fake) -> None:
+    assert post(client, "/chat/cancel", load_request_id="late").json() == {"cancelled": False}
+    refused = post(client, "/chat/load", load_request_id="late")
+    assert problem(refused) == (409, "cancelled")
+    assert_sentence("pool.load_cancelled", refused.json()["detail"])
+    assert fake.entries("start") == []
+    assert post(client, "/chat/load", load_request_id="another").status_code == 200
+    assert post(client, "/chat/cancel", load_request_id="another").json() == {"cancelled": False}
+    again = post(client, "/chat/load", load_request_id="another")
+    assert again.json()["status"] == "already_loaded"  # that cancel came after its load
+
+
 def test_model_is_added_and_removed(client: httpx.Client, tiny_model: str) -> None:
     fields = {"model_path": tiny_model, "memory": "50 MiB", "aliases": ["extra"]}
     added = client.post(MODELS, json={"name": "more", **fields})

@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Histogram, Metric, generate_lat
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from orchestrator.errors import ModelNotFound
 from orchestrator.http.metrics import NAMESPACE, SECONDS, Metrics
 from orchestrator.pool.pool import AsyncModelPool
 from orchestrator.runtime.answers import Status
@@ -32,6 +33,11 @@ class _Model:
 
     def observe(self, observer: Observer) -> None:
         self.observers.append(observer)
+
+    def waiting(self) -> int:
+        with contextlib.suppress(ModelNotFound):  # it has just been removed
+            return self._pool.model_status(self._name).waiting
+        return 0
 
     @property
     def lease_count(self) -> int:
@@ -104,7 +110,7 @@ class PoolMetrics(Collector):
         with self._guard:
             if (found := self._models.get(name)) is None:
                 model = _Model(self._pool, name)
-                found = self._models[name] = model, Metrics(model)
+                found = self._models[name] = model, Metrics(model, model.waiting)
             return found
 
 

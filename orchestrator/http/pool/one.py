@@ -198,8 +198,8 @@ def _add_requests(
     async def cancel(request: Request, name: str = Depends(meant)) -> Response:
         """Cancel the load of the model that is in flight; one that is resident stays."""
         body = validated(WithdrawBody, await json_body(request, required=False))
-        SETTINGS["load_request_id"].normal("load_request_id", body.load_request_id)
-        done = await pool.cancel(name)
+        request_id = SETTINGS["load_request_id"].normal("load_request_id", body.load_request_id)
+        done = await pool.cancel(name, request_id)
         return responder.json({"cancelled": done})
 
     @routes.post("/plan", **documented(Plan, *_LOAD, body=ByHandBody, required=False))

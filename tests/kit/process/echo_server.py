@@ -8,6 +8,7 @@ members of the body make it misbehave:
 - `stream`: it answers with that many server-sent events, each with `model`, and waits after each.
 - `left`: it makes this file when the client of a stream has gone.
 - `crash`: it ends without an answer.
+- `half`: it sends the head of an answer, and nothing more.
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ class Handler(BaseHTTPRequestHandler):
         asked: dict[str, Any] = sent if isinstance(sent, dict) else {}
         if asked.get("crash"):
             os._exit(3)
+        if asked.get("half"):
+            self.send_response(200)
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            time.sleep(600)
         if "stream" in asked:
             self.stream(asked)
             return
