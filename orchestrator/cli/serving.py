@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 import uvloop
-from click.core import ParameterSource
 
 from orchestrator.base.addresses import is_loopback
-from orchestrator.cli import INTERRUPTED, config, logs, options
+from orchestrator.cli import INTERRUPTED, by_name, config, logs, options
 from orchestrator.cli.answers import say_clients, say_loaded
 from orchestrator.cli.loading import LoadView
 from orchestrator.cli.output import (
@@ -38,7 +37,8 @@ from orchestrator.cli.output import (
 from orchestrator.cli.reloading import Reloader, has_terminal
 from orchestrator.errors import InvalidCatalogue, InvalidRequest, OrchestratorError, Superseded
 from orchestrator.machine.states import State
-from orchestrator.pool.pool import AsyncModelPool
+from orchestrator.pool.by_hand import HandFields
+from orchestrator.pool.pool import AsyncModelPool, AsyncModelView
 from orchestrator.runtime.answers import LoadOutcome
 from orchestrator.runtime.orchestrator import AsyncOrchestrator
 from orchestrator.settings.request import LoadRequest
@@ -49,6 +49,18 @@ if TYPE_CHECKING:
 _OPEN_REQUESTS_S: Final = 2
 _BACKLOG: Final = 1024
 _BAR_EVERY_S: Final = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A model of a catalogue, and how it is loaded."""
+
+    name: str
+    how: HandFields
+
+
+Wanted = LoadRequest | Named
+"""What `run` loads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +94,6 @@ class Service:
 @click.command(params=[config.config_option(), *config.SERVING, options.JSON])
 def serve(**given: Any) -> int:
     """Serve the API until Ctrl-C: with no model loaded, or the models of a catalogue by name."""
-    if given["watch"] and given["models"] is None:
-        raise click.UsageError("--watch needs --models: without a catalogue nothing is read again.")
     return _run(None, "info", **given)
 
 
@@ -91,28 +101,32 @@ def serve(**given: Any) -> int:
 def run(**given: Any) -> int:
     """Load a model and serve it, until Ctrl-C.
 
-    Flags that are not listed here go to llama-server, e.g. --top-k 20 --seed 42.
+    Flags that are not listed here go to llama-server, e.g. --top-k 20 --seed 42. With --models,
+    MODEL is a name of the catalogue, which has its settings, and all of its models are served.
     """
     serving = {name: given.pop(name) for name in {*config.PARAMETERS.values(), "as_json"}}
-    source = click.get_current_context().get_parameter_source("models")
-    if source is ParameterSource.COMMANDLINE:
-        raise click.UsageError("run loads one model: serve --models FILE serves a catalogue.")
-    serving |= {"models": None, "watch": False}
-    return _run(options.load_request(**given), "warning", **serving)
+    if serving["models"] is None:
+        return _run(options.load_request(**given), "warning", **serving)
+    name, how = by_name.by_hand(**given)
+    if name is None:
+        raise click.UsageError("MODEL is missing: give the name of a model of the catalogue.")
+    return _run(Named(name, how), "warning", **serving)
 
 
 def _run(
-    request: LoadRequest | None,
+    wanted: Wanted | None,
     level: logs.Level,
     *,
     log_format: logs.Format,
     log_level: logs.Level | None,
     **given: Any,
 ) -> int:
+    if given["watch"] and given["models"] is None:
+        raise click.UsageError("--watch needs --models: without a catalogue nothing is read again.")
     never_wait()
     logs.configure(log_level or ("error" if given["quiet"] else level), log_format)
     with _service(**given) as service:
-        return uvloop.run(_serve(service, request))
+        return uvloop.run(_serve(service, wanted))
 
 
 @contextlib.contextmanager
@@ -174,8 +188,8 @@ def _listen(host: str, port: int) -> socket.socket:
     return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, listener.detach())
 
 
-async def _serve(service: Service, request: LoadRequest | None) -> int:
-    """Serve until a signal; with a request, load that first and end if it fails."""
+async def _serve(service: Service, wanted: Wanted | None) -> int:
+    """Serve until a signal; load what is wanted first, and end if that fails."""
     loop, owner = asyncio.get_running_loop(), service.owner
     stopped: asyncio.Future[int] = loop.create_future()
 
@@ -199,10 +213,10 @@ async def _serve(service: Service, request: LoadRequest | None) -> int:
         tasks.append(asyncio.create_task(http.serve(sockets=[service.listener])))
         if reloader is not None and isinstance(owner, AsyncModelPool):
             tasks.append(asyncio.create_task(reloader.run(owner)))
-        if request is None or not service.as_json:
+        if wanted is None or not service.as_json:
             _announce(service)
-        if request is not None and isinstance(owner, AsyncOrchestrator):
-            await _load(service, owner, request, stopped, tasks)
+        if wanted is not None:
+            await _load(service, wanted, stopped, tasks)
         return INTERRUPTED if await stopped == signal.SIGINT else 0
     finally:
         await owner.close()
@@ -244,14 +258,21 @@ def _http_server(service: Service) -> uvicorn.Server:
 
 async def _load(
     service: Service,
-    orch: AsyncOrchestrator,
-    request: LoadRequest,
+    wanted: Wanted,
     stopped: asyncio.Future[int],
     tasks: list[asyncio.Task[Any]],
 ) -> None:
-    """Load until settled or stopped, and print every transition until the orchestrator closes."""
-    loading = asyncio.create_task(orch.load(request))
-    tasks += [asyncio.create_task(_print_transitions(service, orch, loading)), loading]
+    """Load until settled or stopped, and print every transition until the owner closes."""
+    slot: AsyncOrchestrator | AsyncModelView
+    if isinstance(wanted, Named):
+        assert isinstance(service.owner, AsyncModelPool)  # noqa: S101 (made together)
+        slot = service.owner[wanted.name]
+        loading = asyncio.create_task(slot.load(**wanted.how))
+    else:
+        assert isinstance(service.owner, AsyncOrchestrator)  # noqa: S101
+        slot = service.owner
+        loading = asyncio.create_task(slot.load(wanted))
+    tasks += [asyncio.create_task(_print_transitions(service, slot, loading)), loading]
     either: set[asyncio.Future[Any]] = {loading, stopped}
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
@@ -266,16 +287,18 @@ async def _load(
 
 
 async def _print_transitions(
-    service: Service, orch: AsyncOrchestrator, loading: asyncio.Task[LoadOutcome]
+    service: Service,
+    slot: AsyncOrchestrator | AsyncModelView,
+    loading: asyncio.Task[LoadOutcome],
 ) -> None:
     is_shown = service.is_silent
     view = LoadView(time.time())
-    bar = asyncio.create_task(_show_bytes(service, orch, view))
+    bar = asyncio.create_task(_show_bytes(service, slot, view))
     try:
-        async for event in orch.events(after=0):
+        async for event in slot.events(after=0):
             if not service.is_silent:
                 view.transition(event)
-            if event.trigger == "exited" and (exit_ := orch.status().last_exit):
+            if event.trigger == "exited" and (exit_ := slot.status().last_exit):
                 say(f"  the server exited by itself, status {exit_.returncode}", stderr=True)
             if event.trigger == "hung":
                 say("  the server hung: it neither answered nor worked", stderr=True)
@@ -290,9 +313,11 @@ async def _print_transitions(
         view.end_bar()
 
 
-async def _show_bytes(service: Service, orch: AsyncOrchestrator, view: LoadView) -> None:
+async def _show_bytes(
+    service: Service, slot: AsyncOrchestrator | AsyncModelView, view: LoadView
+) -> None:
     while not service.is_silent:
-        view.progress(orch.progress())
+        view.progress(slot.progress())
         await asyncio.sleep(_BAR_EVERY_S)
 
 

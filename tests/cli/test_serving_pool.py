@@ -198,7 +198,9 @@ def test_options_that_do_not_go_together_are_usage_errors(
 ) -> None:
     for args, key in (
         (("serve", "--watch"), "cli.serve.watch"),
-        (("run", tiny_model, "--models", str(file)), "cli.run.models"),
+        (("run", "one", "--watch"), "cli.serve.watch"),
+        (("run", "--models", str(file)), "cli.run.name"),
+        (("run", "one", "--models", str(file), "--seed", "1"), "cli.run.settings"),
         (("serve", "--models", str(file), "--idle-ttl", "5"), "cli.serve.idle_ttl"),
     ):
         done = cli(*args, *own)
@@ -206,9 +208,30 @@ def test_options_that_do_not_go_together_are_usage_errors(
         assert_sentence(key, done.stderr.splitlines()[-1])
 
 
-def test_run_does_not_mind_a_catalogue_in_the_config_file(
-    start: Start, own: Own, file: Path, tiny_model: str
+def test_run_loads_a_model_of_the_catalogue_and_serves_all_of_them(
+    start: Start, own: Own, file: Path, tiny_model: str, state_dir: Path
 ) -> None:
-    running = start("run", tiny_model, *own, "--json", LLAMA_ORCHESTRATOR_MODELS=str(file))
-    assert running.json_line()["outcome"]["status"] == "loaded"
-    assert running.signal(signal.SIGTERM) == 0
+    """It shows the load as that of a single model."""
+    file.write_text(catalogue(tiny_model, "one", "two"))
+    running = start("run", "two", "--models", str(file), *own)
+    url = running.api_url()
+    running.line_with("settings")
+    printed = [line.split()[2] for line in running.out if " ms  " in line]
+    assert printed == ["Killing", "Downloading", "Spawning", "WaitingHealth", "Healthy"]
+    states = {one["name"]: one["state"] for one in ask(url).json()["models"]}
+    assert states == {"one": "Idle", "two": "Healthy"}
+    assert running.signal(signal.SIGINT) == 130
+    assert servers_of(state_dir) == set()
+    as_json = start("run", "one", "--json", *own, LLAMA_ORCHESTRATOR_MODELS=str(file))
+    assert as_json.json_line()["outcome"]["status"] == "loaded"
+    assert as_json.signal(signal.SIGTERM) == 0
+
+
+def test_run_ends_with_1_when_its_model_does_not_load(
+    cli: Cli, own: Own, file: Path, state_dir: Path
+) -> None:
+    file.write_text('[models.one]\nmodel_path = "gone.gguf"\nmemory = "1 MiB"\n')
+    for name, category in (("one", "model_not_found"), ("two", "model_not_found")):
+        done = cli("run", name, "--models", str(file), *own, "--json")
+        assert (done.returncode, json.loads(done.stdout)["category"]) == (1, category)
+    assert servers_of(state_dir) == set()
