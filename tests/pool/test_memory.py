@@ -314,3 +314,12 @@ def test_start_out_of_memory_is_tried_again_when_something_is_going_already() ->
     assert (run.states, run.entry("a").retries) == ("AP", True)
     run.emptied("b")
     assert run.started == ["a"]
+
+
+def test_start_that_runs_out_of_memory_twice_has_failed_whatever_is_idle_by_then() -> None:
+    run = Run(3000, a=1000, b=1000, c=1000).resident("b").at(100.0)
+    caller = run.load("a")
+    run.emptied("a", OOM).emptied("b").resident("c").at(200.0)
+    assert run.states == "SAR"
+    run.emptied("a", OOM)
+    assert (run.answers[caller], run.states) == ("server_start_failed", "AAR")
