@@ -342,3 +342,25 @@ def test_nothing_is_accepted_after_the_shutdown() -> None:
     run.do(facts.Adopted("b", run.generation("b"), host(1), run.now, has_entered=True))
     assert (run.commands, run.states) == ((DropStale("b", "adopted"),), "AA")
     assert run.answers[run.unload("a")] == "emptied"
+
+
+def test_cancel_ends_requests_for_what_is_not_there() -> None:
+    """Those that wait for a place of a resident do not wait for a load."""
+    run = Run(1000, a=1000, b=1000)
+    run.resident("a").want("a")
+    waiting = run.want("b", "request")
+    assert run.cancel("b") == "True"
+    assert run.answers[waiting] == "cancelled"
+    assert run.cancel("b") == "False"
+
+
+def test_restarts_in_a_row_are_counted_until_a_server_was_stable() -> None:
+    """By how long it was Healthy, not by the clock."""
+    restart = RestartPolicy(backoff_s=1.0, limit=2, stable_after_s=60.0)
+    run = Run(1000, Policy(restart=restart), a=definition(1000, restarts=True)).resident("a")
+    for stayed_s, count in ((1000.0, 1), (59.0, 2), (60.0, 1), (10.0, 2)):
+        run.at(run.now + stayed_s).crash("a").emptied("a")
+        assert run.entry("a").restarts == count
+        run.at(run.now + 2.0).healthy("a")
+    run.at(run.now + 59.0).crash("a").emptied("a")
+    assert run.ctx.waiting == ()

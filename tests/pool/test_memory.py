@@ -10,7 +10,7 @@ from orchestrator.pool import facts
 from orchestrator.pool.commands import DropStale, Start
 from orchestrator.pool.context import Need, Policy
 from orchestrator.pool.facts import Use
-from orchestrator.pool.ledger import Amounts
+from orchestrator.pool.ledger import SERVERS, Amounts, group_account
 from tests.kit.pool.run import A, P, R, Run, S, X, definition, host
 from tests.kit.sentences import assert_sentence
 
@@ -295,3 +295,31 @@ def test_adoption_of_what_is_unknown_started_or_closed_again_is_dropped() -> Non
         adopt(run, name, 500, has_entered=has_entered)
         assert run.commands == (DropStale(name, "adopted"),)
     assert run.states == "SA"
+
+
+def test_server_that_takes_more_than_expected_keeps_its_places() -> None:
+    run = Run(3000, Policy(max_resident=1), a=definition(1000, group="g"))
+    run.load("a")
+    run.sized("a", 1500)
+    held = run.ctx.ledger.of("a")
+    assert (held["Host"], held[SERVERS], held[group_account("g")]) == (1500, 1, 1)
+
+
+def test_start_out_of_memory_is_tried_again_when_something_is_going_already() -> None:
+    """Nothing more could be evicted, and what is on its way out makes room."""
+    run = Run(3000, a=1000, b=1000).resident("b").at(100.0)
+    run.unload("b")
+    run.load("a")
+    run.emptied("a", OOM)
+    assert (run.states, run.entry("a").retries) == ("AP", True)
+    run.emptied("b")
+    assert run.started == ["a"]
+
+
+def test_start_that_runs_out_of_memory_twice_has_failed_whatever_is_idle_by_then() -> None:
+    run = Run(3000, a=1000, b=1000, c=1000).resident("b").at(100.0)
+    caller = run.load("a")
+    run.emptied("a", OOM).emptied("b").resident("c").at(200.0)
+    assert run.states == "SAR"
+    run.emptied("a", OOM)
+    assert (run.answers[caller], run.states) == ("server_start_failed", "AAR")
