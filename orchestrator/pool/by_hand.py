@@ -28,7 +28,11 @@ class HandFields(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class ByHand:
-    """Fields of a load request, in normal form; see docs/settings.md."""
+    """Fields of a load request, in normal form; see docs/settings.md.
+
+    Attributes:
+        stall_timeout_s: None if it is not given: then that of the catalogue counts.
+    """
 
     force_reload: bool
     on_busy: Literal["supersede", "queue", "reject"]
@@ -50,7 +54,10 @@ class ByHand:
             if name not in names:
                 raise unknown_field(name, names)
         made = {name: given.get(name, SETTINGS[name].default) for name in names}
-        return cls(**{name: SETTINGS[name].normal(name, value) for name, value in made.items()})
+        made = {name: SETTINGS[name].normal(name, value) for name, value in made.items()}
+        if given.get("stall_timeout_s") is None:
+            made["stall_timeout_s"] = None
+        return cls(**made)
 
 
 class EarlyCancels:

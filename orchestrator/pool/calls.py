@@ -28,7 +28,7 @@ from orchestrator.machine.plan import Plan
 from orchestrator.machine.states import State as SlotState
 from orchestrator.pool import facts
 from orchestrator.pool.budget import budget_of, on_devices
-from orchestrator.pool.by_hand import EarlyCancels
+from orchestrator.pool.by_hand import ByHand, EarlyCancels
 from orchestrator.pool.catalogue import (
     Catalogue,
     Changes,
@@ -464,12 +464,13 @@ class PoolFacade(Generic[F]):
         entry: Entry,
         kind: Literal["lease", "request", "load"],
         *,
-        force: bool = False,
+        hand: ByHand | None = None,
         turn: Turn | None = None,
-        request_id: str | None = None,
     ) -> PoolCall:
         owner = self._started()
-        call, now = owner.call(entry.name, kind, request_id), self._clock()
+        call, now = owner.call(entry.name, kind, hand), self._clock()
+        force = hand is not None and hand.force_reload
+        request_id = hand.load_request_id if hand is not None else None
         if request_id is not None and self._early.arrives((entry.name, request_id), now):
             owner.dismiss(call)
             return call

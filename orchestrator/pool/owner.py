@@ -21,6 +21,7 @@ from orchestrator.base.log import event_log
 from orchestrator.base.tokens import Ticket
 from orchestrator.errors import Problem, problem_of
 from orchestrator.pool import commands, facts
+from orchestrator.pool.by_hand import ByHand
 from orchestrator.pool.commands import Command
 from orchestrator.pool.context import Context, Waiter
 from orchestrator.pool.facts import Fact, Use, Uses
@@ -48,7 +49,7 @@ class PoolCall:
     ticket: Ticket
     name: str
     kind: CallKind
-    request_id: str | None = None
+    hand: ByHand | None = None  # of a load
     settled: Future[Any] = field(default_factory=Future)
 
 
@@ -127,8 +128,8 @@ class PoolOwner:
 
     # ---------------------------------------------------------------------------- from any thread
 
-    def call(self, name: str, kind: CallKind, request_id: str | None = None) -> PoolCall:
-        call = PoolCall(Ticket(next(self._tickets)), name, kind, request_id)
+    def call(self, name: str, kind: CallKind, hand: ByHand | None = None) -> PoolCall:
+        call = PoolCall(Ticket(next(self._tickets)), name, kind, hand)
         self._calls[call.ticket] = call
         call.settled.add_done_callback(lambda _: self._withdraw(call))
         return call
@@ -146,12 +147,14 @@ class PoolOwner:
 
     def dismiss_named(self, name: str, request_id: str) -> bool:
         """Dismiss the open calls for a model with this id; return whether there was one."""
-        calls = [
-            call
-            for call in tuple(self._calls.values())
-            if (call.name, call.request_id) == (name, request_id)
-        ]
+        calls = [one for one, hand in self._loads(name) if hand.load_request_id == request_id]
         return sum(map(self.dismiss, calls)) > 0  # all of them
+
+    def _loads(self, name: str) -> Iterator[tuple[PoolCall, ByHand]]:
+        """Yield the open calls that load a model by hand, in the order in which they came."""
+        for call in tuple(self._calls.values()):
+            if call.name == name and call.hand is not None:
+                yield call, call.hand
 
     def post(self, fact: Fact) -> None:
         """Put a fact into the inbox. After the end, refuse the calls that are still open."""
@@ -396,7 +399,7 @@ class PoolOwner:
         if isinstance(command, commands.Start):
             reserved = str(command.reserved)
             _log("info", "model.starting", model=name, generation=generation, reserved=reserved)
-            self._slots.start(command)
+            self._slots.start(self._limited(command))
             return
         reason = command.reason
         if reason in EVICTIONS:
@@ -405,6 +408,14 @@ class PoolOwner:
             self._evicted.setdefault(command.room_for, []).append(name)
         _log("info", "model.stopping", model=name, generation=generation, reason=reason)
         self._slots.stop(command)
+
+    def _limited(self, command: commands.Start) -> commands.Start:
+        """Give a start the stall timeout of the first load that has one; who joins shares it."""
+        given = (hand.stall_timeout_s for _, hand in self._loads(command.name))
+        limit_s = next((one for one in given if one is not None), None)
+        if limit_s is None or command.request is None:
+            return command
+        return replace(command, request=replace(command.request, stall_timeout_s=limit_s))
 
     def _grant(self, ticket: Ticket, name: str) -> None:
         """Answer with the lease; who asked for a load leaves at once."""

@@ -138,7 +138,7 @@ class ModelPool(PoolFacade[Orchestrator]):
             **how: See `HandFields`.
         """
         entry, hand = self._own(name), ByHand.of(how)
-        call = self._want(entry, "load", force=hand.force_reload, request_id=hand.load_request_id)
+        call = self._want(entry, "load", hand=hand)
         try:
             answer = self._wait(call, hand.deadline_s)
         except TimeoutError:
@@ -270,7 +270,7 @@ class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
         """Load a model; see `ModelPool.load`."""
         entry, hand = self._own(name), ByHand.of(how)
         await self._ready()
-        call = self._want(entry, "load", force=hand.force_reload, request_id=hand.load_request_id)
+        call = self._want(entry, "load", hand=hand)
         try:
             async with asyncio.timeout(hand.deadline_s):
                 answer = await asyncio.wrap_future(call.settled)

@@ -198,6 +198,14 @@ def test_deadline_of_a_load_ends_its_wait(client: httpx.Client, fake: Fake) -> N
     assert not fake.running()
 
 
+def test_stall_timeout_of_a_load_is_that_of_its_server(client: httpx.Client, fake: Fake) -> None:
+    fake.behave(loading_s=-1)
+    answer = post(client, "/chat/load", stall_timeout_s=0.3)
+    assert problem(answer) == (504, "stalled")
+    fake.behave()
+    assert post(client, "/chat/load", stall_timeout_s=20).status_code == 200
+
+
 def test_cancel_ends_the_load_in_flight_and_nothing_else(client: httpx.Client, fake: Fake) -> None:
     assert client.post(f"{MODELS}/chat/cancel").json() == {"cancelled": False}
     fake.behave(loading_s=-1)
