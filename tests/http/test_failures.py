@@ -20,6 +20,7 @@ NOT_IN_A_ROUTE = {
     # of a pool
     *("begin", "open_call", "send_load", "send_unload", "give_back", "plan_of", "need_of"),
     *("call_models", "devices", "gate", "generation", "log_since", "policy"),
+    "known_need",
 }
 """Or with a load or for requests from elsewhere only."""
 AFTER_THE_START = {"events", "log_batches"}
