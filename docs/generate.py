@@ -258,7 +258,7 @@ def _command_line() -> str:
     with click.Context(group, info_name=cli.PROGRAM) as ctx:
         for name in group.list_commands(ctx):
             command = cast("click.Command", group.get_command(ctx, name))
-            parts += [f"## {name}", _help(command, name, ctx)]
+            parts += [f"## {name}", _help(command, name, ctx), *_below(command, name, ctx)]
     parts.append("Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.")
     parts.append(
         "## Completion\n\nThe shell completes commands and options after this line in `~/.bashrc` "
@@ -266,6 +266,18 @@ def _command_line() -> str:
         'eval "$(_LLAMA_ORCHESTRATOR_COMPLETE=bash_source llama-orchestrator)"\n```'
     )
     return "\n\n".join(parts) + "\n"
+
+
+def _below(command: click.Command, name: str, parent: click.Context) -> Iterator[str]:
+    """Yield the commands of a group, with all words that name them."""
+    if isinstance(command, click.Group):
+        ctx = click.Context(command, parent, info_name=name)
+        for own, below in command.commands.items():
+            if isinstance(below, click.Group):
+                yield from _below(below, own, ctx)
+            else:
+                words = ctx.command_path.removeprefix(f"{cli.PROGRAM} ")
+                yield from (f"### {words} {own}", _help(below, own, ctx))
 
 
 def _help(command: click.Command, name: str, parent: click.Context | None = None) -> str:

@@ -104,12 +104,12 @@ def cancel(
 ) -> None:
     """Cancel one load that is in flight; a loaded model stays.
 
-    Of a pool, that of the model NAME.
+    Of a pool, that of the model NAME; with --load-request-id only the load that has it.
     """
     if served.pool is not None:
-        if load_request_id is not None or generation is not None:
-            raise click.UsageError("Of a pool the load of a model is cancelled by its NAME alone.")
-        is_cancelled = served.pool.cancel(model)
+        if generation is not None:
+            raise click.UsageError("A load of a pool is cancelled by NAME, not by its generation.")
+        is_cancelled = served.pool.cancel(model, load_request_id)
     else:
         served.slot(model)  # there are no names
         if (load_request_id is None) == (generation is None):

@@ -15,8 +15,8 @@ from urllib.parse import quote
 
 from orchestrator.base import workers
 from orchestrator.base.tokens import Generation
+from orchestrator.errors import InvalidRequest
 from orchestrator.machine.plan import Plan
-from orchestrator.machine.states import State
 from orchestrator.pool.by_hand import HandFields
 from orchestrator.pool.catalogue import Changes, no_model
 from orchestrator.pool.status import ModelStatus, PoolStatus
@@ -31,7 +31,6 @@ _DEFAULT: Final = "/inference"
 _STATUS: Final = quick("/models", PoolStatus.from_dict)
 _MODEL: Final = quick("", ModelStatus.from_dict)
 _RELOAD: Final = Ask("POST", "/catalogue", Changes.from_dict)
-_CANCEL: Final = Ask("POST", "/cancel", lambda answer: bool(answer["cancelled"]))
 _REMOVE: Final[Ask[None]] = Ask("DELETE", "", lambda _: None)
 
 
@@ -75,18 +74,10 @@ class _RemotePool(Connected):
         body = {**self._connection.located(fields), "name": name}
         return Ask("POST", "/models", ModelStatus.from_dict, body)
 
-    def _resident(self, found: ModelStatus) -> LeasedServer | None:
-        """Return where requests for a model go; None if it has to be loaded first."""
-        if found.state is not State.HEALTHY:
-            return None
-        pid = found.pid or 0  # none of another server
-        return self._leased(pid, Generation(found.generation), found.kind)
-
-    def _loaded(self, outcome: LoadOutcome) -> LeasedServer:
-        return self._leased(outcome.pid, outcome.generation, outcome.kind)
-
-    def _leased(self, pid: int, generation: Generation, kind: Any) -> LeasedServer:
-        return LeasedServer(f"{self.url}/v1", pid, generation, self.api_key, kind)
+    def _leased(self, of: LoadOutcome | ModelStatus) -> LeasedServer:
+        """Return the service's `/v1`, for a model that is loaded or another server's."""
+        pid, generation = of.pid or 0, Generation(of.generation)
+        return LeasedServer(f"{self.url}/v1", pid, generation, self.api_key, of.kind)
 
 
 class RemoteModelPool(_RemotePool):
@@ -121,8 +112,13 @@ class RemoteModelPool(_RemotePool):
 
         Requests name the model in their body. The service holds the real lease for each of them.
         """
-        found = None if name is None else self._resident(self.model_status(name))
-        yield found or self._loaded(self.load(name))
+        try:
+            server = self._leased(self.load(name))
+        except InvalidRequest as error:
+            if name is None or error.field != "model":
+                raise
+            server = self._leased(self.model_status(name))  # another server's: there is no load
+        yield server
 
     def load(self, name: str | None = None, **how: Unpack[HandFields]) -> LoadOutcome:
         """Load a model, and wait until it is resident; see `ModelPool.load`."""
@@ -136,9 +132,9 @@ class RemoteModelPool(_RemotePool):
         """Stop a model, and wait until its slot is verified empty; see `ModelPool.unload`."""
         return self._at(name).now(_unload(cut))
 
-    def cancel(self, name: str | None = None) -> bool:
+    def cancel(self, name: str | None = None, load_request_id: str | None = None) -> bool:
         """Cancel the load of a model; see `ModelPool.cancel`."""
-        return self._at(name).now(_CANCEL)
+        return self._at(name).now(_cancel(load_request_id))
 
     def plan(self, name: str | None = None, *, force_reload: bool = False) -> Plan:
         """Return what a load would do; see `ModelPool.plan`."""
@@ -201,10 +197,14 @@ class AsyncRemoteModelPool(_RemotePool):
     @contextlib.asynccontextmanager
     async def lease(self, name: str | None = None) -> AsyncIterator[LeasedServer]:
         """Load a model if it is not resident; see `RemoteModelPool.lease`."""
-        found = None
-        if name is not None:
-            found = self._resident(await (await self._at_once(name)).answer(_MODEL))
-        yield found or self._loaded(await self.load(name))
+        try:
+            server = self._leased(await self.load(name))
+        except InvalidRequest as error:
+            if name is None or error.field != "model":
+                raise
+            found = await (await self._at_once(name)).answer(_MODEL)
+            server = self._leased(found)
+        yield server
 
     async def load(self, name: str | None = None, **how: Unpack[HandFields]) -> LoadOutcome:
         """Load a model, and wait until it is resident; see `ModelPool.load`."""
@@ -218,9 +218,9 @@ class AsyncRemoteModelPool(_RemotePool):
         """Stop a model, and wait until its slot is verified empty; see `ModelPool.unload`."""
         return await (await self._at_once(name)).answer(_unload(cut))
 
-    async def cancel(self, name: str | None = None) -> bool:
+    async def cancel(self, name: str | None = None, load_request_id: str | None = None) -> bool:
         """Cancel the load of a model; see `ModelPool.cancel`."""
-        return await (await self._at_once(name)).answer(_CANCEL)
+        return await (await self._at_once(name)).answer(_cancel(load_request_id))
 
     async def plan(self, name: str | None = None, *, force_reload: bool = False) -> Plan:
         """Return what a load would do; see `ModelPool.plan`."""
@@ -340,6 +340,11 @@ def _submit(how: HandFields) -> Ask[Generation]:
 
 def _unload(cut: bool) -> Ask[UnloadOutcome]:
     return Ask("POST", "/unload", UnloadOutcome.from_dict, {"cut": cut})
+
+
+def _cancel(load_request_id: str | None) -> Ask[bool]:
+    body = {} if load_request_id is None else {"load_request_id": load_request_id}
+    return Ask("POST", "/cancel", lambda answer: bool(answer["cancelled"]), body)
 
 
 def _plan(force_reload: bool) -> Ask[Plan]:
