@@ -364,3 +364,26 @@ def test_restarts_in_a_row_are_counted_until_a_server_was_stable() -> None:
         run.at(run.now + 2.0).healthy("a")
     run.at(run.now + 59.0).crash("a").emptied("a")
     assert run.ctx.waiting == ()
+
+
+def test_load_by_hand_ends_a_cool_down_for_requests_too() -> None:
+    """They wait for that load, and are not refused with the failure of the one before."""
+    run = Run(1000, a=1000)
+    run.want("a")
+    run.emptied("a", BROKEN)
+    assert run.answers[run.want("a")] == "server_start_failed"
+    run.load("a")
+    waiting = run.want("a")
+    assert waiting not in run.answers
+    run.healthy("a")
+    assert run.answers[waiting] == "granted"
+    assert (run.entry("a").failures, run.entry("a").failure) == (0, None)
+
+
+def test_callers_are_told_whether_it_was_an_unload_or_a_cancel() -> None:
+    run = Run(1000, a=1000)
+    for end, words in ((run.unload, "was unloaded while"), (run.cancel, "was cancelled while")):
+        caller = run.want("a")
+        end("a")
+        assert words in run.problems[caller].message
+        run.emptied("a")

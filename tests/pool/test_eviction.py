@@ -260,3 +260,14 @@ def test_what_has_just_been_loaded_for_nobody_may_go_in_the_same_step() -> None:
     run.do(facts.BecameHealthy("a", run.generation("a"), run.now, None, True))
     assert (run.stopped, run.states) == (["a"], "PA")
     assert run.stops[0].if_idle
+
+
+def test_room_for_two_waiters_is_made_in_one_step() -> None:
+    """What has been chosen for the first is not counted for the second, and not against it."""
+    run = Run(2000, Policy(min_resident_s=5.0), a=1000, b=1000, c=1000, d=1000)
+    run.resident("a", "b")
+    run.load("c")
+    run.load("d")
+    assert run.stopped == []
+    run.at(5.0)
+    assert {(stop.name, stop.room_for) for stop in run.stops} == {("a", "c"), ("b", "d")}

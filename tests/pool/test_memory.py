@@ -323,3 +323,47 @@ def test_start_that_runs_out_of_memory_twice_has_failed_whatever_is_idle_by_then
     assert run.states == "SAR"
     run.emptied("a", OOM)
     assert (run.answers[caller], run.states) == ("server_start_failed", "AAR")
+
+
+def test_eviction_after_out_of_memory_is_of_idle_servers_and_for_that_model() -> None:
+    run = Run(3000, a=1000, b=1000).resident("b").at(100.0)
+    run.load("a")
+    run.emptied("a", OOM)
+    assert [(s.name, s.reason, s.if_idle, s.room_for) for s in run.stops] == [
+        ("b", "memory", True, "a")
+    ]
+    run.emptied("b").healthy("a")
+    assert (run.entry("a").retries, run.entry("a").after) == (False, frozenset())
+
+
+def test_adopted_server_has_its_places_and_later_starts_have_higher_generations() -> None:
+    run = Run(3000, Policy(max_resident=2), a=definition(1000, group="g"), b=1000)
+    run.do(facts.Adopted("a", Generation(7), host(900), run.now, has_entered=True))
+    held = run.ctx.ledger.of("a")
+    assert (held["Host"], held[SERVERS], held[group_account("g")]) == (900, 1, 1)
+    run.load("b")
+    assert run.generation("b") == 8
+
+
+def test_learned_figure_keeps_what_the_server_can_do_with() -> None:
+    run = Run(3000, a=definition(1000, least=400))
+    run.load("a")
+    run.sized("a", 1500)
+    need = run.entry("a").definition.need
+    assert need == Need(host(1500), "exact", host(400))
+
+
+def test_measured_size_of_files_is_known_from_then_on() -> None:
+    """An eviction is judged by it. Without one the catalogue's stays."""
+    run = Run(3000, a=definition(None))
+    run.load("a")
+    measured = facts.Measured("a", run.entry("a").edition, Need(host(700)), run.now, 123)
+    run.do(measured)
+    assert (run.entry("a").definition.size_bytes, run.started) == (123, ["a"])
+    assert not run.entry("a").is_measuring
+
+
+def test_refusal_names_what_pins_hold_and_not_what_could_go() -> None:
+    run = Run(3000, a=definition(1000, is_pinned=True), b=500, c=2500).resident("a", "b")
+    caller = run.load("c")
+    assert "pinned models hold 1000 MiB" in run.problems[caller].message

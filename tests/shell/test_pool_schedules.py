@@ -72,7 +72,7 @@ DEEP = (
 
 
 @pytest.mark.deep
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 @STAGES
 @pytest.mark.parametrize("scene", DEEP, ids=lambda scene: scene.program)
 def test_callers_of_a_pool_get_the_answer_of_its_machine_in_longer_scenes(

@@ -158,8 +158,9 @@ class Watch:
 
     def _leaves_for_later(self) -> str | None:
         """What could be decided now waits for no timer."""
-        stage = self._stage
-        if not stage.is_calm:
+        stage, timer_at = self._stage, self._stage.owner._timer_at
+        is_due = timer_at is not None and timer_at <= stage.clock()
+        if is_due or not stage.is_calm:
             return None
         residents = [e for e in stage.owner.ctx.entries if e.state is State.RESIDENT]
         for entry in residents:
