@@ -173,8 +173,8 @@ class PoolStage:
         made.is_empty = Emptied(self.pause)
         open_call = made.call
 
-        def call(name: str, kind: Any, request_id: str | None = None) -> PoolCall:
-            opened = open_call(name, kind, request_id)
+        def call(*given: Any) -> PoolCall:
+            opened = open_call(*given)
             if (who := self._who()) is not None:
                 self.calls[who] = opened
             return opened
