@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from orchestrator.machine.states import State
     from orchestrator.models.variants import Variant
     from orchestrator.pool.catalogue import Changes
+    from orchestrator.pool.context import Turn
     from orchestrator.pool.pool import AsyncModelPool, AsyncModelView, ModelPool, ModelView
     from orchestrator.pool.remote import (
         AsyncRemoteModelPool,
@@ -151,6 +152,7 @@ __all__ = [
     "TimedOut",
     "TooLarge",
     "TooManyWaiting",
+    "Turn",
     "Unavailable",
     "UnknownGeneration",
     "UnloadOutcome",
@@ -175,6 +177,7 @@ _HOMES = {
     "pool.catalogue": "Changes",
     "pool.pool": "AsyncModelPool AsyncModelView ModelPool ModelView",
     "pool.remote": ("AsyncRemoteModelPool AsyncRemoteModelView RemoteModelPool RemoteModelView"),
+    "pool.context": "Turn",
     "pool.status": "ModelStatus PoolStatus",
     "settings.fields": "LoadFields",
     "settings.memory": "Memory",

@@ -29,9 +29,9 @@ from orchestrator import (
     State,
     TooLarge,
     TooManyWaiting,
+    Turn,
 )
 from orchestrator.demo.tiny_model import write_tiny_model
-from orchestrator.pool.context import Turn
 from tests.kit.process.support import is_running, until
 
 pytestmark = pytest.mark.external
