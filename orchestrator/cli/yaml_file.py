@@ -48,10 +48,10 @@ def read_yaml(file: Path) -> tuple[Any, dict[KeyPath, int]]:
         raise _unusable(file, f"is no YAML: {what}", line) from error
 
 
-def _lines(node: Any, path: KeyPath, mapping: type) -> Iterator[tuple[KeyPath, int]]:
+def _lines(node: Any, path: KeyPath, mapping: type[Any]) -> Iterator[tuple[KeyPath, int]]:
     if not isinstance(node, mapping) or len(path) == _MAX_DEPTH:
         return
-    for key, value in node.value:  # type: ignore[attr-defined]
+    for key, value in node.value:
         below = (*path, str(key.value))
         yield below, key.start_mark.line + 1
         yield from _lines(value, below, mapping)

@@ -137,25 +137,13 @@ def _routes(orch: AsyncOrchestrator, shutdown: Shutdown, *, is_exposed: bool) ->
             orch.check_sent(wanted)
         return wanted
 
-    async def listening() -> None:
-        shutdown.listen()
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        shutdown.listen()
-        try:
-            async with orch:
-                yield
-        finally:
-            shutdown.restore()
-
     responder = Responder(orch.known_paths)
     routes = APIRouter(
         prefix=PREFIX,
         route_class=responder.route_class(),
         tags=["inference"],
-        lifespan=lifespan,
-        dependencies=[Depends(listening)],  # not every server has its handlers at the lifespan
+        lifespan=lambda _: shutdown.lifespan(orch),
+        dependencies=[Depends(shutdown.listening)],
     )
     _add_loads(routes, orch, responder, shutdown, requested)
     _add_requests(routes, orch, responder, shutdown, requested)

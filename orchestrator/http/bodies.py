@@ -88,6 +88,17 @@ class Client:
         self._receive = receive
         self._scope = asyncio.timeout(None)
         self._watcher: asyncio.Task[None] | None = None
+        self._is_whole = False  # the body has been read
+
+    async def _read(self) -> bytes:
+        """Return the next piece of the body; then the client is watched."""
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        self._is_whole = not message.get("more_body")
+        if self._is_whole:
+            self.watch()
+        return bytes(message.get("body", b""))
 
     def watch(self) -> None:
         """Begin to watch; the body must have been read, as both use the same channel."""

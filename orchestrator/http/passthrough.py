@@ -160,15 +160,6 @@ class _Client(Client):
         while not self._is_whole:
             yield await self._read()
 
-    async def _read(self) -> bytes:
-        message = await self._receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        self._is_whole = not message.get("more_body")
-        if self._is_whole:
-            self.watch()
-        return bytes(message.get("body", b""))
-
 
 def target_of(scope: Scope) -> str | None:
     """Return path and query for the server; None if the path leads out of `/v1`."""

@@ -11,7 +11,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from types import FrameType
 from typing import Any, Final, TypeVar
 
@@ -75,6 +75,22 @@ class Shutdown:
             finally:
                 upcoming.cancel()
                 await asyncio.gather(upcoming, return_exceptions=True)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(
+        self, owner: contextlib.AbstractAsyncContextManager[Any]
+    ) -> AsyncIterator[None]:
+        """The lifespan of an app: its owner is open, and signals are heard."""
+        self.listen()
+        try:
+            async with owner:
+                yield
+        finally:
+            self.restore()
+
+    async def listening(self) -> None:
+        """For every route: not every server has its handlers at the lifespan."""
+        self.listen()
 
     def restore(self) -> None:
         """Take our handlers away again, unless somebody has put others over them.

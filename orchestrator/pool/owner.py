@@ -116,7 +116,6 @@ class PoolOwner:
         self._tickets = itertools.count(1)
         self._calls: dict[Ticket, PoolCall] = {}
         self._entered: dict[Ticket, Lease] = {}  # in this step, and not granted yet
-        self._were_inside: set[str] = set()  # of the residents, by the evidence of this step
         self._evicted: dict[str, list[str]] = {}  # by the model that wanted their room
         self._timer_at: float | None = None
         self._is_looking = False
@@ -265,7 +264,7 @@ class PoolOwner:
         self._entered = {}
         try:
             fact = self._enter(fact)
-            made = self._decide(fact)
+            made, uses = self._decide(fact)
             self._is_at_once = isinstance(fact, facts.Wanted)
             for command in made:
                 self._carry_out_safely(command)
@@ -280,29 +279,33 @@ class PoolOwner:
             entry.state in (State.ABSENT, State.STUCK) for entry in self.ctx.entries
         ):
             self.is_empty.set()
-        self._look_if_missed()
+        self._look_if_missed(uses)
 
-    def _look_if_missed(self) -> None:
+    def _look_if_missed(self, before: Uses) -> None:
         """Who left a gate during this step has not seen who waits since it."""
         if not self.ctx.waiting:
             return
+        were_inside = {use.name for use in before if use.is_inside}
         for use in uses_of(self.ctx, self._slots.gate):
             gate = self._slots.gate(use.name)
-            has_emptied = not use.is_inside and use.name in self._were_inside
+            has_emptied = not use.is_inside and use.name in were_inside
             if gate is not None and (has_emptied or self._may_admit(use.name, gate)):
                 self._look()
                 return
 
-    def _decide(self, fact: Fact) -> tuple[Command, ...]:
-        """Step, anew if somebody has entered a gate that was to be closed because it was idle."""
+    def _decide(self, fact: Fact) -> tuple[tuple[Command, ...], Uses]:
+        """Step, anew if somebody has entered a gate that was to be closed because it was idle.
+
+        Returns:
+            What is to be done, and the evidence that it was decided by.
+        """
         for attempt in range(1, _MAX_STEPS + 1):
             uses = uses_of(self.ctx, self._slots.gate)
-            self._were_inside = {use.name for use in uses if use.is_inside}
             stepped = self._machine.step(self.ctx, replace(cast("Any", fact), uses=uses))
             if self._hold(stepped.commands, must=attempt == _MAX_STEPS):
                 break
         self.ctx = stepped.ctx
-        return stepped.commands
+        return stepped.commands, uses
 
     def _enter(self, fact: Fact) -> Fact:
         """Let into the gates whoever this step may grant; return the fact with that evidence."""

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack
 
 from orchestrator.base import workers
 from orchestrator.errors import DeadlineExceeded
@@ -37,15 +36,16 @@ from orchestrator.runtime.events import Event, EventLog
 from orchestrator.runtime.orchestrator import (
     AsyncOrchestrator,
     Orchestrator,
+    batches,
+    batches_async,
     follow,
     followed,
+    lines_in_turns,
 )
-from orchestrator.runtime.ports import LogPosition
 
 if TYPE_CHECKING:
     from orchestrator.pool.remote import AsyncRemoteModelPool, RemoteModelPool
 
-_LOG_INTERVAL_S: Final = 0.1
 P = TypeVar("P", bound=PoolFacade[Any])
 
 
@@ -193,15 +193,9 @@ class ModelPool(PoolFacade[Orchestrator]):
 
     def follow_logs(self, name: str, lines: int = 200) -> Iterator[str]:
         """Iterate over the output of a model's servers; see `Orchestrator.follow_logs`."""
-        own, owner, begins = self.match(name).entry.name, self._started(), True
-        position: LogPosition = (0, 0)
-        while True:
-            position, new = self.log_since(own, position)
-            yield from new[max(0, len(new) - lines) if begins else 0 :]
-            begins = False
-            if not new and owner.has_ended:
-                return
-            time.sleep(_LOG_INTERVAL_S)
+        own, owner = self.match(name).entry.name, self._started()
+        for batch in batches(partial(self.log_since, own), lambda: owner.has_ended, lines):
+            yield from batch
 
     def _wait(self, call: PoolCall, deadline_s: float | None = None) -> Any:
         """Block for an answer; an interrupt or the deadline withdraws the caller."""
@@ -334,27 +328,21 @@ class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
 
     async def follow_logs(self, name: str, lines: int = 200) -> AsyncGenerator[str, None]:
         """Iterate over the output of a model's servers; see `ModelPool.follow_logs`."""
-        async with contextlib.aclosing(self.log_batches(name, lines)) as batches:
-            async for batch in batches:
-                for line in batch:
-                    yield line
+        async with contextlib.aclosing(lines_in_turns(self.log_batches(name, lines))) as output:
+            async for line in output:
+                yield line
 
     async def log_batches(
         self, name: str, lines: int = 200
     ) -> AsyncGenerator[tuple[str, ...], None]:
         """Iterate over what `follow_logs` yields, in batches of lines that are new together."""
-        own, begins = self.match(name).entry.name, True
+        own = self.match(name).entry.name
         await self._ready()
         owner = self._started()
-        position: LogPosition = (0, 0)
-        while True:
-            position, new = await workers.waited(partial(self.log_since, own, position))
-            if batch := new[max(0, len(new) - lines) if begins else 0 :]:
+        output = batches_async(partial(self.log_since, own), lambda: owner.has_ended, lines)
+        async with contextlib.aclosing(output) as found:
+            async for batch in found:
                 yield batch
-            elif owner.has_ended:
-                return
-            begins = False
-            await asyncio.sleep(_LOG_INTERVAL_S)
 
     async def _ready(self) -> None:
         """Claiming the slots may block."""

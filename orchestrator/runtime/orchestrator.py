@@ -28,6 +28,7 @@ from orchestrator.runtime.answers import (
 from orchestrator.runtime.calls import Facade, MakeFact, RequestLike, request_of, unwrap
 from orchestrator.runtime.events import Event, EventLog
 from orchestrator.runtime.owner import Call, Owner
+from orchestrator.runtime.ports import LogPosition
 from orchestrator.settings.fields import LoadFields
 
 if TYPE_CHECKING:
@@ -213,13 +214,7 @@ class Orchestrator(Facade):
     def log_batches(self, lines: int = 200) -> Iterator[tuple[str, ...]]:
         """Iterate over what `follow_logs` yields, in batches of lines that are new together."""
         owner = self._start()
-        position, new = owner.effects.log_since((0, 0))
-        new = new[max(0, len(new) - lines) :]
-        while new or not owner.has_ended:
-            if new:
-                yield new
-            time.sleep(_LOG_INTERVAL_S)
-            position, new = owner.effects.log_since(position)
+        yield from batches(owner.effects.log_since, lambda: owner.has_ended, lines)
 
     def settled(
         self, generation: int, timeout_s: float | None = None
@@ -345,25 +340,17 @@ class AsyncOrchestrator(Facade):
 
         Begins with the last lines. A slow reader misses lines that are no longer kept.
         """
-        async with contextlib.aclosing(self.log_batches(lines)) as batches:
-            async for batch in batches:
-                for count, line in enumerate(batch, 1):
-                    yield line
-                    if not count % _LINES_A_TURN:
-                        await asyncio.sleep(0)
+        async with contextlib.aclosing(lines_in_turns(self.log_batches(lines))) as output:
+            async for line in output:
+                yield line
 
     async def log_batches(self, lines: int = 200) -> AsyncGenerator[tuple[str, ...], None]:
         """Iterate over what `follow_logs` yields, in batches of lines that are new together."""
         owner = await self._started()
-        position, new = await workers.waited(partial(owner.effects.log_since, (0, 0)))
-        new = new[max(0, len(new) - lines) :]
-        while True:
-            if new:
-                yield new
-            elif owner.has_ended:
-                return
-            await asyncio.sleep(_LOG_INTERVAL_S)
-            position, new = await workers.waited(partial(owner.effects.log_since, position))
+        output = batches_async(owner.effects.log_since, lambda: owner.has_ended, lines)
+        async with contextlib.aclosing(output) as found:
+            async for batch in found:
+                yield batch
 
     async def settled(
         self, generation: int, timeout_s: float | None = None
@@ -447,3 +434,45 @@ def follow(log: EventLog, position: int) -> Iterator[Event]:
         for event in batch:
             position = event.id
             yield event
+
+
+LogSince = Callable[[LogPosition], tuple[LogPosition, tuple[str, ...]]]
+"""Returns the output after a position, and the position after that."""
+
+
+def batches(
+    since: LogSince, has_ended: Callable[[], bool], lines: int
+) -> Iterator[tuple[str, ...]]:
+    """Iterate over the last lines of output and those to come, until the end of their owner."""
+    position, new = since((0, 0))
+    new = new[max(0, len(new) - lines) :]
+    while new or not has_ended():
+        if new:
+            yield new
+        time.sleep(_LOG_INTERVAL_S)
+        position, new = since(position)
+
+
+async def batches_async(
+    since: LogSince, has_ended: Callable[[], bool], lines: int
+) -> AsyncGenerator[tuple[str, ...], None]:
+    """Iterate over output as `batches` does; it is read on a worker thread."""
+    position, new = await workers.waited(partial(since, (0, 0)))
+    new = new[max(0, len(new) - lines) :]
+    while new or not has_ended():
+        if new:
+            yield new
+        await asyncio.sleep(_LOG_INTERVAL_S)
+        position, new = await workers.waited(partial(since, position))
+
+
+async def lines_in_turns(
+    found: AsyncGenerator[tuple[str, ...], None],
+) -> AsyncGenerator[str, None]:
+    """Iterate over the lines of batches, and let others run between many of them."""
+    async with contextlib.aclosing(found):
+        async for batch in found:
+            for count, line in enumerate(batch, 1):
+                yield line
+                if not count % _LINES_A_TURN:
+                    await asyncio.sleep(0)

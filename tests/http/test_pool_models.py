@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -298,8 +298,8 @@ def test_files_in_extra_args_are_refused_where_the_api_has_keys(
 ) -> None:
     secret = tmp_path / "secret"
     secret.write_text("x")
-    entry = {"name": "more", "model_path": files["chat"], "memory": "1 MiB"}
-    entry["llama_extra_args"] = ["--grammar-file", str(secret)]  # type: ignore[assignment]
+    entry: Members = {"name": "more", "model_path": files["chat"], "memory": "1 MiB"}
+    entry["llama_extra_args"] = ["--grammar-file", str(secret)]
     app = {"api_keys": ["k"]}
     with serving_pool(catalogue_of(files), app=app, **options) as client:
         client.headers["Authorization"] = "Bearer k"
@@ -379,6 +379,6 @@ def test_single_slot_has_no_models(serve: Serve) -> None:
 def test_app_has_one_owner(files: dict[str, str], options: Members) -> None:
     catalogue = catalogue_of(files)
     with pytest.raises(TypeError, match="AsyncModelPool, not ModelPool"):
-        create_app(pool=ModelPool(catalogue, **options))  # type: ignore[arg-type]
+        create_app(pool=cast("AsyncModelPool", ModelPool(catalogue, **options)))
     with pytest.raises(TypeError, match="give a pool, an orchestrator, or the options"):
         create_app(pool=AsyncModelPool(catalogue, **options), slot="x")

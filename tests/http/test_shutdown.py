@@ -436,11 +436,13 @@ def no_cycles() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_cycles")
-def test_stream_of_events_ends_when_its_client_has_gone(state_dir: Path) -> None:
+def test_stream_of_events_ends_when_its_client_has_gone(
+    state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where it waits to be read, which the framework leaves as it is."""
     endless = Endless()
     orch = AsyncOrchestrator(state_dir=state_dir)
-    orch.events = endless.events  # type: ignore[method-assign]
+    monkeypatch.setattr(orch, "events", endless.events)
     with serving(create_app(orch)) as client:
         reads_a_little(client, f"{PREFIX}/events")
         assert endless.has_ended.wait(DEADLINE_S)
@@ -449,11 +451,11 @@ def test_stream_of_events_ends_when_its_client_has_gone(state_dir: Path) -> None
 @pytest.mark.usefixtures("no_cycles")
 @pytest.mark.parametrize("path", ["/api/events", "/api/models/a/events"])
 def test_stream_of_events_of_a_pool_ends_when_its_client_has_gone(
-    path: str, state_dir: Path
+    path: str, state_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     endless = Endless()
     pool = AsyncModelPool({"models": {"a": {"model_path": "a.gguf"}}}, state_dir=state_dir)
-    pool.events = endless.events  # type: ignore[method-assign]
+    monkeypatch.setattr(pool, "events", endless.events)
     with serving(create_app(pool=pool)) as client:
         reads_a_little(client, path)
         assert endless.has_ended.wait(DEADLINE_S)

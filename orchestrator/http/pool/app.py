@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any, Final
 
@@ -58,22 +56,10 @@ def pool_app(pool: AsyncModelPool, shutdown: Shutdown, around: dict[str, Any]) -
             message = f"{error.message}, below {MODELS}"
             raise InvalidRequest.because(message, field="model") from None
 
-    async def listening() -> None:
-        shutdown.listen()
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        shutdown.listen()
-        try:
-            async with pool:
-                yield
-        finally:
-            shutdown.restore()
-
     router = partial(
-        APIRouter, route_class=responder.route_class(), dependencies=[Depends(listening)]
+        APIRouter, route_class=responder.route_class(), dependencies=[Depends(shutdown.listening)]
     )
-    whole = router(tags=["models"], lifespan=lifespan)
+    whole = router(tags=["models"], lifespan=lambda _: shutdown.lifespan(pool))
     models.add(whole, pool, responder, shutdown, is_exposed=exposed)
     submitted = one.Submitted(pool)
     like_llama = router(tags=["llama-server's router"])

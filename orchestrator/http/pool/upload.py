@@ -66,7 +66,6 @@ class Upload(Client):
         self._kept_bytes = 0
         self._file: IO[bytes] | None = None
         self._spooled_bytes = 0
-        self._is_whole = False
         self._ahead: asyncio.Task[None] | None = None
 
     @property
@@ -124,15 +123,6 @@ class Upload(Client):
                 ahead += len(data)
             return
         self.leave()
-
-    async def _read(self) -> bytes:
-        message = await self._receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        self._is_whole = not message.get("more_body")
-        if self._is_whole:
-            self.watch()
-        return bytes(message.get("body", b""))
 
     async def _keep(self, data: bytes) -> None:
         self._kept.append(data)

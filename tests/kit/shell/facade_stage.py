@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import threading
 from asyncio import events as running
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, ClassVar, Final, cast
@@ -231,14 +231,7 @@ class LoopStage(FacadeStage):
             yield Move("loop", f"runs {self._named(ready[0])}", self.loop.step)
 
     def _named(self, handle: asyncio.Handle) -> str:
-        callback = cast("Any", handle)._callback
-        task = getattr(callback, "__self__", None)
-        index = next((i for i, known in self.tasks.items() if known is task), None)
-        if index is not None:
-            return f"{self.scene.actions[index].text} (task {index})"
-        while isinstance(callback, partial):
-            callback = callback.func
-        return str(getattr(callback, "__qualname__", callback))
+        return named(handle, self.tasks, lambda index: self.scene.actions[index].text)
 
     def _can_withdraw(self, index: int) -> bool:
         return index in self.tasks
@@ -501,3 +494,19 @@ class ThreadStage(FacadeStage):
             while not puppet.has_ended:
                 puppet.go(OverError())
         super().close()
+
+
+def named(
+    handle: asyncio.Handle,
+    tasks: Mapping[int, asyncio.Task[object]],
+    text: Callable[[int], str],
+) -> str:
+    """Return in words what a handle of the loop runs: the task of an action, or a callback."""
+    callback = cast("Any", handle)._callback
+    task = getattr(callback, "__self__", None)
+    index = next((i for i, known in tasks.items() if known is task), None)
+    if index is not None:
+        return f"{text(index)} (task {index})"
+    while isinstance(callback, partial):
+        callback = callback.func
+    return str(getattr(callback, "__qualname__", callback))

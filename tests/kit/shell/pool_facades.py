@@ -11,7 +11,7 @@ from typing import Any, cast
 from orchestrator.pool.context import Turn
 from orchestrator.pool.pool import AsyncModelPool, ModelPool
 from tests.kit.machine.invariants import Violation
-from tests.kit.shell.facade_stage import Puppet, SteppedLoop, position
+from tests.kit.shell.facade_stage import Puppet, SteppedLoop, named, position
 from tests.kit.shell.pool_scene import Action, PoolScene
 from tests.kit.shell.pool_stage import PoolStage
 from tests.kit.shell.stage import BrokenError, Choose, Move
@@ -103,14 +103,7 @@ class LoopPoolStage(PoolStage):
             yield Move("loop", f"runs {self._label(ready[0])}", self.loop.step)
 
     def _label(self, handle: asyncio.Handle) -> str:
-        callback = cast("Any", handle)._callback
-        task = getattr(callback, "__self__", None)
-        index = next((i for i, known in self.tasks.items() if known is task), None)
-        if index is not None:
-            return f"{self.scene.actions[index].text} (task {index})"
-        while isinstance(callback, partial):
-            callback = callback.func
-        return str(getattr(callback, "__qualname__", callback))
+        return named(handle, self.tasks, lambda index: self.scene.actions[index].text)
 
     def _run_clients(self) -> None:
         while self.loop.ready:
@@ -175,7 +168,7 @@ class LoopPoolStage(PoolStage):
     def close(self) -> None:
         """Drop all tasks, without asyncio's warnings about tasks that are still pending."""
         for task in self.tasks.values():
-            task._log_destroy_pending = False  # type: ignore[attr-defined]
+            cast("Any", task)._log_destroy_pending = False
             if task.done() and not task.cancelled():
                 task.exception()
             task.get_coro().close()
