@@ -202,8 +202,8 @@ def run(command: tuple[str, ...], kind: str, patience_s: float | None = None) ->
         if pin is not None:  # None: it has exited already
             wait_exited([pin], _ASK_S if patience_s is None else patience_s)
             pin.close()
-            with contextlib.suppress(OSError):
-                os.killpg(process.pid, signal.SIGKILL)  # not reaped yet, so the group is its own
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)  # not reaped yet, so the group is its own
         process.wait()
         output.seek(0)
         return process.returncode, output.read(_MAX_ANSWER).decode("utf-8", "replace")

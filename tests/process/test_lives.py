@@ -25,6 +25,7 @@ from tests.kit.process.support import (
     StartHost,
     Watch,
     in_a_fork,
+    is_running,
     kill,
     until,
     until_state,
@@ -135,9 +136,9 @@ def test_one_that_is_dropped_at_the_very_end_leaves_no_server(host: StartHost, f
     """The exit waits for it, as it does for one that is open."""
     program = 'import gc\nsend(pid=orch.load(a["model"]).pid)\ndel orch\ngc.collect()\n'
     backend = host(program)
-    server = Watch(backend.receive()["pid"])
+    server = backend.receive()["pid"]
     assert backend.process.wait(30) == 0
-    server.seconds_to_exit(0)
+    until(lambda: not is_running(server), "the end of the server")
     assert fake.running() == set()
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from orchestrator.base import launch
 from orchestrator.errors import ServerUnavailable
-from orchestrator.server import binaries
+from orchestrator.server import binaries, process_table
 from orchestrator.server.binaries import ask_catalogue, find_server
+from orchestrator.server.process_table import ProcessId
 from orchestrator.settings.help_text import Catalogue
 from orchestrator.settings.target import ServerBinary
 from tests.kit.process.support import is_running, until
@@ -123,6 +124,23 @@ def test_a_background_process_of_a_help_is_ended(script: Script, tmp_path: Path)
     begun = time.monotonic()
     assert script.answer(f'sleep 600 & echo $! > "{pid_file}"') is not None
     assert time.monotonic() - begun < 10
+    left = int(pid_file.read_text())
+    until(lambda: not is_running(left), "the end of the rest")
+
+
+def test_a_background_process_of_a_help_that_has_ended_already_is_ended(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is identified too late is a zombie, with a group of its own all the same."""
+    identify = process_table.identify
+
+    def late(pid: int) -> ProcessId | None:
+        until(lambda: not is_running(pid), "the end of the help")
+        return identify(pid)
+
+    monkeypatch.setattr(process_table, "identify", late)
+    pid_file = tmp_path / "pid"
+    assert script.answer(f'sleep 600 & echo $! > "{pid_file}"') is not None
     left = int(pid_file.read_text())
     until(lambda: not is_running(left), "the end of the rest")
 
