@@ -15,6 +15,7 @@ from typing import Any, Final
 import click
 from click.shell_completion import CompletionItem
 
+from orchestrator.base.key_file import keys_in_text
 from orchestrator.errors import OrchestratorError
 from orchestrator.settings.fields import SETTINGS, type_of
 from orchestrator.settings.request import LoadRequest
@@ -182,9 +183,7 @@ def keys_in(path: str | None) -> tuple[str, ...]:
         where = API_KEY_VARIABLE
     else:
         return ()
-    keys = tuple(key for line in text.splitlines() if (key := line.strip()))
-    if not keys:
-        raise click.UsageError(f"{where} contains no key: write one key a line.")
-    if not all(key.isascii() and key.isprintable() for key in keys):
-        raise click.UsageError(f"{where}: a key must consist of printable ASCII characters.")
-    return keys
+    try:
+        return keys_in_text(text)
+    except ValueError as error:
+        raise click.UsageError(f"{where} {error}.") from None

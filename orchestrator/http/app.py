@@ -22,6 +22,7 @@ from orchestrator.http import metrics, openapi, pages, schemas
 from orchestrator.http.bodies import json_body, validated, while_connected
 from orchestrator.http.frame import framed, is_exposed
 from orchestrator.http.guards import limits, origins
+from orchestrator.http.guards.keys import Keys
 from orchestrator.http.openapi import documented
 from orchestrator.http.passthrough import HELD_S, MAX_HELD, PassThrough
 from orchestrator.http.pool.app import pool_app
@@ -80,22 +81,19 @@ def create_app(
         InvalidRequest: an option cannot be used.
     """
     hosts = origins.checked_hosts(allowed_hosts)
-    around: dict[str, Any] = {
-        "api_keys": tuple(api_keys),
-        "hosts": hosts,
-        "max_body_bytes": max_body_bytes,
-    }
+    around: dict[str, Any] = {"hosts": hosts, "max_body_bytes": max_body_bytes}
     shutdown = HOST if end_on_signals else Shutdown()
     if pool is not None:
         if orch is not None or orchestrator_options:
             raise TypeError("give a pool, an orchestrator, or the options for one")
-        return pool_app(pool, shutdown, around)
+        return pool_app(pool, shutdown, api_keys, around)
+    keys = Keys(api_keys)
     if orch is not None and orchestrator_options:
         raise TypeError("give an orchestrator or the options for one, not both")
     orch = orch or AsyncOrchestrator(**orchestrator_options)
     passed_on = PassThrough(orch, held_s=held_s, max_held=max_held, shutdown=shutdown)
     responder = Responder(orch.known_paths)
-    exposed = is_exposed(around["api_keys"], hosts)
+    exposed = is_exposed(keys, hosts)
     return framed(
         [
             _routes(orch, shutdown, is_exposed=exposed),
@@ -106,6 +104,7 @@ def create_app(
         responder,
         about=openapi.DESCRIPTION,
         v1=openapi.V1,
+        keys=keys,
         not_stored=(PREFIX, "/metrics"),
         **around,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from fastapi import APIRouter, FastAPI
@@ -12,7 +12,8 @@ from starlette.types import Receive, Scope, Send
 
 import orchestrator
 from orchestrator.http import openapi
-from orchestrator.http.guards import PROBED_PATHS, guard, keys, limits, origins
+from orchestrator.http.guards import PROBED_PATHS, Check, guard, limits, origins
+from orchestrator.http.guards.keys import Keys
 from orchestrator.http.passthrough import below
 from orchestrator.http.problems import Responder
 
@@ -32,7 +33,7 @@ def framed(
     *,
     about: str,
     v1: openapi.PassedOn,
-    api_keys: Sequence[str],
+    keys: Keys,
     hosts: frozenset[str],
     max_body_bytes: int,
     not_stored: tuple[str, ...],
@@ -42,6 +43,7 @@ def framed(
     Args:
         about: The description of its OpenAPI document.
         v1: What that says about `/v1`.
+        keys: Of the service.
         hosts: From `checked_hosts`.
         not_stored: Prefixes of the paths of the API, besides the health routes.
     """
@@ -63,17 +65,15 @@ def framed(
     for router in routers:
         app.include_router(router)
     app.router.routes.extend(pages)
-    openapi.complete(app, v1, needs_key=bool(api_keys))
+    openapi.complete(app, v1, needs_key=keys.are_needed)
     app.add_middleware(below, prefix="/v1/", other=passes_on)
     app.add_middleware(limits.limit_body, max_bytes=max_body_bytes)
-    checks = [origins.refuse_foreign(hosts)]
-    if api_keys:
-        checks.append(keys.require_key(api_keys))
+    checks: list[Check] = [origins.refuse_foreign(hosts), keys]
     app.add_middleware(guard, checks=checks, not_stored=(*not_stored, *PROBED_PATHS))
     app.add_middleware(limits.linger)
     return app
 
 
-def is_exposed(api_keys: Iterable[str], hosts: frozenset[str]) -> bool:
+def is_exposed(keys: Keys, hosts: frozenset[str]) -> bool:
     """Return whether others than the programs of this machine's user may send requests."""
-    return bool(tuple(api_keys)) or origins.has_foreign_name(hosts)
+    return keys.are_needed or origins.has_foreign_name(hosts)

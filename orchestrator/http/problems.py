@@ -32,7 +32,7 @@ MEDIA_TYPE: Final = "application/problem+json"
 CATEGORIES: Final[Mapping[int, tuple[str, ...]]] = {
     400: ("bad_request",),
     401: ("unauthorized",),
-    403: ("forbidden_host", "forbidden_origin"),
+    403: ("forbidden", "forbidden_host", "forbidden_origin"),
     404: ("not_found",),
     405: ("method_not_allowed",),
     408: ("too_slow",),
@@ -54,6 +54,13 @@ _HOPELESS: Final = frozenset({400, 401, 403, 404, 405, 409, 413, 422, 424, 431, 
 """To try again mends nothing, unless the answer says when. OpenAI's clients would, twice."""
 
 _log = event_log("orchestrator.http")
+
+
+class Forbidden(HTTPException):
+    """A key that may not do this."""
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(403, detail)
 
 
 class AsciiJSON(JSONResponse):

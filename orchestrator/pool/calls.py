@@ -37,7 +37,6 @@ from orchestrator.pool.catalogue import (
     check_pins,
     difference,
     merge,
-    no_model,
     read_catalogue,
     with_entry,
     without_entry,
@@ -47,6 +46,7 @@ from orchestrator.pool.elsewhere import Watch
 from orchestrator.pool.entries import Entry, PoolSettings
 from orchestrator.pool.feed import Feed
 from orchestrator.pool.foresight import foreseen
+from orchestrator.pool.keys import Grant, grants_of
 from orchestrator.pool.ledger import NO_LIMIT, Amounts
 from orchestrator.pool.owner import EVICTIONS, Granted, Lease, PoolCall, PoolOwner
 from orchestrator.pool.slots import PoolSlots, left_in, made
@@ -108,6 +108,7 @@ class PoolFacade(Generic[F]):
         self._early = EarlyCancels()
         self._is_file = not isinstance(models, Mapping)
         self._catalogue = self._read(models)
+        self.grants: tuple[Grant, ...] = grants_of(self._catalogue)
         self._runtime: dict[str, Entry] = {}
         self._models = models
         self._name = slot
@@ -289,15 +290,7 @@ class PoolFacade(Generic[F]):
         Raises:
             ModelNotFound: it lists what there is.
         """
-        if name is None:
-            if (entry := self._catalogue.default) is not None:
-                return Match(entry)
-            names = ", ".join(self._catalogue.models) or "none"
-            message = f"this pool has no default model: name one of {names}"
-            raise InvalidRequest.because(message, field="model")
-        if (match := self._catalogue.find(name)) is None:
-            raise no_model(name, self._catalogue.models)
-        return match
+        return self._catalogue.match(name)
 
     def entry(self, name: str | None) -> Entry:
         """Return the entry that a name stands for; None is the default. Raises ModelNotFound."""
@@ -332,10 +325,14 @@ class PoolFacade(Generic[F]):
         """
         if name is not None:
             return self.slot_status(self.match(name).entry.name)
+        return self.status_of(self._catalogue)
+
+    def status_of(self, catalogue: Catalogue) -> PoolStatus:
+        """Return the part of the status that is of these entries only."""
         seen = PoolSnapshot(self._ctx, self._clock())
-        models = [self._model_status(entry, seen) for entry in self._catalogue.models.values()]
-        waiting = waiting_of(seen.ctx, seen.now)
-        return PoolStatus(devices_of(seen.ctx), models, waiting)
+        models = [self._model_status(entry, seen) for entry in catalogue.models.values()]
+        waiting = [one for one in waiting_of(seen.ctx, seen.now) if one.model in catalogue.models]
+        return PoolStatus(devices_of(seen.ctx, catalogue.models), models, waiting)
 
     def model_status(self, name: str) -> ModelStatus:
         """Return one model, by any of its names.
@@ -570,7 +567,9 @@ class PoolFacade(Generic[F]):
             if new.pool != old.pool:
                 self._slots.devices = self._scout.devices()
             self._check_pins(new)
+            grants = grants_of(new)
             self._take(new)
+            self.grants = grants
             if new.pool != old.pool:
                 owner.post(self._configured(new, _reserved(owner.ctx)))
             for name in changes.removed:

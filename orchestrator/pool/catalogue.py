@@ -83,9 +83,32 @@ class Catalogue:
     @property
     def default(self) -> Entry | None:
         """The entry for requests that name none: `default` of the pool, or the only one."""
-        if self.pool.default is not None:
-            return self.models.get(self.pool.default)
+        if (found := self.models.get(self.pool.default or "")) is not None:
+            return found
         return next(iter(self.models.values())) if len(self.models) == 1 else None
+
+    def match(self, name: str | None) -> Match:
+        """Return the entry that a caller means; None is the default.
+
+        Raises:
+            ModelNotFound: it lists what there is.
+            InvalidRequest: there is no default.
+        """
+        if name is None:
+            if (entry := self.default) is not None:
+                return Match(entry)
+            names = ", ".join(self.models) or "none"
+            message = f"this pool has no default model: name one of {names}"
+            raise InvalidRequest.because(message, field="model")
+        if (match := self.find(name)) is None:
+            raise no_model(name, self.models)
+        return match
+
+    def only(self, names: Collection[str] | None) -> Catalogue:
+        """Return the catalogue without the other entries; None = with all."""
+        if names is None:
+            return self
+        return replace(self, models={n: one for n, one in self.models.items() if n in names})
 
 
 def no_model(asked: str, names: Iterable[str]) -> ModelNotFound:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass
 
 from orchestrator.base.record import Record
@@ -74,8 +75,9 @@ class PoolStatus(Record):
     waiting: list[WaitingStatus]
 
 
-def devices_of(ctx: Context) -> list[DeviceStatus]:
-    reserved = ctx.ledger.total(name for name, _ in ctx.ledger.reservations)
+def devices_of(ctx: Context, names: Container[str]) -> list[DeviceStatus]:
+    """Return the budget, and what these models hold of it."""
+    reserved = ctx.ledger.total(name for name, _ in ctx.ledger.reservations if name in names)
     return [
         DeviceStatus(device, mib, reserved[device])
         for device, mib in ctx.devices.by_account

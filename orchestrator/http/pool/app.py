@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, Final
 
-from fastapi import APIRouter, Depends, FastAPI, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 
 from orchestrator.base.paths import PathNames, without_folders
 from orchestrator.errors import InvalidRequest, NotLoaded, ShuttingDown
 from orchestrator.http import openapi, pages, schemas
 from orchestrator.http.frame import framed, is_exposed
+from orchestrator.http.guards.keys import Keys
 from orchestrator.http.metrics import MEDIA_TYPE
 from orchestrator.http.openapi import documented
 from orchestrator.http.paths import PathRenamer
 from orchestrator.http.pool import models, one, routing, upload
 from orchestrator.http.pool.by_name import ByName
 from orchestrator.http.pool.metrics import PoolMetrics
+from orchestrator.http.pool.visible import Eyes
 from orchestrator.http.problems import Responder
 from orchestrator.http.shutdown import Shutdown
 from orchestrator.pool.pool import AsyncModelPool
@@ -32,56 +35,68 @@ class PoolResponder(Responder):
         return super().renamer(without_folders(names))
 
 
-def pool_app(pool: AsyncModelPool, shutdown: Shutdown, around: dict[str, Any]) -> FastAPI:
-    """Return the app; `around` is what `framed` takes besides the routes.
+def pool_app(
+    pool: AsyncModelPool, shutdown: Shutdown, api_keys: Iterable[str], around: dict[str, Any]
+) -> FastAPI:
+    """Return the app.
+
+    Args:
+        api_keys: May do everything, besides the keys of the catalogue.
+        around: What `framed` takes besides the routes and the keys.
 
     Raises:
         TypeError: this is no pool for asyncio.
     """
     if not isinstance(pool, AsyncModelPool):
         raise TypeError(f"pool must be an AsyncModelPool, not {type(pool).__name__}")
+    keys = Keys(api_keys, lambda: pool.grants)
+    eyes = Eyes(pool, keys)
     responder = PoolResponder(pool.known_paths)
     spool = upload.Spool(lambda: pool.state_folder, upload.SPOOLED_BYTES)
     counted = PoolMetrics(pool)
-    passed_on = ByName(pool, responder, shutdown, counted.waited, spool)
-    exposed = is_exposed(around["api_keys"], around["hosts"])
+    passed_on = ByName(pool, eyes, responder, shutdown, counted.waited, spool)
 
-    def by_name(name: str) -> str:
-        return pool.entry(name).name
+    async def by_name(request: Request, name: str) -> str:
+        return eyes.of(request.scope).entry(name).name
 
-    def by_default() -> str:
+    async def by_default(request: Request) -> str:
         try:
-            return pool.entry(None).name
+            return eyes.of(request.scope).entry(None).name
         except InvalidRequest as error:
             message = f"{error.message}, below {MODELS}"
             raise InvalidRequest.because(message, field="model") from None
 
-    router = partial(
-        APIRouter, route_class=responder.route_class(), dependencies=[Depends(shutdown.listening)]
-    )
+    always = [Depends(shutdown.listening), Depends(eyes.permitted)]
+    router = partial(APIRouter, route_class=responder.route_class(), dependencies=always)
     whole = router(tags=["models"], lifespan=lambda _: shutdown.lifespan(pool))
-    models.add(whole, pool, responder, shutdown, is_exposed=exposed)
+    exposed = partial(is_exposed, keys, around["hosts"])
+    models.add(whole, pool, eyes, responder, shutdown, exposed)
     submitted = one.Submitted(pool)
     like_llama = router(tags=["llama-server's router"])
-    routing.add(like_llama, pool, responder)
+    routing.add(like_llama, pool, eyes, responder)
     each = router(prefix=f"{MODELS}/{{name}}", tags=["one model"])
-    one.add(each, pool, responder, shutdown, submitted, by_name)
+    one.add(each, pool, eyes, responder, shutdown, submitted, by_name)
     default = router(prefix=DEFAULT, tags=["inference"])
-    one.add(default, pool, responder, shutdown, submitted, by_default)
+    one.add(default, pool, eyes, responder, shutdown, submitted, by_default)
     return framed(
-        [whole, each, default, like_llama, _health(pool, responder, shutdown, counted)],
+        [whole, each, default, like_llama, _health(pool, eyes, responder, shutdown, counted)],
         pages.routes_of_pool(),
         passed_on,
         responder,
         about=openapi.OF_POOL,
         v1=openapi.V1_OF_POOL,
+        keys=keys,
         not_stored=("/api/", "/models", "/metrics"),
         **around,
     )
 
 
 def _health(
-    pool: AsyncModelPool, responder: Responder, shutdown: Shutdown, counted: PoolMetrics
+    pool: AsyncModelPool,
+    eyes: Eyes,
+    responder: Responder,
+    shutdown: Shutdown,
+    counted: PoolMetrics,
 ) -> APIRouter:
     routes = APIRouter(route_class=responder.route_class(), tags=["health"])
 
@@ -102,8 +117,10 @@ def _health(
         return schemas.Health(status="ready")
 
     @routes.get("/metrics", **documented("text/plain"))
-    async def prometheus() -> Response:
-        """Return the metrics for Prometheus."""
-        return Response(counted.render(), media_type=MEDIA_TYPE)
+    async def prometheus(request: Request) -> Response:
+        """Return the metrics for Prometheus. Wants a key that is an admin's."""
+        seen = eyes.of(request.scope)
+        seen.check_admin()
+        return Response(counted.render(seen.grant.models), media_type=MEDIA_TYPE)
 
     return routes

@@ -22,6 +22,7 @@ from orchestrator.http.pool.answers import renames_in
 from orchestrator.http.pool.listing import listed, listing
 from orchestrator.http.pool.members import Members, members_of
 from orchestrator.http.pool.upload import Spool, Upload
+from orchestrator.http.pool.visible import Eyes, Visible
 from orchestrator.http.problems import AsciiJSON, Responder, http_problem
 from orchestrator.http.shutdown import Shutdown
 from orchestrator.http.upstream import Body, Server, Upstream, headers_for, send_on
@@ -45,12 +46,14 @@ class ByName:
     def __init__(
         self,
         pool: AsyncModelPool,
+        eyes: Eyes,
         responder: Responder,
         shutdown: Shutdown,
         waited: Callable[[str, float], None],
         spool: Spool,
     ) -> None:
         self._pool = pool
+        self._eyes = eyes
         self._responder = responder
         self._shutdown = shutdown
         self._waited = waited
@@ -78,10 +81,11 @@ class ByName:
             await send(message)
 
         try:
-            if (models := self._listing(scope["method"], target)) is not None:
+            seen = self._eyes.of(scope)
+            if (models := self._listing(scope["method"], target, seen)) is not None:
                 await AsciiJSON(models)(scope, receive, send)
             else:
-                await self._pass_on(scope, receive, send_on_behalf, target)
+                await self._pass_on(scope, receive, send_on_behalf, target, seen)
         except ClientDisconnect:
             return
         except Exception as error:
@@ -90,19 +94,21 @@ class ByName:
             answer = await self._responder.failure(Request(scope), error)
             await answer(scope, receive, send)
 
-    def _listing(self, method: str, target: str) -> dict[str, Any] | None:
+    def _listing(self, method: str, target: str, seen: Visible) -> dict[str, Any] | None:
         """Return the answer to a question for the models there are."""
         path = target.partition("?")[0]
         if method not in ("GET", "HEAD") or not path.startswith(_LISTING):
             return None
         asked = path.removeprefix(_LISTING)
         if not asked.strip("/"):
-            return listing(self._pool)
+            return listing(self._pool, seen)
         if not asked.startswith("/"):
             return None
-        return listed(self._pool, asked[1:])
+        return listed(self._pool, seen, asked[1:])
 
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, target: str) -> None:
+    async def _pass_on(
+        self, scope: Scope, receive: Receive, send: Send, target: str, seen: Visible
+    ) -> None:
         async with Upload(receive, self._spool).connected() as client, AsyncExitStack() as stack:
             stack.push_async_callback(client.close)
             path, _, query = target.partition("?")
@@ -110,10 +116,11 @@ class ByName:
             content_type = Headers(scope=scope).get("content-type", "")
             found = members_of(content_type)
             await client.find(found, is_known=bool(wanted))
-            match = self._pool.match(wanted or found.model)
+            match = seen.match(wanted or found.model)
             entry = match.entry
             check_kind(entry.kind, target)
-            server = await self._leased(stack, client, match)
+            turn = Turn(seen.grant.name, seen.grant.weight)
+            server = await self._leased(stack, client, match, turn)
             await client.stop_looking()
             model = entry.upstream_model or entry.name
             added = match.preset.members if match.preset is not None else {}
@@ -137,11 +144,13 @@ class ByName:
             renames = renames_in(response, entry.name) if entry.base_url is not None else None
             await send_on(scope, response, send, judge=judge, rewrites=renames)
 
-    async def _leased(self, stack: AsyncExitStack, client: Upload, match: Match) -> LeasedServer:
+    async def _leased(
+        self, stack: AsyncExitStack, client: Upload, match: Match, turn: Turn
+    ) -> LeasedServer:
         """Lease the server until the stack is closed; the request waits until it is there."""
         name, began_at = match.entry.name, time.monotonic()
         client.look_ahead()
-        lease = stack.enter_async_context(self._pool.lease(name, turn=Turn()))
+        lease = stack.enter_async_context(self._pool.lease(name, turn=turn))
         server = await self._shutdown.wait(lease)
         self._waited(name, time.monotonic() - began_at)
         return server

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Final
 
+from orchestrator.http.pool.visible import Visible
 from orchestrator.machine.states import State
 from orchestrator.pool.pool import AsyncModelPool
 from orchestrator.pool.status import ModelStatus
@@ -14,15 +15,15 @@ _OWNER: Final = "llama-orchestrator"
 _CREATED: Final = int(time.time())  # the field is required, and means nothing here
 
 
-def listing(pool: AsyncModelPool) -> dict[str, Any]:
+def listing(pool: AsyncModelPool, seen: Visible) -> dict[str, Any]:
     """Return all names that requests may use, with what each model does now."""
-    models = pool.status().models
+    models = seen.status().models
     return {"object": "list", "data": [one for model in models for one in _names(pool, model)]}
 
 
-def listed(pool: AsyncModelPool, name: str) -> dict[str, Any]:
+def listed(pool: AsyncModelPool, seen: Visible, name: str) -> dict[str, Any]:
     """Return one of them. Raises ModelNotFound."""
-    match = pool.match(name)
+    match = seen.match(name)
     return _one(name, _value(pool, pool.model_status(match.entry.name)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Histogram, Metric, generate_latest
@@ -63,14 +63,14 @@ class PoolMetrics(Collector):
         self._registry.register(self)
         pool.feed.observe(self._count)
 
-    def render(self) -> bytes:
-        """Return the text of a scrape."""
+    def render(self, names: Container[str] | None = None) -> bytes:
+        """Return the text of a scrape; with names, only what is of these models."""
         with self._guard:
             for gone in self._models.keys() - set(self._names()):
                 del self._models[gone]
                 with contextlib.suppress(KeyError):
                     self._waits.remove(gone)
-        return generate_latest(self._registry)
+        return generate_latest(self._registry if names is None else _Only(self._registry, names))
 
     def _names(self) -> list[str]:
         return [entry.name for entry in self._pool.catalogue.models.values() if entry.request]
@@ -112,6 +112,22 @@ class PoolMetrics(Collector):
                 model = _Model(self._pool, name)
                 found = self._models[name] = model, Metrics(model, model.waiting)
             return found
+
+
+class _Only(CollectorRegistry):
+    """The samples of some models."""
+
+    def __init__(self, whole: CollectorRegistry, names: Container[str]) -> None:
+        super().__init__()
+        self._whole = whole
+        self._seen = names
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._whole.collect():
+            only = Metric(family.name, family.documentation, family.type)
+            only.samples = [one for one in family.samples if one.labels.get("model") in self._seen]
+            if only.samples:
+                yield only
 
 
 def _gauge(name: str, about: str, label: str) -> GaugeMetricFamily:

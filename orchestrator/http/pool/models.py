@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from orchestrator.errors import MalformedRequest
+from orchestrator.errors import InvalidCatalogue, MalformedRequest
 from orchestrator.http import openapi
 from orchestrator.http.bodies import json_body, validated
 from orchestrator.http.guards import origins
 from orchestrator.http.openapi import documented
 from orchestrator.http.pool import schemas
 from orchestrator.http.pool.streams import Sent, Streams
+from orchestrator.http.pool.visible import Eyes, Visible
 from orchestrator.http.problems import Responder
 from orchestrator.http.shutdown import Shutdown
 from orchestrator.pool.catalogue import Changes
@@ -25,15 +26,18 @@ from orchestrator.pool.status import ModelStatus, PoolStatus
 def add(
     routes: APIRouter,
     pool: AsyncModelPool,
+    eyes: Eyes,
     responder: Responder,
     shutdown: Shutdown,
-    *,
-    is_exposed: bool,
+    is_exposed: Callable[[], bool],
 ) -> None:
+    """Add the routes; `is_exposed` says whether others than this machine's user send requests."""
+    viewed = Depends(eyes.seen)
+
     @routes.get("/api/models", **documented(PoolStatus))
-    async def models() -> Response:
+    async def models(seen: Visible = viewed) -> Response:
         """Return the budget, every model and who waits."""
-        return responder.json(pool.status().as_dict())
+        return responder.json(seen.status().as_dict())
 
     document = documented(ModelStatus, *openapi.CHANGE)
     document["responses"][201] = document["responses"].pop(200)
@@ -41,21 +45,22 @@ def add(
     document["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
 
     @routes.post("/api/models", status_code=201, **document)
-    async def add_model(request: Request) -> Response:
+    async def add_model(request: Request, seen: Visible = viewed) -> Response:
         """Add a model. It survives a re-read of the catalogue, but not a restart."""
+        seen.check_admin(of_all=True)
         fields = await json_body(request)
         name = fields.pop("name", None)
         if not isinstance(name, str):
             raise MalformedRequest.because("name is required, and a text", field="name")
-        is_strict = is_exposed or origins.is_from_elsewhere(request.scope)
+        is_strict = is_exposed() or origins.is_from_elsewhere(request.scope)
         made = await pool.add_sent(name, fields, is_strict=is_strict)
         where = f"{request.scope.get('root_path', '')}/api/models/{quote(name)}"
         return responder.json(made.as_dict(), status_code=201, headers={"Location": where})
 
     @routes.get("/api/models/{name}", **documented(ModelStatus, 404, 422))
-    async def model(name: str) -> Response:
+    async def model(name: str, seen: Visible = viewed) -> Response:
         """Return one model."""
-        return responder.json(pool.model_status(name).as_dict())
+        return responder.json(seen.model_status(name).as_dict())
 
     document = documented(ModelStatus, 404, 422, 503)
     document["responses"][204] = {"description": "It is gone, and its slot empty."}
@@ -71,12 +76,16 @@ def add(
         "/api/catalogue",
         **documented(Changes, *openapi.CHANGE, body=schemas.NoBody, required=False),
     )
-    async def catalogue(request: Request) -> Response:
+    async def catalogue(request: Request, seen: Visible = viewed) -> Response:
         """Read the catalogue's file again. A mistake in it changes nothing."""
         validated(schemas.NoBody, await json_body(request, required=False))
-        return responder.json((await shutdown.wait(pool.reload())).as_dict())
+        try:
+            changes = await shutdown.wait(pool.reload())
+        except InvalidCatalogue as error:
+            raise seen.mistake(error) from error
+        return responder.json(seen.changes(changes).as_dict())
 
-    streams = Streams(pool, shutdown)
+    streams = Streams(pool, eyes, shutdown)
     reading = Depends(streams.of_all)
 
     @routes.get(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Annotated, Any, Final, cast
 from urllib.parse import quote
@@ -22,6 +22,7 @@ from orchestrator.http.bodies import json_body, validated, while_connected
 from orchestrator.http.openapi import documented
 from orchestrator.http.pool.schemas import ByHandBody, StopBody, WithdrawBody
 from orchestrator.http.pool.streams import Sent, Streams
+from orchestrator.http.pool.visible import Eyes, Visible
 from orchestrator.http.problems import Responder
 from orchestrator.http.shutdown import Shutdown
 from orchestrator.machine import diagram
@@ -108,25 +109,27 @@ async def _by_hand(request: Request) -> HandFields:
 def add(
     routes: APIRouter,
     pool: AsyncModelPool,
+    eyes: Eyes,
     responder: Responder,
     shutdown: Shutdown,
     submitted: Submitted,
-    meant: Callable[..., str],
+    meant: Callable[..., Awaitable[str]],
 ) -> None:
     """Add the routes of a model; `meant` is a dependency that returns its name."""
-    _add_loads(routes, pool, responder, shutdown, submitted, meant)
-    _add_requests(routes, pool, responder, shutdown, meant)
+    _add_loads(routes, pool, eyes, responder, shutdown, submitted, meant)
+    _add_requests(routes, pool, eyes, responder, shutdown, meant)
     _add_queries(routes, pool, responder, meant)
-    _add_streams(routes, pool, responder, shutdown, meant)
+    _add_streams(routes, pool, eyes, responder, shutdown, meant)
 
 
 def _add_loads(
     routes: APIRouter,
     pool: AsyncModelPool,
+    eyes: Eyes,
     responder: Responder,
     shutdown: Shutdown,
     submitted: Submitted,
-    meant: Callable[..., str],
+    meant: Callable[..., Awaitable[str]],
 ) -> None:
     document = documented(LoadOutcome, *_LOAD, body=ByHandBody, required=False)
     document["responses"][202] = {"model": schemas.Accepted, "description": "With `wait=false`"}
@@ -140,7 +143,8 @@ def _add_loads(
         how = await _by_hand(request)
         if wait:
             loading = shutdown.wait(pool.load(name, **how))
-            return responder.json((await while_connected(request, loading)).as_dict())
+            loaded = await while_connected(request, loading)
+            return responder.json(eyes.of(request.scope).told(loaded.as_dict()))
         generation = submitted.begin(name, how)
         root = request.scope.get("root_path", "")
         where = f"{root}/api/models/{quote(name)}/loads/{generation}"
@@ -149,6 +153,7 @@ def _add_loads(
 
     @routes.get("/loads/{generation}", **documented(schemas.LoadState, 400, 404, *openapi.QUERY))
     async def load_state(
+        request: Request,
         generation: int,
         wait_s: Annotated[float, Query(ge=0, le=_MAX_WAIT_S, allow_inf_nan=False)] = 0.0,
         name: str = Depends(meant),
@@ -162,7 +167,7 @@ def _add_loads(
             with contextlib.suppress(ShuttingDown):
                 await shutdown.wait(asyncio.wait([task], timeout=wait_s))
             found = submitted.found(name, generation)
-        members = found.items()
+        members = eyes.of(request.scope).told(found).items()
         return responder.json({n: v for n, v in members if n in schemas.LoadState.model_fields})
 
     @routes.get("/loads", **documented(schemas.Loads, 400, 404, *openapi.QUERY))
@@ -177,9 +182,10 @@ def _add_loads(
 def _add_requests(
     routes: APIRouter,
     pool: AsyncModelPool,
+    eyes: Eyes,
     responder: Responder,
     shutdown: Shutdown,
-    meant: Callable[..., str],
+    meant: Callable[..., Awaitable[str]],
 ) -> None:
     @routes.post(
         "/unload",
@@ -207,14 +213,14 @@ def _add_requests(
         """Return what a load would do, and what it would evict, without doing it."""
         how = await _by_hand(request)
         made = await pool.plan(name, force_reload=how.get("force_reload", False))
-        return responder.json(made.as_dict(), made.names)
+        return responder.json(eyes.of(request.scope).told(made.as_dict()), made.names)
 
 
 def _add_queries(
     routes: APIRouter,
     pool: AsyncModelPool,
     responder: Responder,
-    meant: Callable[..., str],
+    meant: Callable[..., Awaitable[str]],
 ) -> None:
     """Routes that only read; a load in flight does not delay them."""
 
@@ -244,16 +250,20 @@ def _add_queries(
 def _add_streams(
     routes: APIRouter,
     pool: AsyncModelPool,
+    eyes: Eyes,
     responder: Responder,
     shutdown: Shutdown,
-    meant: Callable[..., str],
+    meant: Callable[..., Awaitable[str]],
 ) -> None:
-    streams = Streams(pool, shutdown)
+    streams = Streams(pool, eyes, shutdown)
+    viewed = Depends(eyes.seen)
 
-    async def followed(name: str, lines: int) -> AsyncIterator[str]:
+    async def followed(name: str, lines: int, seen: Visible) -> AsyncIterator[str]:
         batches = shutdown.until(pool.log_batches(name, lines))
         async with contextlib.aclosing(batches) as stream:
             async for batch in stream:
+                if not seen.holds:
+                    return
                 if batch is not None:
                     yield await workers.waited(partial(responder.lines, batch))
 
@@ -263,17 +273,20 @@ def _add_streams(
         *,
         follow: bool = False,
         name: str = Depends(meant),
+        seen: Visible = viewed,
     ) -> Response:
         """Return the last lines of the server's output. `follow=true` streams those to come too."""
         if follow:
             media_type = "text/plain; charset=utf-8"
-            return StreamingResponse(followed(name, lines), media_type=media_type)
+            return StreamingResponse(followed(name, lines, seen), media_type=media_type)
         return responder.json({"lines": pool.facade_of(name).logs(lines)})
 
     async def opened(
-        after: int = Depends(streams.position), name: str = Depends(meant)
+        after: int = Depends(streams.position),
+        name: str = Depends(meant),
+        seen: Visible = viewed,
     ) -> AsyncIterator[Sent]:
-        async with contextlib.aclosing(streams.events(after, name)) as stream:
+        async with contextlib.aclosing(streams.events(after, seen, name)) as stream:
             yield stream
 
     reading = Depends(opened)

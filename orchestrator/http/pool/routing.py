@@ -15,13 +15,14 @@ from orchestrator.http.bodies import json_body, validated
 from orchestrator.http.openapi import documented
 from orchestrator.http.pool import schemas
 from orchestrator.http.pool.listing import listing
+from orchestrator.http.pool.visible import Eyes
 from orchestrator.http.problems import Responder
 from orchestrator.pool.pool import AsyncModelPool
 
 _log = event_log("orchestrator.http")
 
 
-def add(routes: APIRouter, pool: AsyncModelPool, responder: Responder) -> None:
+def add(routes: APIRouter, pool: AsyncModelPool, eyes: Eyes, responder: Responder) -> None:
     under_way: set[asyncio.Task[None]] = set()
 
     def begin(work: Coroutine[Any, Any, object], name: str) -> Response:
@@ -33,12 +34,12 @@ def add(routes: APIRouter, pool: AsyncModelPool, responder: Responder) -> None:
 
     async def own(request: Request) -> str:
         body = validated(schemas.RouterBody, await json_body(request))
-        return pool.check_own(pool.entry(body.model)).name
+        return pool.check_own(eyes.of(request.scope).entry(body.model)).name
 
     @routes.get("/models", **documented(schemas.Listing))
-    async def models() -> Response:
+    async def models(request: Request) -> Response:
         """List the models, as `/v1/models` does."""
-        return responder.json(listing(pool))
+        return responder.json(listing(pool, eyes.of(request.scope)))
 
     document = documented(schemas.Done, 404, *openapi.CHANGE, body=schemas.RouterBody)
 

@@ -9,6 +9,7 @@ from typing import Annotated
 from fastapi import Depends, Header
 from fastapi.sse import ServerSentEvent
 
+from orchestrator.http.pool.visible import Eyes, Visible
 from orchestrator.http.shutdown import Shutdown
 from orchestrator.pool.pool import AsyncModelPool
 from orchestrator.runtime.answers import LoadProgress
@@ -17,19 +18,23 @@ Sent = AsyncGenerator[ServerSentEvent, None]
 
 
 class Streams:
-    """What begins a stream of events, and what is in it.
+    """What begins a stream of events, and what is in it. It ends when its key is withdrawn.
 
     Attributes:
         of_all: Gives the stream of all models to a route, and ends it with its answer: the
             framework leaves one that waits to be read.
     """
 
-    def __init__(self, pool: AsyncModelPool, shutdown: Shutdown) -> None:
+    def __init__(self, pool: AsyncModelPool, eyes: Eyes, shutdown: Shutdown) -> None:
         self._pool = pool
         self._shutdown = shutdown
 
-        async def of_all(after: int = Depends(self.position)) -> AsyncIterator[Sent]:
-            async with contextlib.aclosing(self.events(after)) as stream:
+        viewed = Depends(eyes.seen)
+
+        async def of_all(
+            after: int = Depends(self.position), seen: Visible = viewed
+        ) -> AsyncIterator[Sent]:
+            async with contextlib.aclosing(self.events(after, seen)) as stream:
                 yield stream
 
         self.of_all: Callable[..., AsyncIterator[Sent]] = of_all
@@ -41,20 +46,27 @@ class Streams:
             return newest
         return last_event_id if last_event_id <= newest else 0  # of an earlier pool
 
-    async def events(self, after: int, name: str | None = None) -> Sent:
-        """Yield the events after a position, of one model or of all, and progress between them."""
+    async def events(self, after: int, seen: Visible, name: str | None = None) -> Sent:
+        """Yield the events after a position, of one model or of all that are seen, and progress
+        between them.
+        """
         sent: dict[str, LoadProgress] = {}
         events = self._shutdown.until(self._pool.events(after))
         async with contextlib.aclosing(events) as stream:
             async for event in stream:
+                if not seen.holds:
+                    return
                 if event is None:
                     for model, step in self._pool.progresses():
-                        if name in (None, model) and step != sent.get(model):
+                        if self._is_meant(model, name, seen) and step != sent.get(model):
                             # it has the id of the event before it, from which one can resume
                             sent[model] = step
                             data = {"model": model, **step.as_dict()}
                             yield ServerSentEvent(id=str(after), event="progress", data=data)
                     continue
                 after = event.id
-                if name in (None, event.model):
+                if self._is_meant(event.model, name, seen):
                     yield ServerSentEvent(id=str(after), event=event.kind, data=event.data)
+
+    def _is_meant(self, model: str | None, name: str | None, seen: Visible) -> bool:
+        return name in (None, model) and model is not None and seen.grant.sees(model)
