@@ -28,6 +28,7 @@ from orchestrator.models.on_disk import ModelOnDisk
 from orchestrator.pool.budget import budget_of, on_devices
 from orchestrator.pool.catalogue import Catalogue, catalogue_of, check_pins, read_catalogue
 from orchestrator.pool.entries import Entry
+from orchestrator.pool.keys import grants_of
 from orchestrator.pool.ledger import Amounts
 from orchestrator.runtime.orchestrator import Orchestrator
 from orchestrator.server.devices import Device
@@ -137,6 +138,7 @@ def check(*, file: Path, as_json: bool, **of_machine: Any) -> int:
     budget: dict[str, int] = {}
     try:
         catalogue = read_catalogue(file)
+        grants_of(catalogue)
     except InvalidCatalogue as error:
         problems.append(error.problem)
     else:

@@ -146,11 +146,6 @@ def _service(
     """Check everything that can be checked before anything is started, and listen."""
     for_orchestrator["hang_timeout_s"] = hang_timeout_s or None
     keys = options.keys_in(api_key_file)
-    if not keys and not is_loopback(host):
-        raise click.UsageError(
-            f"--host {host} can be reached from other machines: give --api-key-file too, or set "
-            f"{options.API_KEY_VARIABLE}."
-        )
     from orchestrator.http.guards.origins import checked_hosts
 
     try:
@@ -162,6 +157,12 @@ def _service(
         raise Failure(error.problem.as_dict()) from error
     except InvalidRequest as error:
         raise click.UsageError(error.message) from error
+    grants = owner.grants if isinstance(owner, AsyncModelPool) else ()
+    if not keys and not grants and not is_loopback(host):
+        raise click.UsageError(
+            f"--host {host} can be reached from other machines: give --api-key-file too, or set "
+            f"{options.API_KEY_VARIABLE}."
+        )
     with _listen(host, port) as listener:
         try:
             yield Service(owner, reloader, listener, keys, hosts, as_json, quiet)

@@ -54,12 +54,13 @@ def grants_of(catalogue: Catalogue) -> tuple[Grant, ...]:
     for key in catalogue.keys.values():
         models = None if key.models is None else frozenset(key.models)
         try:
-            with open(key.key_file, encoding="utf-8") as file:
-                keys = keys_in_text(file.read(_MAX_BYTES))
-        except UnicodeDecodeError:
-            raise _mistake(catalogue, key.name, "is not UTF-8 text") from None  # it has the text
-        except OSError as error:
-            raise _mistake(catalogue, key.name, f"cannot be read ({error.strerror})") from error
+            with open(key.key_file, encoding="ascii", errors="replace") as file:
+                text = file.read(_MAX_BYTES)
+        except (OSError, ValueError) as error:  # a name with a null character is a ValueError
+            why = getattr(error, "strerror", None) or "the name cannot be used"
+            raise _mistake(catalogue, key.name, f"cannot be read ({why})") from error
+        try:
+            keys = keys_in_text(text)
         except ValueError as error:
             raise _mistake(catalogue, key.name, str(error)) from None
         for digest in map(digest_of, keys):

@@ -197,6 +197,16 @@ def test_check_names_the_place_of_a_mistake_and_of_a_model_that_is_not_there(
     )
 
 
+def test_check_reads_the_files_of_the_keys(models: Models, tmp_path: Path, tiny_model: str) -> None:
+    file = tmp_path / "models.toml"
+    file.write_text(f'[models.one]\nmodel_path = "{tiny_model}"\n[keys.ann]\nkey_file = "k"\n')
+    done = models("check", str(file), "--json")
+    (problem,) = json.loads(done.stdout)["problems"]
+    assert (done.returncode, problem["field"]) == (1, "keys.ann.key_file")
+    (tmp_path / "k").write_text("a-key")
+    assert models("check", str(file), "--json").returncode == 0
+
+
 def test_check_of_a_model_that_only_the_hub_knows_is_no_problem_while_it_is_away(
     models: Models, tmp_path: Path
 ) -> None:

@@ -67,6 +67,20 @@ def test_serve_loads_models_by_name_and_leaves_no_server(
     assert "Traceback" not in "".join(running.err)
 
 
+def test_a_catalogue_with_keys_may_be_served_to_other_machines(
+    start: Start, own: Own, file: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """One without keys is served to this machine only."""
+    given = ("serve", "--json", "--models", str(file), *own, "--host", "0.0.0.0")
+    assert "give --api-key-file too" in cli(*given).stderr
+    (tmp_path / "ann.key").write_text("a-key")
+    file.write_text(file.read_text() + "[keys.ann]\nkey_file = 'ann.key'")
+    port = start(*given).json_line()["url"].rpartition(":")[2]
+    url = f"http://127.0.0.1:{port}"
+    assert ask(url).status_code == 401
+    assert ask(url, headers={"X-Api-Key": "a-key"}).status_code == 200
+
+
 def test_the_catalogue_may_be_named_in_the_environment_and_in_the_config_file(
     start: Start, own: Own, file: Path, tmp_path: Path
 ) -> None:

@@ -1,8 +1,9 @@
 """A llama-server that answers what it was sent, for tests of what passes a request on.
 
 It accepts `-m FILE --host H --port P --alias NAME` and any other flag. A POST is answered with
-`{model, alias, path, headers, sent, size, sha256, pid}`; `sent` is its body, up to 64 KiB. These
-members of the body make it misbehave:
+`{model, alias, path, headers, sent, size, sha256, pid, number}`; `sent` is its body, up to 64 KiB,
+`number` counts the answers, and `--parallel N` are the slots that it says it has. These members of
+the body make it misbehave:
 
 - `until`: it answers when this file exists.
 - `stream`: it answers with that many server-sent events, each with `model`, and waits after each.
@@ -14,6 +15,7 @@ members of the body make it misbehave:
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -22,6 +24,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 OPTIONS = {name: sys.argv[at + 1] for at, name in enumerate(sys.argv[:-1])}
+NUMBERS = itertools.count()
 KEY = os.environ.get("LLAMA_API_KEY")
 
 
@@ -36,7 +39,10 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"error": {"message": "Invalid API Key"}}, 401)
         elif self.path == "/props":
             settings = {"n_ctx": 4096}
-            self.answer({"default_generation_settings": settings, "modalities": {"vision": False}})
+            props = {"default_generation_settings": settings, "modalities": {"vision": False}}
+            if "--parallel" in OPTIONS:
+                props["total_slots"] = int(OPTIONS["--parallel"])
+            self.answer(props)
         else:
             self.answer({"status": "ok", "path": self.path, "alias": OPTIONS.get("--alias")})
 
@@ -73,6 +79,7 @@ class Handler(BaseHTTPRequestHandler):
                 "size": len(data),
                 "sha256": hashlib.sha256(data).hexdigest(),
                 "pid": os.getpid(),
+                "number": next(NUMBERS),
             }
         )
 
