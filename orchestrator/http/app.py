@@ -19,10 +19,13 @@ from orchestrator.base import workers
 from orchestrator.base.threads import NoThread
 from orchestrator.errors import NotLoaded, OrchestratorError, ShuttingDown
 from orchestrator.http import metrics, openapi, pages, schemas
+from orchestrator.http.activity.activity import Activity
+from orchestrator.http.activity.routes import add as add_activity
+from orchestrator.http.activity.usage import Moment
 from orchestrator.http.bodies import json_body, validated, while_connected
 from orchestrator.http.frame import framed, is_exposed
 from orchestrator.http.guards import limits, origins
-from orchestrator.http.guards.keys import Keys
+from orchestrator.http.guards.keys import Keys, grant_of
 from orchestrator.http.openapi import documented
 from orchestrator.http.passthrough import HELD_S, MAX_HELD, PassThrough
 from orchestrator.http.pool.app import pool_app
@@ -91,21 +94,26 @@ def create_app(
     if orch is not None and orchestrator_options:
         raise TypeError("give an orchestrator or the options for one, not both")
     orch = orch or AsyncOrchestrator(**orchestrator_options)
-    passed_on = PassThrough(orch, held_s=held_s, max_held=max_held, shutdown=shutdown)
+    activity = Activity(lambda: orch.slot_folder, lambda: _moment(orch, passed_on.held))
+    passed_on = PassThrough(
+        orch, held_s=held_s, max_held=max_held, shutdown=shutdown, activity=activity
+    )
     responder = Responder(orch.known_paths)
     exposed = is_exposed(keys, hosts)
     return framed(
         [
             _routes(orch, shutdown, is_exposed=exposed),
+            _activity(orch, activity, responder, shutdown),
             _health(orch, responder, lambda: passed_on.held),
         ],
         pages.routes(),
         passed_on,
         responder,
+        activity,
         about=openapi.DESCRIPTION,
         v1=openapi.V1,
         keys=keys,
-        not_stored=(PREFIX, "/metrics"),
+        not_stored=("/api/", "/metrics"),
         **around,
     )
 
@@ -337,6 +345,25 @@ def _add_events(routes: APIRouter, orch: AsyncOrchestrator, shutdown: Shutdown) 
                 # it has the id of the event before it, from which a client can resume
                 sent = step
                 yield ServerSentEvent(id=str(after), event="progress", data=step.as_dict())
+
+
+def _activity(
+    orch: AsyncOrchestrator, activity: Activity, responder: Responder, shutdown: Shutdown
+) -> APIRouter:
+    routes = APIRouter(
+        route_class=responder.route_class(),
+        tags=["activity"],
+        dependencies=[Depends(shutdown.listening)],
+    )
+    add_activity(routes, activity, grant_of, lambda _, name: name)
+    return routes
+
+
+def _moment(orch: AsyncOrchestrator, held: int) -> dict[str, Moment]:
+    """Return what the model that is loaded does now."""
+    status = orch.status()
+    taken = status.loaded.memory if status.loaded is not None else None
+    return {"": Moment(status.leases, held, taken.mib if taken is not None else None)}
 
 
 def _health(orch: AsyncOrchestrator, responder: Responder, held: Callable[[], int]) -> APIRouter:

@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 import orchestrator
 from orchestrator.http import openapi
+from orchestrator.http.activity.activity import Activity
 from orchestrator.http.guards import PROBED_PATHS, Check, guard, limits, origins
 from orchestrator.http.guards.keys import Keys
 from orchestrator.http.passthrough import below
@@ -30,6 +31,7 @@ def framed(
     pages: Sequence[BaseRoute],
     passes_on: PassesOn,
     responder: Responder,
+    activity: Activity,
     *,
     about: str,
     v1: openapi.PassedOn,
@@ -50,8 +52,9 @@ def framed(
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await passes_on.close()
+        async with activity.lifespan():
+            yield
+            await passes_on.close()
 
     app = FastAPI(
         docs_url=None,  # its page would load scripts of another host

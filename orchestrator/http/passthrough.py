@@ -18,7 +18,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from orchestrator.errors import NotLoaded, Problem, Unavailable, WrongKind
+from orchestrator.http.activity.activity import Activity, Asked
 from orchestrator.http.bodies import Client
+from orchestrator.http.guards.keys import grant_of
 from orchestrator.http.paths import own_path
 from orchestrator.http.problems import AsciiJSON, Responder, http_problem
 from orchestrator.http.shutdown import HOST, Shutdown
@@ -53,6 +55,7 @@ class PassThrough:
         held_s: Seconds that a request waits for a load in flight.
         max_held: How many requests may wait; the next one gets 503 with `Retry-After`.
         shutdown: What ends the wait early.
+        activity: What hears of the requests; None = nothing.
     """
 
     def __init__(
@@ -62,8 +65,10 @@ class PassThrough:
         held_s: float = HELD_S,
         max_held: int = MAX_HELD,
         shutdown: Shutdown = HOST,
+        activity: Activity | None = None,
     ) -> None:
         self._orch = orch
+        self._activity = activity
         self._responder = Responder(orch.known_paths)
         self._held_s = held_s
         self._max_held = max_held
@@ -80,31 +85,39 @@ class PassThrough:
         if target is None:
             await http_problem(404, "the path leads out of /v1")(scope, receive, send)
             return
-        has_begun = False
+        route = scope["method"], target.partition("?")[0]
+        activity = None if route in _LISTINGS else self._activity
+        asked = Asked(activity, route[1], grant_of(scope).name)
         try:
-            async with _Client(receive).connected() as client, contextlib.AsyncExitStack() as stack:
-                await client.begin()
-                server = await self._leased(stack)
-                check_kind(server.kind, target)
-                judge = self._orch.judge_of_prompts(server.generation)
-                where = Server(server.base_url, server.api_key, server.generation)
-                given = scope["headers"]
-                response = await self._upstream.request(
-                    scope["method"], target, headers_for(given), client.body(given), where
-                )
-                has_begun = True
-                await send_on(scope, response, send, judge=judge)
+            await self._pass_on(scope, receive, partial(asked.send, send), target, asked)
         except ClientDisconnect:
-            return
+            asked.client_left()
         except Exception as error:
-            if has_begun:
+            if asked.has_begun:
                 raise
-            asked = scope["method"], target.partition("?")[0]
-            if isinstance(error, NotLoaded) and asked in _LISTINGS:
+            if isinstance(error, NotLoaded) and route in _LISTINGS:
                 await AsciiJSON({"object": "list", "data": []})(scope, receive, send)
                 return
             answer = await self._responder.failure(Request(scope), error)
-            await answer(scope, receive, send)
+            await answer(scope, receive, partial(asked.send, send))
+        finally:
+            asked.end()
+
+    async def _pass_on(
+        self, scope: Scope, receive: Receive, send: Send, target: str, asked: Asked
+    ) -> None:
+        async with _Client(receive).connected() as client, contextlib.AsyncExitStack() as stack:
+            await client.begin()
+            server = await self._leased(stack)
+            asked.got_server(server.model)
+            check_kind(server.kind, target)
+            judge = self._orch.judge_of_prompts(server.generation)
+            where = Server(server.base_url, server.api_key, server.generation)
+            given = scope["headers"]
+            response = await self._upstream.request(
+                scope["method"], target, headers_for(given), client.body(given), where
+            )
+            await send_on(scope, response, send, judge=judge)
 
     async def close(self) -> None:
         """Close the connections to the server."""

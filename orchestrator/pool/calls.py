@@ -172,7 +172,7 @@ class PoolFacade(Generic[F]):
         except BaseException:
             slot.release()
             raise
-        self._pid, self._folder = os.getpid(), slot.directory.parent
+        self._pid, self._folder = os.getpid(), slot.directory
         self._owner = owner  # last: other threads read it without the lock
 
     def _start_owner(self, slot: Slot) -> PoolOwner:
@@ -278,8 +278,8 @@ class PoolFacade(Generic[F]):
     # ------------------------------------------------------------------------------------ reading
 
     @property
-    def state_folder(self) -> Path:
-        """The folder of all slots, which is private; once the pool has started."""
+    def slot_folder(self) -> Path:
+        """The folder of its slot, which is private; once the pool has started."""
         if self._folder is None:
             raise ShuttingDown.because("this pool has not started")
         return self._folder
@@ -350,6 +350,10 @@ class PoolFacade(Generic[F]):
         gate = self._slots.gate(entry.name)
         slot = self._slots.facade(entry.name).status()
         return seen.model(entry, slot, gate.used_at if gate is not None else None)
+
+    def reserved_mib(self, name: str) -> int:
+        """Return what a model holds of all budgets now."""
+        return sum(n for _, n in self._ctx.ledger.of(name).of_devices().by_account)
 
     @property
     def is_ready(self) -> bool:

@@ -266,6 +266,7 @@ class LeasedServer(Record):
     Attributes:
         api_key: Bearer token of a protected server; None if it takes every request.
         kind: What the server is for.
+        model: The name of the model in answers, and for requests; None where it is not known.
     """
 
     base_url: str
@@ -273,6 +274,7 @@ class LeasedServer(Record):
     generation: Generation
     api_key: str | None = field(default=None, repr=False)
     kind: Kind = "chat"
+    model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,4 +333,11 @@ def prompts_status(counts: Counts) -> PromptsStatus:
 
 def leased_server(answer: LeaseGranted) -> LeasedServer:
     server, child, kind = answer.server, answer.child, answer.target.request.kind
-    return LeasedServer(server.base_url, child.pid, child.generation, server.api_key, kind)
+    return LeasedServer(
+        server.base_url,
+        child.pid,
+        child.generation,
+        server.api_key,
+        kind,
+        answer.target.alias,
+    )

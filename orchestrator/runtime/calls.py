@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Unpack, cast
 
 from orchestrator import errors
@@ -181,6 +182,7 @@ class Facade:
         self._listings = Listings(self._source, self._parts.workers)
         self._owner: Owner | None = None
         self._pid = 0
+        self._folder: Path | None = None
         self._is_closed = False
         self._life = threading.Lock()  # for starting and closing only
         self._tickets = itertools.count(1)
@@ -242,7 +244,7 @@ class Facade:
             undo.callback(owner.effects.close)
             owner.start(slot.name)
             undo.pop_all()
-        self._pid = os.getpid()
+        self._pid, self._folder = os.getpid(), slot.directory
         self._owner = owner  # last: other threads read it without the lock
         self._at_exit = partial(_end_at_exit, owner, parts.wait, self._pid)
         parts.at_exit(self._at_exit)
@@ -313,6 +315,13 @@ class Facade:
             yield gate.enter(who)
         finally:  # it may have entered when it was interrupted
             gate.leave(who)
+
+    @property
+    def slot_folder(self) -> Path:
+        """The folder of its slot, which is private; once it has started."""
+        if self._folder is None:
+            raise errors.ShuttingDown.because("this orchestrator has not started")
+        return self._folder
 
     def judge_of_prompts(self, generation: Generation) -> Callable[[int], None] | None:
         """Return what to tell the `cache_n` of this server's first answer to, if that shows

@@ -14,6 +14,7 @@ import pytest
 
 from tests.kit.command import Cli, Start
 from tests.kit.process.servers import servers_of
+from tests.kit.process.support import until
 from tests.kit.sentences import assert_sentence
 
 KEY = {"LLAMA_ORCHESTRATOR_API_KEY": "s3cret key"}
@@ -152,6 +153,20 @@ def test_serve_limits_the_heads_of_requests(start: Start, own: tuple[str, ...]) 
     answer = httpx.get(url + STATUS, headers={"X-A": "a" * 100_000}, trust_env=False, timeout=20)
     assert (answer.status_code, answer.json()["category"]) == (431, "head_too_large")
     assert ask(url).status_code == 200
+
+
+def test_activity_survives_sigkill(start: Start, own: tuple[str, ...]) -> None:
+    """Also what was asked last: it is on its way to the disk when the client has its answer."""
+    running = start("serve", *own)
+    url = running.api_url()
+    for path in ("/v1/one", "/v1/two"):
+        assert httpx.get(url + path, trust_env=False, timeout=20).status_code == 503
+    until(lambda: len(ask(url, "/api/activity").json()) == 2, "both in the activity")
+    running.process.kill()
+    running.process.wait()
+    url = start("serve", *own).api_url()
+    told = ask(url, "/api/activity").json()
+    assert [(one["path"], one["status"]) for one in told] == [("/v1/two", 503), ("/v1/one", 503)]
 
 
 def test_a_key_file_guards_the_api(

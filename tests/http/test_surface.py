@@ -360,6 +360,7 @@ def test_openapi_lists_every_route_and_failure(idle: httpx.Client) -> None:
         *((PREFIX + path, "post") for path in ("/load", "/unload", "/cancel", "/plan")),
         *((PREFIX + path, "post") for path in ("/variants", "/prefetch")),
         *((PREFIX + path, "get") for path in ("/loads", "/options")),
+        *((path, "get") for path in ("/api/activity", "/api/usage")),
         *((PREFIX + path, "get") for path in ("/status", "/load-progress", "/events", "/logs")),
         *((PREFIX + path, "get") for path in ("/diagram.svg", "/diagram.mmd")),
         (PREFIX + "/loads/{generation}", "get"),

@@ -11,8 +11,11 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from orchestrator.base.paths import PathNames, without_folders
 from orchestrator.errors import InvalidRequest, NotLoaded, ShuttingDown
 from orchestrator.http import openapi, pages, schemas
+from orchestrator.http.activity.activity import Activity
+from orchestrator.http.activity.routes import add as add_activity
+from orchestrator.http.activity.usage import Moment
 from orchestrator.http.frame import framed, is_exposed
-from orchestrator.http.guards.keys import Keys
+from orchestrator.http.guards.keys import Keys, grant_of
 from orchestrator.http.metrics import MEDIA_TYPE
 from orchestrator.http.openapi import documented
 from orchestrator.http.paths import PathRenamer
@@ -52,9 +55,10 @@ def pool_app(
     keys = Keys(api_keys, lambda: pool.grants)
     eyes = Eyes(pool, keys)
     responder = PoolResponder(pool.known_paths)
-    spool = upload.Spool(lambda: pool.state_folder, upload.SPOOLED_BYTES)
+    spool = upload.Spool(lambda: pool.slot_folder, upload.SPOOLED_BYTES)
     counted = PoolMetrics(pool)
-    passed_on = ByName(pool, eyes, responder, shutdown, counted.waited, spool)
+    activity = Activity(lambda: pool.slot_folder, lambda: _moments(pool))
+    passed_on = ByName(pool, eyes, responder, shutdown, activity, counted.waited, spool)
 
     async def by_name(request: Request, name: str) -> str:
         return eyes.of(request.scope).entry(name).name
@@ -71,6 +75,7 @@ def pool_app(
     whole = router(tags=["models"], lifespan=lambda _: shutdown.lifespan(pool))
     exposed = partial(is_exposed, keys, around["hosts"])
     models.add(whole, pool, eyes, responder, shutdown, exposed)
+    add_activity(whole, activity, grant_of, lambda scope, name: eyes.of(scope).entry(name).name)
     submitted = one.Submitted(pool)
     like_llama = router(tags=["llama-server's router"])
     routing.add(like_llama, pool, eyes, responder)
@@ -83,12 +88,21 @@ def pool_app(
         pages.routes_of_pool(),
         passed_on,
         responder,
+        activity,
         about=openapi.OF_POOL,
         v1=openapi.V1_OF_POOL,
         keys=keys,
         not_stored=("/api/", "/models", "/metrics"),
         **around,
     )
+
+
+def _moments(pool: AsyncModelPool) -> dict[str, Moment]:
+    """Return what the models do now, and what each holds of the budget."""
+    return {
+        one.name: Moment(one.leases, one.waiting, pool.reserved_mib(one.name))
+        for one in pool.status().models
+    }
 
 
 def _health(

@@ -6,17 +6,18 @@ out, while the body passes through. A lease is held until the answer has ended.
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any, Final
 from urllib.parse import parse_qsl, urlencode
 
 from multidict import CIMultiDict
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
+from orchestrator.http.activity.activity import Activity, Asked
 from orchestrator.http.passthrough import check_kind, target_of
 from orchestrator.http.pool.answers import renames_in
 from orchestrator.http.pool.listing import listed, listing
@@ -49,6 +50,7 @@ class ByName:
         eyes: Eyes,
         responder: Responder,
         shutdown: Shutdown,
+        activity: Activity,
         waited: Callable[[str, float], None],
         spool: Spool,
     ) -> None:
@@ -56,6 +58,7 @@ class ByName:
         self._eyes = eyes
         self._responder = responder
         self._shutdown = shutdown
+        self._activity = activity
         self._waited = waited
         self._spool = spool
         self._upstream = Upstream()
@@ -73,41 +76,38 @@ class ByName:
         if target is None:
             await http_problem(404, "the path leads out of /v1")(scope, receive, send)
             return
-        has_begun = False
-
-        async def send_on_behalf(message: Message) -> None:
-            nonlocal has_begun
-            has_begun = True
-            await send(message)
-
+        seen, is_listing = self._eyes.of(scope), _is_listing(scope["method"], target)
+        path = target.partition("?")[0]
+        asked = Asked(None if is_listing else self._activity, path, seen.grant.name)
+        to_client = partial(asked.send, send)
         try:
-            seen = self._eyes.of(scope)
-            if (models := self._listing(scope["method"], target, seen)) is not None:
-                await AsciiJSON(models)(scope, receive, send)
+            if is_listing:
+                await AsciiJSON(self._listing(path, seen))(scope, receive, send)
             else:
-                await self._pass_on(scope, receive, send_on_behalf, target, seen)
+                await self._pass_on(scope, receive, to_client, target, seen, asked)
         except ClientDisconnect:
-            return
+            asked.client_left()
         except Exception as error:
-            if has_begun:
+            if asked.has_begun:
                 raise
             answer = await self._responder.failure(Request(scope), error)
-            await answer(scope, receive, send)
+            await answer(scope, receive, to_client)
+        finally:
+            asked.end()
 
-    def _listing(self, method: str, target: str, seen: Visible) -> dict[str, Any] | None:
-        """Return the answer to a question for the models there are."""
-        path = target.partition("?")[0]
-        if method not in ("GET", "HEAD") or not path.startswith(_LISTING):
-            return None
-        asked = path.removeprefix(_LISTING)
-        if not asked.strip("/"):
-            return listing(self._pool, seen)
-        if not asked.startswith("/"):
-            return None
-        return listed(self._pool, seen, asked[1:])
+    def _listing(self, path: str, seen: Visible) -> dict[str, Any]:
+        """Return the answer to a question for the models there are, or for one of them."""
+        name = path.removeprefix(_LISTING).removeprefix("/")
+        return listed(self._pool, seen, name) if name else listing(self._pool, seen)
 
     async def _pass_on(
-        self, scope: Scope, receive: Receive, send: Send, target: str, seen: Visible
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        target: str,
+        seen: Visible,
+        asked: Asked,
     ) -> None:
         async with Upload(receive, self._spool).connected() as client, AsyncExitStack() as stack:
             stack.push_async_callback(client.close)
@@ -118,9 +118,11 @@ class ByName:
             await client.find(found, is_known=bool(wanted))
             match = seen.match(wanted or found.model)
             entry = match.entry
+            asked.model = entry.name
             check_kind(entry.kind, target)
             turn = Turn(seen.grant.name, seen.grant.weight)
             server = await self._leased(stack, client, match, turn)
+            self._waited(entry.name, asked.got_server(entry.name))
             await client.stop_looking()
             model = entry.upstream_model or entry.name
             added = match.preset.members if match.preset is not None else {}
@@ -148,12 +150,14 @@ class ByName:
         self, stack: AsyncExitStack, client: Upload, match: Match, turn: Turn
     ) -> LeasedServer:
         """Lease the server until the stack is closed; the request waits until it is there."""
-        name, began_at = match.entry.name, time.monotonic()
         client.look_ahead()
-        lease = stack.enter_async_context(self._pool.lease(name, turn=turn))
-        server = await self._shutdown.wait(lease)
-        self._waited(name, time.monotonic() - began_at)
-        return server
+        lease = stack.enter_async_context(self._pool.lease(match.entry.name, turn=turn))
+        return await self._shutdown.wait(lease)
+
+
+def _is_listing(method: str, target: str) -> bool:
+    path = target.partition("?")[0]
+    return method in ("GET", "HEAD") and f"{path}/".startswith(f"{_LISTING}/")
 
 
 def _body(scope: Scope, client: Upload, members: Members) -> tuple[Body, CIMultiDict[str]]:
