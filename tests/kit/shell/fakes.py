@@ -5,6 +5,7 @@ A test replaces those that it watches; everything above them is the real library
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +38,8 @@ def fake_parts(*, look_up: Any = lambda request: target(request).model, **replac
 
 
 class FakeSlot:
+    directory = Path("/nowhere/slot")
+
     def __init__(self, name: str, state_dir: object = None) -> None:
         self.name = name
 

@@ -119,8 +119,7 @@ class PoolStage:
         stage = self
 
         class Slot(FakeSlot):
-            directory = Path("/nowhere/slot")
-            record_path = directory / "record"
+            record_path = FakeSlot.directory / "record"
 
             def claim(self) -> None:
                 stage.lives[self.name] = stage.lives.get(self.name, 0) + 1
