@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from orchestrator.errors import InvalidCatalogue, MalformedRequest
-from orchestrator.http import openapi
+from orchestrator.http import found, openapi
 from orchestrator.http.bodies import json_body, validated
 from orchestrator.http.guards import origins
 from orchestrator.http.openapi import documented
@@ -73,6 +73,15 @@ def add(
         return Response(status_code=204)
 
     @routes.post(
+        "/api/models/{name}/pin",
+        **documented(ModelStatus, 404, *openapi.CHANGE, body=schemas.PinBody, required=False),
+    )
+    async def pin(request: Request, name: str) -> Response:
+        """Pin a model or unpin it, until the catalogue's file is read again or the pool ends."""
+        body = validated(schemas.PinBody, await json_body(request, required=False))
+        return responder.json((await pool.pin(name, pinned=body.pinned)).as_dict())
+
+    @routes.post(
         "/api/catalogue",
         **documented(Changes, *openapi.CHANGE, body=schemas.NoBody, required=False),
     )
@@ -84,6 +93,13 @@ def add(
         except InvalidCatalogue as error:
             raise seen.mistake(error) from error
         return responder.json(seen.changes(changes).as_dict())
+
+    async def adds(seen: Visible = viewed) -> None:
+        seen.check_admin(of_all=True)
+
+    may_add = [Depends(adds)]
+    found.on_disk(routes, pool.on_disk, responder, "/api/on-disk", may_add)
+    found.variants(routes, pool.variants, responder, shutdown, "/api/variants", may_add)
 
     streams = Streams(pool, eyes, shutdown)
     reading = Depends(streams.of_all)
