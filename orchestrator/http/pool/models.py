@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -33,6 +34,8 @@ def add(
 ) -> None:
     """Add the routes; `is_exposed` says whether others than this machine's user send requests."""
     viewed = Depends(eyes.seen)
+    _add_finding(routes, pool, responder, shutdown, viewed)
+    _add_pin(routes, pool, responder)
 
     @routes.get("/api/models", **documented(PoolStatus))
     async def models(seen: Visible = viewed) -> Response:
@@ -73,15 +76,6 @@ def add(
         return Response(status_code=204)
 
     @routes.post(
-        "/api/models/{name}/pin",
-        **documented(ModelStatus, 404, *openapi.CHANGE, body=schemas.PinBody, required=False),
-    )
-    async def pin(request: Request, name: str) -> Response:
-        """Pin a model or unpin it, until the catalogue's file is read again or the pool ends."""
-        body = validated(schemas.PinBody, await json_body(request, required=False))
-        return responder.json((await pool.pin(name, pinned=body.pinned)).as_dict())
-
-    @routes.post(
         "/api/catalogue",
         **documented(Changes, *openapi.CHANGE, body=schemas.NoBody, required=False),
     )
@@ -93,13 +87,6 @@ def add(
         except InvalidCatalogue as error:
             raise seen.mistake(error) from error
         return responder.json(seen.changes(changes).as_dict())
-
-    async def adds(seen: Visible = viewed) -> None:
-        seen.check_admin(of_all=True)
-
-    may_add = [Depends(adds)]
-    found.on_disk(routes, pool.on_disk, responder, "/api/on-disk", may_add)
-    found.variants(routes, pool.variants, responder, shutdown, "/api/variants", may_add)
 
     streams = Streams(pool, eyes, shutdown)
     reading = Depends(streams.of_all)
@@ -113,3 +100,31 @@ def add(
         """Stream the transitions of all models. `Last-Event-ID` resumes after an event."""
         async for event in stream:
             yield event
+
+
+def _add_finding(
+    routes: APIRouter,
+    pool: AsyncModelPool,
+    responder: Responder,
+    shutdown: Shutdown,
+    viewed: Any,
+) -> None:
+    """Routes for those who may add a model: what there is on this machine and on the Hub."""
+
+    async def adds(seen: Visible = viewed) -> None:
+        seen.check_admin(of_all=True)
+
+    may_add = [Depends(adds)]
+    found.on_disk(routes, pool.on_disk, responder, "/api/on-disk", may_add)
+    found.variants(routes, pool.variants, responder, shutdown, "/api/variants", may_add)
+
+
+def _add_pin(routes: APIRouter, pool: AsyncModelPool, responder: Responder) -> None:
+    @routes.post(
+        "/api/models/{name}/pin",
+        **documented(ModelStatus, 404, *openapi.CHANGE, body=schemas.PinBody, required=False),
+    )
+    async def pin(request: Request, name: str) -> Response:
+        """Pin a model or unpin it, until the catalogue's file is read again or the pool ends."""
+        body = validated(schemas.PinBody, await json_body(request, required=False))
+        return responder.json((await pool.pin(name, pinned=body.pinned)).as_dict())
