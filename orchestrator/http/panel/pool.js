@@ -18,6 +18,7 @@ let asking = false;
 let askAgain = false;
 let rested = 0;
 let planTimer = 0;
+let isReader = false; // the key may change nothing
 let planned = ""; // what the plans were made for
 const plans = new Map(); // name -> the plan of a load
 const steps = new Map(); // name -> the progress of a load
@@ -152,8 +153,10 @@ function whyNot({ name, memory }) {
 async function planOne(name) {
   try {
     plans.set(name, await post(path(name, "/plan"), {}));
-  } catch {
+  } catch (error) {
     plans.delete(name); // its page says why
+    isReader ||= /** @type {any} */ (error).problem?.status === 403;
+    document.body.classList.toggle("reader", isReader);
   }
   const one = pool.models.find((model) => model.name === name);
   if (one && rows.has(name)) hint(one);
@@ -161,6 +164,7 @@ async function planOne(name) {
 
 async function planAll() {
   plans.clear();
+  if (isReader) return;
   const idle = pool.models.filter((one) => one.state === "Idle" && !one.waiting);
   if (idle.length <= MOST_PLANS) for (const { name } of idle) await planOne(name);
 }
