@@ -18,7 +18,7 @@ from starlette.responses import StreamingResponse
 from orchestrator.base import workers
 from orchestrator.base.threads import NoThread
 from orchestrator.errors import NotLoaded, OrchestratorError, ShuttingDown
-from orchestrator.http import metrics, openapi, pages, schemas
+from orchestrator.http import found, metrics, openapi, pages, schemas
 from orchestrator.http.activity.activity import Activity
 from orchestrator.http.activity.routes import add as add_activity
 from orchestrator.http.activity.usage import Moment
@@ -248,15 +248,7 @@ def _add_requests(
         plan = await workers.waited(partial(orch.plan, wanted))
         return responder.json(plan.as_dict(), plan.names)
 
-    @routes.post(
-        "/variants", **documented(answers.Variants, *openapi.VARIANTS, body=schemas.VariantsBody)
-    )
-    async def variants(request: Request) -> Response:
-        """Return the variants of a model, on disk or on the Hub, with their sizes."""
-        body = validated(schemas.VariantsBody, await json_body(request))
-        wanted = LoadRequest.from_dict(body.model_dump(exclude_unset=True))
-        listing = shutdown.wait(orch.variants(wanted))
-        return responder.json((await while_connected(request, listing)).as_dict())
+    found.variants(routes, orch.variants, responder, shutdown)
 
 
 def _add_queries(routes: APIRouter, orch: AsyncOrchestrator, responder: Responder) -> None:
@@ -271,6 +263,8 @@ def _add_queries(routes: APIRouter, orch: AsyncOrchestrator, responder: Responde
     async def load_progress() -> Response:
         """Return the phase and the bytes of the load in flight."""
         return responder.json(orch.progress().as_dict())
+
+    found.on_disk(routes, orch.on_disk, responder)
 
     @routes.get("/options", **documented(answers.Options, 424, *openapi.QUERY))
     async def options() -> Response:

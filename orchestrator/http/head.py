@@ -39,7 +39,7 @@ class HeadRoute(APIRoute):
         if method in self._own:
             await super().handle(scope, receive, send)
         elif method == "HEAD" and "GET" in self._own:
-            await _head(super().handle, scope, receive, send)
+            await head_of(super().handle, scope, receive, send)
         else:
             raise HTTPException(405, headers={"Allow": ", ".join(sorted(self._allowed))})
 
@@ -48,7 +48,7 @@ def _as_get(scope: Scope) -> Scope:
     return {**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope
 
 
-async def _head(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+async def head_of(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer without the body, and do not wait for it: a stream has no end."""
     try:
         async with asyncio.timeout(None) as answering:

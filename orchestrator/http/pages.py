@@ -13,16 +13,22 @@ import mimetypes
 from importlib import resources
 from typing import Final
 
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from orchestrator.http.head import head_of
 from orchestrator.machine import diagram
 from orchestrator.settings.fields import ECHOED, SETTINGS, type_of
 
 _FOLDER: Final = resources.files("orchestrator.http") / "panel"
-_PAGE: Final = "index.html"
+_SLOT: Final = "index.html"  # a slot alone, or one model of a pool
+_POOL: Final = "pool.html"
+MODEL: Final = "/model"
+"""The page of one model, which a pool has: `?name=` says of which."""
 _SWAGGER_UI: Final = resources.files("fastapi_swagger.resources")
 CSP: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -87,24 +93,6 @@ SwaggerUIBundle({
   validatorUrl: null,
 });
 """
-_OF_POOL: Final = """\
-<!doctype html>
-<html lang="en">
-<head>
-  <meta charset="utf-8">
-  <meta name="viewport" content="width=device-width, initial-scale=1">
-  <title>llama-orchestrator: models</title>
-</head>
-<body>
-  <h1>llama-orchestrator</h1>
-  <p>This service has several models, by name.</p>
-  <ul>
-    <li><a href="api/models">Models</a>: their states, memory and requests, as JSON</li>
-    <li><a href="docs">API</a></li>
-  </ul>
-</body>
-</html>
-"""
 _PANEL_TEXTS: Final = {
     "/panel/diagram.css": (diagram.STYLE, "text/css"),
     "/panel/fields.js": (_fields(), "text/javascript"),
@@ -112,22 +100,40 @@ _PANEL_TEXTS: Final = {
 _DOCS_TEXTS: Final = {"/docs": (_DOCS, "text/html"), "/docs/start.js": (_START, "text/javascript")}
 _DOCS_FILES: Final = ("swagger-ui.css", "swagger-ui-bundle.js")
 PANEL_PATHS: Final = frozenset(
-    {"/", *_PANEL_TEXTS}
-    | {f"/panel/{file.name}" for file in _FOLDER.iterdir() if file.name != _PAGE}
+    {"/", MODEL, *_PANEL_TEXTS}
+    | {f"/panel/{file.name}" for file in _FOLDER.iterdir() if not file.name.endswith(".html")}
 )
 PATHS: Final = PANEL_PATHS | {*_DOCS_TEXTS, *(f"/docs/{name}" for name in _DOCS_FILES)}
 
 
 def routes() -> list[BaseRoute]:
-    """Return the routes of the pages; they answer GET and HEAD."""
-    files = StaticFiles(directory=str(_FOLDER))
-    panel = [_text(path, *text) for path, text in _PANEL_TEXTS.items()]
-    return [_file("/", files, _PAGE), *panel, *_docs(), Mount("/panel", files)]
+    """Return the routes of the pages of a slot; they answer GET and HEAD."""
+    return _routes({"/": _SLOT})
 
 
 def routes_of_pool() -> list[BaseRoute]:
-    """Return those of a pool, which says where everything else is."""
-    return [_text("/", _OF_POOL, "text/html"), *_docs()]
+    """Return those of a pool: a page of all models, and one of each."""
+    return _routes({"/": _POOL, MODEL: _SLOT})
+
+
+def _routes(pages: dict[str, str]) -> list[BaseRoute]:
+    files = StaticFiles(directory=str(_FOLDER))
+    own = [_file(path, files, name) for path, name in pages.items()]
+    panel = [_text(path, *text) for path, text in _PANEL_TEXTS.items()]
+    return [*own, *panel, *_docs(), Mount("/panel", _compressed(files))]
+
+
+def _compressed(files: ASGIApp) -> ASGIApp:
+    """Send files compressed; HEAD gets the headers that GET gets."""
+    compressed = GZipMiddleware(files)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] == "HEAD":
+            await head_of(compressed, scope, receive, send)
+        else:
+            await compressed(scope, receive, send)
+
+    return app
 
 
 def _docs() -> list[BaseRoute]:

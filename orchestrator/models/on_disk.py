@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from orchestrator.base.record import Record
-from orchestrator.errors import ModelNotFound
+from orchestrator.errors import CacheDirError, ModelNotFound
 from orchestrator.models import variants
 from orchestrator.models.hub import cache
 
@@ -51,6 +52,15 @@ def cached_repos() -> list[str]:
     with contextlib.suppress(OSError):
         return sorted(repo.name for repo in cache.every())
     return []
+
+
+def free_bytes() -> int | None:
+    """Return the free space where the Hub's cache is, or will be; None if it has no place."""
+    with contextlib.suppress(CacheDirError, OSError):
+        folder = cache.directory().absolute()
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        return shutil.disk_usage(existing).free
+    return None
 
 
 def _cached() -> Iterator[ModelOnDisk]:

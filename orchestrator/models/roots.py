@@ -41,6 +41,15 @@ class ModelRoots:
             raise InvalidRequest.because(message, field=field)
         return next(filter(os.path.exists, inside), inside[0])
 
+    @property
+    def folders(self) -> tuple[str, ...]:
+        return self._roots
+
+    def found(self, path: str) -> str:
+        """Return a path that was found inside as callers may give it: relative to its folder."""
+        root = next((one for one in self._roots if _is_in(path, (one,))), None)
+        return path if root is None else os.path.relpath(path, root)
+
     def holds(self, path: Folder) -> bool:
         """Does this path lead inside?"""
         return _is_in(os.path.realpath(path), self._roots)

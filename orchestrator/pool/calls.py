@@ -38,7 +38,7 @@ from orchestrator.pool.catalogue import (
     difference,
     merge,
     read_catalogue,
-    with_entry,
+    with_pin,
     without_entry,
 )
 from orchestrator.pool.context import Context, Policy, Turn
@@ -521,23 +521,29 @@ class PoolFacade(Generic[F]):
 
     # --------------------------------------------------------------------------------- catalogue
 
-    def _add(
+    def _pin(self, name: str, pinned: bool) -> Entry:
+        own = self._own(name).name
+        return self._put(own, partial(with_pin, name=own, pinned=pinned), is_new=False)
+
+    def _put(
         self,
         name: str,
-        fields: Mapping[str, Any],
-        *,
-        is_remote: bool = False,
-        check: Callable[[LoadRequest], None] | None = None,
+        with_it: Callable[[Catalogue], Catalogue],
+        check: Callable[[LoadRequest], None] = lambda _: None,
+        is_new: bool = True,
     ) -> Entry:
         owner = self._started()
         with self._life:
-            made = with_entry(self._catalogue, name, fields, is_remote=is_remote)
+            made = with_it(self._catalogue)
             entry = made.models[name]
-            if check is not None and entry.request is not None:
+            if entry.request is not None:
                 check(entry.request)
+            if not is_new:
+                self._check_pins(made)
             self._take(made)
-            self._runtime[name] = entry
-            self._define(owner, self._slots, entry)
+            if is_new or name in self._runtime:
+                self._runtime[name] = entry
+            self._define(owner, self._slots, entry, is_other=is_new)
         owner.until_done()
         return entry
 

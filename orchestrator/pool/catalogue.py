@@ -181,6 +181,17 @@ def with_entry(
     return made
 
 
+def with_pin(catalogue: Catalogue, name: str, *, pinned: bool) -> Catalogue:
+    """Pin an entry of ours, or unpin it. Raises InvalidRequest: one of its group is pinned."""
+    entry = catalogue.models[name]
+    assert entry.request is not None  # noqa: S101 (the caller has checked it)
+    entry = replace(entry, request=replace(entry.request, pinned=pinned))
+    made = replace(catalogue, models={**catalogue.models, name: entry})
+    for mistake in _pins(made):
+        raise mistake.error
+    return made
+
+
 def without_entry(catalogue: Catalogue, name: str) -> Catalogue:
     """Remove an entry; what names it elsewhere then names nothing. Raises KeyError."""
     models = dict(catalogue.models)

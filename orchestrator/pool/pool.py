@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack
 
@@ -17,7 +17,7 @@ from orchestrator.errors import DeadlineExceeded
 from orchestrator.machine.plan import Plan
 from orchestrator.pool.by_hand import ByHand, HandFields
 from orchestrator.pool.calls import F, PoolFacade
-from orchestrator.pool.catalogue import Changes
+from orchestrator.pool.catalogue import Catalogue, Changes, with_entry
 from orchestrator.pool.context import Turn
 from orchestrator.pool.elsewhere import server_of
 from orchestrator.pool.entries import Entry
@@ -27,9 +27,11 @@ from orchestrator.runtime.answers import (
     LeasedServer,
     LoadOutcome,
     LoadProgress,
+    OnDisk,
     PastLoad,
     Status,
     UnloadOutcome,
+    Variants,
 )
 from orchestrator.runtime.calls import unwrap
 from orchestrator.runtime.events import Event, EventLog
@@ -42,6 +44,7 @@ from orchestrator.runtime.orchestrator import (
     followed,
     lines_in_turns,
 )
+from orchestrator.settings.request import LoadRequest
 
 if TYPE_CHECKING:
     from orchestrator.pool.remote import AsyncRemoteModelPool, RemoteModelPool
@@ -171,12 +174,21 @@ class ModelPool(PoolFacade[Orchestrator]):
             NameTaken: the name, or one of its aliases, is in use.
             InvalidRequest: `field` names what to change.
         """
-        return self.model_status(self._add(name, fields).name)
+        return self.model_status(self._put(name, _adding(name, fields)).name)
 
     def remove(self, name: str) -> None:
         """Remove a model: its waiters get `model_not_found`, and its server is stopped."""
         if (call := self._ask_remove(name)) is not None:
             unwrap(self._wait(call))
+
+    def pin(self, name: str, *, pinned: bool = True) -> ModelStatus:
+        """Pin a model or unpin it, until the catalogue's file is read again or the pool ends.
+
+        Raises:
+            ModelNotFound: there is no such model.
+            InvalidRequest: it is of another server, or the pins exceed the budget or its group.
+        """
+        return self.model_status(self._pin(name, pinned).name)
 
     def reload(self) -> Changes:
         """Read the catalogue's file again. A mistake in it is an error and changes nothing."""
@@ -292,7 +304,7 @@ class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
     async def add(self, name: str, **fields: Any) -> ModelStatus:
         """Add a model at run time; see `ModelPool.add`."""
         await self._ready()
-        return self.model_status(self._add(name, fields).name)
+        return self.model_status(self._put(name, _adding(name, fields)).name)
 
     async def add_sent(
         self, name: str, fields: Mapping[str, Any], *, is_strict: bool
@@ -303,8 +315,8 @@ class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
             is_strict: Whether its extra args are judged; see `Facade.check_sent`.
         """
         await self._ready()
-        check = self._scout.check_sent if is_strict else None
-        add = partial(self._add, name, fields, is_remote=True, check=check)
+        checks = (self._scout.check_sent,) if is_strict else ()
+        add = partial(self._put, name, _adding(name, fields, is_remote=True), *checks)
         return self.model_status((await workers.waited(add)).name)
 
     async def remove(self, name: str) -> None:
@@ -312,6 +324,19 @@ class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
         await self._ready()
         if (call := self._ask_remove(name)) is not None:
             unwrap(await asyncio.wrap_future(call.settled))
+
+    async def pin(self, name: str, *, pinned: bool = True) -> ModelStatus:
+        """Pin a model or unpin it; see `ModelPool.pin`."""
+        await self._ready()
+        return self.model_status((await workers.waited(partial(self._pin, name, pinned))).name)
+
+    def on_disk(self) -> OnDisk:
+        """Return the models that need no download, and the room for others. Blocks."""
+        return self._scout.on_disk()
+
+    async def variants(self, request: LoadRequest) -> Variants:
+        """Return the variants of any model, on disk or on the Hub; see `Orchestrator.variants`."""
+        return await self._scout.variants(request)
 
     async def reload(self) -> Changes:
         """Read the catalogue's file again; see `ModelPool.reload`."""
@@ -442,6 +467,12 @@ class AsyncModelView(_View[AsyncModelPool, AsyncOrchestrator]):
     def follow_logs(self, lines: int = 200) -> AsyncGenerator[str, None]:
         """Iterate over the output of its servers; see `Orchestrator.follow_logs`."""
         return self._pool.follow_logs(self.name, lines)
+
+
+def _adding(
+    name: str, fields: Mapping[str, Any], *, is_remote: bool = False
+) -> Callable[[Catalogue], Catalogue]:
+    return partial(with_entry, name=name, fields=fields, is_remote=is_remote)
 
 
 def _too_late(entry: Entry, hand: ByHand) -> DeadlineExceeded:

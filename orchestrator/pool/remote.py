@@ -148,6 +148,10 @@ class RemoteModelPool(_RemotePool):
         """Remove a model; see `ModelPool.remove`."""
         self._at(name).now(_REMOVE)
 
+    def pin(self, name: str, *, pinned: bool = True) -> ModelStatus:
+        """Pin a model or unpin it; see `ModelPool.pin`."""
+        return self._at(name).now(_pin(pinned))
+
     def reload(self) -> Changes:
         """Read the catalogue's file again; see `ModelPool.reload`."""
         return self._connection.now(_RELOAD)
@@ -233,6 +237,10 @@ class AsyncRemoteModelPool(_RemotePool):
     async def remove(self, name: str) -> None:
         """Remove a model; see `ModelPool.remove`."""
         await (await self._at_once(name)).answer(_REMOVE)
+
+    async def pin(self, name: str, *, pinned: bool = True) -> ModelStatus:
+        """Pin a model or unpin it; see `ModelPool.pin`."""
+        return await (await self._at_once(name)).answer(_pin(pinned))
 
     async def reload(self) -> Changes:
         """Read the catalogue's file again; see `ModelPool.reload`."""
@@ -345,6 +353,10 @@ def _unload(cut: bool) -> Ask[UnloadOutcome]:
 def _cancel(load_request_id: str | None) -> Ask[bool]:
     body = {} if load_request_id is None else {"load_request_id": load_request_id}
     return Ask("POST", "/cancel", lambda answer: bool(answer["cancelled"]), body)
+
+
+def _pin(pinned: bool) -> Ask[ModelStatus]:
+    return Ask("POST", "/pin", ModelStatus.from_dict, {"pinned": pinned})
 
 
 def _plan(force_reload: bool) -> Ask[Plan]:

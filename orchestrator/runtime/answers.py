@@ -16,6 +16,7 @@ from orchestrator.errors import Problem
 from orchestrator.machine.commands import LeaseGranted, Loaded, Timings, Unloaded
 from orchestrator.machine.facts import Exit
 from orchestrator.machine.states import State
+from orchestrator.models.on_disk import ModelOnDisk
 from orchestrator.models.variants import Variant
 from orchestrator.server.prompts import Counts
 from orchestrator.settings.fields import ECHOED, SETTINGS, EchoedFields, Kind
@@ -223,6 +224,8 @@ class PastLoad(Record):
         took_s: Seconds until it ended; None while it is in flight.
         timings_s: Seconds in each phase that has ended.
         outcome: Its result or its problem; None, and not in `as_dict`, while it is in flight.
+        request: What was asked for, without the token and what has its default: a load of this
+            means the same again.
         names: Public names of local paths in its texts.
     """
 
@@ -234,6 +237,7 @@ class PastLoad(Record):
     took_s: float | None
     timings_s: Timings
     outcome: LoadOutcome | Problem | None = None
+    request: dict[str, Any] = field(default_factory=dict, compare=False)
     names: PathNames = field(default=(), compare=False, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -249,6 +253,20 @@ class Variants(Record):
 
     model_path: str
     variants: list[Variant]
+
+
+@dataclass(frozen=True, slots=True)
+class OnDisk(Record):
+    """The models that need no download, and the room for others.
+
+    Attributes:
+        free_bytes: Of the disk of the Hub's cache; None if it has no place.
+        free_mib: Memory by device; empty if the server binary cannot say.
+    """
+
+    models: list[ModelOnDisk]
+    free_bytes: int | None
+    free_mib: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,12 +30,14 @@ from orchestrator.machine.context import Context, Policy
 from orchestrator.machine.plan import Plan
 from orchestrator.machine.recovery import RestartPolicy
 from orchestrator.machine.states import State
+from orchestrator.models import on_disk
 from orchestrator.models.listings import Listings
 from orchestrator.models.roots import Folder, model_roots
 from orchestrator.runtime.answers import (
     LeasedServer,
     LoadOutcome,
     LoadProgress,
+    OnDisk,
     Options,
     PastLoad,
     Status,
@@ -173,6 +175,7 @@ class Facade:
             keep_prompts_mib=keep_prompts_mib if keep_prompts else None,
         )
         state_names = names_of_own(self._cache.parent, "<state>")
+        self._roots = roots
         self._known = KnownNames((state_names, roots.names if roots else ()))
         self._source = self._parts.source(self._cache / "hub", roots)
         self._sizes = Sizes(self._cache, self._parts.devices)
@@ -479,6 +482,16 @@ class Facade:
         """Return the devices that a server could use, the host first. Blocks."""
         server = self._look_ups.server()
         return self._parts.devices(replace(server, catalogue=self._look_ups.catalogue(server)))
+
+    def on_disk(self) -> OnDisk:
+        """Return the models on this machine: in the Hub's cache, and in `models_dir`. Blocks."""
+        roots, free_mib = self._roots, {}
+        found = on_disk.found(roots.folders if roots else ())
+        if roots is not None:
+            found = [replace(one, model_path=roots.found(one.model_path)) for one in found]
+        with contextlib.suppress(errors.OrchestratorError):
+            free_mib = {device.name: device.free_mib for device in self.devices()}
+        return OnDisk(found, on_disk.free_bytes(), free_mib)
 
     @property
     def gate(self) -> Gate | None:

@@ -163,6 +163,7 @@ def _load(load: Job | Concluded, state: State, now: float) -> PastLoad:
         accepted_at=round(time.time() - (now - load.accepted_at), 3),
         took_s=None,
         timings_s=load.timings,
+        request=load.target.request.changed(),
     )
 
 

@@ -71,6 +71,10 @@ class LoadRequest(Fields):
             values["llama_extra_args"] = list(self.llama_extra_args)
         return values
 
+    def changed(self) -> dict[str, Any]:
+        """Return those of `as_dict` that differ from their default."""
+        return {n: v for n, v in self.as_dict().items() if v != SETTINGS[n].default}
+
     @property
     def variant(self) -> str | None:
         """The requested variant: `gguf_variant`, or the one in `model_path`."""

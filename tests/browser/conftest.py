@@ -19,6 +19,7 @@ from playwright.sync_api import Browser, sync_playwright
 from orchestrator.http import create_app
 from tests.kit.http import serving
 from tests.kit.panel import DESKTOP, FLAGS, Open, Panel, Start
+from tests.kit.pools import serving_pool
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,18 +51,34 @@ def start(state_dir: Path) -> Iterator[Start]:
 
 
 @pytest.fixture
-def open_panel(start: Start, chromium: Browser) -> Iterator[Open]:
+def start_pool(state_dir: Path) -> Iterator[Start]:
+    """Start a pool, which ends after its panels are closed."""
+    with contextlib.ExitStack() as running:
+
+        def starting(catalogue: Any, **options: Any) -> httpx.Client:
+            how = {"llama_server": "embedded", "state_dir": state_dir, **options}
+            return running.enter_context(serving_pool(catalogue, **how))
+
+        yield starting
+
+
+@pytest.fixture
+def open_panel(start: Start, start_pool: Start, chromium: Browser) -> Iterator[Open]:
     """Open the panel of a backend."""
     opened: list[Panel] = []
 
     def opening(
-        client: httpx.Client, *, size: tuple[int, int] = DESKTOP, scheme: Any = "light"
+        client: httpx.Client,
+        path: str = "/",
+        *,
+        size: tuple[int, int] = DESKTOP,
+        scheme: Any = "light",
     ) -> Panel:
         context = chromium.new_context(
             viewport={"width": size[0], "height": size[1]}, color_scheme=scheme
         )
         opened.append(Panel(context.new_page(), str(client.base_url)))
-        return opened[-1].open()
+        return opened[-1].open(path)
 
     yield opening
     for one in opened:

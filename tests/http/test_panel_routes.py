@@ -37,7 +37,7 @@ def test_panel_files_need_no_key_and_have_strict_headers(idle: httpx.Client) -> 
     """Each has its own type, and the page has no inline script or style."""
     kinds = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
     assert {"/", "/panel/main.js", "/panel/panel.css", "/panel/diagram.css"} < pages.PANEL_PATHS
-    for path in pages.PANEL_PATHS:
+    for path in pages.PANEL_PATHS - {pages.MODEL}:
         answer = idle.get(path)
         assert answer.status_code == 200, path
         kind = "text/html" if path == "/" else kinds[path.rpartition(".")[2]]
@@ -48,6 +48,18 @@ def test_panel_files_need_no_key_and_have_strict_headers(idle: httpx.Client) -> 
     assert not re.search(r"<style|<script(?! type=\"module\" src)|\son\w+=|\sstyle=", page)
     for name in re.findall(r'(?:src|href)="([^"#]+)"', page):
         assert idle.get("/" + name).status_code == 200, name
+
+
+def test_browser_receives_at_most_60_kb(idle: httpx.Client) -> None:
+    """All files of both pages together, as they are sent to a browser."""
+    panel = pages.PANEL_PATHS - {pages.MODEL}
+    with idle.stream("GET", "/panel/main.js") as answer:
+        assert answer.headers["content-encoding"] == "gzip"
+    sent = 0
+    for path in panel:
+        with idle.stream("GET", path) as answer:
+            sent += len(b"".join(answer.iter_raw()))
+    assert sent <= 60_000
 
 
 def test_docs_page_has_the_strict_headers_and_needs_the_key(idle: httpx.Client) -> None:

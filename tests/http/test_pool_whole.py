@@ -121,10 +121,11 @@ def test_catalogue_that_is_no_file_is_not_read_again(
 
 def test_page_says_where_things_are(files: dict[str, str], options: Members) -> None:
     with serving_pool(catalogue_of(files), app={"api_keys": ["k"]}, **options) as client:
-        page = client.get("/")
-        assert page.headers["content-security-policy"].startswith("default-src 'none'")
-        assert "api/models" in page.text
-        assert "chat" not in page.text
+        for path in ("/", "/model?name=other"):
+            page = client.get(path)
+            assert page.headers["content-security-policy"].startswith("default-src 'none'")
+            assert 'type="module"' in page.text
+            assert "other" not in page.text
         assert problem(client.get(MODELS)) == (401, "unauthorized")
         assert problem(client.get("/v1/models")) == (401, "unauthorized")
 

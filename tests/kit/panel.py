@@ -54,8 +54,8 @@ class Panel:
         if url.path.endswith("/load") and request.method == "POST":
             self.sent.append(request.post_data_json or {})
 
-    def open(self) -> Panel:
-        self.page.goto(self.base_url)
+    def open(self, path: str = "/") -> Panel:
+        self.page.goto(f"{self.base_url.rstrip('/')}{path}")
         return self
 
     def until_live(self) -> Panel:

@@ -1,8 +1,8 @@
 /** Apply: what it would do and why, before the click; and the outcome of each load after it. */
 
-import { get, post } from "./api.js";
-import { $, bytes, el, named, put, say, seconds, value } from "./dom.js";
-import { chosenVariant, focusField, read, showFieldError } from "./form.js";
+import { MODEL, get, post } from "./api.js";
+import { $, bytes, el, mib, named, put, say, seconds, value } from "./dom.js";
+import { chosenVariant, focusField, read as readForm, refill, showFieldError } from "./form.js";
 
 const PLAN_AFTER_MS = 300;
 
@@ -11,6 +11,9 @@ let planning = new AbortController();
 let sending = Promise.resolve(); // one at a time: the last click must arrive last
 const mine = new Set(); // generations submitted here, without an outcome yet
 let status = null;
+
+/** The body of a load: of a model of a pool, everything is in the catalogue. */
+const read = () => (MODEL === null ? readForm() : {});
 
 /** Show what Apply would do, once the user has stopped typing. */
 export function planSoon() {
@@ -23,10 +26,12 @@ async function plan() {
   planning = new AbortController();
   try {
     const { hf_token: _, ...body } = read();
-    if (!body.model_path) return showPlan(el("p", {}, "Enter a model to load."));
+    $("prefetch-only").hidden = true;
+    if (MODEL === null && !body.model_path) return showPlan(el("p", {}, "Enter a model to load."));
     const found = await post("plan", body, planning.signal);
     showFieldError(null);
     const note = found.note ? el("p", {}, `${found.note[0].toUpperCase()}${found.note.slice(1)}.`) : null;
+    $("prefetch-only").hidden = !status?.loaded || !needsDownload();
     showPlan(...sentences(found, body), note, found.argv);
   } catch (error) {
     const { name, message, problem } = /** @type {any} */ (error);
@@ -37,16 +42,48 @@ async function plan() {
   }
 }
 
+const needsDownload = () => MODEL === null && chosenVariant()?.is_cached === false;
+
 function sentences(found, body) {
-  const [loading, variant] = [status?.loading, chosenVariant()];
-  const needs = variant && !variant.is_cached ? `, after a download of ${bytes(variant.size_bytes)}` : "";
+  const loading = status?.loading;
+  const needs = needsDownload() ? `, after a download of ${bytes(chosenVariant().size_bytes)}` : "";
   const over = loading && body.on_busy === "supersede" ? el("p", {}, `It supersedes generation ${loading.generation}.`) : null;
   if (found.action === "none") return [el("p", {}, loading ? "Nothing to do: this load is in flight." : "Nothing to do: this model is loaded with these settings.")];
-  if (found.action === "load") return [el("p", {}, el("strong", {}, "Load"), ` ${named(body)}${needs}.`), over];
+  const room = roomFor(found);
+  if (found.action === "load") return [el("p", {}, el("strong", {}, "Load"), ` ${MODEL ?? named(body)}${needs}.`), over, room];
   const reasons = found.reload_reasons.map((one) =>
     el("li", {}, el("code", {}, one.field), ` ${value(one.running)} → ${value(one.requested)}`),
   );
-  return [el("p", {}, el("strong", {}, "Reload"), needs, reasons.length ? ":" : "."), el("ul", {}, ...reasons), over];
+  return [el("p", {}, el("strong", {}, "Reload"), needs, reasons.length ? ":" : "."), el("ul", {}, ...reasons), over, room];
+}
+
+/** What it would take and find, and what goes for it. */
+function roomFor({ memory, free, fits, evict }) {
+  if (!memory) return null;
+  const has = free ? ` of ${Object.entries(free).map(([device, n]) => `${mib(n)} free on ${device}`).join(", ")}` : "";
+  const stops = evict?.length ? ` It stops ${evict.join(", ")}.` : "";
+  const isTooMuch = fits === false;
+  const verdict = isTooMuch ? (evict ? "It does not fit beside the pinned models or into the budget: " : "It does not fit: ") : "";
+  return el("p", { class: isTooMuch ? "wrong" : "soft" }, `${verdict}${verdict ? "it" : "It"} takes ${mib(memory.mib)}${memory.source === "estimate" ? " (estimate)" : ""}${has}.${stops}`);
+}
+
+/** Load once more what was asked for before. */
+export async function again({ request }) {
+  if (MODEL === null) refill(request, { force: true });
+  await apply();
+}
+
+/** Download what the form names, while the running model keeps serving. */
+export async function prefetch() {
+  const { model_path, gguf_variant, revision, hf_token } = read();
+  say($("sent"), `Downloading ${named({ model_path, gguf_variant })} …`);
+  try {
+    await post("prefetch", { model_path, gguf_variant, revision, hf_token });
+    say($("sent"), `${named({ model_path, gguf_variant })} is on disk.`);
+    planSoon();
+  } catch (error) {
+    refused(/** @type {any} */ (error).problem);
+  }
 }
 
 function showPlan(...parts) {
@@ -77,8 +114,19 @@ async function submit(body) {
     mine.add(generation);
     say($("sent"), `Submitted as generation ${generation}.`);
     settle((await get("loads?limit=50")).loads);
+    if (MODEL !== null) follow(generation);
   } catch (error) {
     refused(/** @type {any} */ (error).problem);
+  }
+}
+
+/** A load of a pool may be refused before its server starts: then the last loads do not have it. */
+async function follow(generation) {
+  while (mine.has(generation)) {
+    const found = await get(`loads/${generation}?wait_s=25`).catch(() => ({ outcome: { category: "unknown" } }));
+    if (!found.outcome) continue;
+    settle([found]);
+    if (found.outcome.detail && found.outcome.category !== "cancelled") showPlan(el("p", { class: "wrong" }, found.outcome.detail));
   }
 }
 

@@ -69,6 +69,28 @@ export function fill(loaded, { force = false } = {}) {
   listVariants();
 }
 
+let refilled = "";
+
+/** Put a request of before into the form; unless it is forced, only once and not over changes. */
+export function refill(request, { force = false } = {}) {
+  const key = JSON.stringify(request);
+  if (!force && (isTouched || key === refilled)) return;
+  refilled = key;
+  const now = running;
+  const { max_seq_length: context, speculative_type: mode } = request;
+  fill({ ...request, requested_context_length: context ?? 0, speculative_type: mode ?? "off" }, { force: true });
+  running = now;
+  const args = request.llama_extra_args;
+  if (args) {
+    form.elements.extra.value = args.length ? "set" : "clear";
+    extra.value = join(args);
+  }
+  $("match").hidden = !now;
+  showExtra();
+  isTouched = force;
+  form.dispatchEvent(new Event("listed"));
+}
+
 /** Offer the values that the server binary accepts. */
 export function offer(options) {
   for (const name of ["cache_type_kv", "speculative_type"]) {

@@ -1,20 +1,26 @@
-/** Wires the panel: each event triggers a request of the status, and only that is shown. */
+/** Wires the page of a slot, or of one model of a pool: each event triggers a request of the status,
+ * and only that is shown.
+ */
 
-import { dropKey, gate, get, hasKey, keepKey, post } from "./api.js";
-import { apply, onStatus, planSoon, settle } from "./apply.js";
+import { MODEL, V1, get, post } from "./api.js";
+import { again, apply, onStatus, planSoon, prefetch, settle } from "./apply.js";
+import * as chat from "./chat.js";
 import * as diagram from "./diagram.js";
-import { $, say } from "./dom.js";
-import { fill, offer, watch } from "./form.js";
+import { $, copier, el, put, say } from "./dom.js";
+import { finder } from "./find.js";
+import { fill, listVariants, offer, refill, watch } from "./form.js";
 import * as history from "./history.js";
+import * as live from "./live.js";
 import * as log from "./log.js";
-import { eventParser, follow } from "./stream.js";
+import { connect } from "./shell.js";
+import * as steps from "./steps.js";
 import * as view from "./view.js";
 
 const ROWS = 12;
 const RESTING_S = 15; // between two requests of the status while nothing changes
 
-let lastEvent = "0"; // events from before this page trace the path in the diagram
 let status = null;
+let newest = null; // the last load
 let asking = null;
 let askAgain = false;
 let lastRest = "";
@@ -38,10 +44,18 @@ function refresh() {
 
 function show(now, loads) {
   status = now;
-  view.show(now);
+  newest = loads[0] ?? null;
+  view.show(now, newest);
+  steps.show(now, newest);
   history.show(loads);
+  log.divide(now.loaded?.generation ?? newest?.generation, { isBefore: true });
+  log.explain(now.last_error);
+  chat.show(now.loaded);
   settle(loads);
-  fill(now.loaded);
+  if (MODEL === null) {
+    fill(now.loaded);
+    if (!now.loaded && newest) refill(newest.request);
+  }
   onStatus(now);
   if (!now.loading) diagram.light(now.state);
   announce(now);
@@ -49,7 +63,7 @@ function show(now, loads) {
 
 /** Tell screen readers the state in which the machine rests. */
 function announce(now) {
-  const rests = now.state === "Healthy" ? `Healthy: ${now.loaded?.model_path}` : now.state;
+  const rests = now.state === "Healthy" ? `Healthy: ${MODEL ?? now.loaded?.model_path}` : now.state;
   if (!now.loading && rests !== lastRest) say($("announce"), rests);
   lastRest = rests;
 }
@@ -60,50 +74,29 @@ let rested = 0;
 /** Once a second. */
 function poll() {
   view.tick();
+  steps.tick();
+  if (status?.loading) history.tick();
   rested = isMoving() ? RESTING_S : rested + 1;
   if (document.hidden || !status || rested < RESTING_S) return;
   rested = 0;
   refresh();
 }
 
-const events = follow("events", {
-  headers: () => ({ "Last-Event-ID": lastEvent }),
-  onOpen: async () => {
-    say($("link"), "live");
-    $("link").className = "link live";
-    $("key").hidden = true;
+connect(
+  "events",
+  async () => {
     refresh();
-    if (!$("diagram").firstChild) await diagram.draw().catch(() => {});
-    get("options").then(offer, () => {}); // without a server binary, the plan shows the error
+    if (MODEL === null) get("options").then(offer, () => {}); // without a binary, the plan shows the error
     log.retry();
+    if (!$("diagram").firstChild) await diagram.draw().catch(() => {});
   },
-  onText: eventParser(({ id, kind, data }) => {
-    if (id) lastEvent = id;
+  ({ kind, data }) => {
     if (kind === "progress") return view.progress(data);
     diagram.step(data);
+    if (data.dest === "Spawning") log.divide(data.generation);
     refresh();
-  }),
-  onLost: (why) => {
-    say($("link"), why === "locked" ? "locked" : "reconnecting …");
-    $("link").className = `link ${why}`;
   },
-});
-
-gate.onLocked = () => {
-  if (!$("key").hidden) return;
-  $("key").hidden = false;
-  say($("key-error"), hasKey() ? "That key was not accepted." : "");
-  dropKey();
-  $("api-key").focus();
-};
-
-$("key").addEventListener("submit", (event) => {
-  event.preventDefault();
-  keepKey($("api-key").value);
-  $("api-key").value = "";
-  $("key").hidden = true;
-  events.retry();
-});
+);
 
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -114,7 +107,7 @@ $("match").addEventListener("click", () => {
   planSoon();
 });
 $("cancel").addEventListener("click", async () => {
-  if (status?.loading) await post("cancel", { generation: status.loading.generation }).catch(() => {});
+  if (status?.loading) await post("cancel", MODEL === null ? { generation: status.loading.generation } : {}).catch(() => {});
   refresh();
 });
 $("unload").addEventListener("click", async () => {
@@ -122,14 +115,36 @@ $("unload").addEventListener("click", async () => {
   refresh();
 });
 $("cut").addEventListener("click", async () => {
+  if (MODEL !== null) return void post("unload", { cut: true }).then(refresh, () => {});
   // the model is named, so that a load of another one, which waits for these requests, goes on
   const found = await get("loads").catch(() => ({ loads: [] }));
   const running = found.loads.find((load) => load.state === "Healthy");
   await post("unload", { model_path: running?.model_path ?? null, cut: true }).catch(() => {});
   refresh();
 });
+$("again").addEventListener("click", () => newest && again(newest).then(refresh));
+$("prefetch-only").addEventListener("click", prefetch);
+history.offer((load) => again(load).then(refresh));
 $("follow").addEventListener("change", log.toggle);
-watch(planSoon);
+if (MODEL === null) {
+  watch(planSoon);
+  $("find").append(
+    finder("", (model) => {
+      $("model_path").value = model;
+      $("form").dispatchEvent(new Event("input"));
+      listVariants();
+      $("model_path").focus();
+    }),
+  );
+} else {
+  $("settings").hidden = true;
+  put($("title"), el("a", { href: "./" }, "All models"), ` / ${MODEL}`);
+  say($("form-title"), "Load");
+  say($("apply"), "Load");
+}
+say($("v1"), V1);
+put($("v1-copy"), copier(V1));
+live.start(MODEL);
 log.toggle();
 planSoon();
 setInterval(poll, 1000);

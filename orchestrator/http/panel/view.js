@@ -1,11 +1,12 @@
 /** The status: the state, the running model, the progress of a load, and errors. */
 
-import { $, bytes, el, named, put, say, seconds, value } from "./dom.js";
+import { MODEL } from "./api.js";
+import { $, bytes, count, el, mib, named, put, say, seconds, value } from "./dom.js";
 import { fieldBox, fieldLabel, focusField } from "./form.js";
 import { FIELDS } from "./fields.js";
+import { isQuiet, plainly } from "./words.js";
 
 const PHASES = { killing: "Stopping", downloading: "Downloading", spawning: "Starting", loading: "Loading" };
-const QUIET = new Set(["superseded", "cancelled"]);
 const RATE_OVER_MS = 4000;
 
 let status = null;
@@ -13,18 +14,21 @@ let since = 0; // by this page's clock
 let samples = [];
 let errorShown = "";
 
-/** @param {any} now a status */
-export function show(now) {
+/** @param {any} now a status @param {any} newest the last load */
+export function show(now, newest) {
   status = now;
   since = Date.now() - now.uptime_s * 1000;
   const { state, loaded, loading, last_error: error } = now;
-  const isFailed = state === "Idle" && error && !QUIET.has(error.category);
+  const isFailed = state === "Idle" && !isQuiet(error);
   say($("state"), state);
+  say($("words"), plainly(now));
   $("dot").className = `dot ${isFailed ? "failed" : state.toLowerCase()}`;
   const about = loaded ?? loading; // the running model, even while the next one is downloaded
-  document.title = about ? `${state} · ${named(about)}` : `${state} · llama-orchestrator`;
-  say($("model"), about ? named(about, true) : "Nothing is loaded.");
+  document.title = about ? `${state} · ${MODEL ?? named(about)}` : `${state} · llama-orchestrator`;
+  put($("model"), about ? wholeName(about) : MODEL === null ? "Nothing is loaded." : `${MODEL} is not loaded.`);
+  $("address").hidden = !loaded;
   $("cancel").hidden = !loading;
+  $("again").hidden = state !== "Idle" || Boolean(loading) || !newest?.outcome || !(error || now.last_exit);
   $("unload").hidden = !loaded && !loading;
   $("cut").hidden = now.draining_left_s === null;
   put($("facts"), ...facts(loaded));
@@ -38,6 +42,13 @@ export function show(now) {
 /** Once a second. */
 export const tick = () => status && say($("since"), `for ${seconds(Math.max(1, Math.floor((Date.now() - since) / 1000)))}`);
 
+/** The name of the file large, and its folder small. */
+function wholeName(about) {
+  const text = named(about, true);
+  const at = text.startsWith("/") ? text.lastIndexOf("/", text.lastIndexOf(" · ") > 0 ? text.lastIndexOf(" · ") : text.length) + 1 : 0;
+  return [el("span", { class: "folder" }, text.slice(0, at)), text.slice(at)];
+}
+
 function facts(loaded) {
   if (!loaded) return [];
   const requested = loaded.requested_context_length || "Auto";
@@ -50,7 +61,6 @@ function facts(loaded) {
     ["Extra arguments", value(loaded.llama_extra_args)],
     ["Vision", loaded.is_vision && "yes"],
     ["Revision", loaded.revision?.slice(0, 12)],
-    ["API", `${location.origin}/v1`],
     ["Server", loaded.base_url],
     ["Process", `pid ${loaded.pid}`],
     [loaded.adopted ? "Adopted in" : "Loaded in", `${seconds(loaded.timings_s.total)} (generation ${loaded.generation})`],
@@ -59,12 +69,11 @@ function facts(loaded) {
 }
 
 /** Such as `1.2 GiB (Host 0.2 GiB, CUDA0 1.0 GiB)`. */
-function memory({ mib, source, devices, fitted }) {
-  const size = (n) => bytes(n * 2 ** 20);
-  const parts = Object.entries(devices).map(([device, n]) => `${device} ${size(n)}`);
+function memory({ mib: whole, source, devices, fitted }) {
+  const parts = Object.entries(devices).map(([device, n]) => `${device} ${mib(n)}`);
   const about = [source === "estimate" && "estimate", fitted && "context reduced to fit", parts.length > 1 && parts.join(", ")];
   const shown = about.filter(Boolean).join("; ");
-  return size(mib) + (shown && ` (${shown})`);
+  return mib(whole) + (shown && ` (${shown})`);
 }
 
 function notes(now) {
@@ -81,10 +90,10 @@ function notes(now) {
     const what = { waiting: `restarts in ${left}`, trying: "is restarting", cooling_down: `cools down for ${left}` };
     texts.push(`${recovery.model_path} exited unexpectedly (${recovery.failures} in a row) and ${what[recovery.phase]}.`);
   }
-  if (now.draining_left_s !== null) texts.push(`Waits for ${now.leases} ${now.leases === 1 ? "request" : "requests"} of this server, ${seconds(now.draining_left_s)} at most.`);
+  if (now.draining_left_s !== null) texts.push(`Waits for ${count(now.leases, "request")} of this server, ${seconds(now.draining_left_s)} at most.`);
   if (now.occupied_by) texts.push(`Process ${now.occupied_by} could not be stopped and occupies the slot.`);
   if (!loaded && !loading && !recovery && exit && !error) texts.push(`The last server (pid ${exit.pid}) ${exit.reason === "hung" ? "hung" : `exited with code ${exit.returncode ?? "?"}`}.`);
-  if (error && QUIET.has(error.category)) texts.push(error.detail);
+  if (error && isQuiet(error)) texts.push(error.detail);
   if (loaded?.note) texts.push(loaded.note);
   return texts;
 }
@@ -113,7 +122,7 @@ export function progress(step) {
 
 /** An error is shown until a model is Healthy; a superseded load is not an error. */
 function showError(error) {
-  const isShown = error && !QUIET.has(error.category);
+  const isShown = error && !isQuiet(error);
   const key = isShown ? JSON.stringify([error.generation, error.category, error.detail]) : "";
   if (key === errorShown) return;
   errorShown = key;

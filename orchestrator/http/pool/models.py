@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from orchestrator.errors import InvalidCatalogue, MalformedRequest
-from orchestrator.http import openapi
+from orchestrator.http import found, openapi
 from orchestrator.http.bodies import json_body, validated
 from orchestrator.http.guards import origins
 from orchestrator.http.openapi import documented
@@ -33,6 +34,8 @@ def add(
 ) -> None:
     """Add the routes; `is_exposed` says whether others than this machine's user send requests."""
     viewed = Depends(eyes.seen)
+    _add_finding(routes, pool, responder, shutdown, viewed)
+    _add_pin(routes, pool, responder)
 
     @routes.get("/api/models", **documented(PoolStatus))
     async def models(seen: Visible = viewed) -> Response:
@@ -97,3 +100,31 @@ def add(
         """Stream the transitions of all models. `Last-Event-ID` resumes after an event."""
         async for event in stream:
             yield event
+
+
+def _add_finding(
+    routes: APIRouter,
+    pool: AsyncModelPool,
+    responder: Responder,
+    shutdown: Shutdown,
+    viewed: Any,
+) -> None:
+    """Routes for those who may add a model: what there is on this machine and on the Hub."""
+
+    async def adds(seen: Visible = viewed) -> None:
+        seen.check_admin(of_all=True)
+
+    may_add = [Depends(adds)]
+    found.on_disk(routes, pool.on_disk, responder, "/api/on-disk", may_add)
+    found.variants(routes, pool.variants, responder, shutdown, "/api/variants", may_add)
+
+
+def _add_pin(routes: APIRouter, pool: AsyncModelPool, responder: Responder) -> None:
+    @routes.post(
+        "/api/models/{name}/pin",
+        **documented(ModelStatus, 404, *openapi.CHANGE, body=schemas.PinBody, required=False),
+    )
+    async def pin(request: Request, name: str) -> Response:
+        """Pin a model or unpin it, until the catalogue's file is read again or the pool ends."""
+        body = validated(schemas.PinBody, await json_body(request, required=False))
+        return responder.json((await pool.pin(name, pinned=body.pinned)).as_dict())

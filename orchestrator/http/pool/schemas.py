@@ -22,6 +22,10 @@ class StopBody(Body):
     cut: bool = Field(default=False, description="wait for no request that uses the server")
 
 
+class PinBody(Body):
+    pinned: bool = Field(default=True, description="false unpins it")
+
+
 class WithdrawBody(Body):
     load_request_id: str | None = Field(
         None, description="cancel only the load with this id; null = whoever wants this model"

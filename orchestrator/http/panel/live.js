@@ -1,0 +1,3 @@
+/** The figures of the moment. */
+export const speedOf = (name) => null;
+export function start() {}
