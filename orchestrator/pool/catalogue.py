@@ -83,8 +83,8 @@ class Catalogue:
     @property
     def default(self) -> Entry | None:
         """The entry for requests that name none: `default` of the pool, or the only one."""
-        if (found := self.models.get(self.pool.default or "")) is not None:
-            return found
+        if self.pool.default is not None:
+            return self.models.get(self.pool.default)
         return next(iter(self.models.values())) if len(self.models) == 1 else None
 
     def match(self, name: str | None) -> Match:
@@ -108,7 +108,9 @@ class Catalogue:
         """Return the catalogue without the other entries; None = with all."""
         if names is None:
             return self
-        return replace(self, models={n: one for n, one in self.models.items() if n in names})
+        default = self.pool.default if self.pool.default in names else None
+        models = {name: one for name, one in self.models.items() if name in names}
+        return replace(self, models=models, pool=replace(self.pool, default=default))
 
 
 def no_model(asked: str, names: Iterable[str]) -> ModelNotFound:
