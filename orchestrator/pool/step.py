@@ -222,7 +222,8 @@ def _too_large(s: Step[Fact], name: str, lack: Amounts) -> Problem:
             f"{name} needs {claim[account]} MiB of {account}, but the budget is "
             f"{budget[account]} MiB, of which pinned models hold {pins[account]} MiB"
         )
-    return Problem("too_large", f"{message}: unpin a model, or choose a smaller one")
+    remedy = "unpin a model" if pins.by_account else "raise memory of the pool"
+    return Problem("too_large", f"{message}: {remedy}, or choose a smaller one")
 
 
 class _Room:

@@ -7,6 +7,7 @@ alternate, so that a machine that slows down slows down both; quote the ratios.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import select
@@ -26,10 +27,18 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from starlette.types import Message
 
 from orchestrator import Cancelled, Orchestrator
 from orchestrator.demo.tiny_model import write_tiny_model
+from orchestrator.http.activity.activity import Activity, Asked
 from orchestrator.server.ladder import TERM_AGAIN_S
+
+_ANSWER = {
+    "choices": [{"message": {"content": "word " * 100}}],
+    "usage": {"completion_tokens": 100, "prompt_tokens": 20},
+    "timings": {"cache_n": 8, "prompt_n": 12, "predicted_n": 100, "predicted_per_second": 41.5},
+}
 
 
 @dataclass
@@ -253,6 +262,42 @@ def _read_bytes() -> int:
         return int(file.readline().split()[1])
 
 
+def activity(figures: Figures) -> None:
+    """What it costs to follow a request below `/v1`, and to write it behind; CPU of all threads."""
+    answer = json.dumps(_ANSWER).encode()
+    piece = b'data: {"choices":[{"delta":{"content":"word"}}],"id":"chatcmpl-0"}\n\n'
+
+    async def ignore(_: Message) -> None:
+        pass
+
+    async def asked(pieces: int, kind: bytes, rounds: int) -> float:
+        followed = Activity(lambda: Path(folder), dict)
+        head: Message = {
+            "type": "http.response.start",
+            "status": 200,
+            "headers": [(b"content-type", kind)],
+        }
+        async with followed.lifespan():
+            before = time.process_time()
+            for _ in range(rounds):
+                one = Asked(followed, "/v1/chat/completions", None)
+                one.got_server("model")
+                await one.send(ignore, head)
+                for _ in range(pieces):
+                    await one.send(ignore, {"type": "http.response.body", "body": piece})
+                await one.send(ignore, {"type": "http.response.body", "body": answer})
+                one.end()
+                await asyncio.sleep(0)
+        return (time.process_time() - before) / rounds * 1e6
+
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(asked(0, b"application/json", 100))
+        spent = asyncio.run(asked(0, b"application/json", 3000))
+        figures.add("activity of a request", spent, "us", "< 100")
+        spent = asyncio.run(asked(64, b"text/event-stream", 500))
+        figures.add("activity of a stream of 64 tokens", spent, "us")
+
+
 def imports(figures: Figures) -> None:
     for statement in ("import orchestrator", "from orchestrator import Orchestrator"):
         code = _TIMED.format(statement)
@@ -322,6 +367,7 @@ def main() -> None:
         already_loaded_and_status(server, models[0], figures)
         exits(server, models[0], chosen.rounds // 2, figures)
         cancels(server, models[0], chosen.rounds // 2, figures)
+        activity(figures)
         adoptions(server, folder, 5, figures)
     figures.write(chosen.json)
 

@@ -367,3 +367,10 @@ def test_refusal_names_what_pins_hold_and_not_what_could_go() -> None:
     run = Run(3000, a=definition(1000, is_pinned=True), b=500, c=2500).resident("a", "b")
     caller = run.load("c")
     assert "pinned models hold 1000 MiB" in run.problems[caller].message
+
+
+def test_what_is_larger_than_the_budget_is_told_so_where_nothing_is_pinned() -> None:
+    run = Run(3000, a=5000)
+    ticket = run.want("a")
+    assert run.answers[ticket] == "too_large"
+    assert_sentence("pool.too_large_alone", run.problems[ticket].message)
