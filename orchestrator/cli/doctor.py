@@ -46,6 +46,7 @@ from orchestrator.server.binaries import ask_catalogue, find_server
 from orchestrator.server.channel import can_listen
 from orchestrator.server.environment import inherited_environment
 from orchestrator.server.gpu_memory import TOOLS
+from orchestrator.server.host import pidfd
 from orchestrator.server.slot import Slot
 from orchestrator.server.state_dir import cache_dir
 from orchestrator.settings.request import LoadRequest
@@ -245,10 +246,10 @@ def _kill_mode() -> str | None:
 
 
 def _kernel(_: Intent) -> Iterator[Check]:
-    try:
-        os.close(os.pidfd_open(os.getpid()))
+    if (fd := pidfd(os.getpid())) is not None:
+        os.close(fd)
         yield Check("pidfd", "ok", "available")
-    except (AttributeError, OSError):
+    else:
         remedy = "use Linux 5.3 or newer; without it, exits are found by polling"
         yield Check("pidfd", "note", "not available", remedy)
     try:

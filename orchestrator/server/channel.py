@@ -11,8 +11,9 @@ import json
 import os
 import socket
 import struct
+import sys
 from collections.abc import Iterator
-from typing import Any, Final, Self
+from typing import IO, Any, Final, Self
 
 VERSION: Final = 2
 """Of the messages; the first one of a keeper names it."""
@@ -20,6 +21,8 @@ _TYPE: Final = getattr(socket, "SOCK_SEQPACKET", socket.SOCK_STREAM)
 _LONGEST: Final = 1 << 16
 _MOST_FDS: Final = 4
 _LONGEST_PATH: Final = 107
+_SOL_LOCAL: Final = 0
+_LOCAL_PEERPID: Final = 2  # of macOS, which Python does not name
 _CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # `socket.recv_fds` ignores its flags
 
 Message = dict[str, Any]
@@ -135,11 +138,34 @@ def _address(path: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def file_of(data: bytes) -> Iterator[int]:
-    """Yield a descriptor of a file that is in memory only: what it holds may be secret."""
-    with open(os.memfd_create("data"), "wb") as file:
+    """Yield a descriptor of a file that is in memory only, or has no name where such files are not:
+    what it holds may be secret.
+    """
+    with _nameless_file() as file:
         file.write(data)
         file.flush()
         yield file.fileno()
+
+
+def _nameless_file() -> IO[bytes]:
+    file: IO[bytes]
+    if sys.platform == "linux":
+        file = open(os.memfd_create("data"), "wb")  # noqa: SIM115 (of the caller)
+    else:
+        from tempfile import TemporaryFile
+
+        file = TemporaryFile()  # noqa: SIM115
+    return file
+
+
+def peer_of(end: socket.socket) -> tuple[int | None, int | None]:
+    """Return the pid and the user of the other end; None = unknown. Raises OSError."""
+    pid, uid = None, None
+    if sys.platform == "linux":
+        pid, uid, _ = struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    elif sys.platform == "darwin":
+        pid = end.getsockopt(_SOL_LOCAL, _LOCAL_PEERPID)
+    return pid or None, uid
 
 
 def read_all(fd: int) -> bytes:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import math
 import os
 import select
+import sys
 from typing import Final, Self
 
 _ASK_EVERY_S: Final = 0.25  # where there is no pidfd
@@ -99,10 +101,10 @@ class Host:
 
 def pidfd(pid: int) -> int | None:
     """Return a pidfd of a process; None where there are none, or if it has exited."""
-    try:
-        return os.pidfd_open(pid)
-    except (OSError, AttributeError):
-        return None
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            return os.pidfd_open(pid)
+    return None
 
 
 def pid_namespace() -> str:

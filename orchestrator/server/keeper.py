@@ -30,14 +30,13 @@ import os
 import select
 import signal
 import socket
-import struct
 import sys
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
 from orchestrator.server import ladder, tree
-from orchestrator.server.channel import VERSION, Channel, Message, file_of, from_file
+from orchestrator.server.channel import VERSION, Channel, Message, file_of, from_file, peer_of
 from orchestrator.server.host import Host, pid_namespace, pidfd
 from orchestrator.server.tree import Tree
 
@@ -150,11 +149,12 @@ class Keeper:
     def _let_in(self, door: socket.socket) -> None:
         """Let the next owner be the host; anybody else hears nothing."""
         end, _ = door.accept()
-        pid, uid, _ = struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        is_next = uid == os.geteuid() and self._host.is_owner(pid)
+        pid, uid = peer_of(end)
+        is_ours = uid in (None, os.geteuid())
+        is_next = is_ours and pid is not None and self._host.is_owner(pid)
         if not self._is_heir and (self._host.is_gone() or (is_next and self._host.is_silent)):
             self._inherit()
-        if not (self._is_heir and is_next):
+        if pid is None or not (self._is_heir and is_next):
             end.close()
             return
         self._host = self._host.succeeded_by(pid)

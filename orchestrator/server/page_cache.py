@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
@@ -71,10 +72,12 @@ def _mapped_bytes(pid: int) -> int:
 
 def _is_cached(fd: int, offset: int) -> bool:
     """Ask for a few pages of a piece without waiting for the disk."""
+    if sys.platform != "linux":
+        return False
     page = bytearray(_PAGE)
     try:
         for part in range(4):
             os.preadv(fd, [page], offset + part * (_PIECE // 4), os.RWF_NOWAIT)
-    except (OSError, AttributeError):  # it is not there, or this cannot be asked
+    except OSError:  # it is not there, or this cannot be asked
         return False
     return True

@@ -10,6 +10,7 @@ import contextlib
 import os
 import select
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class Pin:
     def signal(self, signum: int) -> None:
         """Send a signal. A process that has exited, or that we may not signal, is not an error."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            if self.fd is not None and _pidfd_open is not None:
+            if sys.platform == "linux" and self.fd is not None:
                 signal.pidfd_send_signal(self.fd, signum)
             elif process_table.is_alive(self.process):
                 os.kill(self.process.pid, signum)

@@ -12,12 +12,12 @@ import errno
 import hashlib
 import os
 import socket
-import struct
 from pathlib import Path
 
 from orchestrator.base import launch
 from orchestrator.base.log import event_log
 from orchestrator.server import process_table
+from orchestrator.server.channel import peer_of
 
 _PENDING = 4096  # connections to ask for the holder, which accepts none
 _log = event_log("orchestrator.server")
@@ -63,13 +63,10 @@ def _address(directory: Path) -> bytes:
 
 def _credentials(directory: Path) -> tuple[int | None, int | None]:
     """Return the pid and the user of the holder: another user may have taken the name first."""
-    size = struct.calcsize("3i")
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
             asking.setblocking(False)  # it is never accepted
             asking.connect(_address(directory))
-            data = asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+            return peer_of(asking)
     except OSError:
         return None, None
-    pid, uid, _ = struct.unpack("3i", data)
-    return pid or None, uid

@@ -69,10 +69,12 @@ class Tree(Protocol):
 
 
 def _exit_status(pid: int) -> tuple[bool, int | None]:
-    try:
-        found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-    except ChildProcessError:
-        return True, None
+    found = None
+    if sys.platform == "linux":  # elsewhere `Popen` tells
+        try:
+            found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        except ChildProcessError:
+            return True, None
     if found is None:
         return False, None
     return True, found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
@@ -153,7 +155,7 @@ class SubreaperTree:
     @staticmethod
     def _send(pid: int, parent: int, signum: int) -> None:
         """Signal a child of `parent`; a pid that is not our own child's may be another's by now."""
-        if parent == os.getpid() or not hasattr(os, "pidfd_open"):
+        if parent == os.getpid() or sys.platform != "linux" or not hasattr(os, "pidfd_open"):
             os.kill(pid, signum)
             return
         fd = os.pidfd_open(pid)
@@ -234,7 +236,7 @@ class PlainTree:
     def exit_status(self) -> tuple[bool, int | None]:
         if self.leader is None:
             return True, self._status
-        if not hasattr(os, "waitid"):
+        if sys.platform != "linux":
             self._status = self._popen.poll()
             return self._status is not None, self._status
         has_exited, self._status = _exit_status(self.leader)
