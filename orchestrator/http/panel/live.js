@@ -47,6 +47,7 @@ export function start(of) {
   const table = el("table", {}, el("thead", {}, el("tr", {}, ...heads.map((head) => el("th", { scope: "col" }, head)))), body);
   put($("activity"), filter, el("div", { class: "scroll", tabIndex: 0, role: "group", "aria-label": "Last requests" }, table), none);
   filter.addEventListener("input", list);
+  list();
   setInterval(poll, 1000);
   poll();
 }
@@ -113,6 +114,8 @@ function list() {
   const text = (one) => [one.model, one.path, one.status, one.key].join(" ").toLowerCase();
   const some = requests.filter((one) => text(one).includes(words));
   none.hidden = some.length > 0;
+  body.parentNode.hidden = !some.length;
+  filter.hidden = !requests.length;
   say(none, requests.length ? "None of these." : "None yet.");
   put(body, some.map(rowOf));
 }

@@ -40,7 +40,7 @@ function draw(load) {
       { class: css, ...(n === at ? { "aria-current": "step" } : {}) },
       el("span", { class: "step" }, name),
       el("span", { class: "time" }, text),
-      (mark || name === failed) && el("span", { class: `mark ${name === failed ? "bad" : ""}` }, mark || "failed here"),
+      (mark || name === failed) && el("span", { class: `mark ${name === failed || (name === "Healthy" && n !== at) ? "bad" : ""}` }, mark || "failed here"),
     );
   });
   put($("steps"), steps);

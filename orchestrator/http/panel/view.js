@@ -149,5 +149,8 @@ export function problem(error) {
 
 function fold(title, lines, open) {
   if (!lines?.length) return null;
-  return el("details", { open }, el("summary", {}, title), el("pre", { tabIndex: 0, "aria-label": title }, lines.join("\n")));
+  const text = el("pre", { tabIndex: 0, "aria-label": title }, lines.join("\n"));
+  const box = el("details", { open }, el("summary", {}, title), text);
+  box.addEventListener("toggle", () => (text.scrollTop = text.scrollHeight)); // also when it opens at first
+  return box;
 }
