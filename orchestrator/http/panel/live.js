@@ -22,6 +22,7 @@ const FIGURES = [
 const SUMS = new Set(["tokens_per_s", "prompt_tokens_per_s"]); // of a step, which may just have begun
 
 let model = null;
+let onChange = () => {};
 let rested = Infinity;
 let busy = false;
 let counted = "";
@@ -35,9 +36,10 @@ const none = el("p", { class: "soft" }, "None yet.");
 /** How fast the last answer of a model was. */
 export const speedOf = (name) => speeds.get(name);
 
-/** @param {string | null} of the model that is shown; null: all of them */
-export function start(of) {
+/** @param {string | null} of the model that is shown; null: all of them @param {() => void} [changed] */
+export function start(of, changed = () => {}) {
   model = of;
+  onChange = changed;
   for (const [name, label] of FIGURES) {
     const made = { value: el("strong", {}, "–"), line: line() };
     shown.set(name, made);
@@ -51,6 +53,9 @@ export function start(of) {
   setInterval(poll, 1000);
   poll();
 }
+
+/** Something has changed: request the figures soon. */
+export const hurry = () => (rested = RESTING_S);
 
 /** Once a second. */
 async function poll() {
@@ -68,6 +73,7 @@ async function poll() {
     speeds.clear();
     for (const one of [...requests].reverse()) if (one.tokens_per_s) speeds.set(one.model, `${rate(one.tokens_per_s)} t/s`);
     list();
+    onChange();
   } catch {
     // the event stream shows that the service is away
   }

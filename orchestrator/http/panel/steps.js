@@ -24,7 +24,7 @@ export function tick() {
   if (time) time.textContent = spent();
 }
 
-const spent = () => seconds(Math.max(0, Math.floor((Date.now() - since) / 1000)));
+const spent = () => seconds(Math.max(1, Math.floor((Date.now() - since) / 1000)));
 
 function draw(load) {
   const at = NAMES.indexOf(status.state);

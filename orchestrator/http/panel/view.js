@@ -29,7 +29,7 @@ export function show(now, newest) {
   $("address").hidden = !loaded;
   $("cancel").hidden = !loading;
   $("again").hidden = state !== "Idle" || Boolean(loading) || !newest?.outcome || !(error || now.last_exit);
-  $("unload").hidden = !loaded && !loading;
+  $("unload").hidden = !loaded; // of a load in flight there is Cancel
   $("cut").hidden = now.draining_left_s === null;
   put($("facts"), ...facts(loaded));
   put($("notes"), ...notes(now).map((text) => el("li", {}, text)));
