@@ -68,6 +68,8 @@ _SHUTDOWN_S: Final = 120.0
 _log = event_log("orchestrator.pool")
 
 F = TypeVar("F", bound=Facade)
+Make = Callable[[Catalogue], Catalogue]
+Check = Callable[[LoadRequest], None] | None
 
 
 class PoolFacade(Generic[F]):
@@ -525,18 +527,12 @@ class PoolFacade(Generic[F]):
         own = self._own(name).name
         return self._put(own, partial(with_pin, name=own, pinned=pinned), is_new=False)
 
-    def _put(
-        self,
-        name: str,
-        with_it: Callable[[Catalogue], Catalogue],
-        check: Callable[[LoadRequest], None] = lambda _: None,
-        is_new: bool = True,
-    ) -> Entry:
+    def _put(self, name: str, make: Make, check: Check = None, is_new: bool = True) -> Entry:
         owner = self._started()
         with self._life:
-            made = with_it(self._catalogue)
+            made = make(self._catalogue)
             entry = made.models[name]
-            if entry.request is not None:
+            if check is not None and entry.request is not None:
                 check(entry.request)
             if not is_new:
                 self._check_pins(made)

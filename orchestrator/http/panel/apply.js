@@ -67,10 +67,10 @@ function roomFor({ memory, free, fits, evict }) {
   return el("p", { class: isTooMuch ? "wrong" : "soft" }, `${verdict}${verdict ? "it" : "It"} takes ${mib(memory.mib)}${memory.source === "estimate" ? " (estimate)" : ""}${has}.${stops}`);
 }
 
-/** Load once more what was asked for before. */
+/** Load once more what was asked for before. A person need not wait for the end of a cool-down. */
 export async function again({ request }) {
   if (MODEL === null) refill(request, { force: true });
-  await apply();
+  await apply(status?.recovery ? { force_reload: true } : {});
 }
 
 /** Download what the form names, while the running model keeps serving. */
@@ -94,10 +94,10 @@ function showPlan(...parts) {
 }
 
 /** Submit the form. Every click is a load of its own; resolves when it is accepted. */
-export async function apply() {
+export async function apply(more = {}) {
   let body;
   try {
-    body = read();
+    body = { ...read(), ...more };
   } catch (error) {
     return refused({ field: "llama_extra_args", detail: /** @type {any} */ (error).message });
   }

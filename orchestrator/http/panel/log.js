@@ -30,12 +30,13 @@ export const retry = () => stream?.retry();
 
 const divider = () => el("li", { class: "divider" }, `generation ${generation}`);
 
-/** What follows is of the server of another load; what was there before this page, of this one. */
-export function divide(next, { isBefore = false } = {}) {
-  if (!next || next === generation || (isBefore && generation)) return;
+/** What follows is of the server of another load; of a start before this page, so is what is there. */
+export function divide(next, { isBefore }) {
+  if (next === generation) return;
   generation = next;
-  if (isBefore) $("log").prepend(divider());
-  else append([divider()]);
+  if (!isBefore) return append([divider()]);
+  if ($("log").firstChild?.className === "divider") $("log").firstChild.remove();
+  $("log").prepend(divider());
 }
 
 /** Mark the line that says why the last start has failed; "" for none. */

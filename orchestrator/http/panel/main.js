@@ -19,6 +19,8 @@ import * as view from "./view.js";
 const ROWS = 12;
 const RESTING_S = 15; // between two requests of the status while nothing changes
 
+const opened = Date.now();
+
 let status = null;
 let newest = null; // the last load
 let asking = null;
@@ -48,9 +50,9 @@ function show(now, loads) {
   view.show(now, newest);
   steps.show(now, newest);
   history.show(loads);
-  log.divide(now.loaded?.generation ?? newest?.generation, { isBefore: true });
   log.explain(now.last_error);
   chat.show(now.loaded);
+  live.hurry();
   settle(loads);
   if (MODEL === null) {
     fill(now.loaded);
@@ -93,7 +95,7 @@ connect(
   ({ kind, data }) => {
     if (kind === "progress") return view.progress(data);
     diagram.step(data);
-    if (data.dest === "Spawning") log.divide(data.generation);
+    if (data.dest === "Spawning") log.divide(data.generation, { isBefore: 1000 * data.at < opened });
     refresh();
   },
 );
@@ -146,5 +148,4 @@ say($("v1"), V1);
 put($("v1-copy"), copier(V1));
 live.start(MODEL);
 log.toggle();
-planSoon();
 setInterval(poll, 1000);

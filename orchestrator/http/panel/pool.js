@@ -43,6 +43,7 @@ async function refresh() {
 function show(now) {
   pool = now;
   const { models } = pool;
+  live.hurry();
   for (const { name, state } of models) if (!isMoving(state)) steps.delete(name);
   for (const name of rows.keys()) if (!models.some((one) => one.name === name)) rows.delete(name);
   const wanted = models.map((one) => (rows.get(one.name) ?? newRow(one.name)).row);
@@ -224,7 +225,7 @@ $("find").append(
     $("add-name").focus();
   }),
 );
-live.start(null);
+live.start(null, () => pool.models.forEach(fill));
 setInterval(() => {
   const isBusy = pool.models.some((one) => one.leases || one.waiting || isMoving(one.state));
   rested += 1;

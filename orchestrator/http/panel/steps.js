@@ -24,7 +24,7 @@ export function tick() {
   if (time) time.textContent = spent();
 }
 
-const spent = () => seconds(Math.max(0, Math.floor((Date.now() - since) / 1000)));
+const spent = () => seconds(Math.max(1, Math.floor((Date.now() - since) / 1000)));
 
 function draw(load) {
   const at = NAMES.indexOf(status.state);
@@ -40,7 +40,7 @@ function draw(load) {
       { class: css, ...(n === at ? { "aria-current": "step" } : {}) },
       el("span", { class: "step" }, name),
       el("span", { class: "time" }, text),
-      (mark || name === failed) && el("span", { class: `mark ${name === failed ? "bad" : ""}` }, mark || "failed here"),
+      (mark || name === failed) && el("span", { class: `mark ${name === failed || (name === "Healthy" && n !== at) ? "bad" : ""}` }, mark || "failed here"),
     );
   });
   put($("steps"), steps);

@@ -29,7 +29,7 @@ export function show(now, newest) {
   $("address").hidden = !loaded;
   $("cancel").hidden = !loading;
   $("again").hidden = state !== "Idle" || Boolean(loading) || !newest?.outcome || !(error || now.last_exit);
-  $("unload").hidden = !loaded && !loading;
+  $("unload").hidden = !loaded; // of a load in flight there is Cancel
   $("cut").hidden = now.draining_left_s === null;
   put($("facts"), ...facts(loaded));
   put($("notes"), ...notes(now).map((text) => el("li", {}, text)));
@@ -149,5 +149,8 @@ export function problem(error) {
 
 function fold(title, lines, open) {
   if (!lines?.length) return null;
-  return el("details", { open }, el("summary", {}, title), el("pre", { tabIndex: 0, "aria-label": title }, lines.join("\n")));
+  const text = el("pre", { tabIndex: 0, "aria-label": title }, lines.join("\n"));
+  const box = el("details", { open }, el("summary", {}, title), text);
+  box.addEventListener("toggle", () => (text.scrollTop = text.scrollHeight)); // also when it opens at first
+  return box;
 }
