@@ -103,11 +103,15 @@ class Activity:
             _BEHIND.put(self._store.close)
             await workers.waited(_BEHIND.flush)
 
+    async def sample(self) -> None:
+        """Note what the models do now."""
+        free = await workers.waited(available_bytes)
+        self.meter.sample(self._look(), None if free is None else free >> 20)
+
     async def _sample(self) -> None:
         while True:
             try:
-                free = await workers.waited(available_bytes)
-                self.meter.sample(self._look(), None if free is None else free >> 20)
+                await self.sample()
             except Exception:  # noqa: BLE001 (a plot is worth nothing that this could end)
                 _log("exception", "activity.no_sample")
             await asyncio.sleep(STEP_S)

@@ -57,6 +57,7 @@ def add(
     ) -> Response:
         """Return requests, tokens and memory over the last minutes, in steps of some seconds."""
         view = viewed(request, model)
+        await activity.sample()
         return AsciiJSON(activity.meter.usage(view.request, view.moment, minutes).as_dict())
 
 
