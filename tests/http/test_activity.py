@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from orchestrator import AsyncModelPool
 from orchestrator.base import log
+from orchestrator.errors import ShuttingDown
 from orchestrator.http import create_app
 from orchestrator.http.activity import activity as activities
 from orchestrator.http.activity.activity import Activity, Asked
@@ -384,6 +385,25 @@ def test_what_waits_in_memory_has_a_bound(tmp_path: Path) -> None:
     store = Store(lambda: tmp_path / "no folder" / "activity.db")
     store.write(served(n) for n in range(MOST + 5))
     assert numbers(store, 2 * MOST) == list(range(MOST + 4, 4, -1))
+
+
+def test_what_is_asked_before_there_is_a_folder_waits(path: Path) -> None:
+    """An app without its lifespan claims its slot with the first load."""
+    claimed: list[Path] = []
+
+    def where() -> Path:
+        if not claimed:
+            raise ShuttingDown.because("this orchestrator has not started")
+        return claimed[0]
+
+    store = Store(where)
+    store.write([served(1)])
+    assert numbers(store) == [1]
+    claimed.append(path)
+    store.write([served(2)])
+    assert numbers(store) == [2, 1]
+    assert path.exists()
+    store.close()
 
 
 def test_link_in_the_place_of_the_file_is_not_followed(store: Store, path: Path) -> None:

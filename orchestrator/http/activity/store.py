@@ -20,12 +20,14 @@ from typing import Final
 from orchestrator.base import private_file
 from orchestrator.base.log import event_log
 from orchestrator.base.record import Record
+from orchestrator.errors import ShuttingDown
 
 MOST: Final = 10_000
 _VERSION: Final = 1
 _BESIDE: Final = ("-wal", "-shm", "-journal")
 _DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
 """The last one: it has a table of this name that is not ours."""
+_NO_FILE: Final = (OSError, sqlite3.Error, ShuttingDown)  # the last one: there is no folder yet
 _log = event_log("orchestrator.http")
 
 
@@ -120,7 +122,7 @@ class Store:
         """Do something with the file; return what is wrong with it."""
         try:
             work(self._connected())
-        except (OSError, sqlite3.Error) as error:
+        except _NO_FILE as error:
             if getattr(error, "sqlite_errorcode", None) in _DAMAGED:
                 return self._set_aside(str(error), work)
             return str(error)
@@ -180,7 +182,7 @@ class Store:
             os.replace(path, aside)
             _log("warning", "activity.set_aside", file=aside.name, error=problem)
             work(self._connected())
-        except (OSError, sqlite3.Error) as error:
+        except _NO_FILE as error:
             return str(error)
         return None
 
