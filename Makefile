@@ -23,7 +23,7 @@ APT = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
   else echo "missing: $(1). As root: apt-get install $(1)" >&2; false; fi
 
 .PHONY: help demo test tutorial floors advisories check-deep soak mutants lint types format docs-tools \
-  docs copies diagrams schema release screenshot bench bench-peers llama-server real-model chromium clean
+  docs copies diagrams schema release screenshot gallery bench bench-peers llama-server real-model chromium clean
 
 help:
 	@echo "make demo          show the main features on a small real model"
@@ -40,7 +40,8 @@ help:
 	@echo "make types         check that the public API is fully typed for its users"
 	@echo "make diagrams      write diagrams/ from the transition tables"
 	@echo "make schema        write the JSON schemas in docs/ from the settings"
-	@echo "make screenshot    write docs/panel.png"
+	@echo "make screenshot    write docs/panel.png and docs/panel-pool.png"
+	@echo "make gallery       write pictures of the panel in eight states into build/gallery"
 	@echo "make bench         measure the cost of the orchestrator over the bare process"
 	@echo "make bench-peers   measure answers beside the peers (needs wrk)"
 	@echo "make release       build the packages in dist/, install and run them, and deploy the site"
@@ -148,7 +149,10 @@ schema: $(VENV)/.ready
 	  print(json.dumps(schema(), indent=2))' > docs/catalogue.schema.json
 
 screenshot: $(VENV)/.ready chromium
-	$(BIN)/python -m tests.browser.screenshot docs/panel.png
+	$(BIN)/python -m tests.browser.screenshot docs/panel.png docs/panel-pool.png
+
+gallery: $(VENV)/.ready chromium
+	$(BIN)/python -m tests.browser.gallery build/gallery
 
 bench: $(VENV)/.ready llama-server real-model
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]'

@@ -1,4 +1,4 @@
-"""Write the README's picture of the panel: a tiny model, Healthy, after a few real loads.
+"""Write the pictures of the docs: the panel of a slot after a few real loads, and that of a pool.
 
 `make screenshot` runs this.
 """
@@ -15,6 +15,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from orchestrator.demo import tiny_model
 from orchestrator.http import create_app
+from tests.browser.gallery import pool
 from tests.kit.http import PREFIX, serving
 from tests.kit.panel import DESKTOP, FLAGS
 
@@ -25,14 +26,14 @@ LOADS = (
 )
 
 
-def main(picture: Path) -> None:
-    picture = picture.absolute()
+def main(picture: Path, of_pool: Path) -> None:
+    picture, of_pool = picture.absolute(), of_pool.absolute()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         Path("models").mkdir()
         for seed, label in enumerate(("Q4_K_M", "Q8_0")):
             tiny_model.write_tiny_model(f"models/Tiny-Llama-{label}.gguf", seed=seed)
-        app = create_app(llama_server="embedded", state_dir=Path(folder, "state"))
+        app = create_app(llama_server="embedded", state_dir=Path(folder, "slot"))
         with serving(app) as client, sync_playwright() as playwright:
             for body in LOADS:
                 client.post(PREFIX + "/load", json=body)
@@ -46,8 +47,15 @@ def main(picture: Path) -> None:
             page.fill("#max_seq_length", "1024")
             expect(page.locator("#plan")).to_contain_text("max_seq_length")
             page.screenshot(path=picture, animations="disabled")
+            with pool(Path(folder)) as (of_several, path):
+                page.goto(str(of_several.base_url).rstrip("/") + path)
+                expect(page.get_by_text("Load stops chat.")).to_be_visible()
+                expect(page.locator("#activity tbody tr")).to_have_count(5)
+                expect(page.locator("#live path[d*=L]").first).to_be_attached()
+                page.screenshot(path=of_pool, animations="disabled")
+                page.goto("about:blank")  # its streams end before the service
             browser.close()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))
