@@ -126,6 +126,16 @@ def read_catalogue(path: str | os.PathLike[str]) -> Catalogue:
     Raises:
         InvalidCatalogue: it cannot be read, or has a mistake.
     """
+    tables, file, places = tables_in(path)
+    return _catalogue(tables, file.parent, file, places)
+
+
+def tables_in(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Path, Places]:
+    """Return the tables of a TOML file, that file, and where its values stand.
+
+    Raises:
+        InvalidCatalogue: it cannot be read, or is no TOML.
+    """
     shown = os.fspath(path)
     file = Path(os.path.abspath(os.path.expanduser(shown)))
     places = Places(shown)
@@ -138,8 +148,7 @@ def read_catalogue(path: str | os.PathLike[str]) -> Catalogue:
     except (OSError, ValueError) as error:  # a name with a null character is a ValueError
         why = getattr(error, "strerror", None) or "the name cannot be used"
         raise places.error(f"cannot be read ({why}): give the file of a catalogue") from error
-    tables = _parsed(text, places)
-    return _catalogue(tables, file.parent, file, replace(places, lines=lines_of(text)))
+    return _parsed(text, places), file, replace(places, lines=lines_of(text))
 
 
 def catalogue_of(

@@ -44,6 +44,7 @@ from orchestrator.runtime.orchestrator import (
     followed,
     lines_in_turns,
 )
+from orchestrator.settings.fields import StrPath
 from orchestrator.settings.request import LoadRequest
 
 if TYPE_CHECKING:
@@ -190,9 +191,19 @@ class ModelPool(PoolFacade[Orchestrator]):
         """
         return self.model_status(self._pin(name, pinned).name)
 
-    def reload(self) -> Changes:
-        """Read the catalogue's file again. A mistake in it is an error and changes nothing."""
-        return self._reload()
+    def reload(
+        self,
+        models: StrPath | Mapping[str, Any] | None = None,
+        *,
+        folder: StrPath | None = None,
+    ) -> Changes:
+        """Read the catalogue's file again. A mistake in it is an error and changes nothing.
+
+        Args:
+            models: Another catalogue to go on with, as a file or a mapping.
+            folder: Where relative paths of a mapping start; None is as before.
+        """
+        return self._reload(models, folder)
 
     def events(self, after: int | None = None) -> Iterator[Event]:
         """Iterate over the transitions of all models, each with `model`; see `Orchestrator.events`.
@@ -338,9 +349,14 @@ class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
         """Return the variants of any model, on disk or on the Hub; see `Orchestrator.variants`."""
         return await self._scout.variants(request)
 
-    async def reload(self) -> Changes:
-        """Read the catalogue's file again; see `ModelPool.reload`."""
-        return await workers.waited(self._reload)
+    async def reload(
+        self,
+        models: StrPath | Mapping[str, Any] | None = None,
+        *,
+        folder: StrPath | None = None,
+    ) -> Changes:
+        """Read the catalogue's file again, or another one; see `ModelPool.reload`."""
+        return await workers.waited(partial(self._reload, models, folder))
 
     def events(self, after: int | None = None) -> AsyncGenerator[Event, None]:
         """Iterate over the transitions of all models; see `ModelPool.events`."""
