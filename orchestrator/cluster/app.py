@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
@@ -21,7 +19,6 @@ from orchestrator.http.guards import guard, limits, origins
 POOL: Final = "Pool"
 FRONT: Final = "Front"
 _HEALTH_S: Final = 1.0  # a killed replica is replaced after 2 to 4 s, with Ray's 10 s after 8 to 9
-_OPTIONS_NAME: Final = "LLAMA_ORCHESTRATOR_OPTIONS"
 
 
 class Ingress:
@@ -70,6 +67,7 @@ def build_app(args: Mapping[str, Any]) -> Any:
         "graceful_shutdown_timeout_s": wanted.drained_within_s,
         "health_check_period_s": _HEALTH_S,
         "max_ongoing_requests": wanted.most_requests,
+        "logging_config": {"enable_access_log": False},  # a line for each poll
     }
     pools = serve.deployment(
         PoolReplica,
@@ -81,8 +79,6 @@ def build_app(args: Mapping[str, Any]) -> Any:
             "num_cpus": wanted.num_cpus,
             "num_gpus": wanted.num_gpus,
             "resources": dict(wanted.resources),
-            # Serve compares these, not what a replica is started with: new options, new replicas
-            "runtime_env": {"env_vars": {_OPTIONS_NAME: _digest(started)}},
         },
         **common,
     )
@@ -94,8 +90,3 @@ def build_app(args: Mapping[str, Any]) -> Any:
         **common,
     )
     return fronts.bind(pools.bind(**started), wanted.held_s, wanted.allowed_hosts)
-
-
-def _digest(options: Mapping[str, Any]) -> str:
-    text = json.dumps(options, sort_keys=True, default=repr)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -8,32 +8,26 @@ returns at once, because Serve holds a deployment back until it does.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import secrets
 import time
 from collections.abc import Mapping
 from typing import Any, Final
 
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
-
 from orchestrator.base import workers
 from orchestrator.base.log import event_log
+from orchestrator.cluster.door import Door
 from orchestrator.cluster.on_ray import Place, place
 from orchestrator.cluster.routing import ModelReport, ReplicaReport
 from orchestrator.cluster.wanted import Catalogues, Models, budget_of, slot_of
 from orchestrator.errors import OrchestratorError, Problem, SlotOwned, problem_of
 from orchestrator.http import create_app
 from orchestrator.http.pool.listing import value_of
-from orchestrator.http.problems import http_problem
 from orchestrator.http.server import listener, server_of, url_of
 from orchestrator.machine.states import State
 from orchestrator.pool.pool import AsyncModelPool
 from orchestrator.pool.status import ModelStatus
 from orchestrator.runtime.orchestrator import AsyncOrchestrator
 
-FRONT_HEADER: Final = "proxy-authorization"
-"""It has the key of a listener: RFC 9110 gives it to the next proxy only."""
 _CLAIM_EVERY_S: Final = 0.2
 _log = event_log("orchestrator.cluster")
 
@@ -162,7 +156,8 @@ class PoolReplica:
     async def _serve(self, pool: AsyncModelPool) -> None:
         """Serve until there is no next catalogue."""
         app = create_app(pool=pool, allowed_hosts=(self._place.address,), end_on_signals=False)
-        http = server_of(only_fronts(app, self._key))
+        door = Door(app, self._key)
+        http = server_of(door)
         with listener(self._place.address, 0) as listening:
             serving = asyncio.ensure_future(http.serve(sockets=[listening]))
             try:
@@ -170,7 +165,8 @@ class PoolReplica:
                 while (wanted := await self._next(serving)) is not None:
                     await self._take(pool, wanted)
                 self._url = None  # no front chooses it from now on
-                await pool.close()  # drains
+                await door.shut(self._options["drain_timeout_s"])
+                await pool.close()
             finally:
                 self._url = None
                 http.should_exit = True
@@ -199,21 +195,6 @@ class PoolReplica:
         else:
             self._problem = None
             _log("info", "catalogue.taken", **changes.as_dict())
-
-
-def only_fronts(app: ASGIApp, key: str) -> ASGIApp:
-    """ASGI middleware: refuse requests without the key that fronts have from `report`."""
-
-    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "lifespan":
-            sent = Headers(scope=scope).get(FRONT_HEADER, "").encode("latin-1", "replace")
-            if not hmac.compare_digest(sent, f"Bearer {key}".encode()):
-                refusal = http_problem(401, "this listener is for the fronts of its cluster")
-                await refusal(scope, receive, send)
-                return
-        await app(scope, receive, send)
-
-    return guarded
 
 
 def _report(pool: AsyncModelPool, model: ModelStatus) -> ModelReport:

@@ -13,7 +13,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from orchestrator.base.log import event_log
-from orchestrator.cluster.replica import FRONT_HEADER
+from orchestrator.cluster.door import FRONT_HEADER
 from orchestrator.cluster.routing import ReplicaReport, choose
 
 Ask = Callable[[], Awaitable[Iterable[object]]]

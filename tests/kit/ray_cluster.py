@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from tests.kit.process import support
 from tests.kit.process.servers import servers_of
@@ -43,7 +44,12 @@ class Cluster:
         self.client = httpx.Client(base_url=self.url, timeout=ANSWER_S, trust_env=False)
 
     def deploy(self, args: dict[str, Any], **pools: Any) -> None:
-        """Deploy, and wait until it runs; `pools` overrides the deployment of pools."""
+        """Deploy, and wait until it runs.
+
+        Args:
+            args: Of the builder; other ones are a new version, with new replicas.
+            pools: Options of the deployment of pools, which change the present replicas.
+        """
         app: dict[str, Any] = {
             "name": APP,
             "route_prefix": "/",
@@ -79,14 +85,23 @@ class Cluster:
         members: dict[str, Any] = httpx.get(self._serve, timeout=ANSWER_S, trust_env=False).json()
         return members
 
+    @property
+    def controller(self) -> int | None:
+        """The pid of Serve's controller."""
+        for one in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if one.name().startswith("ray::ServeContr"):
+                    return one.pid
+        return None
+
     def status(self) -> dict[str, Any]:
         app: dict[str, Any] = self.details()["applications"].get(APP, {})
         return app
 
-    def replicas(self, deployment: str = "Pool") -> dict[str, dict[str, Any]]:
-        """Return the running replicas by id, with `pid` and `node_id`."""
-        found = self.status()["deployments"][deployment]["replicas"]
-        return {one["replica_id"]: one for one in found if one["state"] == "RUNNING"}
+    def replicas(self, state: str = "RUNNING") -> dict[str, dict[str, Any]]:
+        """Return the pools that are in this state of Serve by id, with `pid` and `node_id`."""
+        found = self.status()["deployments"]["Pool"]["replicas"]
+        return {one["replica_id"]: one for one in found if one["state"] == state}
 
     def reports(self) -> list[dict[str, Any]]:
         """Return what a front knows of the replicas."""
@@ -169,11 +184,15 @@ class Stream:
         """Let the server send the rest."""
         self._go.touch()
 
+    def end(self) -> None:
+        """Wait until it has ended, in whatever way."""
+        self._thread.join(ANSWER_S)
+        assert not self._thread.is_alive(), "the stream does not end"
+
     def finish(self) -> list[str]:
         """Read to the end, and return the lines."""
         self.go()
-        self._thread.join(ANSWER_S)
-        assert not self._thread.is_alive(), "the stream does not end"
+        self.end()
         assert self.error is None, self.error
         return self.lines
 
