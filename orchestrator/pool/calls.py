@@ -33,11 +33,10 @@ from orchestrator.pool.catalogue import (
     Catalogue,
     Changes,
     Match,
-    catalogue_of,
     check_pins,
     difference,
     merge,
-    read_catalogue,
+    reader_of,
     with_pin,
     without_entry,
 )
@@ -110,11 +109,10 @@ class PoolFacade(Generic[F]):
         self._memory = checked_budget("memory", memory)
         self.feed: Feed = Feed()
         self._early = EarlyCancels()
-        self._base = folder
-        self._catalogue = self._read(models, folder)
+        self._read = reader_of(models, folder)
+        self._catalogue = self._read()
         self.grants: tuple[Grant, ...] = grants_of(self._catalogue)
         self._runtime: dict[str, Entry] = {}
-        self._models = models
         self._name = slot
         self._state_dir = state_dir
         self._parts = parts or Parts()
@@ -132,11 +130,6 @@ class PoolFacade(Generic[F]):
         self._watch = Watch()
         self._slots: PoolSlots[F] = self._new_slots(lambda _: None)  # before a start
         self._known: tuple[tuple[object, ...], tuple[PathNames, ...]] | None = None
-
-    def _read(self, models: StrPath | Mapping[str, Any], folder: StrPath) -> Catalogue:
-        if isinstance(models, Mapping):
-            return catalogue_of(models, folder)
-        return read_catalogue(models)
 
     def _new_slots(self, post: Callable[[facts.Fact], None]) -> PoolSlots[F]:
         # The slots must not hold this object: their owner is told when nobody does any more.
@@ -563,23 +556,19 @@ class PoolFacade(Generic[F]):
         self._catalogue, self._slots.entries = catalogue, catalogue.models
         self._watch.of(catalogue.models.values())
 
-    def _reload(
-        self, models: StrPath | Mapping[str, Any] | None = None, folder: StrPath | None = None
-    ) -> Changes:
+    def _reload(self, read: Callable[[], Catalogue] | None = None) -> Changes:
         """Read the catalogue again, or another one; a mistake changes nothing."""
-        is_file = not isinstance(self._models, Mapping)
-        models = self._models if models is None and is_file else models
-        if models is None:
+        if read is None and self._catalogue.file is None:
             message = "this catalogue is no file: use add and remove, or give reload another one"
             raise InvalidRequest.because(message, field="models")
-        owner, folder = self._started(), self._base if folder is None else folder
+        owner, read = self._started(), read or self._read
         with self._life:
-            old, new = self._catalogue, merge(self._read(models, folder), self._runtime)
+            old, new = self._catalogue, merge(read(), self._runtime)
             changes = difference(old, new)
             if new.pool != old.pool:
                 self._slots.devices = self._scout.devices()
             self._check_pins(new)
-            self._models, self._base, grants = models, folder, grants_of(new)
+            self._read, grants = read, grants_of(new)
             self._take(new)
             self.grants = grants
             if new.pool != old.pool:

@@ -13,6 +13,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -24,6 +25,7 @@ from orchestrator.pool.entries import Entry, KeyEntry, PoolSettings, Preset
 from orchestrator.pool.places import KeyPath, Places, dotted, lines_of
 from orchestrator.pool.reading import Mistake, Reading
 from orchestrator.pool.values import by_device
+from orchestrator.settings.fields import StrPath
 
 _SYNTAX: Final = re.compile(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", re.DOTALL)
 _MAX_CHARACTERS: Final = 200
@@ -163,6 +165,15 @@ def catalogue_of(
         InvalidCatalogue: it has a mistake.
     """
     return _catalogue(mapping, Path(os.path.abspath(folder)), None, Places())
+
+
+def reader_of(
+    models: StrPath | Mapping[str, Any], folder: StrPath = os.curdir
+) -> Callable[[], Catalogue]:
+    """Return what reads a catalogue, now and again: a file, or tables whose paths start here."""
+    if isinstance(models, Mapping):
+        return partial(catalogue_of, models, folder)
+    return partial(read_catalogue, models)
 
 
 def with_entry(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack
@@ -17,7 +18,7 @@ from orchestrator.errors import DeadlineExceeded
 from orchestrator.machine.plan import Plan
 from orchestrator.pool.by_hand import ByHand, HandFields
 from orchestrator.pool.calls import F, PoolFacade
-from orchestrator.pool.catalogue import Catalogue, Changes, with_entry
+from orchestrator.pool.catalogue import Catalogue, Changes, reader_of, with_entry
 from orchestrator.pool.context import Turn
 from orchestrator.pool.elsewhere import server_of
 from orchestrator.pool.entries import Entry
@@ -195,15 +196,15 @@ class ModelPool(PoolFacade[Orchestrator]):
         self,
         models: StrPath | Mapping[str, Any] | None = None,
         *,
-        folder: StrPath | None = None,
+        folder: StrPath = os.curdir,
     ) -> Changes:
         """Read the catalogue's file again. A mistake in it is an error and changes nothing.
 
         Args:
             models: Another catalogue to go on with, as a file or a mapping.
-            folder: Where relative paths of a mapping start; None is as before.
+            folder: Where relative paths of that mapping start.
         """
-        return self._reload(models, folder)
+        return self._reload(None if models is None else reader_of(models, folder))
 
     def events(self, after: int | None = None) -> Iterator[Event]:
         """Iterate over the transitions of all models, each with `model`; see `Orchestrator.events`.
@@ -353,10 +354,11 @@ class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
         self,
         models: StrPath | Mapping[str, Any] | None = None,
         *,
-        folder: StrPath | None = None,
+        folder: StrPath = os.curdir,
     ) -> Changes:
         """Read the catalogue's file again, or another one; see `ModelPool.reload`."""
-        return await workers.waited(partial(self._reload, models, folder))
+        read = None if models is None else reader_of(models, folder)
+        return await workers.waited(partial(self._reload, read))
 
     def events(self, after: int | None = None) -> AsyncGenerator[Event, None]:
         """Iterate over the transitions of all models; see `ModelPool.events`."""
