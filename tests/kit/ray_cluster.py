@@ -100,7 +100,7 @@ class Cluster:
 
     def replicas(self, state: str = "RUNNING") -> dict[str, dict[str, Any]]:
         """Return the pools that are in this state of Serve by id, with `pid` and `node_id`."""
-        found = self.status()["deployments"]["Pool"]["replicas"]
+        found = self.status().get("deployments", {}).get("Pool", {}).get("replicas", ())
         return {one["replica_id"]: one for one in found if one["state"] == state}
 
     def reports(self) -> list[dict[str, Any]]:
