@@ -343,6 +343,7 @@ def _unknown_names(made: Catalogue) -> Iterator[Mistake]:
         (("pool",), "preload", made.pool.preload),
         (("pool",), "default", default),
         *((("keys", key.name), "models", key.models or ()) for key in made.keys.values()),
+        *((("models", one.name), "spillover", one.spillover) for one in made.models.values()),
     ]
     for table, key, names in lists:
         for name in names:
@@ -351,6 +352,8 @@ def _unknown_names(made: Catalogue) -> Iterator[Mistake]:
                 message = f"{key} names {shown}, which is no entry and no alias of one"
             elif key == "preload" and match.entry.base_url is not None:
                 message = f"{key} names {shown}, which has a base_url: there is nothing to load"
+            elif key == "spillover" and match.entry.base_url is None:
+                message = f"spillover names {shown}, which has no base_url: name another server"
             else:
                 continue
             yield Mistake(table, key, InvalidRequest.because(message, field=key))
@@ -369,7 +372,12 @@ def _with_names_of_entries(made: Catalogue) -> Catalogue:
         name: key if key.models is None else replace(key, models=own(key.models))
         for name, key in made.keys.items()
     }
-    return replace(made, pool=replace(pool, preload=own(pool.preload), default=default), keys=keys)
+    models = {
+        name: replace(one, spillover=own(one.spillover)) if one.spillover else one
+        for name, one in made.models.items()
+    }
+    pool = replace(pool, preload=own(pool.preload), default=default)
+    return replace(made, pool=pool, models=models, keys=keys)
 
 
 def _pins(made: Catalogue, entries: Iterable[Entry] | None = None) -> Iterator[Mistake]:

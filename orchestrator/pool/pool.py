@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack
 
 from orchestrator.base import workers
-from orchestrator.errors import DeadlineExceeded
+from orchestrator.errors import DeadlineExceeded, Problem
 from orchestrator.machine.plan import Plan
 from orchestrator.pool.by_hand import ByHand, HandFields
 from orchestrator.pool.calls import F, PoolFacade
@@ -22,6 +22,7 @@ from orchestrator.pool.catalogue import Catalogue, Changes, reader_of, with_entr
 from orchestrator.pool.context import Turn
 from orchestrator.pool.elsewhere import server_of
 from orchestrator.pool.entries import Entry
+from orchestrator.pool.foresight import has_room
 from orchestrator.pool.owner import Granted, PoolCall
 from orchestrator.pool.status import ModelStatus
 from orchestrator.runtime.answers import (
@@ -349,6 +350,26 @@ class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
     async def variants(self, request: LoadRequest) -> Variants:
         """Return the variants of any model, on disk or on the Hub; see `Orchestrator.variants`."""
         return await self._scout.variants(request)
+
+    async def taken_by(self, entry: Entry) -> Entry:
+        """Return the entry that takes a request for this one: of its `spillover` the first whose
+        server answers, if this pool has no room for it now; else this one.
+        """
+        if not entry.spillover:
+            return entry
+        await self._ready()
+        return await workers.waited(partial(self._taken_by, entry))
+
+    def _taken_by(self, entry: Entry) -> Entry:
+        if has_room(self._slots, self._ctx, entry, self._clock()):
+            return entry
+        found = (self.catalogue.models.get(name) for name in entry.spillover)
+        others = (other for other in found if other is not None and other.base_url is not None)
+        return next((one for one in others if self._watch.problem(one) is None), entry)
+
+    def lose(self, entry: Entry, why: str) -> None:
+        """Take no spillover to the server of this entry until it answers again."""
+        self._watch.lose(entry, Problem("bad_gateway", why))
 
     async def reload(
         self,
