@@ -233,17 +233,22 @@ def test_a_killed_controller_stops_no_request(cluster: Cluster) -> None:
 
 
 def test_a_lost_node_leaves_no_server_and_its_models_go_on_elsewhere(cluster: Cluster) -> None:
+    """Ray's worker ends when it notices that its raylet is gone; its servers with it."""
     lost = cluster.other_node
     for model in MODELS:
         pid_of(cluster.ask(model))
     theirs = {one for one in cluster.servers if lost[:20] in slot_of(one)}
     assert theirs
+    (replica,) = [one["pid"] for one in cluster.replicas().values() if one["node_id"] == lost]
     cluster.kill_other_node()
-    support.until(partial(are_gone, theirs), "its servers are gone", LIFE_S)
-    for model in MODELS:
-        support.until(partial(answers, cluster, model), f"{model} answers", 60)
-    cluster.add_node()
-    cluster.until_open(2)
+    try:
+        support.until(partial(are_gone, {replica}), "the replica is gone")
+        support.until(partial(are_gone, theirs), "its servers are gone", LIFE_S)
+        for model in MODELS:
+            support.until(partial(answers, cluster, model), f"{model} answers", 60)
+    finally:
+        cluster.add_node()
+        cluster.until_open(2)
 
 
 def test_a_mistake_in_a_catalogue_is_told_and_changes_nothing(
