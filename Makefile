@@ -22,7 +22,7 @@ APT = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
   apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q $(1); \
   else echo "missing: $(1). As root: apt-get install $(1)" >&2; false; fi
 
-.PHONY: help demo test tutorial floors advisories check-deep soak mutants lint types format docs-tools \
+.PHONY: help demo test tutorial floors advisories check-ray check-deep soak mutants lint types format docs-tools \
   docs copies diagrams schema release screenshot gallery bench bench-peers llama-server real-model chromium clean
 
 help:
@@ -31,6 +31,7 @@ help:
 	@echo "make tutorial      follow the tutorial as written, in a fresh environment (about 3 minutes)"
 	@echo "make floors        test the lowest allowed versions of the dependencies (about 3 minutes)"
 	@echo "make advisories    look up the dependencies in the public database of advisories"
+	@echo "make check-ray     test a cluster of two nodes on real Ray Serve (about 3 minutes)"
 	@echo "make check-deep    run the tests that take too long for every change (nightly)"
 	@echo "make soak          run 5,000 random operations on real processes, with faults"
 	@echo "make mutants       change every line of the pure modules, and check that the tests fail"
@@ -64,7 +65,7 @@ tutorial: $(VENV)/.ready
 # Without a C++ compiler or Chromium, and without root to install them, or without a network, the tests
 # that need these are skipped with a message. In CI that is an error.
 test: $(VENV)/.ready
-	@only="not deep"; \
+	@only="not deep and not ray"; \
 	$(MAKE) --no-print-directory llama-server || { [ -z "$$CI" ] || exit 1; only="$$only and not external"; \
 	  echo "NO REAL llama-server: the tests marked external are skipped" >&2; }; \
 	$(MAKE) --no-print-directory real-model || { [ -z "$$CI" ] || exit 1; only="$$only and not real"; \
@@ -84,6 +85,12 @@ floors: $(VENV)/.ready
 
 advisories: $(VENV)/.ready
 	$(BIN)/python -m tests.advisories
+
+# Ray is large, so its tests have a step of their own.
+check-ray: $(VENV)/.ready llama-server
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[ray]'
+	mkdir -p /tmp/ray
+	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m pytest -m ray -s tests/ray $(ARGS)
 
 check-deep: $(VENV)/.ready llama-server
 	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m pytest -m deep -s $(ARGS)

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "orchestrator"
 EXTRAS = {
     "cli/yaml_file.py": "yaml",
     "cli/": "cli",
+    "cluster/": "ray",
     "demo/": "demo",
     "http/": "http",
     "server/embedded": "embedded",

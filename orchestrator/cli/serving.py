@@ -46,8 +46,6 @@ from orchestrator.settings.request import LoadRequest
 if TYPE_CHECKING:
     import uvicorn
 
-_OPEN_REQUESTS_S: Final = 2
-_BACKLOG: Final = 1024
 _BAR_EVERY_S: Final = 0.1
 
 
@@ -87,8 +85,9 @@ class Service:
 
     @property
     def url(self) -> str:
-        host, port = self.listener.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        from orchestrator.http.server import url_of
+
+        return url_of(self.listener)
 
 
 @click.command(params=[config.config_option(), *config.SERVING, options.JSON])
@@ -173,12 +172,10 @@ def _service(
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Return a listener that names its protocol: without it asyncio leaves Nagle's algorithm on,
-    and a response waits 40 ms for the acknowledgement of its head.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    from orchestrator.http.server import listener
+
     try:
-        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        return listener(host, port)
     except (OSError, UnicodeError) as error:
         remedy = "give another --host or --port"
         if getattr(error, "errno", None) == errno.EADDRINUSE:
@@ -186,7 +183,6 @@ def _listen(host: str, port: int) -> socket.socket:
         detail = f"cannot listen on {host}:{port}: {remedy}"
         problem = {"category": "address", "title": "Address not available", "detail": detail}
         raise Failure(problem) from error
-    return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, listener.detach())
 
 
 async def _serve(service: Service, wanted: Wanted | None) -> int:
@@ -228,10 +224,8 @@ async def _serve(service: Service, wanted: Wanted | None) -> int:
 
 
 def _http_server(service: Service) -> uvicorn.Server:
-    import uvicorn
-
     from orchestrator.http import create_app
-    from orchestrator.http.connections import IDLE_S, BoundedProtocol
+    from orchestrator.http.server import server_of
 
     is_pool = isinstance(service.owner, AsyncModelPool)
     served: dict[str, Any] = {"pool" if is_pool else "orch": service.owner}
@@ -241,20 +235,7 @@ def _http_server(service: Service) -> uvicorn.Server:
         allowed_hosts=service.allowed_hosts,
         end_on_signals=False,
     )
-    http = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            server_header=False,
-            log_config=None,
-            access_log=False,
-            http=BoundedProtocol,
-            timeout_keep_alive=int(IDLE_S),
-            timeout_graceful_shutdown=_OPEN_REQUESTS_S,
-        )
-    )
-    # The signals are ours.
-    http.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
-    return http
+    return server_of(app)
 
 
 async def _load(

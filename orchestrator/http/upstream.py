@@ -42,6 +42,8 @@ _HOP_BY_HOP: Final = frozenset(
     b"transfer-encoding upgrade expect".split()
 )
 _DROPPED: Final = _HOP_BY_HOP.union(b"host authorization x-api-key cookie origin referer".split())
+_CREDENTIALS: Final = frozenset({b"authorization", b"x-api-key"})
+_LENGTH: Final = frozenset({b"content-length"})
 _NEVER_ADDED: Final = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 _log = event_log("orchestrator.http")
 
@@ -179,12 +181,7 @@ async def send_on(
         judge: Hears how much of its prompt was cached.
         rewrites: Changes the answer, and so its length.
     """
-    dropped = _HOP_BY_HOP if rewrites is None else _HOP_BY_HOP | {b"content-length"}
-    headers = [
-        (name, value)
-        for name, value in _without(dropped, response.raw_headers)
-        if not name.startswith(b"access-control-")
-    ]
+    headers = headers_back(response, frozenset() if rewrites is None else _LENGTH)
     start = {"type": "http.response.start", "status": response.status, "headers": headers}
     before = b""
     try:
@@ -215,6 +212,23 @@ def headers_for(
         (name.decode("latin-1"), value.decode("latin-1"))
         for name, value in _without(_DROPPED | dropped, headers)
     )
+
+
+def headers_through(headers: Iterable[Header]) -> CIMultiDict[str]:
+    """Return the client's headers for a service of ours, which judges its keys."""
+    kept = _without(_DROPPED - _CREDENTIALS | _LENGTH, headers)
+    return CIMultiDict((name.decode("latin-1"), value.decode("latin-1")) for name, value in kept)
+
+
+def headers_back(
+    response: aiohttp.ClientResponse, dropped: frozenset[bytes] = frozenset()
+) -> list[Header]:
+    """Return the headers of an answer for the client."""
+    return [
+        (name, value)
+        for name, value in _without(_HOP_BY_HOP | dropped, response.raw_headers)
+        if not name.startswith(b"access-control-")
+    ]
 
 
 def _without(dropped: frozenset[bytes], headers: Iterable[Header]) -> list[Header]:

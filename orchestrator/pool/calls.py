@@ -33,11 +33,10 @@ from orchestrator.pool.catalogue import (
     Catalogue,
     Changes,
     Match,
-    catalogue_of,
     check_pins,
     difference,
     merge,
-    read_catalogue,
+    reader_of,
     with_pin,
     without_entry,
 )
@@ -81,6 +80,7 @@ class PoolFacade(Generic[F]):
         self,
         models: StrPath | Mapping[str, Any],
         *,
+        folder: StrPath = os.curdir,
         memory: str | Mapping[str, str] = "auto",
         slot: str = "default",
         state_dir: StrPath | None = None,
@@ -91,6 +91,7 @@ class PoolFacade(Generic[F]):
 
         Args:
             models: The path of a TOML file, or the same as a mapping; see docs/catalogue.md.
+            folder: Where relative paths of a mapping start; those of a file start in its folder.
             memory: Budget of the first device, e.g. `"12 GiB"`, or of each in a mapping by device;
                 `"auto"` is what the catalogue says.
             slot: Name of the pool. The model `name` has the slot `{slot}.{name}`.
@@ -108,11 +109,10 @@ class PoolFacade(Generic[F]):
         self._memory = checked_budget("memory", memory)
         self.feed: Feed = Feed()
         self._early = EarlyCancels()
-        self._is_file = not isinstance(models, Mapping)
-        self._catalogue = self._read(models)
+        self._read = reader_of(models, folder)
+        self._catalogue = self._read()
         self.grants: tuple[Grant, ...] = grants_of(self._catalogue)
         self._runtime: dict[str, Entry] = {}
-        self._models = models
         self._name = slot
         self._state_dir = state_dir
         self._parts = parts or Parts()
@@ -130,11 +130,6 @@ class PoolFacade(Generic[F]):
         self._watch = Watch()
         self._slots: PoolSlots[F] = self._new_slots(lambda _: None)  # before a start
         self._known: tuple[tuple[object, ...], tuple[PathNames, ...]] | None = None
-
-    def _read(self, models: StrPath | Mapping[str, Any]) -> Catalogue:
-        if isinstance(models, Mapping):
-            return catalogue_of(models)
-        return read_catalogue(models)
 
     def _new_slots(self, post: Callable[[facts.Fact], None]) -> PoolSlots[F]:
         # The slots must not hold this object: their owner is told when nobody does any more.
@@ -561,19 +556,19 @@ class PoolFacade(Generic[F]):
         self._catalogue, self._slots.entries = catalogue, catalogue.models
         self._watch.of(catalogue.models.values())
 
-    def _reload(self) -> Changes:
-        """Read the catalogue again; a mistake changes nothing."""
-        if not self._is_file:
-            message = "this catalogue is no file: use add and remove"
+    def _reload(self, read: Callable[[], Catalogue] | None = None) -> Changes:
+        """Read the catalogue again, or another one; a mistake changes nothing."""
+        if read is None and self._catalogue.file is None:
+            message = "this catalogue is no file: use add and remove, or give reload another one"
             raise InvalidRequest.because(message, field="models")
-        owner = self._started()
+        owner, read = self._started(), read or self._read
         with self._life:
-            old, new = self._catalogue, merge(self._read(self._models), self._runtime)
+            old, new = self._catalogue, merge(read(), self._runtime)
             changes = difference(old, new)
             if new.pool != old.pool:
                 self._slots.devices = self._scout.devices()
             self._check_pins(new)
-            grants = grants_of(new)
+            self._read, grants = read, grants_of(new)
             self._take(new)
             self.grants = grants
             if new.pool != old.pool:

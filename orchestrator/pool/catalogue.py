@@ -13,6 +13,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -24,6 +25,7 @@ from orchestrator.pool.entries import Entry, KeyEntry, PoolSettings, Preset
 from orchestrator.pool.places import KeyPath, Places, dotted, lines_of
 from orchestrator.pool.reading import Mistake, Reading
 from orchestrator.pool.values import by_device
+from orchestrator.settings.fields import StrPath
 
 _SYNTAX: Final = re.compile(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", re.DOTALL)
 _MAX_CHARACTERS: Final = 200
@@ -126,6 +128,16 @@ def read_catalogue(path: str | os.PathLike[str]) -> Catalogue:
     Raises:
         InvalidCatalogue: it cannot be read, or has a mistake.
     """
+    tables, file, places = tables_in(path)
+    return _catalogue(tables, file.parent, file, places)
+
+
+def tables_in(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Path, Places]:
+    """Return the tables of a TOML file, that file, and where its values stand.
+
+    Raises:
+        InvalidCatalogue: it cannot be read, or is no TOML.
+    """
     shown = os.fspath(path)
     file = Path(os.path.abspath(os.path.expanduser(shown)))
     places = Places(shown)
@@ -138,8 +150,7 @@ def read_catalogue(path: str | os.PathLike[str]) -> Catalogue:
     except (OSError, ValueError) as error:  # a name with a null character is a ValueError
         why = getattr(error, "strerror", None) or "the name cannot be used"
         raise places.error(f"cannot be read ({why}): give the file of a catalogue") from error
-    tables = _parsed(text, places)
-    return _catalogue(tables, file.parent, file, replace(places, lines=lines_of(text)))
+    return _parsed(text, places), file, replace(places, lines=lines_of(text))
 
 
 def catalogue_of(
@@ -154,6 +165,15 @@ def catalogue_of(
         InvalidCatalogue: it has a mistake.
     """
     return _catalogue(mapping, Path(os.path.abspath(folder)), None, Places())
+
+
+def reader_of(
+    models: StrPath | Mapping[str, Any], folder: StrPath = os.curdir
+) -> Callable[[], Catalogue]:
+    """Return what reads a catalogue, now and again: a file, or tables whose paths start here."""
+    if isinstance(models, Mapping):
+        return partial(catalogue_of, models, folder)
+    return partial(read_catalogue, models)
 
 
 def with_entry(
@@ -323,6 +343,7 @@ def _unknown_names(made: Catalogue) -> Iterator[Mistake]:
         (("pool",), "preload", made.pool.preload),
         (("pool",), "default", default),
         *((("keys", key.name), "models", key.models or ()) for key in made.keys.values()),
+        *((("models", one.name), "spillover", one.spillover) for one in made.models.values()),
     ]
     for table, key, names in lists:
         for name in names:
@@ -331,6 +352,8 @@ def _unknown_names(made: Catalogue) -> Iterator[Mistake]:
                 message = f"{key} names {shown}, which is no entry and no alias of one"
             elif key == "preload" and match.entry.base_url is not None:
                 message = f"{key} names {shown}, which has a base_url: there is nothing to load"
+            elif key == "spillover" and match.entry.base_url is None:
+                message = f"spillover names {shown}, which has no base_url: name another server"
             else:
                 continue
             yield Mistake(table, key, InvalidRequest.because(message, field=key))
@@ -349,7 +372,12 @@ def _with_names_of_entries(made: Catalogue) -> Catalogue:
         name: key if key.models is None else replace(key, models=own(key.models))
         for name, key in made.keys.items()
     }
-    return replace(made, pool=replace(pool, preload=own(pool.preload), default=default), keys=keys)
+    models = {
+        name: replace(one, spillover=own(one.spillover)) if one.spillover else one
+        for name, one in made.models.items()
+    }
+    pool = replace(pool, preload=own(pool.preload), default=default)
+    return replace(made, pool=pool, models=models, keys=keys)
 
 
 def _pins(made: Catalogue, entries: Iterable[Entry] | None = None) -> Iterator[Mistake]:

@@ -92,6 +92,10 @@ class Watch:
         """Return why its server was of no use when it was last asked."""
         return self._found.get(_key(entry))
 
+    def lose(self, entry: Entry, problem: Problem) -> None:
+        """Note that a request has found its server of no use, until it is asked again."""
+        self._found = {**self._found, _key(entry): problem}
+
     def of(self, entries: Iterable[Entry]) -> None:
         """Watch the servers of these entries from now on, those that are not ours."""
         with self._wake:

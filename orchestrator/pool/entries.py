@@ -126,6 +126,11 @@ class Entry:
         values.need, "what it needs in all, believed; a size or a table by device"
     )
     group: str | None = setting(checks.line, "of the models of a group one is resident at most")
+    spillover: tuple[str, ...] = setting(
+        values.names,
+        "entries with base_url that take requests while there is no room for this one",
+        default=(),
+    )
     base_url: str | None = setting(
         values.base_url, "an OpenAI-compatible server, which is not ours to start"
     )

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, Unpack
 
 from orchestrator.base import workers
-from orchestrator.errors import DeadlineExceeded
+from orchestrator.errors import DeadlineExceeded, Problem
 from orchestrator.machine.plan import Plan
 from orchestrator.pool.by_hand import ByHand, HandFields
 from orchestrator.pool.calls import F, PoolFacade
-from orchestrator.pool.catalogue import Catalogue, Changes, with_entry
+from orchestrator.pool.catalogue import Catalogue, Changes, reader_of, with_entry
 from orchestrator.pool.context import Turn
 from orchestrator.pool.elsewhere import server_of
 from orchestrator.pool.entries import Entry
+from orchestrator.pool.foresight import has_room
 from orchestrator.pool.owner import Granted, PoolCall
 from orchestrator.pool.status import ModelStatus
 from orchestrator.runtime.answers import (
@@ -44,6 +46,7 @@ from orchestrator.runtime.orchestrator import (
     followed,
     lines_in_turns,
 )
+from orchestrator.settings.fields import StrPath
 from orchestrator.settings.request import LoadRequest
 
 if TYPE_CHECKING:
@@ -190,9 +193,19 @@ class ModelPool(PoolFacade[Orchestrator]):
         """
         return self.model_status(self._pin(name, pinned).name)
 
-    def reload(self) -> Changes:
-        """Read the catalogue's file again. A mistake in it is an error and changes nothing."""
-        return self._reload()
+    def reload(
+        self,
+        models: StrPath | Mapping[str, Any] | None = None,
+        *,
+        folder: StrPath = os.curdir,
+    ) -> Changes:
+        """Read the catalogue's file again. A mistake in it is an error and changes nothing.
+
+        Args:
+            models: Another catalogue to go on with, as a file or a mapping.
+            folder: Where relative paths of that mapping start.
+        """
+        return self._reload(None if models is None else reader_of(models, folder))
 
     def events(self, after: int | None = None) -> Iterator[Event]:
         """Iterate over the transitions of all models, each with `model`; see `Orchestrator.events`.
@@ -338,9 +351,35 @@ class AsyncModelPool(PoolFacade[AsyncOrchestrator]):
         """Return the variants of any model, on disk or on the Hub; see `Orchestrator.variants`."""
         return await self._scout.variants(request)
 
-    async def reload(self) -> Changes:
-        """Read the catalogue's file again; see `ModelPool.reload`."""
-        return await workers.waited(self._reload)
+    async def taken_by(self, entry: Entry) -> Entry:
+        """Return the entry that takes a request for this one: of its `spillover` the first whose
+        server answers, if this pool has no room for it now; else this one.
+        """
+        if not entry.spillover:
+            return entry
+        await self._ready()
+        return await workers.waited(partial(self._taken_by, entry))
+
+    def _taken_by(self, entry: Entry) -> Entry:
+        if has_room(self._slots, self._ctx, entry, self._clock()):
+            return entry
+        found = (self.catalogue.models.get(name) for name in entry.spillover)
+        others = (other for other in found if other is not None and other.base_url is not None)
+        return next((one for one in others if self._watch.problem(one) is None), entry)
+
+    def lose(self, entry: Entry, why: str) -> None:
+        """Take no spillover to the server of this entry until it answers again."""
+        self._watch.lose(entry, Problem("bad_gateway", why))
+
+    async def reload(
+        self,
+        models: StrPath | Mapping[str, Any] | None = None,
+        *,
+        folder: StrPath = os.curdir,
+    ) -> Changes:
+        """Read the catalogue's file again, or another one; see `ModelPool.reload`."""
+        read = None if models is None else reader_of(models, folder)
+        return await workers.waited(partial(self._reload, read))
 
     def events(self, after: int | None = None) -> AsyncGenerator[Event, None]:
         """Iterate over the transitions of all models; see `ModelPool.events`."""

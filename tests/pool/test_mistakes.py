@@ -44,6 +44,10 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("[keys]\nann = 'k'", 2, "keys.ann"),
     (CHAT + "presets = []", 3, "models.chat.presets"),
     (CHAT + "presets.p = 1", 3, "models.chat.presets.p"),
+    # spillover
+    (CHAT + 'spillover = ["chat"]', 3, "models.chat.spillover"),
+    (CHAT + 'spillover = ["nobody"]', 3, "models.chat.spillover"),
+    (THERE + "spillover = []", 3, "models.there.spillover"),
     # names
     ('["models"."a b"]\nmodel_path = "org/a"', 1, 'models."a b"'),
     ('[models."-a"]\nmodel_path = "org/a"', 1, "models.-a"),

@@ -46,6 +46,8 @@ def catalogue_with(table: str, members: dict[str, Any]) -> dict[str, Any]:
 def is_beyond_a_schema(row: Setting, value: Any) -> bool:
     """Whether the two may differ: names of models, forms of text, and choices with white space."""
     is_text = isinstance(value, str)
+    if row == MODEL["spillover"]:
+        return bool(value)  # names of entries that have a base_url
     if row.choices:
         return is_text and not value.strip()
     return is_text and row in (POOL["default"], MODEL["speculative_type"])

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Final
 from urllib.parse import parse_qsl, urlencode
 
+from fastapi import HTTPException
 from multidict import CIMultiDict
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
@@ -27,9 +28,9 @@ from orchestrator.http.pool.visible import Eyes, Visible
 from orchestrator.http.problems import AsciiJSON, Responder, http_problem
 from orchestrator.http.shutdown import Shutdown
 from orchestrator.http.upstream import Body, Server, Upstream, headers_for, send_on
-from orchestrator.pool.catalogue import Match
 from orchestrator.pool.context import Turn
 from orchestrator.pool.elsewhere import api_of
+from orchestrator.pool.entries import Entry
 from orchestrator.pool.pool import AsyncModelPool
 from orchestrator.runtime.answers import LeasedServer
 
@@ -117,11 +118,11 @@ class ByName:
             found = members_of(content_type)
             await client.find(found, is_known=bool(wanted))
             match = seen.match(wanted or found.model)
-            entry = match.entry
-            asked.model = entry.name
-            check_kind(entry.kind, target)
+            asked.model = match.entry.name
+            check_kind(match.entry.kind, target)
+            entry = await self._pool.taken_by(match.entry)
             turn = Turn(seen.grant.name, seen.grant.weight)
-            server = await self._leased(stack, client, match, turn)
+            server = await self._leased(stack, client, entry, turn)
             self._waited(entry.name, asked.got_server(entry.name))
             await client.stop_looking()
             model = entry.upstream_model or entry.name
@@ -136,22 +137,28 @@ class ByName:
             else:
                 facade = self._pool.facade_of(entry.name)
                 judge = facade.judge_of_prompts(server.generation)
-            response = await self._upstream.request(
-                scope["method"],
-                f"{path}?{query}" if query else path,
-                headers,
-                body,
-                Server(url, server.api_key, server.generation, entry.name),
-            )
-            renames = renames_in(response, entry.name) if entry.base_url is not None else None
+            try:
+                response = await self._upstream.request(
+                    scope["method"],
+                    f"{path}?{query}" if query else path,
+                    headers,
+                    body,
+                    Server(url, server.api_key, server.generation, entry.name),
+                )
+            except HTTPException as error:
+                if entry.base_url is not None:
+                    self._pool.lose(entry, error.detail)
+                raise
+            own = match.entry.name
+            renames = renames_in(response, own) if entry.base_url is not None else None
             await send_on(scope, response, send, judge=judge, rewrites=renames)
 
     async def _leased(
-        self, stack: AsyncExitStack, client: Upload, match: Match, turn: Turn
+        self, stack: AsyncExitStack, client: Upload, entry: Entry, turn: Turn
     ) -> LeasedServer:
         """Lease the server until the stack is closed; the request waits until it is there."""
         client.look_ahead()
-        lease = stack.enter_async_context(self._pool.lease(match.entry.name, turn=turn))
+        lease = stack.enter_async_context(self._pool.lease(entry.name, turn=turn))
         return await self._shutdown.wait(lease)
 
 

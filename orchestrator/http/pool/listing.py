@@ -24,11 +24,11 @@ def listing(pool: AsyncModelPool, seen: Visible) -> dict[str, Any]:
 def listed(pool: AsyncModelPool, seen: Visible, name: str) -> dict[str, Any]:
     """Return one of them. Raises ModelNotFound."""
     match = seen.match(name)
-    return _one(name, _value(pool, pool.model_status(match.entry.name)))
+    return _one(name, value_of(pool, pool.model_status(match.entry.name)))
 
 
 def _names(pool: AsyncModelPool, model: ModelStatus) -> Iterator[dict[str, Any]]:
-    value = _value(pool, model)
+    value = value_of(pool, model)
     for name in (model.name, *model.aliases, *(f"{model.name}:{one}" for one in model.presets)):
         yield _one(name, value)
 
@@ -43,7 +43,7 @@ def _one(name: str, value: str) -> dict[str, Any]:
     }
 
 
-def _value(pool: AsyncModelPool, model: ModelStatus) -> str:
+def value_of(pool: AsyncModelPool, model: ModelStatus) -> str:
     if model.state is State.HEALTHY:
         return "loaded"
     if model.waiting or pool.slot_status(model.name).loading is not None:
