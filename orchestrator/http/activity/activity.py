@@ -148,7 +148,7 @@ class Asked:
         self._told_at = self._began
         self._heard = Heard()
         self.model: str | None = None
-        self.has_begun = False
+        self.has_begun: bool = False
 
     def got_server(self, model: str | None) -> float:
         """Note that it waits no longer; return for how many seconds it has."""
