@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from orchestrator.runtime.remote import AsyncRemoteOrchestrator, RemoteOrchestrator
 
 _LOG_INTERVAL_S: Final = 0.1
+_QUIET_INTERVAL_S: Final = 1.0  # for a follower of a server that has printed nothing for a while
 _LINES_A_TURN: Final = 100
 
 
@@ -459,10 +460,12 @@ async def batches_async(
     """Iterate over output as `batches` does; it is read on a worker thread."""
     position, new = await workers.waited(partial(since, (0, 0)))
     new = new[max(0, len(new) - lines) :]
+    pause_s = _LOG_INTERVAL_S
     while new or not has_ended():
+        pause_s = _LOG_INTERVAL_S if new else min(2 * pause_s, _QUIET_INTERVAL_S)
         if new:
             yield new
-        await asyncio.sleep(_LOG_INTERVAL_S)
+        await asyncio.sleep(pause_s)
         position, new = await workers.waited(partial(since, position))
 
 

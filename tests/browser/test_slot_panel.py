@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from playwright.sync_api import Page, expect
+import pytest
+from playwright.sync_api import Browser, Page, expect
 
 from orchestrator import RestartPolicy
 from orchestrator.demo.tiny_model import write_tiny_model
 from orchestrator.http import create_app
+from tests.browser.test_panel import violations
 from tests.kit.fake_hub import Hub, Repo
 from tests.kit.http import PREFIX, Gate, is_at_gate, serving, until, using_the_server
-from tests.kit.panel import Open, Start
+from tests.kit.panel import PHONE, Open, Panel, Start
 
 BAD = ["--seed", "bogus"]
 
@@ -222,7 +224,7 @@ def test_chat_streams_and_is_stopped(start: Start, open_panel: Open, tiny_model:
     page.keyboard.press("Enter")
     answer = page.locator("#talk .answer")
     expect(answer).not_to_be_empty()
-    page.get_by_role("button", name="Stop").click()
+    page.locator("#stop").dispatch_event("click")  # at once, while it is written
     expect(page.locator("#try-about")).to_have_text(re.compile("Stopped|tokens/s"))
     until(client, lambda status: not status["leases"])
     page.get_by_label("Message").fill("And then?")
@@ -259,3 +261,88 @@ def test_requests_are_shown_with_their_figures(
     )
     line = figures.filter(has_text="Free memory").get_by_role("img")
     expect(line).to_have_attribute("aria-label", re.compile(r"at most \d+ (M|G)iB"))
+
+
+# ------------------------------------------------------------------------------------- every state
+
+
+def test_page_at_rest_requests_little(start: Start, open_panel: Open, tiny_model: str) -> None:
+    """Many open panels cost the service next to nothing."""
+    client = start()
+    assert client.post(PREFIX + "/load", json={"model_path": tiny_model}).status_code == 200
+    panel = open_panel(client)
+    page = panel.page
+    page.clock.install()
+    page.reload()
+    panel.until_live().expect_state("Healthy")
+    expect(page.locator("#plan")).to_contain_text("Nothing to do")
+    sent: list[str] = []
+    begun = page.evaluate("Date.now()")  # this clock runs by itself, too
+    page.on("request", lambda request: sent.append(request.url))
+    for _ in range(60):
+        page.clock.run_for(1000)
+    minutes = (page.evaluate("Date.now()") - begun) / 60_000
+    assert len(sent) <= 10 * minutes + 2, [url.rpartition("/")[2] for url in sent]
+    assert any("usage" in url for url in sent)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_is_accessible_while_it_loads_drains_and_is_cut_off(
+    open_panel: Open, state_dir: Path, tiny_model: str, gate: Gate, scheme: str
+) -> None:
+    """And after an exit, and with an answer in the box."""
+    options: dict[str, Any] = {"state_dir": state_dir, "restart": RestartPolicy(backoff_s=600)}
+    with serving(create_app(llama_server=gate.binary, drain_timeout_s=600, **options)) as client:
+        panel = open_panel(client, scheme=scheme, size=PHONE).until_live()
+        panel.apply(model_path=tiny_model)
+        panel.expect_state("WaitingHealth")
+        _check(panel.page)
+        gate.open()
+        panel.expect_state("Healthy")
+        panel.page.get_by_label("Message").fill("Hello")
+        panel.page.get_by_role("button", name="Send").click()
+        expect(panel.page.locator("#try-about")).to_contain_text("tokens/s")
+        panel.page.locator("#stop").dispatch_event("click")  # it may have ended by itself
+        _check(panel.page)
+        with using_the_server(str(client.base_url)):
+            panel.page.get_by_role("button", name="Unload").click()
+            panel.expect_state("Killing")
+            _check(panel.page)
+            panel.page.get_by_role("button", name="Cut now").click()
+        panel.expect_state("Idle")
+        loaded = client.post(PREFIX + "/load", json={"model_path": tiny_model}).json()
+        psutil.Process(loaded["pid"]).kill()
+        expect(panel.page.get_by_role("alert").filter(has_text="server_exited")).to_be_visible()
+        _check(panel.page)
+    expect(panel.page.locator("#link")).to_have_text("reconnecting …")
+    _check(panel.page)
+
+
+def _check(page: Page) -> None:
+    page.evaluate("document.querySelectorAll('details').forEach((one) => one.open = true)")
+    assert not violations(page)
+    wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert page.evaluate(wide) == 0
+
+
+def test_touch_and_reduced_motion_are_respected(
+    start: Start, chromium: Browser, tiny_model: str
+) -> None:
+    client = start()
+    client.post(PREFIX + "/load", json={"model_path": tiny_model})
+    context = chromium.new_context(
+        viewport={"width": 390, "height": 800},
+        has_touch=True,
+        is_mobile=True,
+        reduced_motion="reduce",
+    )
+    page = context.new_page()
+    Panel(page, str(client.base_url)).open().until_live().expect_state("Healthy")
+    heights = page.locator("button:visible, select:visible, summary:visible").evaluate_all(
+        "all => all.map(one => [one.textContent, one.getBoundingClientRect().height])"
+    )
+    assert len(heights) > 8
+    assert [one for one in heights if one[1] < 44] == []
+    moving = "getComputedStyle(document.querySelector('#dot')).animationName"
+    assert page.evaluate(moving) == "none"
+    context.close()

@@ -382,3 +382,72 @@ def test_app_has_one_owner(files: dict[str, str], options: Members) -> None:
         create_app(pool=cast("AsyncModelPool", ModelPool(catalogue, **options)))
     with pytest.raises(TypeError, match="give a pool, an orchestrator, or the options"):
         create_app(pool=AsyncModelPool(catalogue, **options), slot="x")
+
+
+# ------------------------------------------------------------------------------ pins, and finding
+
+
+def test_model_is_pinned_until_the_file_is_read_again(
+    files: dict[str, str], options: Members, tmp_path: Path
+) -> None:
+    """At once, without a reload; what is added at run time stays pinned."""
+    catalogue = tmp_path / "models.toml"
+    text = '[pool]\nmemory = "1 GiB"\n[models.chat]\nmemory = "100 MiB"\n'
+    catalogue.write_text(f'{text}model_path = "{files["chat"]}"\n')
+    with serving_pool(str(catalogue), **options) as client:
+        post(client, "", name="more", model_path=files["other"], memory="100 MiB")
+        pid = client.post(f"{MODELS}/chat/load").json()["pid"]
+        for name in ("chat", "more"):
+            assert client.post(f"{MODELS}/{name}/pin").json()["pinned"]
+        assert model(client, "chat")["pinned"]
+        assert model(client, "chat")["pid"] == pid
+        assert post(client, "/more/pin", pinned=False).json()["pinned"] is False
+        post(client, "/more/pin", pinned=True)
+        assert client.post("/api/catalogue").json()["changed"] == ["chat"]
+        assert not model(client, "chat")["pinned"]
+        assert model(client, "more")["pinned"]
+        assert model(client, "chat")["pid"] == pid
+
+
+def test_pins_that_exceed_the_budget_or_a_group_are_refused(
+    files: dict[str, str], options: Members
+) -> None:
+    catalogue = catalogue_of(
+        files, chat={"memory": "700 MiB", "pinned": True}, other={"memory": "700 MiB"}
+    )
+    with serving_pool(catalogue, **options) as client:
+        assert problem(client.post(f"{MODELS}/other/pin"))[0] == 400
+        assert "1400 MiB" in client.post(f"{MODELS}/other/pin").json()["detail"]
+        assert not model(client, "other")["pinned"]
+        assert problem(client.post(f"{MODELS}/no/pin")) == (404, "model_not_found")
+        assert problem(post(client, "/other/pin", pin=True)) == (422, "malformed")
+    catalogue = catalogue_of(files, chat={"group": "g", "pinned": True}, other={"group": "g"})
+    with serving_pool(catalogue, **options) as client:
+        assert problem(client.post(f"{MODELS}/other/pin")) == (400, "invalid_request")
+        assert not model(client, "other")["pinned"]
+
+
+def test_models_on_disk_and_variants_are_for_those_who_may_add(
+    files: dict[str, str], options: Members, tmp_path: Path
+) -> None:
+    catalogue = catalogue_of(files)
+    for name, more in (("boss", {"admin": True}), ("ann", {}), ("bob", {"models": ["chat"]})):
+        (tmp_path / name).write_text(f"key-of-{name}")
+        key = {"key_file": str(tmp_path / name), **more}
+        catalogue.setdefault("keys", {})[name] = key
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    Path(files["chat"]).rename(folder / "mine.gguf")
+    with serving_pool(catalogue, models_dir=folder, **options) as client:
+        for name, status in (("boss", 200), ("ann", 403), ("bob", 403)):
+            headers = {"X-Api-Key": f"key-of-{name}"}
+            found = client.get("/api/on-disk", headers=headers)
+            assert found.status_code == status, found.text
+            body = {"model_path": "mine.gguf"}
+            listed = client.post("/api/variants", json=body, headers=headers)
+            assert listed.status_code == status, listed.text
+            if status == 200:
+                [one] = [m for m in found.json()["models"] if m["where"] == "folder"]
+                assert one["model_path"] == "mine.gguf"
+                assert found.json()["free_bytes"] > 0
+                assert len(listed.json()["variants"]) == 1

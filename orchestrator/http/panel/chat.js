@@ -47,8 +47,8 @@ async function talk(text) {
   const system = $("system").value.trim();
   const temperature = Number($("temperature").value);
   messages.push({ role: "user", content: text });
-  const answer = el("p", { class: "answer" });
-  $("talk").append(el("p", { class: "asked" }, text), answer);
+  const [thinking, answer] = [el("p", { class: "thought", hidden: true }), el("p", { class: "answer" })];
+  $("talk").append(el("p", { class: "asked" }, text), thinking, answer);
   $("prompt").value = "";
   const body = {
     messages: [...(system ? [{ role: "system", content: system }] : []), ...messages],
@@ -59,7 +59,7 @@ async function talk(text) {
   const begun = performance.now();
   let first = 0;
   let count = 0;
-  let said = "";
+  let [said, thoughts, frame] = ["", "", 0];
   let figures = null;
   const parse = eventParser(({ data }) => {
     if (data.error) throw new Error(data.error.message);
@@ -68,15 +68,21 @@ async function talk(text) {
     if (!content && !thought) return;
     first ||= performance.now();
     count += 1;
-    if (thought) (answer.previousElementSibling?.className === "thought" ? answer.previousElementSibling : answer.parentNode.insertBefore(el("p", { class: "thought" }), answer)).append(thought);
+    thoughts += thought ?? "";
     said += content ?? "";
-    answer.append(content ?? "");
-    $("talk").scrollTop = $("talk").scrollHeight;
-    about(measured());
+    frame ||= requestAnimationFrame(draw);
   });
+  const draw = () => {
+    frame = 0;
+    thinking.hidden = !thoughts;
+    for (const [node, whole] of [[thinking, thoughts], [answer, said]]) node.append(whole.slice(node.textContent.length));
+    $("talk").scrollTop = $("talk").scrollHeight;
+    if (count) about(measured());
+  };
   const measured = () => {
     const rate = figures?.predicted_per_second ?? (count - 1) / ((performance.now() - first) / 1000);
-    return [`${rate >= 10 ? Math.round(rate) : rate.toFixed(1)} tokens/s`, `first token after ${seconds((first - begun) / 1000)}`].join(" · ");
+    const speed = count > 1 && `${rate >= 10 ? Math.round(rate) : rate.toFixed(1)} tokens/s`;
+    return [speed, `first token after ${seconds((first - begun) / 1000)}`].filter(Boolean).join(" · ");
   };
   try {
     const reply = await send("/v1/chat/completions", named(body), going.signal);
@@ -84,11 +90,13 @@ async function talk(text) {
     for (;;) {
       const { value, done } = await reader.read();
       if (done) break;
-      parse(value.replaceAll("data: [DONE]", ""));
+      parse(value);
     }
-    about(count ? measured() : "The answer is empty.");
+    if (!count) about("The answer is empty.");
     say($("announce"), "The answer is complete.");
   } finally {
+    cancelAnimationFrame(frame);
+    draw();
     if (said) messages.push({ role: "assistant", content: said });
     else messages.pop(), answer.remove();
   }

@@ -13,6 +13,7 @@ const extra = $("extra-text");
 for (const one of FIELDS) (one.control === "check" ? $("checks") : $("plain")).append(drawn(one));
 
 let isTouched = false;
+let filled = ""; // what was put into the form last
 let running = null; // extra arguments of the running server
 let variants = [];
 let listing = new AbortController();
@@ -51,8 +52,10 @@ export function fill(loaded, { force = false } = {}) {
   running = loaded?.llama_extra_args ?? null;
   $("match").hidden = !loaded;
   showExtra();
-  if (!loaded || (isTouched && !force)) return;
+  const key = JSON.stringify(loaded);
+  if (!loaded || (!force && (isTouched || key === filled))) return;
   isTouched = false;
+  filled = key;
   form.reset();
   extra.value = "";
   $("model_path").value = loaded.model_path;

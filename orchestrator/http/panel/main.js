@@ -22,7 +22,8 @@ const RESTING_S = 15; // between two requests of the status while nothing change
 const opened = Date.now();
 
 let status = null;
-let newest = null; // the last load
+let loads = []; // newest first
+let told = ""; // of what moment they are
 let asking = null;
 let askAgain = false;
 let lastRest = "";
@@ -32,8 +33,11 @@ function refresh() {
   if (asking) return void (askAgain = true);
   asking = (async () => {
     try {
-      const [now, past] = [await get("status"), await get(`loads?limit=${ROWS}`)];
-      show(now, past.loads);
+      const now = await get("status");
+      const moment = JSON.stringify([now.generation, now.since, now.last_error, now.loading]);
+      if (moment !== told || now.loading) loads = (await get(`loads?limit=${ROWS}`)).loads;
+      told = moment;
+      show(now);
     } catch {
       // the event stream shows that the backend is away, and refreshes when it is back
     } finally {
@@ -44,9 +48,9 @@ function refresh() {
   })();
 }
 
-function show(now, loads) {
+function show(now) {
   status = now;
-  newest = loads[0] ?? null;
+  const newest = loads[0] ?? null;
   view.show(now, newest);
   steps.show(now, newest);
   history.show(loads);
@@ -124,7 +128,7 @@ $("cut").addEventListener("click", async () => {
   await post("unload", { model_path: running?.model_path ?? null, cut: true }).catch(() => {});
   refresh();
 });
-$("again").addEventListener("click", () => newest && again(newest).then(refresh));
+$("again").addEventListener("click", () => loads.length && again(loads[0]).then(refresh));
 $("prefetch-only").addEventListener("click", prefetch);
 history.offer((load) => again(load).then(refresh));
 $("follow").addEventListener("change", log.toggle);

@@ -91,7 +91,7 @@ export function eventParser(onEvent) {
         const colon = line.indexOf(":");
         if (colon > 0) members[line.slice(0, colon)] = line.slice(colon + 1).trimStart();
       }
-      if (members.data) onEvent({ id: members.id, kind: members.event, data: JSON.parse(members.data) });
+      if (members.data && members.data !== "[DONE]") onEvent({ id: members.id, kind: members.event, data: JSON.parse(members.data) });
     }
   };
 }
