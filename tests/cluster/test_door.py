@@ -8,6 +8,7 @@ from typing import Any
 from starlette.types import Message, Receive, Scope, Send
 
 from orchestrator.cluster.door import Door
+from tests.kit.shell.harness import asyncio_test
 
 KEY = [(b"proxy-authorization", b"Bearer key")]
 
@@ -20,6 +21,7 @@ async def nothing() -> Message:
     return {"type": "http.disconnect"}
 
 
+@asyncio_test
 async def test_it_waits_for_answers_and_not_for_event_streams() -> None:
     go, begun = asyncio.Event(), asyncio.Semaphore(0)
     statuses: list[int] = []
@@ -49,6 +51,7 @@ async def test_it_waits_for_answers_and_not_for_event_streams() -> None:
     assert statuses == [503, 200, 200]
 
 
+@asyncio_test
 async def test_it_does_not_wait_for_ever() -> None:
     async def app(*_: Any) -> None:
         await asyncio.Event().wait()
