@@ -90,7 +90,8 @@ advisories: $(VENV)/.ready
 check-ray: $(VENV)/.ready llama-server
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[ray]'
 	mkdir -p /tmp/ray
-	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m pytest -m ray -s tests/ray $(ARGS)
+	RAY_USAGE_STATS_ENABLED=0 LLAMA_SERVER_PATH=$(SERVER) \
+	  $(BIN)/python -m pytest -m ray -s tests/ray $(ARGS)
 
 check-deep: $(VENV)/.ready llama-server
 	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m pytest -m deep -s $(ARGS)

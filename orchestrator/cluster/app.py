@@ -21,6 +21,13 @@ FRONT: Final = "Front"
 _HEALTH_S: Final = 1.0  # a killed replica is replaced after 2 to 4 s, with Ray's 10 s after 8 to 9
 
 
+class Replica(PoolReplica):
+    """What Serve starts on each node."""
+
+    async def __del__(self) -> None:  # Serve awaits it, once
+        await self.stop()
+
+
 class Ingress:
     """A replica that routes; Serve gives it the requests."""
 
@@ -70,7 +77,7 @@ def build_app(args: Mapping[str, Any]) -> Any:
         "logging_config": {"enable_access_log": False},  # a line for each poll
     }
     pools = serve.deployment(
-        PoolReplica,
+        Replica,
         name=POOL,
         num_replicas=wanted.num_replicas,
         max_replicas_per_node=1,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from orchestrator.base import workers
@@ -33,12 +33,13 @@ _log = event_log("orchestrator.cluster")
 
 
 class PoolReplica:
-    """What Serve starts on each node.
+    """A pool and its listener.
 
     Args:
         options: Of the pool.
         claim_s: How long to wait for the slot, which a dead replica may still hold.
         num_gpus: See `budget_of`.
+        where: Returns where this replica is.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class PoolReplica:
         options: Mapping[str, Any],
         claim_s: float,
         num_gpus: float,
+        where: Callable[[], Place] = place,
     ) -> None:
-        self._place: Place = place()
+        self._place: Place = where()
         self._slot = slot_of(slot, self._place.node)
         self._options = options
         self._claim_s = claim_s
@@ -103,8 +105,8 @@ class PoolReplica:
             problem=problem,
         )
 
-    async def __del__(self) -> None:
-        """Finish the answers that have begun, and end every server. Serve awaits this."""
+    async def stop(self) -> None:
+        """Finish the answers that have begun, and end every server."""
         if self._life is None:
             return
         if self._url is None:

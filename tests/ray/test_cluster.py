@@ -254,11 +254,11 @@ def test_a_lost_node_leaves_no_server_and_its_models_go_on_elsewhere(cluster: Cl
 def test_a_mistake_in_a_catalogue_is_told_and_changes_nothing(
     cluster: Cluster, args: dict[str, Any]
 ) -> None:
-    before = set(by_replica(cluster))
+    before = {one["replica"] for one in cluster.until_open(2)}
     with pytest.raises(AssertionError, match="did you mean"):
         cluster.deploy({**args, "models": {"models": {"a": {"model_pth": "x"}}}})
     assert pid_of(cluster.ask("a"))
-    assert set(by_replica(cluster)) == before
+    assert {one["replica"] for one in cluster.until_open(2)} == before
     assert APP in cluster.details()["applications"]
 
 
