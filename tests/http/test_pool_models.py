@@ -230,7 +230,7 @@ def test_cancel_by_id_ends_its_own_load_only(client: httpx.Client, fake: Fake) -
         assert post(client, "/other/cancel", load_request_id="mine").json() == {"cancelled": False}
         assert post(client, "/chat/cancel", load_request_id="mine").json() == {"cancelled": True}
         assert problem(mine.result()) == (409, "cancelled")
-        assert model(client, "chat")["waiting"] == 1
+        until_model(client, "chat", lambda one: one["waiting"] == 1)
         assert not other.done()
         assert post(client, "/chat/cancel", load_request_id="other").json() == {"cancelled": True}
         assert problem(other.result()) == (409, "cancelled")

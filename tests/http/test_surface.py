@@ -187,11 +187,13 @@ def _events(client: httpx.Client, after: int, count: int) -> list[dict[str, Any]
         assert stream.headers["content-type"].startswith("text/event-stream")
         event: dict[str, Any] = {}
         for line in stream.iter_lines():
+            if line.startswith(":"):  # a comment, which keeps a silent stream alive
+                continue
             name, _, value = line.partition(": ")
             if name:
                 event[name] = json.loads(value) if name == "data" else value
                 continue
-            found.append(event)
+            found += [event] if event else []
             event = {}
             if len(found) == count:
                 break
