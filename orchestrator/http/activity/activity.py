@@ -83,7 +83,14 @@ class Activity:
         """Return the newest requests that are meant, newest first."""
         self._write()
         found: Future[list[Served]] = Future()
-        _BEHIND.put(lambda: found.set_result(self._store.read(is_meant, limit)))
+
+        def read() -> None:
+            try:
+                found.set_result(self._store.read(is_meant, limit))
+            except Exception as error:  # noqa: BLE001 (the caller gets it)
+                found.set_exception(error)
+
+        _BEHIND.put(read)
         try:
             async with asyncio.timeout(_READ_S):
                 return await asyncio.wrap_future(found)
