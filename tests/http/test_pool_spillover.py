@@ -84,7 +84,10 @@ def test_a_server_that_failed_a_request_is_left_out(
             with busy(client, tmp_path / "go"):
                 assert client.post(CHAT, json=body).json()["alias"] == "theirs"
                 life.close()  # between two looks of the watch
-                assert problem(client.post(CHAT, json=body)) == (502, "bad_gateway")
+                lost = client.post(CHAT, json=body)
+                assert problem(lost) == (502, "bad_gateway")
+                assert "near" not in lost.text, "the key need not see that model"
+                assert client.get("/api/activity").json()[0]["model"] == "second"
                 assert model(client, "near")["last_error"]["category"] == "bad_gateway"
                 waiting = threads.submit(client.post, CHAT, json=body)
                 until_model(client, "second", lambda one: one["waiting"] == 1)

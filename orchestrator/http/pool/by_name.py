@@ -35,6 +35,9 @@ from orchestrator.pool.pool import AsyncModelPool
 from orchestrator.runtime.answers import LeasedServer
 
 _LISTING: Final = "/v1/models"
+_NO_ROOM_ELSEWHERE: Final = (
+    "there is no room for this model now, and the server that takes its requests gives no answer"
+)
 _OWN_LENGTH: Final = frozenset({b"content-length"})
 
 
@@ -123,7 +126,7 @@ class ByName:
             entry = await self._pool.taken_by(match.entry)
             turn = Turn(seen.grant.name, seen.grant.weight)
             server = await self._leased(stack, client, entry, turn)
-            self._waited(entry.name, asked.got_server(entry.name))
+            self._waited(entry.name, asked.got_server(match.entry.name))
             await client.stop_looking()
             model = entry.upstream_model or entry.name
             added = match.preset.members if match.preset is not None else {}
@@ -148,6 +151,8 @@ class ByName:
             except HTTPException as error:
                 if entry.base_url is not None:
                     self._pool.lose(entry, error.detail)
+                if entry is not match.entry:  # the key may not see that one
+                    raise HTTPException(502, _NO_ROOM_ELSEWHERE) from error
                 raise
             own = match.entry.name
             renames = renames_in(response, own) if entry.base_url is not None else None
