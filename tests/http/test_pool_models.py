@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -437,7 +438,7 @@ def test_models_on_disk_and_variants_are_for_those_who_may_add(
         catalogue.setdefault("keys", {})[name] = key
     folder = tmp_path / "folder"
     folder.mkdir()
-    Path(files["chat"]).rename(folder / "mine.gguf")
+    shutil.copy(files["chat"], folder / "mine.gguf")
     with serving_pool(catalogue, models_dir=folder, **options) as client:
         for name, status in (("boss", 200), ("ann", 403), ("bob", 403)):
             headers = {"X-Api-Key": f"key-of-{name}"}
