@@ -23,6 +23,8 @@ FAULTS = (
     "foreign server answering",
     "disk full: download",
     "disk full: log and record",
+    "disk full, file gone or damaged: activity",
+    "keys withdrawn, changed or unreadable",
     "truncated, corrupt or replaced model",
     "clock stepped",
     "parent ended, in each state",
