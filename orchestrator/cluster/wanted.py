@@ -18,6 +18,7 @@ from orchestrator.http.guards.origins import checked_hosts
 from orchestrator.pool.catalogue import Catalogue, catalogue_of, read_catalogue, tables_in
 from orchestrator.pool.pool import AsyncModelPool
 from orchestrator.runtime.calls import Facade
+from orchestrator.server.slot import LONGEST_NAME
 from orchestrator.settings.checks import unknown_field
 from orchestrator.settings.memory import HOST
 
@@ -25,7 +26,6 @@ DRAIN_S: Final = 60.0
 """Default of `drain_timeout_s`: a replica that is stopped finishes the answers it has begun."""
 MARGIN_S: Final = 5.0
 _SLOTS: Final = 4  # of a server whose entry does not say it
-_LONGEST_SLOT: Final = 64
 _OWN: Final = ("parts", "idle_ttl_s", "self")
 _OPTIONS: Final = {
     name: given.default
@@ -203,10 +203,10 @@ def slot_of(slot: str, node: str) -> str:
     Raises:
         InvalidRequest: the name is too long (field `slot`).
     """
-    if not isinstance(slot, str) or len(slot) > _LONGEST_SLOT // 2:
-        message = f"slot is {slot!r}: use a name of at most {_LONGEST_SLOT // 2} characters"
+    if not isinstance(slot, str) or len(slot) > LONGEST_NAME // 2:
+        message = f"slot is {slot!r}: use a name of at most {LONGEST_NAME // 2} characters"
         raise InvalidRequest.because(message, field="slot")
-    return f"{slot}-{node}"[:_LONGEST_SLOT]
+    return f"{slot}-{node}"[:LONGEST_NAME]
 
 
 def budget_of(models: Models, memory: object, totals: Mapping[str, int], num_gpus: float) -> Any:

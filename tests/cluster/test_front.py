@@ -105,8 +105,11 @@ def test_the_keys_of_a_user_go_along_and_those_of_fronts_do_not(
         assert one.headers["authorization"] == "Bearer ann"
         assert one.headers["proxy-authorization"] == "Bearer key-1"
         assert "cookie" not in one.headers
-        url = str(handle.reports[0].url)  # type: ignore[attr-defined]
-        direct = httpx.post(url + CHAT, headers={"Authorization": "Bearer key-1"}, trust_env=False)
+        [known] = handle.reports
+        assert isinstance(known, ReplicaReport)
+        direct = httpx.post(
+            f"{known.url}{CHAT}", headers={"Authorization": "Bearer key-1"}, trust_env=False
+        )
         assert direct.status_code == 401
 
 

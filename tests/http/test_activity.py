@@ -416,7 +416,9 @@ def test_link_in_the_place_of_the_file_is_not_followed(store: Store, path: Path)
 
 
 @asyncio_test
-async def test_thousands_of_requests_in_a_moment_are_all_written(tmp_path: Path) -> None:
+async def test_thousands_of_requests_in_a_moment_are_all_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In few transactions, on a thread of ours."""
     activity = Activity(lambda: tmp_path, dict)
     writes: list[int] = []
@@ -426,7 +428,7 @@ async def test_thousands_of_requests_in_a_moment_are_all_written(tmp_path: Path)
         writes.append(len(rows))
         write(rows)
 
-    activity._store.write = counted  # type: ignore[method-assign]
+    monkeypatch.setattr(activity._store, "write", counted)
     for _ in range(5000):
         asked = Asked(activity, CHAT, None)
         asked.end()
@@ -443,9 +445,12 @@ async def test_disk_that_does_not_answer_ends_the_question(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(activities, "_READ_S", 0.01)
-    monkeypatch.setattr(activities._BEHIND, "put", lambda _: None)
+    behind: list[Callable[[], object]] = []
+    monkeypatch.setattr(activities._BEHIND, "put", behind.append)
     with pytest.raises(Exception, match="the disk does not answer"):
         await Activity(lambda: tmp_path, dict).recent(everything, 1)
+    [read] = behind
+    read()  # it comes too late, and nobody hears of it
 
 
 # --------------------------------------------------------------------------------- what is heard

@@ -85,6 +85,8 @@ class Activity:
         found: Future[list[Served]] = Future()
 
         def read() -> None:
+            if not found.set_running_or_notify_cancel():  # who asked has given up
+                return
             try:
                 found.set_result(self._store.read(is_meant, limit))
             except Exception as error:  # noqa: BLE001 (the caller gets it)
