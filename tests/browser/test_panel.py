@@ -430,6 +430,39 @@ def test_key_is_requested_and_kept_in_this_tab(
     expect(open_panel(client).page.get_by_label("API key")).to_be_visible()
 
 
+def test_refusal_of_a_request_without_the_key_does_not_drop_the_key(
+    start: Start, open_panel: Open
+) -> None:
+    """It was sent before the key was typed, and is answered after."""
+    panel = open_panel(start(api_keys=["s3cret"]))
+    page = panel.page
+    held: list[Route] = []
+    page.route("**/api/inference/events", lambda route: held.append(route), times=1)
+    with page.expect_request("**/api/inference/events"):
+        page.reload()
+    page.get_by_label("API key").fill("s3cret")
+    page.keyboard.press("Enter")
+    with page.expect_response("**/api/inference/events"):
+        held[0].continue_()
+    panel.until_live()
+    expect(page.get_by_label("API key")).to_be_hidden()
+
+
+def test_key_typed_before_the_refusal_is_read_connects(start: Start, open_panel: Open) -> None:
+    panel = open_panel(start(api_keys=["s3cret"]))
+    page = panel.page
+    page.add_init_script(
+        "const read = Response.prototype.json;"
+        "const typed = new Promise((resolve) => addEventListener('submit', () => "
+        "setTimeout(resolve)));"
+        "Response.prototype.json = async function () { await typed; return read.call(this); };"
+    )
+    page.reload()
+    page.get_by_label("API key").fill("s3cret")
+    page.keyboard.press("Enter")
+    panel.until_live()
+
+
 # --------------------------------------------------------------------------------- accessibility
 
 

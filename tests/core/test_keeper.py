@@ -16,10 +16,10 @@ from tests.kit.process.keeping import Broken, FakeTree, explore
 
 @pytest.mark.parametrize("keep_s", [0.0, 60.0])
 def test_a_keeper_keeps_every_promise_in_every_order(keep_s: float) -> None:
-    """And no descriptor."""
-    before = os.listdir("/proc/self/fd")
+    """And no descriptor stays; those of other tests may go meanwhile."""
+    before = len(os.listdir("/proc/self/fd"))
     assert explore(keep_s=keep_s) > 300
-    assert os.listdir("/proc/self/fd") == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 class EmptyTooEarly(FakeTree):

@@ -43,6 +43,7 @@ from tests.kit.process.support import (
     keepers_of,
     key_of,
     kill,
+    open_files,
     until,
     until_state,
     watches,
@@ -162,11 +163,20 @@ def test_a_limit_of_processes_ends_no_keeper(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(tree, "_fork", lambda: -1, raising=False)
     monkeypatch.setattr(tree, "_errno", lambda: 11, raising=False)
-    before = os.listdir("/proc/self/fd")
+    pipes: list[str] = []
+    make_pipe = os.pipe
+
+    def pipe() -> tuple[int, int]:
+        ends = make_pipe()
+        pipes.append(os.readlink(f"/proc/self/fd/{ends[0]}"))
+        return ends
+
+    monkeypatch.setattr(os, "pipe", pipe)
     with open(os.devnull) as null, pytest.raises(CannotExecute) as found:
         tree.start({"argv": ["/bin/true"], "env": {}, "cwd": "/no/such"}, 1, null.fileno())
     assert (found.value.number, found.value.text) == (11, "Resource temporarily unavailable")
-    assert os.listdir("/proc/self/fd") == before
+    assert pipes
+    assert not {*open_files(os.getpid())} & {*pipes}
 
 
 # What it costs

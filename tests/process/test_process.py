@@ -946,7 +946,7 @@ def test_many_cycles_leak_no_descriptor_and_no_thread(
     before = held()
     for _ in range(30):
         cycle()
-    assert held() == before
+    until(lambda: holds_at_most(before), f"{held()} to become {before}")
     orch.close()
 
 
@@ -958,10 +958,15 @@ def test_close_releases_threads_descriptors_and_children(make: Make, model_a: st
         orch = make()
         orch.load(model_a)
         orch.close()
-    until(lambda: held() == before, f"{held()} to become {before}")
+    until(lambda: holds_at_most(before), f"{held()} to become {before}")
     assert set(psutil.Process().children()) == children
 
 
 def held() -> tuple[int, int]:
     """Count the descriptors and threads of this process."""
     return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+
+def holds_at_most(before: tuple[int, int]) -> bool:
+    """A thread that has answered may need a moment to end, also one of another test."""
+    return all(now <= then for now, then in zip(held(), before, strict=True))

@@ -42,7 +42,8 @@ export async function request(path, init = {}) {
     throw new Failed({ status: 0, category: "unreachable", detail: "the backend does not answer" });
   }
   if (answer.ok) return answer;
-  if (answer.status === 401) gate.onLocked();
+  // the refusal of a request from before another key was typed says nothing about that key
+  if (answer.status === 401 && key === sessionStorage.getItem(KEPT)) gate.onLocked();
   const body = await answer.json().catch(() => null);
   const { code: category, message: detail } = body?.error ?? {}; // below /v1
   const problem = detail ? { status: answer.status, category, detail } : body;

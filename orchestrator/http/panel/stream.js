@@ -21,8 +21,12 @@ const SILENCE_MS = 45000; // the event stream has a keep-alive every 15 s
 export function follow(path, handlers) {
   let stopped = false;
   let wake = () => {};
+  let isDue = false; // another attempt was asked for while one was made
   let current = new AbortController();
-  const retry = () => wake();
+  const retry = () => {
+    isDue = true;
+    wake();
+  };
   const onVisible = () => (document.hidden ? current.abort() : retry());
   document.addEventListener("visibilitychange", onVisible);
   window.addEventListener("online", retry);
@@ -48,6 +52,7 @@ export function follow(path, handlers) {
     while (!stopped) {
       if (document.hidden) await new Promise((resolve) => (wake = resolve));
       let locked = false;
+      isDue = false;
       const at = Date.now();
       try {
         await once();
@@ -60,7 +65,8 @@ export function follow(path, handlers) {
       handlers.onLost(locked ? "locked" : "lost", waitMs);
       await new Promise((resolve) => {
         wake = () => resolve(undefined);
-        if (!locked) setTimeout(wake, waitMs);
+        if (isDue) wake();
+        else if (!locked) setTimeout(wake, waitMs);
       });
     }
   })();
