@@ -338,6 +338,16 @@ def test_latest_unload_of_each_model_is_remembered() -> None:
     assert run.category(older) == "cancelled"
 
 
+def test_unload_ends_an_older_load_that_arrives_after_a_newer_one_of_its_model() -> None:
+    run = Run()
+    older = run.ticket()
+    run.unload(A)
+    newer = run.load(A)
+    run.load(A, ticket=older)
+    assert run.category(older) == "cancelled"
+    assert run.settle().category(newer) == "loaded"
+
+
 def test_failed_kill_ends_every_load_and_keeps_the_pid() -> None:
     run = healthy()
     loads = [run.load(B), run.load(C, on_busy="queue")]

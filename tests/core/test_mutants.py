@@ -21,14 +21,17 @@ from tests.core import (
     test_prompts,
     test_recovery,
     test_servers,
+    test_stays,
     test_waiting,
 )
-from tests.kit.machine.mutants import kill, mutants_of, name_of, scenarios
+from tests.kit.machine.mutants import kill, mutants_of, name_of
+from tests.kit.scenarios import scenarios
 
 SCENARIOS = (
     test_machine,
     test_ending,
     test_servers,
+    test_stays,
     test_recovery,
     test_idle,
     test_answers,

@@ -243,6 +243,8 @@ def test_restarts_back_off_to_a_ceiling_and_end_in_a_cool_down() -> None:
     assert waits == [1, 2, 4, 5]
     run.crash()
     assert run.commands_of(SetTimer) == []
+    early = run.problem(run.load(A))
+    assert (early.reason, run.state) == ("cooling_down", K)
     run.emptied()
     run.now += 30
     refused = run.problem(run.load(A))

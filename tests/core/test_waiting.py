@@ -340,6 +340,7 @@ def test_prefetch_limit_is_answered_busy() -> None:
     refused = run.load(E, prefetch=True, on_busy="queue")
     assert (run.problem(refused).category, run.problem(refused).field) == ("busy", "prefetch")
     assert_sentence("machine.prefetches_full", run.problem(refused).message, limit=1)
+    assert run.state is I
     beside = run.prefetch(E)
     assert run.problem(beside).category == "busy"
     rejected = run.load(E, prefetch=True, on_busy="reject")
@@ -386,6 +387,16 @@ def test_load_counts_as_prefetch_unless_it_is_settled_and_on_disk(
     wanted = replace(target(LoadRequest(model_path=B, prefetch=True)), model=model)
     load = run.load_target(wanted, run.ticket())
     assert run.category(load) == ("busy" if is_refused else None)
+
+
+def test_refused_loads_leave_the_server_that_runs() -> None:
+    run = healthy(policy=FULL)
+    older = run.ticket()
+    run.prefetch(B)
+    run.unload(C)
+    refused = [run.load(C, ticket=older), run.load(E, prefetch=True)]
+    assert [run.category(ticket) for ticket in refused] == ["cancelled", "busy"]
+    assert (run.state, run.model) == (H, A)
 
 
 def test_load_without_a_download_does_not_count_as_prefetch() -> None:

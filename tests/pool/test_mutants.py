@@ -10,8 +10,8 @@ from collections import Counter
 import pytest
 
 from orchestrator.pool.table import TABLE
-from tests.kit.machine.mutants import scenarios
 from tests.kit.pool.mutants import kill_by_checker, kill_by_scene, mutants_of, name_of
+from tests.kit.scenarios import scenarios
 from tests.pool import test_by_hand, test_eviction, test_memory, test_reports, test_requests
 
 SCENES = (test_requests, test_eviction, test_memory, test_by_hand, test_reports)

@@ -57,15 +57,20 @@ def traced(
 
 
 class TracedLifecycle(Lifecycle):
-    """A lifecycle that records which row fired last; its table and functions may be mutants."""
+    """A lifecycle that records which row fired last, and all that have fired.
+
+    Its table and functions may be mutants.
+    """
 
     def __init__(self, table: Sequence[Row] = TABLE, /, **replaced: Callable[..., Any]) -> None:
         self.fired: int = -1
+        self.have_fired: set[int] = set()
         rows, marks = traced(table, self._fires)
         super().__init__(rows, **replaced, **marks)
 
     def _fires(self, index: int) -> None:
         self.fired = index
+        self.have_fired.add(index)
 
 
 class Fired(NamedTuple):

@@ -1,7 +1,7 @@
 """The mutants of the table, and what kills them.
 
-It is killed by a counterexample of the checker (a broken invariant, a fact without a row, an error
-in an action) or by a test of the machine (`test_machine.py` and others), called a scenario here.
+It is killed by a test of the machine (`test_machine.py` and others), called a scenario here, or by
+a counterexample of the checker (a broken invariant, a fact without a row, an error in an action).
 
 The checker explores only programs in which some step of the mutant differs from the shipped table.
 """
@@ -9,15 +9,13 @@ The checker explores only programs in which some step of the mutant differs from
 from __future__ import annotations
 
 import heapq
-import inspect
-import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from operator import itemgetter
 from types import ModuleType
-from typing import Any
 from unittest import mock
 
 from orchestrator.machine import guards, step
@@ -29,9 +27,10 @@ from tests.kit.machine.checker import Taken, TracedLifecycle, explore
 from tests.kit.machine.explorations import PROGRAMS, explored
 from tests.kit.machine.programs import parse
 from tests.kit.machine.world import World
+from tests.kit.scenarios import Scenario, killed_by_scenario, traced_scenarios
 from tests.kit.table_mutants import Death, Mutant, negated
 
-_FEW = 8
+_FEW = 8  # programs in which a mutant differs
 _LETTERS = {
     State.IDLE: "I",
     State.KILLING: "K",
@@ -69,14 +68,12 @@ def kill(
 
     Args:
         modules: Test modules whose plain tests are run as scenarios.
-        is_thorough: Explore every program in which it differs, not only a few small ones.
+        is_thorough: Explore every program in which it differs, not only the quick ones.
     """
-    small, large = _size_order()
-    death = _killed_by_checker(mutant, small, most=None if is_thorough else _FEW)
-    death = death or _killed_by_scenario(mutant, modules)
+    death = _killed_by_scenario(mutant, modules)
     if death is None and is_thorough:
-        death = _killed_by_checker(mutant, large, most=None)
-    return death
+        return _killed_by_checker(mutant, _by_size(), most=None)
+    return death or _killed_by_checker(mutant, _quick(), most=_FEW)
 
 
 def _killed_by_checker(
@@ -127,62 +124,35 @@ def _steps(program: str) -> dict[int, list[tuple[int, Taken]]]:
     return found
 
 
+def _calls(program: str) -> tuple[int, int]:
+    clients = parse(program)
+    return sum(map(len, clients)), len(clients)
+
+
 @cache
-def _size_order() -> tuple[list[str], list[str]]:
-    """Return the programs with few calls and the others, each smallest first."""
-
-    def size(program: str) -> tuple[int, int]:
-        clients = parse(program)
-        return sum(map(len, clients)), len(clients)
-
-    ordered = sorted(PROGRAMS, key=size)
-    return [p for p in ordered if size(p)[0] <= 3], [p for p in ordered if size(p)[0] > 3]
+def _by_size() -> list[str]:
+    """Return the programs, those with few calls first."""
+    return sorted(PROGRAMS, key=_calls)
 
 
-# ------------------------------------------------------------------------------------ scenarios
+@cache
+def _quick() -> list[str]:
+    """Return the programs that are explored in a second or two."""
+    return [p for p in _by_size() if _calls(p)[0] <= 2 and "restore" not in p]
 
 
 def _killed_by_scenario(mutant: Mutant[State], modules: tuple[ModuleType, ...]) -> Death | None:
-    lifecycle = lifecycle_of(mutant)
-    with mock.patch.object(step, "lifecycle", return_value=lifecycle):
-        for name, scenario in scenarios(modules):
-            try:
-                scenario()
-            except Exception:  # noqa: BLE001 (a mutant may raise anything)
-                return Death("scenario", name)
-    return None
+    known = _scenarios(modules)
+    with _running(lifecycle_of(mutant)):
+        return killed_by_scenario(mutant, known)
 
 
 @cache
-def scenarios(modules: tuple[ModuleType, ...]) -> tuple[tuple[str, Callable[[], object]], ...]:
-    """Return every test of those modules without fixtures and random values, ready to call."""
-    return tuple(
-        (name, case)
-        for module in modules
-        for name, test in vars(module).items()
-        if name.startswith("test_") and inspect.isfunction(test) and _is_of(module, test)
-        for case in _cases(test)
-    )
+def _scenarios(modules: tuple[ModuleType, ...]) -> tuple[Scenario, ...]:
+    shipped = TracedLifecycle()
+    with _running(shipped):
+        return traced_scenarios(modules, shipped.have_fired)
 
 
-def _is_of(module: ModuleType, test: Callable[..., object]) -> bool:
-    return test.__module__ == module.__name__ and not hasattr(test, "hypothesis")
-
-
-def _cases(test: Callable[..., object]) -> Iterator[Callable[[], object]]:
-    """Yield one call for each combination of parameters."""
-    marks = [mark for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize"]
-    choices: list[list[dict[str, Any]]] = []
-    for mark in marks:
-        names, values = mark.args
-        names = names.replace(" ", "").split(",") if isinstance(names, str) else list(names)
-        choices.append([dict(zip(names, _values(v, len(names)), strict=True)) for v in values])
-    for combination in itertools.product(*choices):
-        arguments = {name: value for some in combination for name, value in some.items()}
-        assert set(arguments) == set(inspect.signature(test).parameters), test
-        yield partial(test, **arguments)
-
-
-def _values(given: Any, count: int) -> Sequence[Any]:
-    given = getattr(given, "values", given) if not isinstance(given, dict) else given
-    return [given] if count == 1 else given
+def _running(lifecycle: Lifecycle) -> AbstractContextManager[object]:
+    return mock.patch.object(step, "lifecycle", return_value=lifecycle)

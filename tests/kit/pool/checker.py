@@ -65,8 +65,9 @@ from tests.kit.pool.world import (
 
 
 class TracedPool:
-    """A pool that records which row fired last; its table and functions may be mutants.
+    """A pool that records which row fired last, and all that have fired.
 
+    Its table and functions may be mutants.
     `module` is `step`, or a copy of it with a seeded fault.
     """
 
@@ -79,6 +80,7 @@ class TracedPool:
     ) -> None:
         self.module = module
         self.fired: int = -1
+        self.have_fired: set[int] = set()
         rows, marks = traced(table, self._fires)
         self._machine: PoolMachine = module.PoolMachine(rows, **replaced, **marks)
 
@@ -87,6 +89,7 @@ class TracedPool:
 
     def _fires(self, index: int) -> None:
         self.fired = index
+        self.have_fired.add(index)
 
 
 class AnySet:

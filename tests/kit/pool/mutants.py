@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from types import ModuleType
 from typing import Final
@@ -18,10 +19,10 @@ from orchestrator.pool import step as pool_step
 from orchestrator.pool.states import OF_ENTRIES, State
 from orchestrator.pool.table import TABLE, Row
 from tests.kit import table_mutants
-from tests.kit.machine.mutants import scenarios
 from tests.kit.pool.checker import AnySet, Taken, TracedPool, explore
 from tests.kit.pool.explorations import SCENARIOS, explored
 from tests.kit.pool.world import Core, Key, canonical, fact_of
+from tests.kit.scenarios import Scenario, killed_by_scenario, traced_scenarios
 from tests.kit.table_mutants import Death, Mutant, negated
 
 _LETTERS: Final[dict[State, str]] = dict(zip(OF_ENTRIES, "ASRPX", strict=True))
@@ -43,7 +44,20 @@ def mutants_of(index: int) -> Iterator[Mutant[State]]:
 
 def kill_by_scene(mutant: Mutant[State], modules: tuple[ModuleType, ...]) -> Death | None:
     """Return the first test of these modules that kills a mutant, or None."""
-    return _killed_by_scene(_machine(mutant), modules)
+    known = _scenes(modules)
+    with _running(_machine(mutant)):
+        return killed_by_scenario(mutant, known)
+
+
+@cache
+def _scenes(modules: tuple[ModuleType, ...]) -> tuple[Scenario, ...]:
+    shipped = TracedPool()
+    with _running(shipped):
+        return traced_scenarios(modules, shipped.have_fired)
+
+
+def _running(machine: TracedPool) -> AbstractContextManager[object]:
+    return mock.patch.object(pool_step, "pool_machine", return_value=machine)
 
 
 def kill_by_checker(mutant: Mutant[State], most: int | None = None) -> Death | None:
@@ -57,16 +71,6 @@ def kill_by_checker(mutant: Mutant[State], most: int | None = None) -> Death | N
 
 def _machine(mutant: Mutant[State]) -> TracedPool:
     return TracedPool(mutant.table, pool_step, **_NEGATED)
-
-
-def _killed_by_scene(machine: TracedPool, modules: tuple[ModuleType, ...]) -> Death | None:
-    with mock.patch.object(pool_step, "pool_machine", return_value=machine):
-        for name, scene in scenarios(modules):
-            try:
-                scene()
-            except Exception:  # noqa: BLE001 (a mutant may raise anything)
-                return Death("scenario", name)
-    return None
 
 
 def _killed_by_checker(
