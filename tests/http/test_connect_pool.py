@@ -147,6 +147,19 @@ def test_a_lease_loads_the_model_and_is_the_service(served: Served) -> None:
     assert pool.model_status("other").state is State.IDLE  # evicted: the lease is the service's
 
 
+def test_an_alias_with_a_slash_is_a_name_for_every_method(served: Served) -> None:
+    _, remote = served
+    alias = "org/chat:tag"
+    assert remote.plan(alias).action == "load"
+    assert remote.load(alias).generation == 1
+    assert remote[alias].status().state is State.HEALTHY
+    remote.unload(alias)
+    assert remote.status(alias).state is State.IDLE
+    for unknown in ("org/none", "org%2Fchat:tag", "org/chat:tag/x"):
+        with pytest.raises(ModelNotFound):
+            remote.plan(unknown)
+
+
 def test_models_come_and_go_at_run_time(
     served: Served, other_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,17 @@ def post(client: httpx.Client, path: str, **body: Any) -> httpx.Response:
     return client.post(MODELS + path, json=body)
 
 
+def test_a_slash_of_a_name_is_sent_encoded(files: dict[str, str], options: Members) -> None:
+    named = {"aliases": ["org/chat:Q4"]}
+    with serving_pool(catalogue_of(files, chat=named), **options) as client:
+        for path in ("/org%2Fchat:Q4", "/org%2fchat%3AQ4", "/chat"):
+            assert client.get(MODELS + path).json()["name"] == "chat"
+        assert client.get(f"{MODELS}/org/chat:Q4").status_code == 404
+        assert problem(client.get(f"{MODELS}/org%2Fnone")) == (404, "model_not_found")
+        taken = client.post(MODELS, json={"name": "org/new", "model_path": files["chat"]})
+        assert problem(taken) == (400, "invalid_request")
+
+
 def test_pool_lists_its_models_and_its_budget(client: httpx.Client) -> None:
     found = client.get(MODELS).json()
     [host] = [one for one in found["budget"] if one["device"] == "Host"]

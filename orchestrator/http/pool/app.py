@@ -22,6 +22,7 @@ from orchestrator.http.paths import PathRenamer
 from orchestrator.http.pool import models, one, routing, upload
 from orchestrator.http.pool.by_name import ByName
 from orchestrator.http.pool.metrics import PoolMetrics
+from orchestrator.http.pool.names import keep_names_whole
 from orchestrator.http.pool.visible import Eyes
 from orchestrator.http.problems import Responder
 from orchestrator.http.shutdown import Shutdown
@@ -79,11 +80,11 @@ def pool_app(
     submitted = one.Submitted(pool)
     like_llama = router(tags=["llama-server's router"])
     routing.add(like_llama, pool, eyes, responder)
-    each = router(prefix=f"{MODELS}/{{name}}", tags=["one model"])
+    each = router(prefix=f"{MODELS}/{{name:model}}", tags=["one model"])
     one.add(each, pool, eyes, responder, shutdown, submitted, by_name)
     default = router(prefix=DEFAULT, tags=["inference"])
     one.add(default, pool, eyes, responder, shutdown, submitted, by_default)
-    return framed(
+    app = framed(
         [whole, each, default, like_llama, _health(pool, eyes, responder, shutdown, counted)],
         pages.routes_of_pool(),
         passed_on,
@@ -95,6 +96,8 @@ def pool_app(
         not_stored=("/api/", "/models", "/metrics"),
         **around,
     )
+    app.add_middleware(keep_names_whole, prefix=f"{MODELS}/")
+    return app
 
 
 def _moments(pool: AsyncModelPool) -> dict[str, Moment]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from typing import Any
-from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
@@ -15,6 +14,7 @@ from orchestrator.http.bodies import json_body, validated
 from orchestrator.http.guards import origins
 from orchestrator.http.openapi import documented
 from orchestrator.http.pool import schemas
+from orchestrator.http.pool.names import in_path
 from orchestrator.http.pool.streams import Sent, Streams
 from orchestrator.http.pool.visible import Eyes, Visible
 from orchestrator.http.problems import Responder
@@ -57,10 +57,10 @@ def add(
             raise MalformedRequest.because("name is required, and a text", field="name")
         is_strict = is_exposed() or origins.is_from_elsewhere(request.scope)
         made = await pool.add_sent(name, fields, is_strict=is_strict)
-        where = f"{request.scope.get('root_path', '')}/api/models/{quote(name)}"
+        where = f"{request.scope.get('root_path', '')}/api/models/{in_path(name)}"
         return responder.json(made.as_dict(), status_code=201, headers={"Location": where})
 
-    @routes.get("/api/models/{name}", **documented(ModelStatus, 404, 422))
+    @routes.get("/api/models/{name:model}", **documented(ModelStatus, 404, 422))
     async def model(name: str, seen: Visible = viewed) -> Response:
         """Return one model."""
         return responder.json(seen.model_status(name).as_dict())
@@ -69,7 +69,7 @@ def add(
     document["responses"][204] = {"description": "It is gone, and its slot empty."}
     del document["responses"][200]
 
-    @routes.delete("/api/models/{name}", status_code=204, **document)
+    @routes.delete("/api/models/{name:model}", status_code=204, **document)
     async def remove_model(name: str) -> Response:
         """Remove a model: its waiters get `model_not_found`, its server is drained and stopped."""
         await shutdown.wait(pool.remove(name))
@@ -121,7 +121,7 @@ def _add_finding(
 
 def _add_pin(routes: APIRouter, pool: AsyncModelPool, responder: Responder) -> None:
     @routes.post(
-        "/api/models/{name}/pin",
+        "/api/models/{name:model}/pin",
         **documented(ModelStatus, 404, *openapi.CHANGE, body=schemas.PinBody, required=False),
     )
     async def pin(request: Request, name: str) -> Response:

@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Annotated, Any, Final, cast
-from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
@@ -20,6 +19,7 @@ from orchestrator.errors import OrchestratorError, Problem, ShuttingDown, Unknow
 from orchestrator.http import openapi, schemas
 from orchestrator.http.bodies import json_body, validated, while_connected
 from orchestrator.http.openapi import documented
+from orchestrator.http.pool.names import in_path
 from orchestrator.http.pool.schemas import ByHandBody, StopBody, WithdrawBody
 from orchestrator.http.pool.streams import Sent, Streams
 from orchestrator.http.pool.visible import Eyes, Visible
@@ -147,7 +147,7 @@ def _add_loads(
             return responder.json(eyes.of(request.scope).told(loaded.as_dict()))
         generation = submitted.begin(name, how)
         root = request.scope.get("root_path", "")
-        where = f"{root}/api/models/{quote(name)}/loads/{generation}"
+        where = f"{root}/api/models/{in_path(name)}/loads/{generation}"
         members = {"generation": generation}
         return responder.json(members, status_code=202, headers={"Location": where})
 
