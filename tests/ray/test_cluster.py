@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # Ray has some of its own
 ]
 MODELS = "abcd"
+STREAM_S = 30.0
 LIFE_S = 1.0
 """How long a server may survive its replica."""
 
@@ -201,17 +202,21 @@ def test_open_streams_outlive_an_update_of_their_replicas(
 def test_a_smaller_cluster_finishes_its_streams(
     cluster: Cluster, args: dict[str, Any], tmp_path: Path
 ) -> None:
+    """Streams of 30 s."""
     cluster.until_open(2)
     for model in MODELS:
         pid_of(cluster.ask(model))
     here, there = (sorted(models)[0] for models in by_replica(cluster).values())
     (tmp_path / "1").mkdir()
     (tmp_path / "2").mkdir()
+    began = time.monotonic()
     streams = [Stream(cluster, here, tmp_path / "1"), Stream(cluster, there, tmp_path / "2")]
     now = {**args, "kill_grace_s": 2.0}
     update = threading.Thread(target=cluster.deploy, args=(now,), kwargs={"num_replicas": 1})
     update.start()
     support.until(partial(is_stopped, cluster), "one replica is stopped", 120)
+    assert time.monotonic() - began < STREAM_S
+    threading.Event().wait(STREAM_S - (time.monotonic() - began))  # they last, nothing is awaited
     for stream in streams:
         assert stream.finish()[-1] == "data: [DONE]"
     update.join(120)
