@@ -4,7 +4,7 @@ import { get } from "./api.js";
 import { $, clock, el, mib, put, say, seconds } from "./dom.js";
 
 const BUSY_S = 2; // between two requests of the figures while requests are answered
-const RESTING_S = 20; // each request of a status hurries it
+const RESTING_S = 30; // each request of a status hurries it
 const ROWS = 50;
 const SVG = "http://www.w3.org/2000/svg";
 

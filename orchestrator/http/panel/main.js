@@ -17,7 +17,7 @@ import * as steps from "./steps.js";
 import * as view from "./view.js";
 
 const ROWS = 12;
-const RESTING_S = 15; // between two requests of the status while nothing changes
+const RESTING_S = 30; // between two requests of the status while nothing changes
 
 const opened = Date.now();
 

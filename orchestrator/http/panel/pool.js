@@ -8,7 +8,7 @@ import { connect } from "./shell.js";
 import { isMoving, plainly, tone } from "./words.js";
 
 const BUSY_S = 2; // between two requests of the pool's status while something happens
-const RESTING_S = 15;
+const RESTING_S = 30;
 const PLAN_AFTER_MS = 200;
 const NONE = "–";
 const MOST_PLANS = 24; // of more models only that whose button has the focus
