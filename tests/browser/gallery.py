@@ -156,6 +156,8 @@ def picture(page: Page, url: str, file: Path) -> None:
     expect(page.locator("#link")).to_have_text("live")
     expect(page.locator("#plan p, #budget p").first).to_be_visible()
     expect(page.locator("#live strong").first).to_have_text(re.compile(r"\d"))
+    if page.locator("#rows").count():  # the plans follow
+        expect(page.get_by_text("Does not fit")).to_be_visible()
     page.wait_for_load_state("load")
     page.screenshot(path=file, animations="disabled", full_page=True)
 
