@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import mimetypes
+import os
 from importlib import resources
+from pathlib import Path
 from typing import Final
 
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -106,6 +108,23 @@ PANEL_PATHS: Final = frozenset(
 PATHS: Final = PANEL_PATHS | {*_DOCS_TEXTS, *(f"/docs/{name}" for name in _DOCS_FILES)}
 
 
+class _Files(StaticFiles):
+    """Sends each file from memory: an answer that is cut off leaves no open file behind."""
+
+    def file_response(
+        self,
+        full_path: str | os.PathLike[str],
+        stat_result: os.stat_result,
+        scope: Scope,
+        status_code: int = 200,
+    ) -> Response:
+        answer = super().file_response(full_path, stat_result, scope, status_code)
+        if not isinstance(answer, FileResponse):  # not modified
+            return answer
+        headers = {name: text for name, text in answer.headers.items() if name != "accept-ranges"}
+        return Response(Path(full_path).read_bytes(), status_code, headers)
+
+
 def routes() -> list[BaseRoute]:
     """Return the routes of the pages of a slot; they answer GET and HEAD."""
     return _routes({"/": _SLOT})
@@ -117,7 +136,7 @@ def routes_of_pool() -> list[BaseRoute]:
 
 
 def _routes(pages: dict[str, str]) -> list[BaseRoute]:
-    files = StaticFiles(directory=str(_FOLDER))
+    files = _Files(directory=str(_FOLDER))
     own = [_file(path, files, name) for path, name in pages.items()]
     panel = [_text(path, *text) for path, text in _PANEL_TEXTS.items()]
     return [*own, *panel, *_docs(), Mount("/panel", _compressed(files))]
@@ -137,7 +156,7 @@ def _compressed(files: ASGIApp) -> ASGIApp:
 
 
 def _docs() -> list[BaseRoute]:
-    swagger_ui = StaticFiles(directory=str(_SWAGGER_UI))
+    swagger_ui = _Files(directory=str(_SWAGGER_UI))
     return [
         *(_text(path, *text) for path, text in _DOCS_TEXTS.items()),
         *(_file(f"/docs/{name}", swagger_ui, name) for name in _DOCS_FILES),
