@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import cache, partial
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from tests.kit.table_mutants import Death, Mutant
 
@@ -20,28 +21,53 @@ class Scenario(NamedTuple):
     rows: frozenset[int]
 
 
-def traced_scenarios(modules: tuple[ModuleType, ...], fired: set[int]) -> tuple[Scenario, ...]:
-    """Run all scenarios once with the shipped table, which adds the rows that fire to `fired`."""
-    found = []
-    for name, run in scenarios(modules):
-        fired.clear()
-        run()
-        found.append(Scenario(name, run, frozenset(fired)))
-    return tuple(found)
+class Traced(Protocol):
+    """A machine that keeps the indexes of the rows that have fired."""
+
+    have_fired: set[int]
 
 
-def killed_by_scenario(mutant: Mutant[Any], known: Iterable[Scenario]) -> Death | None:
-    """Return the first scenario that fails with a mutant, whose table is in use.
+def killed_by_scenario(
+    mutant: Mutant[Any],
+    machine: object,
+    modules: tuple[ModuleType, ...],
+    using: Callable[[Any], AbstractContextManager[object]],
+    shipped: Callable[[], Traced],
+) -> Death | None:
+    """Return the first scenario that fails with a mutant.
 
     One in which no row fires that the mutant touches goes as with the shipped table.
+
+    Args:
+        machine: One with the table of the mutant.
+        using: Has the scenarios run on a machine.
+        shipped: Makes one with the shipped table.
     """
-    for name, run, rows in known:
-        if rows & mutant.touches:
-            try:
-                run()
-            except Exception:  # noqa: BLE001 (a mutant may raise anything)
-                return Death("scenario", name)
+    known = _traced(modules, using, shipped)
+    with using(machine):
+        for name, run, rows in known:
+            if rows & mutant.touches:
+                try:
+                    run()
+                except Exception:  # noqa: BLE001 (a mutant may raise anything)
+                    return Death("scenario", name)
     return None
+
+
+@cache
+def _traced(
+    modules: tuple[ModuleType, ...],
+    using: Callable[[Any], AbstractContextManager[object]],
+    shipped: Callable[[], Traced],
+) -> tuple[Scenario, ...]:
+    """Run all scenarios once with the shipped table."""
+    machine, found = shipped(), []
+    with using(machine):
+        for name, run in scenarios(modules):
+            machine.have_fired.clear()
+            run()
+            found.append(Scenario(name, run, frozenset(machine.have_fired)))
+    return tuple(found)
 
 
 def scenarios(modules: tuple[ModuleType, ...]) -> tuple[tuple[str, Callable[[], object]], ...]:

@@ -27,7 +27,7 @@ from tests.kit.machine.checker import Taken, TracedLifecycle, explore
 from tests.kit.machine.explorations import PROGRAMS, explored
 from tests.kit.machine.programs import parse
 from tests.kit.machine.world import World
-from tests.kit.scenarios import Scenario, killed_by_scenario, traced_scenarios
+from tests.kit.scenarios import killed_by_scenario
 from tests.kit.table_mutants import Death, Mutant, negated
 
 _FEW = 8  # programs in which a mutant differs
@@ -142,17 +142,8 @@ def _quick() -> list[str]:
 
 
 def _killed_by_scenario(mutant: Mutant[State], modules: tuple[ModuleType, ...]) -> Death | None:
-    known = _scenarios(modules)
-    with _running(lifecycle_of(mutant)):
-        return killed_by_scenario(mutant, known)
+    return killed_by_scenario(mutant, lifecycle_of(mutant), modules, _using, TracedLifecycle)
 
 
-@cache
-def _scenarios(modules: tuple[ModuleType, ...]) -> tuple[Scenario, ...]:
-    shipped = TracedLifecycle()
-    with _running(shipped):
-        return traced_scenarios(modules, shipped.have_fired)
-
-
-def _running(lifecycle: Lifecycle) -> AbstractContextManager[object]:
+def _using(lifecycle: Lifecycle) -> AbstractContextManager[object]:
     return mock.patch.object(step, "lifecycle", return_value=lifecycle)

@@ -22,7 +22,7 @@ from tests.kit import table_mutants
 from tests.kit.pool.checker import AnySet, Taken, TracedPool, explore
 from tests.kit.pool.explorations import SCENARIOS, explored
 from tests.kit.pool.world import Core, Key, canonical, fact_of
-from tests.kit.scenarios import Scenario, killed_by_scenario, traced_scenarios
+from tests.kit.scenarios import killed_by_scenario
 from tests.kit.table_mutants import Death, Mutant, negated
 
 _LETTERS: Final[dict[State, str]] = dict(zip(OF_ENTRIES, "ASRPX", strict=True))
@@ -44,19 +44,10 @@ def mutants_of(index: int) -> Iterator[Mutant[State]]:
 
 def kill_by_scene(mutant: Mutant[State], modules: tuple[ModuleType, ...]) -> Death | None:
     """Return the first test of these modules that kills a mutant, or None."""
-    known = _scenes(modules)
-    with _running(_machine(mutant)):
-        return killed_by_scenario(mutant, known)
+    return killed_by_scenario(mutant, _machine(mutant), modules, _using, TracedPool)
 
 
-@cache
-def _scenes(modules: tuple[ModuleType, ...]) -> tuple[Scenario, ...]:
-    shipped = TracedPool()
-    with _running(shipped):
-        return traced_scenarios(modules, shipped.have_fired)
-
-
-def _running(machine: TracedPool) -> AbstractContextManager[object]:
+def _using(machine: TracedPool) -> AbstractContextManager[object]:
     return mock.patch.object(pool_step, "pool_machine", return_value=machine)
 
 
