@@ -7,6 +7,7 @@ hold while they are alive, and a monitor process that watches the process table.
 from __future__ import annotations
 
 import collections
+import itertools
 import random
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 
 from orchestrator import Orchestrator
 from orchestrator.errors import OrchestratorError
+from tests.kit.process.monitor import Monitor
 from tests.kit.process.servers import servers_of
 from tests.kit.process.support import (
     BEHAVIOURS,
@@ -25,7 +27,6 @@ from tests.kit.process.support import (
     Fake,
     Make,
     kill,
-    two_alive,
     until,
     watched,
 )
@@ -33,6 +34,10 @@ from tests.kit.process.support import (
 THREADS = 8
 CALLS = 25
 MEAN_PAUSE_S = 0.4
+RESTING = collections.Counter(
+    {"llama-owner-default": 1, "llama-warden-default": 1}
+    | {"llama-worker": 1, "llama-log": 1}  # of the process
+)
 ANSWERS = {"loaded", "unloaded", "cancelled", "nothing to cancel", "busy", "superseded"} | {
     "server_start_failed",
     "deadline",
@@ -72,6 +77,10 @@ def storm(orch: Orchestrator, models: list[str], seed: int) -> collections.Count
     return answers
 
 
+def our_threads() -> collections.Counter[str]:
+    return collections.Counter(t.name for t in threading.enumerate() if t.name.startswith("llama-"))
+
+
 @pytest.mark.timeout(180)
 def test_concurrent_random_calls_never_run_two_servers_and_leave_none(
     make: Make, fake: Fake, state_dir: Path, tmp_path: Path, tiny_model: str
@@ -83,7 +92,6 @@ def test_concurrent_random_calls_never_run_two_servers_and_leave_none(
         models.append(str(tmp_path / name))
     fake.behave(by_model=BEHAVIOURS)
     orch = make(kill_grace_s=0.4).start()
-    threads = threading.active_count()
     with watched(state_dir, tmp_path / "watched.json") as report:
         calls = [Background(storm, orch, models, seed) for seed in range(THREADS)]
         answers: collections.Counter[str] = collections.Counter()
@@ -100,10 +108,10 @@ def test_concurrent_random_calls_never_run_two_servers_and_leave_none(
     assert answers["loaded"] > 10
     assert answers["superseded"] > 10
     fake.assert_no_overlap()
-    assert two_alive(seen, fake.entries()) == []
+    assert seen["pairs"] == []
     assert seen["left"] == []
     assert len(seen["seen"]) > 20
-    until(lambda: threading.active_count() <= threads, "the end of idle threads")
+    until(lambda: our_threads() <= RESTING, "the end of idle threads")
     print(dict(answers), len(starts), "starts,", seen["looks"], "looks")
 
 
@@ -143,22 +151,16 @@ def test_the_lock_of_the_fake_server_detects_a_descendant(fake: Fake) -> None:
 
 def test_the_monitor_detects_two_servers_at_once(state_dir: Path, tmp_path: Path) -> None:
     """But not two that run one after the other."""
-    token = {"LLAMA_ORCHESTRATOR_SLOT_TOKEN": f"{state_dir}/s:0:0"}
-    command = [sys.executable, "-ISc", "print(flush=True); input()"]
 
     def start() -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            command, env=token, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "\n"
-        return process
+        return start_bearer(state_dir, next(keys), "print(flush=True); input()")
 
     def end(process: subprocess.Popen[str]) -> int:
         with process:
             process.kill()
         return process.pid
 
+    keys = map(str, itertools.count())
     with watched(state_dir, tmp_path / "one.json") as report:
         first = end(start())
         second = end(start())
@@ -171,3 +173,45 @@ def test_the_monitor_detects_two_servers_at_once(state_dir: Path, tmp_path: Path
         seen = report()
     assert seen["pairs"] == [pids]
     assert seen["left"] == []
+
+
+def test_the_monitor_takes_a_daemon_for_its_server(state_dir: Path) -> None:
+    """Even if it has not seen the parent between them, and the daemon has written no journal."""
+    monitor = Monitor(str(state_dir))
+    program = (
+        "import os, signal\n"
+        "print(flush=True); input()\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid()\n"
+        "    if os.fork(): os._exit(0)\n"
+        "    print(os.getpid(), flush=True); signal.pause()\n"
+        "os.wait(); print(flush=True); signal.pause()\n"
+    )
+    with start_bearer(state_dir, "key", program) as server:
+        monitor.look()
+        assert server.stdin is not None
+        assert server.stdout is not None
+        server.stdin.write("\n")
+        server.stdin.flush()
+        lines = [server.stdout.readline() for _ in range(2)]
+        [daemon] = "".join(lines).split()
+        monitor.look()
+        server.kill()
+        kill(int(daemon))
+    assert [entry["pid"] for entry in monitor.seen] == [server.pid, int(daemon)]
+    assert monitor.pairs == []
+
+
+def start_bearer(state_dir: Path, key: str, program: str) -> subprocess.Popen[str]:
+    """Start a program that looks like a server; it prints a line once it runs."""
+    environment = {"LLAMA_ORCHESTRATOR_SLOT_TOKEN": f"{state_dir}/s:0:0", "LLAMA_API_KEY": key}
+    process = subprocess.Popen(
+        [sys.executable, "-ISc", program],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "\n"
+    return process

@@ -1,8 +1,9 @@
 """Watches the process table for servers of one state directory, from a process of its own.
 
-Every millisecond it looks for new servers and checks which older ones are still alive, by their
-pidfds and after the new one was found: a reported pair is proof, not an estimate. It misses a
-server that lives for less than one scan; the lock of `fake_server.py` covers that.
+Every millisecond it looks for new processes of servers and checks which of other servers are still
+alive, by their pidfds and after the new one was found: a reported pair is proof, not an estimate.
+Processes of one server have the same API key in their environment, which is new for each start. It
+misses a server that lives for less than one scan; the lock of `fake_server.py` covers that.
 
     python monitor.py STATE_DIR RESULT    # until its standard input is closed
 """
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 TOKEN = b"LLAMA_ORCHESTRATOR_SLOT_TOKEN="
+KEY = b"LLAMA_API_KEY="
 YOUNG_S = 2.0
 
 
@@ -29,6 +31,7 @@ class Monitor:
         self.known: dict[int, float] = {}  # pids that may not have executed the server yet
         self.passed: set[int] = set()
         self.alive: dict[int, int] = {}  # pid -> pidfd
+        self.keys: dict[int, bytes] = {}
         self.poll = select.poll()
         self.seen: list[dict[str, Any]] = []
         self.pairs: list[tuple[int, int]] = []
@@ -42,31 +45,38 @@ class Monitor:
         self.known = {pid: at for pid, at in self.known.items() if pid in pids}
         for pid in pids - self.passed - self.alive.keys():
             first = self.known.setdefault(pid, now)
-            if self.is_server(pid):
+            if (key := self.key_of_server(pid)) is not None:
                 del self.known[pid]
-                self.add(pid)
+                self.add(pid, key)
             elif now - first > YOUNG_S:
                 self.passed.add(pid)
                 del self.known[pid]
 
-    def is_server(self, pid: int) -> bool:
+    def key_of_server(self, pid: int) -> bytes | None:
+        """Return the API key of a server of the directory, None for another process."""
         try:
             with open(f"/proc/{pid}/environ", "rb") as file:
                 variables = file.read().split(b"\0")
         except OSError:
-            return False
-        return any(value.startswith(self.wanted) for value in variables)
+            return None
+        if not any(value.startswith(self.wanted) for value in variables):
+            return None
+        return next(value for value in variables if value.startswith(KEY))
 
-    def add(self, pid: int) -> None:
+    def add(self, pid: int, key: bytes) -> None:
         try:
             fd = os.pidfd_open(pid)
         except OSError:
             return
         at = time.monotonic()
-        self.pairs += [(old, pid) for old, old_fd in self.alive.items() if not has_exited(old_fd)]
-        self.alive[pid] = fd
+        self.pairs += [
+            (old, pid)
+            for old, old_fd in self.alive.items()
+            if self.keys[old] != key and not has_exited(old_fd)
+        ]
+        self.alive[pid], self.keys[pid] = fd, key
         self.poll.register(fd, select.POLLIN)
-        self.seen.append({"pid": pid, "at": at, "kin": kin_of(pid)})
+        self.seen.append({"pid": pid, "at": at})
 
     def sleep(self, seconds: float) -> None:
         """Wait, at most until the next exit."""
@@ -78,16 +88,6 @@ class Monitor:
                 del self.alive[pid]
 
 
-def kin_of(pid: int) -> list[int]:
-    """Return its parent and the leader of its session."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
-        return []
-    return [int(fields[1]), int(fields[3])]
-
-
 def has_exited(fd: int) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
@@ -97,7 +97,7 @@ def has_exited(fd: int) -> bool:
 def main(directory: str, result: str) -> None:
     monitor = Monitor(directory)
     for name in os.listdir("/proc"):  # processes older than this cannot be servers of the test
-        if name.isdigit() and not monitor.is_server(int(name)):
+        if name.isdigit() and monitor.key_of_server(int(name)) is None:
             monitor.passed.add(int(name))
     print("watching", flush=True)
     stop = select.poll()

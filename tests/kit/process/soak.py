@@ -25,7 +25,7 @@ from orchestrator import Orchestrator, RestartPolicy
 from orchestrator.demo.tiny_model import write_tiny_model
 from orchestrator.errors import OrchestratorError
 from tests.kit.process.servers import servers_of
-from tests.kit.process.support import BEHAVIOURS, Background, Fake, two_alive, watched
+from tests.kit.process.support import BEHAVIOURS, Background, Fake, watched
 
 THREADS: Final = 16
 _MEAN_PAUSE_S: Final = 0.6  # so that some loads complete
@@ -278,7 +278,7 @@ def soak(directory: Path, operations: int, *, warm_up: int, seed: int = 0) -> Re
         sabotages,
         len([entry for entry in entries if entry["event"] == "start"]),
         len([entry for entry in entries if entry["event"] == "overlap"]),
-        len(two_alive(seen, entries)),
+        len(seen["pairs"]),
         len(left | set(seen["left"])),
         seen["looks"],
         warm,

@@ -393,22 +393,6 @@ def watched(state_dir: Path, result: Path) -> Iterator[Callable[[], dict[str, An
             process.kill()
 
 
-def two_alive(report: dict[str, Any], entries: list[Entry]) -> list[tuple[int, int]]:
-    """Return the pairs of processes that were alive at once and of different servers."""
-    roots = {entry.pid: int(entry["root"]) for entry in entries}
-    kin = {entry["pid"]: entry["kin"] for entry in report["seen"]}
-
-    def root(pid: int) -> int:
-        while pid not in roots:
-            above = [other for other in kin[pid] if other in kin and other != pid]
-            if not above:
-                return pid
-            pid = above[0]
-        return roots[pid]
-
-    return [(old, new) for old, new in report["pairs"] if root(old) != root(new)]
-
-
 def nothing_left(state_dir: Path, fake: Fake) -> bool:
     return not servers_of(state_dir) and not fake.running()
 
