@@ -162,7 +162,7 @@ screenshot: $(VENV)/.ready chromium
 gallery: $(VENV)/.ready chromium
 	$(BIN)/python -m tests.browser.gallery build/gallery
 
-bench: $(VENV)/.ready llama-server real-model
+bench: $(VENV)/.ready llama-server real-model chromium
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]'
 	export LLAMA_SERVER_PATH=$(SERVER) && \
 	$(BIN)/python -m tests.bench.bench --json build/bench.json $(ARGS) && \
@@ -170,7 +170,8 @@ bench: $(VENV)/.ready llama-server real-model
 	$(BIN)/python -m tests.bench.real_bench --json build/bench-real.json && \
 	$(BIN)/python -m tests.bench.scale_bench --json build/bench-scale.json --plots docs && \
 	$(BIN)/python -m tests.bench.hub_bench --json build/bench-hub.json && \
-	$(BIN)/python -m tests.bench.attack_bench --json build/bench-attack.json
+	$(BIN)/python -m tests.bench.attack_bench --json build/bench-attack.json && \
+	$(BIN)/python -m tests.bench.panel_bench --json build/bench-panel.json
 
 # LLAMA_SWAP may name a llama-swap binary.
 bench-peers: $(VENV)/.ready llama-server

@@ -22,7 +22,7 @@ const FIGURES = [
 const SUMS = new Set(["tokens_per_s", "prompt_tokens_per_s"]); // of a step, which may just have begun
 
 let model = null;
-let onChange = () => {};
+let onChange = () => {}; // requests have come or gone
 let rested = Infinity;
 let busy = false;
 let counted = "";
@@ -65,14 +65,16 @@ async function poll() {
   const query = model === null ? "" : `model=${encodeURIComponent(model)}`;
   try {
     const { points } = await get(`/api/usage?${query}`);
+    const was = busy;
     figures(points);
     const key = JSON.stringify(points.filter((one) => one.requests).map((one) => [one.at, one.requests]));
-    if (key === counted) return;
-    requests = await get(`/api/activity?limit=${ROWS}&${query}`);
-    counted = key;
-    speeds.clear();
-    for (const one of [...requests].reverse()) if (one.tokens_per_s) speeds.set(one.model, `${rate(one.tokens_per_s)} t/s`);
-    list();
+    if (key !== counted) {
+      requests = await get(`/api/activity?limit=${ROWS}&${query}`);
+      counted = key;
+      speeds.clear();
+      for (const one of [...requests].reverse()) if (one.tokens_per_s) speeds.set(one.model, `${rate(one.tokens_per_s)} t/s`);
+      list();
+    } else if (busy === was) return;
     onChange();
   } catch {
     // the event stream shows that the service is away

@@ -17,7 +17,7 @@ import * as steps from "./steps.js";
 import * as view from "./view.js";
 
 const ROWS = 12;
-const RESTING_S = 30; // between two requests of the status while nothing changes
+const RESTING_S = 60; // between two requests of the status while neither events nor figures tell of a change
 
 const opened = Date.now();
 
@@ -150,6 +150,6 @@ if (MODEL === null) {
 }
 say($("v1"), V1);
 put($("v1-copy"), copier(V1));
-live.start(MODEL);
+live.start(MODEL, refresh);
 log.toggle();
 setInterval(poll, 1000);

@@ -8,7 +8,7 @@ import { connect } from "./shell.js";
 import { isMoving, plainly, tone } from "./words.js";
 
 const BUSY_S = 2; // between two requests of the pool's status while something happens
-const RESTING_S = 30;
+const RESTING_S = 60; // neither events nor figures tell of a change
 const PLAN_AFTER_MS = 200;
 const NONE = "–";
 const MOST_PLANS = 24; // of more models only that whose button has the focus
@@ -225,7 +225,7 @@ $("find").append(
     $("add-name").focus();
   }),
 );
-live.start(null, () => pool.models.forEach(fill));
+live.start(null, refresh);
 setInterval(() => {
   const isBusy = pool.models.some((one) => one.leases || one.waiting || isMoving(one.state));
   rested += 1;
