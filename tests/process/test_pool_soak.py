@@ -1,4 +1,4 @@
-"""Random operations on a pool of real servers, from several threads, with crashes."""
+"""Random operations on a pool of real servers, with crashes: of one process, and of a service."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 
 from orchestrator import ModelPool, OrchestratorError, State
 from orchestrator.demo.tiny_model import write_tiny_model
+from tests.kit.process.pool_soak import EXPECTED, ROOM, soak
 from tests.kit.process.support import is_running
 
 pytestmark = pytest.mark.external
@@ -129,3 +130,30 @@ def test_random_operations_keep_to_the_budget_and_leave_nothing(
         assert pool.status().budget[0].reserved_mib == 0
         assert {one.state for one in pool.status().models} == {State.IDLE}
     assert not [pid for pid in alive if is_running(pid)]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("operations", "mean_pause_s"),
+    [
+        pytest.param(320, 0.3, id="320"),
+        pytest.param(5_000, 5.5, id="5000", marks=[pytest.mark.deep, pytest.mark.timeout(5400)]),
+    ],
+)
+def test_random_use_of_a_service_that_is_killed_again_and_again(
+    operations: int, mean_pause_s: float, llama_server: str, tmp_path: Path
+) -> None:
+    """16 clients, four models, room for two. A stream is cut only by what the test has done; every
+    other answer is right, or names what the test has done.
+    """
+    report = soak(tmp_path, llama_server, operations, mean_pause_s=mean_pause_s)
+    print(report)
+    assert report.pairs == 0
+    assert report.most <= ROOM
+    assert report.left == 0
+    assert report.killed.keys() == {"server", "keeper", "service"}
+    answered = sum(n for name, n in report.answers.items() if name not in EXPECTED)
+    assert answered > operations / 2
+    assert report.cold.descriptors <= report.warm.descriptors
+    assert report.cold.files <= report.warm.files
+    assert report.cold.resident_kib - report.warm.resident_kib < 32 << 10

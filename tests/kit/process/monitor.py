@@ -2,8 +2,9 @@
 
 Every millisecond it looks for new processes of servers and checks which of other servers are still
 alive, by their pidfds and after the new one was found: a reported pair is proof, not an estimate.
-Processes of one server have the same API key in their environment, which is new for each start. It
-misses a server that lives for less than one scan; the lock of `fake_server.py` covers that.
+Processes of one server have the same API key in their environment, which is new for each start; the
+token there names the slot: pairs are of one slot, `most` counts the servers of all. It misses a
+server that lives for less than one scan; the lock of `fake_server.py` covers that.
 
     python monitor.py STATE_DIR RESULT    # until its standard input is closed
 """
@@ -31,10 +32,11 @@ class Monitor:
         self.known: dict[int, float] = {}  # pids that may not have executed the server yet
         self.passed: set[int] = set()
         self.alive: dict[int, int] = {}  # pid -> pidfd
-        self.keys: dict[int, bytes] = {}
+        self.servers: dict[int, tuple[bytes, bytes]] = {}  # pid -> token and key
         self.poll = select.poll()
         self.seen: list[dict[str, Any]] = []
         self.pairs: list[tuple[int, int]] = []
+        self.most = 0
         self.looks = 0
 
     def look(self) -> None:
@@ -45,36 +47,39 @@ class Monitor:
         self.known = {pid: at for pid, at in self.known.items() if pid in pids}
         for pid in pids - self.passed - self.alive.keys():
             first = self.known.setdefault(pid, now)
-            if (key := self.key_of_server(pid)) is not None:
+            if (server := self.server_of(pid)) is not None:
                 del self.known[pid]
-                self.add(pid, key)
+                self.add(pid, server)
             elif now - first > YOUNG_S:
                 self.passed.add(pid)
                 del self.known[pid]
 
-    def key_of_server(self, pid: int) -> bytes | None:
-        """Return the API key of a server of the directory, None for another process."""
+    def server_of(self, pid: int) -> tuple[bytes, bytes] | None:
+        """Return the token and the API key of a server of the directory; None: another process."""
         try:
             with open(f"/proc/{pid}/environ", "rb") as file:
                 variables = file.read().split(b"\0")
         except OSError:
             return None
-        if not any(value.startswith(self.wanted) for value in variables):
+        token = next((value for value in variables if value.startswith(self.wanted)), None)
+        if token is None:
             return None
-        return next(value for value in variables if value.startswith(KEY))
+        return token, next(value for value in variables if value.startswith(KEY))
 
-    def add(self, pid: int, key: bytes) -> None:
+    def add(self, pid: int, server: tuple[bytes, bytes]) -> None:
         try:
             fd = os.pidfd_open(pid)
         except OSError:
             return
         at = time.monotonic()
-        self.pairs += [
-            (old, pid)
+        others = {
+            old: self.servers[old]
             for old, old_fd in self.alive.items()
-            if self.keys[old] != key and not has_exited(old_fd)
-        ]
-        self.alive[pid], self.keys[pid] = fd, key
+            if self.servers[old] != server and not has_exited(old_fd)
+        }
+        self.pairs += [(old, pid) for old, other in others.items() if other[0] == server[0]]
+        self.most = max(self.most, len({*others.values(), server}))
+        self.alive[pid], self.servers[pid] = fd, server
         self.poll.register(fd, select.POLLIN)
         self.seen.append({"pid": pid, "at": at})
 
@@ -97,7 +102,7 @@ def has_exited(fd: int) -> bool:
 def main(directory: str, result: str) -> None:
     monitor = Monitor(directory)
     for name in os.listdir("/proc"):  # processes older than this cannot be servers of the test
-        if name.isdigit() and monitor.key_of_server(int(name)) is None:
+        if name.isdigit() and monitor.server_of(int(name)) is None:
             monitor.passed.add(int(name))
     print("watching", flush=True)
     stop = select.poll()
@@ -109,6 +114,7 @@ def main(directory: str, result: str) -> None:
     report = {
         "seen": monitor.seen,
         "pairs": monitor.pairs,
+        "most": monitor.most,
         "left": sorted(monitor.alive),
         "looks": monitor.looks,
     }

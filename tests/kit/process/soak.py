@@ -25,7 +25,7 @@ from orchestrator import Orchestrator, RestartPolicy
 from orchestrator.demo.tiny_model import write_tiny_model
 from orchestrator.errors import OrchestratorError
 from tests.kit.process.servers import servers_of
-from tests.kit.process.support import BEHAVIOURS, Background, Fake, watched
+from tests.kit.process.support import BEHAVIOURS, Background, Fake, pinned, watched
 
 THREADS: Final = 16
 _MEAN_PAUSE_S: Final = 0.6  # so that some loads complete
@@ -200,15 +200,6 @@ class Saboteur:
                     if still is not None and still.pid == loaded.pid:
                         signal.pidfd_send_signal(fd, self._dice.choice(_SIGNALS))
                         self.count += 1
-
-
-@contextlib.contextmanager
-def pinned(pid: int) -> Iterator[int]:
-    fd = os.pidfd_open(pid)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager

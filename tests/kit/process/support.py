@@ -86,6 +86,16 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+@contextlib.contextmanager
+def pinned(pid: int) -> Iterator[int]:
+    """Give a pidfd, so that the number stays this process's."""
+    fd = os.pidfd_open(pid)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def in_a_fork(what: Callable[[], object]) -> int:
     """Run a function in a forked child, which then waits to be killed; return the child's pid."""
     read, write = os.pipe()
