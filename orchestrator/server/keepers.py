@@ -151,6 +151,9 @@ class Keepers:
             link, (answer, fds) = self._order_spawn(json.dumps(spec).encode(), lock_fd)
         except (KeeperGone, OSError, NoThread) as error:
             raise _no_hand_over(error) from error
+        except ImportError as error:
+            why = "the files of this package are gone or replaced: restart this program"
+            raise _no_hand_over(why) from error
         if "error" in answer:
             self._slot.forget()
             raise _cannot_execute(argv[0], *answer["error"])

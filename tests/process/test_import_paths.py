@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +24,9 @@ from orchestrator.errors import HubError
 from orchestrator.models.hub.fetch_process import FetchProcess, FetchProgress
 from orchestrator.settings.request import LoadRequest
 from tests.kit.fake_hub import Hub, Repo
-from tests.kit.process.support import REPOSITORY, Watch
+from tests.kit.process import support
+from tests.kit.process.servers import servers_of
+from tests.kit.process.support import REPOSITORY, Fake, Host, Watch
 from tests.kit.sentences import assert_sentence
 
 BARE = os.path.realpath(sys.executable)
@@ -86,6 +90,75 @@ def test_server_download_and_keeper_find_the_packages_of_the_host(
     server = Watch(found["pid"])
     host.kill()
     server.seconds_to_exit(0, 5)
+
+
+UPGRADED = """
+send(where=orchestrator.__file__)
+sys.stdin.readline()
+for _ in range(2):
+    try:
+        send(answer=orch.load(a["model"]).status)
+    except OrchestratorError as error:
+        send(answer=str(error), category=error.category)
+    sys.stdin.readline()
+orch.close()
+send(answer="closed")
+"""
+
+
+@pytest.fixture
+def upgradable(
+    fake: Fake, state_dir: Path, tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Path, Host]]:
+    """A copy of the package, and a host that has started an orchestrator of it."""
+    package = tmp_path / "lib" / "orchestrator"
+    shutil.copytree(REPOSITORY / "orchestrator", package)
+    monkeypatch.setattr(sys, "path", [str(package.parent), *sys.path])
+    monkeypatch.setattr(support, "REPOSITORY", package.parent)
+    program = "import orchestrator; from orchestrator import OrchestratorError; orch.start()"
+    host = Host(
+        program + UPGRADED,
+        server=fake.path,
+        state_dir=state_dir,
+        env=fake.env,
+        model=tiny_model,
+    )
+    assert host.receive() == {"where": str(package / "__init__.py")}
+    yield package, host
+    host.close()
+
+
+def test_keeper_of_an_upgraded_package_serves_the_program_that_runs(
+    upgradable: tuple[Path, Host], state_dir: Path
+) -> None:
+    """Its files are replaced under the program; the keeper is started from the new ones."""
+    package, host = upgradable
+    channel = package / "server" / "channel.py"
+    channel.write_text(re.sub(r"(VERSION: Final = )\d+", r"\g<1>1000", channel.read_text()))
+    host.send()
+    assert host.receive() == {"answer": "loaded"}
+    host.send()
+    assert host.receive() == {"answer": "already_loaded"}
+    host.send()
+    assert host.receive() == {"answer": "closed"}
+    assert not servers_of(state_dir)
+
+
+def test_package_that_is_gone_is_told_and_the_program_goes_on_once_it_is_back(
+    upgradable: tuple[Path, Host], state_dir: Path
+) -> None:
+    package, host = upgradable
+    away = package.rename(package.with_name("away"))
+    host.send()
+    refused = host.receive()
+    assert refused["category"] == "unavailable"
+    assert_sentence("launch.package_gone", refused["answer"])
+    away.rename(package)
+    host.send()
+    assert host.receive() == {"answer": "loaded"}
+    host.send()
+    assert host.receive() == {"answer": "closed"}
+    assert not servers_of(state_dir)
 
 
 def test_a_relative_entry_of_the_path_stays_what_it_is(
