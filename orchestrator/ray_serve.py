@@ -1,5 +1,12 @@
 """Several machines, by Ray Serve (extra `ray`): `build_app` is an application builder."""
 
-from orchestrator.cluster.app import build_app
+from __future__ import annotations
+
+from orchestrator.cluster.on_ray import without_extra
+
+try:
+    from orchestrator.cluster.app import build_app
+except ModuleNotFoundError as error:
+    raise without_extra(error) from error
 
 __all__ = ["build_app"]

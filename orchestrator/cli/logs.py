@@ -37,11 +37,27 @@ class _JSON(_Console):
         return json.dumps(members, default=str)
 
 
+class _NoLock:
+    """Like a lock that is always free."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
+
+    def __enter__(self) -> bool:
+        return True
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 class _Handler(logging.StreamHandler[Any]):
     """Has no lock, as the stream writes whole lines: nobody waits for a thread that writes one."""
 
     def createLock(self) -> None:  # noqa: N802
-        self.lock = None
+        self.lock = _NoLock()  # type: ignore[assignment]  # Python 3.13 enters it unasked
 
 
 def configure(level: Level, form: Format = "console") -> None:

@@ -24,7 +24,17 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from orchestrator.cluster import merging
-from orchestrator.cluster.paths import ByBody, ByName, Everywhere, Merged, Named, Own, where
+from orchestrator.cluster.paths import (
+    LISTING,
+    REPLICAS,
+    ByBody,
+    ByName,
+    Everywhere,
+    Merged,
+    Named,
+    Own,
+    where,
+)
 from orchestrator.cluster.replicas import Body, Lost, NotConnected, Replicas
 from orchestrator.cluster.routing import ReplicaReport
 from orchestrator.errors import InvalidRequest, NotLoaded, Problem, Unavailable
@@ -99,6 +109,8 @@ class _Asked:
 
     async def answer(self, send: Send) -> None:
         match where(self._method, self._path):
+            case Own() if self._path == REPLICAS:
+                await (await self._reports())(self._scope, _nothing, send)
             case Own():
                 await self._own()(self._scope, _nothing, send)
             case ByBody():
@@ -165,30 +177,41 @@ class _Asked:
     def _may_repeat(self) -> bool:
         return self._path.startswith("/v1/") or self._method in ("GET", "HEAD")
 
-    async def _send(self, replica: ReplicaReport) -> aiohttp.ClientResponse:
+    async def _send(
+        self, replica: ReplicaReport, method: str | None = None, target: str | None = None
+    ) -> aiohttp.ClientResponse:
+        """Send the request, or on its behalf another one that has no body."""
         given = self._scope["headers"]
         whole = self._client.whole
         body: Body = self._client.rest() if whole is None else whole
         if whole == b"" and not any(name == b"content-length" for name, _ in given):
             body = None
         headers = headers_through(given)
-        return await self._replicas.send(replica, self._method, self._target, headers, body)
+        return await self._replicas.send(
+            replica, method or self._method, target or self._target, headers, body
+        )
 
     # --------------------------------------------------------------------------- to some of them
 
-    async def _from_all(self) -> list[Response]:
+    async def _from_all(
+        self, method: str | None = None, target: str | None = None
+    ) -> list[Response]:
         """Return the answers of all replicas; those that are lost give none."""
         if not self._replicas.open:
             await self._replicas.choose(None, (), self._until)
-        answers = await asyncio.gather(*map(self._from, self._replicas.open))
+        answers = await asyncio.gather(
+            *(self._from(one, method, target) for one in self._replicas.open)
+        )
         found = [one for one in answers if one is not None]
         if not found:
             raise _no_replica()
         return found
 
-    async def _from(self, replica: ReplicaReport) -> Response | None:
+    async def _from(
+        self, replica: ReplicaReport, method: str | None, target: str | None
+    ) -> Response | None:
         try:
-            return await merging.whole(await self._send(replica))
+            return await merging.whole(await self._send(replica, method, target))
         except (NotConnected, Lost, aiohttp.ClientError):
             return None
 
@@ -209,11 +232,21 @@ class _Asked:
     def _own(self) -> Response:
         if self._path == "/healthz":
             return AsciiJSON({"status": "alive"})
-        if self._path == "/readyz":
-            if not any(one.is_ready for one in self._replicas.open):
-                raise NotLoaded.because("no replica is ready")
-            return AsciiJSON({"status": "ready"})
-        reports = [one.as_dict() for one in self._replicas.reports]
+        if not any(one.is_ready for one in self._replicas.open):
+            raise NotLoaded.because("no replica is ready")
+        return AsciiJSON({"status": "ready"})
+
+    async def _reports(self) -> Response:
+        """Tell of the replicas what the pools show to the key of this request."""
+        seen: set[str] = set()
+        if self._replicas.open:  # no other one has models to tell of
+            answers = await self._from_all("GET", LISTING)
+            failure = merging.worst(answers)
+            if failure.status_code >= 400:
+                return failure
+            bodies = [json.loads(bytes(one.body)) for one in answers]
+            seen = {model["name"] for body in bodies for model in body["models"]}
+        reports = [one.only(seen).as_dict() for one in self._replicas.reports]
         return AsciiJSON({"replicas": [{**one, "names": sorted(one["names"])} for one in reports]})
 
 

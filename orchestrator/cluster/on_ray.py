@@ -16,11 +16,16 @@ def serve() -> Any:
     try:
         from ray import serve as found
     except ModuleNotFoundError as error:
-        if (missing := error.name or "").startswith("orchestrator"):
-            raise
-        message = f'orchestrator.ray_serve needs {missing}: pip install "llama-orchestrator[ray]"'
-        raise ModuleNotFoundError(message, name=error.name) from error
+        raise without_extra(error) from error
     return found
+
+
+def without_extra(error: ModuleNotFoundError) -> ModuleNotFoundError:
+    """Return the error that says how to install what is missing."""
+    if (missing := error.name or "").startswith("orchestrator"):
+        return error
+    message = f'orchestrator.ray_serve needs {missing}: pip install "llama-orchestrator[ray]"'
+    return ModuleNotFoundError(message, name=error.name)
 
 
 @dataclass(frozen=True, slots=True)

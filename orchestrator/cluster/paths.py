@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote
 
-_MODELS: Final = "/api/models"
-_LISTINGS: Final = frozenset({"/v1/models", "/models", _MODELS})
+LISTING: Final = "/api/models"
+REPLICAS: Final = "/api/replicas"
+_LISTS: Final = frozenset({"/v1/models", "/models", LISTING})
 _ROUTER: Final = "/models/load"
 
 
@@ -49,18 +50,18 @@ Where = ByBody | ByName | Everywhere | Merged | Named | Own
 def where(method: str, path: str) -> Where | None:
     """Return whom a request is for; None if no route has this path."""
     reads = method in ("GET", "HEAD")
-    if path in ("/healthz", "/readyz", "/api/replicas"):
+    if path in ("/healthz", "/readyz", REPLICAS):
         return Own()
-    if path.rstrip("/") in _LISTINGS and reads:
+    if path.rstrip("/") in _LISTS and reads:
         return Merged()
     if path.startswith("/v1/models/") and reads:
         return ByName(unquote(path.removeprefix("/v1/models/")))
     if path.startswith("/v1/") or path == _ROUTER:
         return ByBody()
-    if path.startswith(f"{_MODELS}/"):
-        name, _, rest = path.removeprefix(f"{_MODELS}/").partition("/")
+    if path.startswith(f"{LISTING}/"):
+        name, _, rest = path.removeprefix(f"{LISTING}/").partition("/")
         return Everywhere() if method == "DELETE" or rest == "unload" else ByName(unquote(name))
-    if path in (_MODELS, "/models/unload", "/api/catalogue", "/api/inference/unload"):
+    if path in (LISTING, "/models/unload", "/api/catalogue", "/api/inference/unload"):
         return Everywhere()
     if path.startswith("/api/inference/"):
         return ByName(None)

@@ -68,6 +68,19 @@ class ReplicaReport(Record):
     default: str | None = None
     problem: Mapping[str, Any] | None = None
 
+    def only(self, visible: Collection[str]) -> ReplicaReport:
+        """Return what may be told to somebody who sees these models of the pool."""
+        if all(model.name in visible for model in self.models):
+            return self
+        return ReplicaReport(
+            self.replica,
+            self.node,
+            is_ready=self.is_ready,
+            models=tuple(model for model in self.models if model.name in visible),
+            names={name: entry for name, entry in self.names.items() if entry in visible},
+            default=self.default if self.default in visible else None,
+        )
+
     def find(self, asked: str | None) -> ModelReport | None:
         """Return the model that a request means; None is the default."""
         name = self.default if asked is None else self.names.get(asked)

@@ -1,8 +1,8 @@
 """What users feel with the small real model, by turns with the bare process.
 
-The first token after a swap, tokens a second direct and through the service, and a conversation
-that comes back after another model. `make real-model` fetches the model. Prints a table; `--json
-FILE` writes the figures.
+Loads and swaps in one process, the first token after a swap over HTTP, tokens a second direct and
+through the service, and a conversation that comes back after another model. `make real-model`
+fetches the model. Prints a table; `--json FILE` writes the figures.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import psutil
 from orchestrator import Orchestrator
 from orchestrator.demo import real_model
 from orchestrator.demo.tiny_model import write_tiny_model
-from tests.bench.bench import Figures, bare_start, bare_stop
+from tests.bench.bench import Figures, bare_start, bare_stop, milliseconds, orchestrator
 from tests.bench.passthrough_bench import Service
 
 ROUNDS: Final = 5
@@ -49,6 +49,33 @@ def post(url: str, path: str, body: dict[str, Any], key: str | None = None) -> A
 
 def asked(text: str, tokens: int) -> dict[str, Any]:
     return {"prompt": text, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+
+
+def loads(server: str, real: str, other: str, figures: Figures) -> None:
+    """To the real model from nothing, and from another one, until /health is 200, or Healthy."""
+    bare_load, our_load, bare_swap, our_swap = [], [], [], []
+    with orchestrator(server) as orch:
+        orch.load(other, max_seq_length=CONTEXT)
+        for _ in range(2 * ROUNDS):
+            orch.unload()
+            process, seconds = bare_start(server, real, CONTEXT)
+            bare_load.append(seconds * 1000)
+            bare_stop(process)
+            our_load.append(milliseconds(lambda: orch.load(real, max_seq_length=CONTEXT)))
+            orch.unload()
+            old, _ = bare_start(server, other, CONTEXT)
+            started = time.perf_counter()
+            bare_stop(old)
+            process, _ = bare_start(server, real, CONTEXT)
+            bare_swap.append((time.perf_counter() - started) * 1000)
+            bare_stop(process)
+            orch.load(other, max_seq_length=CONTEXT)
+            our_swap.append(milliseconds(lambda: orch.load(real, max_seq_length=CONTEXT)))
+    for name, bare, ours in (("load", bare_load, our_load), ("swap", bare_swap, our_swap)):
+        figures.add(f"bare {name}, median", statistics.median(bare), "ms")
+        figures.add(f"{name}, median", statistics.median(ours), "ms")
+        ratio = statistics.median(ours) / statistics.median(bare)
+        figures.add(f"{name} / bare", ratio, "x", "<= 1.10")
 
 
 def swaps(service: Service, server: str, real: str, tiny: str, figures: Figures) -> None:
@@ -128,6 +155,7 @@ def main() -> None:
     figures = Figures()
     with tempfile.TemporaryDirectory() as name:
         tiny = str(write_tiny_model(Path(name) / "tiny.gguf"))
+        loads(server, str(real), tiny, figures)
         service = Service(server, tiny, name)
         try:
             swaps(service, server, str(real), tiny, figures)

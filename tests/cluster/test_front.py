@@ -23,6 +23,8 @@ from tests.kit.http import problem, serving
 from tests.kit.process.support import until
 
 CHAT = "/v1/chat/completions"
+LISTING = ("GET", "/api/models")
+REPLICAS = "/api/replicas"
 Answers = dict[tuple[str, str], tuple[int, Any]]
 
 
@@ -38,10 +40,14 @@ class Replica:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         body = await request.body()
-        self.asked.append((scope["method"], request.url.path))
-        self.headers = dict(request.headers)
-        mine = {"replica": self.name, "size": len(body)}
-        status, members = self.answers.get(self.asked[-1], (200, mine))
+        asked = (scope["method"], request.url.path)
+        mine: dict[str, Any] = {"replica": self.name, "size": len(body)}
+        if asked == LISTING and asked not in self.answers:  # the front's own question
+            mine = {"models": [{"name": "m"}]}
+        else:
+            self.asked.append(asked)
+            self.headers = dict(request.headers)
+        status, members = self.answers.get(asked, (200, mine))
         await JSONResponse(members, status)(scope, receive, send)
 
 
@@ -79,14 +85,14 @@ def client(handle: Handle) -> Iterator[httpx.Client]:
 
 
 @contextlib.contextmanager
-def replicas(handle: Handle, *some: Replica) -> Iterator[None]:
+def replicas(handle: Handle, *some: Replica, **more: Any) -> Iterator[None]:
     """Serve these replicas, each behind its door; the first is the best one."""
     with contextlib.ExitStack() as life:
         for number, one in enumerate(some):
             door = cast("fastapi.FastAPI", Door(one, f"key-{one.name}"))
             url = life.enter_context(serving(door)).base_url
             value = "unloaded" if number else "loaded"
-            handle.reports.append(report(one.name, url, value))
+            handle.reports.append(report(one.name, url, value, **more))
         yield
 
 
@@ -208,9 +214,35 @@ def test_a_front_answers_for_itself(client: httpx.Client, handle: Handle) -> Non
     assert client.get("/v1/%2e%2e/api").status_code == 404
     with replicas(handle, Replica("1")):
         until(lambda: client.get("/readyz").status_code == 200, "ready")
-        [one] = client.get("/api/replicas").json()["replicas"]
+        [one] = client.get(REPLICAS).json()["replicas"]
         assert (one["replica"], one["node"], one["names"]) == ("1", "node-1", ["m"])
         assert "key-1" not in json.dumps(one)
+
+
+def test_what_a_key_may_not_see_of_a_pool_it_does_not_see_of_the_replicas(
+    client: httpx.Client, handle: Handle
+) -> None:
+    """Their pools judge the key, here by what they list."""
+    one, two = Replica("1"), Replica("2")
+    two.answers[LISTING] = (200, {"models": [{"name": "other"}]})
+    both = {
+        "models": (ModelReport("m", "loaded"), ModelReport("other", "loaded")),
+        "names": {"m": "m", "o": "other"},
+        "free": {"Host": 7},
+        "problem": {"message": "models.other: a mistake"},
+    }
+    with replicas(handle, one, two, **both):
+        until(lambda: len(client.get(REPLICAS).json()["replicas"]) == 2, "both are known")
+        for found in client.get(REPLICAS).json()["replicas"]:
+            assert found["names"] == ["m", "o"]
+            assert found["free"] == {"Host": 7}
+        two.answers[LISTING] = (200, {"models": [{"name": "m"}]})
+        for found in client.get(REPLICAS).json()["replicas"]:
+            assert [model["name"] for model in found["models"]] == ["m"]
+            hidden = (found["url"], found["free"], found["problem"], found["default"])
+            assert (found["names"], hidden) == (["m"], (None, {}, None, None))
+        two.answers[LISTING] = (401, {"category": "unauthorized"})
+        assert client.get(REPLICAS).status_code == 401
 
 
 def test_only_names_of_the_service_and_its_own_pages_may_ask(client: httpx.Client) -> None:
@@ -252,7 +284,7 @@ def test_lists_of_models_become_one(client: httpx.Client, handle: Handle) -> Non
         },
     )
     with replicas(handle, one, two):
-        until(lambda: len(client.get("/api/replicas").json()["replicas"]) == 2, "both are known")
+        until(lambda: len(client.get(REPLICAS).json()["replicas"]) == 2, "both are known")
         assert client.get("/v1/models").json() == listing(m="loaded", a="failed", b="loading")
         assert client.get("/api/models").json() == {
             "budget": [{"device": "Host", "total_mib": 200, "reserved_mib": 7}],
@@ -270,7 +302,7 @@ def test_a_change_reaches_every_replica_and_a_refusal_is_the_answer(
     )
     two = Replica("2")
     with replicas(handle, one, two):
-        until(lambda: len(client.get("/api/replicas").json()["replicas"]) == 2, "both are known")
+        until(lambda: len(client.get(REPLICAS).json()["replicas"]) == 2, "both are known")
         answer = client.post("/api/catalogue")
         assert (answer.status_code, answer.json()) == (400, refusal)
         assert client.post("/api/models/m/unload").status_code == 200
@@ -281,7 +313,7 @@ def test_a_change_reaches_every_replica_and_a_refusal_is_the_answer(
 
 def test_what_is_of_one_replica_names_it(client: httpx.Client, handle: Handle) -> None:
     with replicas(handle, Replica("1"), Replica("2")):
-        until(lambda: len(client.get("/api/replicas").json()["replicas"]) == 2, "both are known")
+        until(lambda: len(client.get(REPLICAS).json()["replicas"]) == 2, "both are known")
         answer = client.get("/api/usage")
         assert (problem(answer), answer.json()["field"]) == ((400, "invalid_request"), "replica")
         assert client.get("/api/usage?replica=2").json()["replica"] == "2"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -141,3 +142,15 @@ def test_without_ray_the_error_says_how_to_install_it(monkeypatch: pytest.Monkey
     with pytest.raises(ModuleNotFoundError) as caught:
         build_app({"models": TABLES})
     assert_sentence("ray.missing", str(caught.value))
+
+
+def test_without_the_extra_the_error_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without any extra there is no web framework either."""
+    monkeypatch.delitem(sys.modules, "orchestrator.ray_serve", raising=False)
+    monkeypatch.setitem(sys.modules, "orchestrator.cluster.app", None)
+    monkeypatch.setitem(sys.modules, "starlette.applications", None)
+    monkeypatch.delitem(sys.modules, "orchestrator.cluster.app")
+    with pytest.raises(ModuleNotFoundError, match=r"needs starlette.*llama-orchestrator\[ray\]"):
+        importlib.import_module("orchestrator.ray_serve")

@@ -682,6 +682,7 @@ def test_a_call_during_the_spawn_ends_the_late_server(
 ) -> None:
     """The spawn still delivers a child, which no load wants any more."""
     gate, spawn = threading.Event(), Warden.spawn
+    fake.behave(by_model={os.path.basename(model_a): {"loading_s": -1}})
 
     def gated(warden: Warden, *args: Any) -> None:
         gate.wait(30)
