@@ -1,8 +1,8 @@
 """A front: reads which model a request names, chooses a replica, and passes the request on.
 
-A request is sent to another replica only before the first byte of its answer, and only if the first
-one has not executed it, or its answer can be repeated: that of `/v1`, where a lost replica has
-ended its servers. The client's keys go along; the replica judges them.
+A request is sent to another replica only before the first byte of its answer's body, and only if the
+first one has not executed it, or its answer can be repeated: that of `/v1`, where a lost replica
+has ended its servers. The client's keys go along; the replica judges them.
 """
 
 from __future__ import annotations
@@ -164,14 +164,23 @@ class _Asked:
                         continue
                     await refused(self._scope, _nothing, send)
                     return
+                first = await self._first_of(response)
             except NotConnected:
                 continue
             except (Lost, aiohttp.ClientError) as error:
                 if not self._may_repeat:
                     raise _cut() from error
                 continue
-            await send_on(self._scope, response, send)
+            await send_on(self._scope, response, send, first=first)
             return
+
+    async def _first_of(self, response: aiohttp.ClientResponse) -> bytes:
+        """Return the first bytes of an answer's body: a head says nothing that is not repeated."""
+        try:
+            return await response.content.readany()
+        except BaseException:
+            response.close()
+            raise
 
     @property
     def _may_repeat(self) -> bool:

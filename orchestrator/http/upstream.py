@@ -172,12 +172,14 @@ async def send_on(
     response: aiohttp.ClientResponse,
     send: Send,
     *,
+    first: bytes | None = None,
     judge: Callable[[int], None] | None = None,
     rewrites: Rewrites | None = None,
 ) -> None:
     """Send the answer on as it comes.
 
     Args:
+        first: What has been read of its body.
         judge: Hears how much of its prompt was cached.
         rewrites: Changes the answer, and so its length.
     """
@@ -186,7 +188,8 @@ async def send_on(
     before = b""
     try:
         await send(start)
-        while chunk := await response.content.readany():
+        while chunk := await response.content.readany() if first is None else first:
+            first = None
             if judge is not None:
                 if (found := _CACHED.search(before + chunk)) is not None:
                     judge(int(found[1]))

@@ -163,8 +163,8 @@ def test_the_last_refusal_is_the_answer_where_nobody_is_left(
 
 
 @contextlib.contextmanager
-def hanging_up() -> Iterator[str]:
-    """A listener that reads a request and closes the connection."""
+def hanging_up(said: bytes = b"") -> Iterator[str]:
+    """A listener that reads a request, says this and closes the connection."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -172,6 +172,7 @@ def hanging_up() -> Iterator[str]:
                 while True:
                     connected, _ = listener.accept()
                     connected.recv(1 << 16)
+                    connected.sendall(said)
                     connected.close()
 
         threading.Thread(target=serve, daemon=True).start()
@@ -179,11 +180,34 @@ def hanging_up() -> Iterator[str]:
         listener.shutdown(socket.SHUT_RDWR)
 
 
-def test_a_replica_that_is_gone_is_passed_over(client: httpx.Client, handle: Handle) -> None:
-    """Nothing listens at the first, the second ends before its answer begins."""
-    with hanging_up() as lost, replicas(handle, Replica("3")):
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+    ],
+    ids=["nothing", "head", "head of a stream"],
+)
+def test_a_replica_that_is_gone_is_passed_over(
+    client: httpx.Client, handle: Handle, said: bytes
+) -> None:
+    """Nothing listens at the first, the second ends before a byte of the body."""
+    with hanging_up(said) as lost, replicas(handle, Replica("3")):
         handle.reports[:0] = [report("1", "http://127.0.0.1:9"), report("2", lost)]
         assert ask(client).json()["replica"] == "3"
+
+
+def test_an_answer_that_has_begun_is_not_sent_for_again(
+    client: httpx.Client, handle: Handle
+) -> None:
+    other = Replica("2")
+    said = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nab"
+    with hanging_up(said) as lost, replicas(handle, Replica("0"), other):
+        handle.reports[0] = report("1", lost)
+        with pytest.raises(httpx.RemoteProtocolError):
+            ask(client)
+        assert other.asked == []
 
 
 def test_what_may_have_been_executed_is_not_sent_again(

@@ -64,6 +64,14 @@ def by_replica(cluster: Cluster) -> dict[str, set[str]]:
     }
 
 
+def is_spread(cluster: Cluster) -> bool:
+    """Ask all models; a front that has yet to hear of a new replica fills the other one."""
+    for model in MODELS:
+        pid_of(cluster.ask(model))
+    loaded = by_replica(cluster).values()
+    return len(loaded) == 2 and all(loaded)
+
+
 def test_a_request_goes_to_where_its_model_is_resident(cluster: Cluster) -> None:
     """A model that is loaded twice takes the room of another one."""
     first = {model: pid_of(cluster.ask(model)) for model in MODELS}
@@ -204,8 +212,7 @@ def test_a_smaller_cluster_finishes_its_streams(
 ) -> None:
     """Streams of 30 s."""
     cluster.until_open(2)
-    for model in MODELS:
-        pid_of(cluster.ask(model))
+    support.until(partial(is_spread, cluster), "models on each replica", 60)
     here, there = (sorted(models)[0] for models in by_replica(cluster).values())
     (tmp_path / "1").mkdir()
     (tmp_path / "2").mkdir()
