@@ -1,8 +1,8 @@
 """A front: reads which model a request names, chooses a replica, and passes the request on.
 
-A request is sent to another replica only before the first byte of its answer's body, and only if the
-first one has not executed it, or its answer can be repeated: that of `/v1`, where a lost replica
-has ended its servers. The client's keys go along; the replica judges them.
+A request is sent to another replica only before the first byte of its answer's body, and only if
+the first one has not executed it, or its answer can be repeated: that of `/v1`, where a lost
+replica has ended its servers. The client's keys go along; the replica judges them.
 """
 
 from __future__ import annotations
