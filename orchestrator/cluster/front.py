@@ -110,6 +110,7 @@ class _Asked:
     async def answer(self, send: Send) -> None:
         match where(self._method, self._path):
             case Own() if self._path == REPLICAS:
+                await self._read()
                 await (await self._reports())(self._scope, _nothing, send)
             case Own():
                 await self._own()(self._scope, _nothing, send)
