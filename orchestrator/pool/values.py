@@ -57,7 +57,10 @@ def need(field: str, value: object) -> Memory:
         name = checks.line(field, device)
         if name is None or name in sizes:
             raise InvalidRequest.because(f"{field} has a device without a name", field=field)
-        sizes[name] = mib_of(f"{field}.{checks.printable(name)}", size)
+        if not name.isprintable():
+            message = f"{field} has {name[:40]!a}: the name of a device must be printable"
+            raise InvalidRequest.because(message, field=field)
+        sizes[name] = mib_of(f"{field}.{name[:64]}", size)
     return MappingProxyType(sizes)
 
 

@@ -129,6 +129,7 @@ ENTRIES = st.dictionaries(st.sampled_from((*MODEL, *ELSEWHERE, "on_busy")), ANY,
 )
 @example({"models": {"a": {"model_path": "a", "presets": {"p": {"x": "\ud800"}}}}})
 @example({"models": {"a": {"model_path": "a", "aliases": ["\ud800"]}}})
+@example({"pool": {"memory": {"\U00018d09": None}}})
 @example({"models": {"\ud800": {"model_path": "a"}}, "\ud800": 1})
 def test_any_mapping_is_a_catalogue_or_a_mistake(given: Any) -> None:
     if (error := refusal(lambda: catalogue_of(given))) is None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from orchestrator.errors import InvalidRequest
 from orchestrator.pool.catalogue import Match, catalogue_of, read_catalogue
 from orchestrator.pool.entries import KeyEntry, PoolSettings, Preset
-from orchestrator.pool.values import by_device, mib_of
+from orchestrator.pool.values import by_device, mib_of, need
 from orchestrator.settings.request import LoadRequest
 from tests.kit.catalogues import CONTRACT, catalogue, models
 from tests.kit.settings import SECRET, repeatable
@@ -273,6 +273,14 @@ def test_other_types_are_not_a_size(value: object) -> None:
     with pytest.raises(InvalidRequest) as caught:
         mib_of("memory", value)
     assert (caught.value.category, caught.value.field) == ("malformed", "memory")
+
+
+@pytest.mark.parametrize("name", ["a\u202eb", "\U00018d09", "\ud800"])
+def test_device_is_printable(name: str) -> None:
+    """It is shown, in the budget and in errors."""
+    with pytest.raises(InvalidRequest) as caught:
+        need("memory", {name: "1 GiB"})
+    assert caught.value.message.isprintable()
 
 
 def test_memory_is_a_size_or_a_table_by_device() -> None:
