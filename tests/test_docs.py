@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from orchestrator import AsyncModelPool, AsyncOrchestrator
 from orchestrator.http.metrics import Metrics
 from orchestrator.http.pool.metrics import PoolMetrics
+from orchestrator.machine.states import State
 from tests.kit.copies import with_copies
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +30,18 @@ def test_every_test_a_page_names_exists(page: Path) -> None:
     }
     named = set(re.findall(r"`(test_\w+)`", page.read_text()))
     assert named <= known, named - known
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("orchestrator/http/panel/words.js", "orchestrator/http/panel/steps.js"),
+        *("docs/grafana-dashboard.json", "docs/lifecycle.md", "README.md"),
+    ],
+)
+def test_every_state_is_where_the_states_are_listed(file: str) -> None:
+    text = (ROOT / file).read_text()
+    assert {state for state in State if state not in text} == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

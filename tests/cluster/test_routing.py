@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.cluster import merging
 from orchestrator.cluster.paths import (
     ByBody,
     ByName,
@@ -17,9 +18,14 @@ from orchestrator.cluster.paths import (
     where,
 )
 from orchestrator.cluster.routing import ModelReport, ReplicaReport, choose, eviction_cost
+from orchestrator.machine.states import State
 from orchestrator.pool.ledger import Amounts
 
 NEED = {"Host": 100}
+
+
+def test_lists_of_models_can_be_merged_in_every_state() -> None:
+    assert set(merging._STATES) == set(State)
 
 
 def replica(name: str, free: int = 0, **models: Any) -> ReplicaReport:

@@ -21,6 +21,7 @@ import pytest
 
 from orchestrator.demo import tiny_model
 from orchestrator.server import embedded, embedded_flags
+from orchestrator.settings.fields import SETTINGS
 from tests.kit.process.support import Watch, until, until_it_catches
 
 DEADLINE_S = 60.0
@@ -205,6 +206,15 @@ HELP_AS_LLAMA_SERVER_WRITES_IT = """\
 -np,   --parallel N                     number of server slots (default: -1, -1 = auto)
 --spec-default                          enable default speculative decoding config
 """  # noqa: E501
+
+
+def test_the_flags_of_every_setting_are_known() -> None:
+    """`KIND` stands for each of its choices; the default needs no flag."""
+    for row in SETTINGS.values():
+        others = [choice for choice in row.choices if choice != row.default]
+        written = [row.argv.replace("--{}", f"--{choice}") for choice in others or [""]]
+        flags = {word for text in written for word in text.split() if word.startswith("-")}
+        assert flags <= embedded_flags.BY_NAME.keys(), flags - embedded_flags.BY_NAME.keys()
 
 
 def test_help_lists_every_flag_in_llama_servers_layout() -> None:
