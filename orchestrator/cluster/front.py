@@ -203,19 +203,20 @@ class _Asked:
 
     # --------------------------------------------------------------------------- to some of them
 
-    async def _from_all(
-        self, method: str | None = None, target: str | None = None
-    ) -> list[Response]:
-        """Return the answers of all replicas; those that are lost give none."""
+    async def _from_all(self) -> list[Response]:
+        """Return the answers of all replicas."""
         if not self._replicas.open:
             await self._replicas.choose(None, (), self._until)
-        answers = await asyncio.gather(
-            *(self._from(one, method, target) for one in self._replicas.open)
-        )
-        found = [one for one in answers if one is not None]
-        if not found:
+        if not (found := await self._from_open()):
             raise _no_replica()
         return found
+
+    async def _from_open(
+        self, method: str | None = None, target: str | None = None
+    ) -> list[Response]:
+        """Return the answers of those that listen; those that are lost give none."""
+        asked = (self._from(one, method, target) for one in self._replicas.open)
+        return [one for one in await asyncio.gather(*asked) if one is not None]
 
     async def _from(
         self, replica: ReplicaReport, method: str | None, target: str | None
@@ -248,14 +249,11 @@ class _Asked:
 
     async def _reports(self) -> Response:
         """Tell of the replicas what the pools show to the key of this request."""
-        seen: set[str] = set()
-        if self._replicas.open:  # no other one has models to tell of
-            answers = await self._from_all("GET", LISTING)
-            failure = merging.worst(answers)
-            if failure.status_code >= 400:
-                return failure
-            bodies = [json.loads(bytes(one.body)) for one in answers]
-            seen = {model["name"] for body in bodies for model in body["models"]}
+        answers = await self._from_open("GET", LISTING)  # no other one has models to tell of
+        if answers and (failure := merging.worst(answers)).status_code >= 400:
+            return failure
+        bodies = [json.loads(bytes(one.body)) for one in answers]
+        seen = {model["name"] for body in bodies for model in body["models"]}
         reports = [one.only(seen).as_dict() for one in self._replicas.reports]
         return AsciiJSON({"replicas": [{**one, "names": sorted(one["names"])} for one in reports]})
 
