@@ -6,7 +6,7 @@ from orchestrator.cluster.on_ray import without_extra
 
 try:
     from orchestrator.cluster.app import build_app
-except ModuleNotFoundError as error:
-    raise without_extra(error) from error
+except ModuleNotFoundError as _error:
+    raise without_extra(_error) from _error
 
 __all__ = ["build_app"]
