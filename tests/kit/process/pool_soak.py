@@ -47,6 +47,8 @@ EXPECTED: Final = {
     "server_exited": "it was killed",
     "lost": "the service was killed",
     "not_loaded": "an unload came between the load and the request",
+    "superseded": "a load of the changed entry came",
+    "unavailable": "its keeper was killed as it started the server",
 }
 
 
