@@ -45,6 +45,7 @@ EXPECTED: Final = {
     "cancelled": "an unload, a cancel or a cut came first",
     "server_start_failed": "it was killed while it loaded",
     "server_exited": "it was killed",
+    "bad_gateway": "it was killed in the middle of an answer",
     "lost": "the service was killed",
     "not_loaded": "an unload came between the load and the request",
     "superseded": "a load of the changed entry came",
