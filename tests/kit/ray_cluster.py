@@ -213,9 +213,11 @@ def cluster_of(folder: Path, count: int = 2) -> Iterator[Cluster]:
         for _ in range(count - 1):
             nodes.add_node(num_cpus=2, labels=LABELS)
         ray.init(address=nodes.address, log_to_driver=False)
+        made = Cluster(f"http://127.0.0.1:{port}", _free_port(), nodes, folder / "state")
         try:
-            yield Cluster(f"http://127.0.0.1:{port}", _free_port(), nodes, folder / "state")
+            yield made
         finally:
+            made.client.close()
             serve.shutdown()
             ray.shutdown()
     finally:
