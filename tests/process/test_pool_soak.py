@@ -132,13 +132,11 @@ def test_random_operations_keep_to_the_budget_and_leave_nothing(
     assert not [pid for pid in alive if is_running(pid)]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.deep
+@pytest.mark.timeout(5400)
 @pytest.mark.parametrize(
     ("operations", "mean_pause_s"),
-    [
-        pytest.param(320, 0.3, id="320"),
-        pytest.param(5_000, 5.5, id="5000", marks=[pytest.mark.deep, pytest.mark.timeout(5400)]),
-    ],
+    [pytest.param(320, 0.3, id="320"), pytest.param(5_000, 5.5, id="5000")],
 )
 def test_random_use_of_a_service_that_is_killed_again_and_again(
     operations: int, mean_pause_s: float, llama_server: str, tmp_path: Path
@@ -151,9 +149,9 @@ def test_random_use_of_a_service_that_is_killed_again_and_again(
     assert report.pairs == 0
     assert report.most <= ROOM
     assert report.left == 0
-    assert report.killed.keys() == {"server", "keeper", "service"}
+    assert report.lives > 1
+    assert report.killed["server"] + report.killed["keeper"] > 2
     answered = sum(n for name, n in report.answers.items() if name not in EXPECTED)
     assert answered > operations / 2
-    assert report.cold.descriptors <= report.warm.descriptors
-    assert report.cold.files <= report.warm.files
+    assert report.cold.is_within(report.warm)
     assert report.cold.resident_kib - report.warm.resident_kib < 32 << 10

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import itertools
 import json
+import operator
 import os
 import random
 import signal
@@ -161,6 +162,11 @@ class Held:
     threads: int
     files: int
     resident_kib: int
+
+    def is_within(self, most: Held) -> bool:
+        """Whether there is no more of what can be counted."""
+        mine = (self.descriptors, self.threads, self.files)
+        return all(map(operator.le, mine, (most.descriptors, most.threads, most.files)))
 
 
 class Failed(Exception):
@@ -374,17 +380,20 @@ def soak(
                 killed.update(saboteur.killed)
 
         def at_rest(most: Held | None = None) -> Held:
-            """Wait for idle servers, and threads that end a while after their work."""
+            """Wait for idle servers, and for what ends a while after its work."""
             for name in NAMES:
                 until(functools.partial(is_idle, service, name), f"{name} is at rest", 120)
-            if most is not None:
-                until(lambda: service.held().threads <= most.threads, "the end of threads", 120)
-            return service.held()
+
+            def within() -> Held | None:
+                held = service.held()
+                return held if most is None or held.is_within(most) else None
+
+            return until(within, f"no more than {most}")
 
         with watched(service.state_dir, folder / "watched.json") as report:
             begun = time.monotonic()
             try:
-                run(operations * 3 // 5, "server", "keeper", "service")
+                run(operations * 3 // 5, "service", "keeper", "server")
                 run(operations // 5, "server", "keeper")
                 warm = at_rest()
                 run(operations // 5, "server", "keeper")
