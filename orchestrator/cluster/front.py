@@ -1,8 +1,9 @@
 """A front: reads which model a request names, chooses a replica, and passes the request on.
 
-A request is sent to another replica only before the first byte of its answer's body, and only if
-the first one has not executed it, or its answer can be repeated: that of `/v1`, where a lost
-replica has ended its servers. The client's keys go along; the replica judges them.
+A request is sent to another replica only before its answer begins, for `/v1` with the first byte of
+the body, and only if the first one has not executed it, or its answer can be repeated: that of
+`/v1`, where a lost replica has ended its servers. The client's keys go along; the replica judges
+them.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ class _Asked:
                         continue
                     await refused(self._scope, _nothing, send)
                     return
-                first = await self._first_of(response)
+                first = await _first_of(response) if self._is_asked_of_a_model else None
             except NotConnected:
                 continue
             except (Lost, aiohttp.ClientError) as error:
@@ -175,17 +176,13 @@ class _Asked:
             await send_on(self._scope, response, send, first=first)
             return
 
-    async def _first_of(self, response: aiohttp.ClientResponse) -> bytes:
-        """Return the first bytes of an answer's body: a head says nothing that is not repeated."""
-        try:
-            return await response.content.readany()
-        except BaseException:
-            response.close()
-            raise
+    @property
+    def _is_asked_of_a_model(self) -> bool:
+        return self._path.startswith("/v1/")
 
     @property
     def _may_repeat(self) -> bool:
-        return self._path.startswith("/v1/") or self._method in ("GET", "HEAD")
+        return self._is_asked_of_a_model or self._method in ("GET", "HEAD")
 
     async def _send(
         self, replica: ReplicaReport, method: str | None = None, target: str | None = None
@@ -271,6 +268,15 @@ class _ToTheEnd:
 
     def finish(self) -> bytes:
         return self._members.finish()
+
+
+async def _first_of(response: aiohttp.ClientResponse) -> bytes:
+    """Return the first bytes of a model's answer: its head says nothing that is not repeated."""
+    try:
+        return await response.content.readany()
+    except BaseException:
+        response.close()
+        raise
 
 
 def _target(scope: Scope) -> str:

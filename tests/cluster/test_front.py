@@ -211,6 +211,19 @@ def test_an_answer_that_has_begun_is_not_sent_for_again(
         assert other.asked == []
 
 
+def test_head_of_a_stream_of_events_is_passed_on_before_there_is_one(
+    client: httpx.Client, handle: Handle
+) -> None:
+    """There may be none for a long time, and its client waits for the head."""
+    said = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nX-Who: 1\r\n\r\n"
+    with hanging_up(said) as lost, replicas(handle, Replica("0"), Replica("2")):
+        handle.reports[0] = report("1", lost)
+        with client.stream("GET", "/api/models/m/events") as answer:
+            assert answer.headers["X-Who"] == "1"
+            with pytest.raises(httpx.RemoteProtocolError):
+                answer.read()
+
+
 def test_what_may_have_been_executed_is_not_sent_again(
     client: httpx.Client, handle: Handle
 ) -> None:
