@@ -43,12 +43,11 @@ from orchestrator.runtime.orchestrator import Orchestrator
 from orchestrator.runtime.service import Exchange, Service
 from orchestrator.server import memory, process_table
 from orchestrator.server.binaries import ask_catalogue, find_server
-from orchestrator.server.channel import can_listen
 from orchestrator.server.environment import inherited_environment
 from orchestrator.server.gpu_memory import TOOLS
-from orchestrator.server.host import pidfd
 from orchestrator.server.slot import Slot
 from orchestrator.server.state_dir import cache_dir
+from orchestrator.server.tree import can_listen, pidfd
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import ServerBinary
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from orchestrator.base import threads
+from orchestrator.base import threads, waitable
 from orchestrator.base.log import event_log
 from orchestrator.base.private_file import replace_file
 from orchestrator.base.threads import NoThread
@@ -159,7 +159,7 @@ class ProcessEffects:
             self._post(facts.Found(generation, time.monotonic(), child, memory.target))
             return
         if kept is not None:
-            os.close(kept.output_fd)
+            waitable.close(kept.output_fd)
         stranger = None if process is None else Child(Generation(0), process.pid)
         self._post(facts.Found(Generation(0), time.monotonic(), stranger, None))
 

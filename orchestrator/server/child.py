@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from orchestrator.base import waitable
 from orchestrator.base.tokens import Generation
 from orchestrator.machine.facts import Exit
 from orchestrator.server.output import OutputRing
@@ -52,6 +52,6 @@ class ServerProcess:
         """Give back its descriptors; everything has exited."""
         self.pin.close()
         if self.output_fd is not None:
-            os.close(self.output_fd)
+            waitable.close(self.output_fd)
             self.output_fd = None
         self.output.close()

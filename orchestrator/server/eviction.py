@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -44,7 +43,7 @@ def reap(slot: Slot, ours: ProcessId | None = None) -> tuple[set[int], SlotEvide
     keeper = None if keeper == ours else keeper
     ended, evidence = evict(slot, ladder.LEFT_GRACE_S, keeper)
     if keeper is not None and (pin := Pin.of(keeper)) is not None:
-        pin.signal(signal.SIGKILL)  # it may be stopped, and has nothing to do any more
+        pin.signal(ladder.KILL)  # it may be stopped, and has nothing to do any more
         pin.close()
     if evidence.is_empty:
         slot.forget()
@@ -125,7 +124,7 @@ class _Eviction:
         return False
 
     def _signal_all(self, signum: int) -> None:
-        self._sent = (signum,) if signum == signal.SIGKILL else (signum, signal.SIGCONT)
+        self._sent = (signum,) if signum == ladder.KILL else (signum, ladder.CONTINUE)
         if not self.rungs:
             size = max((process_table.resident_bytes(pid) for pid in self._pins), default=0)
             self._gives_up_at = time.monotonic() + ladder.gone_within_s(size)

@@ -27,24 +27,29 @@ import contextlib
 import json
 import math
 import os
-import select
-import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
+from orchestrator.base import waitable
 from orchestrator.server import ladder, tree
-from orchestrator.server.channel import VERSION, Channel, Message, file_of, from_file, peer_of
-from orchestrator.server.host import Host, pid_namespace, pidfd
-from orchestrator.server.tree import Tree
+from orchestrator.server.tree import (
+    VERSION,
+    CannotExecute,
+    Channel,
+    Door,
+    Host,
+    Message,
+    Part,
+    Tree,
+    pid_namespace,
+    text_of,
+)
 
 _VERIFY_EVERY_S: Final = 0.02
 _READ_BYTES: Final = 1 << 16
 _UNREAD_BYTES: Final = 1 << 18
-_HEARD: Final = ("SIGCHLD", "SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE", "SIGXFSZ")
-"""Signals that do nothing but wake it: it ends after its host, not before."""
 
 
 class Keeper:
@@ -71,7 +76,7 @@ class Keeper:
         below: Tree,
         host: Host,
         *,
-        door: socket.socket | None = None,
+        door: Door | None = None,
         wake_fd: int | None = None,
         grace_s: float = ladder.LEFT_GRACE_S,
         keep_s: float = 0.0,
@@ -96,10 +101,8 @@ class Keeper:
         self.kept_until: float = math.inf
         self._is_heir = False
         self._clock = clock
-        self.poll: select.poll = select.poll()
-        for fd in (channel.fd, host.fd, wake_fd, None if door is None else door.fileno()):
-            if fd is not None:
-                self.poll.register(fd, select.POLLIN)
+        self.poll: waitable.Poll = waitable.poll()
+        self._listen_to(channel.fd, host.fd, wake_fd, None if door is None else door.fd)
 
     def run(self) -> None:
         """Work until the host is gone, or has closed its socket, and nothing is left."""
@@ -127,31 +130,34 @@ class Keeper:
         if not self.is_done:
             self._look()
 
+    def _listen_to(self, *fds: int | None) -> None:
+        for fd in fds:
+            if fd is not None:
+                self.poll.register(fd, waitable.READABLE)
+
     def _is_door(self, fd: int) -> bool:
-        return self._door is not None and fd == self._door.fileno()
+        return self._door is not None and fd == self._door.fd
 
     def _timeout_ms(self) -> float | None:
         waits = [self._host.ask_every_s, self.kept_until - self._clock()]
         if self.kill is not None:
             waits += [_VERIFY_EVERY_S, self.kill.next_at() - self._clock()]
-        elif self._wake_fd is None and self._untold is not None:
+        elif self._wake_fd is None and self._tree.exit_fd is None and self._untold is not None:
             waits.append(_VERIFY_EVERY_S)
         shortest = min(waits)
         return None if shortest == math.inf else max(0.0, shortest * 1000)
 
     # -------------------------------------------------------------------------------- the host
 
-    def _greet(self, fds: tuple[int, ...] = (), **more: Any) -> None:
+    def _greet(self, parts: tuple[Part, ...] = (), **more: Any) -> None:
         own = {"version": VERSION, "pid": os.getpid(), "pids": pid_namespace()}
         own["contains"] = self._tree.contains
-        self._say(fds, op="hello", **own, **more)
+        self._say(parts, op="hello", **own, **more)
 
-    def _let_in(self, door: socket.socket) -> None:
+    def _let_in(self, door: Door) -> None:
         """Let the next owner be the host; anybody else hears nothing."""
-        end, _ = door.accept()
-        pid, uid = peer_of(end)
-        is_ours = uid in (None, os.geteuid())
-        is_next = is_ours and pid is not None and self._host.is_owner(pid)
+        end, pid = door.accept()
+        is_next = pid is not None and self._host.is_owner(pid)
         if not self._is_heir and (self._host.is_gone() or (is_next and self._host.is_silent)):
             self._inherit()
         if pid is None or not (self._is_heir and is_next):
@@ -160,24 +166,22 @@ class Keeper:
         self._host = self._host.succeeded_by(pid)
         self.channel = Channel(end)
         self._is_heir = False
-        for fd in (self.channel.fd, self._host.fd):
-            if fd is not None:
-                self.poll.register(fd, select.POLLIN)
-        with file_of(self._unread) as unread, file_of(self._memory) as memory:
-            if self.kept_until == math.inf or self._output is None:  # it is being ended
-                self._greet((unread,))
-                self._untold = None
-            else:
-                held = (unread, memory, self._output)
-                self._greet(held, server=self._tree.leader, url=self._url)
-                with contextlib.suppress(KeyError):  # its host reads it from now on
-                    self.poll.unregister(self._output)
+        self._listen_to(self.channel.fd, self._host.fd)
+        if self.kept_until == math.inf or self._output is None:  # it is being ended
+            self._greet((self._unread,))
+            self._untold = None
+        else:
+            self._unread += waitable.stop_reading(self._output)  # its host reads it from now on
+            held = (self._unread, self._memory, self._output)
+            self._greet(held, server=self._tree.leader, url=self._url)
+            with contextlib.suppress(KeyError):
+                self.poll.unregister(self._output)
         self._unread, self.kept_until = b"", math.inf
 
-    def _say(self, fds: tuple[int, ...] = (), **message: Any) -> None:
+    def _say(self, parts: tuple[Part, ...] = (), **message: Any) -> None:
         if self.channel is not None:
             with contextlib.suppress(OSError):  # its end is noticed by reading
-                self.channel.send(message, fds)
+                self.channel.send(message, parts)
 
     def _listen(self, channel: Channel) -> None:
         received = channel.receive()
@@ -188,10 +192,10 @@ class Keeper:
             self._host.is_silent = True
             self.is_done = self._host.is_this_process  # what is left is for the next owner
             return
-        for message, fds in received:
+        for message, parts in received:
             match message["op"]:
                 case "spawn":
-                    self._spawn(message["id"], *fds)
+                    self._spawn(message["id"], *parts)
                 case "terms":
                     self._grace_s, self._keep_s = message["grace_s"], message["keep_s"]
                 case "note":
@@ -201,31 +205,31 @@ class Keeper:
                 case "ask":
                     self._say(id=message["id"], is_empty=self._tree.is_empty())
 
-    def _spawn(self, order: int, spec: int, lock: int, owner: int) -> None:
-        if self._host.lock is not None:
-            os.close(self._host.lock)
-        self._host.lock = owner
-        told = from_file(spec)
+    def _spawn(self, order: int, spec: Part, lock: Part, owner: Part) -> None:
+        if not isinstance(lock, int):
+            raise TypeError("a lock is a descriptor")
+        self._host.guard(owner)
+        told = json.loads(text_of(spec))
         self._memory, self._url = told.pop("memory").encode(), None
-        output, written = os.pipe()
+        output, written = waitable.pipe()
         try:
             pid = self._tree.start(told, written, lock)
-        except tree.CannotExecute as error:
-            os.close(output)
+        except CannotExecute as error:
+            waitable.close(output)
             self._say(id=order, error=[error.number, error.text])
             return
         finally:
             os.close(written)
             os.close(lock)
-        os.set_blocking(output, False)
         self._forget_output()
         self._output, self._untold, self._unread = output, pid, b""
+        self._listen_to(self._tree.exit_fd)
         with contextlib.ExitStack() as opened:
-            fds = [output]
-            if (handle := pidfd(pid)) is not None:
-                fds.append(handle)
+            parts: list[Part] = [output]
+            if (handle := tree.pidfd(pid)) is not None:
+                parts.append(handle)
                 opened.callback(os.close, handle)
-            self._say(tuple(fds), id=order, pid=pid)
+            self._say(tuple(parts), id=order, pid=pid)
 
     # ------------------------------------------------------------------------------- the server
 
@@ -245,6 +249,8 @@ class Keeper:
         if self._untold is not None:
             has_exited, status = self._tree.exit_status()
             if has_exited:
+                if self._tree.exit_fd is not None:
+                    self.poll.unregister(self._tree.exit_fd)
                 self._say(op="exited", pid=self._untold, status=status)
                 self._untold = None
 
@@ -268,7 +274,7 @@ class Keeper:
         if self._host.fd is not None:
             self.poll.unregister(self._host.fd)
         if self._output is not None:
-            self.poll.register(self._output, select.POLLIN)  # a full pipe would stop the server
+            self._listen_to(self._output)  # a full pipe would stop the server
         if self.kill is None and self._memory and self._keep_s > 0 and not self._has_ended():
             self.kept_until = self._clock() + self._keep_s
         else:
@@ -282,11 +288,11 @@ class Keeper:
             return
         now = self._clock()
         for signum in kill.due(now):
-            if signum == signal.SIGKILL and kill.ends_at == math.inf:
-                kill.ends_at = now + ladder.gone_within_s(_resident(self._tree.leader))
+            if signum == ladder.KILL and kill.ends_at == math.inf:
+                kill.ends_at = now + ladder.gone_within_s(tree.resident_bytes(self._tree.leader))
             self._tree.signal(signum)
-            if signum != signal.SIGKILL:
-                self._tree.signal(signal.SIGCONT)
+            if signum != ladder.KILL:
+                self._tree.signal(ladder.CONTINUE)
         if now >= kill.ends_at:
             self._end(kill, is_empty=False, pids=self._tree.pids())
 
@@ -302,7 +308,7 @@ class Keeper:
 
     def _drain(self, fd: int) -> None:
         with contextlib.suppress(BlockingIOError):
-            if data := os.read(fd, _READ_BYTES):
+            if data := waitable.read(fd, _READ_BYTES):
                 self._unread = (self._unread + data)[-_UNREAD_BYTES:]
             else:
                 self.poll.unregister(fd)
@@ -311,7 +317,7 @@ class Keeper:
         if self._output is not None:
             with contextlib.suppress(KeyError):
                 self.poll.unregister(self._output)
-            os.close(self._output)
+            waitable.close(self._output)
             self._output = None
 
 
@@ -330,41 +336,12 @@ class _Kill:
         found = []
         while self._rungs and self._rungs[0].at_s <= now:
             found.append(self._rungs.pop(0).signum)
-        return found if found or self._rungs else [signal.SIGKILL]
-
-
-def _resident(pid: int | None) -> int:
-    """Return the resident bytes of a process; 0 if unknown."""
-    try:
-        with open(f"/proc/{pid}/statm", "rb", buffering=0) as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
-        return 0
+        return found if found or self._rungs else [ladder.KILL]
 
 
 def main() -> None:
     """Be the keeper that `link.py` starts; the argument is a JSON object."""
     given: Message = json.loads(sys.argv[1])
-    if os.fork():
-        os._exit(0)  # the keeper is no child of the host, which may end all of its children
-    os.chdir("/")
-    for fd in (given["socket"], given["host_fd"], given["door"]):
-        if fd is not None:
-            os.set_inheritable(fd, False)
-    woken, wake = os.pipe()
-    os.set_blocking(woken, False)
-    os.set_blocking(wake, False)
-    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-    for name in _HEARD:
-        signal.signal(getattr(signal, name), lambda *_: None)  # not ignored: servers inherit that
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    Keeper(
-        Channel(socket.socket(fileno=given["socket"])),
-        tree.of_this_process(),
-        Host(given["host"], given["host_fd"]),
-        door=None if given["door"] is None else socket.socket(fileno=given["door"]),
-        wake_fd=woken,
-        grace_s=given["grace_s"],
-        keep_s=given["keep_s"],
-        record=given["record"],
-    ).run()
+    channel, host, door, wake_fd = tree.become_keeper(given)
+    terms = {name: given[name] for name in ("grace_s", "keep_s", "record")}
+    Keeper(channel, tree.of_this_process(), host, door=door, wake_fd=wake_fd, **terms).run()

@@ -159,7 +159,7 @@ class Keepers:
             raise _cannot_execute(argv[0], *answer["error"])
         if not fds:  # there was no room for them in this process
             raise _no_hand_over("too many open files: raise the limit (ulimit -n, LimitNOFILE)")
-        return link, answer["pid"], fds
+        return link, answer["pid"], [fd for fd in fds if isinstance(fd, int)]
 
     def _order_spawn(self, spec: bytes, lock_fd: int) -> tuple[KeeperLink, Answer]:
         """Order a spawn. It is repeated only if the first one cannot have been carried out."""
@@ -178,15 +178,13 @@ class Keepers:
             return link, _answer_to(link, self._send_spawn(link, spec, lock_fd))
 
     def _send_spawn(self, link: KeeperLink, spec: bytes, lock_fd: int) -> Future[Answer]:
-        with launch.secret_file() as file:  # the server's key is in it
-            file.write(spec)
-            file.flush()
-            owner_fd = self._slot.open_owner()
-            try:
-                self._slot.remember(None, link.process)
-                return link.order("spawn", (file.fileno(), lock_fd, owner_fd))
-            finally:
-                os.close(owner_fd)
+        owner = self._slot.owner_for_keeper()
+        try:
+            self._slot.remember(None, link.process)
+            return link.order("spawn", (spec, lock_fd, owner))
+        finally:
+            if isinstance(owner, int):
+                os.close(owner)
 
     def family(self, link: KeeperLink, pid: int) -> set[int]:
         """Return the pids of a server and everything that it started."""

@@ -19,6 +19,11 @@ _GONE_BASE_S: Final = 5.0
 _GONE_PER_GIB_S: Final = 0.25  # four times the 0.064 s per GiB that were measured
 
 
+KILL: Final[int] = getattr(signal, "SIGKILL", 9)
+CONTINUE: Final[int] = getattr(signal, "SIGCONT", 18)
+"""SIGCONT, which Windows does not name, nor SIGKILL; its tree knows what to do."""
+
+
 class SignalAt(NamedTuple):
     """One rung of the kill ladder; `at_s` is absolute monotonic time."""
 
@@ -40,7 +45,7 @@ def kill_plan(grace_s: float, *, now: float) -> tuple[SignalAt, ...]:
     """
     if not math.isfinite(grace_s) or grace_s < 0:
         raise ValueError(f"grace_s must be 0 or more, not {grace_s}")
-    kill = SignalAt(now + grace_s, signal.SIGKILL)
+    kill = SignalAt(now + grace_s, KILL)
     if grace_s == 0:
         return (kill,)
     again = now + min(TERM_AGAIN_S, grace_s / 2)

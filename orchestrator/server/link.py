@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
-import select
-import signal
-import socket
-import subprocess
 import threading
 import weakref
 from collections.abc import Callable
@@ -18,15 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
-from orchestrator.base import launch, threads
-from orchestrator.server import process_table
-from orchestrator.server.channel import VERSION, Channel, Message, listen_at, read_all
+from orchestrator.base import launch, threads, waitable
+from orchestrator.server import process_table, tree
 from orchestrator.server.environment import inherited_environment
-from orchestrator.server.host import pid_namespace
-from orchestrator.server.ladder import LEFT_GRACE_S
+from orchestrator.server.ladder import CONTINUE, KILL, LEFT_GRACE_S
 from orchestrator.server.pin import Pin, wait_exited
 from orchestrator.server.process_table import ProcessId
 from orchestrator.server.slot import Slot
+from orchestrator.server.tree import VERSION, Channel, Message, Part, pid_namespace, text_of
 
 ANSWER_S: Final = 10.0
 """How long an order may take that takes a millisecond."""
@@ -36,7 +30,7 @@ _CODE: Final = (
     "from orchestrator.server.keeper import main; main()"
 )
 
-Answer = tuple[Message, list[int]]
+Answer = tuple[Message, list[Part]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +66,7 @@ class KeeperLink:
     """
 
     def __init__(
-        self, channel: Channel, helper: subprocess.Popen[bytes] | None, *, can_keep: bool = False
+        self, channel: Channel, helper: tree.Helper | None, *, can_keep: bool = False
     ) -> None:
         self.can_keep: bool = can_keep
         self.pid: int | None = None
@@ -96,19 +90,19 @@ class KeeperLink:
         Raises:
             OSError: It cannot be started.
         """
-        with launch.no_fork, contextlib.ExitStack() as ends:  # a fork must not keep them open
-            ours, theirs = Channel.pair()
-            ends.callback(theirs.close)
-            door = listen_at(str(slot.door_path))
-            if door is not None:
-                ends.callback(door.close)
-            try:
-                terms = {"grace_s": grace_s, "keep_s": keep_s if door is not None else 0.0}
-                helper = _start_process(slot, terms, theirs, door)
-            except BaseException:
-                ours.close()
-                raise
-        return cls(ours, helper, can_keep=door is not None)
+        given = {
+            "slot": str(slot.directory),  # for who reads a list of processes
+            "package": str(Path(__file__).parents[2]),
+            "host": os.getpid(),
+            "grace_s": grace_s,
+            "keep_s": keep_s,
+            "record": str(slot.record_path),
+        }
+        command = (launch.interpreter(), "-I", "-S", "-c", _CODE)
+        channel, helper, can_keep = tree.start_keeper(
+            command, given, str(slot.door_path), inherited_environment()
+        )
+        return cls(channel, helper, can_keep=can_keep)
 
     @classmethod
     def succeed(cls, slot: Slot) -> Self | None:
@@ -132,8 +126,8 @@ class KeeperLink:
 
     def wait(self, is_true: Callable[[], bool]) -> bool:
         """Receive until something is true; False if the keeper ends, or says nothing for long."""
-        poll = select.poll()
-        poll.register(self.fd, select.POLLIN)
+        poll = waitable.poll()
+        poll.register(self.fd, waitable.READABLE)
         while not is_true():
             self.resume()
             if not poll.poll(ANSWER_S * 1000) or self.receive() is None:
@@ -143,10 +137,10 @@ class KeeperLink:
     @classmethod
     def start_thread(cls) -> Self:
         """Start a keeper that is a thread of this process; raises OSError or NoThread."""
-        from orchestrator.server import host, keeper, tree
+        from orchestrator.server.keeper import Keeper
 
         ours, theirs = Channel.pair()
-        loop = keeper.Keeper(Channel(theirs), tree.PlainTree(), host.Host(None, None))
+        loop = Keeper(Channel(theirs), tree.in_this_process(), tree.Host(None, None))
         threads.start(threading.Thread(target=loop.run, name="llama-keeper", daemon=True))
         return cls(ours, None)
 
@@ -159,7 +153,7 @@ class KeeperLink:
         """Who it is, for the record; None before its first message, and for a thread."""
         return None if self.pin is None else self.pin.process
 
-    def order(self, op: str, fds: tuple[int, ...] = (), **more: Any) -> Future[Answer]:
+    def order(self, op: str, parts: tuple[Part, ...] = (), **more: Any) -> Future[Answer]:
         """Send an order; its answer, or `KeeperGone`, comes with `receive`.
 
         Raises:
@@ -169,7 +163,7 @@ class KeeperLink:
         answer = self._waiting[number] = Future()
         self.resume()
         try:
-            self._channel.send({"op": op, "id": number, **more}, fds)
+            self._channel.send({"op": op, "id": number, **more}, parts)
         except OSError as error:
             self._waiting.pop(number, None)
             raise KeeperGone(str(error)) from error
@@ -189,42 +183,42 @@ class KeeperLink:
             self._waiting.clear()
             return None
         said = []
-        for message, fds in received:
+        for message, parts in received:
             if (answering := self._waiting.pop(message.get("id", 0), None)) is not None:
-                answering.set_result((message, fds))
+                answering.set_result((message, parts))
             elif message.get("op") == "hello":
-                self._meet(message, fds)
+                self._meet(message, parts)
             else:
                 said.append(message)
         return said
 
-    def _meet(self, hello: Message, fds: list[int]) -> None:
+    def _meet(self, hello: Message, parts: list[Part]) -> None:
         pid = self.pid = hello["pid"]
         self.contains = hello["contains"]
         if hello["version"] == VERSION and hello["pids"] == pid_namespace():
             found = process_table.identify(pid)
             self.pin = None if found is None else Pin.of(found)  # None for a thread
-            unread, memory, output = [*fds, None, None, None][:3]
+            unread, memory, output = [*parts, None, None, None][:3]
             if unread is not None:
-                self.unread = read_all(unread)
-            if memory is not None and output is not None:
-                remembered = read_all(memory)
-                self.kept = KeptServer(hello["server"], remembered, hello["url"], output)
+                self.unread = text_of(unread)
+            if memory is not None and isinstance(output, int):
+                self.kept = KeptServer(hello["server"], text_of(memory), hello["url"], output)
         else:
-            for fd in fds:
-                os.close(fd)
+            for part in parts:
+                if isinstance(part, int):
+                    waitable.close(part)
         if self._helper is not None:
             self._helper.wait()
 
     def resume(self) -> None:
         """Continue a stopped keeper; one that runs does not notice."""
         if self.pin is not None:
-            self.pin.signal(signal.SIGCONT)
+            self.pin.signal(CONTINUE)
 
     def kill(self) -> None:
         """End the keeper at once, and with it its server; `receive` will say so."""
         if self.pin is not None:
-            self.pin.signal(signal.SIGKILL)
+            self.pin.signal(KILL)
         elif self._helper is not None:
             self._helper.kill()
 
@@ -242,40 +236,8 @@ class KeeperLink:
             self._helper.wait()
         if self.pin is not None:
             wait_exited([self.pin], _END_S)
-            with contextlib.suppress(ChildProcessError):  # it is ours if we are pid 1
-                os.waitpid(self.pin.process.pid, os.WNOHANG)
+            tree.reap(self.pin.process.pid)
             self.pin.close()
-
-
-def _start_process(
-    slot: Slot, terms: dict[str, float], end: socket.socket, door: socket.socket | None
-) -> subprocess.Popen[bytes]:
-    """Start the keeper's interpreter, which forks and exits."""
-    host_fd = Pin.open(os.getpid())
-    door_fd = None if door is None else door.fileno()
-    given = {
-        "slot": str(slot.directory),  # for who reads a list of processes
-        "package": str(Path(__file__).parents[2]),
-        "socket": end.fileno(),
-        "door": door_fd,
-        "host": os.getpid(),
-        "host_fd": host_fd,
-        **terms,
-        "record": str(slot.record_path),
-    }
-    try:
-        return launch.popen(
-            (launch.interpreter(), "-I", "-S", "-c", _CODE, json.dumps(given)),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=inherited_environment(),
-            pass_fds=[fd for fd in (end.fileno(), door_fd, host_fd) if fd is not None],
-            start_new_session=True,
-        )
-    finally:
-        if host_fd is not None:
-            os.close(host_fd)
 
 
 _links: Final[weakref.WeakSet[KeeperLink]] = weakref.WeakSet()

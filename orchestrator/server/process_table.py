@@ -114,7 +114,7 @@ def members(group: int, among: Iterable[int]) -> set[int]:
     inside: set[int] = set()
     for pid in among:
         with contextlib.suppress(OSError):
-            if group in (os.getpgid(pid), os.getsid(pid)):
+            if group in (group_of(pid), session_of(pid)):
                 inside.add(pid)
     return {pid for pid in inside if (found := row(pid)) is not None and not found.is_zombie}
 
@@ -122,9 +122,14 @@ def members(group: int, among: Iterable[int]) -> set[int]:
 def group_of(pid: int) -> int | None:
     """Return the process group of a pid, or None if it has exited."""
     try:
-        return os.getpgid(pid)
+        return os.getpgid(pid) if sys.platform != "win32" else None
     except OSError:
         return None
+
+
+def session_of(pid: int) -> int:
+    """Return the session of a pid, 0 for this process; -1 where there are none. Raises OSError."""
+    return os.getsid(pid) if sys.platform != "win32" else -1
 
 
 def bearers(token: str, among: Iterable[int]) -> set[int]:
@@ -300,7 +305,7 @@ def _row_psutil(pid: int) -> ProcessRow | None:
         process = psutil.Process(pid)
         zombie = process.status() == psutil.STATUS_ZOMBIE
         ticks = int(process.create_time() * 100)
-        return ProcessRow(pid, process.ppid(), os.getsid(pid), ticks, zombie)
+        return ProcessRow(pid, process.ppid(), session_of(pid), ticks, zombie)
     except (psutil.Error, OSError):
         return None
 

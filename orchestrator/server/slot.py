@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import re
-import signal
 import time
 import weakref
 from dataclasses import asdict
@@ -25,19 +24,16 @@ from typing import Any, Final, cast
 
 from orchestrator.base import launch
 from orchestrator.base.log import event_log
-from orchestrator.base.private_file import open_file, read_file, replace_file
-from orchestrator.errors import InvalidRequest, SlotOwned, StateDirError, UnsupportedPlatform
+from orchestrator.base.private_file import read_file, replace_file
+from orchestrator.errors import InvalidRequest, SlotOwned, StateDirError
 from orchestrator.machine.facts import SlotEvidence
 from orchestrator.server import process_table, slot_name
+from orchestrator.server.ladder import CONTINUE
 from orchestrator.server.pin import Pin
 from orchestrator.server.process_table import ProcessId
 from orchestrator.server.slot_name import NameTaken
 from orchestrator.server.state_dir import check_trusted, make_folder, prepare, unusable
-
-try:
-    import fcntl
-except ImportError:  # Windows: without inherited locks no slot can be verified
-    fcntl = None  # type: ignore[assignment]
+from orchestrator.server.tree import Part, locks
 
 TOKEN_NAME: Final = "LLAMA_ORCHESTRATOR_SLOT_TOKEN"  # noqa: S105 (a name, not a secret)
 LONGEST_NAME: Final = 64
@@ -88,11 +84,8 @@ class Slot:
 
         Raises:
             SlotOwned: Another live orchestrator has it; the message says which process that is.
-            UnsupportedPlatform: There are no inherited locks here.
             StateDirError: A lock file cannot be opened or written, or others may write the folder.
         """
-        if fcntl is None:
-            raise UnsupportedPlatform.because("this platform has no flock: use Linux or macOS")
         check_trusted(self.directory)
         ends = time.monotonic() + _SUCCESSION_S
         while not self._try_claim():
@@ -106,7 +99,7 @@ class Slot:
         """Continue the keeper of a dead owner, which may be stopped."""
         keeper = self.recall_keeper()
         if keeper is not None and (pin := Pin.of(keeper)) is not None:
-            pin.signal(signal.SIGCONT)
+            pin.signal(CONTINUE)
             pin.close()
 
     def _try_claim(self) -> bool:
@@ -128,8 +121,9 @@ class Slot:
         me = process_table.identify(os.getpid())
         try:
             os.ftruncate(fd, 0)
-            os.pwrite(fd, json.dumps(asdict(me)).encode() if me else b"", 0)
-            lock_fd = _open(self.lock_path)
+            os.lseek(fd, 0, os.SEEK_SET)
+            os.write(fd, json.dumps(asdict(me)).encode() if me else b"")
+            lock_fd = locks.open_lock(self.lock_path)
         except OSError as error:
             if fd != self._owner_fd:
                 os.close(fd)
@@ -179,9 +173,8 @@ class Slot:
 
         This needs no folder: the lock is that of the file which the server inherited.
         """
-        if not _lock(cast("int", self._lock_fd)):
+        if not locks.is_free(self.lock_path, cast("int", self._lock_fd)):
             return SlotEvidence(False, "a process still holds the lock of this slot")
-        fcntl.flock(cast("int", self._lock_fd), fcntl.LOCK_UN)  # no server inherits this one
         alive = (p.pid for p in self._known if process_table.is_alive(p))
         if (pid := next(alive, None)) is not None:
             return SlotEvidence(False, f"process {pid} is still alive")
@@ -260,7 +253,7 @@ class Slot:
         if not pids:
             return set()
         untouchable = {0, 1, os.getpid()} | process_table.ancestors(os.getpid())
-        our_session = os.getsid(0)
+        our_session = process_table.session_of(0)
         return {
             ProcessId(pid, found.start_ticks, process_table.boot_id())
             for pid in pids - untouchable
@@ -269,13 +262,13 @@ class Slot:
             and found.session != our_session
         }
 
-    def open_owner(self) -> int:
-        """Return a descriptor of the owner's lock for the keeper, which takes it after our death.
+    def owner_for_keeper(self) -> Part:
+        """Return the owner's lock for the keeper, which takes it after our death; to be closed.
 
         Raises:
             OSError: The file cannot be opened.
         """
-        return _open(self.owner_path)
+        return locks.for_keeper(self.owner_path)
 
     def remember(self, server: ProcessId | None, keeper: ProcessId | None = None) -> None:
         """Record the server of this slot, None just before one is started, and its keeper."""
@@ -356,34 +349,18 @@ def _owned(name: str, pid: int | None) -> SlotOwned:
         who = "a process that its dead owner forked"
     elif pid == os.getpid():
         who, what = "this process", "call the orchestrator that has it"
-    elif process_table.group_of(pid) == os.getpgrp():
+    elif process_table.group_of(pid) == process_table.group_of(os.getpid()) is not None:
         who, what = f"{who}, a worker of this program", "let one worker have it"
     message = f"slot {name!r} is owned by {who}: {what}, or use another slot name"
     return SlotOwned.because(message, field="slot")
 
 
-def _open(path: Path) -> int:
-    return launch.beyond_streams(open_file(path, os.O_RDWR | os.O_CREAT))
-
-
-def _lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
 def _try_lock(path: Path) -> int | None:
     """Return a descriptor that holds the file's lock; None while another process holds it."""
     try:
-        fd = _open(path)
+        return locks.take(path)
     except OSError as error:
         raise unusable(path, error) from error
-    if _lock(fd):
-        return fd
-    os.close(fd)
-    return None
 
 
 def _is_at(path: Path, fd: int | None) -> bool:

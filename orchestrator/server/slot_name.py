@@ -17,7 +17,7 @@ from pathlib import Path
 from orchestrator.base import launch
 from orchestrator.base.log import event_log
 from orchestrator.server import process_table
-from orchestrator.server.channel import peer_of
+from orchestrator.server.tree.unix_channel import peer_of
 
 _PENDING = 4096  # connections to ask for the holder, which accepts none
 _log = event_log("orchestrator.server")

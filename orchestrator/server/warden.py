@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import select
 import threading
 import time
 from collections import deque
@@ -19,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+from orchestrator.base import waitable
 from orchestrator.base.log import event_log
 from orchestrator.base.tokens import Generation
 from orchestrator.base.waker import Waker
@@ -85,8 +84,8 @@ class Warden(threading.Thread):
         self._last_exit: tuple[int, int | None] | None = None  # pid and status, as the keeper says
         self._status_due = math.inf  # when to give up waiting for the status of an exit
         self._run: _KillRun | None = None
-        self._poll = select.poll()
-        self._poll.register(self._waker.fd, select.POLLIN)
+        self._poll = waitable.poll()
+        self._poll.register(self._waker.fd, waitable.READABLE)
         self._closing = threading.Event()
 
     # ----------------------------------------------------------------- called from other threads
@@ -129,7 +128,7 @@ class Warden(threading.Thread):
         """Go on with a server that was kept for us; None if it has ended since."""
         link, pin = self.keepers.present, Pin.of(process)
         if link is None or pin is None:
-            os.close(kept.output_fd)
+            waitable.close(kept.output_fd)
             return None
         server = self._server_of(link, generation, pin, kept.output_fd, api_key)
         if kept.url is not None:
@@ -181,7 +180,7 @@ class Warden(threading.Thread):
     def _listen(self, link: KeeperLink) -> None:
         def listen() -> None:
             self._links[link.fd] = link
-            self._poll.register(link.fd, select.POLLIN)
+            self._poll.register(link.fd, waitable.READABLE)
 
         self._submit(listen)
 
@@ -255,7 +254,7 @@ class Warden(threading.Thread):
         self._server = server
         for fd in (server.output_fd, server.pin.fd):
             if fd is not None:
-                self._poll.register(fd, select.POLLIN)
+                self._poll.register(fd, waitable.READABLE)
 
     def _drain(self, server: ServerProcess) -> None:
         """Read what is available, a bounded number of times: a flood must not starve the rest."""
@@ -263,14 +262,14 @@ class Warden(threading.Thread):
             if server.output_fd is None:
                 return
             try:
-                data = os.read(server.output_fd, _READ_BYTES)
+                data = waitable.read(server.output_fd, _READ_BYTES)
             except BlockingIOError:
                 return
             if data:
                 server.output.feed(data)
             else:
                 self._poll.unregister(server.output_fd)
-                os.close(server.output_fd)
+                waitable.close(server.output_fd)
                 server.output_fd = None
                 server.output.close()
 
@@ -347,6 +346,6 @@ class Warden(threading.Thread):
         run.report(KillFailed(run.command.generation, time.monotonic(), problem))
 
 
-def _unregister(poll: select.poll, fd: int) -> None:
+def _unregister(poll: waitable.Poll, fd: int) -> None:
     with contextlib.suppress(KeyError):
         poll.unregister(fd)

@@ -10,14 +10,13 @@ server's end.
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 import threading
 import time
 from collections.abc import Callable
 from typing import Final
 
-from orchestrator.base import threads
+from orchestrator.base import threads, waitable
 from orchestrator.base.log import event_log
 from orchestrator.base.threads import NoThread
 from orchestrator.base.waker import Waker
@@ -128,9 +127,9 @@ class Watch(threading.Thread):
         with socket.socket() as connected, contextlib.suppress(OSError):
             connected.setblocking(False)
             connected.connect_ex(("127.0.0.1", self._port))  # its queue may be full
-            if self._waits_for(select.POLLOUT, connected, ends, meter):
+            if self._waits_for(waitable.WRITABLE, connected, ends, meter):
                 connected.sendall(("\r\n".join(lines) + "\r\n\r\n").encode())
-                is_heard = self._waits_for(select.POLLIN, connected, ends, meter)
+                is_heard = self._waits_for(waitable.READABLE, connected, ends, meter)
                 return is_heard and bool(connected.recv(1 << 16))
         return False
 
@@ -138,9 +137,9 @@ class Watch(threading.Thread):
         self, event: int, connected: socket.socket, ends: float, meter: WorkMeter
     ) -> bool:
         """Wait for a connection, or for an answer, and look for work if it takes long."""
-        poll = select.poll()
+        poll = waitable.poll()
         poll.register(connected, event)
-        poll.register(self._waker.fd, select.POLLIN)
+        poll.register(self._waker.fd, waitable.READABLE)
         while not self._is_over:
             left_s = max(0.0, ends - time.monotonic())
             if ready := poll.poll(min(left_s, _SAMPLE_S) * 1000):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -11,6 +10,7 @@ from unittest import mock
 import pytest
 
 from orchestrator.server.keeper import Keeper
+from orchestrator.server.tree import Door
 from tests.kit.process.keeping import Broken, FakeTree, explore
 
 
@@ -72,7 +72,7 @@ class KeepsWhatItKills(Keeper):
 
 
 class LetsAnybodyIn(Keeper):
-    def _let_in(self, door: socket.socket) -> None:
+    def _let_in(self, door: Door) -> None:
         with mock.patch.object(type(self._host), "is_owner", return_value=True):
             super()._let_in(door)
 

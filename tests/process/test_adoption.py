@@ -20,8 +20,8 @@ from orchestrator.errors import NotLoaded
 from orchestrator.http import create_app
 from orchestrator.runtime import handover
 from orchestrator.server import link
-from orchestrator.server.channel import Channel
 from orchestrator.server.slot import Slot
+from orchestrator.server.tree import Channel
 from tests.kit.http import PREFIX, serving
 from tests.kit.process.servers import servers_of
 from tests.kit.process.support import (

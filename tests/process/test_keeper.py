@@ -27,10 +27,10 @@ import pytest
 from orchestrator import Orchestrator, RestartPolicy, State
 from orchestrator.errors import Unavailable
 from orchestrator.server import process_table
-from orchestrator.server.channel import Channel, listen_at
 from orchestrator.server.keeper import Keeper
 from orchestrator.server.link import Answer, KeeperGone, KeeperLink
-from orchestrator.server.tree import CannotExecute, SubreaperTree
+from orchestrator.server.tree import CannotExecute, Channel, Door
+from orchestrator.server.tree.linux import SubreaperTree
 from orchestrator.server.warden import Warden
 from tests.kit.process.keeping import FakeHost, FakeTree, null_file, spec_file
 from tests.kit.process.support import (
@@ -134,7 +134,7 @@ def test_a_signal_reaches_each_process_once(tmp_path: Path) -> None:
 TREE = """
 import json, os, signal, sys, time
 sys.path[:] = json.loads(sys.argv[1])
-from orchestrator.server.tree import SubreaperTree
+from orchestrator.server.tree.linux import SubreaperTree
 tree, sent, groups = SubreaperTree(), [], []
 send, killpg = SubreaperTree._send, os.killpg
 SubreaperTree._send = staticmethod(lambda pid, _, signum: sent.append([pid, signum]))
@@ -457,7 +457,7 @@ class Known(FakeHost):
 def test_the_next_owner_gets_the_output_that_no_host_has_read(tmp_path: Path) -> None:
     """A full pipe would stop the server, and its last words may say why its host has died."""
     path = str(tmp_path / "keeper.sock")
-    door, (ours, theirs), tree, host = listen_at(path), Channel.pair(), Talking(), Known()
+    door, (ours, theirs), tree, host = Door.at(path), Channel.pair(), Talking(), Known()
     keeper = Keeper(Channel(theirs), tree, host, door=door)
 
     def turn() -> None:
@@ -550,7 +550,7 @@ def test_a_keeper_does_without_a_socket_where_none_can_be(
     make: Make, model_a: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is kept, and nothing is left."""
-    monkeypatch.setattr("orchestrator.server.link.listen_at", lambda _: None)
+    monkeypatch.setattr(Door, "at", lambda _: None)
     orch = make(on_host_exit="keep")
     pid = orch.load(model_a).pid
     orch.close()
@@ -564,7 +564,7 @@ def test_messages_arrive_whole_also_where_there_are_no_packets(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """macOS has no SOCK_SEQPACKET for UNIX sockets: there a line is a message."""
-    monkeypatch.setattr("orchestrator.server.channel._TYPE", socket.SOCK_STREAM)
+    monkeypatch.setattr("orchestrator.server.tree.unix_channel._TYPE", socket.SOCK_STREAM)
     ours, theirs = Channel.pair()
     other = Channel(theirs)
     with open(os.devnull) as null:

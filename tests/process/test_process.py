@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -31,7 +32,7 @@ from orchestrator.errors import (
     StateDirError,
 )
 from orchestrator.models.source import ModelSource
-from orchestrator.server import ladder, pin, process_table
+from orchestrator.server import ladder, process_table
 from orchestrator.server.link import KeeperLink
 from orchestrator.server.pin import Pin
 from orchestrator.server.warden import Warden
@@ -470,8 +471,10 @@ def no_pidfds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     def forbidden(pid: int) -> int:
         raise PermissionError(1, "Operation not permitted")
 
-    replacement = None if request.param == "absent" else forbidden
-    monkeypatch.setattr(pin, "_pidfd_open", replacement)
+    names = {name: value for name, value in vars(os).items() if name != "pidfd_open"}
+    if request.param == "forbidden":
+        names["pidfd_open"] = forbidden
+    monkeypatch.setattr("orchestrator.server.tree.posix_host.os", SimpleNamespace(**names))
 
 
 @pytest.mark.usefixtures("no_pidfds")

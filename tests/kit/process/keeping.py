@@ -18,10 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.server.channel import Channel, Message, listen_at
-from orchestrator.server.host import Host
 from orchestrator.server.keeper import Keeper
-from orchestrator.server.tree import CannotExecute
+from orchestrator.server.tree import CannotExecute, Channel, Door, Host, Message, Part
 
 _NO_PID = 1 << 22  # of the kernel's largest, so that no pidfd can be had
 
@@ -34,6 +32,7 @@ class FakeTree:
     """
 
     contains: bool = True
+    exit_fd: int | None = None
     leader: int | None = None
     is_running: bool = False
     strays: int = 0
@@ -130,7 +129,7 @@ class Situation:
         ours, theirs = Channel.pair()
         self.ours: Channel | None = ours
         self.path = os.path.join(tempfile.gettempdir(), f"door-{os.getpid()}")
-        self.door = listen_at(self.path)
+        self.door = Door.at(self.path)
         self.keeper = keeper(
             Channel(theirs),
             self.tree,
@@ -308,7 +307,7 @@ class Situation:
                 _promise(not was_really_empty, "not empty, and nothing runs")
             self.kills.discard(message.get("id", 0))
 
-    def _received(self) -> list[tuple[Message, list[int]]]:
+    def _received(self) -> list[tuple[Message, list[Part]]]:
         return [] if self.ours is None else _received(self.ours)
 
     def _check(self) -> None:
@@ -360,13 +359,14 @@ def explore(
     return len(seen)
 
 
-def _received(channel: Channel) -> list[tuple[Message, list[int]]]:
-    found: list[tuple[Message, list[int]]] = []
+def _received(channel: Channel) -> list[tuple[Message, list[Part]]]:
+    found: list[tuple[Message, list[Part]]] = []
     while received := channel.receive():
         found += received
-    for _, fds in found:
-        for fd in fds:
-            os.close(fd)
+    for _, parts in found:
+        for part in parts:
+            if isinstance(part, int):
+                os.close(part)
     return found
 
 

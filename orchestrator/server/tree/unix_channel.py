@@ -1,7 +1,7 @@
 """Messages between host and keeper: JSON and file descriptors over a UNIX socket.
 
 Standard library only: the keeper imports it. A packet is a message where the platform has
-SOCK_SEQPACKET; elsewhere a line of a stream is. Messages are short; a long text travels as a file.
+SOCK_SEQPACKET; elsewhere a line of a stream is. Messages are short; a text goes along as a file.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import socket
 import struct
 import sys
 from collections.abc import Iterator
-from typing import IO, Any, Final, Self
+from typing import IO, Final, Self
 
-VERSION: Final = 2
-"""Of the messages; the first one of a keeper names it."""
+from orchestrator.server.tree.port import Message, Part
+
 _TYPE: Final = getattr(socket, "SOCK_SEQPACKET", socket.SOCK_STREAM)
 _LONGEST: Final = 1 << 16
 _MOST_FDS: Final = 4
@@ -24,8 +24,6 @@ _LONGEST_PATH: Final = 107
 _SOL_LOCAL: Final = 0
 _LOCAL_PEERPID: Final = 2  # of macOS, which Python does not name
 _CLOEXEC: Final = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # `socket.recv_fds` ignores its flags
-
-Message = dict[str, Any]
 
 
 class Channel:
@@ -62,13 +60,18 @@ class Channel:
     def fd(self) -> int:
         return self._end.fileno()
 
-    def send(self, message: Message, fds: tuple[int, ...] = ()) -> None:
-        """Send a message with copies of descriptors; raises OSError if nobody can receive it."""
-        data = json.dumps({**message, "fds": len(fds)}).encode() + b"\n"
-        socket.send_fds(self._end, [data], fds)
+    def send(self, message: Message, parts: tuple[Part, ...] = ()) -> None:
+        """Send a message with copies of its parts; raises OSError if nobody can receive it."""
+        data = json.dumps({**message, "fds": len(parts)}).encode() + b"\n"
+        with contextlib.ExitStack() as opened:
+            fds = [
+                opened.enter_context(file_of(part)) if isinstance(part, bytes) else part
+                for part in parts
+            ]
+            socket.send_fds(self._end, [data], fds)
 
-    def receive(self) -> list[tuple[Message, list[int]]] | None:
-        """Return what has arrived, each message with its descriptors; None at the end."""
+    def receive(self) -> list[tuple[Message, list[Part]]] | None:
+        """Return what has arrived, each message with its parts; None at the end."""
         try:
             data, fds = self._receive()
         except BlockingIOError:
@@ -89,10 +92,10 @@ class Channel:
             os.set_inheritable(fd, False)
         return data, fds
 
-    def _with_fds(self, message: Message) -> tuple[Message, list[int]]:
+    def _with_fds(self, message: Message) -> tuple[Message, list[Part]]:
         count = message.pop("fds")
         own, self._fds = self._fds[:count], self._fds[count:]
-        return message, own
+        return message, [*own]
 
     def close(self) -> None:
         self._end.close()
@@ -101,26 +104,50 @@ class Channel:
 
 
 def can_listen() -> bool:
-    """Return whether `listen_at` can succeed: who connects must be known, by SO_PEERCRED."""
+    """Return whether a door can be: who connects must be known, by SO_PEERCRED."""
     return hasattr(socket, "SO_PEERCRED")
 
 
-def listen_at(path: str) -> socket.socket | None:
-    """Return a socket that listens at a path; None where none can be."""
-    if not can_listen():
-        return None
-    end = socket.socket(socket.AF_UNIX, _TYPE)
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        with _address(path) as address:
-            end.bind(address)
-        os.chmod(path, 0o600)
-        end.listen(1)
-    except OSError:
-        end.close()
-        return None
-    return end
+class Door:
+    """Where the next owner connects.
+
+    Attributes:
+        fd: Readable when somebody has come.
+    """
+
+    def __init__(self, listening: socket.socket) -> None:
+        self._listening = listening
+
+    @classmethod
+    def at(cls, path: str) -> Self | None:
+        """Return a door at a path; None where none can be."""
+        if not can_listen():
+            return None
+        end = socket.socket(socket.AF_UNIX, _TYPE)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            with _address(path) as address:
+                end.bind(address)
+            os.chmod(path, 0o600)
+            end.listen(1)
+        except OSError:
+            end.close()
+            return None
+        return cls(end)
+
+    @property
+    def fd(self) -> int:
+        return self._listening.fileno()
+
+    def accept(self) -> tuple[socket.socket, int | None]:
+        """Return who has come, and its pid; None for another user's, or an unknown one."""
+        end, _ = self._listening.accept()
+        pid, uid = peer_of(end)
+        return end, pid if uid in (None, os.geteuid()) else None
+
+    def close(self) -> None:
+        self._listening.close()
 
 
 @contextlib.contextmanager
@@ -168,14 +195,10 @@ def peer_of(end: socket.socket) -> tuple[int | None, int | None]:
     return pid or None, uid
 
 
-def read_all(fd: int) -> bytes:
-    """Return what a file has, and close it."""
-    with open(fd, "rb") as file:
+def text_of(part: Part) -> bytes:
+    """Return the text that has been received as a part, and close its file."""
+    if isinstance(part, bytes):
+        return part
+    with open(part, "rb") as file:
         file.seek(0)
         return file.read()
-
-
-def from_file(fd: int) -> Message:
-    """Return the message in a file, and close the file."""
-    members: Message = json.loads(read_all(fd))
-    return members

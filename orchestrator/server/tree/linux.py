@@ -1,8 +1,7 @@
-"""A server and everything below it, as its keeper sees them. Standard library only.
+"""A server and everything below it, on Linux. Standard library only.
 
-`SubreaperTree` is Linux's: whatever a server's processes do, the kernel hands orphans to the
-keeper, so "no child left" (ECHILD) proves that nothing is left. `PlainTree` is for platforms
-without that, and for a keeper that is a thread: it knows the server and its process group.
+Whatever a server's processes do, the kernel hands orphans to the keeper, so "no child left"
+(ECHILD) proves that nothing is left.
 """
 
 from __future__ import annotations
@@ -12,72 +11,13 @@ import json
 import os
 import signal
 import sys
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final
+
+from orchestrator.server.tree.port import CannotExecute
+from orchestrator.server.tree.posix import exit_status
 
 _SET_PDEATHSIG: Final = 1  # prctl(2)
 _SET_CHILD_SUBREAPER: Final = 36
-
-
-class CannotExecute(Exception):
-    """A server cannot be started: the error number (0 for none) and its text."""
-
-    def __init__(self, number: int, text: str) -> None:
-        super().__init__(number, text)
-        self.number = number
-        self.text = text
-
-    @classmethod
-    def of(cls, error: BaseException) -> Self:
-        number, text = getattr(error, "errno", None), getattr(error, "strerror", None)
-        return cls(number or 0, text or str(error))
-
-
-class Tree(Protocol):
-    """One server at a time, with everything that it started.
-
-    Attributes:
-        contains: Whether nothing can leave the tree, so that `is_empty` is a proof.
-        leader: The pid of the server, until it has been reaped.
-    """
-
-    contains: bool
-    leader: int | None
-
-    def start(self, spec: dict[str, Any], output: int, lock: int) -> int:
-        """Start a server in an empty tree and return its pid; raises `CannotExecute`.
-
-        Args:
-            spec: `argv`, `env`, and `cwd`, the working directory of the host.
-        """
-
-    def signal(self, signum: int) -> None:
-        """Send a signal to everything, once each."""
-
-    def exit_status(self) -> tuple[bool, int | None]:
-        """Return whether the last server has exited, and its status: negative for a signal, None if
-        another part of the program has taken it. This does not reap it.
-        """
-
-    def reap_orphans(self) -> None:
-        """Reap what has ended, except the server itself."""
-
-    def is_empty(self) -> bool:
-        """Reap what has ended, the server last, and return whether nothing is left."""
-
-    def pids(self) -> list[int]:
-        """Return what is running."""
-
-
-def _exit_status(pid: int) -> tuple[bool, int | None]:
-    found = None
-    if sys.platform == "linux":  # elsewhere `Popen` tells
-        try:
-            found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-        except ChildProcessError:
-            return True, None
-    if found is None:
-        return False, None
-    return True, found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
 
 class SubreaperTree:
@@ -90,6 +30,7 @@ class SubreaperTree:
     """
 
     contains = True
+    exit_fd = None
 
     def __init__(self) -> None:
         import ctypes
@@ -168,7 +109,7 @@ class SubreaperTree:
     def exit_status(self) -> tuple[bool, int | None]:
         if self.leader is None:
             return True, self._status
-        has_exited, self._status = _exit_status(self.leader)
+        has_exited, self._status = exit_status(self.leader)
         return has_exited, self._status
 
     def reap_orphans(self) -> None:
@@ -197,74 +138,6 @@ class SubreaperTree:
             found += new
             parents += new
         return found
-
-
-class PlainTree:
-    """A server and its process group; what leaves the group must be looked for by others."""
-
-    contains = False
-
-    def __init__(self) -> None:
-        self.leader: int | None = None
-        self._status: int | None = None
-        self._popen: Any = None
-
-    def start(self, spec: dict[str, Any], output: int, lock: int) -> int:
-        import subprocess
-
-        try:
-            self._popen = subprocess.Popen(
-                spec["argv"],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=spec["env"],
-                cwd=spec["cwd"],
-                pass_fds=(lock,),
-                start_new_session=True,
-            )
-        except (OSError, ValueError) as error:
-            raise CannotExecute.of(error) from error
-        self.leader, self._status = int(self._popen.pid), None
-        return self.leader
-
-    def signal(self, signum: int) -> None:
-        if self.leader is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.leader, signum)
-
-    def exit_status(self) -> tuple[bool, int | None]:
-        if self.leader is None:
-            return True, self._status
-        if sys.platform != "linux":
-            self._status = self._popen.poll()
-            return self._status is not None, self._status
-        has_exited, self._status = _exit_status(self.leader)
-        return has_exited, self._status
-
-    def reap_orphans(self) -> None:
-        """There are none that would come to us."""
-
-    def is_empty(self) -> bool:
-        if self.leader is None:
-            return True
-        if not self.exit_status()[0]:
-            return False
-        self.signal(signal.SIGKILL)  # the rest of its group, while its pid is still its own
-        self._popen.wait()
-        self.leader = None
-        return True
-
-    def pids(self) -> list[int]:
-        return [] if self.leader is None else [self.leader]
-
-
-def of_this_process() -> Tree:
-    """Return the tree below this process, which does nothing else."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, ImportError, AttributeError):
-            return SubreaperTree()
-    return PlainTree()
 
 
 def _children(pid: int) -> list[int]:

@@ -7,9 +7,12 @@ import fcntl
 import json
 import math
 import os
-import select
+import signal
 import sys
 from typing import Final, Self
+
+from orchestrator.base import waitable
+from orchestrator.server.tree.port import Part
 
 _ASK_EVERY_S: Final = 0.25  # where there is no pidfd
 _LOCK_EVERY_S: Final = 0.1
@@ -47,6 +50,12 @@ class Host:
         successor.lock = lock
         return successor
 
+    def guard(self, lock: Part) -> None:
+        """Know its lock, which is another file once the slot's folder was made anew."""
+        if self.lock is not None:
+            os.close(self.lock)
+        self.lock = lock if isinstance(lock, int) else None
+
     @property
     def is_this_process(self) -> bool:
         return self._pid is None
@@ -62,9 +71,7 @@ class Host:
         if self.is_silent and self.gives_up_lock():
             return True
         if self.fd is not None:
-            poll = select.poll()  # a descriptor of the host may have any number
-            poll.register(self.fd, select.POLLIN)
-            return bool(poll.poll(0))
+            return waitable.is_ready(self.fd)
         if self._pid is not None:
             try:
                 os.kill(self._pid, 0)
@@ -105,6 +112,20 @@ def pidfd(pid: int) -> int | None:
         with contextlib.suppress(OSError, AttributeError):
             return os.pidfd_open(pid)
     return None
+
+
+def send_signal(pid: int, fd: int | None, signum: int) -> None:
+    """Signal a process, through its pidfd if there is one. Raises OSError."""
+    if sys.platform == "linux" and fd is not None:
+        signal.pidfd_send_signal(fd, signum)
+    else:
+        os.kill(pid, signum)
+
+
+def reap(pid: int) -> None:
+    """Reap a process that has ended if it is a child of this one, which it is if we are pid 1."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
 
 
 def pid_namespace() -> str:

@@ -1,0 +1,57 @@
+"""What can be waited for, by number: descriptors, and handles on Windows. Standard library only."""
+
+from __future__ import annotations
+
+import sys
+
+if sys.platform == "win32":
+    from orchestrator.base.windows import (
+        READABLE,
+        WRITABLE,
+        Poll,
+        close,
+        pipe,
+        poll,
+        read,
+        stop_reading,
+    )
+else:
+    import os
+    import select
+
+    READABLE, WRITABLE = select.POLLIN, select.POLLOUT
+    Poll = select.poll
+    close, read = os.close, os.read
+
+    def poll() -> Poll:
+        return select.poll()  # select() ends at descriptor 1024
+
+    def pipe() -> tuple[int, int]:
+        """Return a pipe's reading end, of which `read` never waits, and a descriptor to write."""
+        reading, writing = os.pipe()
+        os.set_blocking(reading, False)
+        return reading, writing
+
+    def stop_reading(_fd: int) -> bytes:
+        """Leave a pipe to another process; return what had been read ahead."""
+        return b""
+
+
+__all__ = [
+    "READABLE",
+    "WRITABLE",
+    "Poll",
+    "close",
+    "is_ready",
+    "pipe",
+    "poll",
+    "read",
+    "stop_reading",
+]
+
+
+def is_ready(fd: int) -> bool:
+    """Return whether a wait for this would end at once."""
+    one = poll()
+    one.register(fd, READABLE)
+    return bool(one.poll(0))

@@ -1,0 +1,55 @@
+"""The locks of a slot: `flock`, which a server inherits, and which the kernel frees with the last
+descriptor.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from orchestrator.base import launch
+from orchestrator.base.private_file import open_file
+
+
+def open_lock(path: Path) -> int:
+    """Return a descriptor of a lock file, new or old, without its lock. Raises OSError."""
+    return launch.beyond_streams(open_file(path, os.O_RDWR | os.O_CREAT))
+
+
+def take(path: Path) -> int | None:
+    """Return a descriptor that holds the file's lock; None while another process holds it.
+
+    Raises:
+        OSError: The file cannot be opened.
+    """
+    fd = open_lock(path)
+    if _lock(fd):
+        return fd
+    os.close(fd)
+    return None
+
+
+def is_free(_path: Path, fd: int) -> bool:
+    """Return whether nobody has the lock of the file of this descriptor, wherever it is now."""
+    if not _lock(fd):
+        return False
+    fcntl.flock(fd, fcntl.LOCK_UN)  # no server inherits this one
+    return True
+
+
+def for_keeper(path: Path) -> int:
+    """Return what a keeper needs to see that the owner's lock is free. Raises OSError."""
+    return open_lock(path)
+
+
+def close_for_keeper(fd: int) -> None:
+    os.close(fd)
+
+
+def _lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
