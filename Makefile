@@ -127,6 +127,8 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy --platform darwin --no-warn-unreachable orchestrator
+	$(BIN)/mypy --platform win32 --no-warn-unreachable \
+	  --exclude '/(posix[a-z_]*|linux|unix_channel)\.py$$' orchestrator
 
 # pyright does not follow an editable install: the paths name the Python with the libraries, and the
 # package.

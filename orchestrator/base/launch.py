@@ -17,11 +17,6 @@ import threading
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 no_fork: threading.RLock = threading.RLock()  # a signal handler may fork in the middle of a spawn
 """While it is held, a fork by another thread waits."""
 
@@ -58,8 +53,10 @@ def secret_file() -> BinaryIO:
 
 def beyond_streams(fd: int) -> int:
     """Move a descriptor away from 0 to 2, which children replace; a daemon may have none there."""
-    if fd > 2:
+    if sys.platform == "win32" or fd > 2:
         return fd
+    import fcntl
+
     moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
     os.close(fd)
     return moved

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import importlib.util
 import os
 import platform
@@ -47,7 +46,7 @@ from orchestrator.server.environment import inherited_environment
 from orchestrator.server.gpu_memory import TOOLS
 from orchestrator.server.slot import Slot
 from orchestrator.server.state_dir import cache_dir
-from orchestrator.server.tree import can_listen, pidfd
+from orchestrator.server.tree import can_listen, process
 from orchestrator.settings.request import LoadRequest
 from orchestrator.settings.target import ServerBinary
 
@@ -245,12 +244,16 @@ def _kill_mode() -> str | None:
 
 
 def _kernel(_: Intent) -> Iterator[Check]:
-    if (fd := pidfd(os.getpid())) is not None:
+    if (fd := process.pidfd(os.getpid())) is not None:
         os.close(fd)
         yield Check("pidfd", "ok", "available")
     else:
         remedy = "use Linux 5.3 or newer; without it, exits are found by polling"
         yield Check("pidfd", "note", "not available", remedy)
+    if sys.platform == "win32":
+        return
+    import fcntl
+
     try:
         with launch.output_file() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

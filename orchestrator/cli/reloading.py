@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from functools import partial
 from typing import Any, Final
 
@@ -23,6 +24,8 @@ Stamp = tuple[int, ...] | None
 
 def has_terminal() -> bool:
     """Whether this process has a controlling terminal, whose hang-up is a SIGHUP."""
+    if sys.platform == "win32":
+        return True
     try:
         os.close(os.open(os.ctermid(), os.O_RDONLY | os.O_NOCTTY))
     except OSError:

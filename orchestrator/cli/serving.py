@@ -15,13 +15,13 @@ import errno
 import gc
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import click
-import uvloop
 
 from orchestrator.base.addresses import is_loopback
 from orchestrator.cli import INTERRUPTED, by_name, config, logs, options
@@ -125,7 +125,7 @@ def _run(
     never_wait()
     logs.configure(log_level or ("error" if given["quiet"] else level), log_format)
     with _service(**given) as service:
-        return uvloop.run(_serve(service, wanted))
+        return run_loop(_serve(service, wanted))
 
 
 @contextlib.contextmanager
@@ -185,6 +185,36 @@ def _listen(host: str, port: int) -> socket.socket:
         raise Failure(problem) from error
 
 
+if sys.platform == "win32":
+    run_loop = asyncio.run
+else:
+    import uvloop
+
+    run_loop = uvloop.run
+
+
+def _handlers(
+    stop: Callable[[int], object], reloader: Reloader | None
+) -> dict[int, Callable[[int], object]]:
+    found: dict[int, Callable[[int], object]] = {signal.SIGINT: stop, signal.SIGTERM: stop}
+    if sys.platform == "win32":
+        found[signal.SIGBREAK] = stop
+    elif reloader is not None and not has_terminal():
+        found[signal.SIGHUP] = reloader.ask
+    else:
+        found[signal.SIGHUP] = stop
+    return found
+
+
+def _on_signal(
+    loop: asyncio.AbstractEventLoop, signum: int, handler: Callable[[int], object]
+) -> None:
+    if sys.platform == "win32":  # its loops know no signals
+        signal.signal(signum, lambda *_: loop.call_soon_threadsafe(handler, signum))
+    else:
+        loop.add_signal_handler(signum, handler, signum)
+
+
 async def _serve(service: Service, wanted: Wanted | None) -> int:
     """Serve until a signal; load what is wanted first, and end if that fails."""
     loop, owner = asyncio.get_running_loop(), service.owner
@@ -194,14 +224,10 @@ async def _serve(service: Service, wanted: Wanted | None) -> int:
         if not stopped.done():
             stopped.set_result(signum)
 
-    handlers: dict[int, Callable[[int], object]] = dict.fromkeys(
-        (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), stop
-    )
-    if (reloader := service.reloader) is not None and not has_terminal():
-        handlers[signal.SIGHUP] = reloader.ask
-    for signum, handler in handlers.items():
+    reloader = service.reloader
+    for signum, handler in _handlers(stop, reloader).items():
         if signal.getsignal(signum) is not signal.SIG_IGN:
-            loop.add_signal_handler(signum, handler, signum)
+            _on_signal(loop, signum, handler)
     http = _http_server(service)
     gc.freeze()  # a full collection over all that stays would hold up every request for 30 ms
     tasks: list[asyncio.Task[Any]] = []

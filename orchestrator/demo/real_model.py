@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import zipfile
 import zlib
@@ -156,11 +157,11 @@ def _one_at_a_time(folder: Path, report: Report) -> Iterator[None]:
 
     Where files cannot be locked, two fetches each do the whole work.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    if sys.platform == "win32":
         yield
         return
+    import fcntl
+
     with open(folder / "fetch.lock", "wb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

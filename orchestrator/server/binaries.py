@@ -202,8 +202,15 @@ def run(command: tuple[str, ...], kind: str, patience_s: float | None = None) ->
         if pin is not None:  # None: it has exited already
             wait_exited([pin], _ASK_S if patience_s is None else patience_s)
             pin.close()
-        with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)  # not reaped yet, so the group is its own
+        _end_group(process)
         process.wait()
         output.seek(0)
         return process.returncode, output.read(_MAX_ANSWER).decode("utf-8", "replace")
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    if sys.platform == "win32":
+        process.kill()
+        return
+    with contextlib.suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)  # not reaped yet, so the group is its own

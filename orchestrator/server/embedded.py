@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from importlib.machinery import SourceFileLoader
 from types import ModuleType
@@ -40,13 +41,15 @@ class Refused(Exception):
 
 def version() -> str:
     """Return what --version prints, without importing the library."""
+    import platform
     from importlib import metadata
 
     try:
         release = metadata.version("xllamacpp")
     except metadata.PackageNotFoundError:
         release = "not installed"
-    return f"version: {release} (xllamacpp)\nbuilt for {sys.platform} {os.uname().machine}\n"
+    machine = platform.machine()
+    return f"version: {release} (xllamacpp)\nbuilt for {sys.platform} {machine}\n"
 
 
 def devices() -> str:
@@ -162,7 +165,10 @@ def _params(params: Any, given: list[tuple[Flag, Any]]) -> Any:
 
 
 def _wait_for_stop() -> None:
-    """Return at the first SIGTERM or SIGINT."""
+    """Return at the first SIGTERM or SIGINT; a Ctrl-Break of Windows ends the process itself."""
+    if sys.platform == "win32":
+        while True:
+            time.sleep(3600.0)
     wakeup, signalled = os.pipe()
     os.set_blocking(signalled, False)
     signal.set_wakeup_fd(signalled)

@@ -12,9 +12,11 @@ from __future__ import annotations
 import itertools
 import re
 import signal
+import sys
 from typing import Final, NamedTuple
 
 from orchestrator.errors import Problem
+from orchestrator.server import ladder
 from orchestrator.settings.fields import SETTINGS
 from orchestrator.settings.flags import flag_of
 
@@ -166,14 +168,22 @@ _CPU: Final = "this build needs instructions that this CPU does not have: use an
 _SHRUNK: Final = "a mapped file became shorter or unreadable: load again, or check the disk"
 _CRASHED: Final = ("crashed", "try another build of llama_server", _SERVER)
 _SIGNALS: Final = {
-    signal.SIGKILL: ("killed", "memory probably ran out: use a smaller model or context", None),
+    ladder.KILL: ("killed", "memory probably ran out: use a smaller model or context", None),
     signal.SIGTERM: ("killed", "another process sent SIGTERM: load again", None),
     signal.SIGILL: ("wrong_cpu", _CPU, _SERVER),
-    signal.SIGBUS: ("crashed", _SHRUNK, "model_path"),
     signal.SIGSEGV: _CRASHED,
     signal.SIGABRT: _CRASHED,
 }
-_UNRELATED: Final = (signal.SIGKILL, signal.SIGILL)  # signals that no output explains
+if sys.platform != "win32":
+    _SIGNALS[signal.SIGBUS] = ("crashed", _SHRUNK, "model_path")
+_BY_NTSTATUS: Final = {  # what Windows has in place of signals
+    0xC0000005: signal.SIGSEGV,  # access violation
+    0xC000001D: signal.SIGILL,  # illegal instruction
+    0xC0000409: signal.SIGABRT,
+    0xC000013A: signal.SIGTERM,  # ended by Ctrl-C or Ctrl-Break, or by a keeper
+}
+_NO_LIBRARY: Final = 0xC0000135
+_UNRELATED: Final = (ladder.KILL, signal.SIGILL)  # signals that no output explains
 
 
 def explain(
@@ -247,6 +257,8 @@ def _plain(text: str) -> str:
 def _signal_of(returncode: int | None) -> int:
     """Return the signal of an exit status, also of a shell's 128 + N; less than 1 is none."""
     status = returncode or 0
+    if status in _BY_NTSTATUS:
+        return _BY_NTSTATUS[status]
     return -status if status < 0 else status - 128
 
 
@@ -260,6 +272,8 @@ def _by_status(
         return "crashed", "see its output", None
     if returncode in {126, 127}:
         return "not_executable", "the wrapper could not run the binary: check the script", _SERVER
+    if returncode == _NO_LIBRARY:
+        return "missing_library", "a DLL is missing: reinstall it, or its run-time", _SERVER
     errors = [line for line in lines if re.search("(?i)error|fail", line)]
     best = [line for line in errors if not _EMPTY_WORDS.search(line)] or errors or lines
     return "exited", (best[-1].strip() if best else "") or "it printed nothing", None
@@ -268,6 +282,8 @@ def _by_status(
 def _how(returncode: int | None) -> str:
     if returncode is None:
         return "with an unknown status"
+    if returncode > 1 << 16:
+        return f"with exit status {returncode:#010X}"
     if returncode >= 0:
         return f"with exit status {returncode}"
     known = {signum.value: signum.name for signum in signal.Signals}

@@ -43,7 +43,6 @@ from orchestrator.server.tree import (
     Message,
     Part,
     Tree,
-    pid_namespace,
     text_of,
 )
 
@@ -150,7 +149,7 @@ class Keeper:
     # -------------------------------------------------------------------------------- the host
 
     def _greet(self, parts: tuple[Part, ...] = (), **more: Any) -> None:
-        own = {"version": VERSION, "pid": os.getpid(), "pids": pid_namespace()}
+        own = {"version": VERSION, "pid": os.getpid(), "pids": tree.process.pid_namespace()}
         own["contains"] = self._tree.contains
         self._say(parts, op="hello", **own, **more)
 
@@ -226,7 +225,7 @@ class Keeper:
         self._listen_to(self._tree.exit_fd)
         with contextlib.ExitStack() as opened:
             parts: list[Part] = [output]
-            if (handle := tree.pidfd(pid)) is not None:
+            if (handle := tree.process.pidfd_to_send(pid)) is not None:
                 parts.append(handle)
                 opened.callback(os.close, handle)
             self._say(tuple(parts), id=order, pid=pid)
@@ -289,7 +288,9 @@ class Keeper:
         now = self._clock()
         for signum in kill.due(now):
             if signum == ladder.KILL and kill.ends_at == math.inf:
-                kill.ends_at = now + ladder.gone_within_s(tree.resident_bytes(self._tree.leader))
+                kill.ends_at = now + ladder.gone_within_s(
+                    tree.process.resident_bytes(self._tree.leader)
+                )
             self._tree.signal(signum)
             if signum != ladder.KILL:
                 self._tree.signal(ladder.CONTINUE)

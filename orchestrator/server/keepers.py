@@ -23,6 +23,7 @@ from orchestrator.server.link import ANSWER_S, Answer, KeeperGone, KeeperLink, K
 from orchestrator.server.output import OutputRing
 from orchestrator.server.process_table import ProcessId
 from orchestrator.server.slot import Slot
+from orchestrator.server.tree import locks
 
 _LAST_LINES: Final = 20
 _log = event_log("orchestrator.server")
@@ -183,8 +184,7 @@ class Keepers:
             self._slot.remember(None, link.process)
             return link.order("spawn", (spec, lock_fd, owner))
         finally:
-            if isinstance(owner, int):
-                os.close(owner)
+            locks.let_go(owner)
 
     def family(self, link: KeeperLink, pid: int) -> set[int]:
         """Return the pids of a server and everything that it started."""

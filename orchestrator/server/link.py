@@ -20,7 +20,7 @@ from orchestrator.server.ladder import CONTINUE, KILL, LEFT_GRACE_S
 from orchestrator.server.pin import Pin, wait_exited
 from orchestrator.server.process_table import ProcessId
 from orchestrator.server.slot import Slot
-from orchestrator.server.tree import VERSION, Channel, Message, Part, pid_namespace, text_of
+from orchestrator.server.tree import VERSION, Channel, Message, Part, text_of
 
 ANSWER_S: Final = 10.0
 """How long an order may take that takes a millisecond."""
@@ -195,7 +195,7 @@ class KeeperLink:
     def _meet(self, hello: Message, parts: list[Part]) -> None:
         pid = self.pid = hello["pid"]
         self.contains = hello["contains"]
-        if hello["version"] == VERSION and hello["pids"] == pid_namespace():
+        if hello["version"] == VERSION and hello["pids"] == tree.process.pid_namespace():
             found = process_table.identify(pid)
             self.pin = None if found is None else Pin.of(found)  # None for a thread
             unread, memory, output = [*parts, None, None, None][:3]
@@ -236,7 +236,7 @@ class KeeperLink:
             self._helper.wait()
         if self.pin is not None:
             wait_exited([self.pin], _END_S)
-            tree.reap(self.pin.process.pid)
+            tree.process.reap(self.pin.process.pid)
             self.pin.close()
 
 

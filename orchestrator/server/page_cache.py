@@ -37,6 +37,8 @@ def read_ahead(
     Raises:
         OSError: A file cannot be read.
     """
+    if sys.platform == "win32":
+        return 0
     wanted = list(paths)
     size = sum(os.stat(path).st_size for path in wanted)
     if size > _room(pids):

@@ -39,7 +39,7 @@ class Pin:
         """
         if process.pid <= 1 or process.pid == os.getpid():
             return None
-        pin = cls(process, tree.pidfd(process.pid))
+        pin = cls(process, tree.process.pidfd(process.pid))
         if not process_table.is_alive(process):
             pin.close()
             return None
@@ -55,7 +55,7 @@ class Pin:
         """Send a signal. A process that has exited, or that we may not signal, is not an error."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if self.fd is not None or process_table.is_alive(self.process):
-                tree.send_signal(self.process.pid, self.fd, signum)
+                tree.process.send_signal(self.process.pid, self.fd, signum)
 
     def close(self) -> None:
         fd, self.fd = self.fd, None

@@ -71,6 +71,8 @@ def boot_id() -> str:
     Where it is hidden (systemd's `ProcSubset=pid`) all boots are alike: the boot time, which other
     processes would compare, moves with the clock.
     """
+    if sys.platform == "win32":
+        return "windows"  # there a process keeps the time at which it was started
     if LINUX:
         return (_read("/proc/sys/kernel/random/boot_id") or b"unknown").decode().strip()
     return f"boot-{int(psutil.boot_time())}"
@@ -121,15 +123,19 @@ def members(group: int, among: Iterable[int]) -> set[int]:
 
 def group_of(pid: int) -> int | None:
     """Return the process group of a pid, or None if it has exited."""
+    if sys.platform == "win32":
+        return None
     try:
-        return os.getpgid(pid) if sys.platform != "win32" else None
+        return os.getpgid(pid)
     except OSError:
         return None
 
 
 def session_of(pid: int) -> int:
     """Return the session of a pid, 0 for this process; -1 where there are none. Raises OSError."""
-    return os.getsid(pid) if sys.platform != "win32" else -1
+    if sys.platform == "win32":
+        return -1
+    return os.getsid(pid)
 
 
 def bearers(token: str, among: Iterable[int]) -> set[int]:
@@ -205,7 +211,7 @@ def resident_bytes(pid: int) -> int:
 
 def usage(pid: int) -> Usage | None:
     """Return what a process has used, in about 0.1 ms; None if it has exited."""
-    if not LINUX:
+    if sys.platform != "linux":
         return _of_psutil(pid, _usage_psutil) or None
     # `io` is hidden if the binary carries capabilities, `stat` and `statm` are not
     stat, statm, io = (_read(f"/proc/{pid}/{name}") or b"" for name in ("stat", "statm", "io"))
@@ -230,6 +236,8 @@ def listening(pids: Iterable[int]) -> tuple[set[tuple[str, int]], bool]:
 
     The second value is whether the kernel hides the descriptors of one of them from us.
     """
+    if sys.platform == "win32":
+        return _listening_windows(set(pids))
     found: set[tuple[str, int]] = set()
     is_hidden = False
     for pid in pids:
@@ -248,6 +256,17 @@ def listening(pids: Iterable[int]) -> tuple[set[tuple[str, int]], bool]:
             with contextlib.suppress(OSError, KeyError):
                 found.add(sockets[os.readlink(f"/proc/{pid}/fd/{name}")])
     return found, is_hidden
+
+
+def _listening_windows(pids: set[int]) -> tuple[set[tuple[str, int]], bool]:
+    """Read the table of all connections once, which is how Windows tells those of one process.
+
+    Wine does not know whose they are.
+    """
+    rows: list[Any] = psutil.net_connections("tcp4")
+    listening = [row for row in rows if row.status == psutil.CONN_LISTEN]
+    found = {(row.laddr.ip, row.laddr.port) for row in listening if row.pid in pids}
+    return found, any(not row.pid for row in listening)
 
 
 def _listeners(pid: int) -> dict[str, tuple[str, int]]:

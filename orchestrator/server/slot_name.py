@@ -12,12 +12,12 @@ import errno
 import hashlib
 import os
 import socket
+import sys
 from pathlib import Path
 
 from orchestrator.base import launch
 from orchestrator.base.log import event_log
 from orchestrator.server import process_table
-from orchestrator.server.tree.unix_channel import peer_of
 
 _PENDING = 4096  # connections to ask for the holder, which accepts none
 _log = event_log("orchestrator.server")
@@ -33,7 +33,7 @@ def bind(directory: Path) -> int | None:
     Raises:
         NameTaken: It is in use.
     """
-    if not process_table.LINUX:
+    if sys.platform != "linux":
         return None
     bound = None
     try:
@@ -56,6 +56,8 @@ def holder(directory: Path) -> int | None:
 
 
 def _address(directory: Path) -> bytes:
+    if sys.platform != "linux":
+        raise NotImplementedError
     folder = repr((process_table.place(os.getpid()), os.fsencode(directory)))
     key = hashlib.sha256(folder.encode()).hexdigest()
     return f"\0llama-orchestrator/{os.getuid()}/{key}".encode()
@@ -63,10 +65,14 @@ def _address(directory: Path) -> bytes:
 
 def _credentials(directory: Path) -> tuple[int | None, int | None]:
     """Return the pid and the user of the holder: another user may have taken the name first."""
+    if sys.platform != "linux":
+        return None, None
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
             asking.setblocking(False)  # it is never accepted
             asking.connect(_address(directory))
+            from orchestrator.server.tree.unix_channel import peer_of
+
             return peer_of(asking)
     except OSError:
         return None, None

@@ -24,7 +24,7 @@ from orchestrator.base.waker import Waker
 from orchestrator.errors import Problem, StateDirError
 from orchestrator.machine.commands import Kill
 from orchestrator.machine.facts import Emptied, Exit, Exited, KillFailed, SlotEvidence
-from orchestrator.server import eviction, process_table
+from orchestrator.server import eviction, process_table, tree
 from orchestrator.server.child import ServerProcess
 from orchestrator.server.environment import API_KEY_NAME
 from orchestrator.server.keepers import Keepers
@@ -112,7 +112,7 @@ class Warden(threading.Thread):
         """
         link, pid, fds = self.keepers.spawn(argv, environment, lock_fd, memory)
         process = process_table.identify(pid) or ProcessId(pid, 0, process_table.boot_id())
-        pin = Pin(process, fds[1] if len(fds) > 1 else None)
+        pin = Pin(process, fds[1] if len(fds) > 1 else tree.process.pidfd(pid))
         key = environment.get(API_KEY_NAME)
         server = self._server_of(link, generation, pin, fds[0], key)
         announce(server)

@@ -474,7 +474,7 @@ def no_pidfds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     names = {name: value for name, value in vars(os).items() if name != "pidfd_open"}
     if request.param == "forbidden":
         names["pidfd_open"] = forbidden
-    monkeypatch.setattr("orchestrator.server.tree.posix_host.os", SimpleNamespace(**names))
+    monkeypatch.setattr("orchestrator.server.tree.posix_process.os", SimpleNamespace(**names))
 
 
 @pytest.mark.usefixtures("no_pidfds")

@@ -12,10 +12,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -29,6 +29,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+if sys.platform == "win32":
+    import _winapi
+    import msvcrt
+else:
+    import fcntl
+
 OURS = ".orchestrator."
 PARTIAL = f"{OURS}incomplete"
 CORRUPT = f"{OURS}corrupt"
@@ -37,6 +43,7 @@ REPORT_EVERY_S = 0.05
 SWEEP_AFTER_S = 7 * 24 * 3600.0
 UNSUPPORTED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}  # by a file system that has no links
 PR_SET_PDEATHSIG = 1  # of the thread that started this; it waits for the end of this
+_LOCKED_BYTE = 1 << 62
 UNLOCKABLE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 if TYPE_CHECKING:
@@ -60,8 +67,9 @@ def report(**message: Any) -> None:
 def main() -> int:
     global _stdout  # noqa: PLW0603 (set once; what libraries print goes to stderr)
     parent = os.getppid()
-    with contextlib.suppress(OSError, AttributeError):  # other systems have no such call
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # also while this is stopped
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # also while this is stopped
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
     _stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -89,9 +97,28 @@ def main() -> int:
 
 def _exit_with_parent(parent: int) -> None:
     """Poll the parent's pid: a fork of the parent would keep a pipe open."""
-    while os.getppid() == parent:
+    if sys.platform == "win32":  # a process keeps the number of its parent there
+        handle = _winapi.OpenProcess(_winapi.SYNCHRONIZE, False, parent)
+        _winapi.WaitForSingleObject(handle, _winapi.INFINITE)
+    while sys.platform != "win32" and os.getppid() == parent:
         time.sleep(0.1)
     os._exit(1)
+
+
+def lock(file: BinaryIO) -> None:
+    """Lock a file until it is closed. Raises BlockingIOError, or OSError: there are no locks."""
+    if sys.platform == "win32":
+        fd = file.fileno()
+        here = os.lseek(fd, 0, os.SEEK_CUR)
+        os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)  # nobody may read or write what is locked
+        try:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError from error
+        finally:
+            os.lseek(fd, here, os.SEEK_SET)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextlib.contextmanager
@@ -133,6 +160,12 @@ class File:
 
     def is_at(self, path: Path) -> bool:
         return path.exists() and path.stat().st_size == self.size
+
+
+def _bytes_written(path: Path) -> int:
+    if sys.platform == "win32":
+        return path.stat().st_size
+    return path.stat().st_blocks * 512
 
 
 class Fetch:
@@ -285,7 +318,7 @@ class Fetch:
         """Wait for the lock of a partial file; False where the file system has no locks."""
         while True:
             try:
-                fcntl.flock(partial, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(partial)
             except BlockingIOError:
                 size = os.fstat(partial.fileno()).st_size
                 self._count_growth(file, size, "another process is downloading it")
@@ -299,7 +332,7 @@ class Fetch:
 
     def _own_partial(self, file: File) -> Path:
         """Return a partial file of this process only, with what one that has ended here left."""
-        here = f"{file.etag}{OURS}{os.uname().nodename}."
+        here = f"{file.etag}{OURS}{platform.node()}."
         mine = self._blobs / f"{here}{os.getpid()}.incomplete"
         others = [p for p in self._blobs.iterdir() if p.name.startswith(here)]
         left = next((p for p in others if _has_ended(p.name.split(".")[-2])), file.partial)
@@ -354,7 +387,7 @@ class Fetch:
         def watch() -> None:  # the library reports nothing, but its partial file grows
             with contextlib.suppress(OSError):
                 parts = self._blobs.glob(f"{file.etag}.*.incomplete")
-                self._count_growth(file, sum(part.stat().st_blocks * 512 for part in parts))
+                self._count_growth(file, sum(_bytes_written(part) for part in parts))
 
         with repeating(0.25, watch):
             hub.fetch_whole(self._repo, self._commit, file.name)
@@ -399,7 +432,7 @@ class Fetch:
                     continue
                 if not path.is_symlink():
                     with open(path, "rb") as file:
-                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        lock(file)
                 path.unlink()
 
     def _create(self, path: Path, make: Callable[[Path], object]) -> None:

@@ -11,8 +11,9 @@ import subprocess
 from collections.abc import Mapping
 from typing import Final
 
+from orchestrator.server.tree.host import Host
 from orchestrator.server.tree.port import Helper, Message
-from orchestrator.server.tree.posix_host import Host, pidfd
+from orchestrator.server.tree.posix_process import pidfd
 from orchestrator.server.tree.unix_channel import Channel, Door
 
 _HEARD: Final = ("SIGCHLD", "SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE", "SIGXFSZ")
@@ -82,12 +83,3 @@ def become_keeper(given: Message) -> tuple[Channel, Host, Door | None, int | Non
     door = None if given["door"] is None else Door(socket.socket(fileno=given["door"]))
     channel = Channel(socket.socket(fileno=given["socket"]))
     return channel, Host(given["host"], given["host_fd"]), door, woken
-
-
-def resident_bytes(pid: int | None) -> int:
-    """Return the resident bytes of a process; 0 if unknown."""
-    try:
-        with open(f"/proc/{pid}/statm", "rb", buffering=0) as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
-        return 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from orchestrator.base import launch
 from orchestrator.base.private_file import open_file
+from orchestrator.server.tree.port import Part
 
 
 def open_lock(path: Path) -> int:
@@ -38,18 +39,35 @@ def is_free(_path: Path, fd: int) -> bool:
     return True
 
 
-def for_keeper(path: Path) -> int:
+def for_keeper(path: Path) -> Part:
     """Return what a keeper needs to see that the owner's lock is free. Raises OSError."""
     return open_lock(path)
 
 
-def close_for_keeper(fd: int) -> None:
-    os.close(fd)
+def let_go(lock: Part | None) -> None:
+    """Close what `for_keeper` returned, or its copy."""
+    if isinstance(lock, int):
+        os.close(lock)
+
+
+def seize(lock: Part | None) -> bool:
+    """Take a lock by a copy of what `for_keeper` returned, until that is closed."""
+    return _lock(lock if isinstance(lock, int) else -1)
+
+
+def is_given_up(lock: Part | None) -> bool:
+    """Return whether nobody has it."""
+    return is_free(Path(), lock if isinstance(lock, int) else -1)
+
+
+def read(lock: Part | None) -> bytes:
+    """Return what its owner has written into the file. Raises OSError."""
+    return os.pread(lock if isinstance(lock, int) else -1, 4096, 0)
 
 
 def _lock(fd: int) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (OSError, ValueError):
         return False
     return True

@@ -14,6 +14,7 @@ import json
 import operator
 import os
 import random
+import select
 import signal
 import sys
 import tempfile
@@ -62,32 +63,40 @@ class Blame:
         answers: Set unless the service is away.
     """
 
+    _done: list[tuple[float, str | None]] = field(default_factory=list)  # when it had ended
+    _begun: list[str | None] = field(default_factory=list)
     _guard: threading.Lock = field(default_factory=threading.Lock)
-    _done: list[tuple[float, str | None]] = field(default_factory=list)
     answers: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self.answers.set()
 
-    def add(self, model: str | None) -> None:
-        """Note it, before it is done; None: it may hit any model."""
+    @contextlib.contextmanager
+    def of(self, model: str | None) -> Iterator[None]:
+        """While it is done; None: it may hit any model."""
         with self._guard:
-            self._done.append((time.monotonic(), model))
+            self._begun.append(model)
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._begun.remove(model)
+                self._done.append((time.monotonic(), model))
 
     def has(self, model: str, since: float) -> bool:
         with self._guard:
-            hits = (at >= since and hit in (None, model) for at, hit in self._done)
-            return not self.answers.is_set() or any(hits)
+            hits = [hit for at, hit in self._done if at >= since] + self._begun
+            return not self.answers.is_set() or model in hits or None in hits
 
     @contextlib.contextmanager
     def outage(self) -> Iterator[None]:
         """While nobody answers."""
-        self.answers.clear()
-        try:
-            yield
-        finally:
-            self.add(None)
-            self.answers.set()
+        with self.of(None):
+            self.answers.clear()
+            try:
+                yield
+            finally:
+                self.answers.set()
 
 
 class Service:
@@ -251,8 +260,8 @@ class Client:
         self.ask("POST", f"/api/models/{name}/unload")
 
     def cut(self, name: str) -> None:
-        self.blame.add(name)
-        self.ask("POST", f"/api/models/{name}/unload", {"cut": True})
+        with self.blame.of(name):
+            self.ask("POST", f"/api/models/{name}/unload", {"cut": True})
 
     def cancel(self, name: str) -> None:
         self.ask("POST", f"/api/models/{name}/cancel")
@@ -303,8 +312,9 @@ class Saboteur:
         with contextlib.suppress(ProcessLookupError), pinned(pid) as fd:
             shown = self._service.asked("GET", f"/api/models/{name}").json()
             if shown["pid"] == pid:
-                self._blame.add(name)
-                signal.pidfd_send_signal(fd, signal.SIGKILL)
+                with self._blame.of(name):
+                    signal.pidfd_send_signal(fd, signal.SIGKILL)
+                    select.select([fd], [], [])  # until it has ended
                 return True
         return False
 
@@ -312,9 +322,11 @@ class Saboteur:
         keepers = keepers_of(self._service.pid)
         if not keepers:
             return False
-        self._blame.add(None)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._dice.choice(keepers), signal.SIGKILL)
+        keeper = self._dice.choice(keepers)
+        with self._blame.of(None), contextlib.suppress(ProcessLookupError, psutil.Error):
+            servers = psutil.Process(keeper).children()
+            os.kill(keeper, signal.SIGKILL)
+            psutil.wait_procs(servers)
         return True
 
     def service(self) -> bool:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import math
-import os
-import signal
-import sys
 from typing import Final, Self
 
 from orchestrator.base import waitable
+from orchestrator.server.tree import locks, process
 from orchestrator.server.tree.port import Part
 
 _ASK_EVERY_S: Final = 0.25  # where there is no pidfd
@@ -33,28 +29,27 @@ class Host:
         self.fd = fd
         self._pid = pid
         self.is_silent = False
-        self.lock: int | None = None
+        self.lock: Part | None = None
 
     def leave(self) -> None:
         """Close what belongs to it."""
-        for fd in (self.fd, self.lock):
-            if fd is not None:
-                os.close(fd)
+        if self.fd is not None:
+            waitable.close(self.fd)
+        locks.let_go(self.lock)
         self.fd = self.lock = None
 
     def succeeded_by(self, pid: int) -> Self:
         """Return the process that has taken its lock; this one is left."""
         lock, self.lock = self.lock, None
         self.leave()
-        successor = type(self)(pid, pidfd(pid))
+        successor = type(self)(pid, process.pidfd(pid))
         successor.lock = lock
         return successor
 
     def guard(self, lock: Part) -> None:
         """Know its lock, which is another file once the slot's folder was made anew."""
-        if self.lock is not None:
-            os.close(self.lock)
-        self.lock = lock if isinstance(lock, int) else None
+        locks.let_go(self.lock)
+        self.lock = lock
 
     @property
     def is_this_process(self) -> bool:
@@ -72,65 +67,21 @@ class Host:
             return True
         if self.fd is not None:
             return waitable.is_ready(self.fd)
-        if self._pid is not None:
-            try:
-                os.kill(self._pid, 0)
-            except ProcessLookupError:
-                return True
-            except PermissionError:
-                pass
-        return False
+        return self._pid is not None and not process.exists(self._pid)
 
     def take_lock(self) -> bool:
         """Take the owner's lock, to remove what is left; False if there is another owner by now."""
-        return self._flock(fcntl.LOCK_EX)
+        return locks.seize(self.lock)
 
     def gives_up_lock(self) -> bool:
         """Return whether no process owns the slot."""
-        return self._flock(fcntl.LOCK_EX) and self._flock(fcntl.LOCK_UN)
-
-    def _flock(self, how: int) -> bool:
-        try:
-            fcntl.flock(-1 if self.lock is None else self.lock, how | fcntl.LOCK_NB)
-        except (OSError, ValueError):
-            return False
-        return True
+        return locks.is_given_up(self.lock)
 
     def is_owner(self, pid: int) -> bool:
         """Return whether this process has taken the lock since, as it has written into the file."""
         if self.lock is None or self.gives_up_lock():
             return False
         try:
-            return bool(json.loads(os.pread(self.lock, 4096, 0))["pid"] == pid)
+            return bool(json.loads(locks.read(self.lock))["pid"] == pid)
         except (OSError, ValueError, TypeError, KeyError):
             return False
-
-
-def pidfd(pid: int) -> int | None:
-    """Return a pidfd of a process; None where there are none, or if it has exited."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            return os.pidfd_open(pid)
-    return None
-
-
-def send_signal(pid: int, fd: int | None, signum: int) -> None:
-    """Signal a process, through its pidfd if there is one. Raises OSError."""
-    if sys.platform == "linux" and fd is not None:
-        signal.pidfd_send_signal(fd, signum)
-    else:
-        os.kill(pid, signum)
-
-
-def reap(pid: int) -> None:
-    """Reap a process that has ended if it is a child of this one, which it is if we are pid 1."""
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
-
-
-def pid_namespace() -> str:
-    """Return what tells the numbers of processes of one container from those of another."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
