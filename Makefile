@@ -93,6 +93,14 @@ check-ray: $(VENV)/.ready llama-server
 	RAY_USAGE_STATS_ENABLED=0 LLAMA_SERVER_PATH=$(SERVER) \
 	  $(BIN)/python -W ignore -m pytest -W ignore -m ray -s tests/ray $(ARGS)
 
+# The real Windows Python under Wine, with psutil and llama.cpp's Windows build.
+check-wine: $(VENV)/.ready
+	tests/windows/prepare.sh "$(WINE)" $(BIN)/python -m pip --disable-pip-version-check
+	tests/windows/run.sh "$(WINE)" -m pytest -p no:cacheprovider --confcutdir=tests/windows \
+	  --timeout 200 tests/windows $(ARGS)
+	tests/windows/run.sh "$(WINE)" -m pytest -p no:cacheprovider --confcutdir=tests/core \
+	  --timeout 200 -m "not deep" $(WINE_CORE) $(ARGS)
+
 check-deep: $(VENV)/.ready llama-server
 	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m pytest -m deep -s $(ARGS)
 

@@ -18,7 +18,7 @@ import click
 
 import orchestrator
 from orchestrator.cli import INTERRUPTED
-from orchestrator.cli.output import Failure, open_closed_streams
+from orchestrator.cli.output import Failure, prepare_streams
 from orchestrator.errors import OrchestratorError
 
 PROGRAM: Final = "llama-orchestrator"
@@ -70,7 +70,7 @@ def commands() -> None:
 
 def run(args: Sequence[str] | None) -> int:
     """Run one command line and return its exit code, whatever becomes of its output."""
-    open_closed_streams()
+    prepare_streams()
     try:
         code = commands.main(args, prog_name=PROGRAM, standalone_mode=False)
     except click.Abort:

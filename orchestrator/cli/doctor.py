@@ -117,7 +117,8 @@ def _platform(_: Intent) -> Iterator[Check]:
     if process_table.LINUX:
         yield Check("platform", "ok", name)
     else:
-        yield Check("platform", "note", name, "only Linux is tested so far")
+        seen = "tested under Wine, not on Windows" if sys.platform == "win32" else "never tested"
+        yield Check("platform", "note", f"{name}, {seen}", "use Linux where it matters")
 
 
 def _server(intent: Intent) -> Iterator[Check]:
@@ -209,7 +210,7 @@ def _leftovers(slot: Slot) -> Check:
 def _keeping(_: Intent) -> Iterator[Check]:
     """Whether a server can go on after its host (`on_host_exit = "keep"`)."""
     if not can_listen():
-        yield Check("keep", "note", "a server can be kept on Linux only")
+        yield Check("keep", "note", "a server can be kept on Linux and Windows only")
     elif (init := _other_init()) is not None:
         detail = f"pid 1 is {init}: at its end everything ends, a kept server too"
         remedy = "keep the container running while the service in it restarts"
@@ -223,6 +224,8 @@ def _keeping(_: Intent) -> Iterator[Check]:
 
 def _other_init() -> str | None:
     """Return the name of pid 1 if it is no init system, which ends with its container."""
+    if sys.platform == "win32":
+        return None
     try:
         name = Path("/proc/1/comm").read_text(encoding="utf-8").strip()
     except OSError:
@@ -244,26 +247,30 @@ def _kill_mode() -> str | None:
 
 
 def _kernel(_: Intent) -> Iterator[Check]:
-    if (fd := process.pidfd(os.getpid())) is not None:
-        os.close(fd)
-        yield Check("pidfd", "ok", "available")
-    else:
-        remedy = "use Linux 5.3 or newer; without it, exits are found by polling"
-        yield Check("pidfd", "note", "not available", remedy)
-    if sys.platform == "win32":
-        return
-    import fcntl
-
-    try:
-        with launch.output_file() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield Check("flock", "ok", "files can be locked")
-    except OSError as error:
-        yield Check("flock", "problem", f"not available: {error}", "use a local file system")
+    if sys.platform != "win32":
+        yield from _posix_kernel()
     if process_table.identify(os.getpid()) is not None and process_table.boot_id():
         yield Check("proc", "ok", "the process table can be read")
     else:
         yield Check("proc", "problem", "the process table cannot be read", "mount /proc")
+
+
+if sys.platform != "win32":
+    import fcntl
+
+    def _posix_kernel() -> Iterator[Check]:
+        if (fd := process.pidfd(os.getpid())) is not None:
+            os.close(fd)
+            yield Check("pidfd", "ok", "available")
+        else:
+            remedy = "use Linux 5.3 or newer; without it, exits are found by polling"
+            yield Check("pidfd", "note", "not available", remedy)
+        try:
+            with launch.output_file() as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield Check("flock", "ok", "files can be locked")
+        except OSError as error:
+            yield Check("flock", "problem", f"not available: {error}", "use a local file system")
 
 
 def _memory(_: Intent) -> Iterator[Check]:

@@ -91,10 +91,15 @@ def never_wait() -> None:
     sys.stderr = BackgroundStream(sys.stderr, log.thread)
 
 
-def open_closed_streams() -> None:
-    """Put nothing in place of a stream that was closed when the process was started."""
+def prepare_streams() -> None:
+    """Put nothing in place of a stream that was closed when the process was started, and a question
+    mark in place of a character that a stream's encoding does not have, as a pipe of Windows.
+    """
     sys.stdout = sys.stdout or _nowhere()
     sys.stderr = sys.stderr or _nowhere()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
+            stream.reconfigure(errors="replace")
 
 
 def _nowhere() -> TextIO:

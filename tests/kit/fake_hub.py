@@ -10,7 +10,6 @@ fault holds up, `Hub.stop` everything. tests/hub/test_fake_hub.py compares it wi
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -18,7 +17,6 @@ import re
 import socket
 import struct
 import sys
-import termios
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,6 +28,10 @@ from pathlib import Path
 from socketserver import TCPServer
 from typing import Any, Literal, Self, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
+
+if sys.platform == "linux":
+    import fcntl
+    import termios
 
 T = TypeVar("T")
 HeaderChanges = Mapping[str, str | None]  # None leaves one out
@@ -636,7 +638,10 @@ class _Server(ThreadingHTTPServer):
 
     def stop(self) -> _Server:
         """Stop for good, and return a new one on the same port, not started."""
-        self.socket.shutdown(socket.SHUT_RDWR)  # wakes accept(2), with EINVAL
+        if sys.platform == "win32":
+            self.socket.close()  # wakes accept
+        else:
+            self.socket.shutdown(socket.SHUT_RDWR)  # wakes accept(2), with EINVAL
         self._accepting.join(DEADLINE_S)
         threads = dict(self._open)
         for connection in threads:
@@ -709,6 +714,8 @@ class _Handler(BaseHTTPRequestHandler):
         os.close(self.connection.detach())
 
     def _is_unacknowledged(self) -> bool:
+        if sys.platform != "linux":
+            return False
         return any(fcntl.ioctl(self.connection, termios.TIOCOUTQ, bytes(4)))  # tcp(7), SIOCOUTQ
 
     def log_message(self, *_: object) -> None:

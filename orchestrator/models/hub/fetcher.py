@@ -43,7 +43,9 @@ REPORT_EVERY_S = 0.05
 SWEEP_AFTER_S = 7 * 24 * 3600.0
 UNSUPPORTED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}  # by a file system that has no links
 PR_SET_PDEATHSIG = 1  # of the thread that started this; it waits for the end of this
-_LOCKED_BYTE = 1 << 62
+_EXCLUSIVE_AT_ONCE = 0x3
+_LOCK_VIOLATION = 33
+_OPEN_ALWAYS = 4
 UNLOCKABLE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 
 if TYPE_CHECKING:
@@ -108,15 +110,13 @@ def _exit_with_parent(parent: int) -> None:
 def lock(file: BinaryIO) -> None:
     """Lock a file until it is closed. Raises BlockingIOError, or OSError: there are no locks."""
     if sys.platform == "win32":
-        fd = file.fileno()
-        here = os.lseek(fd, 0, os.SEEK_CUR)
-        os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)  # nobody may read or write what is locked
-        try:
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        except PermissionError as error:
-            raise BlockingIOError from error
-        finally:
-            os.lseek(fd, here, os.SEEK_SET)
+        # OVERLAPPED: the last byte there can be, because nobody may read or write what is locked
+        place = (ctypes.c_uint64 * 4)(0, 0, (1 << 63) - 1, 0)
+        handle = ctypes.c_void_p(msvcrt.get_osfhandle(file.fileno()))
+        kernel = ctypes.WinDLL("kernel32", use_last_error=True)
+        if not kernel.LockFileEx(handle, _EXCLUSIVE_AT_ONCE, 0, 1, 0, place):
+            error = ctypes.get_last_error()
+            raise BlockingIOError if error == _LOCK_VIOLATION else ctypes.WinError(error)
     else:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -160,6 +160,15 @@ class File:
 
     def is_at(self, path: Path) -> bool:
         return path.exists() and path.stat().st_size == self.size
+
+
+def opener(path: str, flags: int) -> int:
+    """Open a file that may be renamed and removed meanwhile."""
+    if sys.platform == "win32":
+        access, everything = _winapi.GENERIC_READ | _winapi.GENERIC_WRITE, 0x7
+        handle = _winapi.CreateFile(path, access, everything, 0, _OPEN_ALWAYS, 0, 0)
+        return msvcrt.open_osfhandle(handle, flags)
+    return os.open(path, flags, 0o666)
 
 
 def _bytes_written(path: Path) -> int:
@@ -258,7 +267,7 @@ class Fetch:
         try:
             self._create(file.pointer, symlink)
         except OSError as error:
-            if error.errno not in UNSUPPORTED:
+            if sys.platform != "win32" and error.errno not in UNSUPPORTED:
                 raise
             if is_new:
                 os.replace(file.blob, file.pointer)
@@ -289,7 +298,7 @@ class Fetch:
         self._make_folders()
         damaged, path = 0, file.partial
         while damaged < 2:
-            with open(path, "a+b", buffering=0) as partial:
+            with open(path, "a+b", buffering=0, opener=opener) as partial:
                 if path == file.partial and not self._lock(file, partial):
                     path = self._own_partial(file)
                     continue
