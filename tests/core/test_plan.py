@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import InvalidRequest
-from orchestrator.server.ladder import TERM_AGAIN_S, SignalAt, gone_within_s, kill_plan
+from orchestrator.server.ladder import KILL, TERM_AGAIN_S, SignalAt, gone_within_s, kill_plan
 from orchestrator.server.readiness import FIRST_PROBE_S, LONGEST_PROBE_S, next_probe_s
 from orchestrator.settings.checks import MAX_SECONDS, checked_seconds
 
@@ -17,14 +17,14 @@ SECONDS = st.floats(min_value=0.001, max_value=1e6, allow_nan=False)
 
 
 def test_no_grace_means_sigkill_at_once() -> None:
-    assert kill_plan(0, now=5.0) == (SignalAt(5.0, signal.SIGKILL),)
+    assert kill_plan(0, now=5.0) == (SignalAt(5.0, KILL),)
 
 
 @given(SECONDS, st.floats(min_value=0, max_value=1e9))
 def test_ladder_is_sigterm_twice_then_sigkill(grace_s: float, now: float) -> None:
     """With an active stream the real server ignores the first SIGTERM."""
     rungs = kill_plan(grace_s, now=now)
-    assert [rung.signum for rung in rungs] == [signal.SIGTERM, signal.SIGTERM, signal.SIGKILL]
+    assert [rung.signum for rung in rungs] == [signal.SIGTERM, signal.SIGTERM, KILL]
     assert rungs[0].at_s == now
     assert rungs[0].at_s <= rungs[1].at_s <= rungs[2].at_s == now + grace_s
 
