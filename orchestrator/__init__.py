@@ -48,7 +48,6 @@ if TYPE_CHECKING:
         Unavailable,
         UnknownGeneration,
         Unreachable,
-        UnsupportedPlatform,
         WrongKind,
         WrongProcess,
     )
@@ -157,7 +156,6 @@ __all__ = [
     "UnknownGeneration",
     "UnloadOutcome",
     "Unreachable",
-    "UnsupportedPlatform",
     "Variant",
     "Variants",
     "WrongKind",

@@ -38,7 +38,6 @@ OrchestratorError
 ├── SlotOwned                 409  another orchestrator owns this slot
 ├── StateDirError             500  the state directory cannot be used
 ├── CacheDirError             500  the model cache cannot be used
-└── UnsupportedPlatform       500
 
 A `Problem` is an error as plain data: the pure core passes it on, the status reports it and HTTP
 sends it as `application/problem+json`.
@@ -370,10 +369,6 @@ class StateDirError(OrchestratorError):
 
 class CacheDirError(OrchestratorError):
     _row = "cache_dir", 500, "The model cache cannot be used"
-
-
-class UnsupportedPlatform(OrchestratorError):
-    _row = "unsupported_platform", 500, "Unsupported platform"
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ ELSEWHERE: Final = {  # beginning of a test's id: reason
     "tests/core/test_catalogue.py::test_no_variable_that": "asks a llama-server of Linux",
     "tests/core/test_catalogue.py::test_help_is_parsed_in_linear": "Wine's CPU clock is too coarse",
     "tests/core/test_variants.py::test_large_listing_takes_lin": "Wine's CPU clock is too coarse",
-    "tests/core/test_failures.py::test_the_message_is_one_sentence": "names signals, which Windows has not",
+    "tests/core/test_failures.py::test_the_message_is_one": "names signals, which it lacks",
     "tests/core/test_memory.py::test_limits_are_those": "control groups are Linux's",
     "tests/core/test_warm.py": "reading ahead is Linux's",
     "tests/core/test_request.py::test_case_and_padding": "expects paths with slashes",
