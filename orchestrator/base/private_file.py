@@ -12,6 +12,8 @@ import json
 import os
 import secrets
 import stat
+import sys
+import time
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +21,8 @@ _OPEN: Final = sum(
     getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY")
 )
 """O_NONBLOCK because to open a FIFO in place of a file would wait for a writer."""
+_RENAME_S: Final = 1.0
+_RENAME_AGAIN_S: Final = 0.01
 
 
 def open_file(path: Path | str, flags: int) -> int:
@@ -53,8 +57,19 @@ def replace_file(path: Path | str, text: str) -> None:
         undo.callback(os.unlink, temporary)
         with os.fdopen(fd, "wb") as file:
             file.write(text.encode())
-        os.replace(temporary, path)
+        _rename(temporary, path)
         undo.pop_all()
+
+
+def _rename(source: str, target: Path | str) -> None:
+    if sys.platform == "win32":  # there it fails while somebody reads the target
+        ends = time.monotonic() + _RENAME_S
+        while time.monotonic() < ends:
+            with contextlib.suppress(PermissionError):
+                os.replace(source, target)
+                return
+            time.sleep(_RENAME_AGAIN_S)
+    os.replace(source, target)
 
 
 def write_json(path: Path, members: Any) -> None:

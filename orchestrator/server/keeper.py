@@ -95,6 +95,7 @@ class Keeper:
         self._url: str | None = None
         self._output: int | None = None
         self._unread = b""  # the end of what it has printed since its host is gone
+        self._watched: int | None = None  # what tells that it has exited, until it has
         self._untold: int | None = None  # pid of the server, until its exit has been told
         self.kill: _Kill | None = None
         self.kept_until: float = math.inf
@@ -222,7 +223,8 @@ class Keeper:
             os.close(lock)
         self._forget_output()
         self._output, self._untold, self._unread = output, pid, b""
-        self._listen_to(self._tree.exit_fd)
+        self._watched = self._tree.exit_fd
+        self._listen_to(self._watched)
         with contextlib.ExitStack() as opened:
             parts: list[Part] = [output]
             if (handle := tree.process.pidfd_to_send(pid)) is not None:
@@ -233,6 +235,9 @@ class Keeper:
     # ------------------------------------------------------------------------------- the server
 
     def _look(self) -> None:
+        if self._watched is not None and self._tree.exit_status()[0]:
+            self.poll.unregister(self._watched)
+            self._watched = None
         self._tree.reap_orphans()
         self._tell_exit()
         if not self._is_heir and self._host.is_gone():
@@ -248,8 +253,6 @@ class Keeper:
         if self._untold is not None:
             has_exited, status = self._tree.exit_status()
             if has_exited:
-                if self._tree.exit_fd is not None:
-                    self.poll.unregister(self._tree.exit_fd)
                 self._say(op="exited", pid=self._untold, status=status)
                 self._untold = None
 

@@ -8,6 +8,7 @@ containers that share a network may have different folders at the same path.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -18,6 +19,9 @@ from pathlib import Path
 from orchestrator.base import launch
 from orchestrator.base.log import event_log
 from orchestrator.server import process_table
+
+if sys.platform != "win32":
+    from orchestrator.server.tree.unix_channel import peer_of
 
 _PENDING = 4096  # connections to ask for the holder, which accepts none
 _log = event_log("orchestrator.server")
@@ -65,14 +69,12 @@ def _address(directory: Path) -> bytes:
 
 def _credentials(directory: Path) -> tuple[int | None, int | None]:
     """Return the pid and the user of the holder: another user may have taken the name first."""
-    if sys.platform != "linux":
-        return None, None
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+    if sys.platform == "linux":
+        with (
+            contextlib.suppress(OSError),
+            socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking,
+        ):
             asking.setblocking(False)  # it is never accepted
             asking.connect(_address(directory))
-            from orchestrator.server.tree.unix_channel import peer_of
-
             return peer_of(asking)
-    except OSError:
-        return None, None
+    return None, None

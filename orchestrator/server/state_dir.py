@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +16,8 @@ _ROOT: Final = 0  # owns volumes of containers; the user whom everybody trusts
 
 
 def default_state_dir() -> Path:
-    """Return `$LLAMA_ORCHESTRATOR_STATE_DIR`, or the XDG state directory of this user.
+    """Return `$LLAMA_ORCHESTRATOR_STATE_DIR`, or the XDG state directory of this user, on Windows
+    a folder of its local application data.
 
     Raises:
         StateDirError: It would be below the home folder, and this user has none.
@@ -23,6 +25,8 @@ def default_state_dir() -> Path:
     if given := os.environ.get("LLAMA_ORCHESTRATOR_STATE_DIR"):
         return Path(given)
     if base := os.environ.get("XDG_STATE_HOME"):
+        return Path(base) / "llama-orchestrator"
+    if sys.platform == "win32" and (base := os.environ.get("LOCALAPPDATA")):
         return Path(base) / "llama-orchestrator"
     if (home := paths.home()) is None:
         raise StateDirError.because(

@@ -19,7 +19,6 @@ from orchestrator import AsyncOrchestrator, LoadOutcome, Orchestrator, SlotOwned
 from orchestrator.errors import NotLoaded
 from orchestrator.http import create_app
 from orchestrator.runtime import handover
-from orchestrator.server import link
 from orchestrator.server.slot import Slot
 from orchestrator.server.tree import Channel
 from tests.kit.http import PREFIX, serving
@@ -386,7 +385,7 @@ def test_a_server_that_is_stopped_is_ended_and_a_load_gets_another(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("pid_namespace", lambda: "pid:[1]"), ("VERSION", 1)],
+    [("tree.process.pid_namespace", lambda: "pid:[1]"), ("VERSION", 1)],
     ids=["pids", "version"],
 )
 def test_a_keeper_in_another_container_or_of_another_version_has_its_server_ended(
@@ -400,7 +399,7 @@ def test_a_keeper_in_another_container_or_of_another_version_has_its_server_ende
     """Its numbers mean other processes: it is asked, and never signalled."""
     backend, pid = keeping(host)
     backend.die()
-    monkeypatch.setattr(link, name, value)
+    monkeypatch.setattr(f"orchestrator.server.link.{name}", value)
     before = len(os.listdir("/proc/self/fd"))
     orch = make().start()
     orch.close()

@@ -205,7 +205,7 @@ def test_a_slot_has_one_owner(host: Start, make: Make, models: list[str], tmp_pa
 
 
 def test_a_long_state_folder(make: Make, models: list[str], tmp_path: Path) -> None:
-    folder = tmp_path.joinpath(*["über lang " * 4 + "x"] * 5)
+    folder = tmp_path.joinpath(*["über lang " * 4 + "x"] * 3)
     folder.mkdir(parents=True)
     orch = make(state_dir=folder)
     assert orch.load(models[2]).status == "loaded"
