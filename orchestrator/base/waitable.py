@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Final, TypeAlias
 
 if sys.platform == "win32":
     from orchestrator.base.windows import (
@@ -19,11 +20,13 @@ else:
     import os
     import select
 
-    READABLE, WRITABLE = select.POLLIN, select.POLLOUT
-    Poll = select.poll
-    close, read = os.close, os.read
+    READABLE: Final[int] = select.POLLIN
+    WRITABLE: Final[int] = select.POLLOUT
+    Poll: TypeAlias = select.poll
+    close: Final = os.close
+    read: Final = os.read
 
-    def poll() -> Poll:
+    def poll() -> select.poll:
         return select.poll()  # select() ends at descriptor 1024
 
     def pipe() -> tuple[int, int]:

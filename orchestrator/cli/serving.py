@@ -125,7 +125,7 @@ def _run(
     never_wait()
     logs.configure(log_level or ("error" if given["quiet"] else level), log_format)
     with _service(**given) as service:
-        return run_loop(_serve(service, wanted))
+        return _run_loop(_serve(service, wanted))
 
 
 @contextlib.contextmanager
@@ -186,11 +186,11 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 if sys.platform == "win32":
-    run_loop = asyncio.run
+    _run_loop = asyncio.run
 else:
     import uvloop
 
-    run_loop = uvloop.run
+    _run_loop = uvloop.run
 
 
 def _handlers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import threading
@@ -25,6 +26,7 @@ from orchestrator.server.tree import VERSION, Channel, Message, Part, text_of
 ANSWER_S: Final = 10.0
 """How long an order may take that takes a millisecond."""
 _END_S: Final = 1.0
+_OURS: Final = (errno.EMFILE, errno.ENFILE)  # about this process, not the keeper
 _CODE: Final = (
     "import json, sys; sys.path.append(json.loads(sys.argv[1])['package']); "
     "from orchestrator.server.keeper import main; main()"
@@ -158,6 +160,7 @@ class KeeperLink:
 
         Raises:
             KeeperGone: The keeper has ended, and has not received it.
+            OSError: This process has no descriptor left for it.
         """
         number = next(self._numbers)
         answer = self._waiting[number] = Future()
@@ -166,6 +169,8 @@ class KeeperLink:
             self._channel.send({"op": op, "id": number, **more}, parts)
         except OSError as error:
             self._waiting.pop(number, None)
+            if error.errno in _OURS:
+                raise
             raise KeeperGone(str(error)) from error
         return answer
 

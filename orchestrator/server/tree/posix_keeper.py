@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 from collections.abc import Mapping
 from typing import Final
 
@@ -35,6 +34,8 @@ def start_keeper(
     Raises:
         OSError: It cannot be started.
     """
+    import subprocess  # of the host's part: a keeper starts sooner without it
+
     from orchestrator.base import launch
 
     with launch.no_fork, contextlib.ExitStack() as ends:  # a fork must not keep them open

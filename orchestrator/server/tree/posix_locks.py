@@ -6,15 +6,19 @@ from __future__ import annotations
 
 import fcntl
 import os
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from orchestrator.base import launch
-from orchestrator.base.private_file import open_file
 from orchestrator.server.tree.port import Part
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def open_lock(path: Path) -> int:
     """Return a descriptor of a lock file, new or old, without its lock. Raises OSError."""
+    from orchestrator.base import launch  # keepers, which call neither, start sooner without it
+    from orchestrator.base.private_file import open_file
+
     return launch.beyond_streams(open_file(path, os.O_RDWR | os.O_CREAT))
 
 
@@ -31,7 +35,7 @@ def take(path: Path) -> int | None:
     return None
 
 
-def is_free(_path: Path, fd: int) -> bool:
+def is_free(_path: Path | None, fd: int) -> bool:
     """Return whether nobody has the lock of the file of this descriptor, wherever it is now."""
     if not _lock(fd):
         return False
@@ -57,7 +61,7 @@ def seize(lock: Part | None) -> bool:
 
 def is_given_up(lock: Part | None) -> bool:
     """Return whether nobody has it."""
-    return is_free(Path(), lock if isinstance(lock, int) else -1)
+    return is_free(None, lock if isinstance(lock, int) else -1)
 
 
 def read(lock: Part | None) -> bytes:

@@ -38,7 +38,7 @@ class End:
     def __init__(
         self, handle: int, connecting: _winapi.Overlapped | None = None, *, is_server: bool
     ) -> None:
-        self.pipe = Pipe(handle, connecting)
+        self.pipe: Pipe = Pipe(handle, connecting)
         self._is_server = is_server
 
     @classmethod
