@@ -14,6 +14,7 @@ import msvcrt
 import os
 import secrets
 import socket
+import threading
 import time
 from ctypes import wintypes
 from typing import Any, BinaryIO, Final, Protocol
@@ -21,7 +22,6 @@ from typing import Any, BinaryIO, Final, Protocol
 READABLE: Final = 1
 WRITABLE: Final = 4
 _READ_AHEAD: Final = 1 << 16
-_MOST_WAITED_FOR: Final = 64  # MAXIMUM_WAIT_OBJECTS
 _LOOK_EVERY_S: Final = 0.02
 _PENDING: Final = 997  # ERROR_IO_PENDING
 _INCOMPLETE: Final = 996  # ERROR_IO_INCOMPLETE
@@ -73,7 +73,7 @@ class Poll:
         most_ms = _winapi.INFINITE if timeout_ms is None else math.ceil(max(0.0, timeout_ms))
         if waits:
             handles = list(dict.fromkeys(waits.values()))
-            _winapi.WaitForMultipleObjects(handles[:_MOST_WAITED_FOR], False, most_ms)
+            _winapi.WaitForMultipleObjects(handles, False, most_ms)  # 64 at most, else ValueError
         elif timeout_ms is not None:
             time.sleep(most_ms / 1000)
         return [(number, READABLE) for number, handle in waits.items() if _is_set(handle)]
@@ -278,10 +278,12 @@ class Waker:
     def __init__(self) -> None:
         self.fd: int = event()
         self._is_open = True
+        self._guard = threading.Lock()  # a closed handle may be another event by now
 
     def wake(self) -> None:
-        if self._is_open:
-            kernel.SetEvent(self.fd)
+        with self._guard:
+            if self._is_open:
+                kernel.SetEvent(self.fd)
 
     def wait(self, seconds: float, also: BinaryIO | None = None) -> tuple[bool, bool]:
         """Return (was woken, `also` is readable) after at most `seconds`."""
@@ -299,8 +301,9 @@ class Waker:
         kernel.ResetEvent(self.fd)
 
     def close(self) -> None:
-        self._is_open = False
-        _winapi.CloseHandle(self.fd)
+        with self._guard:
+            self._is_open = False
+            _winapi.CloseHandle(self.fd)
 
 
 def _has_data(file: BinaryIO) -> bool:

@@ -6,12 +6,13 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
-from orchestrator import Orchestrator, State
+from orchestrator import ModelPool, State
 from orchestrator.errors import Cancelled, OrchestratorError, SlotOwned
 from orchestrator.server import process_table
 from tests.windows.conftest import Make, servers, until
@@ -103,8 +104,7 @@ def test_an_unload_in_any_phase_leaves_nothing(
     orch.unload()
     loading.join(60.0)
     assert len(ended) == 1
-    until(lambda: orch.status().state is State.IDLE or orch.load is None, "rest")
-    orch.unload()
+    assert orch.status().state is State.IDLE
     assert servers() == set()
 
 
@@ -204,6 +204,23 @@ def test_a_slot_has_one_owner(host: Start, make: Make, models: list[str], tmp_pa
     make().start()
 
 
+def test_a_pool_makes_room_within_its_budget(
+    models: list[str], tmp_path: Path, most_servers: Callable[[], int]
+) -> None:
+    entries = {
+        name: {"model_path": path, "memory": "100 MiB"}
+        for name, path in zip("ab", models[:2], strict=True)
+    }
+    catalogue = {"pool": {"memory": "150 MiB", "min_resident_s": 0}, "models": entries}
+    with ModelPool(catalogue, llama_server="embedded", state_dir=tmp_path / "state") as pool:
+        for name in ("a", "b", "a"):
+            with pool.lease(name) as server:
+                assert server.model == name
+                assert servers() == {server.pid}
+    assert servers() == set()
+    assert most_servers() == 1
+
+
 def test_a_long_state_folder(make: Make, models: list[str], tmp_path: Path) -> None:
     folder = tmp_path.joinpath(*["über lang " * 4 + "x"] * 3)
     folder.mkdir(parents=True)
@@ -215,4 +232,4 @@ def test_an_identity_is_that_of_one_process() -> None:
     me = process_table.identify(psutil.Process().pid)
     assert me is not None
     assert process_table.is_alive(me)
-    assert Orchestrator is not None
+    assert not process_table.is_alive(replace(me, start_ticks=me.start_ticks + 1))
