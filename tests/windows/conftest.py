@@ -39,9 +39,9 @@ def servers() -> set[int]:
     found = set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if any(
-                word.endswith(("embedded.py", "llama-server.exe")) for word in process.cmdline()
-            ):
+            line = process.cmdline()
+            is_one = any(word.endswith(("embedded.py", "llama-server.exe")) for word in line)
+            if is_one and "--help" not in line:  # which a look-up asks
                 found.add(process.pid)
     return found
 
