@@ -14,7 +14,7 @@ import sys
 from typing import Any, Final
 
 from orchestrator.server.tree.port import CannotExecute
-from orchestrator.server.tree.posix import exit_status
+from orchestrator.server.tree.posix_process import exit_status
 
 _SET_PDEATHSIG: Final = 1  # prctl(2)
 _SET_CHILD_SUBREAPER: Final = 36

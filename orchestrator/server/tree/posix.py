@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from orchestrator.server.tree.port import CannotExecute, Tree
+from orchestrator.server.tree.posix_process import exit_status
 
 
 def of_this_process() -> Tree:
@@ -27,18 +28,6 @@ def of_this_process() -> Tree:
 def in_this_process() -> Tree:
     """Return a tree for a keeper that is a thread."""
     return PlainTree()
-
-
-def exit_status(pid: int) -> tuple[bool, int | None]:
-    found = None
-    if sys.platform == "linux":  # elsewhere `Popen` tells
-        try:
-            found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-        except ChildProcessError:
-            return True, None
-    if found is None:
-        return False, None
-    return True, found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
 
 class PlainTree:

@@ -61,3 +61,16 @@ def resident_bytes(pid: int | None) -> int:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError):
         return 0
+
+
+def exit_status(pid: int) -> tuple[bool, int | None]:
+    """Return whether a child has exited, and its status as `Tree.exit_status` has it."""
+    found = None
+    if sys.platform == "linux":  # elsewhere `Popen` tells
+        try:
+            found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        except ChildProcessError:
+            return True, None
+    if found is None:
+        return False, None
+    return True, found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
