@@ -133,8 +133,9 @@ def test_keeper_of_an_upgraded_package_serves_the_program_that_runs(
 ) -> None:
     """Its files are replaced under the program; the keeper is started from the new ones."""
     package, host = upgradable
-    channel = package / "server" / "channel.py"
-    channel.write_text(re.sub(r"(VERSION: Final = )\d+", r"\g<1>1000", channel.read_text()))
+    port = package / "server" / "tree" / "port.py"
+    port.write_text(re.sub(r"(VERSION: Final = )\d+", r"\g<1>1000", port.read_text()))
+    assert "VERSION: Final = 1000" in port.read_text()
     host.send()
     assert host.receive() == {"answer": "loaded"}
     host.send()

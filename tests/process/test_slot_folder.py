@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -386,7 +387,7 @@ def test_a_slot_is_claimed_by_its_lock_where_there_are_no_names(
     if lack == "forbidden":
         monkeypatch.setattr(socket, "socket", forbidden)
     else:
-        monkeypatch.setattr(process_table, "LINUX", False)
+        monkeypatch.setattr(slot_name, "sys", SimpleNamespace(platform="freebsd"))
     assert slot_name.bind(state_dir / "s") is None
     monkeypatch.setattr(process_table, "LINUX", True)
     mine = Slot("s", state_dir)

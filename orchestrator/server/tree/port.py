@@ -6,9 +6,9 @@ else differs is told by `base/waitable.py`, by `locks` here, and by `server/pin.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, Self
+from typing import Any, Final, Protocol, Self
 
-VERSION = 2
+VERSION: Final = 2
 """Of the messages; the first one of a keeper names it."""
 
 Message = dict[str, Any]

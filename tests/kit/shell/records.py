@@ -40,6 +40,11 @@ class _Stuck(logging.Handler):
         super().__init__()
         self.is_over = threading.Event()
 
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Take no lock: who comes while the log's own thread is stuck shall fail, not wait."""
+        self.emit(record)
+        return True
+
     def emit(self, record: logging.LogRecord) -> None:
         if threading.current_thread().name != "llama-log":
             raise HeldUpError(record.getMessage())
