@@ -4,6 +4,8 @@
 set -uo pipefail
 folder=$1
 shift
+# Wine makes names of files in the encoding of the locale.
+export LC_ALL=C.UTF-8
 export WINEPREFIX=$folder/prefix WINEARCH=win64 WINEDEBUG=-all DISPLAY= PYTHONDONTWRITEBYTECODE=1
 for name in $(compgen -e | grep -i -E '^(python|pytest|virtual_env|llama|hf_|tmpdir)'); do
   [ "$name" = PYTHONDONTWRITEBYTECODE ] || unset "$name"
