@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -31,8 +32,11 @@ UNREACHABLE = "http://127.0.0.1:9"  # discard: nothing listens there
 
 @pytest.fixture
 def free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return str(free.getsockname()[1])
+    """Not one of those that the kernel hands to whoever asks for any, until this test has ended."""
+    for port in range(20000 + os.getpid() % 10000, 32000):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return str(port)
+    raise AssertionError("no port is free")
 
 
 @pytest.fixture
