@@ -41,14 +41,7 @@ def output_file() -> BinaryIO:
     except OSError:
         if not hasattr(os, "memfd_create"):
             raise
-        return secret_file()
-
-
-def secret_file() -> BinaryIO:
-    """Return a file without a name whose contents reach no disk, where the platform has such."""
-    if hasattr(os, "memfd_create"):
-        return open(os.memfd_create("secret"), "w+b")
-    return cast("BinaryIO", tempfile.TemporaryFile())
+        return open(os.memfd_create("output"), "w+b")
 
 
 def beyond_streams(fd: int) -> int:

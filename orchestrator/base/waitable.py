@@ -53,8 +53,8 @@ __all__ = [
 ]
 
 
-def is_ready(fd: int) -> bool:
-    """Return whether a wait for this would end at once."""
+def is_ready(fd: int, within_s: float = 0.0) -> bool:
+    """Wait for one thing; return whether it has come."""
     one = poll()
     one.register(fd, READABLE)
-    return bool(one.poll(0))
+    return bool(one.poll(within_s * 1000))

@@ -113,9 +113,9 @@ class Pipe:
         _sources[handle] = self
 
     def waits_on(self) -> int:
-        if self._connecting is not None and not _is_set(self._connecting.event):
-            return self._connecting.event
         self._begin()
+        if self._connecting is not None:
+            return self._connecting.event
         return _ALWAYS if self._reading is None else self._reading.event
 
     def is_connected(self, within_s: float) -> bool:
@@ -269,7 +269,7 @@ _ALWAYS: Final = event(is_set=True)
 
 
 class Waker:
-    """What `base/waker.py` describes, with an event.
+    """An event to wait on, as `posix_waker.Waker` is a pipe.
 
     Attributes:
         fd: Set once it is woken, until `clear`.

@@ -128,11 +128,9 @@ class KeeperLink:
 
     def wait(self, is_true: Callable[[], bool]) -> bool:
         """Receive until something is true; False if the keeper ends, or says nothing for long."""
-        poll = waitable.poll()
-        poll.register(self.fd, waitable.READABLE)
         while not is_true():
             self.resume()
-            if not poll.poll(ANSWER_S * 1000) or self.receive() is None:
+            if not waitable.is_ready(self.fd, ANSWER_S) or self.receive() is None:
                 return False
         return True
 

@@ -69,9 +69,7 @@ def wait_exited(pins: Iterable[Pin], timeout_s: float) -> bool:
     ends = time.monotonic() + timeout_s
     while waiting and (left := ends - time.monotonic()) > 0:
         if (fd := waiting[0].fd) is not None:
-            poll = waitable.poll()
-            poll.register(fd, waitable.READABLE)
-            poll.poll(left * 1000)
+            waitable.is_ready(fd, left)
         else:
             time.sleep(0.005)
         waiting = [pin for pin in waiting if not pin.has_exited]

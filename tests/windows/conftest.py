@@ -23,27 +23,26 @@ HERE = Path(__file__).parent
 Make = Callable[..., Orchestrator]
 
 
-def processes() -> set[int]:
-    """Return what this machine runs of ours: every Python but this one, and what it has started."""
-    found = set()
+def command_lines() -> Iterator[tuple[int, list[str]]]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            line = " ".join(process.cmdline()).lower()
-            if "python" in line or "llama-server" in line:
-                found.add(process.pid)
-    return found
+            yield process.pid, process.cmdline()
+
+
+def processes() -> set[int]:
+    """Return what this machine runs of ours: every Python but this one, and what it has started."""
+    lines = {pid: " ".join(line).lower() for pid, line in command_lines()}
+    return {pid for pid, line in lines.items() if "python" in line or "llama-server" in line}
 
 
 def servers() -> set[int]:
     """Return the llama.cpp servers that are running."""
-    found = set()
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            line = process.cmdline()
-            is_one = any(word.endswith(("embedded.py", "llama-server.exe")) for word in line)
-            if is_one and "--help" not in line:  # which a look-up asks
-                found.add(process.pid)
-    return found
+    return {
+        pid
+        for pid, line in command_lines()
+        if any(word.endswith(("embedded.py", "llama-server.exe")) for word in line)
+        and "--help" not in line  # which a look-up asks
+    }
 
 
 def until(is_true: Callable[[], Any], what: str, within_s: float = 30.0) -> None:

@@ -100,10 +100,12 @@ def main() -> int:
 def _exit_with_parent(parent: int) -> None:
     """Poll the parent's pid: a fork of the parent would keep a pipe open."""
     if sys.platform == "win32":  # a process keeps the number of its parent there
-        handle = _winapi.OpenProcess(_winapi.SYNCHRONIZE, False, parent)
-        _winapi.WaitForSingleObject(handle, _winapi.INFINITE)
-    while sys.platform != "win32" and os.getppid() == parent:
-        time.sleep(0.1)
+        with contextlib.suppress(OSError):  # it has ended already
+            handle = _winapi.OpenProcess(_winapi.SYNCHRONIZE, False, parent)
+            _winapi.WaitForSingleObject(handle, _winapi.INFINITE)
+    else:
+        while os.getppid() == parent:
+            time.sleep(0.1)
     os._exit(1)
 
 

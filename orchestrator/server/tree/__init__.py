@@ -13,17 +13,25 @@ if sys.platform == "win32":
     from orchestrator.server.tree import windows_locks as locks
     from orchestrator.server.tree import windows_process as process
     from orchestrator.server.tree.windows import in_this_process, of_this_process
-    from orchestrator.server.tree.windows_channel import Channel, Door, can_listen, text_of
+    from orchestrator.server.tree.windows_channel import Channel, Door, can_listen
     from orchestrator.server.tree.windows_keeper import become_keeper, start_keeper
 else:
     from orchestrator.server.tree import posix_locks as locks
     from orchestrator.server.tree import posix_process as process
     from orchestrator.server.tree.posix import in_this_process, of_this_process
     from orchestrator.server.tree.posix_keeper import become_keeper, start_keeper
-    from orchestrator.server.tree.unix_channel import Channel, Door, can_listen, text_of
+    from orchestrator.server.tree.unix_channel import Channel, Door, can_listen
 
 from orchestrator.server.tree.host import Host
-from orchestrator.server.tree.port import VERSION, CannotExecute, Helper, Message, Part, Tree
+from orchestrator.server.tree.port import (
+    VERSION,
+    CannotExecute,
+    Helper,
+    Message,
+    Part,
+    Tree,
+    text_of,
+)
 
 __all__ = [
     "VERSION",

@@ -16,6 +16,15 @@ Part = int | bytes
 """What goes with a message: a descriptor, or a text that may be long, or a secret."""
 
 
+def text_of(part: Part) -> bytes:
+    """Return the text that has been received as a part, which may have come as a file."""
+    if isinstance(part, bytes):
+        return part
+    with open(part, "rb") as file:
+        file.seek(0)
+        return file.read()
+
+
 class CannotExecute(Exception):
     """A server cannot be started: the error number (0 for none) and its text."""
 

@@ -56,17 +56,21 @@ def let_go(lock: Part | None) -> None:
 
 def seize(lock: Part | None) -> bool:
     """Take a lock by a copy of what `for_keeper` returned, until that is closed."""
-    return _lock(lock if isinstance(lock, int) else -1)
+    return _lock(_fd_of(lock))
 
 
 def is_given_up(lock: Part | None) -> bool:
     """Return whether nobody has it."""
-    return is_free(None, lock if isinstance(lock, int) else -1)
+    return is_free(None, _fd_of(lock))
 
 
 def read(lock: Part | None) -> bytes:
     """Return what its owner has written into the file. Raises OSError."""
-    return os.pread(lock if isinstance(lock, int) else -1, 4096, 0)
+    return os.pread(_fd_of(lock), 4096, 0)
+
+
+def _fd_of(lock: Part | None) -> int:
+    return lock if isinstance(lock, int) else -1
 
 
 def _lock(fd: int) -> bool:

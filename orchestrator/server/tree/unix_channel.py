@@ -193,12 +193,3 @@ def peer_of(end: socket.socket) -> tuple[int | None, int | None]:
     elif sys.platform == "darwin":
         pid = end.getsockopt(_SOL_LOCAL, _LOCAL_PEERPID)
     return pid or None, uid
-
-
-def text_of(part: Part) -> bytes:
-    """Return the text that has been received as a part, and close its file."""
-    if isinstance(part, bytes):
-        return part
-    with open(part, "rb") as file:
-        file.seek(0)
-        return file.read()

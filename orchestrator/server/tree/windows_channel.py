@@ -186,10 +186,3 @@ def door_name(path: str) -> str:
     """Return the name of the pipe that stands for a path."""
     key = hashlib.sha256(os.path.normcase(os.path.abspath(path)).encode()).hexdigest()
     return rf"\\.\pipe\llama-orchestrator-{key[:32]}"
-
-
-def text_of(part: Part) -> bytes:
-    """Return the text that has been received as a part."""
-    if isinstance(part, bytes):
-        return part
-    raise TypeError("not a text")
